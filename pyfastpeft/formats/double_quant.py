@@ -1,0 +1,53 @@
+"""Double quantization (Dettmers et al. 2023, section 3): the block scales themselves in 8 bits.
+
+``absmax[i] = DYNAMIC_MAP[codes[i]] * absmax2[i // 256] + offset`` with ``offset`` the mean of the scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCKSIZE = 256
+
+
+def _dynamic_map() -> Tensor:
+    """The signed 8-bit dynamic-exponent code (Dettmers 2016, 8-bit approximations), float32 [256], sorted."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        means = (10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2)
+        values += means.tolist() + (-means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+DYNAMIC_MAP = _dynamic_map()
+
+
+@dataclass
+class NestedScales:
+    """Second-level state of double-quantized scales: ``absmax2`` float32 [ceil(blocks / 256)], ``offset`` float32 []."""
+
+    absmax2: Tensor
+    offset: Tensor
+
+
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
+    """Float32 scales [blocks] to (uint8 codes [blocks], their second-level state)."""
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    shifted = absmax - offset
+    blocks = -(-shifted.numel() // BLOCKSIZE)
+    padded = torch.cat([shifted, shifted.new_zeros(blocks * BLOCKSIZE - shifted.numel())]).view(blocks, BLOCKSIZE)
+    absmax2 = padded.abs().amax(-1)
+    scaled = padded * (1 / absmax2.clamp(min=1e-38))[:, None]
+    table = DYNAMIC_MAP.to(absmax.device)
+    codes = torch.bucketize(scaled.flatten(), (table[:-1] + table[1:]) / 2)
+    return codes[: shifted.numel()].to(torch.uint8), NestedScales(absmax2, offset)
+
+
+def dequantize_scales(codes: Tensor, nested: NestedScales) -> Tensor:
+    """Uint8 codes [blocks] in canonical order to float32 scales [blocks]."""
+    block = torch.arange(codes.numel(), device=codes.device) // BLOCKSIZE
+    return DYNAMIC_MAP.to(codes.device)[codes.long()] * nested.absmax2[block] + nested.offset

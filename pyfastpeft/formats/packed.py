@@ -1,0 +1,213 @@
+"""Packed4bit: a tensor in 4 bits, in one of two lossless layouts.
+
+``rows`` is the interchange layout, bitsandbytes' own: codes of the flattened tensor two to a byte (high nibble first),
+scales one a block. ``tiles`` is the order in which the CPU kernels read a matrix [N, K] (see csrc/cpu/weight.h): 16 rows
+to a tile, padded with zeros. A matrix on the CPU is kept in tiles only; every way out converts back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .codes import Format, check_blocksize, get_format, pack_nibbles, unpack_nibbles
+from .double_quant import NestedScales, dequantize_scales, quantize_scales
+
+TILE_ROWS = 16
+
+
+@dataclass
+class Packed4bit:
+    """A tensor of ``shape`` and original ``dtype``, held in 4 bits.
+
+    Attributes:
+        codes: uint8. ``rows``: [(numel + 1) // 2, 1]; ``tiles``: [ceil(N / 16), 8 * K].
+        scale: float32, or uint8 when double-quantized. ``rows``: [blocks]; ``tiles``: [ceil(N / 16), K / segment, 16].
+        zero: float32 like ``scale`` (INT4), else None.
+        nested: second-level scales when double-quantized (always in block order), else None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    nested: NestedScales | None
+    shape: torch.Size
+    dtype: torch.dtype
+    quant_type: str
+    blocksize: int
+    layout: str = "rows"
+
+    @property
+    def format(self) -> Format:
+        return get_format(self.quant_type)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def blocks(self) -> int:
+        return -(-math.prod(self.shape) // self.blocksize)
+
+    @property
+    def segment(self) -> int:
+        """Columns of a row that share one scale in the ``tiles`` layout."""
+        return math.gcd(self.shape[-1], self.blocksize)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, scales included."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        held = {"codes": self.codes, "scale": self.scale}
+        if self.zero is not None:
+            held["zero"] = self.zero
+        if self.nested is not None:
+            held |= {"absmax2": self.nested.absmax2, "offset": self.nested.offset}
+        return held
+
+    def __repr__(self) -> str:
+        double = ", double_quant" if self.nested is not None else ""
+        return (
+            f"Packed4bit({self.quant_type}, shape={tuple(self.shape)}, blocksize={self.blocksize}{double}, "
+            f"dtype={self.dtype}, device={self.device}, {self.nbytes} bytes)"
+        )
+
+    def map_bytes(self, fn: Callable[[Tensor], Tensor]) -> Packed4bit:
+        """Apply ``fn`` (a move or a copy) to every tensor *as bytes*, so that no dtype conversion can touch a value."""
+
+        def one(t: Tensor) -> Tensor:
+            # A scalar cannot be viewed as bytes of another size.
+            return fn(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape)
+
+        out = {name: one(t) for name, t in self._tensors().items()}
+        nested = None if self.nested is None else NestedScales(out["absmax2"], out["offset"])
+        return replace(self, codes=out["codes"], scale=out["scale"], zero=out.get("zero"), nested=nested)
+
+    def to(self, device: torch.device | str) -> Packed4bit:
+        """The same weight on ``device``, in that device's layout."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        return self.rows().map_bytes(lambda t: t.to(device)).prepared()
+
+    def clone(self) -> Packed4bit:
+        return self.map_bytes(torch.clone)
+
+    def prepared(self) -> Packed4bit:
+        """The layout the kernels of this device read; ``self`` where it already is."""
+        return self.tiles() if self.device.type == "cpu" and self.tileable else self
+
+    @property
+    def tileable(self) -> bool:
+        """Whether the ``tiles`` layout can hold this tensor: a matrix whose rows are whole 32-element segments."""
+        return len(self.shape) == 2 and self.shape[0] > 0 and self.shape[1] > 0 and self.shape[1] % 32 == 0
+
+    def tiles(self) -> Packed4bit:
+        """This matrix in the ``tiles`` layout."""
+        if self.layout == "tiles":
+            return self
+        if not self.tileable:
+            raise ValueError(f"shape is {tuple(self.shape)}; the tiles layout needs a matrix with K a multiple of 32")
+        n, k = self.shape
+        codes = torch.ops.pyfastpeft.pack_tiles.default(self.codes, n, k)
+        # One scale a (row, segment): a block that spans several segments, or straddles rows, is repeated.
+        first = torch.arange(n * (k // self.segment), device=self.device) * self.segment // self.blocksize
+
+        def spread(t: Tensor) -> Tensor:
+            per_row = t[first].view(n, -1)
+            padded = torch.cat([per_row, per_row.new_zeros(-n % TILE_ROWS, per_row.shape[1])])
+            return padded.view(-1, TILE_ROWS, per_row.shape[1]).transpose(1, 2).contiguous()
+
+        zero = None if self.zero is None else spread(self.zero)
+        return replace(self, codes=codes, scale=spread(self.scale), zero=zero, layout="tiles")
+
+    def rows(self) -> Packed4bit:
+        """This tensor in the ``rows`` layout; ``self`` where it already is."""
+        if self.layout == "rows":
+            return self
+        n, k = self.shape
+        codes = torch.ops.pyfastpeft.unpack_tiles.default(self.codes, n, k)
+        start = torch.arange(self.blocks, device=self.device) * self.blocksize
+        row, segment = start // k, start % k // self.segment
+
+        def gather(t: Tensor) -> Tensor:
+            return t[row // TILE_ROWS, segment, row % TILE_ROWS]
+
+        zero = None if self.zero is None else gather(self.zero)
+        return replace(self, codes=codes, scale=gather(self.scale), zero=zero, layout="rows")
+
+    def block_scales(self) -> Tensor:
+        """Float32 scales [blocks], double quantization undone."""
+        scale = self.rows().scale
+        return scale if self.nested is None else dequantize_scales(scale, self.nested)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in full precision, ``shape`` and ``dtype`` (default: the original's).
+
+        Decoded in float32 and rounded once.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        if self.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+            rows = self.rows()
+            return torch.ops.pyfastpeft.dequantize_4bit.default(
+                rows.codes, self.block_scales(), rows.zero, self.format.id, self.blocksize, list(self.shape), dtype
+            )
+        return self.reference(dtype)
+
+    def reference(self, dtype: torch.dtype) -> Tensor:
+        """:meth:`dequantize` in plain torch, on any device: what the kernels are held to."""
+        rows = self.rows()
+        codes = unpack_nibbles(rows.codes, math.prod(self.shape))
+        flat = self.format.dequantize(codes, self.block_scales(), rows.zero, self.blocksize)
+        return flat.view(self.shape).to(dtype)
+
+
+def quantize_4bit(
+    weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False
+) -> Packed4bit:
+    """Quantize a tensor to 4 bits.
+
+    Args:
+        weight: float32, bfloat16 or float16, any shape and strides. Blocks run over the flattened tensor.
+        quant_type: ``"nf4"``, ``"fp4"`` (both bit-identical to bitsandbytes) or ``"int4"`` (scale and zero a block).
+        blocksize: elements a scale; a power of two, 32 to 4096 (``"int4"``: 32, 64 or 128).
+        double_quant: keep the scales themselves in 8 bits (``"nf4"`` and ``"fp4"``).
+
+    Returns:
+        Packed4bit of the same shape, in the layout its device's kernels read.
+
+    Raises:
+        TypeError: ``weight`` is not a floating-point tensor.
+        ValueError: an unknown ``quant_type``, a ``blocksize`` the format does not allow, ``double_quant`` with INT4.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"weight has dtype {weight.dtype}; it must be float32, bfloat16 or float16")
+    fmt = get_format(quant_type)
+    check_blocksize(fmt, blocksize)
+    if double_quant and fmt.has_zero:
+        raise ValueError("double_quant is True; it applies to 'nf4' and 'fp4', int4 keeps a scale and a zero a block")
+    weight = weight.detach()
+    if weight.device.type == "cpu":
+        codes, scale, zero = torch.ops.pyfastpeft.quantize_4bit.default(weight.contiguous(), fmt.id, blocksize)
+        zero = zero if fmt.has_zero else None
+    else:
+        codes, scale, zero = quantize_reference(weight, fmt, blocksize)
+    nested = None
+    if double_quant:
+        scale, nested = quantize_scales(scale)
+    return Packed4bit(codes, scale, zero, nested, weight.shape, weight.dtype, quant_type, blocksize).prepared()
+
+
+def quantize_reference(weight: Tensor, fmt: Format, blocksize: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (``rows`` layout), scales and zeros in plain torch, on any device."""
+    flat = weight.reshape(-1).float()
+    codes, scale, zero = fmt.quantize(flat, blocksize)
+    return pack_nibbles(codes, fmt), scale, zero

@@ -1,0 +1,180 @@
+"""Linear4bit: an ``nn.Linear`` whose weight is held in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import Packed4bit, quantize_4bit
+from ..formats.codes import check_blocksize, get_format
+from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state, packed_to_state
+from ..ops import Lora, linear_4bit
+
+
+class Linear4bit(nn.Linear):
+    """Drop-in ``nn.Linear`` with a frozen 4-bit weight.
+
+    ``weight`` is the packed codes (uint8, in the layout of its device, which never changes under a forward);
+    ``packed`` is the whole :class:`Packed4bit`, ``dequantize()`` the weight in full precision. The state dict holds
+    bitsandbytes' keys and layout, whatever the layout in memory; loading takes those or a full-precision ``weight``,
+    which is quantized on the way in.
+
+    Args:
+        in_features, out_features, bias: as ``nn.Linear``.
+        quant_type: ``"nf4"``, ``"fp4"`` or ``"int4"``.
+        blocksize: elements a scale.
+        double_quant: keep the scales in 8 bits.
+        compute_dtype: dtype the product runs in; the result returns in x's dtype. Default: x's dtype.
+        device, dtype: of the bias, and the dtype that ``dequantize`` defaults to.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = False,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_blocksize(get_format(quant_type), blocksize)
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+        self.compute_dtype = compute_dtype
+        if self.weight.is_meta:
+            # Filled by load_state_dict or by the transformers integration; nothing to quantize yet.
+            self.packed: Packed4bit | None = None
+            self.weight.requires_grad_(False)
+        else:
+            self.set_packed(quantize_4bit(self.weight, quant_type, blocksize, double_quant))
+
+    def set_packed(self, packed: Packed4bit) -> None:
+        """Hold ``packed`` (shape (out_features, in_features)) as this layer's weight."""
+        if tuple(packed.shape) != (self.out_features, self.in_features):
+            expected = (self.out_features, self.in_features)
+            raise ValueError(f"packed has shape {tuple(packed.shape)}; this layer's weight is {expected}")
+        self.packed = packed.prepared()
+        self.quant_type, self.blocksize = packed.quant_type, packed.blocksize
+        self.double_quant = packed.nested is not None
+        self.weight = nn.Parameter(self.packed.codes, requires_grad=False)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out_features, in_features] in ``dtype`` (default: the original weight's)."""
+        return self._require_packed().dequantize(dtype)
+
+    def _require_packed(self) -> Packed4bit:
+        if self.packed is None:
+            raise RuntimeError("this Linear4bit holds no weight yet (it was made on the meta device); load one first")
+        return self.packed
+
+    def forward(self, x: Tensor, lora: Lora | tuple | None = None) -> Tensor:
+        packed = self.packed if self.packed is not None else self._require_packed()
+        if self.compute_dtype is None or self.compute_dtype == x.dtype:
+            return linear_4bit(x, packed, self.bias, lora)
+        return linear_4bit(x.to(self.compute_dtype), packed, self.bias, lora).to(x.dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = False,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Linear4bit:
+        """Quantize ``linear``'s weight; the bias is shared with it."""
+        if isinstance(linear, Linear4bit):
+            raise TypeError("linear is already a Linear4bit")
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear")
+        packed = quantize_4bit(linear.weight, quant_type, blocksize, double_quant)
+        return cls.from_packed(packed, linear.bias, compute_dtype)
+
+    @classmethod
+    def from_packed(
+        cls, packed: Packed4bit, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+    ) -> Linear4bit:
+        """A layer around an existing packed matrix (N, K)."""
+        n, k = packed.shape
+        self = cls(k, n, False, packed.quant_type, packed.blocksize, compute_dtype=compute_dtype, device="meta")
+        self.set_packed(packed)
+        if bias is not None:
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        return self
+
+    @classmethod
+    def from_bnb(cls, bnb_linear: nn.Module) -> Linear4bit:
+        """Take over a ``bitsandbytes.nn.Linear4bit`` (quantized already); codes and scales are kept bit for bit."""
+        state = bnb_linear.state_dict()
+        state = {k: v for k, v in state.items() if k.startswith("weight")}
+        packed = packed_from_state(state, "weight")
+        return cls.from_packed(packed, bnb_linear.bias, getattr(bnb_linear, "compute_dtype", None))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
+        if self.packed is None:
+            return super()._apply(fn, recurse)
+        packed, self._parameters["weight"] = self.packed, None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        # Move as bytes: `.half()` or `.to(dtype)` must not touch a scale, and a change of device changes the layout.
+        target = fn(packed.codes[:0]).device
+        self.set_packed(packed.to(target) if target != packed.device else packed.map_bytes(fn))
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        if self.packed is not None:
+            destination.update(packed_to_state(self.packed, prefix + "weight"))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "weight"
+        own = {k: state_dict[k] for k in list(state_dict) if k == key or k.startswith(key + ".")}
+        if key in own:
+            try:
+                weight = own[key]
+                if weight.is_floating_point() and len(own) == 1:
+                    packed = quantize_4bit(weight, self.quant_type, self.blocksize, self.double_quant)
+                else:
+                    packed = packed_from_state(own, key)
+                device = self.packed.device if self.packed is not None else packed.device
+                self.set_packed(packed.to(device))
+            except (ValueError, TypeError, KeyError) as error:
+                error_msgs.append(f"{key}: {error}")
+        elif strict:
+            missing_keys.append(key)
+        if strict:
+            known = {key, prefix + "bias"} | {f"{key}.{suffix}" for suffix in STATE_SUFFIXES}
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+        if self.bias is not None:
+            bias = state_dict.get(prefix + "bias")
+            if bias is None:
+                if strict:
+                    missing_keys.append(prefix + "bias")
+            elif bias.shape != self.bias.shape:
+                error_msgs.append(f"{prefix}bias has shape {tuple(bias.shape)}; it must be {tuple(self.bias.shape)}")
+            else:
+                with torch.no_grad():
+                    self.bias.copy_(bias)
+        elif strict and prefix + "bias" in state_dict:
+            unexpected_keys.append(prefix + "bias")
+
+    def extra_repr(self) -> str:
+        double = ", double_quant=True" if self.double_quant else ""
+        return f"{super().extra_repr()}, quant_type={self.quant_type!r}, blocksize={self.blocksize}{double}"

@@ -1,0 +1,7 @@
+"""The fused operators as Python sees them."""
+
+from . import library as library  # loads the compiled operators
+from .backends import Backend
+from .linear_4bit import BankView, Lora, linear_4bit
+
+__all__ = ["Backend", "BankView", "Lora", "linear_4bit"]

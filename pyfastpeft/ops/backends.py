@@ -1,0 +1,36 @@
+"""Which implementation serves a call: the one place that decides."""
+
+from __future__ import annotations
+
+import enum
+import os
+
+from ..formats import Packed4bit
+
+
+class Backend(enum.Enum):
+    """``NATIVE``: the compiled operators. ``REFERENCE``: plain torch, any device, any shape."""
+
+    NATIVE = "native"
+    REFERENCE = "reference"
+
+
+def _forced() -> Backend | None:
+    name = os.environ.get("PYFASTPEFT_BACKEND")
+    if not name:
+        return None
+    try:
+        return Backend(name)
+    except ValueError:
+        choices = ", ".join(b.value for b in Backend)
+        raise ValueError(f"PYFASTPEFT_BACKEND is {name!r}; it must be one of {choices}") from None
+
+
+_FORCED = _forced()
+
+
+def choose(w: Packed4bit) -> Backend:
+    """The backend for ``w``: native for CPU weights in tiles, else the reference (dequantize, then a dense product)."""
+    if _FORCED is not None and not (_FORCED is Backend.NATIVE and w.layout != "tiles"):
+        return _FORCED
+    return Backend.NATIVE if w.layout == "tiles" else Backend.REFERENCE

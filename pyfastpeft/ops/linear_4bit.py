@@ -1,0 +1,187 @@
+"""``linear_4bit``: y = x · dequant(W)ᵀ + bias + ((dropout(x) · Aᵀ) ∘ scale) · Bᵀ, W packed in 4 bits, one operator.
+
+Forward saves x (only when A or B train) and S = dropout(x) · Aᵀ [M, R] in float32; the dropout mask is a hash of a seed
+and the element's position, recomputed where it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formats import Packed4bit
+from . import reference
+from .backends import Backend, choose
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Lora(NamedTuple):
+    """The LoRA branch of a linear: adds ``((dropout(x) · aᵀ) ∘ scaling) · bᵀ``.
+
+    Attributes:
+        a: [R, K], any floating dtype.
+        b: [N, R], any floating dtype.
+        scaling: a number; or a tensor [R], or [rows, R] where each row of x has its own (several adapters, stacked
+            along R, are then mixed in one batch: zero switches one off for a row).
+        dropout: probability with which an element of x is dropped on its way into ``a``.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float | Tensor = 1.0
+    dropout: float = 0.0
+
+
+class BankView(NamedTuple):
+    """Adapters in numbered slots, chosen row by row.
+
+    Attributes:
+        a: [slots, r, K].   b: [slots, N, r].   scaling: [slots].
+        rows: int64 [rows of x], the slot of each row; -1 is the base model alone.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: Tensor
+    rows: Tensor
+
+    def stacked(self) -> Lora:
+        """The slots side by side along R, each row of x scaled by its own slot's scaling and by zero elsewhere."""
+        slots, r, k = self.a.shape
+        chosen = self.rows.unsqueeze(1) == torch.arange(slots, device=self.rows.device)
+        scale = (chosen * self.scaling.float()).repeat_interleave(r, dim=1)
+        return Lora(self.a.reshape(slots * r, k), self.b.transpose(0, 1).reshape(-1, slots * r), scale)
+
+
+def linear_4bit(
+    x: Tensor, w: Packed4bit, bias: Tensor | None = None, lora: Lora | BankView | tuple | None = None
+) -> Tensor:
+    """Linear layer with 4-bit weights and the LoRA branch in the same pass.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16, any strides.
+        w: packed weight of shape (N, K), on x's device.
+        bias: [N] or None.
+        lora: None, ``(A [r, K], B [N, r], scaling)``, a :class:`Lora`, or a :class:`BankView` with one slot number a
+            row of x (rows counted over all leading dimensions).
+
+    Returns:
+        [..., N] in x's dtype. Products accumulate in float32. Differentiable in x, bias, A and B.
+
+    Raises:
+        TypeError, ValueError: the argument at fault, what it was and what it must be.
+    """
+    k, n = _check(x, w, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x2 = x if x.dim() == 2 else x.reshape(-1, k)
+    a = b = row_scale = seed = None
+    scaling, dropout = 1.0, 0.0
+    if lora is not None:
+        if isinstance(lora, BankView):
+            lora = lora.stacked()
+        a, b, scaling, dropout = lora if isinstance(lora, Lora) else Lora(*lora)
+        _check_lora(x2, a, b, scaling, n, k)
+        if isinstance(scaling, Tensor):
+            row_scale, scaling = scaling.float(), 1.0
+        if dropout > 0.0:
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    backend = choose(w)
+    nested = w.nested
+    weight = (
+        w.codes,
+        w.scale,
+        w.zero,
+        None if nested is None else nested.absmax2,
+        None if nested is None else nested.offset,
+        w.format.id,
+        n,
+        w.blocksize,
+    )
+    if backend is Backend.REFERENCE:
+        weight = (*weight[:5], w, n, w.blocksize)
+    branch = (a, b, row_scale, scaling, seed, dropout)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (a is not None and (a.requires_grad or b.requires_grad))
+    ):
+        y = _Linear4bit.apply(x2, bias, *branch, backend, *weight)
+    else:
+        y = _forward(backend, x2, bias, branch, weight)[0]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
+    if not isinstance(w, Packed4bit):
+        raise TypeError(f"w is a {type(w).__name__}; it must be a Packed4bit (see quantize_4bit)")
+    if len(w.shape) != 2:
+        raise ValueError(f"w has shape {tuple(w.shape)}; it must be a matrix (N, K)")
+    n, k = w.shape
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+        what = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        raise TypeError(f"x {what}; it must be a tensor of float32, bfloat16 or float16")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {k}, as w is {(n, k)}")
+    if x.device != w.device:
+        raise ValueError(f"x is on {x.device}; it must be on the device of w, {w.device}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in _FLOATS):
+        raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be floating point of shape ({n},)")
+    return k, n
+
+
+def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, n: int, k: int) -> None:
+    if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != k or a.dtype not in _FLOATS:
+        raise ValueError(f"lora A is {a.dtype} of shape {tuple(a.shape)}; it must be floating point (r >= 1, K = {k})")
+    r = a.shape[0]
+    if b.shape != (n, r) or b.dtype not in _FLOATS:
+        raise ValueError(f"lora B is {b.dtype} of shape {tuple(b.shape)}; it must be floating point (N = {n}, r = {r})")
+    if a.device != x.device or b.device != x.device:
+        raise ValueError(f"lora A is on {a.device}, B on {b.device}; both must be on x's device, {x.device}")
+    if isinstance(scaling, Tensor) and scaling.shape not in ((r,), (x.shape[0], r)):
+        raise ValueError(
+            f"lora scaling has shape {tuple(scaling.shape)}; it must be a number, ({r},) or ({x.shape[0]}, {r})"
+        )
+
+
+def _forward(backend: Backend, x: Tensor, bias: Tensor | None, branch: tuple, weight: tuple) -> tuple[Tensor, Tensor]:
+    if backend is Backend.REFERENCE:
+        return reference.forward(x, weight[5], bias, *branch)
+    return torch.ops.pyfastpeft.linear_4bit.default(x, *weight, bias, *branch)
+
+
+class _Linear4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, a, b, row_scale, scaling, seed, dropout, backend, *weight):  # noqa: ANN001, ANN205
+        y, s = _forward(backend, x, bias, (a, b, row_scale, scaling, seed, dropout), weight)
+        trains_lora = a is not None and (a.requires_grad or b.requires_grad)
+        ctx.save_for_backward(
+            x if trains_lora else None, s if trains_lora else None, a, b, row_scale, seed, *weight[:5]
+        )
+        ctx.rest = (scaling, dropout, backend, weight[5:], x.dtype, None if bias is None else bias.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # noqa: ANN001, ANN205
+        x, s, a, b, row_scale, seed, *held = ctx.saved_tensors
+        scaling, dropout, backend, meta, x_dtype, bias_dtype = ctx.rest
+        need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
+        branch = (a, b, row_scale, scaling, seed, dropout)
+        dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
+        if backend is Backend.REFERENCE:
+            dx, da, db = reference.backward(dy, x, s, meta[0], *branch, need_x, need_a, need_b)
+        else:
+            dy = dy.to(x_dtype)
+            dx, ds = torch.ops.pyfastpeft.linear_4bit_backward.default(
+                dy, *held, *meta, *branch, need_x, need_a or need_b
+            )
+            dx = dx if need_x else None
+            da = db = None
+            if need_a or need_b:
+                da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, ds, row_scale, scaling, seed, dropout)
+                da = da.to(a.dtype) if need_a else None
+                db = db.to(b.dtype) if need_b else None
+        return dx, dbias, da, db, *([None] * (len(ctx.needs_input_grad) - 4))
