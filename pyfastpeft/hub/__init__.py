@@ -1,0 +1,1 @@
+"""Reading and writing: PEFT, bitsandbytes, GGUF, safetensors."""

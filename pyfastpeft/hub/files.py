@@ -1,0 +1,125 @@
+"""Files written whole or not at all, and read with suspicion: JSON and safetensors, never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a fresh path beside ``path`` to write to; on success it replaces ``path``, on any error it is removed.
+
+    The file is synced to disk before it takes the name, so a full disk, an exception or a kill at any moment leaves
+    the old file whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield aside
+        _sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    # Best effort: some file systems cannot sync a directory, and the file is in place already.
+    with suppress(OSError):
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """Replace ``path`` by ``text`` in UTF-8, atomically."""
+    with atomic_write(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors`` (any device, any strides) to ``path`` atomically.
+
+    Args:
+        metadata: strings for the header; transformers and peft want ``{"format": "pt"}``, the default.
+
+    Raises:
+        OSError: the file could not be written (the old one is whole).
+        ValueError: the tensors cannot be stored, for example two keys share one memory.
+    """
+    held = {k: t.detach().contiguous() for k, t in tensors.items()}
+    with atomic_write(path) as aside:
+        try:
+            save_file(held, aside, dict(metadata) if metadata is not None else {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+        except RuntimeError as error:
+            raise ValueError(f"{path} cannot hold these tensors: {error}") from error
+
+
+def load_safetensors(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of ``path`` on ``device``; the header's sizes and offsets are checked against the file first.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged or not safetensors.
+    """
+    with _opened(path, device) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def safetensors_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The strings in the header of ``path``; raises as :func:`load_safetensors`."""
+    with _opened(path, "cpu") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: str | os.PathLike, device: str | torch.device) -> Iterator[safe_open]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{path} is not a valid safetensors file (truncated or damaged?): {error}") from error
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8 JSON, or its top level is not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; it must be an object")
+    return value
