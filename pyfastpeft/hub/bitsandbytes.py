@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..formats import DYNAMIC_MAP, Format, NestedScales, Packed4bit, get_format
+from ..formats import DYNAMIC_MAP, Format, NestedScales, Packed4bit, get_format, quantize_4bit
 from ..formats.codes import check_blocksize
 from ..formats.double_quant import BLOCKSIZE as NESTED_BLOCKSIZE
 
@@ -114,9 +115,55 @@ def packed_from_state(state: Mapping[str, Tensor], key: str) -> Packed4bit:
         if info.nested:
             scale, nested = _nested(own, key, info, blocks)
         else:
-            scale = _floats(own["absmax"], f"{key}.absmax", blocks)
+            absmax = own["absmax"]
+            if info.shape and absmax.shape == (blocks // max(info.shape[0], 1), info.shape[0]):
+                # bitsandbytes on a CPU transposes its scales in an eval forward, and saves them so.
+                absmax = absmax.t()
+            scale = _floats(absmax, f"{key}.absmax", blocks)
     shape = torch.Size(info.shape)
     return Packed4bit(codes, scale, zero, nested, shape, info.dtype, fmt.name, info.blocksize)
+
+
+def packed_from_bnb(linear: nn.Module) -> Packed4bit:
+    """The weight of a live ``bitsandbytes.nn.Linear4bit``, which is left as it is.
+
+    Codes and scales are kept bit for bit wherever bitsandbytes still has them: an eval forward on a CPU with AVX-512
+    makes it round its scales to bfloat16, and those are then what is found. A layer that is not quantized yet is
+    quantized here, with its own settings.
+
+    Raises:
+        TypeError: ``linear`` is no such layer.
+        ValueError: its weight and quantization state do not fit together.
+    """
+    weight = getattr(linear, "weight", None)
+    if not isinstance(linear, nn.Linear) or (not hasattr(weight, "quant_state") and not hasattr(linear, "quant_state")):
+        raise TypeError(f"the layer is a {type(linear).__name__}; it must be a bitsandbytes.nn.Linear4bit")
+    # FSDP drops the state from the parameter; the module then still has it.
+    state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
+    if state is None:
+        if not weight.is_floating_point():
+            raise ValueError(f"the layer's weight is {weight.dtype}, yet it has no quantization state")
+        return quantize_4bit(weight.data, weight.quant_type, weight.blocksize, weight.compress_statistics)
+    codes = weight.data.as_subclass(Tensor)
+    repacked = getattr(state, "packing_format_for_cpu", False)
+    if repacked:
+        codes = _undo_cpu_packing(codes, *state.shape)
+    held = {"weight": codes} | {f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}
+    packed = packed_from_state(held, "weight")
+    # Repacking also overwrites the dtype that was quantized from.
+    return replace(packed, dtype=state.original_dtype) if repacked else packed
+
+
+def _undo_cpu_packing(codes: Tensor, n: int, k: int) -> Tensor:
+    """bitsandbytes' AVX-512 order, bytes [n / 32, k / 2, 32], to its storage order, uint8 [n * k / 2, 1].
+
+    In each run of 32 bytes the low nibbles are the first 32 elements of the run's 64 and the high nibbles the others;
+    the run's elements are pairs of neighbouring columns of 32 rows.
+    """
+    runs = codes.reshape(n // 32, k // 2, 32)
+    elements = torch.cat([runs & 15, runs >> 4], dim=-1).view(n // 32, k // 2, 32, 2)
+    pairs = elements.transpose(1, 2).reshape(-1, 2)
+    return (pairs[:, :1] << 4) | pairs[:, 1:]
 
 
 class _Info:

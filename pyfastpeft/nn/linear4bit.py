@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_blocksize, get_format
-from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state, packed_to_state
+from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_bnb, packed_from_state, packed_to_state
 from ..ops import Lora, linear_4bit
 
 
@@ -109,11 +109,12 @@ class Linear4bit(nn.Linear):
 
     @classmethod
     def from_bnb(cls, bnb_linear: nn.Module) -> Linear4bit:
-        """Take over a ``bitsandbytes.nn.Linear4bit`` (quantized already); codes and scales are kept bit for bit."""
-        state = bnb_linear.state_dict()
-        state = {k: v for k, v in state.items() if k.startswith("weight")}
-        packed = packed_from_state(state, "weight")
-        return cls.from_packed(packed, bnb_linear.bias, getattr(bnb_linear, "compute_dtype", None))
+        """Take over a ``bitsandbytes.nn.Linear4bit`` in whatever state; see :func:`hub.bitsandbytes.packed_from_bnb`.
+
+        Codes and scales are kept bit for bit, the bias is shared.
+        """
+        self = cls.from_packed(packed_from_bnb(bnb_linear), bnb_linear.bias, bnb_linear.compute_dtype)
+        return self.train(bnb_linear.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         if self.packed is None:
