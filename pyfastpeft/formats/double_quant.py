@@ -47,8 +47,8 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
     padded = torch.cat([shifted, shifted.new_zeros(blocks * BLOCKSIZE - shifted.numel())]).view(blocks, BLOCKSIZE)
     absmax2 = torch.where(padded.isnan(), 0.0, padded.abs()).amax(-1)
     scaled = padded * (1 / absmax2)[:, None]
-    # bitsandbytes' CPU quantizer snaps to one of 65536 bins over [-1, 1] and takes the code nearest to the bin's centre;
-    # NaN (0 / 0 in an all-zero block) falls into the first bin.
+    # bitsandbytes' CPU quantizer snaps to one of 65536 bins over [-1, 1], then takes the code nearest to the bin's
+    # centre; NaN (0 / 0 in an all-zero block) falls into the first bin.
     bins = ((scaled.flatten() + 1) * 32767.5 + 0.5).nan_to_num(0.0).clamp(0, 65535).floor()
     table = DYNAMIC_MAP.to(absmax.device)
     codes = torch.bucketize(bins * (2 / 65535) - 1, (table[:-1] + table[1:]) / 2)
