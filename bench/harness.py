@@ -1,0 +1,194 @@
+"""What every benchmark shares: interleaved timing, the machine's limits, results on disk.
+
+Import this before torch: it sets the thread policy that must be known when the OpenMP runtime starts.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import platform
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore")
+
+
+@dataclass
+class Timing:
+    """Seconds a call, one sample a round."""
+
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def best(self) -> float:
+        return min(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        if len(self.samples) < 4:
+            return (max(self.samples) - min(self.samples)) / self.median
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / self.median
+
+    def ratio(self, other: Timing) -> float:
+        """Median over rounds of this time over ``other``'s in the same round, so that a slow moment hits both."""
+        return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=False))
+
+    def as_dict(self) -> dict[str, float | int]:
+        return {
+            "us": round(self.median * 1e6, 2),
+            "us_best": round(self.best * 1e6, 2),
+            "spread": round(self.spread, 3),
+            "rounds": len(self.samples),
+        }
+
+
+def interleave(calls: dict[str, Callable[[], object]], rounds: int, sample_s: float = 0.008) -> dict[str, Timing]:
+    """Time every call once a round, in random order; a sample repeats its call for at least ``sample_s`` seconds."""
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, math.ceil(sample_s / (time.perf_counter() - start)))
+    timings = {name: Timing() for name in calls}
+    order = list(calls)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            random.shuffle(order)
+            for name in order:
+                call, n = calls[name], repeats[name]
+                if n > 1:
+                    call()
+                start = time.perf_counter()
+                for _ in range(n):
+                    call()
+                timings[name].samples.append((time.perf_counter() - start) / n)
+    finally:
+        gc.enable()
+    return timings
+
+
+def busy_elsewhere() -> float:
+    """CPU seconds spent so far by everything but this process, stolen time included (0 where /proc is absent)."""
+    try:
+        user, nice, system, idle, iowait, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
+    except OSError:
+        return 0.0
+    del idle, iowait
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+class Load:
+    """Context manager; ``.cores`` afterwards is the mean number of cores that others kept busy meanwhile."""
+
+    def __enter__(self) -> Load:
+        self._busy, self._start = busy_elsewhere(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cores = max(0.0, busy_elsewhere() - self._busy) / (time.perf_counter() - self._start)
+
+
+def limits(rounds: int = 5) -> dict[str, float]:
+    """What this machine reaches now with torch's thread count: reading memory, and dense products of 2048³."""
+    # NumPy asks for huge pages, as the packed weights do.
+    memory = torch.from_numpy(np.ones(64 << 20, dtype=np.float32))
+    square = torch.randn(2048, 2048)
+    half = square.bfloat16()
+    product = torch.nn.functional.linear
+    with torch.inference_mode():
+        best = {
+            name: t.best
+            for name, t in interleave(
+                {
+                    "read": memory.sum,
+                    "bf16": lambda: product(half, half),
+                    "fp32": lambda: product(square, square),
+                },
+                rounds,
+            ).items()
+        }
+    flop = 2 * 2048**3 / 1e9
+    return {
+        "read_gb_s": round(memory.numel() * 4 / best["read"] / 1e9, 1),
+        "bf16_gflop_s": round(flop / best["bf16"], 1),
+        "fp32_gflop_s": round(flop / best["fp32"], 1),
+    }
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def machine() -> dict[str, object]:
+    """Processor, instruction sets and versions, for the head of a results file."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = platform.processor()
+    if cpuinfo.exists():
+        model = next((s.split(":")[1].strip() for s in cpuinfo.read_text().splitlines() if "model name" in s), model)
+    import pyfastpeft  # noqa: F401  (registers the operators)
+
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "isa": list(torch.ops.pyfastpeft.available_isas()),
+        "python": platform.python_version(),
+        "versions": {p: importlib.metadata.version(p) if installed(p) else "absent" for p in packages},
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def write(name: str, payload: dict) -> Path:
+    """Write ``payload`` as JSON into the results folder (or to ``name`` where it is a path)."""
+    path = Path(name) if name.endswith(".json") else RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(payload, indent=1) + "\n")
+    return path
+
+
+def ints(text: str) -> list[int]:
+    """``"1,4,16"`` to a list, for argparse."""
+    return [int(part) for part in text.split(",")]
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """``"4096x4096,576x1536"`` to (K, N) pairs, for argparse."""
+    return [tuple(map(int, part.split("x"))) for part in text.split(",")]
+
+
+def split(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether ``name`` equals a pattern, or begins with one that ends in ``*``."""
+    return any(name == p or (p.endswith("*") and name.startswith(p[:-1])) for p in patterns)
