@@ -79,7 +79,8 @@ class NF4(_Codebook):
 class FP4(_Codebook):
     name = "fp4"
     id = 1
-    table = torch.tensor(_FP4_TWELFTHS + tuple(-v for v in _FP4_TWELFTHS), dtype=torch.float32) / 12
+    # Code 8, the negative zero of the bit pattern, decodes to +0.0 as in bitsandbytes.
+    table = torch.tensor(_FP4_TWELFTHS + tuple(0.0 - v for v in _FP4_TWELFTHS), dtype=torch.float32) / 12
 
 
 class INT4(Format):
