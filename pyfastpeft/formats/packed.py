@@ -1,8 +1,8 @@
 """Packed4bit: a tensor in 4 bits, in one of two lossless layouts.
 
 ``rows`` is the interchange layout, bitsandbytes' own: codes of the flattened tensor two to a byte (high nibble first),
-scales one a block. ``tiles`` is the order in which the CPU kernels read a matrix [N, K] (see csrc/cpu/weight.h): 16 rows
-to a tile, padded with zeros. A matrix on the CPU is kept in tiles only; every way out converts back.
+scales one a block. ``tiles`` is the order in which the CPU kernels read a matrix [N, K] (csrc/cpu/weight.h): 16 rows to
+a tile, padded with zeros. A matrix on the CPU is kept in tiles only; every way out converts back.
 """
 
 from __future__ import annotations

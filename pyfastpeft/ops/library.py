@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..formats import DYNAMIC_MAP
+
 _LIBRARY = next(Path(__file__).parent.parent.glob("_C*.so"), None)
 if _LIBRARY is None:
-    raise ImportError("pyfastpeft's compiled operators are missing: install the package (`pip install .`) to build them")
+    raise ImportError("pyfastpeft's operators are not compiled: install the package (`pip install .`)")
 torch.ops.load_library(str(_LIBRARY))
+torch.ops.pyfastpeft.set_dynamic_map(DYNAMIC_MAP)
 
 
 @torch.library.register_fake("pyfastpeft::quantize_4bit")
@@ -39,25 +43,21 @@ def _(codes: Tensor, n: int, k: int) -> Tensor:
 
 
 @torch.library.register_fake("pyfastpeft::linear_4bit")
-def _(x, codes, scale, zero, absmax2, offset, format, n, blocksize, bias, a, b, row_scale, scaling, seed, dropout):  # noqa: ANN001, ANN202
-    rank = 0 if a is None else a.shape[0]
+def _(x: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    n, lora_a = rest[5], rest[8]
+    rank = 0 if lora_a is None else lora_a.shape[0]
     return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], rank), dtype=torch.float32)
 
 
 @torch.library.register_fake("pyfastpeft::linear_4bit_backward")
-def _(
-    dy, codes, scale, zero, absmax2, offset, format, n, blocksize, a, b, row_scale, scaling, seed, dropout,
-    need_dx, need_ds,
-):  # noqa: ANN001, ANN202  # fmt: skip
-    m, k = dy.shape[0], codes.shape[1] // 8
-    rank = 0 if a is None else a.shape[0]
-    return (
-        dy.new_empty((m if need_dx else 0, k)),
-        dy.new_empty((m if rank else 0, rank), dtype=torch.float32),
-    )
+def _(dy: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lora_a, need_dx = rest[7], rest[-1]
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    dx = dy.new_empty((dy.shape[0] if need_dx else 0, codes.shape[1] // 8))
+    return dx, dy.new_empty((dy.shape[0], rank), dtype=torch.float32)
 
 
 @torch.library.register_fake("pyfastpeft::lora_backward")
-def _(dy, x, s, ds, row_scale, scaling, seed, dropout):  # noqa: ANN001, ANN202
+def _(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     r = s.shape[1]
     return x.new_empty((r, x.shape[1]), dtype=torch.float32), x.new_empty((dy.shape[1], r), dtype=torch.float32)

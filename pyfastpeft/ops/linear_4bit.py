@@ -129,7 +129,7 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
     if x.device != w.device:
         raise ValueError(f"x is on {x.device}; it must be on the device of w, {w.device}")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in _FLOATS):
-        raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be floating point of shape ({n},)")
+        raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be floating, shape ({n},)")
     return k, n
 
 
@@ -155,7 +155,7 @@ def _forward(backend: Backend, x: Tensor, bias: Tensor | None, branch: tuple, we
 
 class _Linear4bit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, a, b, row_scale, scaling, seed, dropout, backend, *weight):  # noqa: ANN001, ANN205
+    def forward(ctx, x, bias, a, b, row_scale, scaling, seed, dropout, backend, *weight):  # noqa: ANN001
         y, s = _forward(backend, x, bias, (a, b, row_scale, scaling, seed, dropout), weight)
         trains_lora = a is not None and (a.requires_grad or b.requires_grad)
         ctx.save_for_backward(
@@ -165,7 +165,7 @@ class _Linear4bit(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):  # noqa: ANN001, ANN205
+    def backward(ctx, dy):  # noqa: ANN001
         x, s, a, b, row_scale, seed, *held = ctx.saved_tensors
         scaling, dropout, backend, meta, x_dtype, bias_dtype = ctx.rest
         need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
@@ -175,9 +175,7 @@ class _Linear4bit(torch.autograd.Function):
             dx, da, db = reference.backward(dy, x, s, meta[0], *branch, need_x, need_a, need_b)
         else:
             dy = dy.to(x_dtype)
-            dx, ds = torch.ops.pyfastpeft.linear_4bit_backward.default(
-                dy, *held, *meta, *branch, need_x, need_a or need_b
-            )
+            dx, ds = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, *held, *meta, *branch, need_x)
             dx = dx if need_x else None
             da = db = None
             if need_a or need_b:

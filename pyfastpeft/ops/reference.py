@@ -1,4 +1,4 @@
-"""The operators in plain torch: the fallback on devices and shapes without a kernel, and what the kernels are held to."""
+"""The operators in plain torch: the fallback where there is no kernel, and what the kernels are held to."""
 
 from __future__ import annotations
 

@@ -1,0 +1,827 @@
+// The kernels, written once over the vocabulary `V` of an instruction set (avx512.h, avx2.cpp, neon.cpp, generic.cpp).
+//
+// V provides kLanes float lanes and: F (a vector of floats), C (a vector of 32-bit lanes of codes), T (a code table in
+// registers), load/store/set1/zero/add/mul/fma/max/abs, conversions, code loads and `decode<column>`.
+// Include inside the instruction set's own namespace; nothing here may use inline functions of the standard library,
+// which a linker could pick from a file compiled for another instruction set.
+//
+// A product has a broadcast side (PackedRows) and a vector side (panels):
+//   PackedRows  [block][row][kStride]            kBlock columns a block, row stride padded by 64 bytes
+//   panels      [block][group][step][vector][..] kGroupVecs vectors of lanes a group, kStep contraction steps side by
+//   side
+#include "kernels.h"
+
+// Arithmetic in float32: one column a step.
+struct F32 {
+  using Elem = float;
+  static constexpr int kStep = 1;
+  using W = V::F;
+  using Table = V::T;
+  static Table table(const float* t) { return V::table(t); }
+  template <int I>
+  static W decode(const Table& t, V::C codes) {
+    return V::decode<I>(t, codes);
+  }
+  static W load(const Elem* p) { return V::load(p); }
+  static V::F fma(V::F acc, W w, const Elem* x) { return V::fma(w, V::set1(*x), acc); }
+  using X = V::F;
+  static X broadcast(const Elem* x) { return V::set1(*x); }
+  static V::F fma(V::F acc, W w, X x) { return V::fma(w, x, acc); }
+  static void store_row(Elem* dst, V::F v) { V::store(dst, v); }
+  static void store_steps(Elem* dst, const V::F* columns) { V::store(dst, columns[0]); }
+};
+
+#ifdef PF_BF16
+// Arithmetic in pairs of bf16, accumulated in float32: two columns a step.
+struct BF16 {
+  using Elem = uint16_t;
+  static constexpr int kStep = 2;
+  using W = V::Pair;
+  using Table = V::PairTable;
+  static Table table(const float* t) { return V::pair_table(t); }
+  template <int I>
+  static W decode(const Table& t, V::C codes) {
+    return V::decode_pair<I>(t, codes);
+  }
+  static W load(const Elem* p) { return V::load_pair(p); }
+  using X = V::Pair;
+  static X broadcast(const Elem* x) { return V::broadcast_pair(x); }
+  static V::F fma(V::F acc, W w, X x) { return V::fma_pair(acc, w, x); }
+  static void store_row(Elem* dst, V::F v) { V::store_bf16(dst, v); }
+  static void store_steps(Elem* dst, const V::F* columns) { V::store_pair(dst, columns[0], columns[1]); }
+};
+#endif
+
+constexpr int kLanes = V::kLanes;
+constexpr int kTileVecs = kTile / kLanes;
+constexpr int kGroupTiles = V::kGroupVecs / kTileVecs;
+constexpr int kGroupLanes = V::kGroupVecs * kLanes;
+constexpr int kPanelTiles = 8;      // output tiles whose decoded block stays in L2 together
+constexpr int64_t kRowChunk = 512;  // rows whose float32 results stay in cache together
+constexpr int64_t kColumnChunk = 128;
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- elements -------------------------------------------------------------------------------------------------------
+
+inline V::F load_any(const char* p, int dtype) {
+  if (dtype == kFloat32) return V::load(reinterpret_cast<const float*>(p));
+  if (dtype == kBFloat16) return V::load_bf16(reinterpret_cast<const uint16_t*>(p));
+  return V::load_f16(reinterpret_cast<const uint16_t*>(p));
+}
+
+inline void store_any(char* p, int dtype, V::F v) {
+  if (dtype == kFloat32)
+    V::store(reinterpret_cast<float*>(p), v);
+  else if (dtype == kBFloat16)
+    V::store_bf16(reinterpret_cast<uint16_t*>(p), v);
+  else
+    V::store_f16(reinterpret_cast<uint16_t*>(p), v);
+}
+
+inline void copy_bytes(char* dst, const char* src, int64_t n) { __builtin_memcpy(dst, src, n); }
+
+void to_float(const void* src, int dtype, float* dst, int64_t n) {
+  const char* s = static_cast<const char*>(src);
+  const int size = dtype_size(dtype);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) V::store(dst + i, load_any(s + i * size, dtype));
+  if (i < n) {
+    alignas(64) char in[64] = {};
+    alignas(64) float out[kLanes];
+    copy_bytes(in, s + i * size, (n - i) * size);
+    V::store(out, load_any(in, dtype));
+    copy_bytes(reinterpret_cast<char*>(dst + i), reinterpret_cast<char*>(out), (n - i) * 4);
+  }
+}
+
+// n floats to `dtype`.
+inline void from_float(const float* src, char* dst, int dtype, int64_t n) {
+  const int size = dtype_size(dtype);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_any(dst + i * size, dtype, V::load(src + i));
+  if (i < n) {
+    alignas(64) float in[kLanes] = {};
+    alignas(64) char out[64];
+    copy_bytes(reinterpret_cast<char*>(in), reinterpret_cast<const char*>(src + i), (n - i) * 4);
+    store_any(out, dtype, V::load(in));
+    copy_bytes(dst + i * size, out, (n - i) * size);
+  }
+}
+
+// out[c][r] = m[row0 + r][col0 + c] as float32, both 16 wide, zero outside [nrows, ncols].
+inline void load_transposed(const Matrix& m, int64_t row0, int64_t nrows, int64_t col0, int64_t ncols, float* out) {
+  alignas(64) float rows[16 * 16];
+  const int size = dtype_size(m.dtype);
+  for (int r = 0; r < 16; ++r) {
+    if (r >= nrows || ncols < 16) __builtin_memset(rows + r * 16, 0, 64);
+    if (r < nrows) to_float(m.row(row0 + r) + col0 * size, m.dtype, rows + r * 16, ncols < 16 ? ncols : 16);
+  }
+  V::transpose16(rows, out);
+}
+
+// ---- dropout --------------------------------------------------------------------------------------------------------
+
+inline uint32_t mix32(uint32_t h) {
+  h ^= h >> 16;
+  h *= 0x7FEB352Du;
+  h ^= h >> 15;
+  h *= 0x846CA68Bu;
+  return h ^ (h >> 16);
+}
+
+// values[c] *= 0 or 1 / (1 - p) for columns col0 + c of `row`.
+inline void apply_dropout(const Dropout& d, int64_t row, int64_t col0, int64_t n, float* values) {
+  if (d.threshold == 0) return;
+  const uint32_t base =
+      mix32(static_cast<uint32_t>(row) + static_cast<uint32_t>(d.seed)) ^ static_cast<uint32_t>(d.seed >> 32);
+  const uint32_t first = static_cast<uint32_t>(col0);
+  for (int64_t c = 0; c < n; ++c) {
+    const uint32_t h = mix32((first + static_cast<uint32_t>(c)) * 0x9E3779B9u + base);
+    values[c] = h >= d.threshold ? values[c] * d.scale : 0.0f;
+  }
+}
+
+// ---- scales ---------------------------------------------------------------------------------------------------------
+
+// Float32 scales of a tile's segments [seg0, seg0 + n): where they lie, or decoded into `out` [n][16].
+inline const float* tile_scales(const Weight& w, int64_t tile, int64_t seg0, int64_t n, float* out) {
+  const int64_t at = (tile * w.segments() + seg0) * kTile;
+  if (w.scale != nullptr) return w.scale + at;
+  for (int lane = 0; lane < kTile; ++lane) {
+    const int64_t row = tile * kTile + lane;
+    for (int64_t s = 0; s < n; ++s) {
+      const int64_t block = (row * w.k + (seg0 + s) * w.segment) / w.blocksize;
+      const float product = row < w.n ? kDynamicMap[w.scale8[at + s * kTile + lane]] * w.scale2[block >> 8] : 0.0f;
+      out[s * kTile + lane] = row < w.n ? product + w.offset : 0.0f;
+    }
+  }
+  return out;
+}
+
+template <class A>
+struct Algorithm {
+  using E = typename A::Elem;
+  using F = V::F;
+  static constexpr int kStep = A::kStep;
+  static constexpr int kBlock = 512 / sizeof(E);
+  static constexpr int kStride = kBlock + 64 / sizeof(E);
+  static constexpr int64_t kGroupPanel = static_cast<int64_t>(kBlock) * kGroupLanes;  // elements of one group's block
+
+  static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
+    return ceil_div(cols, kBlock) * rows * kStride * sizeof(E);
+  }
+  static int64_t panels_bytes(int64_t lanes, int64_t contraction) {
+    return ceil_div(contraction, kBlock) * ceil_div(lanes, kGroupLanes) * kGroupPanel * sizeof(E);
+  }
+  static const E* packed_block(const PackedRows& x, int64_t block) {
+    return static_cast<const E*>(x.data) + block * x.rows * kStride;
+  }
+
+  // ---- packing ----
+
+  static void store_packed_row(const float* values, int64_t n, E* dst) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) A::store_row(dst + i, V::load(values + i));
+    if (i < n) {
+      alignas(64) float in[kLanes] = {};
+      copy_bytes(reinterpret_cast<char*>(in), reinterpret_cast<const char*>(values + i), (n - i) * 4);
+      A::store_row(dst + i, V::load(in));  // fits: a row has 64 bytes of padding
+    }
+  }
+
+  static void pack_rows(const Matrix& src, const float* factor, int64_t factor_ld, const Dropout& d, void* out,
+                        int64_t row0, int64_t row1) {
+    const bool same = src.dtype == (sizeof(E) == 4 ? kFloat32 : kBFloat16) && factor == nullptr && d.threshold == 0;
+    alignas(64) float values[kBlock];
+    for (int64_t block = 0; block * kBlock < src.cols; ++block) {
+      const int64_t col0 = block * kBlock, n = min64(kBlock, src.cols - col0);
+      for (int64_t r = row0; r < row1; ++r) {
+        E* dst = static_cast<E*>(out) + (block * src.rows + r) * kStride;
+        const char* from = src.row(r) + col0 * dtype_size(src.dtype);
+        if (same) {
+          copy_bytes(reinterpret_cast<char*>(dst), from, n * sizeof(E));
+          if (n % kStep) dst[n] = 0;
+          continue;
+        }
+        to_float(from, src.dtype, values, n);
+        if (factor != nullptr)
+          for (int64_t i = 0; i < n; ++i) values[i] *= factor[r * factor_ld + col0 + i];
+        apply_dropout(d, r, col0, n, values);
+        store_packed_row(values, n, dst);
+      }
+    }
+  }
+
+  static void pack_rows_t(const Matrix& src, const float* factor, int64_t factor_ld, void* out, int64_t col0,
+                          int64_t col1) {
+    alignas(64) float square[16 * 16];
+    for (int64_t r = 0; r < src.rows; r += 16) {
+      const int64_t nr = min64(16, src.rows - r), block = r / kBlock;
+      for (int64_t c = col0; c < col1; c += 16) {
+        const int64_t nc = min64(16, col1 - c);
+        load_transposed(src, r, nr, c, nc, square);
+        for (int64_t i = 0; i < nc; ++i) {
+          if (factor != nullptr)
+            for (int64_t j = 0; j < nr; ++j) square[i * 16 + j] *= factor[(r + j) * factor_ld + c + i];
+          E* dst = static_cast<E*>(out) + (block * src.cols + c + i) * kStride + r % kBlock;
+          for (int v = 0; v < kTileVecs; ++v) A::store_row(dst + v * kLanes, V::load(square + i * 16 + v * kLanes));
+        }
+      }
+    }
+  }
+
+  // Contraction columns [col0, col0 + n) of 16 rows of `src` as lanes, into vectors `vec..` of a panel of `vecs`
+  // vectors.
+  static void pack_lanes_t(const Matrix& src, int64_t row0, int64_t col0, int64_t n, E* panel, int vec, int vecs) {
+    alignas(64) float square[16 * 16];
+    for (int64_t c = 0; c < n; c += 16) {
+      const int64_t nc = min64(16, n - c);
+      load_transposed(src, row0, min64(16, src.rows - row0), col0 + c, nc, square);
+      for (int64_t i = 0; i < nc; i += kStep)
+        for (int v = 0; v < kTileVecs; ++v) {
+          F columns[kStep];
+          for (int s = 0; s < kStep; ++s) columns[s] = V::load(square + (i + s) * 16 + v * kLanes);
+          A::store_steps(panel + ((c + i) / kStep * vecs + vec + v) * kLanes * kStep, columns);
+        }
+    }
+  }
+
+  static void pack_panels_t(const Matrix& src, void* out, int64_t group0, int64_t group1) {
+    const int64_t groups = ceil_div(src.rows, kGroupLanes);
+    for (int64_t block = 0; block * kBlock < src.cols; ++block) {
+      const int64_t col0 = block * kBlock, n = min64(kBlock, src.cols - col0);
+      for (int64_t g = group0; g < group1; ++g) {
+        E* panel = static_cast<E*>(out) + (block * groups + g) * kGroupPanel;
+        for (int t = 0; t < kGroupTiles; ++t) {
+          const int64_t row0 = g * kGroupLanes + t * kTile;
+          pack_lanes_t(src, min64(row0, src.rows), col0, n, panel, t * kTileVecs, V::kGroupVecs);
+        }
+      }
+    }
+  }
+
+  // Rows [row0, row0 + n) of `src` as contraction, its columns [lane0, ..) as lanes of one group's panel.
+  static void pack_lanes(const Matrix& src, const Dropout& d, int64_t row0, int64_t n, int64_t lane0, E* panel) {
+    alignas(64) float values[kStep][kGroupLanes];
+    const int64_t lanes = min64(kGroupLanes, src.cols - lane0);
+    for (int64_t i = 0; i < n; i += kStep) {
+      for (int s = 0; s < kStep; ++s) {
+        if (i + s >= n || lanes < kGroupLanes) __builtin_memset(values[s], 0, sizeof(values[s]));
+        if (i + s >= n) continue;
+        to_float(src.row(row0 + i + s) + lane0 * dtype_size(src.dtype), src.dtype, values[s], lanes);
+        apply_dropout(d, row0 + i + s, lane0, lanes, values[s]);
+      }
+      for (int v = 0; v < V::kGroupVecs; ++v) {
+        F columns[kStep];
+        for (int s = 0; s < kStep; ++s) columns[s] = V::load(values[s] + v * kLanes);
+        A::store_steps(panel + (i / kStep * V::kGroupVecs + v) * kLanes * kStep, columns);
+      }
+    }
+  }
+
+  // ---- the product ----
+
+  // c[r][lane] += sum over steps of x[r] * panel: MR rows by NV vectors, held in registers.
+  template <int MR, int NV>
+  static void micro(const E* x, const E* panel, int64_t steps, float* c, int64_t ldc) {
+    F acc[MR][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = V::load(c + r * ldc + v * kLanes);
+    for (int64_t s = 0; s < steps; ++s, x += kStep, panel += NV * kLanes * kStep) {
+      typename A::W w[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) w[v] = A::load(panel + v * kLanes * kStep);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const typename A::X xb = A::broadcast(x + r * kStride);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = A::fma(acc[r][v], w[v], xb);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) V::store(c + r * ldc + v * kLanes, acc[r][v]);
+  }
+
+  using Micro = void (*)(const E*, const E*, int64_t, float*, int64_t);
+  template <int NV, int... R>
+  static Micro pick(int rows, IntList<R...>) {
+    static constexpr Micro kMicros[] = {micro<R + 1, NV>...};
+    return kMicros[rows - 1];
+  }
+  template <int NV>
+  static Micro pick(int rows) {
+    return pick<NV>(rows, MakeInts<V::kMicroRows>{});
+  }
+
+  // Runs `body(first row, rows)` over [0, rows) in even blocks of at most kMicroRows.
+  template <class Body>
+  static void row_blocks(int64_t rows, const Body& body) {
+    const int64_t blocks = ceil_div(rows, V::kMicroRows);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t r0 = rows * b / blocks, r1 = rows * (b + 1) / blocks;
+      body(r0, static_cast<int>(r1 - r0));
+    }
+  }
+
+  // c[rows][tiles * 16] += x rows * panels of `tiles` tiles, groups of kGroupTiles (the last may hold fewer).
+  static void multiply(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t tiles, float* c,
+                       int64_t ldc) {
+    const int64_t steps = ceil_div(contraction, kStep);
+    row_blocks(rows, [&](int64_t r0, int n) {
+      const Micro whole = pick<V::kGroupVecs>(n), single = pick<kTileVecs>(n);
+      for (int64_t t = 0; t < tiles; t += kGroupTiles) {
+        const Micro kernel = tiles - t >= kGroupTiles ? whole : single;
+        kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, c + r0 * ldc + t * kTile, ldc);
+      }
+    });
+  }
+
+  // ---- decoding ----
+
+  template <int... I>
+  static void decode_group(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst, int stride,
+                           IntList<I...>) {
+    const auto one = [&]<int S>() {
+      F columns[kStep];
+      columns[0] = V::mul(V::decode<S * kStep>(table, codes), scale);
+      if constexpr (kStep == 2) columns[kStep - 1] = V::mul(V::decode<S * kStep + kStep - 1>(table, codes), scale);
+      if (has_zero)
+        for (int s = 0; s < kStep; ++s) columns[s] = V::add(columns[s], zero);
+      A::store_steps(dst + S * stride, columns);
+    };
+    (one.template operator()<I>(), ...);
+  }
+
+  // Columns [col0, col0 + n) of a tile, dequantized, into vectors vec.. of a panel of `vecs` vectors.
+  static void decode_tile(const Weight& w, int64_t tile, int64_t col0, int64_t n, E* panel, int vec, int vecs) {
+    const V::T table = V::table(kTables[w.format]);
+    const int64_t seg0 = col0 / w.segment, segs = (col0 + n - 1) / w.segment - seg0 + 1;
+    alignas(64) float decoded[(kBlock / 32 + 1) * kTile];
+    const float* scales = tile_scales(w, tile, seg0, segs, decoded);
+    const float* zeros = w.zero == nullptr ? nullptr : w.zero + (tile * w.segments() + seg0) * kTile;
+    const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
+    for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64) {
+      const int64_t s = ((col0 + c) / w.segment - seg0) * kTile;
+      for (int v = 0; v < kTileVecs; ++v) {
+        const F zero = zeros == nullptr ? V::zero() : V::load(zeros + s + v * kLanes);
+        decode_group(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + s + v * kLanes), zero,
+                     zeros != nullptr, panel + (c / kStep * vecs + vec + v) * kLanes * kStep, vecs * kLanes * kStep,
+                     MakeInts<kGroupColumns / kStep>{});
+      }
+    }
+  }
+
+  template <int... I>
+  static void decode_columns(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst, IntList<I...>) {
+    const auto one = [&]<int C>() {
+      F value = V::mul(V::decode<C>(table, codes), scale);
+      if (has_zero) value = V::add(value, zero);
+      A::store_row(dst + C * kStride, value);
+    };
+    (one.template operator()<I>(), ...);
+  }
+
+  // Columns [col0, col0 + n) of tiles [tile0, tile1), as PackedRows: one row a column, contraction over output rows.
+  static void decode_transposed(const Weight& w, int64_t tile0, int64_t tile1, int64_t col0, int64_t n, E* rows) {
+    const V::T table = V::table(kTables[w.format]);
+    const int64_t seg0 = col0 / w.segment, segs = (col0 + n - 1) / w.segment - seg0 + 1;
+    alignas(64) float decoded[(kColumnChunk / 32 + 1) * kTile];
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      const float* scales = tile_scales(w, tile, seg0, segs, decoded);
+      const float* zeros = w.zero == nullptr ? nullptr : w.zero + (tile * w.segments() + seg0) * kTile;
+      const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
+      for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64) {
+        const int64_t s = ((col0 + c) / w.segment - seg0) * kTile;
+        for (int v = 0; v < kTileVecs; ++v) {
+          const F zero = zeros == nullptr ? V::zero() : V::load(zeros + s + v * kLanes);
+          decode_columns(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + s + v * kLanes), zero,
+                         zeros != nullptr, rows + c * kStride + (tile - tile0) * kTile + v * kLanes,
+                         MakeInts<kGroupColumns>{});
+        }
+      }
+    }
+  }
+
+  // ---- forward, few rows: decode in registers ----
+
+  // B of the branch for one tile as bt [R][16], zero past N.
+  static void transpose_b(const Matrix& b, int64_t tile, float* bt) {
+    const int64_t row0 = tile * kTile, nrows = min64(kTile, b.rows - row0);
+    for (int64_t r = 0; r < b.cols; r += 16) load_transposed(b, row0, nrows, r, min64(16, b.cols - r), bt + r * kTile);
+  }
+
+  template <int MB, int... I>
+  static void gemv_rows(const GemvArgs& g, int64_t row0, int64_t tile, const float* scales, const float* zeros,
+                        const float* bt, const typename A::Table& table, IntList<I...>) {
+    constexpr int kParts = MB == 1 ? 4 : MB == 2 ? 2 : 1;  // independent sums a row, to hide the latency of the FMA
+    const uint8_t* codes = g.w.codes + tile * g.w.k * (kTile / 2);
+    const E* x = static_cast<const E*>(g.x) + row0 * g.ldx;
+    F acc[MB][kTileVecs];
+    for (int m = 0; m < MB; ++m)
+      for (int v = 0; v < kTileVecs; ++v) acc[m][v] = V::zero();
+    const int64_t segments = g.w.segments(), groups = g.w.segment / kGroupColumns;
+    for (int64_t s = 0; s < segments; ++s) {
+      F part[MB][kTileVecs][kParts];
+#pragma GCC unroll 8
+      for (int m = 0; m < MB; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVecs; ++v)
+#pragma GCC unroll 4
+          for (int p = 0; p < kParts; ++p) part[m][v][p] = V::zero();
+      for (int64_t group = 0; group < groups; ++group, codes += 64, x += kGroupColumns) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVecs; ++v) {
+          const V::C c = V::load_codes(codes + v * kLanes * 4);
+          const auto one = [&]<int S>() {
+            const typename A::W w = A::template decode<S>(table, c);
+#pragma GCC unroll 8
+            for (int m = 0; m < MB; ++m)
+              part[m][v][S % kParts] = A::fma(part[m][v][S % kParts], w, A::broadcast(x + m * g.ldx + S * kStep));
+          };
+          (one.template operator()<I>(), ...);
+        }
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < MB; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVecs; ++v) {
+          F sum = part[m][v][0];
+          if constexpr (kParts == 2) sum = V::add(sum, part[m][v][1]);
+          if constexpr (kParts == 4) sum = V::add(V::add(sum, part[m][v][1]), V::add(part[m][v][2], part[m][v][3]));
+          acc[m][v] = V::fma(sum, V::load(scales + s * kTile + v * kLanes), acc[m][v]);
+          if (zeros != nullptr)
+            acc[m][v] =
+                V::fma(V::load(zeros + s * kTile + v * kLanes), V::set1(g.xsum[(row0 + m) * segments + s]), acc[m][v]);
+        }
+    }
+    const int64_t n0 = tile * kTile, lanes = min64(kTile, g.w.n - n0);
+    for (int m = 0; m < MB; ++m) {
+      alignas(64) float out[kTile];
+      for (int v = 0; v < kTileVecs; ++v) {
+        F sum = acc[m][v];
+        if (bt != nullptr)
+          for (int64_t r = 0; r < g.lora_b.cols; ++r)
+            sum = V::fma(V::load(bt + r * kTile + v * kLanes), V::set1(g.s[(row0 + m) * g.lora_b.cols + r]), sum);
+        V::store(out + v * kLanes, sum);
+      }
+      if (g.bias != nullptr)
+        for (int64_t i = 0; i < lanes; ++i) out[i] += g.bias[n0 + i];
+      from_float(out, static_cast<char*>(g.y) + ((row0 + m) * g.ldy + n0) * dtype_size(g.y_dtype), g.y_dtype, lanes);
+    }
+  }
+
+  static void gemv(const GemvArgs& g, int64_t tile0, int64_t tile1) {
+    const int64_t segments = g.w.segments();
+    const int64_t rank = g.s == nullptr ? 0 : g.lora_b.cols, padded_rank = ceil_div(rank, 16) * 16;
+    float* decoded = static_cast<float*>(scratch(0, (segments + padded_rank) * kTile * sizeof(float)));
+    float* bt = rank == 0 ? nullptr : decoded + segments * kTile;
+    const typename A::Table table = A::table(kTables[g.w.format]);
+    constexpr MakeInts<kGroupColumns / kStep> steps{};
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      const float* scales = tile_scales(g.w, tile, 0, segments, decoded);
+      const float* zeros = g.w.zero == nullptr ? nullptr : g.w.zero + tile * segments * kTile;
+      if (bt != nullptr) transpose_b(g.lora_b, tile, bt);
+      int64_t m = 0;
+      if constexpr (V::kGemvRows >= 8)
+        for (; m + 8 <= g.rows; m += 8) gemv_rows<8>(g, m, tile, scales, zeros, bt, table, steps);
+      if constexpr (V::kGemvRows >= 4)
+        for (; m + 4 <= g.rows; m += 4) gemv_rows<4>(g, m, tile, scales, zeros, bt, table, steps);
+      if constexpr (V::kGemvRows >= 2)
+        for (; m + 2 <= g.rows; m += 2) gemv_rows<2>(g, m, tile, scales, zeros, bt, table, steps);
+      for (; m < g.rows; ++m) gemv_rows<1>(g, m, tile, scales, zeros, bt, table, steps);
+    }
+  }
+
+  // ---- forward, many rows: decode a panel, then a dense product ----
+
+  static void gemm(const GemmArgs& g, int64_t tile0, int64_t tile1) {
+    const int64_t k = g.w.k, rank = g.lora_b.data == nullptr ? 0 : g.lora_b.cols;
+    const int64_t panel_bytes = kPanelTiles / kGroupTiles * kGroupPanel * sizeof(E);
+    E* panels = static_cast<E*>(scratch(0, panel_bytes));
+    float* c = static_cast<float*>(scratch(1, kRowChunk * kPanelTiles * kTile * sizeof(float)));
+    const auto panel_of = [&](int64_t t) { return panels + t / kGroupTiles * kGroupPanel; };
+    const auto vecs_of = [&](int64_t t, int64_t tiles) {
+      return tiles - t / kGroupTiles * kGroupTiles >= kGroupTiles ? V::kGroupVecs : kTileVecs;
+    };
+    const int64_t count = ceil_div(tile1 - tile0, kPanelTiles);
+    for (int64_t row0 = 0; row0 < g.x.rows; row0 += kRowChunk) {
+      const int64_t rows = min64(kRowChunk, g.x.rows - row0);
+      for (int64_t p = 0; p < count; ++p) {
+        // Even panels, of whole groups where that is possible.
+        const int64_t units = ceil_div(tile1 - tile0, kGroupTiles);
+        const int64_t t0 = tile0 + units * p / count * kGroupTiles;
+        const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
+        const int64_t tiles = t1 - t0, ldc = tiles * kTile, n0 = t0 * kTile, lanes = min64(ldc, g.w.n - n0);
+        for (int64_t r = 0; r < rows; ++r) {
+          __builtin_memset(c + r * ldc, 0, ldc * sizeof(float));
+          if (g.bias != nullptr)
+            copy_bytes(reinterpret_cast<char*>(c + r * ldc), reinterpret_cast<const char*>(g.bias + n0), lanes * 4);
+        }
+        for (int64_t col0 = 0; col0 < k; col0 += kBlock) {
+          const int64_t n = min64(kBlock, k - col0);
+          for (int64_t t = 0; t < tiles; ++t)
+            decode_tile(g.w, t0 + t, col0, n, panel_of(t), t % kGroupTiles * kTileVecs, vecs_of(t, tiles));
+          multiply(packed_block(g.x, col0 / kBlock) + row0 * kStride, rows, panels, n, tiles, c, ldc);
+        }
+        for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
+          const int64_t n = min64(kBlock, rank - col0);
+          for (int64_t t = 0; t < tiles; ++t)
+            pack_lanes_t(g.lora_b, (t0 + t) * kTile, col0, n, panel_of(t), t % kGroupTiles * kTileVecs,
+                         vecs_of(t, tiles));
+          multiply(packed_block(g.s, col0 / kBlock) + row0 * kStride, rows, panels, n, tiles, c, ldc);
+        }
+        const int size = dtype_size(g.y_dtype);
+        for (int64_t r = 0; r < rows; ++r)
+          from_float(c + r * ldc, static_cast<char*>(g.y) + ((row0 + r) * g.ldy + n0) * size, g.y_dtype, lanes);
+      }
+    }
+  }
+
+  // ---- backward ----
+
+  static void dx(const DxArgs& g, int64_t col0, int64_t col1) {
+    const int64_t groups = ceil_div(g.rows, kGroupLanes), rank = g.ds == nullptr ? 0 : g.lora_a.rows;
+    const int64_t chunk_groups = kRowChunk / kGroupLanes;
+    E* wt = static_cast<E*>(scratch(0, kColumnChunk * kStride * sizeof(E)));
+    float* c = static_cast<float*>(scratch(1, kColumnChunk * kRowChunk * sizeof(float)));
+    for (int64_t g0 = 0; g0 < groups; g0 += chunk_groups) {
+      const int64_t ngroups = min64(chunk_groups, groups - g0), ldc = ngroups * kGroupLanes;
+      const int64_t rows = min64(ldc, g.rows - g0 * kGroupLanes);
+      const auto accumulate = [&](const void* panels, int64_t block, int64_t contraction, int64_t cols) {
+        const E* p = static_cast<const E*>(panels) + (block * groups + g0) * kGroupPanel;
+        multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, ldc);
+      };
+      for (int64_t k0 = col0; k0 < col1; k0 += kColumnChunk) {
+        const int64_t cols = min64(kColumnChunk, col1 - k0);
+        __builtin_memset(c, 0, cols * ldc * sizeof(float));
+        for (int64_t r = 0; r < rank; r += kBlock) {
+          const int64_t n = min64(kBlock, rank - r);
+          Matrix part = g.lora_a;
+          part.data = g.lora_a.row(r);
+          part.rows = n;
+          Matrix shifted = part;  // its columns k0.. become rows 0..
+          shifted.data = static_cast<const char*>(part.data) + k0 * dtype_size(part.dtype);
+          shifted.cols = cols;
+          pack_rows_t(shifted, nullptr, 0, wt, 0, cols);
+          accumulate(g.ds, r / kBlock, n, cols);
+        }
+        if (rank != 0 && g.dropout.threshold != 0) drop_transposed(g.dropout, g0 * kGroupLanes, rows, k0, cols, c, ldc);
+        for (int64_t n0 = 0; n0 < g.w.tiles() * kTile; n0 += kBlock) {
+          const int64_t tile0 = n0 / kTile, tile1 = min64(g.w.tiles(), tile0 + kBlock / kTile);
+          decode_transposed(g.w, tile0, tile1, k0, cols, wt);
+          accumulate(g.dy, n0 / kBlock, min64((tile1 - tile0) * kTile, g.w.n - n0), cols);
+        }
+        store_transposed(c, ldc, cols, rows, g.dx, g.dx_dtype, g.lddx, g0 * kGroupLanes, k0);
+      }
+    }
+  }
+
+  // c[column][row] masked as element (row0 + row, col0 + column).
+  static void drop_transposed(const Dropout& d, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float* c,
+                              int64_t ldc) {
+    alignas(64) float factors[kColumnChunk];
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < cols; ++i) factors[i] = 1.0f;
+      apply_dropout(d, row0 + r, col0, cols, factors);
+      for (int64_t i = 0; i < cols; ++i) c[i * ldc + r] = factors[i] == 0.0f ? 0.0f : c[i * ldc + r] * factors[i];
+    }
+  }
+
+  // out[row0 + r][col0 + i] = c[i][r] in `dtype`.
+  static void store_transposed(const float* c, int64_t ldc, int64_t cols, int64_t rows, void* out, int dtype,
+                               int64_t ldout, int64_t row0, int64_t col0) {
+    alignas(64) float square[16 * 16];
+    const int size = dtype_size(dtype);
+    const Matrix m{c, kFloat32, cols, rows, ldc};
+    for (int64_t r = 0; r < rows; r += 16)
+      for (int64_t i = 0; i < cols; i += 16) {
+        const int64_t nr = min64(16, rows - r), ni = min64(16, cols - i);
+        load_transposed(m, i, ni, r, nr, square);
+        for (int64_t j = 0; j < nr; ++j)
+          from_float(square + j * 16, static_cast<char*>(out) + ((row0 + r + j) * ldout + col0 + i) * size, dtype, ni);
+      }
+  }
+
+  // ---- the branch's small products ----
+
+  static void rows_times_t(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1) {
+    const int64_t tiles = ceil_div(p.rows, kTile), ldc = tiles * kTile;
+    E* panels = static_cast<E*>(scratch(0, ceil_div(tiles, kGroupTiles) * kGroupPanel * sizeof(E)));
+    float* c = static_cast<float*>(scratch(1, (row1 - row0) * ldc * sizeof(float)));
+    __builtin_memset(c, 0, (row1 - row0) * ldc * sizeof(float));
+    for (int64_t col0 = 0; col0 < p.cols; col0 += kBlock) {
+      const int64_t n = min64(kBlock, p.cols - col0);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const bool whole = tiles - t / kGroupTiles * kGroupTiles >= kGroupTiles;
+        pack_lanes_t(p, t * kTile, col0, n, panels + t / kGroupTiles * kGroupPanel, t % kGroupTiles * kTileVecs,
+                     whole ? V::kGroupVecs : kTileVecs);
+      }
+      multiply(packed_block(x, col0 / kBlock) + row0 * kStride, row1 - row0, panels, n, tiles, c, ldc);
+    }
+    for (int64_t r = row0; r < row1; ++r)
+      copy_bytes(reinterpret_cast<char*>(out + r * p.rows), reinterpret_cast<char*>(c + (r - row0) * ldc), p.rows * 4);
+  }
+
+  static void rows_times(const PackedRows& x, const Matrix& p, const Dropout& d, float* out, bool transposed,
+                         int64_t row0, int64_t row1, int64_t lane0, int64_t lane1) {
+    E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
+    const int64_t rows = row1 - row0;
+    float* c = static_cast<float*>(scratch(1, rows * kGroupLanes * sizeof(float)));
+    for (int64_t lane = lane0; lane < lane1; lane += kGroupLanes) {
+      const int64_t lanes = min64(kGroupLanes, lane1 - lane);
+      __builtin_memset(c, 0, rows * kGroupLanes * sizeof(float));
+      for (int64_t i = 0; i < p.rows; i += kBlock) {
+        const int64_t n = min64(kBlock, p.rows - i);
+        pack_lanes(p, d, i, n, lane, panel);
+        multiply(packed_block(x, i / kBlock) + row0 * kStride, rows, panel, n, kGroupTiles, c, kGroupLanes);
+      }
+      if (transposed) {
+        store_transposed(c, kGroupLanes, rows, lanes, out, kFloat32, x.rows, lane, row0);
+      } else {
+        for (int64_t r = 0; r < rows; ++r)
+          copy_bytes(reinterpret_cast<char*>(out + (row0 + r) * p.cols + lane),
+                     reinterpret_cast<char*>(c + r * kGroupLanes), lanes * 4);
+      }
+    }
+  }
+
+  static Arithmetic table() {
+    return {kGroupLanes, packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t, pack_panels_t, gemv, gemm,
+            dx,          rows_times_t,      rows_times};
+  }
+};
+
+// ---- few rows of x times A ------------------------------------------------------------------------------------------
+
+template <int MB, int RB>
+void dot_block(const float* x, int64_t ldx, const Matrix& a, int64_t r0, float* s, int64_t lds) {
+  V::F acc[MB][RB];
+  for (int m = 0; m < MB; ++m)
+    for (int r = 0; r < RB; ++r) acc[m][r] = V::zero();
+  const int64_t whole = a.cols / kLanes * kLanes;
+  const int size = dtype_size(a.dtype);
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    V::F w[RB];
+#pragma GCC unroll 4
+    for (int r = 0; r < RB; ++r) w[r] = load_any(a.row(r0 + r) + k * size, a.dtype);
+#pragma GCC unroll 4
+    for (int m = 0; m < MB; ++m) {
+      const V::F xv = V::load(x + m * ldx + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < RB; ++r) acc[m][r] = V::fma(w[r], xv, acc[m][r]);
+    }
+  }
+  alignas(64) float tail[RB][kLanes];
+  for (int r = 0; r < RB; ++r) to_float(a.row(r0 + r) + whole * size, a.dtype, tail[r], a.cols - whole);
+  for (int m = 0; m < MB; ++m)
+    for (int r = 0; r < RB; ++r) {
+      float sum = V::reduce(acc[m][r]);
+      for (int64_t k = whole; k < a.cols; ++k) sum += tail[r][k - whole] * x[m * ldx + k];
+      s[m * lds + r0 + r] = sum;
+    }
+}
+
+template <int MB>
+void dot_rows(const float* x, int64_t ldx, const Matrix& a, float* s, int64_t r0, int64_t r1) {
+  int64_t r = r0;
+  for (; r + 4 <= r1; r += 4) dot_block<MB, 4>(x, ldx, a, r, s, a.rows);
+  for (; r < r1; ++r) dot_block<MB, 1>(x, ldx, a, r, s, a.rows);
+}
+
+void dots(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) dot_rows<4>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
+  for (; m < rows; ++m) dot_rows<1>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
+}
+
+void segment_sums(const float* x, int64_t segment, int64_t segments, float* out) {
+  for (int64_t s = 0; s < segments; ++s) {
+    V::F sum = V::zero();
+    for (int64_t i = 0; i < segment; i += kLanes) sum = V::add(sum, V::load(x + s * segment + i));
+    out[s] = V::reduce(sum);
+  }
+}
+
+// ---- quantize and dequantize, the `rows` layout
+// -----------------------------------------------------------------------
+
+// Nibbles of n codes (one a byte), the first in the high half; an odd last one is paired with `pad`.
+inline void pack_nibbles(const uint8_t* codes, int64_t n, uint8_t pad, uint8_t* out) {
+  for (int64_t i = 0; i < n / 2; ++i) out[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
+  if (n % 2) out[n / 2] = static_cast<uint8_t>(codes[n - 1] << 4 | pad);
+}
+
+// The quantizer's sorted codebook: 15 midpoints and the code of each rank.
+struct Codebook {
+  alignas(64) float midpoints[16];
+  alignas(64) int32_t order[16];
+  explicit Codebook(const float* table) {
+    for (int i = 0; i < 16; ++i) {
+      int rank = 0;  // FP4 holds 0 and -0: equal values keep their order
+      for (int j = 0; j < 16; ++j) rank += table[j] < table[i] || (table[j] == table[i] && j < i);
+      order[rank] = i;
+    }
+    for (int i = 0; i < 15; ++i) midpoints[i] = (table[order[i]] + table[order[i + 1]]) / 2;
+    midpoints[15] = __builtin_inff();
+  }
+};
+
+constexpr int64_t kQuantizeStrip = 4096;
+
+void quantize(const void* src, int dtype, int64_t n, int format, int64_t blocksize, uint8_t* codes, float* scale,
+              float* zero, int64_t block0, int64_t block1) {
+  const Codebook book(kTables[format]);
+  const typename V::Search search(book.midpoints, book.order);
+  alignas(64) float values[kQuantizeStrip + 16];
+  alignas(64) uint8_t out[kQuantizeStrip + 64];
+  for (int64_t block = block0; block < block1; ++block) {
+    const int64_t at = block * blocksize, count = min64(blocksize, n - at);
+    to_float(static_cast<const char*>(src) + at * dtype_size(dtype), dtype, values, count);
+    const int64_t padded = ceil_div(count, kLanes) * kLanes;
+    for (int64_t i = count; i < padded; ++i) values[i] = values[count - 1];
+    uint8_t pad = 0;
+    if (format == kINT4) {
+      V::F low = V::load(values), high = low, sum = V::zero();
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const V::F v = V::load(values + i);
+        low = V::min(low, v);
+        high = V::max(high, v);
+        sum = V::add(sum, V::mul(v, V::zero()));  // NaN when any value is NaN or infinite
+      }
+      float lo = V::reduce_min(low), hi = V::reduce_max(high);
+      const float poison = V::reduce(sum);
+      if (poison != poison)  // a NaN, or an infinity whose sign min and max keep
+        for (int64_t i = 0; i < count; ++i)
+          if (values[i] != values[i]) lo = hi = values[i];
+      const float step = (hi - lo) / 15.0f, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+      V::round_codes(values, padded, lo, inverse, out);
+      scale[block] = step;
+      zero[block] = lo;
+    } else {
+      V::F most = V::zero();
+      bool nan = false;
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const V::F v = V::load(values + i);
+        most = V::max(most, V::abs(v));
+        nan |= V::any_nan(v);
+      }
+      float absmax = nan ? __builtin_nanf("") : V::reduce_max(most);
+      const bool tail = count < blocksize;
+      const float least = absmax < 1e-38f ? 1e-38f : absmax;
+      if (tail) absmax = least;
+      // bitsandbytes divides in the short last block and multiplies by the reciprocal elsewhere.
+      const V::F by = V::set1(tail ? least : 1.0f / least);
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const V::F v = V::load(values + i);
+        search.codes(tail ? V::div(v, by) : V::mul(v, by), out + i);
+      }
+      scale[block] = absmax;
+      pad = format == kNF4 ? 7 : 0;
+    }
+    pack_nibbles(out, count, pad, codes + at / 2);
+  }
+}
+
+void dequantize(const uint8_t* codes, const float* scale, const float* zero, int64_t n, int format, int64_t blocksize,
+                void* dst, int dtype, int64_t block0, int64_t block1) {
+  const V::T table = V::table(kTables[format]);
+  const int size = dtype_size(dtype);
+  for (int64_t block = block0; block < block1; ++block) {
+    const int64_t at = block * blocksize, count = min64(blocksize, n - at);
+    const V::F s = V::set1(scale[block]), z = V::set1(zero == nullptr ? 0.0f : zero[block]);
+    char* out = static_cast<char*>(dst) + at * size;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      V::F v = V::mul(V::decode_bytes(table, codes + (at + i) / 2), s);
+      if (zero != nullptr) v = V::add(v, z);
+      store_any(out + i * size, dtype, v);
+    }
+    for (; i < count; ++i) {
+      const int byte = codes[(at + i) / 2];
+      float v = kTables[format][i % 2 ? byte & 15 : byte >> 4] * scale[block];
+      if (zero != nullptr) v += zero[block];
+      from_float(&v, out + i * size, dtype, 1);
+    }
+  }
+}
+
+Kernels make_kernels(const char* name) {
+  Kernels kernels{};
+  kernels.name = name;
+  kernels.f32 = Algorithm<F32>::table();
+#ifdef PF_BF16
+  kernels.bf16 = Algorithm<BF16>::table();
+#endif
+  kernels.dots = dots;
+  kernels.to_float = to_float;
+  kernels.segment_sums = segment_sums;
+  kernels.quantize = quantize;
+  kernels.dequantize = dequantize;
+  return kernels;
+}

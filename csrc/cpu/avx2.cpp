@@ -1,0 +1,141 @@
+// AVX2 with FMA and F16C.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace pf::avx2 {
+
+struct V {
+  static constexpr int kLanes = 8;
+  static constexpr int kGroupVecs = 2;  // 6 x 2 accumulators, 2 vectors of weights, 1 broadcast: 15 of 16 registers
+  static constexpr int kMicroRows = 6;
+  static constexpr int kGemvRows = 2;
+  using F = __m256;
+  using C = __m256i;
+  struct T {
+    __m256 low, high;
+  };
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float v) { return _mm256_set1_ps(v); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static bool any_nan(F a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
+  static float reduce(F a) {
+    alignas(32) float v[8];
+    _mm256_store_ps(v, a);
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+  }
+  static float reduce_min(F a) {
+    alignas(32) float v[8];
+    _mm256_store_ps(v, a);
+    float least = v[0];
+    for (float f : v) least = f < least ? f : least;
+    return least;
+  }
+  static float reduce_max(F a) {
+    alignas(32) float v[8];
+    _mm256_store_ps(v, a);
+    float most = v[0];
+    for (float f : v) most = f > most ? f : most;
+    return most;
+  }
+
+  static F load_bf16(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store_f16(uint16_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_bf16(uint16_t* p, F v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+
+  static T table(const float* t) { return {_mm256_loadu_ps(t), _mm256_loadu_ps(t + 8)}; }
+  static C load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  // vpermps reads three bits of an index; bit 3, moved to the sign, chooses the half of the table.
+  static F lookup(const T& t, __m256i index, __m256i sign) {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index),
+                            _mm256_castsi256_ps(sign));
+  }
+  template <int K>
+  static F decode(const T& t, C codes) {
+    constexpr int kShift = K % 2 * 16 + K / 2 * 4;
+    return lookup(t, _mm256_srli_epi32(codes, kShift), _mm256_slli_epi32(codes, 28 - kShift));
+  }
+  static F decode_bytes(const T& t, const uint8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    const __m128i bytes = _mm_cvtsi32_si128(four);
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes));
+    return lookup(t, index, _mm256_slli_epi32(index, 28));
+  }
+
+  static void transpose16(const float* in, float* out) {
+    for (int i = 0; i < 16; i += 8)
+      for (int j = 0; j < 16; j += 8) transpose8(in + i * 16 + j, out + j * 16 + i);
+  }
+  static void transpose8(const float* in, float* out) {
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(in + i * 16);
+    for (int i = 0; i < 8; i += 4) {
+      const __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
+      const __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+      t[i] = _mm256_shuffle_ps(a, c, 0x44);
+      t[i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
+      t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      t[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(out + i * 16, _mm256_permute2f128_ps(t[i], t[i + 4], 0x20));
+      _mm256_storeu_ps(out + (i + 4) * 16, _mm256_permute2f128_ps(t[i], t[i + 4], 0x31));
+    }
+  }
+
+  struct Search {
+    const float* midpoints;
+    const int32_t* order;
+    Search(const float* mid, const int32_t* ord) : midpoints(mid), order(ord) {}
+    void codes(F v, uint8_t* out) const {
+      __m256i rank = _mm256_setzero_si256();
+      for (int i = 0; i < 15; ++i)
+        rank = _mm256_sub_epi32(rank, _mm256_castps_si256(_mm256_cmp_ps(v, set1(midpoints[i]), _CMP_NLE_UQ)));
+      alignas(32) int32_t ranks[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(ranks), rank);
+      for (int i = 0; i < 8; ++i) out[i] = static_cast<uint8_t>(order[ranks[i]]);
+    }
+  };
+
+  static void round_codes(const float* values, int64_t n, float low, float inverse, uint8_t* out) {
+    for (int64_t i = 0; i < n; i += 8) {
+      F v = mul(_mm256_sub_ps(load(values + i), set1(low)), set1(inverse));
+      v = min(max(v, zero()), set1(15.0f));
+      alignas(32) int32_t codes[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_cvtps_epi32(v));
+      for (int j = 0; j < 8; ++j) out[i + j] = static_cast<uint8_t>(codes[j]);
+    }
+  }
+};
+
+#include "algorithm.h"
+}  // namespace pf::avx2
+
+namespace pf {
+Kernels avx2_kernels() { return avx2::make_kernels("avx2"); }
+}  // namespace pf

@@ -1,0 +1,13 @@
+// AVX-512 without bf16 products.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace pf::avx512 {
+#include "algorithm.h"
+#include "avx512.h"
+}  // namespace pf::avx512
+
+namespace pf {
+Kernels avx512_kernels() { return avx512::make_kernels("avx512"); }
+}  // namespace pf

@@ -1,0 +1,143 @@
+// AVX-512 vocabulary (F, BW, VL, DQ; with PF_BF16 also BF16). Included by avx512.cpp and avx512_bf16.cpp, each in a
+// namespace of its own, after <immintrin.h>.
+
+struct V {
+  static constexpr int kLanes = 16;
+  static constexpr int kGroupVecs = 2;  // 12 x 2 accumulators, 2 vectors of weights, 1 broadcast: 27 of 32 registers
+  static constexpr int kMicroRows = 12;
+  static constexpr int kGemvRows = 8;
+  using F = __m512;
+  using C = __m512i;
+  using T = __m512;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+  static float reduce(F a) { return _mm512_reduce_add_ps(a); }
+  static float reduce_min(F a) { return _mm512_reduce_min_ps(a); }
+  static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+
+  static F load_bf16(const uint16_t* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_f16(uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // Round to nearest even in integers: vcvtneps2bf16 would flush subnormals. NaN stays a (quiet) NaN.
+  static __m512i bf16_bits(F v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  }
+  static void store_bf16(uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(v), 16)));
+  }
+
+  static T table(const float* t) { return _mm512_loadu_ps(t); }
+  static C load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  // vpermps reads only the low four bits of an index.
+  template <int K>
+  static F decode(T t, C codes) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, K % 2 * 16 + K / 2 * 4), t);
+  }
+  // 16 values from 8 bytes, high nibble first.
+  static F decode_bytes(T t, const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i twice = _mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes);
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(twice), t);
+  }
+
+#ifdef PF_BF16
+  using Pair = __m512bh;
+  using PairTable = __m512i;
+  static PairTable pair_table(const float* t) {
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(t));
+    return _mm512_broadcast_i64x4(half);
+  }
+  // vpermw reads only the low five bits of an index: the table holds the 16 codes twice, so bit 4 does not matter.
+  template <int I>
+  static Pair decode_pair(PairTable t, C codes) {
+    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * I), t);
+  }
+  static Pair load_pair(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Pair broadcast_pair(const uint16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, 4);
+    return (__m512bh)_mm512_set1_epi32(both);
+  }
+  static F fma_pair(F acc, Pair w, Pair x) { return _mm512_dpbf16_ps(acc, w, x); }
+  // Lane i of `even` and of `odd` side by side.
+  static void store_pair(uint16_t* p, F even, F odd) {
+    const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+    const __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+    _mm512_storeu_si512(p, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+  }
+#endif
+
+  // out[c][r] = in[r][c], 16 by 16: 4x4 blocks within 128-bit lanes, then the lanes themselves.
+  static void transpose16(const float* in, float* out) {
+    __m512 r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * 16);
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      const __m512 a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
+      const __m512 c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+      t[i] = _mm512_shuffle_ps(a, c, 0x44);
+      t[i + 1] = _mm512_shuffle_ps(a, c, 0xEE);
+      t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+      t[i + 3] = _mm512_shuffle_ps(b, d, 0xEE);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xDD);
+      const __m512 c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88),
+                   d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xDD);
+      _mm512_storeu_ps(out + i * 16, _mm512_shuffle_f32x4(a, c, 0x88));
+      _mm512_storeu_ps(out + (i + 8) * 16, _mm512_shuffle_f32x4(a, c, 0xDD));
+      _mm512_storeu_ps(out + (i + 4) * 16, _mm512_shuffle_f32x4(b, d, 0x88));
+      _mm512_storeu_ps(out + (i + 12) * 16, _mm512_shuffle_f32x4(b, d, 0xDD));
+    }
+  }
+
+  // Nearest code by binary search over sorted midpoints; NaN takes the last rank.
+  struct Search {
+    F midpoints;
+    __m512i order;
+    Search(const float* mid, const int32_t* ord) : midpoints(_mm512_load_ps(mid)), order(_mm512_load_si512(ord)) {}
+    void codes(F v, uint8_t* out) const {
+      __m512i rank = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (int step = 8; step > 0; step /= 2) {
+        const F mid = _mm512_permutexvar_ps(_mm512_add_epi32(rank, _mm512_set1_epi32(step - 1)), midpoints);
+        rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(v, mid, _CMP_NLE_UQ), rank, _mm512_set1_epi32(step));
+      }
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(rank, order)));
+    }
+  };
+
+  // Codes round((v - low) * inverse) in 0..15, NaN to 0.
+  static void round_codes(const float* values, int64_t n, float low, float inverse, uint8_t* out) {
+    for (int64_t i = 0; i < n; i += 16) {
+      F v = mul(_mm512_sub_ps(load(values + i), set1(low)), set1(inverse));
+      v = min(max(v, zero()), set1(15.0f));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+    }
+  }
+};

@@ -1,0 +1,14 @@
+// AVX-512 with bf16 products.
+#include <immintrin.h>
+
+#include "kernels.h"
+#define PF_BF16
+
+namespace pf::avx512_bf16 {
+#include "algorithm.h"
+#include "avx512.h"
+}  // namespace pf::avx512_bf16
+
+namespace pf {
+Kernels avx512_bf16_kernels() { return avx512_bf16::make_kernels("avx512_bf16"); }
+}  // namespace pf

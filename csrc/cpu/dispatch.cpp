@@ -1,0 +1,111 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace pf {
+
+// NF4: Dettmers et al. 2023 (QLoRA), appendix E. FP4 in bit-pattern order, already divided by 12. INT4: the code
+// itself.
+extern const float kTables[3][16] = {
+    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+    {0.0f, 0.0625f / 12, 8.0f / 12, 12.0f / 12, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12, -0.0f, -0.0625f / 12,
+     -8.0f / 12, -12.0f / 12, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+};
+
+float kDynamicMap[256];  // set from Python, which owns the table: see set_dynamic_map in ops.cpp
+
+Kernels generic_kernels();
+#if defined(__x86_64__)
+Kernels avx2_kernels();
+Kernels avx512_kernels();
+Kernels avx512_bf16_kernels();
+#elif defined(__aarch64__)
+Kernels neon_kernels();
+#endif
+
+namespace {
+
+constexpr int kMaxIsas = 5;
+
+struct Registry {
+  Kernels kernels[kMaxIsas];
+  const char* names[kMaxIsas + 1] = {};
+  int count = 0;
+  std::atomic<const Kernels*> active{nullptr};
+
+  void add(const Kernels& k) {
+    kernels[count] = k;
+    names[count++] = k.name;
+  }
+
+  const Kernels* find(const char* name) const {
+    for (int i = 0; i < count; ++i)
+      if (std::strcmp(names[i], name) == 0) return &kernels[i];
+    return nullptr;
+  }
+
+  Registry() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(avx512_bf16_kernels());
+    if (avx512) add(avx512_kernels());
+    if (avx2) add(avx2_kernels());
+#elif defined(__aarch64__)
+    add(neon_kernels());
+#endif
+    add(generic_kernels());
+    const char* forced = std::getenv("PYFASTPEFT_CPU_ISA");
+    active = forced == nullptr || *forced == 0 ? &kernels[0] : find(forced);
+  }
+};
+
+Registry& registry() {
+  static Registry r;
+  return r;
+}
+
+struct Scratch {
+  static constexpr int kSlots = 8;
+  void* data[kSlots] = {};
+  int64_t size[kSlots] = {};
+  ~Scratch() {
+    for (void* p : data) std::free(p);
+  }
+};
+
+}  // namespace
+
+const char* const* available_isas() { return registry().names; }
+const Kernels* kernels() { return registry().active.load(std::memory_order_relaxed); }
+
+bool set_isa(const char* name) {
+  const Kernels* found = registry().find(name);
+  if (found != nullptr) registry().active.store(found);
+  return found != nullptr;
+}
+
+void* scratch(int slot, int64_t bytes) {
+  thread_local Scratch s;
+  if (s.size[slot] < bytes) {
+    std::free(s.data[slot]);
+    s.size[slot] = (bytes + 4095) / 4096 * 4096;
+    s.data[slot] = std::aligned_alloc(4096, s.size[slot]);
+    if (s.data[slot] == nullptr) {
+      s.size[slot] = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return s.data[slot];
+}
+
+}  // namespace pf

@@ -1,0 +1,16 @@
+// The choice of instruction set: made once, from the CPU and PYFASTPEFT_CPU_ISA; can be changed by name.
+#pragma once
+#include "kernels.h"
+
+namespace pf {
+
+// Names this build and this CPU can run, best first; ends with null.
+const char* const* available_isas();
+// The kernels in use. Null when PYFASTPEFT_CPU_ISA names something this machine cannot run (see isa_error).
+const Kernels* kernels();
+// Returns false, and changes nothing, when `name` is not available.
+bool set_isa(const char* name);
+// Rows up to which the few-rows kernel is used.
+constexpr int64_t kFewRows = 16;
+
+}  // namespace pf

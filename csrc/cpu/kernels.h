@@ -1,0 +1,99 @@
+// The interface of an instruction set: a table of kernels. Kernels do no threading and no dispatch; each computes the
+// part of the output it is asked for, so the caller decides how work is split.
+#pragma once
+#include "weight.h"
+
+namespace pf {
+
+// The dropout of the LoRA branch: element (row, column) survives when a hash of its place and `seed` is at least
+// `threshold` (= p * 2^32). Off when threshold is 0.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+  float scale = 1.0f;  // 1 / (1 - p)
+};
+
+// Broadcast-side operand of a product: rows in the arithmetic's element type, in blocks of `kBlock` columns:
+// [block][row][row stride]. See Layout in algorithm.h.
+struct PackedRows {
+  const void* data = nullptr;
+  int64_t rows = 0, cols = 0;
+};
+
+struct GemvArgs {  // y[m, tile rows] for rows <= 16
+  Weight w;
+  const void* x;  // [rows, K] in the arithmetic's element type, contiguous columns
+  int64_t ldx, rows;
+  const float* xsum;  // [rows, segments] sums of x over each segment, or null (formats without a zero)
+  const float* bias;  // [N] or null
+  const float* s;     // [rows, R] scaled, or null
+  Matrix lora_b;      // [N, R]
+  void* y;            // [rows, N]
+  int y_dtype;
+  int64_t ldy;
+};
+
+struct GemmArgs {  // y = x * W^T + s * B^T + bias
+  Weight w;
+  PackedRows x, s;
+  Matrix lora_b;  // [N, R]; data null without a branch
+  const float* bias;
+  void* y;
+  int y_dtype;
+  int64_t ldy;
+};
+
+struct DxArgs {  // dx = dy * W + ds * A
+  Weight w;
+  const void* dy;  // panels of dy, from pack_panels_t: lanes are rows, contraction over N
+  const void* ds;  // panels of ds: lanes are rows, contraction over R; null without a branch
+  Matrix lora_a;   // [R, K]
+  int64_t rows;
+  Dropout dropout;  // applied to the branch's part
+  void* dx;         // [rows, K]
+  int dx_dtype;
+  int64_t lddx;
+};
+
+// One arithmetic: float32 FMA, or bf16 pairs into float32.
+struct Arithmetic {
+  int64_t group_lanes;  // lanes of a panel
+  int64_t (*packed_rows_bytes)(int64_t rows, int64_t cols);
+  int64_t (*panels_bytes)(int64_t lanes, int64_t contraction);
+  // Rows [row0, row1) of `src` into PackedRows of `src.rows` rows, times `factor` [rows or 1, cols] when not null.
+  void (*pack_rows)(const Matrix& src, const float* factor, int64_t factor_ld, const Dropout&, void* dst, int64_t row0,
+                    int64_t row1);
+  // The transpose of `src` into PackedRows: its columns [col0, col1) become rows.
+  void (*pack_rows_t)(const Matrix& src, const float* factor, int64_t factor_ld, void* dst, int64_t col0, int64_t col1);
+  // Vector-side operand with lanes = rows of `src` (contraction contiguous): lane groups [group0, group1).
+  void (*pack_panels_t)(const Matrix& src, void* dst, int64_t group0, int64_t group1);
+  void (*gemv)(const GemvArgs&, int64_t tile0, int64_t tile1);
+  void (*gemm)(const GemmArgs&, int64_t tile0, int64_t tile1);
+  void (*dx)(const DxArgs&, int64_t col0, int64_t col1);
+  // out [rows, lanes] float32 = x * p^T for a plain matrix p [lanes, contraction]: rows [row0, row1).
+  void (*rows_times_t)(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1);
+  // out [rows, lanes] float32 = x * p for a plain matrix p [contraction, lanes]: lanes [lane0, lane1), optionally
+  // stored transposed as [lanes, rows], with dropout on p.
+  void (*rows_times)(const PackedRows& x, const Matrix& p, const Dropout&, float* out, bool transposed, int64_t row0,
+                     int64_t row1, int64_t lane0, int64_t lane1);
+};
+
+struct Kernels {
+  const char* name;
+  Arithmetic f32;
+  Arithmetic bf16;  // gemv null where the instruction set has no bf16 products
+  // s[m, r] = x[m] . a[r] for few rows; x float32 [rows, K].
+  void (*dots)(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1);
+  void (*to_float)(const void* src, int dtype, float* dst, int64_t n);
+  void (*segment_sums)(const float* x, int64_t segment, int64_t segments, float* out);
+  // Blocks [block0, block1) of a flat tensor of n elements.
+  void (*quantize)(const void* src, int dtype, int64_t n, int format, int64_t blocksize, uint8_t* codes, float* scale,
+                   float* zero, int64_t block0, int64_t block1);
+  void (*dequantize)(const uint8_t* codes, const float* scale, const float* zero, int64_t n, int format,
+                     int64_t blocksize, void* dst, int dtype, int64_t block0, int64_t block1);
+};
+
+// Grow-only scratch of the calling thread, 64-byte aligned; `slot` keeps concurrent uses apart.
+void* scratch(int slot, int64_t bytes);
+
+}  // namespace pf

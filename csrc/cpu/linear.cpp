@@ -1,0 +1,216 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "dispatch.h"
+
+namespace pf {
+namespace {
+
+// Scratch slots of the calling thread; kernels use 0 and 1.
+enum Slot { kSlotX = 2, kSlotDropped, kSlotS, kSlotFactor, kSlotDy, kSlotDs };
+
+// Work, in multiply-adds, below which a second thread costs more than it brings.
+constexpr int64_t kThreadWork = int64_t{1} << 19;
+constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple of
+
+template <class Body>
+void run(ParallelFor parallel, int64_t n, int64_t grain, const Body& body) {
+  parallel(n, std::max<int64_t>(grain, 1), const_cast<Body*>(&body),
+           [](void* ctx, int64_t b, int64_t e) { (*static_cast<const Body*>(ctx))(b, e); });
+}
+
+int64_t grain_of(int64_t work_per_item) { return kThreadWork / std::max<int64_t>(work_per_item, 1); }
+
+const Arithmetic& arithmetic_for(const Kernels& k, int dtype) {
+  return dtype == kBFloat16 && k.bf16.gemv != nullptr ? k.bf16 : k.f32;
+}
+
+// scaling * row_scale, as [R] (ld 0) or [rows, R] (ld R).
+const float* branch_factor(const Branch& branch, int64_t rows, int64_t rank) {
+  const int64_t count = branch.row_scale_ld == 0 ? rank : rows * rank;
+  float* factor = static_cast<float*>(scratch(kSlotFactor, std::max<int64_t>(count, 1) * sizeof(float)));
+  for (int64_t i = 0; i < count; ++i)
+    factor[i] = branch.row_scale == nullptr ? branch.scaling : branch.scaling * branch.row_scale[i];
+  return factor;
+}
+
+PackedRows pack_rows(const Arithmetic& arith, const Matrix& m, const float* factor, int64_t factor_ld,
+                     const Dropout& dropout, Slot slot, ParallelFor parallel) {
+  void* out = scratch(slot, arith.packed_rows_bytes(m.rows, m.cols));
+  run(parallel, m.rows, grain_of(m.cols * 4),
+      [&](int64_t r0, int64_t r1) { arith.pack_rows(m, factor, factor_ld, dropout, out, r0, r1); });
+  return {out, m.rows, m.cols};
+}
+
+const void* pack_panels(const Arithmetic& arith, const Matrix& m, Slot slot, ParallelFor parallel) {
+  void* out = scratch(slot, arith.panels_bytes(m.rows, m.cols));
+  const int64_t lanes = arith.group_lanes;
+  run(parallel, (m.rows + lanes - 1) / lanes, grain_of(m.cols * lanes * 4),
+      [&](int64_t g0, int64_t g1) { arith.pack_panels_t(m, out, g0, g1); });
+  return out;
+}
+
+void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
+                      void* y, int y_dtype, float* s, ParallelFor parallel) {
+  const Arithmetic& arith = arithmetic_for(k, x.dtype);
+  const int64_t rank = branch.rank();
+  GemvArgs args{w, x.data, x.ld, x.rows, nullptr, bias, nullptr, branch.b, y, y_dtype, w.n};
+  const bool converts = &arith == &k.f32 && x.dtype != kFloat32;
+  const float* xf = static_cast<const float*>(x.data);
+  int64_t ldxf = x.ld;
+  if (x.dtype != kFloat32 && (converts || rank > 0 || w.zero != nullptr)) {
+    float* out = static_cast<float*>(scratch(kSlotX, x.rows * x.cols * sizeof(float)));
+    for (int64_t r = 0; r < x.rows; ++r) k.to_float(x.row(r), x.dtype, out + r * x.cols, x.cols);
+    xf = out;
+    ldxf = x.cols;
+  }
+  if (converts) {
+    args.x = xf;
+    args.ldx = ldxf;
+  }
+  if (w.zero != nullptr) {
+    float* sums = static_cast<float*>(scratch(kSlotDropped, x.rows * w.segments() * sizeof(float)));
+    for (int64_t r = 0; r < x.rows; ++r)
+      k.segment_sums(xf + r * ldxf, w.segment, w.segments(), sums + r * w.segments());
+    args.xsum = sums;
+  }
+  if (rank > 0) {
+    run(parallel, rank, grain_of(x.cols * 4),
+        [&](int64_t r0, int64_t r1) { k.dots(xf, ldxf, x.rows, branch.a, s, r0, r1); });
+    const float* factor = branch_factor(branch, x.rows, rank);
+    float* scaled = static_cast<float*>(scratch(kSlotS, x.rows * rank * sizeof(float)));
+    for (int64_t r = 0; r < x.rows; ++r)
+      for (int64_t i = 0; i < rank; ++i) scaled[r * rank + i] = s[r * rank + i] * factor[r * branch.row_scale_ld + i];
+    args.s = scaled;
+  }
+  run(parallel, w.tiles(), grain_of(kTile * w.k * ((x.rows + 3) / 4)),
+      [&](int64_t t0, int64_t t1) { arith.gemv(args, t0, t1); });
+}
+
+}  // namespace
+
+void linear_forward(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
+                    float* s, ParallelFor parallel) {
+  if (x.rows == 0 || w.n == 0) return;
+  const Kernels& k = *kernels();
+  if (x.rows <= kFewRows && branch.dropout.threshold == 0)
+    return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
+  const Arithmetic& arith = arithmetic_for(k, x.dtype);
+  const int64_t rank = branch.rank();
+  GemmArgs args{w, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
+  if (rank > 0) {
+    PackedRows dropped = args.x;
+    if (branch.dropout.threshold != 0)
+      dropped = pack_rows(arith, x, nullptr, 0, branch.dropout, kSlotDropped, parallel);
+    run(parallel, x.rows, grain_of(x.cols * rank),
+        [&](int64_t r0, int64_t r1) { arith.rows_times_t(dropped, branch.a, s, r0, r1); });
+    const Matrix sm{s, kFloat32, x.rows, rank, rank};
+    args.s = pack_rows(arith, sm, branch_factor(branch, x.rows, rank), branch.row_scale_ld, {}, kSlotS, parallel);
+  }
+  constexpr int64_t kPair = 2;  // keep groups of two tiles together
+  run(parallel, (w.tiles() + kPair - 1) / kPair, grain_of(kPair * kTile * w.k * x.rows),
+      [&](int64_t u0, int64_t u1) { arith.gemm(args, u0 * kPair, std::min(u1 * kPair, w.tiles())); });
+}
+
+void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, void* dx, float* ds,
+                     ParallelFor parallel) {
+  if (dy.rows == 0 || w.n == 0) return;
+  const Kernels& k = *kernels();
+  const Arithmetic& arith = arithmetic_for(k, dy.dtype);
+  const int64_t rank = branch.rank();
+  const Matrix dsm{ds, kFloat32, dy.rows, rank, rank};
+  if (rank > 0) {
+    const PackedRows rows = pack_rows(arith, dy, nullptr, 0, {}, kSlotX, parallel);
+    run(parallel, dy.rows, grain_of(dy.cols * rank),
+        [&](int64_t r0, int64_t r1) { arith.rows_times(rows, branch.b, {}, ds, false, r0, r1, 0, rank); });
+    const float* factor = branch_factor(branch, dy.rows, rank);
+    for (int64_t r = 0; r < dy.rows; ++r)
+      for (int64_t i = 0; i < rank; ++i) ds[r * rank + i] *= factor[r * branch.row_scale_ld + i];
+  }
+  if (dx == nullptr) return;
+  const DxArgs args{w,
+                    pack_panels(arith, dy, kSlotDy, parallel),
+                    rank > 0 ? pack_panels(arith, dsm, kSlotDs, parallel) : nullptr,
+                    branch.a,
+                    dy.rows,
+                    branch.dropout,
+                    dx,
+                    dy.dtype,
+                    w.k};
+  run(parallel, w.k / kUnit, grain_of(kUnit * w.n * dy.rows),
+      [&](int64_t u0, int64_t u1) { arith.dx(args, u0 * kUnit, u1 * kUnit); });
+}
+
+void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& s, const Matrix& ds, const Branch& branch,
+                   float* da, float* db, ParallelFor parallel) {
+  const int64_t rank = s.cols, rows = s.rows;
+  const Kernels& k = *kernels();
+  const Arithmetic& arith = arithmetic_for(k, x.dtype);
+  const int64_t bytes = arith.packed_rows_bytes(rank, rows);
+  const auto times = [&](const PackedRows& left, const Matrix& right, const Dropout& dropout, float* out,
+                         bool transposed) {
+    const int64_t units = (right.cols + arith.group_lanes - 1) / arith.group_lanes;
+    run(parallel, units, grain_of(arith.group_lanes * rows * (rank + 4)), [&](int64_t u0, int64_t u1) {
+      arith.rows_times(left, right, dropout, out, transposed, 0, rank, u0 * arith.group_lanes,
+                       std::min(u1 * arith.group_lanes, right.cols));
+    });
+  };
+  void* dst = scratch(kSlotDs, bytes);
+  arith.pack_rows_t(ds, nullptr, 0, dst, 0, rank);
+  times({dst, rank, rows}, x, branch.dropout, da, false);
+  void* st = scratch(kSlotS, bytes);
+  arith.pack_rows_t(s, branch_factor(branch, rows, rank), branch.row_scale_ld, st, 0, rank);
+  times({st, rank, rows}, dy, {}, db, true);
+}
+
+namespace {
+
+// The nibbles at bits 0, 8, 16, 24 of v gathered into 16 bits.
+inline uint32_t gather_nibbles(uint32_t v) {
+  v &= 0x0F0F0F0F;
+  v = (v | v >> 4) & 0x00FF00FF;
+  return (v | v >> 8) & 0xFFFF;
+}
+inline uint32_t spread_nibbles(uint32_t v) {
+  v = (v | v << 8) & 0x00FF00FF;
+  return (v | v << 4) & 0x0F0F0F0F;
+}
+
+}  // namespace
+
+void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t tile0, int64_t tile1) {
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const int64_t row0 = tile * kTile, count = std::min<int64_t>(kTile, n - row0);
+    const uint8_t* from = rows + row0 * k / 2;
+    uint8_t* to = tiles + tile * k * (kTile / 2);
+    for (int64_t group = 0; group < k / kGroupColumns; ++group, to += 64) {
+      uint32_t lanes[kTile] = {};
+      for (int64_t lane = 0; lane < count; ++lane) {
+        uint32_t v;
+        std::memcpy(&v, from + lane * k / 2 + group * 4, 4);
+        lanes[lane] = gather_nibbles(v >> 4) | gather_nibbles(v) << 16;
+      }
+      std::memcpy(to, lanes, 64);
+    }
+  }
+}
+
+void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int64_t tile0, int64_t tile1) {
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const int64_t row0 = tile * kTile, count = std::min<int64_t>(kTile, n - row0);
+    const uint8_t* from = tiles + tile * k * (kTile / 2);
+    uint8_t* to = rows + row0 * k / 2;
+    for (int64_t group = 0; group < k / kGroupColumns; ++group, from += 64) {
+      uint32_t lanes[kTile];
+      std::memcpy(lanes, from, 64);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const uint32_t v = spread_nibbles(lanes[lane] & 0xFFFF) << 4 | spread_nibbles(lanes[lane] >> 16);
+        std::memcpy(to + lane * k / 2 + group * 4, &v, 4);
+      }
+    }
+  }
+}
+
+}  // namespace pf

@@ -1,0 +1,36 @@
+// The operator on the CPU: which kernels, in which order, split how. No torch in it; threads come from the caller.
+#pragma once
+#include "kernels.h"
+
+namespace pf {
+
+// Runs body(ctx, begin, end) over [0, n) in chunks of at least `grain`.
+using ParallelFor = void (*)(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t));
+
+// The LoRA branch: ((dropout(x) A^T) * factor) B^T, factor = scaling * row_scale.
+struct Branch {
+  Matrix a;                          // [R, K]; data null without a branch
+  Matrix b;                          // [N, R]
+  const float* row_scale = nullptr;  // [rows, R] or [R]
+  int64_t row_scale_ld = 0;          // R, or 0 for one row shared by all
+  float scaling = 1.0f;
+  Dropout dropout;
+
+  int64_t rank() const { return a.data == nullptr ? 0 : a.rows; }
+};
+
+// y [x.rows, N] in y_dtype; s [x.rows, R] float32 = dropout(x) A^T.
+void linear_forward(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
+                    float* s, ParallelFor parallel);
+// ds [rows, R] float32 = (dy B) * factor (computed when there is a branch); dx [rows, K] in dy's dtype, or null.
+void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, void* dx, float* ds,
+                     ParallelFor parallel);
+// da [R, K] = ds^T dropout(x); db [N, R] = dy^T (s * factor); float32. Of `branch`, the scaling and the dropout are
+// read.
+void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& s, const Matrix& ds, const Branch& branch,
+                   float* da, float* db, ParallelFor parallel);
+// Codes between the two layouts.
+void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t tile0, int64_t tile1);
+void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int64_t tile0, int64_t tile1);
+
+}  // namespace pf

@@ -1,0 +1,67 @@
+// What the kernels are told: matrices as they lie in memory, and the packed weight.
+//
+// A packed weight W [N, K] (K a multiple of 32) is a row of tiles of 16 output rows. Within a tile, columns come in
+// groups of 8, 64 bytes a group: sixteen 32-bit lanes, one an output row, each with the codes of 8 columns:
+//
+//   bits  0..3   4..7   8..11  12..15  16..19  20..23  24..27  28..31
+//   col   0      2      4      6       1       3       5       7
+//
+// so that one shift by 4i leaves, in the 16-bit halves of every lane, the codes of columns 2i and 2i+1: the pair that a
+// bf16 dot product wants side by side, and that a table lookup (which ignores high index bits) needs no mask for.
+// Scales lie as [tile][segment][16], one a row and segment of `segment` columns; rows past N are codes 0 with scale 0.
+#pragma once
+#include <cstdint>
+
+// Shared helpers are inlined in each instruction set's file: a shared copy could be the one a newer CPU needs.
+#define PF_INLINE inline __attribute__((always_inline))
+
+namespace pf {
+
+constexpr int kTile = 16;         // output rows of a tile
+constexpr int kGroupColumns = 8;  // columns in 64 bytes of codes
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Format : int { kNF4 = 0, kFP4 = 1, kINT4 = 2 };
+
+PF_INLINE int dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// A row-major matrix; `ld` is the distance of rows in elements.
+struct Matrix {
+  const void* data = nullptr;
+  int dtype = kFloat32;
+  int64_t rows = 0, cols = 0, ld = 0;
+
+  PF_INLINE const char* row(int64_t r) const { return static_cast<const char*>(data) + r * ld * dtype_size(dtype); }
+};
+
+struct Weight {
+  const uint8_t* codes;   // [tiles][K / 8][64]
+  const float* scale;     // [tiles][segments][16], or null when double-quantized
+  const uint8_t* scale8;  // the same in 8 bits, or null
+  const float* scale2;    // second-level scales, one for 256 blocks
+  float offset;           // mean of the scales
+  const float* zero;      // [tiles][segments][16], or null
+  int format;
+  int64_t n, k, segment, blocksize;
+
+  PF_INLINE int64_t tiles() const { return (n + kTile - 1) / kTile; }
+  PF_INLINE int64_t segments() const { return k / segment; }
+};
+
+// Compile-time lists of integers.
+template <int... I>
+struct IntList {};
+template <int N, int... I>
+struct MakeIntsImpl : MakeIntsImpl<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIntsImpl<0, I...> {
+  using type = IntList<I...>;
+};
+template <int N>
+using MakeInts = typename MakeIntsImpl<N>::type;
+
+// Code tables, in dispatch.cpp.
+extern const float kTables[3][16];
+extern float kDynamicMap[256];
+
+}  // namespace pf

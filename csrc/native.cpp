@@ -1,0 +1,64 @@
+// pyfastpeft._native: what this build and this CPU can do, without torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) names.emplace_back(*name);
+  return names;
+}
+
+std::string isa() {
+  const pf::Kernels* k = pf::kernels();
+  if (k == nullptr) throw py::value_error("PYFASTPEFT_CPU_ISA names an instruction set this machine does not have");
+  return k->name;
+}
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#define PF_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) found.emplace_back(name)
+  PF_FEATURE("sse4.2");
+  PF_FEATURE("avx2");
+  PF_FEATURE("fma");
+  PF_FEATURE("f16c");
+  PF_FEATURE("avx512f");
+  PF_FEATURE("avx512bw");
+  PF_FEATURE("avx512vl");
+  PF_FEATURE("avx512dq");
+  PF_FEATURE("avx512vnni");
+  PF_FEATURE("avx512bf16");
+#undef PF_FEATURE
+#elif defined(__aarch64__)
+  found.emplace_back("neon");
+#endif
+  return found;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["cuda"] = PF_CUDA_VERSION;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "What this build and this CPU can do.";
+  m.def("build_info", &build_info, "Compiler, and the CUDA toolkit the GPU kernels were built with ('' without).");
+  m.def("cpu_features", &cpu_features, "Instruction-set extensions this CPU has, of those that matter here.");
+  m.def("available_isas", &available_isas, "Instruction sets the CPU kernels can run on here, best first.");
+  m.def("isa", &isa, "The instruction set chosen at start (see PYFASTPEFT_CPU_ISA).");
+}

@@ -1,0 +1,321 @@
+// Operator schemas and their CPU implementations, under LibTorch's stable ABI: one binary for torch 2.10 and later.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/linear.h"
+#include "memory.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+const pf::Kernels& kernels() {
+  const pf::Kernels* k = pf::kernels();
+  if (k == nullptr) {
+    std::string names;
+    for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) names += std::string(" ") + *name;
+    STD_TORCH_CHECK(false, "PYFASTPEFT_CPU_ISA is '", std::getenv("PYFASTPEFT_CPU_ISA"),
+                    "'; on this machine it must be one of:", names);
+  }
+  return *k;
+}
+
+int dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return pf::kFloat32;
+    case ScalarType::BFloat16:
+      return pf::kBFloat16;
+    case ScalarType::Half:
+      return pf::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+// `t` itself where its columns are contiguous, else a copy.
+Tensor with_contiguous_columns(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+pf::Matrix matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix");
+  return {t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1)};
+}
+
+void parallel(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
+  if (n <= grain) return body(ctx, 0, n);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { body(ctx, b, e); });
+}
+
+pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zero, const OptTensor& absmax2,
+                  const OptTensor& offset, int64_t format, int64_t n, int64_t blocksize) {
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() &&
+                      codes.size(0) == (n + pf::kTile - 1) / pf::kTile && codes.size(1) % (8 * 32) == 0,
+                  "codes must be contiguous uint8 [ceil(N / 16), 8 K] in the tiles layout");
+  STD_TORCH_CHECK(format >= 0 && format <= 2, "format must be 0 (nf4), 1 (fp4) or 2 (int4)");
+  pf::Weight w{};
+  w.codes = codes.const_data_ptr<uint8_t>();
+  w.format = static_cast<int>(format);
+  w.n = n;
+  w.k = codes.size(1) / 8;
+  w.blocksize = blocksize;
+  w.segment = std::__gcd(w.k, blocksize);
+  STD_TORCH_CHECK(scale.is_contiguous() && scale.numel() == w.tiles() * w.segments() * pf::kTile,
+                  "scale must be contiguous [ceil(N / 16), segments, 16]");
+  if (absmax2.has_value()) {
+    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Byte && offset.has_value() &&
+                        absmax2->numel() * 256 >= (w.n * w.k + blocksize - 1) / blocksize,
+                    "double-quantized scales must be uint8, with their second-level scales and offset");
+    w.scale8 = scale.const_data_ptr<uint8_t>();
+    w.scale2 = absmax2->const_data_ptr<float>();
+    w.offset = *offset->const_data_ptr<float>();
+  } else {
+    w.scale = scale.const_data_ptr<float>();
+  }
+  if (zero.has_value()) {
+    STD_TORCH_CHECK(zero->is_contiguous() && zero->numel() == scale.numel(), "zero must have the shape of scale");
+    w.zero = zero->const_data_ptr<float>();
+  }
+  return w;
+}
+
+void set_factor(pf::Branch& branch, const OptTensor& row_scale, double scaling, int64_t rows, int64_t rank,
+                const OptTensor& seed, double dropout) {
+  branch.scaling = static_cast<float>(scaling);
+  if (row_scale.has_value()) {
+    STD_TORCH_CHECK(row_scale->is_contiguous() && row_scale->size(row_scale->dim() - 1) == rank &&
+                        (row_scale->dim() == 1 || row_scale->size(0) == rows),
+                    "row_scale must be contiguous [R] or [rows, R]");
+    branch.row_scale = row_scale->const_data_ptr<float>();
+    branch.row_scale_ld = row_scale->dim() == 2 ? rank : 0;
+  }
+  if (seed.has_value()) {
+    STD_TORCH_CHECK(dropout > 0.0 && dropout < 1.0, "dropout must lie in (0, 1)");
+    branch.dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+    branch.dropout.threshold = static_cast<uint32_t>(std::llround(dropout * 4294967296.0));
+    branch.dropout.scale = static_cast<float>(1.0 / (1.0 - dropout));
+  }
+}
+
+// Keeps the matrices of a branch alive while the kernels read them.
+struct BranchTensors {
+  Tensor a, b;
+  pf::Branch branch;
+
+  BranchTensors(const OptTensor& lora_a, const OptTensor& lora_b, const OptTensor& row_scale, double scaling,
+                int64_t rows, const OptTensor& seed, double dropout) {
+    if (!lora_a.has_value()) return;
+    a = with_contiguous_columns(*lora_a);
+    b = with_contiguous_columns(*lora_b);
+    branch.a = matrix(a, "lora A");
+    branch.b = matrix(b, "lora B");
+    set_factor(branch, row_scale, scaling, rows, branch.a.rows, seed, dropout);
+  }
+};
+
+std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2,
+                                       OptTensor offset, int64_t format, int64_t n, int64_t blocksize, OptTensor bias,
+                                       OptTensor lora_a, OptTensor lora_b, OptTensor row_scale, double scaling,
+                                       OptTensor seed, double dropout) {
+  const pf::Kernels& k = kernels();
+  const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
+  x = with_contiguous_columns(x);
+  const pf::Matrix xm = matrix(x, "x");
+  STD_TORCH_CHECK(xm.cols == w.k, "x has ", xm.cols, " columns; it must have K = ", w.k);
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout);
+  Tensor y = torch::stable::new_empty(x, {xm.rows, n});
+  Tensor s = torch::stable::new_empty(x, {xm.rows, lora.branch.rank()}, ScalarType::Float);
+  const float* bias_data = nullptr;
+  std::vector<float> bias_float;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->numel() == n && bias->is_contiguous(), "bias must be contiguous [N]");
+    if (bias->scalar_type() == ScalarType::Float) {
+      bias_data = bias->const_data_ptr<float>();
+    } else {
+      bias_float.resize(n);
+      k.to_float(bias->const_data_ptr(), dtype_of(*bias, "bias"), bias_float.data(), n);
+      bias_data = bias_float.data();
+    }
+  }
+  pf::linear_forward(w, xm, bias_data, lora.branch, y.mutable_data_ptr(), xm.dtype,
+                     static_cast<float*>(s.mutable_data_ptr()), parallel);
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor> linear_4bit_backward(Tensor dy, Tensor codes, Tensor scale, OptTensor zero,
+                                                OptTensor absmax2, OptTensor offset, int64_t format, int64_t n,
+                                                int64_t blocksize, OptTensor lora_a, OptTensor lora_b,
+                                                OptTensor row_scale, double scaling, OptTensor seed, double dropout,
+                                                bool need_dx) {
+  kernels();
+  const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
+  dy = with_contiguous_columns(dy);
+  const pf::Matrix dym = matrix(dy, "dy");
+  STD_TORCH_CHECK(dym.cols == n, "dy has ", dym.cols, " columns; it must have N = ", n);
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, dym.rows, seed, dropout);
+  Tensor dx = torch::stable::new_empty(dy, {need_dx ? dym.rows : 0, w.k});
+  Tensor ds = torch::stable::new_empty(dy, {dym.rows, lora.branch.rank()}, ScalarType::Float);
+  pf::linear_backward(w, dym, lora.branch, need_dx ? dx.mutable_data_ptr() : nullptr,
+                      static_cast<float*>(ds.mutable_data_ptr()), parallel);
+  if (need_dx && n == 0) torch::stable::zero_(dx);
+  return {dx, ds};
+}
+
+std::tuple<Tensor, Tensor> lora_backward(Tensor dy, Tensor x, Tensor s, Tensor ds, OptTensor row_scale, double scaling,
+                                         OptTensor seed, double dropout) {
+  kernels();
+  dy = with_contiguous_columns(dy);
+  x = with_contiguous_columns(x);
+  const pf::Matrix dym = matrix(dy, "dy"), xm = matrix(x, "x"), sm = matrix(s, "s"), dsm = matrix(ds, "ds");
+  pf::Branch branch;
+  set_factor(branch, row_scale, scaling, sm.rows, sm.cols, seed, dropout);
+  Tensor da = torch::stable::new_empty(x, {sm.cols, xm.cols}, ScalarType::Float);
+  Tensor db = torch::stable::new_empty(x, {dym.cols, sm.cols}, ScalarType::Float);
+  pf::lora_backward(dym, xm, sm, dsm, branch, static_cast<float*>(da.mutable_data_ptr()),
+                    static_cast<float*>(db.mutable_data_ptr()), parallel);
+  return {da, db};
+}
+
+constexpr int64_t kFlatGrain = int64_t{1} << 16;  // elements a thread takes at least
+
+std::tuple<Tensor, Tensor, Tensor> quantize_4bit(Tensor w, int64_t format, int64_t blocksize) {
+  const pf::Kernels& k = kernels();
+  STD_TORCH_CHECK(w.is_contiguous(), "w must be contiguous");
+  const int dtype = dtype_of(w, "w");
+  const int64_t n = w.numel(), blocks = (n + blocksize - 1) / blocksize;
+  Tensor codes = torch::stable::new_empty(w, {(n + 1) / 2, 1}, ScalarType::Byte);
+  Tensor scale = torch::stable::new_empty(w, {blocks}, ScalarType::Float);
+  Tensor zero = torch::stable::new_empty(w, {format == pf::kINT4 ? blocks : 0}, ScalarType::Float);
+  const void* src = w.const_data_ptr();
+  uint8_t* out = codes.mutable_data_ptr<uint8_t>();
+  float *scales = scale.mutable_data_ptr<float>(), *zeros = zero.mutable_data_ptr<float>();
+  const auto body = [&](int64_t b0, int64_t b1) {
+    k.quantize(src, dtype, n, static_cast<int>(format), blocksize, out, scales, zeros, b0, b1);
+  };
+  if (blocks > 0) torch::stable::parallel_for(0, blocks, kFlatGrain / blocksize + 1, body);
+  return {codes, scale, zero};
+}
+
+Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t format, int64_t blocksize,
+                       std::vector<int64_t> shape, ScalarType dtype) {
+  const pf::Kernels& k = kernels();
+  int64_t n = 1;
+  for (int64_t d : shape) n *= d;
+  const int64_t blocks = (n + blocksize - 1) / blocksize;
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() && codes.numel() == (n + 1) / 2,
+                  "codes must be contiguous uint8 [(numel + 1) / 2, 1] in the rows layout");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && scale.numel() == blocks,
+                  "scale must be contiguous float32, one a block");
+  Tensor out = torch::stable::new_empty(codes, shape, dtype);
+  const int to = dtype_of(out, "dtype");
+  const float* zeros = zero.has_value() ? zero->const_data_ptr<float>() : nullptr;
+  const uint8_t* in = codes.const_data_ptr<uint8_t>();
+  const float* scales = scale.const_data_ptr<float>();
+  void* dst = out.mutable_data_ptr();
+  const auto body = [&](int64_t b0, int64_t b1) {
+    k.dequantize(in, scales, zeros, n, static_cast<int>(format), blocksize, dst, to, b0, b1);
+  };
+  if (blocks > 0) torch::stable::parallel_for(0, blocks, kFlatGrain / blocksize + 1, body);
+  return out;
+}
+
+void check_matrix(int64_t n, int64_t k) {
+  STD_TORCH_CHECK(n > 0 && k > 0 && k % 32 == 0, "the tiles layout needs N > 0 and K a multiple of 32");
+}
+
+Tensor pack_tiles(Tensor codes, int64_t n, int64_t k) {
+  check_matrix(n, k);
+  STD_TORCH_CHECK(codes.is_contiguous() && codes.numel() == n * k / 2, "codes must be contiguous, N K / 2 bytes");
+  const int64_t tiles = (n + pf::kTile - 1) / pf::kTile;
+  Tensor out = torch::stable::new_empty(codes, {tiles, 8 * k});
+  const uint8_t* in = codes.const_data_ptr<uint8_t>();
+  uint8_t* dst = out.mutable_data_ptr<uint8_t>();
+  pf::advise_huge_pages(dst, tiles * 8 * k);
+  torch::stable::parallel_for(0, tiles, kFlatGrain / (k * pf::kTile) + 1,
+                              [&](int64_t t0, int64_t t1) { pf::pack_tiles(in, n, k, dst, t0, t1); });
+  return out;
+}
+
+Tensor unpack_tiles(Tensor codes, int64_t n, int64_t k) {
+  check_matrix(n, k);
+  const int64_t tiles = (n + pf::kTile - 1) / pf::kTile;
+  STD_TORCH_CHECK(codes.is_contiguous() && codes.numel() == tiles * 8 * k, "codes must be contiguous [tiles, 8 K]");
+  Tensor out = torch::stable::new_empty(codes, {n * k / 2, 1});
+  const uint8_t* in = codes.const_data_ptr<uint8_t>();
+  uint8_t* dst = out.mutable_data_ptr<uint8_t>();
+  torch::stable::parallel_for(0, tiles, kFlatGrain / (k * pf::kTile) + 1,
+                              [&](int64_t t0, int64_t t1) { pf::unpack_tiles(in, n, k, dst, t0, t1); });
+  return out;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) names.emplace_back(*name);
+  return names;
+}
+
+std::string isa() { return kernels().name; }
+
+std::string set_isa(std::string name) {
+  STD_TORCH_CHECK(pf::set_isa(name.c_str()), "name is '", name, "'; this machine has no such instruction set");
+  return isa();
+}
+
+void set_dynamic_map(Tensor map) {
+  STD_TORCH_CHECK(map.numel() == 256 && map.is_contiguous() && map.scalar_type() == ScalarType::Float,
+                  "map must be contiguous float32 [256]");
+  std::memcpy(pf::kDynamicMap, map.const_data_ptr(), sizeof(pf::kDynamicMap));
+}
+
+}  // namespace
+
+#define PF_WEIGHT \
+  "Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, int format, int n, int blocksize"
+#define PF_BRANCH "Tensor? lora_a, Tensor? lora_b, Tensor? row_scale, float scaling, Tensor? seed, float dropout"
+
+STABLE_TORCH_LIBRARY(pyfastpeft, m) {
+  m.def("linear_4bit(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ") -> (Tensor, Tensor)");
+  m.def("linear_4bit_backward(Tensor dy, " PF_WEIGHT ", " PF_BRANCH ", bool need_dx) -> (Tensor, Tensor)");
+  m.def(
+      "lora_backward(Tensor dy, Tensor x, Tensor s, Tensor ds, Tensor? row_scale, float scaling, Tensor? seed, "
+      "float dropout) -> (Tensor, Tensor)");
+  m.def("quantize_4bit(Tensor w, int format, int blocksize) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dequantize_4bit(Tensor codes, Tensor scale, Tensor? zero, int format, int blocksize, int[] shape, "
+      "ScalarType dtype) -> Tensor");
+  m.def("pack_tiles(Tensor codes, int n, int k) -> Tensor");
+  m.def("unpack_tiles(Tensor codes, int n, int k) -> Tensor");
+  m.def("set_dynamic_map(Tensor map) -> ()");
+  m.def("available_isas() -> str[]");
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
+  m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
+  m.impl("linear_4bit_backward", TORCH_BOX(&linear_4bit_backward));
+  m.impl("lora_backward", TORCH_BOX(&lora_backward));
+  m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));
+  m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
+  m.impl("pack_tiles", TORCH_BOX(&pack_tiles));
+  m.impl("unpack_tiles", TORCH_BOX(&unpack_tiles));
+  m.impl("set_dynamic_map", TORCH_BOX(&set_dynamic_map));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
+  m.impl("available_isas", TORCH_BOX(&available_isas));
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("set_isa", TORCH_BOX(&set_isa));
+}
