@@ -87,7 +87,7 @@ packages += sorted(".".join(path.parent.relative_to(ROOT).parts) for path in ROO
 setup(
     packages=packages,
     package_dir={"pyfastpeft.kernels": "kernels"},
-    package_data={"pyfastpeft": ["data/**/*"]},
+    package_data={"pyfastpeft": ["data/**/*"], "pyfastpeft.kernels": ["*.md"]},
     ext_modules=[
         extension("_C", ["csrc/ops.cpp", "csrc/cpu/linear.cpp"], [("TORCH_TARGET_VERSION", "0x020a000000000000")]),
         extension("_native", ["csrc/native.cpp"], [("PF_CUDA_VERSION", '""')]),

@@ -1,1 +1,0 @@
-"""Triton kernels, one operator a file; imported as ``pyfastpeft.kernels``."""
