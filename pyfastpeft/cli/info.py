@@ -1,0 +1,60 @@
+"""What is installed and which kernels serve here: build, CPU features, instruction sets, GPUs, versions.
+
+examples:
+  pyfastpeft info
+  pyfastpeft info --json
+  PYFASTPEFT_CPU_ISA=avx2 pyfastpeft info     # force an instruction set
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "triton", "gguf", "peft", "bitsandbytes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``info`` takes no arguments of its own."""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Print the table and return it as a dictionary."""
+    from .. import _native
+
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    result = {
+        "version": _version("pyfastpeft"),
+        "build": _native.build_info(),
+        "isa": _native.isa(),
+        "available_isas": _native.available_isas(),
+        "cpu_features": _native.cpu_features(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+    table = Table("", "", show_header=False)
+    for key, value in result.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = " ".join(map(str, value)) or "none"
+        table.add_row(key.replace("_", " "), str(value))
+    console.print(table)
+    return result

@@ -1,0 +1,68 @@
+"""Progress of training and evaluation on the terminal."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerState
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with a description, a count, times and the field ``note``."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows the step and its loss, and keeps the losses and the seconds a step."""
+
+    def __init__(self, console: Console, description: str) -> None:
+        self._progress = progress_bar(console)
+        self._description = description
+        self._begin = 0.0
+        self._steps = 0
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over the steps of this run."""
+        return self.seconds / max(self._steps, 1)
+
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        self._task = self._progress.add_task(self._description, total=state.max_steps, note="")
+        self._progress.start()
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        self._steps += 1
+        self.seconds = time.perf_counter() - self._begin
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            self._progress.update(self._task, note=f"loss {logs['loss']:.3f}  {self.seconds_per_step:.2f} s/step")
+
+    def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        self._progress.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back, also after an error."""
+        self._progress.stop()

@@ -1,0 +1,49 @@
+"""Quantize a model to 4 bits and save it; transformers loads the folder again as it is.
+
+examples:
+  pyfastpeft quantize ./llama ./llama-nf4
+  pyfastpeft quantize ./llama ./llama-int4 --quant-type int4 --blocksize 32
+  pyfastpeft quantize model-q4_1.gguf ./model-int4      # Q4_0 and Q4_1 matrices are kept as they are
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .memory import peak_bytes
+from .models import MODEL_HELP, add_quantization_arguments, load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``quantize``."""
+    parser.add_argument("model", help=MODEL_HELP)
+    parser.add_argument("output", help="folder to write; it must not exist yet")
+    add_quantization_arguments(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Load quantized, save aside, rename."""
+    output = Path(args.output)
+    if output.exists():
+        raise ValueError(f"output is {args.output!r}, which exists; name a new folder")
+    with console.status(f"quantizing {args.model}"):
+        model, tokenizer = load_model(args.model, args.quant_type, args.blocksize, args.double_quant)
+        aside = output.with_name(f".{output.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            os.replace(aside, output)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+    result = {"output": str(output), "bytes": size, "peak_memory_bytes": peak_bytes()}
+    console.print(f"{output}: {size / 2**20:.0f} MiB, peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB")
+    return result

@@ -1,0 +1,112 @@
+"""Train a LoRA adapter on a JSONL file; the base model may be kept in 4 bits (QLoRA).
+
+A line of the file is an object with "messages" (which ends with the assistant), or with "prompt" and "completion".
+The loss is taken on the assistant's words only. The output is a PEFT folder.
+
+examples:
+  pyfastpeft train --model smollm2 --data train.jsonl --output adapter
+  pyfastpeft train --model ./llama --data train.jsonl --output adapter --method lora --r 16 --target-modules all-linear
+  pyfastpeft train --model ./llama --data train.jsonl --output adapter --save-steps 100
+  pyfastpeft train --model ./llama --data train.jsonl --output adapter --save-steps 100 --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+
+from .memory import peak_bytes
+from .models import MODEL_HELP, add_quantization_arguments, load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``train``."""
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--data", required=True, help="JSONL file with the rows to learn")
+    parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
+    parser.add_argument(
+        "--method", choices=("qlora", "lora"), default="qlora", help="LoRA over a 4-bit base or over full precision"
+    )
+    parser.add_argument("--r", type=int, default=8, help="rank of the adapter (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, help="lora_alpha (default: 2 r)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout (default: %(default)s)")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers to adapt, or all-linear (default: the query and value projections)",
+    )
+    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default: %(default)s)")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps instead")
+    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--schedule", default="linear", help="transformers' lr_scheduler_type (default: %(default)s)")
+    parser.add_argument("--warmup", type=float, default=0.05, help="steps, or a share below 1 (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows a step (default: %(default)s)")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches a step (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps (0: none)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add_quantization_arguments(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Train, save, report."""
+    from .. import LoraConfig, TaskType, get_peft_model
+    from ..training import load_dataset, read_rows, train_adapter
+    from .progress import TrainingProgress
+
+    read_rows(args.data)  # a fault in the data shows before the model is loaded
+    quant_type = args.quant_type if args.method == "qlora" else None
+    base, tokenizer = load_model(args.model, quant_type, args.blocksize, args.double_quant)
+    dataset = load_dataset(args.data, tokenizer, args.max_length)
+    targets = args.target_modules
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=args.r,
+        lora_alpha=2 * args.r if args.alpha is None else args.alpha,
+        lora_dropout=args.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )
+    model = get_peft_model(base, config)
+    trainable, total = model.get_nb_trainable_parameters()
+    progress = TrainingProgress(console, "training")
+    try:
+        output = train_adapter(
+            model,
+            dataset,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            output_dir=args.output,
+            epochs=args.epochs,
+            max_steps=args.max_steps,
+            learning_rate=args.lr,
+            lr_scheduler_type=args.schedule,
+            warmup_steps=args.warmup,
+            batch_size=args.batch_size,
+            gradient_accumulation_steps=args.accumulate,
+            save_steps=args.save_steps,
+            seed=args.seed,
+            resume=args.resume,
+            callbacks=[progress],
+        )
+    finally:
+        progress.stop()
+    result = {
+        "output": args.output,
+        "rows": len(dataset),
+        "steps": output.global_step,
+        "loss": progress.losses[-1] if progress.losses else None,
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "seconds": round(progress.seconds, 3),
+        "seconds_per_step": round(progress.seconds_per_step, 4),
+        "peak_memory_bytes": peak_bytes(),
+    }
+    console.print(
+        f"{result['steps']} steps, {result['seconds_per_step']:.2f} s/step, trainable parameters {trainable:,} of "
+        f"{total:,}, peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB"
+    )
+    console.print(f"adapter saved in {args.output}")
+    return result

@@ -1,0 +1,61 @@
+"""Greedy answers to a list of questions, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .training import Messages, prompt_ids
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages],
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    adapter_names: Sequence[str] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy answer to each conversation (whose last message is the user's).
+
+    Args:
+        adapter_names: for each conversation the adapter that answers (``"__base__"``: none); default: the active one.
+        on_batch: called after each batch with the number of conversations answered in it.
+
+    Returns:
+        One text a conversation, without special tokens.
+    """
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    prompts = [prompt_ids(messages, tokenizer) for messages in conversations]
+    answers: list[str] = []
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            length = max(map(len, batch))
+            ids = torch.tensor([[pad] * (length - len(p)) + p for p in batch], device=device)
+            mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=device)
+            routed = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                **routed,
+            )
+            answers += tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+            if on_batch is not None:
+                on_batch(len(batch))
+    finally:
+        model.train(training)
+    return [text.strip() for text in answers]

@@ -1,0 +1,320 @@
+"""Fine-tuning an adapter on JSONL: rows to tokens with labels on the completions only, and transformers' Trainer.
+
+A checkpoint holds the adapter (a PEFT folder), the optimizer, the schedule and the random state in safetensors and
+JSON. It is written aside and renamed, so a checkpoint that can be seen is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+
+from .hub.files import load_safetensors, read_json, save_safetensors, write_text
+from .integrations.causal_loss import use_labelled_loss
+
+IGNORED = -100
+Messages = list[dict[str, str]]
+_Row = TypeVar("_Row")
+
+
+def read_objects(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The JSON objects in a JSONL file, one a line; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is not a JSON object (names the file and the line), or no line at all.
+    """
+    return _read(path, lambda row: row)
+
+
+def read_rows(path: str | os.PathLike) -> list[Messages]:
+    """The conversations in a JSONL file.
+
+    Args:
+        path: each line is an object with ``messages`` (a list of ``{"role", "content"}`` that ends with the assistant)
+            or with ``prompt`` and ``completion``; other keys are ignored.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_objects`, and for a row without these keys.
+    """
+    return _read(path, _messages)
+
+
+def _read(path: str | os.PathLike, convert: Callable[[dict[str, Any]], _Row]) -> list[_Row]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    rows = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line.decode("utf-8"))
+                    if not isinstance(row, dict):
+                        raise ValueError(f"the row is a JSON {type(row).__name__}; it must be an object")
+                    rows.append(convert(row))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} holds no rows; it must hold one JSON object a line")
+    return rows
+
+
+def _messages(row: dict[str, Any]) -> Messages:
+    if "messages" not in row:
+        for key in ("prompt", "completion"):
+            if not isinstance(row.get(key), str):
+                raise ValueError("the row must have 'messages', or 'prompt' and 'completion' as text")
+        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("'messages' must be a list that is not empty")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError("each of 'messages' must be an object with 'role' and 'content' as text")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"the last of 'messages' has the role {messages[-1]['role']!r}; it must be 'assistant'")
+    return messages
+
+
+def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_next: bool) -> str:
+    """The conversation as text; without a chat template, its contents one after the other."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+    ends = ((tokenizer.eos_token or "") if m["role"] == "assistant" else "" for m in messages)
+    return (tokenizer.bos_token or "") + "".join(m["content"] + end for m, end in zip(messages, ends, strict=True))
+
+
+def prompt_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a conversation up to where the assistant's next answer begins."""
+    return tokenizer(_template(messages, tokenizer, True), add_special_tokens=False)["input_ids"]
+
+
+def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
+    """``input_ids`` and ``labels`` of one conversation, cut to ``max_length``.
+
+    Labels are the ids of every assistant message (and what ends it), -100 elsewhere. Prompt and answer are tokenized
+    apart, as they are when the model answers.
+
+    Raises:
+        ValueError: the chat template rewrites earlier messages, or no label is left within ``max_length``.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked, answered = _template(messages[:i], tokenizer, True), _template(messages[: i + 1], tokenizer, False)
+        if not (asked.startswith(done) and answered.startswith(asked)):
+            raise ValueError("the chat template rewrites earlier messages, so the answers cannot be told apart")
+        for text, is_label in ((asked[len(done) :], False), (answered[len(asked) :], True)):
+            part = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += part
+            labels += part if is_label else [IGNORED] * len(part)
+        done = answered
+    ids, labels = ids[:max_length], labels[:max_length]
+    if all(label == IGNORED for label in labels):
+        raise ValueError(f"the prompt fills max_length = {max_length} tokens; no answer is left to learn")
+    return {"input_ids": ids, "labels": labels}
+
+
+def load_dataset(
+    path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024
+) -> list[dict[str, list[int]]]:
+    """The rows of a JSONL file (:func:`read_rows`), encoded (:func:`encode`)."""
+    examples = []
+    for number, messages in enumerate(read_rows(path), 1):
+        try:
+            examples.append(encode(messages, tokenizer, max_length))
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from None
+    return examples
+
+
+class Collator:
+    """Pads a batch on the right: ids with ``pad_token_id``, labels with -100."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        length = max(len(e["input_ids"]) for e in examples)
+
+        def padded(rows: list[list[int]], value: int) -> Tensor:
+            return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+        ids = [e["input_ids"] for e in examples]
+        return {
+            "input_ids": padded(ids, self.pad_token_id),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "labels": padded([e["labels"] for e in examples], IGNORED),
+        }
+
+
+class AdapterTrainer(Trainer):
+    """transformers' Trainer for a :class:`PeftModel`: checkpoints hold the adapter alone, and no pickle."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        root = Path(self.args.output_dir)
+        final = root / f"checkpoint-{self.state.global_step}"
+        aside = root / f".{final.name}.partial"
+        rank = self.args.process_index
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            if self.args.should_save:
+                self.model.save_pretrained(aside)
+                tensors, numbers = _split_tensors(self.optimizer.state_dict())
+                save_safetensors(tensors, aside / "optimizer.safetensors")
+                schedule = self.lr_scheduler.state_dict()
+                write_text(json.dumps({"optimizer": numbers, "scheduler": schedule}), aside / "optimizer.json")
+                self.state.save_to_json(str(aside / "trainer_state.json"))
+            tensors, numbers = _random_state()
+            save_safetensors(tensors, aside / f"random-{rank}.safetensors")
+            write_text(json.dumps(numbers), aside / f"random-{rank}.json")
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+            rotate_checkpoints(str(root), save_total_limit=self.args.save_total_limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            saved = read_json(Path(checkpoint) / "optimizer.json")
+            tensors = load_safetensors(Path(checkpoint) / "optimizer.safetensors")
+            self.optimizer.load_state_dict(_join_tensors(tensors, saved["optimizer"]))
+            self.lr_scheduler.load_state_dict(saved["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            stem = Path(checkpoint) / f"random-{self.args.process_index}"
+            _set_random_state(load_safetensors(f"{stem}.safetensors"), read_json(f"{stem}.json"))
+
+
+def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state dict as tensors by name and the rest, which JSON can hold."""
+    tensors, numbers = {}, {}
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{name}"] = value
+    return tensors, {"state": numbers, "param_groups": state["param_groups"]}
+
+
+def _join_tensors(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in (tensors | numbers["state"]).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": numbers["param_groups"]}
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    name, keys, *rest = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors, {"python": random.getstate(), "numpy": [name, *rest]}
+
+
+def _set_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    version, keys, gauss = numbers["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, *rest = numbers["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def train_adapter(
+    model: nn.Module,
+    dataset: Sequence[Mapping[str, list[int]]],
+    pad_token_id: int,
+    output_dir: str | os.PathLike,
+    epochs: float = 3.0,
+    learning_rate: float = 2e-4,
+    batch_size: int = 8,
+    gradient_accumulation_steps: int = 1,
+    warmup_steps: float = 0,
+    lr_scheduler_type: str = "linear",
+    max_steps: int = -1,
+    save_steps: int = 0,
+    seed: int = 0,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainOutput:
+    """Train ``model``'s active adapter and write it to ``output_dir`` as a PEFT folder.
+
+    Args:
+        model: a :class:`PeftModel` over a causal language model.
+        dataset: examples as :func:`load_dataset` makes them.
+        warmup_steps: a number of steps, or below 1 a share of all steps.
+        save_steps: write ``output_dir/checkpoint-<step>`` every so many steps (the newest two are kept); 0: none.
+        resume: go on from the newest checkpoint in ``output_dir``.
+
+    Raises:
+        ValueError: ``resume`` without a checkpoint.
+    """
+    last = get_last_checkpoint(str(output_dir)) if resume and Path(output_dir).is_dir() else None
+    if resume and last is None:
+        raise ValueError(f"resume is True, but {output_dir} holds no checkpoint")
+    set_seed(seed)
+    args = TrainingArguments(
+        output_dir=str(output_dir),
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        warmup_steps=warmup_steps,
+        lr_scheduler_type=lr_scheduler_type,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        logging_steps=1,
+        seed=seed,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = AdapterTrainer(
+        model=model, args=args, train_dataset=dataset, data_collator=Collator(pad_token_id), callbacks=list(callbacks)
+    )
+    trainer.remove_callback(PrinterCallback)
+    loss = use_labelled_loss(model)
+    try:
+        output = trainer.train(resume_from_checkpoint=last)
+    finally:
+        if loss is not None:
+            loss.remove()
+    model.save_pretrained(output_dir)
+    return output
