@@ -4,8 +4,8 @@
 #include "kernels.h"
 
 namespace pf::avx512 {
-#include "algorithm.h"
 #include "avx512.h"
+#include "algorithm.h"
 }  // namespace pf::avx512
 
 namespace pf {

@@ -5,8 +5,8 @@
 #define PF_BF16
 
 namespace pf::avx512_bf16 {
-#include "algorithm.h"
 #include "avx512.h"
+#include "algorithm.h"
 }  // namespace pf::avx512_bf16
 
 namespace pf {
