@@ -59,12 +59,18 @@ void parallel(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, 
   torch::stable::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { body(ctx, b, e); });
 }
 
+void check_format(int64_t format, int64_t blocksize) {
+  STD_TORCH_CHECK(format >= 0 && format <= 2, "format must be 0 (nf4), 1 (fp4) or 2 (int4)");
+  STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
+                  "blocksize must be a power of two, 32 to 4096");
+}
+
 pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zero, const OptTensor& absmax2,
                   const OptTensor& offset, int64_t format, int64_t n, int64_t blocksize) {
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() &&
                       codes.size(0) == (n + pf::kTile - 1) / pf::kTile && codes.size(1) % (8 * 32) == 0,
                   "codes must be contiguous uint8 [ceil(N / 16), 8 K] in the tiles layout");
-  STD_TORCH_CHECK(format >= 0 && format <= 2, "format must be 0 (nf4), 1 (fp4) or 2 (int4)");
+  check_format(format, blocksize);
   pf::Weight w{};
   w.codes = codes.const_data_ptr<uint8_t>();
   w.format = static_cast<int>(format);
@@ -192,6 +198,7 @@ constexpr int64_t kFlatGrain = int64_t{1} << 16;  // elements a thread takes at 
 
 std::tuple<Tensor, Tensor, Tensor> quantize_4bit(Tensor w, int64_t format, int64_t blocksize) {
   const pf::Kernels& k = kernels();
+  check_format(format, blocksize);
   STD_TORCH_CHECK(w.is_contiguous(), "w must be contiguous");
   const int dtype = dtype_of(w, "w");
   const int64_t n = w.numel(), blocks = (n + blocksize - 1) / blocksize;
@@ -211,6 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_4bit(Tensor w, int64_t format, int64
 Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t format, int64_t blocksize,
                        std::vector<int64_t> shape, ScalarType dtype) {
   const pf::Kernels& k = kernels();
+  check_format(format, blocksize);
   int64_t n = 1;
   for (int64_t d : shape) n *= d;
   const int64_t blocks = (n + blocksize - 1) / blocksize;
@@ -218,6 +226,10 @@ Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t forma
                   "codes must be contiguous uint8 [(numel + 1) / 2, 1] in the rows layout");
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && scale.numel() == blocks,
                   "scale must be contiguous float32, one a block");
+  STD_TORCH_CHECK(zero.has_value() == (format == pf::kINT4), "zero belongs to int4, and int4 needs it");
+  STD_TORCH_CHECK(!zero.has_value() || (zero->scalar_type() == ScalarType::Float && zero->is_contiguous() &&
+                                        zero->numel() == blocks),
+                  "zero must be contiguous float32, one a block");
   Tensor out = torch::stable::new_empty(codes, shape, dtype);
   const int to = dtype_of(out, "dtype");
   const float* zeros = zero.has_value() ? zero->const_data_ptr<float>() : nullptr;

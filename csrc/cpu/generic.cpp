@@ -27,7 +27,7 @@ struct V {
   static F fma(F a, F b, F c) { return a * b + c; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
-  static F abs(F a) { return a < 0.0f ? -a : a; }
+  static F abs(F a) { return __builtin_fabsf(a); }
   static bool any_nan(F a) { return a[0] != a[0] || a[1] != a[1] || a[2] != a[2] || a[3] != a[3]; }
   static float reduce(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static float reduce_min(F a) {
