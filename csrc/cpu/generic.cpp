@@ -9,6 +9,7 @@ struct V {
   static constexpr int kGroupVecs = 4;
   static constexpr int kMicroRows = 2;
   static constexpr int kGemvRows = 1;
+  static constexpr int gemv_parts(int) { return 1; }
   using F = float __attribute__((vector_size(16)));
   using C = uint32_t __attribute__((vector_size(16)));
   using T = const float*;
@@ -27,7 +28,7 @@ struct V {
   static F fma(F a, F b, F c) { return a * b + c; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
-  static F abs(F a) { return __builtin_fabsf(a); }
+  static F abs(F a) { return (F)((C)a & 0x7FFFFFFFu); }
   static bool any_nan(F a) { return a[0] != a[0] || a[1] != a[1] || a[2] != a[2] || a[3] != a[3]; }
   static float reduce(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static float reduce_min(F a) {
