@@ -1,0 +1,49 @@
+"""Settings and fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Read when the OpenMP runtime and the hub clients start, so set before torch is imported anywhere.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import pyfastpeft  # noqa: F401  (registers the operators)
+
+ISAS = list(torch.ops.pyfastpeft.available_isas())
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Run the test once under each instruction set this machine has kernels for."""
+    chosen = torch.ops.pyfastpeft.isa()
+    assert torch.ops.pyfastpeft.set_isa(request.param) == request.param
+    yield request.param
+    torch.ops.pyfastpeft.set_isa(chosen)
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """A fresh seed for every test and every run of the suite; PYFASTPEFT_TEST_SEED repeats a run.
+
+    The seed is printed, so pytest shows it beside a failure.
+    """
+    base = int(os.environ.get("PYFASTPEFT_TEST_SEED", _RUN_SEED))
+    value = (base + zlib.crc32(request.node.nodeid.encode())) % 2**32
+    print(f"PYFASTPEFT_TEST_SEED={base} (seed of this test: {value})")
+    torch.manual_seed(value)
+    np.random.seed(value)
+    random.seed(value)
+    return value
+
+
+_RUN_SEED = random.SystemRandom().randrange(2**31)
