@@ -2,5 +2,19 @@
 
 from . import nn, ops
 from .formats import Packed4bit, quantize_4bit
+from .peft_model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from .tuners import LoraConfig, PeftConfig, TaskType
 
-__all__ = ["Packed4bit", "nn", "ops", "quantize_4bit"]
+__all__ = [
+    "LoraConfig",
+    "Packed4bit",
+    "PeftConfig",
+    "PeftModel",
+    "TaskType",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "nn",
+    "ops",
+    "quantize_4bit",
+    "set_peft_model_state_dict",
+]

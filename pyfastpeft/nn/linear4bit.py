@@ -134,6 +134,8 @@ class Linear4bit(nn.Linear):
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
         if self.packed is not None:
             destination.update(packed_to_state(self.packed, prefix + "weight"))
+        else:
+            destination[prefix + "weight"] = self.weight
 
     def _load_from_state_dict(
         self,

@@ -1,0 +1,138 @@
+"""The bank: which adapters a model holds, which are active, and which row of a batch uses which.
+
+Layers do not look anything up when they run: whatever changes here is pushed into each layer's plan beforehand. So
+exchanging the active adapter writes one reference a layer, builds nothing, and leaves compiled code valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .nn.lora import LoraLayer, ModulesToSave
+
+BASE = "__base__"
+"""In ``adapter_names``: this row uses no adapter."""
+
+
+class Rows:
+    """One adapter for each row of a batch.
+
+    A layer may see more rows than the batch has, batch-major: the positions of a sequence, the beams of a row. Each
+    row of the batch then stands for equally many consecutive rows.
+
+    Args:
+        adapter_names: for each row of the batch a name in ``known``, or ``"__base__"``.
+        known: the model's adapters.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, adapter_names: Sequence[str], known: Sequence[str]) -> None:
+        unknown = sorted({n for n in adapter_names if n != BASE and n not in known})
+        if unknown:
+            raise ValueError(f"adapter_names holds {unknown}; the adapters of this model are {list(known)}")
+        self.names = tuple(n for n in known if n in adapter_names)
+        self.index = torch.tensor([self.names.index(n) if n != BASE else -1 for n in adapter_names])
+        self._masks: dict[tuple, Tensor] = {}
+
+    def mask(self, names: tuple[str, ...], ranks: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
+        """Float32 [rows, sum(ranks)]: one in the columns of the row's adapter, zero elsewhere."""
+        key = (names, ranks, rows)
+        found = self._masks.get(key)
+        if found is None:
+            batch = len(self.index)
+            if batch == 0 or rows % batch:
+                raise ValueError(
+                    f"adapter_names has {batch} names; it must have one a row, and a layer saw {rows} rows"
+                )
+            slots = [self.names.index(n) for n, r in zip(names, ranks, strict=True) for _ in range(r)]
+            chosen = self.index.repeat_interleave(rows // batch).unsqueeze(1) == torch.tensor(slots)
+            found = self._masks[key] = chosen.to(device, torch.float32)
+        return found
+
+
+NO_ROWS = Rows((), ())
+"""The mode in which every layer is the base model's."""
+
+
+class AdapterBank:
+    """The adapters of one model and the layers that carry them.
+
+    Attributes:
+        layers: path in the base model → layer.
+        wrappers: path → module kept in a trainable copy an adapter (``modules_to_save``).
+        active: names of the active adapters.
+        mode: None: every row uses the active adapters; else the rows' own choice.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, LoraLayer] = {}
+        self.wrappers: dict[str, ModulesToSave] = {}
+        self.active: tuple[str, ...] = ()
+        self.mode: Rows | None = None
+        self._plans: dict[tuple[str, ...], list] = {}
+        self._trainable: dict[str, list[torch.nn.Parameter]] = {}
+        self._training: set[str] = set()
+
+    def hold(self, name: str, parameters: list[torch.nn.Parameter]) -> None:
+        """``parameters`` train exactly while ``name`` is active and not for inference."""
+        self._trainable[name] = parameters
+        self._training.add(name)  # their requires_grad is unknown: the next activate sets it
+        self._plans.clear()
+
+    def release(self, name: str) -> None:
+        for parameter in self._trainable.pop(name):
+            parameter.requires_grad_(False)
+        self._training.discard(name)
+        self._plans.clear()
+
+    def prepare(self, active: tuple[str, ...]) -> list:
+        """Each layer's plan for these adapters; built once, then exchanged by reference."""
+        plans = self._plans.get(active)
+        if plans is None:
+            holders = [*self.layers.values(), *self.wrappers.values()]
+            plans = self._plans[active] = [(h, h.plan(active)) for h in holders]
+        return plans
+
+    def activate(self, active: tuple[str, ...], training: set[str]) -> None:
+        """Make ``active`` the adapters in use; the parameters of those in ``training`` train, all others do not."""
+        self._push(active)
+        self.active = active
+        for name in self._training - training:
+            for parameter in self._trainable[name]:
+                parameter.requires_grad = False
+        for name in training:
+            for parameter in self._trainable[name]:
+                parameter.requires_grad = True
+        self._training = set(training)
+
+    def refresh(self) -> None:
+        """Rebuild every plan: a layer's adapters, their scaling or whether they are merged have changed."""
+        self._plans.clear()
+        self._push(self.active)
+
+    def refresh_one(self, layer: LoraLayer) -> None:
+        """:meth:`refresh` where only ``layer`` has changed."""
+        self._plans.clear()
+        layer._plan = layer.plan(self.active)
+
+    def _push(self, active: tuple[str, ...]) -> None:
+        for holder, plan in self.prepare(active):
+            # Past nn.Module.__setattr__, which costs more than all else here.
+            holder.__dict__["_plan"] = plan
+
+    @contextmanager
+    def using(self, mode: Rows) -> Iterator[None]:
+        """Run with ``mode`` in force."""
+        before, self.mode = self.mode, mode
+        try:
+            yield
+        finally:
+            self.mode = before

@@ -1,0 +1,138 @@
+"""PEFT's adapter folders: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..tuners.base import PeftConfig
+from .files import atomic_write, load_safetensors, read_json, save_safetensors
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_CARD = """---
+base_model: {base}
+library_name: peft
+tags:
+- base_model:adapter:{base}
+- {method}
+---
+
+# {method} adapter
+
+An adapter in PEFT's format: PEFT and pyfastpeft load it with `PeftModel.from_pretrained(base_model, folder)`.
+"""
+
+
+def locate(model_id: str | os.PathLike, filename: str, subfolder: str | None = None, **hub: Any) -> Path:
+    """The path of ``filename`` in a local folder, or of its copy from the hub repository ``model_id``.
+
+    Raises:
+        FileNotFoundError: neither has it.
+    """
+    folder = Path(model_id) / subfolder if subfolder else Path(model_id)
+    if (folder / filename).is_file():
+        return folder / filename
+    if Path(model_id).exists() or Path(model_id).is_absolute():
+        raise FileNotFoundError(f"there is no file {folder / filename}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(model_id), filename, subfolder=subfolder, **hub))
+    except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {folder} with a {filename}, and no hub repository {str(model_id)!r} gives one: {error}"
+        ) from error
+
+
+def read_config(
+    model_id: str | os.PathLike, subfolder: str | None = None, cls: type[PeftConfig] = PeftConfig, **hub: Any
+) -> PeftConfig:
+    """The configuration of an adapter folder; see :meth:`PeftConfig.from_pretrained`."""
+    path = locate(model_id, CONFIG_NAME, subfolder, **hub)
+    try:
+        return cls.from_dict(read_json(path))
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+
+
+def read_tensors(
+    model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any
+) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of an adapter folder, on the CPU, and the file they came from. Pickle files are never read.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load_safetensors`.
+    """
+    try:
+        path = locate(model_id, WEIGHTS_NAME, subfolder, **hub)
+    except FileNotFoundError:
+        folder = Path(model_id) / subfolder if subfolder else Path(model_id)
+        if (folder / "adapter_model.bin").is_file():
+            raise ValueError(
+                f"{folder} holds adapter_model.bin, a pickle, which is never loaded; convert it to {WEIGHTS_NAME} first"
+            ) from None
+        raise
+    return load_safetensors(path), path
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Hold ``tensors`` against the keys and shapes of an adapter.
+
+    Raises:
+        ValueError: a key is missing or too many, or a shape or dtype is not the expected one.
+    """
+    missing = [k for k in expected if k not in tensors]
+    extra = [k for k in tensors if k not in expected and k not in optional]
+    if missing or extra:
+        parts = [f"{label}: {_listed(keys)}" for label, keys in (("missing", missing), ("not expected", extra)) if keys]
+        raise ValueError(f"{source} does not fit the adapter's configuration and this model. Keys {'; '.join(parts)}")
+    for key, tensor in tensors.items():
+        shape = expected.get(key, optional.get(key))
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{source}: {key} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{source}: {key} has dtype {tensor.dtype}; it must be floating point")
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def write_adapter(folder: str | os.PathLike, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter folder; each file is whole at every moment, and the README is written only where there is none.
+
+    Args:
+        config: PEFT's keys, as :meth:`PeftConfig.to_dict` gives them.
+        tensors: PEFT's keys; those that share memory are copied.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save_directory is {str(folder)!r}, a file; it must be a folder or not exist")
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        shared = tensor.untyped_storage().data_ptr() in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        apart[key] = tensor.detach().clone() if shared else tensor
+    # The configuration takes its name right after the weights, when both are on disk.
+    with atomic_write(folder / CONFIG_NAME) as aside:
+        aside.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        save_safetensors(apart, folder / WEIGHTS_NAME)
+    card = folder / "README.md"
+    if not card.exists():
+        base = json.dumps(config.get("base_model_name_or_path") or "")
+        with atomic_write(card) as aside:
+            aside.write_text(_CARD.format(base=base, method=config["peft_type"].lower()), encoding="utf-8")

@@ -1,0 +1,706 @@
+"""Linear, Conv1D and Embedding layers with LoRA adapters beside them.
+
+    y = M x + bias + Σ scaling_i · B_i A_i dropout(x)
+
+M is the layer's matrix [out, in] whatever the module stores. With DoRA, ``y = g ∘ (M x + scaling · B A x) + bias`` with
+``g = magnitude / ||M + scaling · B A||`` a row, the norm detached; several adapters add up their differences from the
+base. Dropout is on the LoRA branch alone.
+
+Over a :class:`Linear4bit` the base product and the branch are one call of ``ops.linear_4bit``; over full precision they
+are plain torch with PEFT's dtypes: x is cast to the adapter's dtype, the result returns in the base layer's. Several
+adapters run stacked along the rank, also when each row of the batch has its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import AdapterBank, Rows
+from ..formats import quantize_4bit
+from ..ops import Lora, linear_4bit
+from .linear4bit import Linear4bit
+
+is_compiling = torch.compiler.is_compiling
+
+
+class Plan(NamedTuple):
+    """What one layer does while a set of adapters is active.
+
+    Attributes:
+        names: the active adapters that this layer has.
+        simple: one plain LoRA: the fields below describe it (else they are not used).
+        a, b: parameter dictionaries whose "weight" are A [r, in] and B [out, r]; never stale.
+        scaling: a number; ``scale`` is the same as a tensor [r], so that compiled code does not hold its value.
+    """
+
+    names: tuple[str, ...]
+    simple: bool
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    scaling: float
+    scale: Tensor | None
+    dropout: float
+
+
+class Magnitude(nn.Module):
+    """DoRA's magnitude, ``weight`` [out]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def _pair(n_in: int, r: int, n_out: int, bias: bool, initialize: bool) -> tuple[nn.Linear, nn.Linear]:
+    if initialize:
+        return nn.Linear(n_in, r, bias=False), nn.Linear(r, n_out, bias=bias)
+    make = nn.utils.skip_init
+    return make(nn.Linear, n_in, r, bias=False), make(nn.Linear, r, n_out, bias=bias)
+
+
+def _stamp(tensors: list[Tensor]) -> tuple | None:
+    """Changes whenever a value may have changed; None where that cannot be told."""
+    if any(t.is_inference() for t in tensors):
+        return None
+    return tuple((t.data_ptr(), t._version) for t in tensors)
+
+
+class LoraLayer(nn.Module):
+    """A base layer with named LoRA adapters; the parts that do not depend on the base layer's type.
+
+    Attributes:
+        base_layer: the wrapped module.
+        r, lora_alpha, dropout: by adapter name. ``r`` is the rank in use, which after a hot-swap may be below the rank
+            of the parameters (the rest is zero).
+        merged_adapters: the adapters added into the base weight at the moment.
+    """
+
+    def __init__(self, base_layer: nn.Module, bank: AdapterBank) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bank = bank
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self._scaling: dict[str, float] = {}
+        self._scale: dict[str, Tensor] = {}
+        self._plan: Plan | None = None
+        self._unmerged: tuple[Any, nn.Parameter | None] | None = None
+        self._cache: dict[Any, tuple[tuple, Any]] = {}
+
+    # What a subclass says about its base layer.
+
+    in_features: int
+    out_features: int
+
+    def matrix(self) -> Tensor:
+        """M [out, in] in float32."""
+        raise NotImplementedError
+
+    def set_matrix(self, matrix: Tensor) -> Any:
+        """Hold ``matrix`` [out, in] in the base layer's own precision; returns what was held before."""
+        old = self.base_layer.weight
+        stored = self.as_stored(matrix).to(old.dtype).contiguous()
+        # A new parameter, so that a tied one elsewhere keeps its values.
+        self.base_layer.weight = nn.Parameter(stored, requires_grad=old.requires_grad)
+        return old
+
+    def put_back(self, held: Any) -> None:
+        """Hold again what :meth:`set_matrix` returned."""
+        self.base_layer.weight = held
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """M in the orientation of the base layer's weight."""
+        return matrix
+
+    def times(self, a: Tensor) -> Tensor:
+        """M aᵀ [out, r] in float32, without building M."""
+        raise NotImplementedError
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of an adapter."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    # Adapters.
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """Scaling of each adapter; see :meth:`set_scaling`."""
+        return MappingProxyType(self._scaling)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def set_scaling(self, name: str, scaling: float) -> None:
+        """Change an adapter's scaling in place; the bank must be refreshed afterwards."""
+        self._scaling[name] = scaling
+        self._scale[name].fill_(scaling)
+
+    def add_adapter(
+        self,
+        name: str,
+        r: int,
+        alpha: float,
+        *,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        dtype: torch.dtype | None = None,
+        initial: Callable[[Tensor, int, float], tuple[Tensor, Tensor, Tensor]] | bool | str = True,
+        empty: bool = False,
+    ) -> None:
+        """Add an adapter of rank ``r``.
+
+        Args:
+            dtype: of its parameters.
+            initial: True (A Kaiming-uniform, B zero), False (both as ``nn.Linear``'s default), "gaussian", or a
+                function of (M, r, scaling) that returns A, B and the weight that is left for the base layer.
+            empty: leave the values to be loaded; a function ``initial`` still changes the base weight.
+        """
+        self.r[name], self.lora_alpha[name], self.dropout[name] = r, alpha, dropout
+        self._scaling[name] = alpha / math.sqrt(r) if use_rslora else alpha / r
+        self._make_parameters(name, r, lora_bias, initial, empty)
+        if callable(initial):
+            a, b, rest = initial(self.matrix(), r, self._scaling[name])
+            for parameter, value in zip(self.factors(name), (a, b), strict=True):
+                parameter.data.copy_(value)
+            self.set_matrix(rest)
+        device = self.weight.device
+        for holder in (self.lora_A, self.lora_B):
+            if name in holder:
+                holder[name].to(device, dtype)
+        self._place_own(name, device, dtype)
+        self._scale[name] = torch.full((r,), self._scaling[name], dtype=torch.float32, device=device)
+        if use_dora:
+            norm = self.weight.new_empty((self.out_features,), dtype=dtype) if empty else self.norm(name).to(dtype)
+            self.lora_magnitude_vector[name] = Magnitude(norm)
+            self.lora_magnitude_vector[name].to(device)
+
+    def _make_parameters(self, name: str, r: int, lora_bias: bool, initial: Any, empty: bool) -> None:
+        self.lora_A[name], self.lora_B[name] = _pair(self.in_features, r, self.out_features, lora_bias, not empty)
+        if empty or initial is False or callable(initial):
+            return
+        if initial == "gaussian":
+            nn.init.normal_(self.lora_A[name].weight, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A[name].weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[name].weight)
+        if lora_bias:
+            nn.init.zeros_(self.lora_B[name].bias)
+
+    def _place_own(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Move parameters that a subclass keeps elsewhere."""
+
+    def remove_adapter(self, name: str) -> None:
+        for held in (self.r, self.lora_alpha, self.dropout, self._scaling, self._scale):
+            del held[name]
+        for holder in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            if name in holder:
+                del holder[name]
+        self._cache.clear()
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The adapter's live parameters under the suffixes of PEFT's files."""
+        held = {"lora_A.weight": self.lora_A[name].weight, "lora_B.weight": self.lora_B[name].weight}
+        if self.lora_B[name].bias is not None:
+            held["lora_B.bias"] = self.lora_B[name].bias
+        if name in self.lora_magnitude_vector:
+            held["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
+        return held
+
+    def expected(self, r: int, use_dora: bool, lora_bias: bool) -> dict[str, tuple[int, ...]]:
+        """Suffix → shape of what a file must hold for this layer."""
+        return expected_tensors(self.base_layer, r, use_dora, lora_bias)
+
+    def plan(self, active: tuple[str, ...]) -> Plan | None:
+        names = tuple(n for n in active if n in self.r)
+        if not names or self.merged:
+            return None
+        (name, *rest) = names
+        if rest or name not in self.lora_A or name in self.lora_magnitude_vector or self._bias_of(name) is not None:
+            return Plan(names, False, {}, {}, 0.0, None, 0.0)
+        a, b = self.lora_A[name]._parameters, self.lora_B[name]._parameters
+        return Plan(names, True, a, b, self._scaling[name], self._scale[name], self.dropout[name])
+
+    def _bias_of(self, name: str) -> Tensor | None:
+        return self.lora_B[name].bias if name in self.lora_B else None
+
+    def _present(self, mode: Rows) -> tuple[str, ...]:
+        if self.merged and mode.names:
+            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
+        return tuple(n for n in mode.names if n in self.r)
+
+    # Arithmetic shared by the layer types.
+
+    def _cached(self, key: Any, tensors: list[Tensor], compute: Callable[[], Any]) -> Any:
+        """``compute()``, kept while ``tensors`` do not change and no gradient flows into them."""
+        if is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            return compute()
+        stamp = _stamp(tensors)
+        held = self._cache.get(key)
+        if held is None or stamp is None or held[0] != stamp:
+            held = self._cache[key] = (stamp, compute())
+        return held[1]
+
+    def stacked(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """A's one below the other [R, in], B's side by side [out, R], the scaling of each column [R]."""
+        if len(names) == 1:
+            return (*self.factors(names[0]), self._scale[names[0]])
+        pairs = [self.factors(n) for n in names]
+        scales = [self._scale[n] for n in names]
+
+        def stack() -> tuple[Tensor, Tensor, Tensor]:
+            return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1), torch.cat(scales)
+
+        return self._cached(names, [t for pair in pairs for t in pair] + scales, stack)
+
+    def _column_scale(self, names: tuple[str, ...], scale: Tensor, mode: Rows | None, x: Tensor, rows: int) -> Tensor:
+        """The factor of each column [R], or of each row's columns [rows, R]."""
+        if mode is None:
+            return scale
+        ranks = tuple(len(self._scale[n]) for n in names)
+        return mode.mask(names, ranks, rows, x.device) * scale
+
+    @torch.no_grad()
+    def norm(self, name: str) -> Tensor:
+        """Float32 [out]: ||M + scaling · B A|| a row, from ||M||² and products with A, never building the sum."""
+        a, b = self.factors(name)
+
+        def compute() -> Tensor:
+            a32, b32, s = a.float(), b.float(), self._scale_of(name)
+            square = self._matrix_square() + 2 * s * (self.times(a) * b32).sum(1)
+            square = square + s * s * ((b32 @ (a32 @ a32.t())) * b32).sum(1)
+            return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+        return self._cached(("norm", name), [a, b, self.weight], compute) if not self.training else compute()
+
+    def _scale_of(self, name: str) -> float | Tensor:
+        return self._scale[name][0] if is_compiling() else self._scaling[name]
+
+    def _matrix_square(self) -> Tensor:
+        def compute() -> Tensor:
+            return self.matrix().square().sum(1)
+
+        if is_compiling():
+            return self._cache["square"][1] if "square" in self._cache else compute()
+        stamp = _stamp([self.weight])
+        held = self._cache.get("square")
+        if held is None or held[0] != stamp:
+            held = self._cache["square"] = (stamp, compute())
+        return held[1]
+
+    def gain(self, name: str) -> Tensor:
+        """DoRA's factor a row [out], differentiable in the magnitude."""
+        return self.lora_magnitude_vector[name].weight / self.norm(name)
+
+    def _base_gain(self, gains: dict[str, Tensor], mode: Rows | None, x: Tensor, rows: int) -> Tensor:
+        """Factor of the base product: 1 + Σ (g - 1), [out] or, where rows choose, [rows, out]."""
+        names = tuple(gains)
+        extra = torch.stack([gains[n] - 1 for n in names])
+        if mode is None:
+            return 1 + extra.sum(0)
+        return 1 + mode.mask(names, (1,) * len(names), rows, x.device) @ extra
+
+    # Merging.
+
+    @torch.no_grad()
+    def delta(self, name: str) -> Tensor:
+        """scaling · B A, float32 [out, in]."""
+        a, b = self.factors(name)
+        return self._scaling[name] * (b.float() @ a.float())
+
+    @torch.no_grad()
+    def merged_matrix(self, names: tuple[str, ...]) -> Tensor:
+        """The float32 matrix that alone computes what base and adapters compute."""
+        matrix = self.matrix()
+        gains = {n: self.gain(n).float() for n in names if n in self.lora_magnitude_vector}
+        out = matrix
+        if gains:
+            out = matrix * self._base_gain(gains, None, matrix, 0)[:, None]
+        for name in names:
+            delta = self.delta(name)
+            out = out + (delta * gains[name][:, None] if name in gains else delta)
+        return out
+
+    def merge(self, names: tuple[str, ...], safe: bool = False) -> None:
+        """Add adapters into the base weight. The original weight is kept, not recomputed, for :meth:`unmerge`.
+
+        Raises:
+            ValueError: ``safe`` and the result is not finite, or an adapter has a bias and the base layer none.
+        """
+        names = tuple(n for n in names if n in self.r)
+        if not names:
+            return
+        if self.merged:
+            raise ValueError(f"{self.merged_adapters} are merged already; call unmerge_adapter() first")
+        biases = [n for n in names if self._bias_of(n) is not None]
+        if biases and self.bias is None:
+            raise ValueError(f"adapters {biases} have lora_bias=True, but the base layer has no bias to merge it into")
+        merged = self.merged_matrix(names)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(f"merging {list(names)} would write values that are not finite")
+        bias = self.bias
+        self._unmerged, self.merged_adapters = (self.set_matrix(merged), bias), list(names)
+        if biases:
+            added = sum(self._scaling[n] * self._bias_of(n).detach().float() for n in biases)
+            self.base_layer.bias = nn.Parameter((bias.float() + added).to(bias.dtype), requires_grad=False)
+
+    def unmerge(self) -> None:
+        """The base weight of before :meth:`merge`, bit for bit (it was kept)."""
+        if self._unmerged is not None:
+            weight, bias = self._unmerged
+            self.put_back(weight)
+            if bias is not None:
+                self.base_layer.bias = bias
+            self._unmerged, self.merged_adapters = None, []
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, in the orientation in which the base layer stores it."""
+        return self.as_stored(self.delta(adapter))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
+        super()._apply(fn, recurse)
+        device = self.weight.device
+        # Scalings stay in float32 whatever the model is cast to.
+        self._scale = {n: t.to(device) for n, t in self._scale.items()}
+        self._cache.clear()
+        self.bank.refresh_one(self)
+        return self
+
+
+class LoraLinear(LoraLayer):
+    """LoRA on ``nn.Linear`` and :class:`Linear4bit`."""
+
+    def __init__(self, base_layer: nn.Module, bank: AdapterBank) -> None:
+        super().__init__(base_layer, bank)
+        self.in_features, self.out_features = matrix_shape(base_layer)[::-1]
+        self._fused = isinstance(base_layer, Linear4bit)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mode = self.bank.mode
+        if mode is not None:
+            names = self._present(mode)
+            return self._general(x, names, mode, args, kwargs) if names else self.base_layer(x, *args, **kwargs)
+        plan = self._plan
+        if plan is None:
+            return self.base_layer(x, *args, **kwargs)
+        if not plan.simple:
+            return self._general(x, plan.names, None, args, kwargs)
+        a, b = plan.a["weight"], plan.b["weight"]
+        scaling = plan.scale if is_compiling() else plan.scaling
+        dropout = plan.dropout if self.training else 0.0
+        if self._fused:
+            return self.base_layer(x, Lora(a, b, scaling, dropout))
+        y = self.base_layer(x, *args, **kwargs)
+        x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
+        return (y + F.linear(F.linear(x, a), b) * scaling).to(y.dtype)
+
+    def _general(self, x: Tensor, names: tuple[str, ...], mode: Rows | None, args: tuple, kwargs: dict) -> Tensor:
+        """Several adapters, rows that choose, DoRA, biases."""
+        rows = x.numel() // self.in_features
+        lead = x.shape[:-1]
+        gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
+        groups: dict[float, tuple[str, ...]] = {}
+        for name in names:
+            dropout = self.dropout[name] if self.training else 0.0
+            groups[dropout] = (*groups.get(dropout, ()), name)
+
+        if self._fused and len(groups) == 1 and (not gains or (len(names) == 1 and mode is None)):
+            a, b, scale = self.stacked(names)
+            scale = self._column_scale(names, scale, mode, x, rows)
+            y = self.base_layer(x, Lora(a, b, scale, next(iter(groups))))
+            dtype = y.dtype
+            if gains:
+                y = self._scaled_without_bias(y, gains[names[0]])
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+            dtype = y.dtype
+            if gains:
+                factor = self._base_gain(gains, mode, x, rows)
+                y = self._scaled_without_bias(y, factor if mode is None else factor.view(*lead, -1))
+            for dropout, group in groups.items():
+                a, b, scale = self.stacked(group)
+                scale = self._column_scale(group, scale, mode, x, rows)
+                if mode is not None:
+                    scale = scale.view(*lead, -1)
+                if gains:
+                    b = torch.cat([self._gained(n, gains) for n in group], dim=1)
+                h = F.linear(F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype), a)
+                y = y + F.linear(h * scale.to(h.dtype), b)
+        return self._with_biases(y, names, mode, x, rows).to(dtype)
+
+    def _gained(self, name: str, gains: dict[str, Tensor]) -> Tensor:
+        b = self.factors(name)[1]
+        return b * gains[name][:, None] if name in gains else b
+
+    def _scaled_without_bias(self, y: Tensor, factor: Tensor) -> Tensor:
+        bias = self.bias
+        return y * factor if bias is None else (y - bias) * factor + bias
+
+    def _with_biases(self, y: Tensor, names: tuple[str, ...], mode: Rows | None, x: Tensor, rows: int) -> Tensor:
+        held = {n: self._bias_of(n) for n in names if self._bias_of(n) is not None}
+        if not held:
+            return y
+        scaled = torch.stack([bias * self._scale[n][0] for n, bias in held.items()])
+        if mode is None:
+            return y + scaled.sum(0)
+        chosen = mode.mask(tuple(held), (1,) * len(held), rows, x.device).to(scaled.dtype)
+        return y + (chosen @ scaled).view(*x.shape[:-1], -1)
+
+    def matrix(self) -> Tensor:
+        if self._fused:
+            return self.base_layer.dequantize(torch.float32)
+        return self._dense_weight().detach().float()
+
+    def _dense_weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        if not weight.is_floating_point() or weight.shape != (self.out_features, self.in_features):
+            raise TypeError(
+                f"the base layer is a {type(self.base_layer).__name__} whose weight is {weight.dtype} of shape "
+                f"{tuple(weight.shape)}; merging, DoRA and initial values from the weight need a dense one or this "
+                "library's Linear4bit"
+            )
+        return weight
+
+    def set_matrix(self, matrix: Tensor) -> Any:
+        if not self._fused:
+            self._dense_weight()  # refuses a weight that is packed by someone else
+            return super().set_matrix(matrix)
+        base, old = self.base_layer, self.base_layer.packed
+        packed = quantize_4bit(matrix, base.quant_type, base.blocksize, base.double_quant)
+        base.set_packed(replace(packed, dtype=old.dtype))
+        return old
+
+    def put_back(self, held: Any) -> None:
+        if self._fused:
+            self.base_layer.set_packed(held)
+        else:
+            super().put_back(held)
+
+    def merge_dense(self, names: tuple[str, ...], safe: bool, dtype: torch.dtype | None) -> None:
+        """:meth:`merge`, with a 4-bit base layer exchanged for one in ``dtype``, rounded once."""
+        if not self._fused:
+            return self.merge(names, safe)
+        dtype = self.base_layer.packed.dtype if dtype is None else dtype
+        self.base_layer, self._fused = dense(self.base_layer, torch.float32), False
+        self.merge(names, safe)
+        self.base_layer.to(dtype)
+
+    def times(self, a: Tensor) -> Tensor:
+        if self._fused:
+            return linear_4bit(a.float(), self.base_layer.packed).t()
+        weight = self._dense_weight()
+        return F.linear(a.to(weight.dtype), weight).float().t()
+
+
+class LoraConv1D(LoraLinear):
+    """LoRA on transformers' ``Conv1D``, which stores its weight as [in, out]."""
+
+    def _dense_weight(self) -> Tensor:
+        return self.base_layer.weight.t()
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+
+class LoraEmbedding(LoraLayer):
+    """LoRA on ``nn.Embedding``: M is the table transposed, [embedding_dim, num_embeddings].
+
+    A starts at zero and B normal, so the first update moves only the rows of tokens that were seen.
+    """
+
+    def __init__(self, base_layer: nn.Embedding, bank: AdapterBank) -> None:
+        super().__init__(base_layer, bank)
+        self.in_features, self.out_features = base_layer.num_embeddings, base_layer.embedding_dim
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.out_features
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.in_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.base_layer.padding_idx
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def _make_parameters(self, name: str, r: int, lora_bias: bool, initial: Any, empty: bool) -> None:
+        if lora_bias:
+            raise ValueError("lora_bias is True; an embedding has no place for a bias, leave it out of target_modules")
+        make = torch.empty if empty else torch.randn
+        a, b = make(r, self.in_features), make(self.out_features, r)
+        if initial is not False and not empty:
+            nn.init.zeros_(a)
+            nn.init.normal_(b)
+        self.lora_embedding_A[name], self.lora_embedding_B[name] = nn.Parameter(a), nn.Parameter(b)
+
+    def _place_own(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        for holder in (self.lora_embedding_A, self.lora_embedding_B):
+            holder[name].data = holder[name].data.to(device, dtype)
+
+    def remove_adapter(self, name: str) -> None:
+        super().remove_adapter(name)
+        del self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        a, b = self.factors(name)
+        held = {"lora_embedding_A": a, "lora_embedding_B": b}
+        if name in self.lora_magnitude_vector:
+            held["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
+        return held
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mode = self.bank.mode
+        if mode is not None:
+            names = self._present(mode)
+        else:
+            names = () if self._plan is None else self._plan.names
+        y = self.base_layer(x, *args, **kwargs)
+        if not names:
+            return y
+        dtype, lead, rows = y.dtype, x.shape, x.numel()
+        gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
+        a, b, scale = self.stacked(names)
+        scale = self._column_scale(names, scale, mode, x, rows)
+        if mode is not None:
+            scale = scale.view(*lead, -1)
+        if gains:
+            factor = self._base_gain(gains, mode, x, rows)
+            y = y * (factor if mode is None else factor.view(*lead, -1))
+            bs = [self.factors(n)[1] for n in names]
+            b = torch.cat([t * gains[n][:, None] if n in gains else t for n, t in zip(names, bs, strict=True)], dim=1)
+        base = self.base_layer
+        h = F.embedding(x, a.t(), base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)
+        added = F.linear(h * scale.to(h.dtype), b)
+        # Some embeddings (Gemma 3) multiply their output; what is added must be multiplied as well.
+        embed_scale = getattr(base, "embed_scale", None)
+        if embed_scale is not None:
+            added = added * torch.as_tensor(embed_scale, dtype=added.dtype, device=added.device)
+        return (y + added).to(dtype)
+
+    def matrix(self) -> Tensor:
+        return self.base_layer.weight.detach().float().t()
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def times(self, a: Tensor) -> Tensor:
+        weight = self.weight.detach()
+        return (a.to(weight.dtype) @ weight).float().t()
+
+
+class ModulesToSave(nn.Module):
+    """A module with a trainable copy for each adapter that names it in ``modules_to_save``."""
+
+    def __init__(self, module: nn.Module, bank: AdapterBank) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.bank = bank
+        self._plan: str | None = None
+
+    def plan(self, active: tuple[str, ...]) -> str | None:
+        names = [n for n in active if n in self.modules_to_save]
+        if len(names) > 1:
+            raise ValueError(f"adapters {names} each bring their own copy of one module; only one can be active")
+        return names[0] if names else None
+
+    def module_in_use(self) -> nn.Module:
+        return self.original_module if self._plan is None else self.modules_to_save[self._plan]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mode = self.bank.mode
+        if mode is None:
+            return self.module_in_use()(x, *args, **kwargs)
+        names = tuple(n for n in mode.names if n in self.modules_to_save)
+        y = self.original_module(x, *args, **kwargs)
+        # Each adapter's copy is another weight, so it runs by itself; shapes do not depend on who asked for what.
+        for i, name in enumerate(names):
+            chosen = mode.mask(names, (1,) * len(names), x.shape[0], x.device)[:, i].bool()
+            own = self.modules_to_save[name](x, *args, **kwargs)
+            y = torch.where(chosen.view(-1, *[1] * (y.dim() - 1)), own, y)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self.module_in_use(), name)
+
+
+def dense(layer: Linear4bit, dtype: torch.dtype | None = None) -> nn.Linear:
+    """The same layer in full precision, in ``dtype`` (default: the one it was quantized from)."""
+    weight = layer.dequantize(dtype)
+    out = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    out.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        out.bias = nn.Parameter(layer.bias.detach().to(weight.dtype, copy=True), requires_grad=False)
+    return out.train(layer.training)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a module that can carry LoRA."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    n_in, n_out = module.weight.shape
+    return n_out, n_in
+
+
+def layer_class(module: nn.Module) -> type[LoraLayer] | None:
+    """The layer that carries LoRA for ``module``, or None where there is none."""
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if isinstance(module, nn.Linear):
+        return LoraLinear
+    if type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d):
+        return LoraConv1D
+    return None
+
+
+def expected_tensors(module: nn.Module, r: int, use_dora: bool, lora_bias: bool) -> dict[str, tuple[int, ...]]:
+    """Suffix → shape of the tensors a file must hold for an adapter of rank ``r`` on ``module``."""
+    n_out, n_in = matrix_shape(module)
+    if isinstance(module, nn.Embedding):
+        shapes: dict[str, tuple[int, ...]] = {"lora_embedding_A": (r, n_in), "lora_embedding_B": (n_out, r)}
+    else:
+        shapes = {"lora_A.weight": (r, n_in), "lora_B.weight": (n_out, r)}
+        if lora_bias:
+            shapes["lora_B.bias"] = (n_out,)
+    if use_dora:
+        shapes["lora_magnitude_vector"] = (n_out,)
+    return shapes

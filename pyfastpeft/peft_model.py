@@ -1,0 +1,676 @@
+"""PeftModel: a model with adapters, under PEFT's interface."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import NO_ROWS, Rows
+from .hub.peft import check_tensors, read_config, read_tensors, write_adapter
+from .nn.linear4bit import Linear4bit
+from .nn.lora import LoraLayer
+from .tuners.base import PeftConfig
+from .tuners.lora import PREFIX, LoraConfig, LoraModel, matches, resolved
+from .tuners.lora_weighted import combine
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
+) -> PeftModel:
+    """Freeze ``model`` and attach a new adapter to it, in place.
+
+    Args:
+        autocast_adapter_dtype: keep the adapter in float32 over a 16-bit base (else in the base's dtype).
+
+    Raises:
+        TypeError, ValueError: the argument at fault, what it was and what it must be; ``model`` is then unchanged.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
+    _check_config(peft_config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        peft_model = PeftModel(model)
+        peft_model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
+        peft_model.set_adapter(adapter_name)
+    except BaseException:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+    return peft_model
+
+
+def _check_config(config: PeftConfig) -> None:
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"peft_config is a {type(config).__name__}; it must be a LoraConfig")
+
+
+class _Forward:
+    """The bound ``forward`` of a :class:`PeftModel`, with the base model's signature for those who inspect it."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.model.get_base_model().forward)
+        own = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+        held = list(signature.parameters.values())
+        at = len(held) - bool(held and held[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        return signature.replace(parameters=[*held[:at], own, *held[at:]])
+
+
+class PeftModel(nn.Module):
+    """A base model with named adapters. Made by :func:`get_peft_model` and :meth:`from_pretrained`.
+
+    Parameters are named as in PEFT (``base_model.model.<path>.lora_A.<adapter>.weight``); whatever is not defined here
+    is the base model's (``config``, ``device``, ``gradient_checkpointing_enable`` …).
+    """
+
+    _hf_peft_config_loaded = True
+    """Tells transformers' Trainer that a quantized base model has something to train."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = LoraModel(model)
+        if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        self.train(model.training)
+        self.forward = _Forward(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    # What there is.
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """Adapter name → configuration."""
+        return self.base_model.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.base_model.bank.active)
+
+    @property
+    def active_adapter(self) -> str | list[str] | None:
+        """The active adapter's name; a list where several are active, None where none is."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active or None
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        return self.peft_config[self._single("active_peft_config")]
+
+    def _single(self, what: str) -> str:
+        active = self.active_adapters
+        if len(active) != 1:
+            raise ValueError(f"{what} needs one active adapter; active are {active}")
+        return active[0]
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapter layers in it."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters; a 4-bit weight counts as the parameters it stands for."""
+        packed = {id(m.weight): m.out_features * m.in_features for m in self.modules() if isinstance(m, Linear4bit)}
+        counted = [(packed.get(id(p), p.numel()), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trains in counted if trains), sum(n for n, _ in counted)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / max(total, 1)
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    # Running.
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward.
+
+        Args:
+            adapter_names: for each row of the batch the adapter it uses (``"__base__"``: none). Default: every row uses
+                the active adapters. Works in training as well.
+        """
+        if adapter_names is None:
+            if self.base_model.bank.mode is None:
+                return self.base_model(*args, **kwargs)
+            with self._mode(self.base_model.bank.mode):
+                return self.base_model(*args, **kwargs)
+        with self._mode(self._rows(adapter_names, args, kwargs)):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's generate; ``adapter_names`` as in :meth:`forward` (a row's beams use its adapter)."""
+        if adapter_names is None:
+            return self.base_model.model.generate(*args, **kwargs)
+        with self._mode(self._rows(adapter_names, args, kwargs)):
+            return self.base_model.model.generate(*args, **kwargs)
+
+    def _rows(self, adapter_names: Sequence[str], args: tuple, kwargs: dict) -> Rows:
+        if isinstance(adapter_names, str):
+            raise ValueError(
+                f"adapter_names is {adapter_names!r}; it must be a list, one name for each row of the batch"
+            )
+        batch = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1), None)
+        if batch is not None and len(adapter_names) != len(batch):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names; the batch has {len(batch)} rows")
+        return Rows(adapter_names, tuple(self.peft_config))
+
+    @contextmanager
+    def _mode(self, mode: Rows) -> Iterator[None]:
+        """Run with ``mode``, and let what gradient checkpointing computes again run with it too."""
+        bank = self.base_model.bank
+        checkpointed = []
+        if torch.is_grad_enabled() and self.training:
+            for module in self.modules():
+                if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in vars(module):
+                    checkpointed.append((module, module._gradient_checkpointing_func))
+
+        def bound(checkpoint: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+            def again(*inner: Any, **named: Any) -> Any:
+                with bank.using(mode):
+                    return function(*inner, **named)
+
+            return checkpoint(again, *args, **kwargs)
+
+        for module, checkpoint in checkpointed:
+            module._gradient_checkpointing_func = partial(bound, checkpoint)
+        try:
+            with bank.using(mode):
+                yield
+        finally:
+            for module, checkpoint in checkpointed:
+                module._gradient_checkpointing_func = checkpoint
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone, inside ``with``; merged adapters are taken out and merged again."""
+        if any(c.bias != "none" for c in self.peft_config.values()):
+            warnings.warn(
+                "biases of the base model were trained (bias is not 'none'); they stay as trained", stacklevel=3
+            )
+        merged = [(layer, tuple(layer.merged_adapters)) for layer in self._layers() if layer.merged]
+        for layer, _ in merged:
+            layer.unmerge()
+        try:
+            with self._mode(NO_ROWS):
+                yield
+        finally:
+            for layer, names in merged:
+                layer.merge(names)
+
+    # Adding, choosing and removing adapters.
+
+    def _layers(self) -> list[LoraLayer]:
+        return list(self.base_model.bank.layers.values())
+
+    def _known(self, names: Sequence[str]) -> tuple[str, ...]:
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise ValueError(f"there is no adapter {unknown[0]!r}; this model has {list(self.peft_config)}")
+        return tuple(names)
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
+        """Attach a new adapter beside the others; it becomes active with :meth:`set_adapter`.
+
+        Raises:
+            TypeError, ValueError: the argument at fault; the model is then as it was.
+        """
+        _check_config(peft_config)
+        config = resolved(peft_config, self.get_base_model())
+        self.base_model.add(adapter_name, config, strict=True, autocast_adapter_dtype=autocast_adapter_dtype)
+        self._activate(self.base_model.bank.active)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool | None = None) -> None:
+        """Make one adapter (or several at once) the active one.
+
+        Its parameters train, and those of all others do not. No module is rebuilt and compiled code stays valid between
+        adapters of equal ranks.
+
+        Args:
+            inference_mode: whether the active ones are frozen as well. Default: as each adapter was loaded.
+        """
+        names = self._known([adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
+        if inference_mode is not None:
+            for name in names:
+                self.peft_config[name].inference_mode = inference_mode
+        self._activate(names)
+
+    def _activate(self, names: tuple[str, ...]) -> None:
+        self.base_model.bank.activate(names, {n for n in names if not self.peft_config[n].inference_mode})
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, the first one left becomes active."""
+        self._known([adapter_name])
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
+        self.base_model.remove(adapter_name)
+        active = tuple(n for n in self.base_model.bank.active if n != adapter_name)
+        self._activate(active or tuple(self.peft_config)[:1])
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter made of others: the sum of their updates, each multiplied by its weight.
+
+        Args:
+            combination_type: "cat" (exact; the ranks add up), "svd" (the best approximation of rank ``svd_rank``), or
+                "linear" (A's and B's are summed by themselves; equal ranks).
+            svd_rank: default: the largest rank among ``adapters``.
+
+        Raises:
+            ValueError: the argument at fault; DoRA, lora_bias and modules_to_save cannot be combined.
+        """
+        names = self._known(list(adapters))
+        config, tensors = combine(self.base_model, names, list(weights), combination_type, svd_rank)
+        self._install(adapter_name, config, tensors, f"adapter {adapter_name!r}", True)
+
+    # Merging.
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Add adapters (default: the active ones) into the base weights.
+
+        The original weights are kept meanwhile, so that :meth:`unmerge_adapter` restores them bit for bit. A 4-bit base
+        is quantized again.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+        """
+        names = self._known(list(self.active_adapters if adapter_names is None else adapter_names))
+        done = []
+        try:
+            for layer in self._layers():
+                layer.merge(names, safe_merge)
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.unmerge()
+            raise
+        finally:
+            self.base_model.bank.refresh()
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights of before :meth:`merge_adapter`, bit for bit."""
+        for layer in self._layers():
+            layer.unmerge()
+        self.base_model.bank.refresh()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        dequantize: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """The base model with the adapters (default: the active ones) in its weights, and no adapter layers.
+
+        Args:
+            progressbar: accepted for PEFT's sake; there is none.
+            safe_merge: refuse a result that is not finite.
+            dequantize: over a 4-bit base: the whole model in ``dtype``, the merged weights rounded once. Default:
+                merged weights are quantized again, in the same format.
+            dtype: with ``dequantize``; default: the dtype the model was quantized from.
+        """
+        names = self._known(list(self.active_adapters if adapter_names is None else adapter_names))
+        self.unmerge_adapter()
+        return self.base_model.merge_and_unload(names, safe_merge, dequantize, dtype)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters."""
+        self.unmerge_adapter()
+        return self.base_model.unload(())
+
+    # Files.
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters (not the base model) as PEFT folders: "default" into the root, others below it.
+
+        Args:
+            safe_serialization: must be True; pickle is never written.
+            selected_adapters: default: all.
+            save_embedding_layers: also the base embeddings: "auto": those LoRA targets; True: all; False: none.
+            kwargs: accepted for transformers' sake (``state_dict``); ignored.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization is False; adapters are written as safetensors only")
+        names = self._known(list(self.peft_config if selected_adapters is None else selected_adapters))
+        if not is_main_process:
+            return
+        for name in names:
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            tensors = get_peft_model_state_dict(self, name, save_embedding_layers)
+            write_adapter(folder, self._config_to_save(name), tensors)
+
+    def _config_to_save(self, name: str) -> dict[str, Any]:
+        base = self.get_base_model()
+        config = replace(self.peft_config[name], inference_mode=True)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+        values = config.to_dict()
+        if config.task_type is None:
+            values["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        return values
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        **hub: Any,
+    ) -> PeftModel:
+        """Attach the adapter of a PEFT folder or hub repository to ``model``, in place.
+
+        Args:
+            is_trainable: whether its parameters train.
+            config: instead of the folder's adapter_config.json.
+            hub: ``subfolder``, and what ``hf_hub_download`` takes (revision, token, cache_dir, …).
+
+        Raises:
+            FileNotFoundError: there is no such folder or file.
+            ValueError: a damaged file, or one that does not fit ``model``: names the file and the key. ``model`` is
+                then unchanged.
+        """
+        if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
+            raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        try:
+            self = cls(model)
+            self.load_adapter(model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, **hub)
+            self.set_adapter(adapter_name)
+        except BaseException:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            raise
+        if not is_trainable:
+            self.eval()
+        return self
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        **hub: Any,
+    ) -> None:
+        """Load another adapter beside the others, or new values into one that exists.
+
+        Arguments and errors as in :meth:`from_pretrained`; the model is unchanged after an error.
+        """
+        config = read_config(model_id, **hub) if config is None else config
+        _check_config(config)
+        tensors, path = read_tensors(model_id, **hub)
+        config = replace(config, inference_mode=not is_trainable)
+        self._install(adapter_name, config, tensors, str(path), autocast_adapter_dtype)
+
+    def _install(
+        self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
+    ) -> None:
+        """Validate ``tensors`` against ``config`` and the model, then attach and fill."""
+        model = self.base_model
+        config = resolved(config, model.model)
+        expected = model.expected(config, strict=False)
+        optional = model.embeddings(config)
+        check_tensors(tensors, expected, {k: tuple(t.shape) for k, t in optional.items()}, source)
+        exists = name in self.peft_config
+        if exists:
+            _check_same_layout(config, model, name, expected)
+            self.peft_config[name].inference_mode = config.inference_mode
+        else:
+            model.add(name, config, strict=False, empty=True, autocast_adapter_dtype=autocast_adapter_dtype)
+        try:
+            with torch.no_grad():
+                for key, live in model.tensors(name).items():
+                    live.copy_(tensors[key])
+                for key, live in optional.items():
+                    if key in tensors and not torch.equal(live, tensors[key].to(live)):
+                        live.copy_(tensors[key])
+        except BaseException:
+            if not exists:
+                model.remove(name)
+            raise
+        self._activate(model.bank.active)
+
+    # Hot-swap.
+
+    def hotswap_adapter(
+        self,
+        source: str | os.PathLike | Mapping[str, Tensor],
+        adapter_name: str = "default",
+        config: LoraConfig | None = None,
+        **hub: Any,
+    ) -> None:
+        """Replace the values of an adapter in place, while the model serves.
+
+        Parameters stay the same objects, so compiled code and optimizers stay valid; the base weights are not touched.
+        The new adapter may lack some of the modules (they become zero) and may have smaller ranks (the rest is zero);
+        its scaling is its own. Everything is validated first: after an error nothing has changed.
+
+        Args:
+            source: a PEFT folder or hub repository, or the tensors themselves under PEFT's keys.
+            adapter_name: the adapter to replace.
+            config: with tensors: the new adapter's configuration. Default: as the old one's, with the rank the tensors
+                have.
+
+        Raises:
+            ValueError: an unknown adapter, a rank larger than the one in place, a key or shape that does not fit.
+        """
+        self._known([adapter_name])
+        if isinstance(source, (str, os.PathLike)):
+            config = read_config(source, **hub) if config is None else config
+            tensors, path = read_tensors(source, **hub)
+            label = str(path)
+        else:
+            tensors, label = source, "the state dict"
+        swap = _Swap(self, adapter_name, config, tensors, label)
+        swap.run()
+
+
+def get_peft_model_state_dict(
+    model: PeftModel, adapter_name: str = "default", save_embedding_layers: bool | str = "auto"
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the keys of PEFT's files (without its name); they share the model's memory."""
+    model._known([adapter_name])
+    base = model.base_model
+    held = base.tensors(adapter_name)
+    for path, layer in base.bank.layers.items():
+        if adapter_name in layer.r and layer.r[adapter_name] < len(layer._scale[adapter_name]):
+            # After a hot-swap to a smaller rank the rest is zero: what is saved is the adapter that was swapped in.
+            r = layer.r[adapter_name]
+            for suffix in layer.tensors(adapter_name):
+                key = f"{PREFIX}{path}.{suffix}"
+                if r == 0:
+                    del held[key]
+                elif suffix in ("lora_A.weight", "lora_embedding_A"):
+                    held[key] = held[key][:r]
+                elif suffix in ("lora_B.weight", "lora_embedding_B"):
+                    held[key] = held[key][:, :r]
+    return {k: t.detach() for k, t in (held | base.saved_embeddings(adapter_name, save_embedding_layers)).items()}
+
+
+def set_peft_model_state_dict(
+    model: PeftModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Fill an adapter from tensors under PEFT's keys.
+
+    Raises:
+        ValueError: a key is missing or too many, or a shape differs; nothing has changed then.
+    """
+    model._known([adapter_name])
+    model._install(adapter_name, model.peft_config[adapter_name], peft_model_state_dict, "peft_model_state_dict", True)
+
+
+def _check_same_layout(
+    config: LoraConfig, model: LoraModel, name: str, expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """An adapter may take new values in place only where shapes and scalings stay."""
+    live = {k: tuple(t.shape) for k, t in model.tensors(name).items()}
+    for path, layer in model.bank.layers.items():
+        if name in layer.r:
+            r, alpha = config.rank_of(path), config.alpha_of(path)
+            if not math.isclose(alpha / (math.sqrt(r) if config.use_rslora else r), layer.scaling[name]):
+                raise ValueError(f"adapter {name!r} has another scaling; use hotswap_adapter, or delete it first")
+    if live != dict(expected):
+        raise ValueError(f"adapter {name!r} has other modules or ranks; use hotswap_adapter, or delete it first")
+
+
+class _Swap:
+    """One hot-swap: everything is worked out and checked in the constructor, and done by :meth:`run`."""
+
+    def __init__(
+        self, model: PeftModel, name: str, config: LoraConfig | None, tensors: Mapping[str, Tensor], source: str
+    ) -> None:
+        self.model, self.name = model, name
+        old = model.peft_config[name]
+        new = old if config is None else resolved(config, model.get_base_model())
+        for what in ("use_dora", "lora_bias"):
+            if getattr(old, what) != getattr(new, what):
+                raise ValueError(
+                    f"{what} is {getattr(new, what)} in {source}, {getattr(old, what)} in adapter {name!r}"
+                )
+        if old.changes_base or new.changes_base or old.bias != "none" or new.bias != "none":
+            raise ValueError(
+                f"adapter {name!r} cannot be replaced from {source}: init_lora_weights or bias ties one of the two to "
+                "other base weights; use load_adapter"
+            )
+        if any(name in layer.merged_adapters for layer in model._layers()):
+            raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
+        base = model.base_model
+        layers = {path: layer for path, layer in base.bank.layers.items() if name in layer.r}
+        live = {path: layer.tensors(name) for path, layer in layers.items()}
+        of_layers = {f"{PREFIX}{path}.{suffix}" for path, held in live.items() for suffix in held}
+        saved = {k: t for k, t in base.tensors(name).items() if k not in of_layers}
+        known = of_layers | saved.keys()
+        embeddings = base.embeddings(old)
+        extra = sorted(tensors.keys() - known - embeddings.keys())
+        if extra:
+            raise ValueError(f"{source} holds keys that adapter {name!r} does not have: {', '.join(extra[:5])}")
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.zeroed: list[Tensor] = []
+        self.ranks: dict[str, tuple[int, float, float]] = {}
+        for path, held in live.items():
+            self._plan_layer(path, layers[path], held, new, config is not None, tensors, source)
+        for key, tensor in saved.items():
+            if key not in tensors:
+                raise ValueError(f"{source} lacks the key {key}")
+            self._pair(key, tensor, tensors[key], source)
+        for key, tensor in embeddings.items():
+            if key in tensors and not torch.equal(tensor, tensors[key].to(tensor)):
+                raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")
+        self.config = self._new_config(old) if config is None else replace(new, inference_mode=old.inference_mode)
+
+    def _plan_layer(
+        self,
+        path: str,
+        layer: LoraLayer,
+        held: dict[str, Tensor],
+        new: LoraConfig,
+        given: bool,
+        tensors: Mapping[str, Tensor],
+        source: str,
+    ) -> None:
+        keys = {suffix: f"{PREFIX}{path}.{suffix}" for suffix in held}
+        missing = [key for key in keys.values() if key not in tensors]
+        if missing:
+            if len(missing) < len(keys) or (given and matches(new, path)):
+                raise ValueError(f"{source} lacks the key {missing[0]}")
+            self.zeroed += [t for suffix, t in held.items() if suffix != "lora_magnitude_vector"]
+            self.ranks[path] = (0, 0.0, layer.scaling[self.name])
+            return
+        a_key = next(key for suffix, key in keys.items() if suffix.startswith(("lora_A", "lora_embedding_A")))
+        r = tensors[a_key].shape[0] if tensors[a_key].dim() == 2 else 0
+        capacity = len(layer._scale[self.name])
+        wanted = new.rank_of(path) if given else r
+        if r > capacity:
+            raise ValueError(f"{source}: {a_key} has rank {r}; adapter {self.name!r} has room for rank {capacity}")
+        if r < 1 or r != wanted:
+            raise ValueError(f"{source}: {a_key} has shape {tuple(tensors[a_key].shape)}; its rank must be {wanted}")
+        for suffix, key in keys.items():
+            target = held[suffix]
+            if r < capacity and suffix.startswith(("lora_A", "lora_embedding_A")):
+                self.zeroed.append(target[r:])
+                target = target[:r]
+            elif r < capacity and suffix in ("lora_B.weight", "lora_embedding_B"):
+                self.zeroed.append(target[:, r:])
+                target = target[:, :r]
+            self._pair(key, target, tensors[key], source)
+        alpha = new.alpha_of(path)
+        self.ranks[path] = (r, alpha, alpha / math.sqrt(r) if new.use_rslora else alpha / r)
+
+    def _pair(self, key: str, target: Tensor, value: Tensor, source: str) -> None:
+        if value.shape != target.shape:
+            raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}; it must be {tuple(target.shape)}")
+        if not value.is_floating_point():
+            raise ValueError(f"{source}: {key} has dtype {value.dtype}; it must be floating point")
+        self.pairs.append((target, value))
+
+    def _new_config(self, old: LoraConfig) -> LoraConfig:
+        """The old configuration with the ranks and the modules that the tensors have."""
+        ranks = {path: r for path, (r, _, _) in self.ranks.items() if r}
+        if all(r == old.rank_of(path) for path, r in ranks.items()):
+            changed = replace(old)
+        elif len(set(ranks.values())) == 1:
+            changed = replace(old, r=next(iter(ranks.values())), rank_pattern={})
+        else:
+            changed = replace(old, rank_pattern={f"^{path}": r for path, r in ranks.items()})
+        if len(ranks) < len(self.ranks):
+            changed.target_modules = sorted(ranks)
+        return changed
+
+    @torch.no_grad()
+    def run(self) -> None:
+        bank = self.model.base_model.bank
+        if self.zeroed:
+            torch._foreach_zero_(self.zeroed)
+        torch._foreach_copy_([t for t, _ in self.pairs], [v.detach() for _, v in self.pairs])
+        rescaled = False
+        for path, (r, alpha, scaling) in self.ranks.items():
+            layer = bank.layers[path]
+            layer.r[self.name], layer.lora_alpha[self.name] = r, alpha
+            if layer.scaling[self.name] != scaling:
+                layer.set_scaling(self.name, scaling)
+                rescaled = True
+            if r == 0 and self.name in layer.lora_magnitude_vector:
+                layer.lora_magnitude_vector[self.name].weight.copy_(layer.norm(self.name))
+        self.model.base_model.configs[self.name] = self.config
+        if rescaled:
+            bank.refresh()
