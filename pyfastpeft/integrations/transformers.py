@@ -1,0 +1,299 @@
+"""transformers: 4-bit loading through ``from_pretrained(quantization_config=FastPeftConfig(...))``.
+
+Importing this module registers the method ``"pyfastpeft"``, so a saved model reloads with nothing but
+``import pyfastpeft``. Each weight is quantized as it comes off the disk: the peak is the 4-bit model plus one layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import transformers.modeling_utils
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..formats import quantize_4bit
+from ..formats.codes import check_blocksize, get_format
+from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
+from ..nn import Linear4bit
+
+METHOD = "pyfastpeft"
+
+
+@register_quantization_config(METHOD)
+class FastPeftConfig(QuantizationConfigMixin):
+    """How ``from_pretrained`` quantizes a model to 4 bits.
+
+    Given with a checkpoint that is quantized already — by this package, or by bitsandbytes in 4 bits — the checkpoint's
+    own settings hold, its weights are read as they are, and only ``compute_dtype`` counts. bitsandbytes itself is not
+    needed for that.
+
+    Args:
+        quant_type: ``"nf4"``, ``"fp4"`` or ``"int4"``.
+        blocksize: elements a scale.
+        double_quant: keep the scales themselves in 8 bits (NF4 and FP4).
+        compute_dtype: dtype the products run in, default the input's.
+        modules_to_not_convert: names (or patterns) of linear layers to leave in full precision. Default: the output
+            embedding and the last layer. Layers whose weight is tied to another are always left.
+
+    Raises:
+        ValueError: a ``quant_type``, ``blocksize``, ``double_quant`` or ``compute_dtype`` that does not exist.
+    """
+
+    def __init__(
+        self,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = False,
+        compute_dtype: torch.dtype | str | None = None,
+        modules_to_not_convert: list[str] | None = None,
+    ) -> None:
+        fmt = get_format(quant_type)
+        if double_quant and fmt.has_zero:
+            raise ValueError("double_quant is True; it applies to quant_type 'nf4' and 'fp4' only")
+        if isinstance(compute_dtype, str):
+            compute_dtype = getattr(torch, compute_dtype, compute_dtype)
+        if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"compute_dtype is {compute_dtype!r}; it must be None, float32, bfloat16 or float16")
+        self.quant_method = METHOD
+        self.quant_type = quant_type
+        self.blocksize = check_blocksize(fmt, blocksize)
+        self.double_quant = double_quant
+        self.compute_dtype = compute_dtype
+        self.modules_to_not_convert = modules_to_not_convert
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        fields = {name: value for name, value in config_dict.items() if name != "quant_method"}
+        try:
+            return super().from_dict(fields, return_unused_kwargs, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"quantization_config of method {METHOD!r}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        dtype = self.compute_dtype
+        return super().to_dict() | {"compute_dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+
+    def for_checkpoint(self, stored: Any) -> FastPeftConfig | None:
+        """The config to read a checkpoint by, given its own ``quantization_config``; None where it is not ours to read.
+
+        Raises:
+            ValueError: a bitsandbytes checkpoint that is not in 4 bits.
+        """
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        if stored.get("quant_method") == METHOD:
+            config = FastPeftConfig.from_dict(stored)
+        elif stored.get("load_in_4bit"):
+            config = FastPeftConfig(
+                stored.get("bnb_4bit_quant_type", "fp4"),
+                double_quant=bool(stored.get("bnb_4bit_use_double_quant")),
+                compute_dtype=stored.get("bnb_4bit_compute_dtype"),
+                modules_to_not_convert=stored.get("llm_int8_skip_modules"),
+            )
+        elif stored.get("load_in_8bit"):
+            raise ValueError("the checkpoint was quantized by bitsandbytes to 8 bits; FastPeftConfig reads 4 bits only")
+        else:
+            return None
+        config.compute_dtype = self.compute_dtype or config.compute_dtype
+        return config
+
+
+@register_quantizer(METHOD)
+class FastPeftQuantizer(HfQuantizer):
+    """Puts :class:`Linear4bit` in place of linear layers (``nn.Linear`` and GPT-2's ``Conv1D``) and fills them."""
+
+    quantization_config: FastPeftConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: FastPeftConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._originals: dict[str, nn.Module] = {}
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 0.5 + 4 / self.quantization_config.blocksize
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
+            raise ValueError("device_map puts modules on disk; 4-bit layers can be on a CPU or a GPU only")
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def original(self, name: str) -> nn.Module:
+        """The full-precision layer, without weights, that stood at ``name``."""
+        return self._originals[name]
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        skip = [*_left_in_full_precision(model, config.modules_to_not_convert), *(model._keep_in_fp32_modules or ())]
+        for name, module in list(model.named_modules()):
+            if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not should_convert_module(name, skip):
+                continue
+            shape = module.weight.shape
+            rows, columns = reversed(shape) if isinstance(module, Conv1D) else shape
+            layer = Linear4bit(
+                columns,
+                rows,
+                module.bias is not None,
+                config.quant_type,
+                config.blocksize,
+                config.double_quant,
+                config.compute_dtype,
+                device="meta",
+                dtype=module.weight.dtype,
+            )
+            model.set_submodule(name, layer.requires_grad_(False))
+            self._originals[name] = module
+        if not self._originals:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer to quantize; modules_to_not_convert is "
+                f"{config.modules_to_not_convert}"
+            )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # Our own conversions only read; a save writes what state_dict gives.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(isinstance(op, _Deserialize) for op in getattr(conversion, "operations", ()))
+        ]
+        for layer in model.modules():
+            # Not in the checkpoint: transformers has initialized it (and said so).
+            if isinstance(layer, Linear4bit) and layer.packed is None:
+                layer.set_packed(self._quantized(layer.weight))
+        return model
+
+    def _quantized(self, weight: Tensor) -> Any:
+        config = self.quantization_config
+        return quantize_4bit(weight, config.quant_type, config.blocksize, config.double_quant)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized:
+            return []
+        # By the layers' own names, so that other weights load the ordinary way.
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in self._originals)
+        suffixes = ("", *(f".{suffix}" for suffix in STATE_SUFFIXES))
+        return [
+            WeightConverter([f"{leaf}.weight{suffix}" for suffix in suffixes], f"{leaf}.weight", [_Deserialize(self)])
+            for leaf in leaves
+        ]
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, Linear4bit):
+                continue
+            original = self.original(name)
+            weight = layer.dequantize(dtype)
+            weight = weight.t().contiguous() if isinstance(original, Conv1D) else weight
+            original.weight = nn.Parameter(weight, requires_grad=False)
+            original.bias = layer.bias
+            model.set_submodule(name, original.train(layer.training))
+        return model
+
+
+class _Op(ConversionOps):
+    def __init__(self, hf_quantizer: FastPeftQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict) -> _Op:
+        # transformers copies the operation for every weight; the quantizer is one for the model.
+        return self
+
+
+class _Quantize(_Op):
+    """A full-precision weight to 4 bits, straight into its layer."""
+
+    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any) -> dict[str, Tensor]:
+        result = {}
+        for key, weight in input_dict.items():
+            weight = weight[0] if isinstance(weight, list) else weight
+            layer, _ = get_module_from_name(model, key)
+            if isinstance(self.hf_quantizer.original(key.removesuffix(".weight")), Conv1D):
+                weight = weight.t()
+            layer.set_packed(self.hf_quantizer._quantized(weight))
+            result[key] = layer.weight
+        return result
+
+
+class _Deserialize(_Op):
+    """The tensors of one stored 4-bit weight into its layer."""
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: PreTrainedModel, full_layer_name: str, target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        key = target_patterns[0]
+        state = {name: t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
+        layer, _ = get_module_from_name(model, full_layer_name)
+        if state.keys() == {key} and state[key].is_floating_point():
+            # A layer that the checkpoint left in full precision, whatever its config says, stays so here.
+            path = full_layer_name.removesuffix(".weight")
+            if isinstance(layer, Linear4bit):
+                original = self.hf_quantizer.original(path)
+                original.bias = layer.bias
+                model.set_submodule(path, original)
+                layer = original
+            return {key: state[key].to(layer.weight.dtype)}
+        if not isinstance(layer, Linear4bit):
+            raise ValueError(f"{full_layer_name} is stored in 4 bits, but its layer is one that is not converted")
+        layer.set_packed(packed_from_state(state, key))
+        return {key: layer.weight}
+
+
+def _left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) -> set[str]:
+    """Names of modules not to convert: ``chosen``, or the output embedding and the last module; and all tied ones."""
+    keys = (key for pair in model.all_tied_weights_keys.items() for key in pair)
+    tied = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")}
+    if chosen is not None:
+        return tied | set(chosen)
+    output = model.get_output_embeddings()
+    last, _ = list(model.named_parameters())[-1]
+    return tied | {last.rpartition(".")[0]} | {name for name, module in model.named_modules() if module is output}
+
+
+def _read_checkpoints_of_others() -> None:
+    """Let ``FastPeftConfig`` open checkpoints that name another method.
+
+    transformers refuses a ``quantization_config`` of another class than the checkpoint's; the checkpoint's is
+    translated before it looks.
+    """
+    wrapped = transformers.modeling_utils.get_hf_quantizer
+
+    @functools.wraps(wrapped)
+    def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(quantization_config, FastPeftConfig):
+            if kwargs.get("gguf_file") is not None:
+                raise ValueError(
+                    "gguf_file and a FastPeftConfig cannot go together in from_pretrained; "
+                    "pyfastpeft.from_gguf(path) loads a GGUF file and keeps its Q4_0 and Q4_1 weights in 4 bits"
+                )
+            stored = getattr(config, "quantization_config", None)
+            translated = None if stored is None else quantization_config.for_checkpoint(stored)
+            if translated is not None:
+                config.quantization_config, quantization_config = translated.to_dict(), None
+        return wrapped(config, quantization_config, *args, **kwargs)
+
+    transformers.modeling_utils.get_hf_quantizer = get_hf_quantizer
+
+
+_read_checkpoints_of_others()
