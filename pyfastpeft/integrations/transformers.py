@@ -141,7 +141,7 @@ class FastPeftQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
-        skip = [*_left_in_full_precision(model, config.modules_to_not_convert), *(model._keep_in_fp32_modules or ())]
+        skip = [*left_in_full_precision(model, config.modules_to_not_convert), *(model._keep_in_fp32_modules or ())]
         for name, module in list(model.named_modules()):
             if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not should_convert_module(name, skip):
                 continue
@@ -260,7 +260,7 @@ class _Deserialize(_Op):
         return {key: layer.weight}
 
 
-def _left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) -> set[str]:
+def left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) -> set[str]:
     """Names of modules not to convert: ``chosen``, or the output embedding and the last module; and all tied ones."""
     keys = (key for pair in model.all_tied_weights_keys.items() for key in pair)
     tied = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")}
