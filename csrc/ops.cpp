@@ -146,7 +146,8 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
   const float* bias_data = nullptr;
   std::vector<float> bias_float;
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->numel() == n && bias->is_contiguous(), "bias must be contiguous [N]");
+    STD_TORCH_CHECK(bias->numel() == n, "bias must be [N]");
+    bias = torch::stable::contiguous(*bias);
     if (bias->scalar_type() == ScalarType::Float) {
       bias_data = bias->const_data_ptr<float>();
     } else {

@@ -81,10 +81,8 @@ def linear_4bit(
     a = b = row_scale = seed = None
     scaling, dropout = 1.0, 0.0
     if lora is not None:
-        if isinstance(lora, BankView):
-            lora = lora.stacked()
-        a, b, scaling, dropout = lora if isinstance(lora, Lora) else Lora(*lora)
-        _check_lora(x2, a, b, scaling, n, k)
+        a, b, scaling, dropout = _as_lora(lora, x2)
+        _check_lora(x2, a, b, scaling, dropout, n, k)
         if isinstance(scaling, Tensor):
             row_scale, scaling = scaling.float(), 1.0
         if dropout > 0.0:
@@ -133,7 +131,19 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
     return k, n
 
 
-def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, n: int, k: int) -> None:
+def _as_lora(lora: Lora | BankView | tuple, x: Tensor) -> Lora:
+    if isinstance(lora, Lora):
+        return lora
+    if isinstance(lora, BankView):
+        if lora.rows.shape != (x.shape[0],):
+            raise ValueError(f"rows of the bank has shape {tuple(lora.rows.shape)}; it must be ({x.shape[0]},)")
+        return lora.stacked()
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"lora is {type(lora).__name__}; it must be None, (A, B, scaling), a Lora or a BankView")
+    return Lora(*lora)
+
+
+def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, n: int, k: int) -> None:
     if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != k or a.dtype not in _FLOATS:
         raise ValueError(f"lora A is {a.dtype} of shape {tuple(a.shape)}; it must be floating point (r >= 1, K = {k})")
     r = a.shape[0]
@@ -141,6 +151,8 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, n: int
         raise ValueError(f"lora B is {b.dtype} of shape {tuple(b.shape)}; it must be floating point (N = {n}, r = {r})")
     if a.device != x.device or b.device != x.device:
         raise ValueError(f"lora A is on {a.device}, B on {b.device}; both must be on x's device, {x.device}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"lora dropout is {dropout}; it must lie in [0, 1)")
     if isinstance(scaling, Tensor) and scaling.shape not in ((r,), (x.shape[0], r)):
         raise ValueError(
             f"lora scaling has shape {tuple(scaling.shape)}; it must be a number, ({r},) or ({x.shape[0]}, {r})"

@@ -1,0 +1,690 @@
+"""The fused operator under every instruction set: against float64 on the same dequantized weights, both directions."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pyfastpeft as fp
+from pyfastpeft.ops import BankView, Lora, linear_4bit
+from pyfastpeft.ops.reference import keep_mask
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+QUANT_TYPES = ["nf4", "fp4", "int4"]
+ROWS = [0, 1, 2, 3, 5, 8, 13, 16, 17, 33, 64, 100, 130]
+# (N, K): whole and partial tiles, K of one 32-column segment upwards; then K that no tile holds (the reference serves).
+MATRICES = [(16, 32), (33, 96), (100, 64), (257, 160), (48, 1024), (129, 544), (7, 33), (64, 100), (1, 8)]
+# Relative Frobenius error. fp16 is computed in float32 or in bf16 pairs, as its instruction set has them.
+FORWARD = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
+# A gradient passes through two products (dy · B, then · A or · x), each rounding its bf16 operands once.
+GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 6e-3}
+
+
+def pick(options):
+    return options[int(torch.randint(len(options), ()))]
+
+
+def error(got, expected):
+    """Relative Frobenius error, allowing for the scatter that it has over few elements."""
+    assert got.shape == expected.shape
+    got, expected = got.detach().double(), expected.detach().double()
+    if expected.numel() == 0:
+        return 0.0
+    scatter = 1 + 2 / math.sqrt(expected.numel())
+    return float((got - expected).norm() / expected.norm().clamp(min=1e-30) / scatter)
+
+
+def packed_weight(n, k, quant_type=None, double_quant=None):
+    quant_type = quant_type or pick(QUANT_TYPES)
+    blocksize = pick([32, 64, 128] if quant_type == "int4" else [32, 64, 128, 256, 1024, 4096])
+    if double_quant is None:
+        double_quant = quant_type != "int4" and bool(torch.rand(()) < 0.3)
+    return fp.quantize_4bit(torch.randn(n, k) * 0.05 + 0.01, quant_type, blocksize, double_quant)
+
+
+def adapter(n, k, r, dtype=torch.float32):
+    return (torch.randn(r, k) * k**-0.5).to(dtype), (torch.randn(n, r) * r**-0.5).to(dtype)
+
+
+def float64(x, w, bias=None, lora=None, keep=None):
+    """The operator in float64: x, bias, A and B may require gradients."""
+    y = x.double() @ w.dequantize(torch.float64).t()
+    if bias is not None:
+        y = y + bias.double()
+    if lora is None:
+        return y
+    a, b, scaling, dropout = Lora(*lora)
+    dropped = x.double() if keep is None else x.double() * keep / (1 - dropout)
+    s = dropped @ a.double().t()
+    s = s * (scaling.double() if isinstance(scaling, torch.Tensor) else scaling)
+    return y + s @ b.double().t()
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_forward_is_exact_to_the_stated_error_for_any_rows(isa, quant_type, dtype):
+    for m in ROWS:
+        for n, k in [pick(MATRICES), pick(MATRICES)]:
+            w = packed_weight(n, k, quant_type)
+            x = torch.randn(m, k).to(dtype)
+            bias = pick([None, torch.randn(n), torch.randn(n).to(dtype)])
+            lora = pick([None, (*adapter(n, k, pick([1, 4, 16, 40])), 2.0)])
+            y = linear_4bit(x, w, bias, lora)
+            assert y.dtype == dtype and y.shape == (m, n)
+            got = error(y, float64(x, w, bias, lora))
+            assert got <= FORWARD[dtype], f"M={m} {w} bias={bias is not None} lora={lora is not None}: {got:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_blocksize_and_double_quantization_in_the_product(isa, dtype):
+    for quant_type in ("nf4", "fp4"):
+        for blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+            for double_quant in (False, True):
+                n, k = pick([(40, 96), (21, 576), (35, 1056)])
+                w = fp.quantize_4bit(torch.randn(n, k), quant_type, blocksize, double_quant)
+                for m in (1, 7, 40):
+                    x = torch.randn(m, k).to(dtype)
+                    got = error(linear_4bit(x, w), float64(x, w))
+                    assert got <= FORWARD[dtype], f"M={m} {w}: {got:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_products_do_not_lose_accuracy(isa, dtype):
+    n, k = 32, 16384
+    w = packed_weight(n, k)
+    for m in (1, 4, 40):
+        x = torch.randn(m, k).to(dtype)
+        assert error(linear_4bit(x, w), float64(x, w)) <= FORWARD[dtype]
+
+
+def test_leading_dimensions_are_kept(isa):
+    w = packed_weight(24, 64)
+    for shape in [(64,), (3, 64), (2, 3, 64), (2, 1, 3, 64), (2, 0, 64)]:
+        x = torch.randn(shape)
+        y = linear_4bit(x, w)
+        assert y.shape == (*shape[:-1], 24)
+        assert error(y, float64(x, w)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_and_unaligned_inputs_give_the_contiguous_result(isa, dtype):
+    k, n = 96, 40
+    w = packed_weight(n, k)
+    a, b = adapter(n, k, 5)
+    wide = torch.randn(150, 2 * k + 3).to(dtype)
+    views = [
+        wide[:20, 1 : k + 1],
+        wide[:5, 3 : k + 3],
+        wide[:40:2, :k],
+        wide[:9, : 2 * k : 2],
+        torch.randn(k, 33).to(dtype).t(),
+        torch.randn(1, k).to(dtype).expand(6, k),
+        wide.view(-1)[1 : 1 + 17 * k].view(17, k),
+        torch.randn(4, 6, k).to(dtype).transpose(0, 1),
+    ]
+    strided_a, strided_b = torch.randn(k, 5).t(), torch.randn(n, 10)[:, ::2]
+    for x in views:
+        assert torch.equal(linear_4bit(x, w, None, (a, b, 0.5)), linear_4bit(x.contiguous(), w, None, (a, b, 0.5)))
+        got = linear_4bit(x, w, None, (strided_a, strided_b, 0.5))
+        assert torch.equal(got, linear_4bit(x, w, None, (strided_a.contiguous(), strided_b.contiguous(), 0.5)))
+    bias = torch.randn(2 * n)[::2]
+    assert torch.equal(linear_4bit(views[0], w, bias), linear_4bit(views[0], w, bias.contiguous()))
+
+
+def test_inputs_are_left_untouched(isa):
+    w = packed_weight(40, 96)
+    x, bias, (a, b) = torch.randn(20, 96), torch.randn(40), adapter(40, 96, 4)
+    before = [t.clone() for t in (x, bias, a, b, w.codes, w.scale)]
+    linear_4bit(x, w, bias, (a, b, 2.0))
+    for now, then in zip((x, bias, a, b, w.codes, w.scale), before, strict=True):
+        assert torch.equal(now, then)
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_rank_and_adapter_dtype(isa, dtype):
+    for r in range(1, 66):
+        n, k = pick([(16, 32), (33, 96), (100, 160)])
+        w = packed_weight(n, k)
+        lora = (*adapter(n, k, r, pick([torch.float32, torch.bfloat16, torch.float16])), 1.5)
+        m = pick([1, 2, 5, 16, 17, 40])
+        x = torch.randn(m, k).to(dtype)
+        got = error(linear_4bit(x, w, None, lora), float64(x, w, None, lora))
+        assert got <= FORWARD[dtype], f"r={r} M={m} {w}: {got:.1e}"
+
+
+def test_the_branch_itself_is_as_accurate_as_the_base(isa):
+    """With a base of zeros nothing hides the branch's own error."""
+    n, k = 48, 128
+    w = fp.quantize_4bit(torch.zeros(n, k))
+    for dtype in DTYPES:
+        for m in (1, 3, 16, 40):
+            x, lora = torch.randn(m, k).to(dtype), (*adapter(n, k, 9), 0.25)
+            # S is rounded once to the operand type of its second product.
+            assert error(linear_4bit(x, w, None, lora), float64(x, w, None, lora)) <= FORWARD[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scaling_a_number_a_vector_or_a_row_each(isa, dtype):
+    n, k, r = 40, 96, 12
+    w = packed_weight(n, k)
+    a, b = adapter(n, k, r)
+    for m in (1, 4, 16, 33):
+        x = torch.randn(m, k).to(dtype)
+        for scaling in (0.0, -1.5, torch.rand(r), torch.randn(m, r), torch.zeros(m, r)):
+            lora = (a, b, scaling)
+            assert error(linear_4bit(x, w, None, lora), float64(x, w, None, lora)) <= FORWARD[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bank_serves_each_row_its_own_adapter_and_none_for_minus_one(isa, dtype):
+    slots, r, n, k = 4, 8, 40, 96
+    w = packed_weight(n, k)
+    a, b, scaling = torch.randn(slots, r, k) * 0.1, torch.randn(slots, n, r) * 0.3, torch.rand(slots) + 0.5
+    for m in (1, 5, 24, 70):
+        x = torch.randn(m, k).to(dtype)
+        rows = torch.randint(-1, slots, (m,))
+        y = linear_4bit(x, w, None, BankView(a, b, scaling, rows))
+        for i, slot in enumerate(rows.tolist()):
+            lora = None if slot < 0 else (a[slot], b[slot], float(scaling[slot]))
+            expected = float64(x[i : i + 1], w, None, lora)
+            assert error(y[i : i + 1], expected) <= FORWARD[dtype], f"row {i} of {m}, slot {slot}"
+
+
+def test_gradients_of_a_bank_reach_only_the_slots_in_use(isa):
+    slots, r, n, k = 3, 4, 24, 64
+    w = packed_weight(n, k)
+    a = (torch.randn(slots, r, k) * 0.1).requires_grad_()
+    b = (torch.randn(slots, n, r) * 0.3).requires_grad_()
+    scaling, rows = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0, 2, -1, 0, 2])
+    x = torch.randn(5, k, requires_grad=True)
+    dy = torch.randn(5, n)
+    linear_4bit(x, w, None, BankView(a, b, scaling, rows)).backward(dy)
+    got = x.grad, a.grad, b.grad
+    x.grad = a.grad = b.grad = None
+    for i, slot in enumerate(rows.tolist()):
+        lora = None if slot < 0 else (a[slot], b[slot], float(scaling[slot]))
+        float64(x[i : i + 1], w, None, lora).backward(dy[i : i + 1].double())
+    for mine, expected in zip(got, (x.grad, a.grad, b.grad), strict=True):
+        assert error(mine, expected) <= 1e-5
+    assert not got[1][1].any() and not got[2][1].any()
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def check_gradients(dtype, m, n, k, r, adapter_dtype, bias, scaling, dropout=0.0):
+    w = packed_weight(n, k)
+    x = torch.randn(m, k).to(dtype).requires_grad_()
+    leaves = {"x": x}
+    if bias is not None:
+        leaves["bias"] = bias.requires_grad_()
+    lora = keep = None
+    if r:
+        a, b = adapter(n, k, r, adapter_dtype)
+        leaves |= {"a": a.requires_grad_(), "b": b.requires_grad_()}
+        lora = Lora(a, b, scaling, dropout)
+    dy = torch.randn(m, n).to(dtype)
+    state = torch.get_rng_state()
+    y = linear_4bit(x, w, bias, lora)
+    if dropout:
+        # The operator draws one seed a call from torch's generator.
+        torch.set_rng_state(state)
+        keep = keep_mask(m, k, torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64), dropout)
+    got = torch.autograd.grad(y, list(leaves.values()), dy)
+    expected_y = float64(x, w, bias, lora, keep)
+    expected = torch.autograd.grad(expected_y, list(leaves.values()), dy.double())
+    what = f"M={m} {w} r={r} {adapter_dtype}"
+    assert error(y, expected_y) <= FORWARD[dtype], f"y, {what}: {error(y, expected_y):.1e}"
+    for (name, leaf), mine, theirs in zip(leaves.items(), got, expected, strict=True):
+        assert mine.dtype == leaf.dtype
+        limit = GRADIENT[dtype] if leaf.dtype == torch.float32 else max(GRADIENT[dtype], GRADIENT[torch.bfloat16])
+        assert error(mine, theirs) <= limit, f"gradient of {name}, {what}: {error(mine, theirs):.1e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_to_x_a_b_and_bias_match_float64(isa, dtype):
+    for m in ROWS:
+        n, k = pick(MATRICES)
+        check_gradients(
+            dtype,
+            m,
+            n,
+            k,
+            r=pick([0, 1, 8, 16, 17]),
+            adapter_dtype=pick([torch.float32, torch.bfloat16]),
+            bias=pick([None, torch.randn(n), torch.randn(n).to(dtype)]),
+            scaling=2.0,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_for_any_rank_and_scaling(isa, dtype):
+    for r in (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 64, 65):
+        m, (n, k) = pick([1, 4, 16, 19, 70]), pick([(33, 96), (100, 64), (48, 288)])
+        scaling = pick([0.5, torch.rand(r) + 0.5, torch.randn(m, r)])
+        check_gradients(dtype, m, n, k, r, pick([torch.float32, torch.bfloat16]), None, scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_sized_batches(isa, dtype):
+    check_gradients(dtype, 700, 192, 320, 16, torch.float32, torch.randn(192), 2.0)
+
+
+@pytest.mark.parametrize("needed", ["x", "a", "b", "bias", "x a", "b bias"])
+def test_only_the_gradients_asked_for_are_computed(isa, needed):
+    n, k, m = 40, 96, 9
+    w = packed_weight(n, k)
+    a, b = adapter(n, k, 4)
+    tensors = {"x": torch.randn(m, k), "a": a, "b": b, "bias": torch.randn(n)}
+    wanted = [tensors[name].requires_grad_() for name in needed.split()]
+    lora = (tensors["a"], tensors["b"], 1.0)
+    y = linear_4bit(tensors["x"], w, tensors["bias"], lora)
+    dy = torch.randn(m, n)
+    got = torch.autograd.grad(y, wanted, dy)
+    expected = torch.autograd.grad(float64(tensors["x"], w, tensors["bias"], lora), wanted, dy.double())
+    for mine, theirs in zip(got, expected, strict=True):
+        assert error(mine, theirs) <= 1e-5
+
+
+def test_gradients_through_views_and_strided_dy(isa):
+    w = packed_weight(24, 64)
+    a, b = (t.requires_grad_() for t in adapter(24, 64, 4))
+    x = torch.randn(6, 2, 64, requires_grad=True)
+    dy = torch.randn(24, 2, 6).permute(2, 1, 0)
+    leaves = (x, a, b)
+    got = torch.autograd.grad(linear_4bit(x.transpose(0, 1), w, None, (a, b, 1.0)).transpose(0, 1), leaves, dy)
+    expected = torch.autograd.grad(float64(x, w, None, (a, b, 1.0)), leaves, dy.double())
+    for mine, theirs in zip(got, expected, strict=True):
+        assert error(mine, theirs) <= 1e-5
+    total = linear_4bit(x, w).sum()  # dy is one element expanded
+    assert error(torch.autograd.grad(total, x)[0], torch.autograd.grad(float64(x, w).sum(), x)[0]) <= 1e-5
+
+
+def test_nothing_is_recorded_without_gradients(isa):
+    w = packed_weight(24, 64)
+    a, b = (t.requires_grad_() for t in adapter(24, 64, 4))
+    with torch.no_grad():
+        assert linear_4bit(torch.randn(3, 64), w, None, (a, b, 1.0)).grad_fn is None
+    assert linear_4bit(torch.randn(3, 64), w).grad_fn is None
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_drops_the_same_elements_forward_and_backward(isa, dtype):
+    for m, (n, k) in [(1, (33, 96)), (5, (100, 64)), (16, (16, 32)), (40, (48, 288)), (70, (33, 96)), (3, (7, 33))]:
+        for dropout in (0.1, 0.5, 0.9):
+            check_gradients(dtype, m, n, k, pick([4, 8, 17]), torch.float32, None, 2.0, dropout)
+
+
+def test_dropout_masks_are_fair_and_independent():
+    rows, columns = 512, 1024
+    for dropout in (0.05, 0.3, 0.5, 0.9):
+        seeds = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
+        masks = [keep_mask(rows, columns, s.view(1), dropout).double() for s in seeds]
+        mean, sd = 1 - dropout, math.sqrt(dropout * (1 - dropout))
+        for mask in masks:
+            assert abs(mask.mean() - mean) < 5 * sd / math.sqrt(rows * columns)
+            assert ((mask.mean(0) - mean).abs() < 6 * sd / math.sqrt(rows)).all()
+            assert ((mask.mean(1) - mean).abs() < 6 * sd / math.sqrt(columns)).all()
+            centred = (mask - mean) / sd
+            for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll((1, 1), (0, 1))):
+                assert abs((centred * shifted).mean()) < 6 / math.sqrt(rows * columns)
+        cross = ((masks[0] - mean) * (masks[1] - mean)).mean() / sd**2
+        assert abs(cross) < 6 / math.sqrt(rows * columns)
+
+
+def test_dropout_of_zero_is_no_dropout_and_calls_differ(isa):
+    n, k, m = 24, 64, 8
+    w = packed_weight(n, k)
+    a, b = adapter(n, k, 4)
+    x = torch.randn(m, k)
+    assert torch.equal(linear_4bit(x, w, None, Lora(a, b, 1.0, 0.0)), linear_4bit(x, w, None, (a, b, 1.0)))
+    first, second = (linear_4bit(x, w, None, Lora(a, b, 1.0, 0.5)) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+# ---- NaN and infinity ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_inf_stay_in_their_row_and_are_never_lost(isa, dtype):
+    for m in (1, 4, 16, 40):
+        n, k = pick([(33, 96), (100, 64)])
+        w = packed_weight(n, k, pick(["nf4", "int4"]))
+        lora = pick([None, (*adapter(n, k, 3), 1.0)])
+        x = torch.randn(m, k).to(dtype)
+        clean = linear_4bit(x, w, None, lora)
+        row, column = int(torch.randint(m, ())), int(torch.randint(k, ()))
+        for value in (math.nan, math.inf, -math.inf):
+            dirty = x.clone()
+            dirty[row, column] = value
+            y = linear_4bit(dirty, w, None, lora)
+            expected = float64(dirty, w, None, lora)
+            if w.quant_type == "nf4" and lora is None:
+                assert torch.equal(y[row].isnan(), expected[row].isnan())
+            # INT4 sums code * scale and zero apart, so an infinity may meet its opposite and become NaN.
+            assert not y[row][~expected[row].isfinite()].isfinite().any()
+            others = torch.arange(m) != row
+            assert torch.equal(y[others], clean[others])
+
+
+def test_nan_in_a_weight_block_reaches_its_outputs_only(isa):
+    n, k = 40, 96
+    weight = torch.randn(n, k)
+    weight[17, 40] = math.nan
+    w = fp.quantize_4bit(weight, "nf4", 32)
+    for dtype in DTYPES:
+        for m in (1, 40):
+            y = linear_4bit(torch.randn(m, k).to(dtype), w)
+            assert y[:, 17].isnan().all()
+            assert y[:, torch.arange(n) != 17].isfinite().all()
+
+
+def test_nan_gradients_propagate(isa):
+    w = packed_weight(24, 64)
+    a, b = (t.requires_grad_() for t in adapter(24, 64, 4))
+    x = torch.randn(20, 64, requires_grad=True)
+    dy = torch.randn(20, 24)
+    dy[3, 5] = math.nan
+    dx, da, db = torch.autograd.grad(linear_4bit(x, w, None, (a, b, 1.0)), (x, a, b), dy)
+    assert dx[3].isnan().all() and dx[torch.arange(20) != 3].isfinite().all()
+    assert da.isnan().all()
+    assert db[5].isnan().all() and db[torch.arange(24) != 5].isfinite().all()
+
+
+def test_overflow_of_half_precision_is_infinite_not_wrapped(isa):
+    w = fp.quantize_4bit(torch.ones(16, 64), "nf4", 64)
+    y = linear_4bit(torch.full((3, 64), 60000.0, dtype=torch.float16), w)
+    assert (y == math.inf).all()
+
+
+# ---- torch's machinery -----------------------------------------------------------------------------------------------
+
+
+def operator_arguments():
+    n, k, m, r = 24, 64, 5, 4
+    packed = fp.quantize_4bit(torch.randn(n, k), "nf4", 32, double_quant=True)
+    int4 = fp.quantize_4bit(torch.randn(n, k), "int4", 32)
+    rows = fp.quantize_4bit(torch.randn(n, k), "int4", 32).rows()
+    x, dy, (a, b) = torch.randn(m, k), torch.randn(m, n), adapter(n, k, r)
+    seed = torch.tensor([12345])
+    nested = (packed.codes, packed.scale, None, packed.nested.absmax2, packed.nested.offset, 0, n, 32)
+    plain = (int4.codes, int4.scale, int4.zero, None, None, 2, n, 32)
+    return {
+        "quantize_4bit": [(torch.randn(n, k), 0, 64), (torch.randn(n, k).bfloat16(), 2, 32)],
+        "dequantize_4bit": [
+            (rows.codes, rows.scale, rows.zero, 2, 32, [n, k], torch.bfloat16),
+            (rows.codes, rows.scale, None, 0, 32, [n, k], torch.float32),
+        ],
+        "pack_tiles": [(rows.codes, n, k)],
+        "unpack_tiles": [(int4.codes, n, k)],
+        "linear_4bit": [
+            (x, *nested, None, None, None, None, 1.0, None, 0.0),
+            (x, *plain, torch.randn(n), a, b, torch.rand(m, r), 1.0, seed, 0.5),
+            (x.bfloat16(), *plain, None, a, b, None, 2.0, None, 0.0),
+        ],
+        "linear_4bit_backward": [
+            (dy, *nested, None, None, None, 1.0, None, 0.0, True),
+            (dy, *plain, a, b, torch.rand(m, r), 1.0, seed, 0.5, True),
+            (dy, *plain, a, b, None, 2.0, None, 0.0, False),
+        ],
+        "lora_backward": [(dy, x, torch.randn(m, r), torch.randn(m, r), None, 2.0, seed, 0.5)],
+    }
+
+
+@pytest.mark.parametrize("name", list(operator_arguments()))
+def test_opcheck_passes_for_every_operator(name):
+    for args in operator_arguments()[name]:
+        torch.library.opcheck(getattr(torch.ops.pyfastpeft, name).default, args)
+
+
+def compiled_agrees(backend, dynamic=None):
+    n, k, m = 24, 64, 6
+    w = packed_weight(n, k, "nf4")
+    a, b = (t.requires_grad_() for t in adapter(n, k, 4))
+    bias = torch.randn(n, requires_grad=True)
+
+    def layer(x):
+        return torch.tanh(linear_4bit(x, w, bias, (a, b, 2.0))) * 2
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
+    for rows in (m, m + 3) if dynamic else (m,):
+        x = torch.randn(rows, k, requires_grad=True)
+        dy = torch.randn(rows, n)
+        expected = torch.autograd.grad(layer(x), (x, a, b, bias), dy)
+        got = torch.autograd.grad(compiled(x), (x, a, b, bias), dy)
+        for mine, theirs in zip(got, expected, strict=True):
+            assert error(mine, theirs) <= 1e-5
+        with torch.no_grad():
+            assert error(compiled(x), layer(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_torch_compile_takes_the_whole_graph(dynamic):
+    torch._dynamo.reset()
+    compiled_agrees("aot_eager", dynamic)
+
+
+def test_torch_compile_with_inductor():
+    torch._dynamo.reset()
+    compiled_agrees("inductor")
+
+
+def test_torch_compile_of_a_bank_and_of_dropout():
+    torch._dynamo.reset()
+    n, k, m = 24, 64, 6
+    w = packed_weight(n, k, "nf4")
+    a, b, scaling = torch.randn(3, 4, k) * 0.1, torch.randn(3, n, 4) * 0.3, torch.rand(3)
+    x, rows = torch.randn(m, k), torch.randint(-1, 3, (m,))
+    bank = torch.compile(
+        lambda x, rows: linear_4bit(x, w, None, BankView(a, b, scaling, rows)), fullgraph=True, backend="aot_eager"
+    )
+    assert error(bank(x, rows), linear_4bit(x, w, None, BankView(a, b, scaling, rows))) <= 1e-5
+    dropped = torch.compile(
+        lambda x: linear_4bit(x, w, None, Lora(a[0], b[0], 1.0, 0.5)), fullgraph=True, backend="aot_eager"
+    )
+    assert not torch.equal(dropped(x), dropped(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_leaves(isa, dtype):
+    n, k, m = 24, 64, 6
+    w = packed_weight(n, k)
+    a, b = (t.requires_grad_() for t in adapter(n, k, 4))
+    x = torch.randn(m, k, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = linear_4bit(x, w, None, (a, b, 2.0))
+    assert y.dtype == dtype
+    assert error(y, float64(x, w, None, (a, b, 2.0))) <= FORWARD[dtype]
+    dy = torch.randn(m, n)
+    got = torch.autograd.grad(y, (x, a, b), dy.to(dtype))
+    expected = torch.autograd.grad(float64(x, w, None, (a, b, 2.0)), (x, a, b), dy.double())
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == torch.float32
+        # x and dy themselves are rounded to the autocast dtype.
+        assert error(mine, theirs) <= 2 * GRADIENT[dtype]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_does_not_change_the_result(isa, dtype, threads):
+    n, k = 250, 576
+    w = packed_weight(n, k)
+    a, b = (t.requires_grad_() for t in adapter(n, k, 16))
+    for m in (1, 4, 30, 200):
+        x = torch.randn(m, k).to(dtype).requires_grad_()
+        dy = torch.randn(m, n).to(dtype)
+        results = []
+        for count in (1, 2, 3):
+            threads(count)
+            y = linear_4bit(x, w, None, (a, b, 2.0))
+            results.append([y, *torch.autograd.grad(y, (x, a, b), dy)])
+        for other in results[1:]:
+            for mine, theirs in zip(other, results[0], strict=True):
+                assert torch.equal(mine, theirs)
+
+
+def test_python_threads_may_call_at_once(isa):
+    jobs = []
+    for i in range(8):
+        n, k, m = pick([33, 100]), pick([64, 288]), pick([1, 5, 40])
+        w, (a, b), x = packed_weight(n, k), adapter(n, k, 4 + i), torch.randn(m, k)
+        jobs.append((x, w, (a.requires_grad_(), b.requires_grad_(), 1.0)))
+
+    def work(job):
+        x, w, lora = job
+        y = linear_4bit(x, w, None, lora)
+        return [y, *torch.autograd.grad(y.square().sum(), lora[:2])]
+
+    expected = [work(job) for job in jobs]
+    wrong = []
+
+    def repeat(job, result):
+        for _ in range(20):
+            if not all(torch.equal(p, q) for p, q in zip(work(job), result, strict=True)):
+                wrong.append(job)
+
+    workers = [threading.Thread(target=repeat, args=pair) for pair in zip(jobs, expected, strict=True)]
+    for t in workers:
+        t.start()
+    for t in workers:
+        t.join()
+    assert not wrong
+
+
+FORK = """
+import os, signal, torch, pyfastpeft as fp
+torch.set_num_threads({threads})
+w = fp.quantize_4bit(torch.randn(300, 512))
+x = torch.randn(70, 512)
+expected = fp.ops.linear_4bit(x, w)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    torch.set_num_threads(1)
+    os._exit(0 if torch.equal(fp.ops.linear_4bit(x, w), expected) else 3)
+status = os.waitpid(pid, 0)[1]
+assert status == 0, status
+assert torch.equal(fp.ops.linear_4bit(x, w), expected)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_computes_after_its_parent_did():
+    """As a DataLoader's worker does: torch's own rule is one thread in a forked child."""
+    for count in (1, 2):
+        run_python(FORK.format(threads=count))
+
+
+def run_python(code, check=True, **env):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=120
+    )
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+# ---- choice of kernels -----------------------------------------------------------------------------------------------
+
+
+def test_the_environment_forces_an_instruction_set():
+    for name in torch.ops.pyfastpeft.available_isas():
+        code = "import torch, pyfastpeft; print(torch.ops.pyfastpeft.isa())"
+        assert run_python(code, PYFASTPEFT_CPU_ISA=name).stdout.strip() == name
+
+
+def test_an_unknown_instruction_set_is_refused_by_name():
+    code = "import torch, pyfastpeft as fp; fp.ops.linear_4bit(torch.ones(1, 32), fp.quantize_4bit(torch.ones(1, 32)))"
+    result = run_python(code, check=False, PYFASTPEFT_CPU_ISA="sse9")
+    assert result.returncode != 0
+    assert "PYFASTPEFT_CPU_ISA" in result.stderr and "sse9" in result.stderr and "generic" in result.stderr
+    with pytest.raises(RuntimeError, match="sse9"):
+        torch.ops.pyfastpeft.set_isa("sse9")
+
+
+def test_the_reference_backend_agrees():
+    code = """
+import torch, pyfastpeft as fp
+torch.manual_seed(0)
+w = fp.quantize_4bit(torch.randn(40, 96), "nf4", 64, True)
+x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((9, 96), (4, 96), (40, 4)))
+y = fp.ops.linear_4bit(x, w, torch.ones(40), fp.ops.Lora(a, b, 0.5, 0.25))
+grads = torch.autograd.grad(y.square().sum(), (x, a, b))
+print(" ".join(f"{v:.7e}" for t in (y, *grads) for v in t.flatten().tolist()))
+"""
+    native, reference = (
+        torch.tensor([float(v) for v in run_python(code, PYFASTPEFT_BACKEND=name).stdout.split()])
+        for name in ("native", "reference")
+    )
+    assert error(native, reference) <= 1e-5
+    result = run_python(code, check=False, PYFASTPEFT_BACKEND="cuda12")
+    assert result.returncode != 0 and "PYFASTPEFT_BACKEND is 'cuda12'" in result.stderr
+
+
+def test_float64_reference_agrees_with_torch_linear():
+    """The yardstick of this file, checked against torch."""
+    w, x, bias = packed_weight(24, 64), torch.randn(5, 64), torch.randn(24)
+    expected = F.linear(x.double(), w.dequantize(torch.float64), bias.double())
+    assert error(float64(x, w, bias), expected) < 1e-14
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"w": torch.ones(24, 64)}, TypeError, "w is a Tensor"),
+        ({"x": [1.0]}, TypeError, "x is a list"),
+        ({"x": torch.ones(3, 64, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
+        ({"x": torch.ones(3, 64, dtype=torch.float64)}, TypeError, "x has dtype torch.float64"),
+        ({"x": torch.ones(3, 63)}, ValueError, "x has shape .*K = 64"),
+        ({"x": torch.ones(())}, ValueError, "x has shape"),
+        ({"x": torch.ones(3, 64, device="meta")}, ValueError, "x is on meta"),
+        ({"w": fp.quantize_4bit(torch.ones(2, 3, 64))}, ValueError, "w has shape .*must be a matrix"),
+        ({"bias": torch.ones(23)}, ValueError, "bias is .*shape \\(24,\\)"),
+        ({"bias": torch.ones(24, dtype=torch.int32)}, ValueError, "bias is torch.int32"),
+        ({"lora": (torch.ones(4, 63), torch.ones(24, 4), 1.0)}, ValueError, "lora A .*K = 64"),
+        ({"lora": (torch.ones(0, 64), torch.ones(24, 0), 1.0)}, ValueError, "lora A .*r >= 1"),
+        ({"lora": (torch.ones(4, 64), torch.ones(24, 5), 1.0)}, ValueError, "lora B .*r = 4"),
+        ({"lora": (torch.ones(4, 64), torch.ones(23, 4), 1.0)}, ValueError, "lora B .*N = 24"),
+        ({"lora": (torch.ones(4, 64).long(), torch.ones(24, 4), 1.0)}, ValueError, "lora A is torch.int64"),
+        ({"lora": (torch.ones(4, 64), torch.ones(24, 4), torch.ones(5))}, ValueError, "lora scaling has shape"),
+        ({"lora": (torch.ones(4, 64), torch.ones(24, 4, device="meta"), 1.0)}, ValueError, "B on meta"),
+        ({"lora": Lora(torch.ones(4, 64), torch.ones(24, 4), 1.0, 1.5)}, ValueError, "dropout is 1.5"),
+        ({"lora": Lora(torch.ones(4, 64), torch.ones(24, 4), 1.0, -0.1)}, ValueError, "dropout is -0.1"),
+        ({"lora": (torch.ones(4, 64), torch.ones(24, 4))}, (TypeError, ValueError), "lora"),
+        ({"lora": "adapter"}, (TypeError, ValueError), "lora"),
+    ],
+)
+def test_bad_arguments_are_named(change, kind, message):
+    arguments = {"x": torch.ones(3, 64), "w": fp.quantize_4bit(torch.ones(24, 64)), "bias": None, "lora": None} | change
+    with pytest.raises(kind, match=message):
+        linear_4bit(**arguments)
+
+
+def test_a_bank_refuses_a_wrong_number_of_rows():
+    w = fp.quantize_4bit(torch.ones(24, 64))
+    bank = BankView(torch.ones(2, 4, 64), torch.ones(2, 24, 4), torch.ones(2), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="rows of the bank has shape \\(2,\\); it must be \\(3,\\)"):
+        linear_4bit(torch.ones(3, 64), w, None, bank)
