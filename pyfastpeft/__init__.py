@@ -2,15 +2,21 @@
 
 from . import nn, ops
 from .formats import Packed4bit, quantize_4bit
+from .integrations.accelerate import accelerate
+from .integrations.gguf import from_gguf
+from .integrations.transformers import FastPeftConfig
 from .peft_model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from .tuners import LoraConfig, PeftConfig, TaskType
 
 __all__ = [
+    "FastPeftConfig",
     "LoraConfig",
     "Packed4bit",
     "PeftConfig",
     "PeftModel",
     "TaskType",
+    "accelerate",
+    "from_gguf",
     "get_peft_model",
     "get_peft_model_state_dict",
     "nn",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class AdapterBank:
         wrappers: path → module kept in a trainable copy an adapter (``modules_to_save``).
         active: names of the active adapters.
         mode: None: every row uses the active adapters; else the rows' own choice.
+        layouts: what a hot-swap works out once about an adapter; forgotten whenever the structure changes.
     """
 
     def __init__(self) -> None:
@@ -77,6 +78,7 @@ class AdapterBank:
         self.wrappers: dict[str, ModulesToSave] = {}
         self.active: tuple[str, ...] = ()
         self.mode: Rows | None = None
+        self.layouts: dict[str, Any] = {}
         self._plans: dict[tuple[str, ...], list] = {}
         self._trainable: dict[str, list[torch.nn.Parameter]] = {}
         self._training: set[str] = set()
@@ -85,13 +87,13 @@ class AdapterBank:
         """``parameters`` train exactly while ``name`` is active and not for inference."""
         self._trainable[name] = parameters
         self._training.add(name)  # their requires_grad is unknown: the next activate sets it
-        self._plans.clear()
+        self.forget()
 
     def release(self, name: str) -> None:
         for parameter in self._trainable.pop(name):
             parameter.requires_grad_(False)
         self._training.discard(name)
-        self._plans.clear()
+        self.forget()
 
     def prepare(self, active: tuple[str, ...]) -> list:
         """Each layer's plan for these adapters; built once, then exchanged by reference."""
@@ -115,13 +117,18 @@ class AdapterBank:
 
     def refresh(self) -> None:
         """Rebuild every plan: a layer's adapters, their scaling or whether they are merged have changed."""
-        self._plans.clear()
+        self.forget()
         self._push(self.active)
 
     def refresh_one(self, layer: LoraLayer) -> None:
         """:meth:`refresh` where only ``layer`` has changed."""
-        self._plans.clear()
+        self.forget()
         layer._plan = layer.plan(self.active)
+
+    def forget(self) -> None:
+        """Parameters may have been exchanged: work everything out again when it is next needed."""
+        self._plans.clear()
+        self.layouts.clear()
 
     def _push(self, active: tuple[str, ...]) -> None:
         for holder, plan in self.prepare(active):

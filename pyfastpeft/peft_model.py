@@ -56,6 +56,10 @@ def _check_config(config: PeftConfig) -> None:
         raise TypeError(f"peft_config is a {type(config).__name__}; it must be a LoraConfig")
 
 
+_SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_KIND_FIELDS = ("use_dora", "lora_bias", "bias", "init_lora_weights")
+
+
 class _Forward:
     """The bound ``forward`` of a :class:`PeftModel`, with the base model's signature for those who inspect it."""
 
@@ -239,7 +243,7 @@ class PeftModel(nn.Module):
         _check_config(peft_config)
         config = resolved(peft_config, self.get_base_model())
         self.base_model.add(adapter_name, config, strict=True, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._activate(self.base_model.bank.active)
+        self._prepare()
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool | None = None) -> None:
         """Make one adapter (or several at once) the active one.
@@ -255,6 +259,12 @@ class PeftModel(nn.Module):
             for name in names:
                 self.peft_config[name].inference_mode = inference_mode
         self._activate(names)
+
+    def _prepare(self) -> None:
+        """Work out now what switching to each adapter needs, so that no request waits for it."""
+        for name in self.peft_config:
+            self.base_model.bank.prepare((name,))
+        self._activate(self.base_model.bank.active)
 
     def _activate(self, names: tuple[str, ...]) -> None:
         self.base_model.bank.activate(names, {n for n in names if not self.peft_config[n].inference_mode})
@@ -468,7 +478,7 @@ class PeftModel(nn.Module):
             if not exists:
                 model.remove(name)
             raise
-        self._activate(model.bank.active)
+        self._prepare()
 
     # Hot-swap.
 
@@ -501,8 +511,34 @@ class PeftModel(nn.Module):
             label = str(path)
         else:
             tensors, label = source, "the state dict"
-        swap = _Swap(self, adapter_name, config, tensors, label)
-        swap.run()
+        if not self._swap_alike(adapter_name, config, tensors):
+            _Swap(self, adapter_name, config, tensors, label).run()
+
+    def _swap_alike(self, name: str, config: LoraConfig | None, tensors: Mapping[str, Tensor]) -> bool:
+        """The common case at full speed: the same keys, shapes and scaling. False: another case, nothing is done."""
+        base, old = self.base_model, self.peft_config[name]
+        if name not in base.bank.layouts:
+            layers = [layer for layer in self._layers() if name in layer.r]
+            alike = not (old.changes_base or old.bias != "none")
+            alike = alike and all(layer.r[name] == len(layer._scale[name]) and not layer.merged for layer in layers)
+            live = base.tensors(name) if alike else {}
+            base.bank.layouts[name] = (live, list(live.values()), [t.shape for t in live.values()])
+        live, targets, shapes = base.bank.layouts[name]
+        if not live or tensors.keys() != live.keys():
+            return False
+        if config is not None and (
+            config.target_modules is None
+            or any(getattr(config, field) != getattr(old, field) for field in _SCALING_FIELDS + _KIND_FIELDS)
+        ):
+            return False
+        values = [tensors[key].detach() for key in live]
+        if [v.shape for v in values] != shapes or not all(v.is_floating_point() for v in values):
+            return False
+        with torch.no_grad():
+            torch._foreach_copy_(targets, values)
+        if config is not None:
+            base.configs[name] = replace(config, inference_mode=old.inference_mode)
+        return True
 
 
 def get_peft_model_state_dict(

@@ -28,7 +28,7 @@ from ..formats import quantize_4bit
 from ..ops import Lora, linear_4bit
 from .linear4bit import Linear4bit
 
-is_compiling = torch.compiler.is_compiling
+is_compiling = torch.compiler.is_dynamo_compiling
 
 
 class Plan(NamedTuple):
@@ -379,6 +379,10 @@ class LoraLayer(nn.Module):
         """What the adapter adds to the base weight, in the orientation in which the base layer stores it."""
         return self.as_stored(self.delta(adapter))
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.bank.forget()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)
         device = self.weight.device
@@ -410,9 +414,10 @@ class LoraLinear(LoraLayer):
         a, b = plan.a["weight"], plan.b["weight"]
         scaling = plan.scale if is_compiling() else plan.scaling
         dropout = plan.dropout if self.training else 0.0
+        base_layer = self._modules["base_layer"]  # past nn.Module.__getattr__: this is the path of every token
         if self._fused:
-            return self.base_layer(x, Lora(a, b, scaling, dropout))
-        y = self.base_layer(x, *args, **kwargs)
+            return base_layer(x, Lora(a, b, scaling, dropout))
+        y = base_layer(x, *args, **kwargs)
         x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
         return (y + F.linear(F.linear(x, a), b) * scaling).to(y.dtype)
 
