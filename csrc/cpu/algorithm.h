@@ -59,16 +59,39 @@ constexpr int kGroupLanes = V::kGroupVecs * kLanes;
 constexpr int kPanelTiles = 8;      // output tiles whose decoded block stays in L2 together
 constexpr int64_t kRowChunk = 512;  // rows whose float32 results stay in cache together
 constexpr int64_t kColumnChunk = 128;
+constexpr int64_t kScalesAhead = 16;  // segments between a prefetch of scales and their use
+
+// Calls body.operator()<I>() for each I, everything inlined.
+#define PF_BODY(index) [&]<index>() __attribute__((always_inline))
+template <class Body, int... I>
+PF_INLINE void each(IntList<I...>, const Body& body) {
+  (body.template operator()<I>(), ...);
+}
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- elements -------------------------------------------------------------------------------------------------------
 
+template <int D>
+PF_INLINE V::F load_as(const char* p) {
+  if constexpr (D == kFloat32) return V::load(reinterpret_cast<const float*>(p));
+  if constexpr (D == kBFloat16) return V::load_bf16(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (D == kFloat16) return V::load_f16(reinterpret_cast<const uint16_t*>(p));
+}
+
 inline V::F load_any(const char* p, int dtype) {
-  if (dtype == kFloat32) return V::load(reinterpret_cast<const float*>(p));
-  if (dtype == kBFloat16) return V::load_bf16(reinterpret_cast<const uint16_t*>(p));
-  return V::load_f16(reinterpret_cast<const uint16_t*>(p));
+  if (dtype == kFloat32) return load_as<kFloat32>(p);
+  if (dtype == kBFloat16) return load_as<kBFloat16>(p);
+  return load_as<kFloat16>(p);
+}
+
+// body.operator()<dtype>().
+template <class Body>
+PF_INLINE void with_dtype(int dtype, const Body& body) {
+  if (dtype == kFloat32) return body.template operator()<kFloat32>();
+  if (dtype == kBFloat16) return body.template operator()<kBFloat16>();
+  body.template operator()<kFloat16>();
 }
 
 inline void store_any(char* p, int dtype, V::F v) {
@@ -110,13 +133,30 @@ inline void from_float(const float* src, char* dst, int dtype, int64_t n) {
   }
 }
 
-// out[c][r] = m[row0 + r][col0 + c] as float32, both 16 wide, zero outside [nrows, ncols].
+// out[c][r] = m[row0 + r][col0 + c] as float32 for r < 16, c < ncols <= 16. Rows from nrows on are zero; columns from
+// ncols on hold anything.
 inline void load_transposed(const Matrix& m, int64_t row0, int64_t nrows, int64_t col0, int64_t ncols, float* out) {
-  alignas(64) float rows[16 * 16];
+  alignas(64) float rows[16 * 16 + 16];
   const int size = dtype_size(m.dtype);
-  for (int r = 0; r < 16; ++r) {
-    if (r >= nrows || ncols < 16) __builtin_memset(rows + r * 16, 0, 64);
-    if (r < nrows) to_float(m.row(row0 + r) + col0 * size, m.dtype, rows + r * 16, ncols < 16 ? ncols : 16);
+  const char* from = m.row(row0) + col0 * size;
+  const int64_t stride = m.ld * size;
+  if (nrows == 16 && ncols == 16) {
+    with_dtype(
+        m.dtype, PF_BODY(int D) {
+          for (int r = 0; r < 16; ++r)
+            for (int v = 0; v < kTileVecs; ++v)
+              V::store(rows + r * 16 + v * kLanes,
+                       load_as<D>(from + r * stride + v * kLanes * (D == kFloat32 ? 4 : 2)));
+        });
+  } else if (nrows == 16 && ncols == m.ld) {
+    // Short rows side by side: convert them as one run, then spread them.
+    alignas(64) float run[16 * 16 + 16];
+    to_float(from, m.dtype, run, 16 * ncols);
+    for (int r = 0; r < 16; ++r)
+      for (int v = 0; v < kTileVecs; ++v) V::store(rows + r * 16 + v * kLanes, V::load(run + r * ncols + v * kLanes));
+  } else {
+    __builtin_memset(rows, 0, sizeof(rows));
+    for (int64_t r = 0; r < nrows; ++r) to_float(from + r * stride, m.dtype, rows + r * 16, ncols);
   }
   V::transpose16(rows, out);
 }
@@ -242,7 +282,8 @@ struct Algorithm {
       for (int64_t i = 0; i < nc; i += kStep)
         for (int v = 0; v < kTileVecs; ++v) {
           F columns[kStep];
-          for (int s = 0; s < kStep; ++s) columns[s] = V::load(square + (i + s) * 16 + v * kLanes);
+          for (int s = 0; s < kStep; ++s)
+            columns[s] = i + s < nc ? V::load(square + (i + s) * 16 + v * kLanes) : V::zero();
           A::store_steps(panel + ((c + i) / kStep * vecs + vec + v) * kLanes * kStep, columns);
         }
     }
@@ -344,18 +385,16 @@ struct Algorithm {
 
   // ---- decoding ----
 
-  template <int... I>
-  static void decode_group(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst, int stride,
-                           IntList<I...>) {
-    const auto one = [&]<int S>() {
-      F columns[kStep];
-      columns[0] = V::mul(V::decode<S * kStep>(table, codes), scale);
-      if constexpr (kStep == 2) columns[kStep - 1] = V::mul(V::decode<S * kStep + kStep - 1>(table, codes), scale);
-      if (has_zero)
-        for (int s = 0; s < kStep; ++s) columns[s] = V::add(columns[s], zero);
-      A::store_steps(dst + S * stride, columns);
-    };
-    (one.template operator()<I>(), ...);
+  static void decode_group(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst, int stride) {
+    each(
+        MakeInts<kGroupColumns / kStep>{}, PF_BODY(int S) {
+          F columns[kStep];
+          columns[0] = V::mul(V::decode<S * kStep>(table, codes), scale);
+          if constexpr (kStep == 2) columns[kStep - 1] = V::mul(V::decode<S * kStep + kStep - 1>(table, codes), scale);
+          if (has_zero)
+            for (int s = 0; s < kStep; ++s) columns[s] = V::add(columns[s], zero);
+          A::store_steps(dst + S * stride, columns);
+        });
   }
 
   // Columns [col0, col0 + n) of a tile, dequantized, into vectors vec.. of a panel of `vecs` vectors.
@@ -371,20 +410,18 @@ struct Algorithm {
       for (int v = 0; v < kTileVecs; ++v) {
         const F zero = zeros == nullptr ? V::zero() : V::load(zeros + s + v * kLanes);
         decode_group(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + s + v * kLanes), zero,
-                     zeros != nullptr, panel + (c / kStep * vecs + vec + v) * kLanes * kStep, vecs * kLanes * kStep,
-                     MakeInts<kGroupColumns / kStep>{});
+                     zeros != nullptr, panel + (c / kStep * vecs + vec + v) * kLanes * kStep, vecs * kLanes * kStep);
       }
     }
   }
 
-  template <int... I>
-  static void decode_columns(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst, IntList<I...>) {
-    const auto one = [&]<int C>() {
-      F value = V::mul(V::decode<C>(table, codes), scale);
-      if (has_zero) value = V::add(value, zero);
-      A::store_row(dst + C * kStride, value);
-    };
-    (one.template operator()<I>(), ...);
+  static void decode_columns(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst) {
+    each(
+        MakeInts<kGroupColumns>{}, PF_BODY(int C) {
+          F value = V::mul(V::decode<C>(table, codes), scale);
+          if (has_zero) value = V::add(value, zero);
+          A::store_row(dst + C * kStride, value);
+        });
   }
 
   // Columns [col0, col0 + n) of tiles [tile0, tile1), as PackedRows: one row a column, contraction over output rows.
@@ -401,8 +438,7 @@ struct Algorithm {
         for (int v = 0; v < kTileVecs; ++v) {
           const F zero = zeros == nullptr ? V::zero() : V::load(zeros + s + v * kLanes);
           decode_columns(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + s + v * kLanes), zero,
-                         zeros != nullptr, rows + c * kStride + (tile - tile0) * kTile + v * kLanes,
-                         MakeInts<kGroupColumns>{});
+                         zeros != nullptr, rows + c * kStride + (tile - tile0) * kTile + v * kLanes);
         }
       }
     }
@@ -416,64 +452,74 @@ struct Algorithm {
     for (int64_t r = 0; r < b.cols; r += 16) load_transposed(b, row0, nrows, r, min64(16, b.cols - r), bt + r * kTile);
   }
 
-  template <int MB, int... I>
+  // MB rows of x, from row0, times one tile. Sums of a segment are kept in kParts independent chains a row, to hide the
+  // latency of the multiply-add; every index is a compile-time constant, so that all sums stay in registers.
+  template <int MB>
   static void gemv_rows(const GemvArgs& g, int64_t row0, int64_t tile, const float* scales, const float* zeros,
-                        const float* bt, const typename A::Table& table, IntList<I...>) {
-    constexpr int kParts = MB == 1 ? 4 : MB == 2 ? 2 : 1;  // independent sums a row, to hide the latency of the FMA
+                        const float* bt, const typename A::Table& table) {
+    constexpr int kParts = V::gemv_parts(MB);
+    constexpr MakeInts<MB> rows{};
+    constexpr MakeInts<kTileVecs> vecs{};
+    constexpr MakeInts<kParts> parts{};
+    constexpr MakeInts<kGroupColumns / kStep> steps{};
     const uint8_t* codes = g.w.codes + tile * g.w.k * (kTile / 2);
     const E* x = static_cast<const E*>(g.x) + row0 * g.ldx;
-    F acc[MB][kTileVecs];
-    for (int m = 0; m < MB; ++m)
-      for (int v = 0; v < kTileVecs; ++v) acc[m][v] = V::zero();
+    F acc[MB][kTileVecs], part[MB][kTileVecs][kParts];
+    each(rows, PF_BODY(int M) { each(vecs, PF_BODY(int U) { acc[M][U] = V::zero(); }); });
     const int64_t segments = g.w.segments(), groups = g.w.segment / kGroupColumns;
     for (int64_t s = 0; s < segments; ++s) {
-      F part[MB][kTileVecs][kParts];
-#pragma GCC unroll 8
-      for (int m = 0; m < MB; ++m)
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVecs; ++v)
-#pragma GCC unroll 4
-          for (int p = 0; p < kParts; ++p) part[m][v][p] = V::zero();
+      each(
+          rows, PF_BODY(int M) {
+            each(vecs, PF_BODY(int U) { each(parts, PF_BODY(int P) { part[M][U][P] = V::zero(); }); });
+          });
       for (int64_t group = 0; group < groups; ++group, codes += 64, x += kGroupColumns) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVecs; ++v) {
-          const V::C c = V::load_codes(codes + v * kLanes * 4);
-          const auto one = [&]<int S>() {
-            const typename A::W w = A::template decode<S>(table, c);
-#pragma GCC unroll 8
-            for (int m = 0; m < MB; ++m)
-              part[m][v][S % kParts] = A::fma(part[m][v][S % kParts], w, A::broadcast(x + m * g.ldx + S * kStep));
-          };
-          (one.template operator()<I>(), ...);
-        }
+        each(
+            vecs, PF_BODY(int U) {
+              const V::C c = V::load_codes(codes + U * kLanes * 4);
+              each(
+                  steps, PF_BODY(int S) {
+                    const typename A::W w = A::template decode<S>(table, c);
+                    each(
+                        rows, PF_BODY(int M) {
+                          F& sum = part[M][U][S % kParts];
+                          sum = A::fma(sum, w, A::broadcast(x + M * g.ldx + S * kStep));
+                        });
+                  });
+            });
       }
-#pragma GCC unroll 8
-      for (int m = 0; m < MB; ++m)
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVecs; ++v) {
-          F sum = part[m][v][0];
-          if constexpr (kParts == 2) sum = V::add(sum, part[m][v][1]);
-          if constexpr (kParts == 4) sum = V::add(V::add(sum, part[m][v][1]), V::add(part[m][v][2], part[m][v][3]));
-          acc[m][v] = V::fma(sum, V::load(scales + s * kTile + v * kLanes), acc[m][v]);
-          if (zeros != nullptr)
-            acc[m][v] =
-                V::fma(V::load(zeros + s * kTile + v * kLanes), V::set1(g.xsum[(row0 + m) * segments + s]), acc[m][v]);
-        }
+      each(
+          rows, PF_BODY(int M) {
+            each(
+                vecs, PF_BODY(int U) {
+                  F sum = part[M][U][0];
+                  if constexpr (kParts == 2) sum = V::add(sum, part[M][U][1]);
+                  if constexpr (kParts == 4)
+                    sum = V::add(V::add(sum, part[M][U][1]), V::add(part[M][U][2], part[M][U][3]));
+                  acc[M][U] = V::fma(sum, V::load(scales + s * kTile + U * kLanes), acc[M][U]);
+                  if (zeros != nullptr)
+                    acc[M][U] = V::fma(V::load(zeros + s * kTile + U * kLanes),
+                                       V::set1(g.xsum[(row0 + M) * segments + s]), acc[M][U]);
+                });
+          });
     }
     const int64_t n0 = tile * kTile, lanes = min64(kTile, g.w.n - n0);
-    for (int m = 0; m < MB; ++m) {
-      alignas(64) float out[kTile];
-      for (int v = 0; v < kTileVecs; ++v) {
-        F sum = acc[m][v];
-        if (bt != nullptr)
-          for (int64_t r = 0; r < g.lora_b.cols; ++r)
-            sum = V::fma(V::load(bt + r * kTile + v * kLanes), V::set1(g.s[(row0 + m) * g.lora_b.cols + r]), sum);
-        V::store(out + v * kLanes, sum);
-      }
-      if (g.bias != nullptr)
-        for (int64_t i = 0; i < lanes; ++i) out[i] += g.bias[n0 + i];
-      from_float(out, static_cast<char*>(g.y) + ((row0 + m) * g.ldy + n0) * dtype_size(g.y_dtype), g.y_dtype, lanes);
-    }
+    each(
+        rows, PF_BODY(int M) {
+          alignas(64) float out[kTile];
+          each(
+              vecs, PF_BODY(int U) {
+                F sum = acc[M][U];
+                if (bt != nullptr)
+                  for (int64_t r = 0; r < g.lora_b.cols; ++r)
+                    sum =
+                        V::fma(V::load(bt + r * kTile + U * kLanes), V::set1(g.s[(row0 + M) * g.lora_b.cols + r]), sum);
+                V::store(out + U * kLanes, sum);
+              });
+          if (g.bias != nullptr)
+            for (int64_t i = 0; i < lanes; ++i) out[i] += g.bias[n0 + i];
+          from_float(out, static_cast<char*>(g.y) + ((row0 + M) * g.ldy + n0) * dtype_size(g.y_dtype), g.y_dtype,
+                     lanes);
+        });
   }
 
   static void gemv(const GemvArgs& g, int64_t tile0, int64_t tile1) {
@@ -482,19 +528,18 @@ struct Algorithm {
     float* decoded = static_cast<float*>(scratch(0, (segments + padded_rank) * kTile * sizeof(float)));
     float* bt = rank == 0 ? nullptr : decoded + segments * kTile;
     const typename A::Table table = A::table(kTables[g.w.format]);
-    constexpr MakeInts<kGroupColumns / kStep> steps{};
     for (int64_t tile = tile0; tile < tile1; ++tile) {
       const float* scales = tile_scales(g.w, tile, 0, segments, decoded);
       const float* zeros = g.w.zero == nullptr ? nullptr : g.w.zero + tile * segments * kTile;
       if (bt != nullptr) transpose_b(g.lora_b, tile, bt);
       int64_t m = 0;
       if constexpr (V::kGemvRows >= 8)
-        for (; m + 8 <= g.rows; m += 8) gemv_rows<8>(g, m, tile, scales, zeros, bt, table, steps);
+        for (; m + 8 <= g.rows; m += 8) gemv_rows<8>(g, m, tile, scales, zeros, bt, table);
       if constexpr (V::kGemvRows >= 4)
-        for (; m + 4 <= g.rows; m += 4) gemv_rows<4>(g, m, tile, scales, zeros, bt, table, steps);
+        for (; m + 4 <= g.rows; m += 4) gemv_rows<4>(g, m, tile, scales, zeros, bt, table);
       if constexpr (V::kGemvRows >= 2)
-        for (; m + 2 <= g.rows; m += 2) gemv_rows<2>(g, m, tile, scales, zeros, bt, table, steps);
-      for (; m < g.rows; ++m) gemv_rows<1>(g, m, tile, scales, zeros, bt, table, steps);
+        for (; m + 2 <= g.rows; m += 2) gemv_rows<2>(g, m, tile, scales, zeros, bt, table);
+      for (; m < g.rows; ++m) gemv_rows<1>(g, m, tile, scales, zeros, bt, table);
     }
   }
 
@@ -659,45 +704,46 @@ struct Algorithm {
 
 // ---- few rows of x times A ------------------------------------------------------------------------------------------
 
-template <int MB, int RB>
-void dot_block(const float* x, int64_t ldx, const Matrix& a, int64_t r0, float* s, int64_t lds) {
+template <int D, int MB, int RB>
+void dot_block(const float* x, int64_t ldx, const Matrix& a, int64_t r0, float* s) {
+  constexpr int kSize = D == kFloat32 ? 4 : 2;
   V::F acc[MB][RB];
-  for (int m = 0; m < MB; ++m)
-    for (int r = 0; r < RB; ++r) acc[m][r] = V::zero();
+  each(MakeInts<MB>{}, PF_BODY(int M) { each(MakeInts<RB>{}, PF_BODY(int R) { acc[M][R] = V::zero(); }); });
   const int64_t whole = a.cols / kLanes * kLanes;
-  const int size = dtype_size(a.dtype);
-  for (int64_t k = 0; k < whole; k += kLanes) {
-    V::F w[RB];
-#pragma GCC unroll 4
-    for (int r = 0; r < RB; ++r) w[r] = load_any(a.row(r0 + r) + k * size, a.dtype);
-#pragma GCC unroll 4
-    for (int m = 0; m < MB; ++m) {
-      const V::F xv = V::load(x + m * ldx + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < RB; ++r) acc[m][r] = V::fma(w[r], xv, acc[m][r]);
-    }
-  }
+  const char* row = a.row(r0);
+  for (int64_t k = 0; k < whole; k += kLanes)
+    each(
+        MakeInts<RB>{}, PF_BODY(int R) {
+          const V::F w = load_as<D>(row + (R * a.ld + k) * kSize);
+          each(MakeInts<MB>{}, PF_BODY(int M) { acc[M][R] = V::fma(w, V::load(x + M * ldx + k), acc[M][R]); });
+        });
   alignas(64) float tail[RB][kLanes];
-  for (int r = 0; r < RB; ++r) to_float(a.row(r0 + r) + whole * size, a.dtype, tail[r], a.cols - whole);
-  for (int m = 0; m < MB; ++m)
-    for (int r = 0; r < RB; ++r) {
-      float sum = V::reduce(acc[m][r]);
-      for (int64_t k = whole; k < a.cols; ++k) sum += tail[r][k - whole] * x[m * ldx + k];
-      s[m * lds + r0 + r] = sum;
-    }
+  for (int r = 0; r < RB; ++r) to_float(a.row(r0 + r) + whole * kSize, D, tail[r], a.cols - whole);
+  each(
+      MakeInts<MB>{}, PF_BODY(int M) {
+        each(
+            MakeInts<RB>{}, PF_BODY(int R) {
+              float sum = V::reduce(acc[M][R]);
+              for (int64_t k = whole; k < a.cols; ++k) sum += tail[R][k - whole] * x[M * ldx + k];
+              s[M * a.rows + r0 + R] = sum;
+            });
+      });
 }
 
-template <int MB>
+template <int D, int MB>
 void dot_rows(const float* x, int64_t ldx, const Matrix& a, float* s, int64_t r0, int64_t r1) {
   int64_t r = r0;
-  for (; r + 4 <= r1; r += 4) dot_block<MB, 4>(x, ldx, a, r, s, a.rows);
-  for (; r < r1; ++r) dot_block<MB, 1>(x, ldx, a, r, s, a.rows);
+  for (; r + 4 <= r1; r += 4) dot_block<D, MB, 4>(x, ldx, a, r, s);
+  for (; r < r1; ++r) dot_block<D, MB, 1>(x, ldx, a, r, s);
 }
 
 void dots(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1) {
-  int64_t m = 0;
-  for (; m + 4 <= rows; m += 4) dot_rows<4>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
-  for (; m < rows; ++m) dot_rows<1>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
+  with_dtype(
+      a.dtype, PF_BODY(int D) {
+        int64_t m = 0;
+        for (; m + 4 <= rows; m += 4) dot_rows<D, 4>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
+        for (; m < rows; ++m) dot_rows<D, 1>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
+      });
 }
 
 void segment_sums(const float* x, int64_t segment, int64_t segments, float* out) {
