@@ -1,0 +1,86 @@
+"""Exchanging adapters on SmolLM2-135M while it serves: set_adapter and hotswap_adapter, ours beside peft.
+
+    python bench/hotswap.py
+
+Two adapters, r = 16 on all linear layers. ``set_adapter`` chooses between two that are loaded; ``hotswap_adapter``
+replaces the weights of the one in use from a folder that the operating system has cached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import models
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def _swaps(model: torch.nn.Module, folders: list[str], swap: Callable[[str], object]) -> dict[str, Callable]:
+    names = itertools.cycle(["a", "b"])
+    paths = itertools.cycle(folders)
+    return {"set_adapter": lambda: model.set_adapter(next(names)), "hotswap_adapter": lambda: swap(next(paths))}
+
+
+def ours(checkpoint: str, out: Path) -> dict[str, Callable]:
+    import pyfastpeft as fp
+
+    config = fp.LoraConfig(task_type="CAUSAL_LM", **models.LORA)
+    model = fp.get_peft_model(models.load_ours(checkpoint), config, adapter_name="a")
+    model.add_adapter("b", config)
+    model.save_pretrained(out)
+    folders = [str(out / "a"), str(out / "b")]
+    return _swaps(model.eval(), folders, lambda path: model.hotswap_adapter(path, adapter_name=model.active_adapter))
+
+
+def peft(checkpoint: str, out: Path) -> dict[str, Callable]:
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.hotswap import hotswap_adapter
+
+    config = LoraConfig(task_type="CAUSAL_LM", **models.LORA)
+    model = get_peft_model(models.load_bnb(checkpoint), config, adapter_name="a")
+    model.add_adapter("b", config)
+    model.save_pretrained(out)
+    folders = [str(out / "a"), str(out / "b")]
+    return _swaps(model.eval(), folders, lambda path: hotswap_adapter(model, path, adapter_name=model.active_adapter))
+
+
+def measure(model: str, rounds: int, console: Console) -> dict[str, dict]:
+    missing = [p for p in ("peft", "bitsandbytes") if not harness.installed(p)]
+    if missing:
+        console.print(f"[yellow]peft: not measured ({', '.join(missing)} absent)")
+    makers = {"ours": ours} | ({} if missing else {"peft": peft})
+    calls = {}
+    with models.checkpoint(model) as checkpoint, tempfile.TemporaryDirectory() as out:
+        for name, make in makers.items():
+            calls |= {f"{name}.{what}": call for what, call in make(checkpoint, Path(out) / name).items()}
+        return {name: t.as_dict() for name, t in harness.interleave(calls, rounds, sample_s=0.0).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=models.SIZES, default="135m")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", default="hotswap", help="name in bench/results, or a path ending in .json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    console = Console()
+    rows = measure(args.model, args.rounds, console)
+    table = Table(title="Exchanging an adapter")
+    for column in ("what", "ms", "best ms"):
+        table.add_column(column)
+    for name, row in rows.items():
+        table.add_row(name, f"{row['us'] / 1e3:.2f} ±{100 * row['spread']:.0f}%", f"{row['us_best'] / 1e3:.2f}")
+    console.print(table)
+    path = harness.write(args.out, {"machine": harness.machine(), "threads": args.threads, "rows": rows})
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

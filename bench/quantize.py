@@ -1,0 +1,93 @@
+"""Quantizing to 4 bits and back on the CPU: ours beside bitsandbytes, in GB/s and in seconds for 7e9 parameters.
+
+python bench/quantize.py --threads 1,2
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import harness
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import pyfastpeft as fp
+
+PARAMETERS = 7e9
+
+
+def contenders(weight: torch.Tensor, quant_type: str, double_quant: bool) -> dict[str, Callable[[], object]]:
+    """Both directions of each implementation that has the format; dequantization is to the weight's dtype."""
+    packed = fp.quantize_4bit(weight, quant_type, 64, double_quant)
+    calls: dict[str, Callable[[], object]] = {
+        "ours.quantize": lambda: fp.quantize_4bit(weight, quant_type, 64, double_quant),
+        "ours.dequantize": packed.dequantize,
+    }
+    if harness.installed("bitsandbytes") and quant_type != "int4":
+        from bitsandbytes import functional as bnb
+
+        codes, state = bnb.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double_quant)
+        calls["bnb.quantize"] = lambda: bnb.quantize_4bit(
+            weight, quant_type=quant_type, compress_statistics=double_quant
+        )
+        calls["bnb.dequantize"] = lambda: bnb.dequantize_4bit(codes, state)
+    return calls
+
+
+def measure(threads: int, shape: tuple[int, int], rounds: int) -> list[dict]:
+    torch.set_num_threads(threads)
+    k, n = shape
+    records = []
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = (torch.randn(n, k) * 0.02).to(dtype)
+        for quant_type, double_quant in (("nf4", False), ("nf4", True), ("fp4", False), ("int4", False)):
+            with harness.Load() as load:
+                timings = harness.interleave(contenders(weight, quant_type, double_quant), rounds)
+            # What must be read and written at least: the full-precision tensor and the packed one.
+            nbytes = weight.numel() * (weight.element_size() + 0.5 + (1 if double_quant else 4) / 64)
+            for name, timing in timings.items():
+                peer = timings.get(name.replace("ours", "bnb"))
+                records.append(
+                    {"name": name, "format": quant_type + ("+dq" if double_quant else ""), "dtype": str(dtype)[6:]}
+                    | {"threads": threads, "k": k, "n": n}
+                    | timing.as_dict()
+                    | {
+                        "gb_s": round(nbytes / timing.median / 1e9, 2),
+                        "seconds_for_7e9": round(timing.median * PARAMETERS / weight.numel(), 1),
+                        "speedup": round(peer.ratio(timing), 2) if peer else None,
+                        "other_load_cores": round(load.cores, 2),
+                    }
+                )
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=harness.ints, default="1,2")
+    parser.add_argument("--shape", type=harness.shapes, default="4096x4096", help="KxN of the weight")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", default="quantize", help="name in bench/results, or a path ending in .json")
+    args = parser.parse_args()
+    console = Console(width=120)
+    if not harness.installed("bitsandbytes"):
+        console.print("[yellow]bnb: not measured (bitsandbytes absent)")
+    records = []
+    for threads in args.threads:
+        part = measure(threads, args.shape[0], args.rounds)
+        records += part
+        table = Table(title=f"{threads} thread(s)")
+        for column in ("what", "format", "dtype", "ms", "GB/s", "s for 7e9", "against bitsandbytes"):
+            table.add_column(column)
+        for r in part:
+            ratio = "" if r["speedup"] is None else f"{r['speedup']:.1f}×"
+            cells = (f"{r['us'] / 1e3:.1f}", f"{r['gb_s']:.1f}", f"{r['seconds_for_7e9']:.1f}", ratio)
+            table.add_row(r["name"], r["format"], r["dtype"], *cells)
+        console.print(table)
+    path = harness.write(args.out, {"machine": harness.machine(), "records": records})
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
