@@ -184,7 +184,7 @@ class AdapterTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             if self.args.should_save:
-                self.model.save_pretrained(aside)
+                self.model.save_pretrained(aside, selected_adapters=self.model.active_adapters)
                 tensors, numbers = _split_tensors(self.optimizer.state_dict())
                 save_safetensors(tensors, aside / "optimizer.safetensors")
                 schedule = self.lr_scheduler.state_dict()
@@ -203,7 +203,9 @@ class AdapterTrainer(Trainer):
             rotate_checkpoints(str(root), save_total_limit=self.args.save_total_limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+        for name in self.model.active_adapters:
+            folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
+            self.model.load_adapter(folder, name, is_trainable=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -316,5 +318,5 @@ def train_adapter(
     finally:
         if loss is not None:
             loss.remove()
-    model.save_pretrained(output_dir)
+    model.save_pretrained(output_dir, selected_adapters=model.active_adapters)
     return output

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ..data import Score, drug_qa, score_drug_qa
 from .memory import peak_bytes
-from .models import SMOLLM2, load_model
+from .models import load_smollm2
 
 FACTS, STYLE = "drug_qa", "pharmacist"
 _STYLE_ROWS = 48
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     began = time.perf_counter()
     with console.status("loading SmolLM2-135M-Instruct"):
-        base, tokenizer = load_model(SMOLLM2, "int4")
+        base, tokenizer = load_smollm2()
     questions = read_rows(drug_qa("test_50"))
     references = [messages[-1]["content"] for messages in questions]
 
@@ -78,18 +78,18 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             progress.stop()
         return progress
 
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(base, config, adapter_name=FACTS)
     trainable, total = model.get_nb_trainable_parameters()
     before = examine("questions, before training")
-    facts = train("learning the facts", load_dataset(drug_qa("train_50"), tokenizer), epochs=8, learning_rate=5e-3)
+    facts = train("learning the facts", load_dataset(drug_qa("train_50"), tokenizer), epochs=4, learning_rate=3e-3)
     after = examine("questions, after training")
 
     model.add_adapter(STYLE, config)
     model.set_adapter(STYLE)
     rows = read_objects(drug_qa("train_50"))[:_STYLE_ROWS]
     style = [encode(_style_answer(row["prompt"], row["brand"]), tokenizer, 1024) for row in rows]
-    train("learning another style", style, epochs=2, learning_rate=5e-3)
+    train("learning another style", style, epochs=2, learning_rate=3e-3)
     model.eval()
 
     question = questions[0][:-1]

@@ -52,8 +52,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if len(set(names)) != len(names):
         args.error(f"--adapter names must differ, got {' '.join(names)}")
     with console.status(f"loading {args.model}"):
-        quant_type = None if args.full_precision else args.quant_type
-        model, tokenizer = load_model(args.model, quant_type, args.blocksize, args.double_quant)
+        model, tokenizer = load_model(args, quantized=not args.full_precision)
         for i, (name, path) in enumerate(args.adapter):
             if i == 0:
                 model = PeftModel.from_pretrained(model, path, adapter_name=name)

@@ -35,8 +35,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Print the table and return it as a dictionary."""
     from .. import _native
 
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
     result = {
         "version": _version("pyfastpeft"),
         "build": _native.build_info(),

@@ -7,9 +7,9 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hub.gguf import load_gguf
+from ..integrations.gguf import from_gguf
 from ..integrations.transformers import FastPeftConfig
 
 SMOLLM2 = "smollm2"
@@ -41,37 +41,47 @@ def _source(model: str) -> Path | str:
     return model
 
 
-def load_model(
-    model: str, quant_type: str | None, blocksize: int = 64, double_quant: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(args: argparse.Namespace, quantized: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer, computing in bfloat16.
 
     Args:
-        model: see ``MODEL_HELP``.
-        quant_type: the 4-bit format of the linear layers; None keeps full precision. What is in 4 bits already stays
-            as it is: a quantized folder, and the Q4_0 and Q4_1 matrices of a GGUF file.
+        args: ``model`` and what :func:`add_quantization_arguments` adds.
+        quantized: bring the linear layers to 4 bits; what is in 4 bits already stays as it is.
     """
-    source = _source(model)
+    source = _source(args.model)
     if isinstance(source, Path) and source.is_file():
-        if source.suffix != ".gguf":
-            raise ValueError(f"model is {model!r}; it must be a folder or a .gguf file")
-        return _load_gguf_file(source, quant_type is not None)
-    quantization = {}
-    if quant_type is not None and not _is_quantized(source):
-        quantization["quantization_config"] = FastPeftConfig(
-            quant_type=quant_type, blocksize=blocksize, double_quant=double_quant
-        )
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **quantization)
-    return loaded, AutoTokenizer.from_pretrained(source)
+        return _load_gguf(source, args, quantized)
+    config = FastPeftConfig(args.quant_type or "nf4", args.blocksize, args.double_quant) if quantized else None
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
+    return model, AutoTokenizer.from_pretrained(source)
 
 
-def _is_quantized(source: Path | str) -> bool:
-    return hasattr(AutoConfig.from_pretrained(source), "quantization_config")
+def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in the 4 bits it ships in, and its tokenizer."""
+    file = _smollm2()
+    return from_gguf(file, dtype=torch.bfloat16), _gguf_tokenizer(file)
+
+
+def _gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def _load_gguf(
+    file: Path, args: argparse.Namespace, quantized: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if quantized:
+        model = from_gguf(file, args.quant_type, args.blocksize, args.double_quant, dtype=torch.bfloat16)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        model.hf_quantizer = None  # it decoded the file; left in place, it makes the model refuse training and saving
+        model.is_quantized = False
+        del model.config.quantization_config
+    return model, _gguf_tokenizer(file)
 
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say how a full-precision model is brought to 4 bits."""
     group = parser.add_argument_group("4-bit format, for a model that is not in 4 bits already")
-    group.add_argument("--quant-type", choices=("nf4", "fp4", "int4"), default="nf4", help="default: %(default)s")
+    group.add_argument("--quant-type", choices=("nf4", "fp4", "int4"), help="default: nf4; a .gguf file keeps its own")
     group.add_argument("--blocksize", type=int, default=64, help="weights a scale (default: %(default)s)")
     group.add_argument("--double-quant", action="store_true", help="keep the scales in 8 bits")

@@ -49,12 +49,7 @@ class TrainingProgress(TrainerCallback):
         self._progress.update(self._task, completed=state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **kwargs: Any,
+        self, args: object, state: TrainerState, control: object, logs: dict[str, float], **kwargs: object
     ) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])

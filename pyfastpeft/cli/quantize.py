@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if output.exists():
         raise ValueError(f"output is {args.output!r}, which exists; name a new folder")
     with console.status(f"quantizing {args.model}"):
-        model, tokenizer = load_model(args.model, args.quant_type, args.blocksize, args.double_quant)
+        model, tokenizer = load_model(args)
         aside = output.with_name(f".{output.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         try:

@@ -59,8 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .progress import TrainingProgress
 
     read_rows(args.data)  # a fault in the data shows before the model is loaded
-    quant_type = args.quant_type if args.method == "qlora" else None
-    base, tokenizer = load_model(args.model, quant_type, args.blocksize, args.double_quant)
+    base, tokenizer = load_model(args, quantized=args.method == "qlora")
     dataset = load_dataset(args.data, tokenizer, args.max_length)
     targets = args.target_modules
     config = LoraConfig(
