@@ -64,6 +64,19 @@ def from_gguf(
     return type(skeleton).from_pretrained(None, config=config, state_dict=weights.state, dtype=dtype, **kwargs)
 
 
+class _Shallow:
+    """A model as transformers' name mapping sees it, down to ``depth``: it builds its table anew for every module."""
+
+    def __init__(self, module: nn.Module, depth: int) -> None:
+        self.module, self.depth = module, depth
+        self.config = getattr(module, "config", None)
+        self.state_dict = module.state_dict
+
+    def named_children(self) -> list[tuple[str, _Shallow]]:
+        children = self.module.named_children() if self.depth else ()
+        return [(name, _Shallow(child, self.depth - 1)) for name, child in children]
+
+
 class _Weights:
     """The file's weights under transformers' names.
 
@@ -77,7 +90,7 @@ class _Weights:
         self.file, self.dtype, self.wanted = file, dtype, wanted
         config = model.config.to_dict()
         self.processor: TensorProcessor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
-        self.names = get_gguf_hf_weights_map(model, self.processor)
+        self.names = get_gguf_hf_weights_map(_Shallow(model, 2), self.processor)
         linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
         skip = left_in_full_precision(model, [] if wanted is None else None)
         self.state: dict[str, Tensor] = {}

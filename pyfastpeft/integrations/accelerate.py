@@ -1,0 +1,41 @@
+"""``accelerate``: a live model made fast, in place."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..nn import Linear4bit
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Put :class:`Linear4bit` in place of every ``bitsandbytes.nn.Linear4bit`` in ``model``.
+
+    Codes, scales and biases are kept, and so are the keys of the state dict; a layer used in several places stays one
+    layer. Under a peft LoRA layer it is the base layer that is replaced: forward, training and saving the adapter go on
+    as before, but peft cannot merge into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that).
+    Forward hooks of a replaced layer move to the new one.
+
+    Returns:
+        ``model`` itself, unless it is such a layer.
+    """
+    if _is_bnb(model):
+        return _replacement(model)
+    replaced: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and _is_bnb(child):
+                if child not in replaced:
+                    replaced[child] = _replacement(child)
+                parent._modules[name] = replaced[child]
+    return model
+
+
+def _is_bnb(module: nn.Module) -> bool:
+    # By name: bitsandbytes is not imported here, and where it is not installed there is nothing to find.
+    return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes.") for c in type(module).__mro__)
+
+
+def _replacement(layer: nn.Module) -> Linear4bit:
+    new = Linear4bit.from_bnb(layer)
+    new._forward_hooks, new._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
+    return new
