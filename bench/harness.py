@@ -57,7 +57,7 @@ class Timing:
 
     def ratio(self, other: Timing) -> float:
         """Median over rounds of this time over ``other``'s in the same round, so that a slow moment hits both."""
-        return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=False))
+        return paired_ratio(self.samples, other.samples)
 
     def as_dict(self) -> dict[str, float | int]:
         return {
@@ -66,6 +66,11 @@ class Timing:
             "spread": round(self.spread, 3),
             "rounds": len(self.samples),
         }
+
+
+def paired_ratio(a: list[float], b: list[float]) -> float:
+    """Median of a / b over the rounds that both were timed in."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def interleave(calls: dict[str, Callable[[], object]], rounds: int, sample_s: float = 0.008) -> dict[str, Timing]:

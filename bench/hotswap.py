@@ -2,8 +2,8 @@
 
     python bench/hotswap.py
 
-Two adapters, r = 16 on all linear layers. ``set_adapter`` chooses between two that are loaded; ``hotswap_adapter``
-replaces the weights of the one in use from a folder that the operating system has cached.
+Two adapters, r = 16 on all linear layers. ``set_adapter`` chooses between two that are loaded; ``hotswap`` replaces the
+weights of the one in use: from tensors in memory, or from a folder that the operating system has cached.
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ import models
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 
-def _swaps(model: torch.nn.Module, folders: list[str], swap: Callable[[str], object]) -> dict[str, Callable]:
-    names = itertools.cycle(["a", "b"])
-    paths = itertools.cycle(folders)
-    return {"set_adapter": lambda: model.set_adapter(next(names)), "hotswap_adapter": lambda: swap(next(paths))}
+def _calls(
+    model: torch.nn.Module,
+    folders: list[str],
+    from_folder: Callable[[str], object],
+    from_memory: Callable[[dict[str, torch.Tensor]], object],
+) -> dict[str, Callable[[], object]]:
+    names, paths = itertools.cycle(["a", "b"]), itertools.cycle(folders)
+    states = itertools.cycle([load_file(Path(folder) / "adapter_model.safetensors") for folder in folders])
+    return {
+        "set_adapter": lambda: model.set_adapter(next(names)),
+        "hotswap from memory": lambda: from_memory(next(states)),
+        "hotswap from a folder": lambda: from_folder(next(paths)),
+    }
 
 
 def ours(checkpoint: str, out: Path) -> dict[str, Callable]:
@@ -35,19 +45,32 @@ def ours(checkpoint: str, out: Path) -> dict[str, Callable]:
     model.add_adapter("b", config)
     model.save_pretrained(out)
     folders = [str(out / "a"), str(out / "b")]
-    return _swaps(model.eval(), folders, lambda path: model.hotswap_adapter(path, adapter_name=model.active_adapter))
+
+    def swap(source: str | dict[str, torch.Tensor]) -> None:
+        model.hotswap_adapter(source, adapter_name=model.active_adapter)
+
+    return _calls(model.eval(), folders, swap, swap)
 
 
 def peft(checkpoint: str, out: Path) -> dict[str, Callable]:
     from peft import LoraConfig, get_peft_model
-    from peft.utils.hotswap import hotswap_adapter
+    from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 
     config = LoraConfig(task_type="CAUSAL_LM", **models.LORA)
     model = get_peft_model(models.load_bnb(checkpoint), config, adapter_name="a")
     model.add_adapter("b", config)
     model.save_pretrained(out)
     folders = [str(out / "a"), str(out / "b")]
-    return _swaps(model.eval(), folders, lambda path: hotswap_adapter(model, path, adapter_name=model.active_adapter))
+
+    def from_folder(path: str) -> None:
+        hotswap_adapter(model, path, adapter_name=model.active_adapter)
+
+    def from_memory(state: dict[str, torch.Tensor]) -> None:
+        name = model.active_adapter
+        named = {key.replace(".weight", f".{name}.weight"): value for key, value in state.items()}
+        hotswap_adapter_from_state_dict(model, named, name, config)
+
+    return _calls(model.eval(), folders, from_folder, from_memory)
 
 
 def measure(model: str, rounds: int, console: Console) -> dict[str, dict]:

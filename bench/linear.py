@@ -342,6 +342,7 @@ def run(
                     "nbytes": nbytes,
                     "other_load_cores": round(load.cores, 2),
                     "rank": rank,
+                    "samples_us": [round(s * 1e6, 2) for s in timing.samples],
                 }
             )
     return records
