@@ -69,6 +69,7 @@ class AdapterBank:
         layers: path in the base model → layer.
         wrappers: path → module kept in a trainable copy an adapter (``modules_to_save``).
         active: names of the active adapters.
+        frozen: names of the adapters that are for inference, active or not.
         mode: None: every row uses the active adapters; else the rows' own choice.
         layouts: what a hot-swap works out once about an adapter; forgotten whenever the structure changes.
     """
@@ -77,6 +78,7 @@ class AdapterBank:
         self.layers: dict[str, LoraLayer] = {}
         self.wrappers: dict[str, ModulesToSave] = {}
         self.active: tuple[str, ...] = ()
+        self.frozen: frozenset[str] = frozenset()
         self.mode: Rows | None = None
         self.layouts: dict[str, Any] = {}
         self._plans: dict[tuple[str, ...], list] = {}

@@ -267,7 +267,9 @@ class PeftModel(nn.Module):
         self._activate(self.base_model.bank.active)
 
     def _activate(self, names: tuple[str, ...]) -> None:
-        self.base_model.bank.activate(names, {n for n in names if not self.peft_config[n].inference_mode})
+        bank = self.base_model.bank
+        bank.frozen = frozenset(n for n, config in self.peft_config.items() if config.inference_mode)
+        bank.activate(names, set(names) - bank.frozen)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, the first one left becomes active."""

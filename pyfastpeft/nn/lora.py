@@ -214,7 +214,7 @@ class LoraLayer(nn.Module):
 
     def remove_adapter(self, name: str) -> None:
         for held in (self.r, self.lora_alpha, self.dropout, self._scaling, self._scale):
-            del held[name]
+            held.pop(name, None)  # one that failed half-way has only some
         for holder in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
             if name in holder:
                 del holder[name]
@@ -253,9 +253,12 @@ class LoraLayer(nn.Module):
 
     # Arithmetic shared by the layer types.
 
-    def _cached(self, key: Any, tensors: list[Tensor], compute: Callable[[], Any]) -> Any:
-        """``compute()``, kept while ``tensors`` do not change and no gradient flows into them."""
-        if is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    def _cached(self, names: tuple[str, ...], key: Any, tensors: list[Tensor], compute: Callable[[], Any]) -> Any:
+        """``compute()``, kept while ``tensors`` do not change; only for adapters that are for inference.
+
+        One that trains may be written through ``.data``, which leaves no trace.
+        """
+        if is_compiling() or not self.bank.frozen.issuperset(names):
             return compute()
         stamp = _stamp(tensors)
         held = self._cache.get(key)
@@ -273,7 +276,7 @@ class LoraLayer(nn.Module):
         def stack() -> tuple[Tensor, Tensor, Tensor]:
             return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1), torch.cat(scales)
 
-        return self._cached(names, [t for pair in pairs for t in pair] + scales, stack)
+        return self._cached(names, names, [t for pair in pairs for t in pair] + scales, stack)
 
     def _column_scale(self, names: tuple[str, ...], scale: Tensor, mode: Rows | None, x: Tensor, rows: int) -> Tensor:
         """The factor of each column [R], or of each row's columns [rows, R]."""
@@ -293,7 +296,7 @@ class LoraLayer(nn.Module):
             square = square + s * s * ((b32 @ (a32 @ a32.t())) * b32).sum(1)
             return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
-        return self._cached(("norm", name), [a, b, self.weight], compute) if not self.training else compute()
+        return self._cached((name,), ("norm", name), [a, b, self._scale[name], self.weight], compute)
 
     def _scale_of(self, name: str) -> float | Tensor:
         return self._scale[name][0] if is_compiling() else self._scaling[name]
@@ -576,7 +579,9 @@ class LoraEmbedding(LoraLayer):
 
     def remove_adapter(self, name: str) -> None:
         super().remove_adapter(name)
-        del self.lora_embedding_A[name], self.lora_embedding_B[name]
+        for holder in (self.lora_embedding_A, self.lora_embedding_B):
+            if name in holder:
+                del holder[name]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         a, b = self.factors(name)

@@ -1,0 +1,113 @@
+"""Tiny random transformers models, one an architecture, and what tests do to them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import transformers as tf
+from torch import nn
+
+import pyfastpeft as fp
+
+VOCAB = 64
+_LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+_OPT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
+_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+_BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+_MAKERS = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_LLAMA)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_LLAMA, tie_word_embeddings=True)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**_LLAMA)),
+    "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**_LLAMA, head_dim=8)),
+    "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**_LLAMA)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**_GPT2)),
+    "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**_OPT)),
+    "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5, decoder_start_token_id=0)),
+    "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**_BERT)),
+}
+ARCHITECTURES = list(_MAKERS)
+
+
+def make(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A random model in evaluation mode; dropout is off everywhere."""
+    model = _MAKERS[architecture]()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter) / 10)  # biases and norms that are not all alike
+    return model.to(dtype).eval()
+
+
+def inputs(architecture: str = "llama", rows: int = 3, length: int = 6) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, VOCAB, (rows, length))
+    labels = torch.randint(0, 2, (rows,)) if architecture == "bert" else ids
+    return {"input_ids": ids, "labels": labels}
+
+
+def quantized(model: nn.Module, **kwargs) -> nn.Module:
+    """A copy whose linear layers, but the head, are 4-bit."""
+    model = copy.deepcopy(model)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not path.endswith(("lm_head", "classifier")):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, fp.nn.Linear4bit.from_linear(module, **kwargs))
+    return model
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A copy with every 4-bit layer as an ordinary one of the same values."""
+    model = copy.deepcopy(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, fp.nn.Linear4bit):
+            parent, _, name = path.rpartition(".")
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            plain.weight.data = module.dequantize()
+            if module.bias is not None:
+                plain.bias = module.bias
+            setattr(model.get_submodule(parent), name, plain)
+    return model
+
+
+def randomize(model: nn.Module, std: float = 0.2) -> None:
+    """Give every adapter parameter a value that matters."""
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.data.mul_(1 + std * torch.rand_like(parameter))
+        elif "lora_" in name or "modules_to_save" in name:
+            parameter.data.normal_(std=std)
+
+
+def copy_adapters(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the values of every parameter of ``source`` (both name them alike)."""
+    values = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data.copy_(values[name].data)

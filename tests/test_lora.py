@@ -1,0 +1,659 @@
+"""LoRA layers and PeftModel: the same numbers as real peft, over full-precision and over 4-bit base models."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import architectures as tiny
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import pyfastpeft as fp
+
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "not_initialized": {"init_lora_weights": False},
+    "patterns": {"rank_pattern": {"0.*": 4, "v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
+    "some_layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "excluded": {"exclude_modules": ["v_proj"]},
+    "lora_bias": {"lora_bias": True, "target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding_dora": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "head_saved": {"modules_to_save": ["lm_head"]},
+    "regex": {"target_modules": r".*\.1\..*_proj"},
+    "all_linear": {"target_modules": "all-linear"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+
+
+def pair(base, seed, **kwargs):
+    """The same new adapter, here and in peft, from the same random state."""
+    kwargs = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], **kwargs}
+    torch.manual_seed(seed)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**kwargs))
+    torch.manual_seed(seed)
+    ours = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(**kwargs))
+    return ours, theirs
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestLikePeft:
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_parameters_outputs_and_gradients_are_those_of_peft(self, variant, seed):
+        base = tiny.make("phi" if variant == "lora_bias" else "llama")
+        ours, theirs = pair(base, seed, **VARIANTS[variant])
+        own, others = dict(ours.named_parameters()), dict(theirs.named_parameters())
+        assert own.keys() == others.keys()
+        for name, parameter in own.items():
+            assert parameter.requires_grad == others[name].requires_grad, name
+            torch.testing.assert_close(parameter, others[name], rtol=1e-4, atol=1e-5, msg=name)
+        if variant not in ("pissa", "olora"):
+            tiny.randomize(ours)
+        tiny.copy_adapters(ours, theirs)
+        batch = tiny.inputs()
+        a, b = ours(**batch), theirs(**batch)
+        assert relative(a.logits, b.logits) < 1e-6
+        a.loss.backward()
+        b.loss.backward()
+        for name, parameter in own.items():
+            if parameter.requires_grad:
+                assert relative(parameter.grad, others[name].grad) < 2e-5, name
+
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_every_architecture_gives_the_outputs_of_peft(self, architecture, seed):
+        kwargs = {"target_modules": "all-linear"}
+        ours, theirs = pair(tiny.make(architecture), seed, **kwargs)
+        assert dict(ours.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
+        tiny.randomize(ours)
+        tiny.copy_adapters(ours, theirs)
+        batch = tiny.inputs(architecture)
+        assert relative(ours(**batch).logits, theirs(**batch).logits) < 1e-6
+
+    def test_same_seed_gives_the_same_initial_values_bit_for_bit(self, seed):
+        ours, theirs = pair(tiny.make(), seed, target_modules=["q_proj", "embed_tokens"])
+        for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+    @pytest.mark.parametrize("bias", ["all", "lora_only"])
+    def test_bias_trains_the_biases_peft_trains(self, bias, seed):
+        ours, theirs = pair(tiny.make("opt"), seed, bias=bias)
+        trains = {n for n, p in ours.named_parameters() if p.requires_grad}
+        assert trains == {n for n, p in theirs.named_parameters() if p.requires_grad}
+        assert any(n.endswith("bias") for n in trains)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_adapters_over_a_16_bit_base_are_float32(self, dtype, seed):
+        ours, theirs = pair(tiny.make(dtype=dtype), seed)
+        tiny.randomize(ours)
+        tiny.copy_adapters(ours, theirs)
+        batch = tiny.inputs()
+        out, expected = ours(**batch).logits, theirs(**batch).logits
+        assert out.dtype == dtype
+        assert torch.equal(out, expected)
+        assert {p.dtype for n, p in ours.named_parameters() if "lora_" in n} == {torch.float32}
+
+    def test_autocast_adapter_dtype_false_keeps_the_dtype_of_the_base(self):
+        model = fp.get_peft_model(tiny.make(dtype=torch.bfloat16), fp.LoraConfig(), autocast_adapter_dtype=False)
+        assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
+
+    def test_autocast_gives_the_outputs_of_peft(self, seed):
+        ours, theirs = pair(tiny.make(), seed)
+        tiny.randomize(ours)
+        tiny.copy_adapters(ours, theirs)
+        batch = tiny.inputs()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ours(**batch).logits, theirs(**batch).logits)
+
+    def test_dropout_leaves_the_mean_and_stays_out_of_the_base(self):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(lora_dropout=0.5))
+        tiny.randomize(model)
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        x = torch.randn(2, 32)
+        layer.train()
+        mean = torch.stack([layer(x) for _ in range(4000)]).mean(0)
+        layer.eval()
+        torch.testing.assert_close(mean, layer(x), rtol=0.2, atol=0.3)
+        assert torch.equal(layer(x), layer(x))
+
+    def test_print_trainable_parameters_counts_as_peft_does(self, seed, capsys):
+        ours, theirs = pair(tiny.make(), seed)
+        ours.print_trainable_parameters()
+        first = capsys.readouterr().out
+        theirs.print_trainable_parameters()
+        assert first == capsys.readouterr().out
+
+
+class TestDefaults:
+    @pytest.mark.parametrize(
+        ("architecture", "names"),
+        [
+            ("llama", {"q_proj", "v_proj"}),
+            ("phi", {"q_proj", "v_proj"}),
+            ("opt", {"q_proj", "v_proj"}),
+            ("gpt2", {"c_attn"}),
+            ("t5", {"q", "v"}),
+            ("bert", {"query", "value"}),
+        ],
+    )
+    def test_default_targets_are_the_query_and_value_projections(self, architecture, names):
+        model = fp.get_peft_model(tiny.make(architecture), fp.LoraConfig())
+        assert {path.rpartition(".")[2] for path in model.base_model.bank.layers} == names
+
+    def test_default_rank_is_8_and_alpha_twice_the_rank(self):
+        assert (fp.LoraConfig().r, fp.LoraConfig().lora_alpha) == (8, 16)
+        assert fp.LoraConfig(r=5).lora_alpha == 10
+
+    def test_classification_keeps_the_head_with_the_adapter(self):
+        model = fp.get_peft_model(tiny.make("bert"), fp.LoraConfig(task_type="SEQ_CLS"))
+        assert "base_model.model.classifier.weight" in fp.get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize(
+    "quant", [{"quant_type": "nf4"}, {"quant_type": "nf4", "double_quant": True}, {"quant_type": "int4"}]
+)
+@pytest.mark.parametrize("variant", ["plain", "rslora", "dora", "head_saved", "all_linear"])
+class TestOver4Bits:
+    @pytest.mark.filterwarnings("ignore")
+    def test_outputs_and_gradients_are_those_of_peft_over_the_dequantized_base(self, variant, quant, seed):
+        base = tiny.quantized(tiny.make(), **quant)
+        kwargs = {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 16, **VARIANTS[variant]}
+        ours = fp.get_peft_model(base, fp.LoraConfig(**kwargs))
+        theirs = peft.get_peft_model(tiny.dequantized(tiny.quantized(tiny.make(), **quant)), peft.LoraConfig(**kwargs))
+        theirs_base = theirs.get_base_model()
+        for name, parameter in tiny.dequantized(ours.get_base_model()).named_parameters():
+            theirs_base.get_parameter(name).data.copy_(parameter.data)
+        tiny.randomize(ours)
+        values = dict(ours.named_parameters())
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.data.copy_(values[name].data)
+        batch = tiny.inputs()
+        a, b = ours(**batch), theirs(**batch)
+        assert relative(a.logits, b.logits) < 1e-4
+        a.loss.backward()
+        b.loss.backward()
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                assert relative(values[name].grad, parameter.grad) < 1e-3, name
+
+
+class Block(nn.Module):
+    """One layer of each kind that can carry LoRA."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 32)
+        self.conv = Conv1D(48, 32)
+        nn.init.normal_(self.conv.bias)
+        self.linear = nn.Linear(48, 32)
+        self.packed = fp.nn.Linear4bit(32, 24)
+
+    def forward(self, ids):
+        return self.packed(torch.tanh(self.linear(torch.tanh(self.conv(self.embed(ids))))))
+
+
+def block(*names, **kwargs):
+    kwargs = {"target_modules": ["embed", "conv", "linear", "packed"], **kwargs}
+    model = fp.get_peft_model(Block(), fp.LoraConfig(**kwargs), adapter_name=names[0] if names else "default")
+    for name in names[1:]:
+        model.add_adapter(name, fp.LoraConfig(**kwargs))
+    tiny.randomize(model)
+    return model
+
+
+class TestInitialValues:
+    @pytest.mark.parametrize("init", ["pissa", "pissa_niter_8", "olora", "loftq"])
+    @pytest.mark.parametrize("use_rslora", [False, True])
+    def test_values_from_the_weight_leave_the_output_as_it_was(self, init, use_rslora):
+        base = Block()
+        before = {n: m.weight.clone() for n, m in (("conv", base.conv), ("linear", base.linear))}
+        ids = torch.randint(0, 20, (2, 5))
+        expected = base(ids)
+        config = fp.LoraConfig(target_modules=["conv", "linear"], init_lora_weights=init, r=4, use_rslora=use_rslora)
+        model = fp.get_peft_model(base, config)
+        if init != "loftq":
+            torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+        for name, weight in before.items():
+            layer = base.get_submodule(name)
+            assert not torch.equal(layer.weight, weight)
+            whole = layer.weight + layer.get_delta_weight("default")
+            if init == "loftq":
+                plain = fp.quantize_4bit(weight.t() if name == "conv" else weight).dequantize()
+                plain = plain.t() if name == "conv" else plain
+                assert (whole - weight).norm() < (plain - weight).norm()
+            else:
+                torch.testing.assert_close(whole, weight, rtol=1e-4, atol=1e-5)
+
+    def test_loftq_leaves_weights_that_nf4_holds_exactly(self):
+        model = fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["linear"], init_lora_weights="loftq"))
+        weight = model.get_base_model().linear.base_layer.weight
+        assert torch.equal(fp.quantize_4bit(weight).dequantize(), weight)
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_a_4_bit_base_is_quantized_again_without_the_principal_part(self, init):
+        base = Block()
+        whole = base.packed.dequantize()
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules=["packed"], init_lora_weights=init))
+        layer = model.get_base_model().packed
+        plain = (fp.quantize_4bit(whole + torch.randn_like(whole) * 1e-4).dequantize() - whole).norm()
+        now = layer.base_layer.dequantize() + layer.get_delta_weight("default")
+        assert (now - whole).norm() < 2 * plain.clamp_min(whole.norm() * 0.1)
+
+    def test_loftq_over_a_4_bit_base_is_refused(self):
+        with pytest.raises(ValueError, match=r"loftq.*quantized already"):
+            fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["packed"], init_lora_weights="loftq"))
+
+    def test_a_second_adapter_may_not_change_the_base_under_the_first(self):
+        model = block()
+        with pytest.raises(ValueError, match="must be the first adapter"):
+            model.add_adapter("b", fp.LoraConfig(target_modules=["linear"], init_lora_weights="pissa"))
+
+
+class TestMerging:
+    @pytest.mark.parametrize("use_dora", [False, True])
+    def test_merged_weights_compute_what_the_adapters_compute_and_unmerge_restores_every_bit(self, use_dora):
+        model = block("a", "b", use_dora=use_dora)
+        model.set_adapter(["a", "b"])
+        base = model.get_base_model()
+        before = {n: p.clone() for n, p in base.state_dict().items()}
+        dense = [base.embed, base.conv, base.linear]
+        inputs = [torch.randint(0, 20, (3, 4)), torch.randn(3, 32), torch.randn(3, 48)]
+        expected = [layer(x) for layer, x in zip(dense, inputs, strict=True)]
+        x4 = torch.randn(3, 32)
+        expected4 = base.packed(x4)
+        model.merge_adapter()
+        for layer, x, y in zip(dense, inputs, expected, strict=True):
+            torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+        assert relative(base.packed(x4), expected4) < 0.15
+        assert not torch.equal(base.state_dict()["linear.base_layer.weight"], before["linear.base_layer.weight"])
+        model.unmerge_adapter()
+        after = base.state_dict()
+        assert after.keys() == before.keys()
+        for name, value in before.items():
+            assert torch.equal(after[name], value), name
+
+    def test_a_4_bit_base_merges_into_16_bits_with_one_rounding(self):
+        model = block()
+        expected = model.get_base_model().packed.merged_matrix(("default",)).to(torch.bfloat16)
+        merged = model.merge_and_unload(dequantize=True, dtype=torch.bfloat16)
+        assert type(merged.packed) is nn.Linear
+        assert torch.equal(merged.packed.weight, expected)
+
+    def test_a_4_bit_base_merges_back_into_4_bits_of_the_same_format(self):
+        model = block()
+        expected = model.get_base_model().packed.merged_matrix(("default",))
+        merged = model.merge_and_unload()
+        assert isinstance(merged.packed, fp.nn.Linear4bit)
+        assert torch.equal(merged.packed.dequantize(), fp.quantize_4bit(expected).dequantize())
+
+    def test_merge_and_unload_leaves_a_plain_model_that_saves_and_loads(self, tmp_path):
+        model = fp.get_peft_model(
+            tiny.make("qwen2"), fp.LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+        )
+        tiny.randomize(model)
+        batch = tiny.inputs()
+        expected = model(**batch).logits
+        plain = model.merge_and_unload()
+        assert not any("lora" in n or "modules_to_save" in n for n, _ in plain.named_parameters())
+        assert relative(plain(**batch).logits, expected) < 1e-5
+        plain.save_pretrained(tmp_path)
+        again = type(plain).from_pretrained(tmp_path)
+        assert torch.equal(again(**batch).logits, plain(**batch).logits)
+
+    def test_unload_gives_the_base_model_back(self):
+        base = tiny.make()
+        batch = tiny.inputs()
+        expected, names = base(**batch).logits, [n for n, _ in base.named_modules()]
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"]))
+        tiny.randomize(model)
+        model.merge_adapter()
+        plain = model.unload()
+        assert [n for n, _ in plain.named_modules()] == names
+        assert torch.equal(plain(**batch).logits, expected)
+
+    def test_safe_merge_refuses_values_that_are_not_finite_and_changes_nothing(self):
+        model = block()
+        base = model.get_base_model()
+        base.linear.lora_B["default"].weight.data[0, 0] = torch.inf
+        before = {n: p.clone() for n, p in base.state_dict().items()}
+        with pytest.raises(ValueError, match="not finite"):
+            model.merge_adapter(safe_merge=True)
+        assert all(torch.equal(value, before[n]) for n, value in base.state_dict().items())
+
+    def test_a_copy_of_a_merged_model_unmerges_by_itself(self):
+        model = block()
+        ids = torch.randint(0, 20, (2, 3))
+        expected = model(ids)
+        model.merge_adapter()
+        twin = copy.deepcopy(model)
+        twin.unmerge_adapter()
+        assert torch.equal(twin(ids), expected)
+        assert model.get_base_model().linear.merged
+
+    def test_lora_bias_is_scaled_when_merged(self):
+        model = fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["linear", "packed"], lora_bias=True))
+        tiny.randomize(model)
+        layer = model.get_base_model().linear
+        x = torch.randn(2, 48)
+        expected = layer(x)
+        model.merge_adapter()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+class TestSeveralAdapters:
+    @pytest.mark.parametrize("use_dora", [False, True])
+    def test_adapters_active_together_add_up(self, use_dora):
+        model = block("a", "b", use_dora=use_dora)
+        for layer, x in (("linear", torch.randn(2, 48)), ("packed", torch.randn(2, 32))):
+            layer = model.get_base_model().get_submodule(layer)
+            single = []
+            for names in ("a", "b", ["a", "b"]):
+                model.set_adapter(names)
+                single.append(layer(x))
+            with model.disable_adapter():
+                base = layer(x)
+            torch.testing.assert_close(single[2] - base, single[0] + single[1] - 2 * base, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("use_dora", [False, True])
+    def test_a_mixed_batch_equals_each_row_alone(self, use_dora, training):
+        model = block("a", "b", use_dora=use_dora).train(training)
+        model.add_adapter("c", fp.LoraConfig(r=3, target_modules=["linear", "packed"]))
+        tiny.randomize(model)
+        ids = torch.randint(0, 20, (5, 4))
+        names = ["b", "__base__", "c", "a", "b"]
+        mixed = model(ids, adapter_names=names)
+        for i, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(ids[i : i + 1])
+            else:
+                model.set_adapter(name)
+                alone = model(ids[i : i + 1])
+            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+    def test_a_mixed_batch_trains_each_adapter_on_its_own_rows(self):
+        model = block("a", "b")
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        ids = torch.randint(0, 20, (4, 3))
+        model(ids, adapter_names=["a", "b", "a", "b"]).square().sum().backward()
+        mixed = {n: p.grad.clone() for n, p in model.named_parameters() if "lora_" in n}
+        for name, rows in (("a", ids[::2]), ("b", ids[1::2])):
+            model.set_adapter(name)
+            model.zero_grad()
+            model(rows).square().sum().backward()
+            for n, p in model.named_parameters():
+                if n.endswith(f".{name}") or f".{name}." in n:
+                    torch.testing.assert_close(mixed[n], p.grad, rtol=1e-3, atol=1e-4, msg=n)
+
+    def test_generate_with_a_different_adapter_in_every_row(self):
+        model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(), adapter_name="a").eval()
+        model.add_adapter("b", fp.LoraConfig(r=4, target_modules="all-linear"))
+        tiny.randomize(model, 0.5)
+        ids = torch.randint(1, tiny.VOCAB, (3, 5))
+        kwargs = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2, "attention_mask": torch.ones_like(ids)}
+        names = ["b", "__base__", "a"]
+        mixed = model.generate(ids, adapter_names=names, **kwargs)
+        for i, name in enumerate(names):
+            alone = model.generate(ids, adapter_names=[name] * 3, **kwargs)
+            assert torch.equal(mixed[i], alone[i])
+
+    def test_peft_gives_the_same_mixed_batch(self, seed):
+        ours, theirs = pair(tiny.make(), seed)
+        for model, config in ((ours, fp.LoraConfig), (theirs, peft.LoraConfig)):
+            model.add_adapter("other", config(r=4, lora_alpha=12, target_modules=["q_proj"]))
+            model.eval()
+        tiny.randomize(ours)
+        tiny.copy_adapters(ours, theirs)
+        ids = tiny.inputs()["input_ids"]
+        names = ["other", "__base__", "default"]
+        assert relative(ours(ids, adapter_names=names).logits, theirs(input_ids=ids, adapter_names=names).logits) < 1e-6
+
+    @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_add_weighted_adapter_is_that_of_peft(self, kind, seed):
+        ours, theirs = pair(tiny.make(), seed)
+        for model, config in ((ours, fp.LoraConfig), (theirs, peft.LoraConfig)):
+            model.add_adapter("other", config(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj"]))
+        tiny.randomize(ours)
+        tiny.copy_adapters(ours, theirs)
+        for model in (ours, theirs):
+            model.add_weighted_adapter(["default", "other"], [0.7, -1.5], "mix", combination_type=kind)
+            model.set_adapter("mix")
+        batch = tiny.inputs()
+        assert relative(ours(**batch).logits, theirs(**batch).logits) < 1e-4
+        assert {p for p, layer in ours.base_model.bank.layers.items() if "mix" in layer.r} == {
+            n.removeprefix("base_model.model.")
+            for n, m in theirs.named_modules()
+            if "mix" in getattr(m, "lora_A", {}) and not isinstance(m, nn.ModuleDict)
+        }
+
+    def test_cat_is_exact(self):
+        model = block("a", "b")
+        model.add_weighted_adapter(["a", "b"], [2.0, -0.5], "mix", combination_type="cat")
+        layer = model.get_base_model().linear
+        expected = 2 * layer.get_delta_weight("a") - 0.5 * layer.get_delta_weight("b")
+        torch.testing.assert_close(layer.get_delta_weight("mix"), expected, rtol=1e-4, atol=1e-5)
+
+    def test_deleting_the_active_adapter_activates_the_first_left(self):
+        model = block("a", "b")
+        model.set_adapter("b")
+        ids = torch.randint(0, 20, (2, 3))
+        model.delete_adapter("b")
+        assert model.active_adapter == "a"
+        assert not any(n.endswith(".b") or ".b." in n for n, _ in model.named_parameters())
+        model.delete_adapter("a")
+        assert not any("lora" in n for n, _ in model.named_modules())
+        assert model(ids).shape == (2, 3, 24)
+
+    def test_only_the_active_adapter_trains(self):
+        model = block("a", "b")
+        for name in ("a", "b", "a"):
+            model.set_adapter(name)
+            trains = {n for n, p in model.named_parameters() if p.requires_grad}
+            assert trains == {n for n, _ in model.named_parameters() if n.endswith(f".{name}") or f".{name}." in n}
+        model.set_adapter("a", inference_mode=True)
+        assert not any(p.requires_grad for p in model.parameters())
+
+
+class TestInTraining:
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing_gives_the_same_gradients_also_for_rows_that_choose(self, reentrant):
+        model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(), adapter_name="a").train()
+        model.add_adapter("b", fp.LoraConfig())
+        tiny.randomize(model)
+        model.set_adapter(["a", "b"])
+        batch = tiny.inputs()
+        names = ["b", "__base__", "a"]
+
+        def gradients():
+            model.zero_grad()
+            model(**batch, adapter_names=names).loss.backward()
+            return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+        expected = gradients()
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        for name, value in gradients().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_transformers_trainer_trains_the_adapter_and_nothing_else(self, tmp_path):
+        from transformers import Trainer, TrainingArguments
+
+        model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig())
+        frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+        rows = [{k: v[0] for k, v in tiny.inputs(rows=1).items()} for _ in range(8)]
+        args = TrainingArguments(
+            str(tmp_path),
+            max_steps=4,
+            learning_rate=1e-2,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        Trainer(model, args, train_dataset=rows).train()
+        assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in frozen.items())
+        assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+    def test_a_compiled_model_is_one_graph_and_agrees(self):
+        torch._dynamo.reset()
+        model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(target_modules="all-linear"))
+        tiny.randomize(model)
+        batch = tiny.inputs()
+        expected = model(**batch)
+        expected.loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        out = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch)
+        out.loss.backward()
+        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-5)
+        for name, parameter in model.named_parameters():
+            if name in grads:
+                torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-6, msg=name)
+
+    @pytest.mark.parametrize("use_dora", [False, True])
+    def test_a_compiled_mixed_batch_is_one_graph_and_agrees(self, use_dora):
+        torch._dynamo.reset()
+        model = block("a", "b", use_dora=use_dora).eval()
+        ids = torch.randint(0, 20, (3, 4))
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        names = ["b", "__base__", "a"]
+        torch.testing.assert_close(compiled(ids, adapter_names=names), model(ids, adapter_names=names))
+
+    def test_copies_and_casts_keep_adapters_working(self):
+        model = block()
+        ids = torch.randint(0, 20, (2, 3))
+        expected = model(ids)
+        twin = copy.deepcopy(model)
+        twin.get_base_model().linear.lora_B["default"].weight.data.zero_()
+        assert torch.equal(model(ids), expected)
+        assert not torch.equal(twin(ids), expected)
+        assert relative(model.to(torch.bfloat16)(ids), expected) < 0.05
+
+    def test_values_loaded_by_assignment_are_used(self):
+        model = block()
+        ids = torch.randint(0, 20, (2, 3))
+        before = model(ids)
+        state = {
+            k: torch.zeros_like(v) if "lora_B" in k or "embedding_B" in k else v for k, v in model.state_dict().items()
+        }
+        model.load_state_dict(state, assign=True)
+        with model.disable_adapter():
+            base = model(ids)
+        torch.testing.assert_close(model(ids), base)
+        assert not torch.allclose(before, base)
+
+    def test_forward_has_the_signature_of_the_base_model(self):
+        import inspect
+
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+        names = inspect.signature(model.forward).parameters
+        assert {"input_ids", "attention_mask", "labels", "adapter_names"} <= set(names)
+
+
+class TestBadArguments:
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"r": 0}, "r is 0"),
+            ({"r": 2.5}, "r is 2.5"),
+            ({"r": True}, "r is True"),
+            ({"rank_pattern": {"q": -1}}, "rank_pattern"),
+            ({"lora_alpha": "big"}, "lora_alpha is 'big'"),
+            ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+            ({"bias": "some"}, "bias is 'some'"),
+            ({"init_lora_weights": "magic"}, "init_lora_weights is 'magic'"),
+            ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, "loftq_bits"),
+            ({"lora_bias": True, "use_dora": True}, "lora_bias is True"),
+            (
+                {
+                    "target_modules": "(",
+                },
+                "regular expression",
+            ),
+            ({"target_modules": "q_proj", "layers_to_transform": [0]}, "layers_to_transform"),
+            ({"layers_pattern": "layers"}, "layers_pattern"),
+            ({"task_type": "POETRY"}, "task_type is 'POETRY'"),
+            ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+        ],
+    )
+    def test_a_wrong_field_is_named(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            fp.LoraConfig(**kwargs)
+
+    @pytest.mark.parametrize("names", [["q_prj"], ["q_proj", "v_prj"], "q_prj"])
+    def test_an_unknown_target_lists_close_matches_and_leaves_the_model_alone(self, names):
+        base = tiny.make()
+        before = [n for n, _ in base.named_modules()]
+        with pytest.raises(ValueError, match=r"matches no module.*_proj"):
+            fp.get_peft_model(base, fp.LoraConfig(target_modules=names))
+        assert [n for n, _ in base.named_modules()] == before
+        assert all(p.requires_grad for p in base.parameters())
+
+    def test_a_target_that_cannot_carry_lora_is_named(self):
+        with pytest.raises(ValueError, match=r"input_layernorm.*Linear, Conv1D or Embedding"):
+            fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["input_layernorm"]))
+
+    @pytest.mark.parametrize("name", ["a.b", "__base__", "a/b", "", "keys", 3])
+    def test_a_wrong_adapter_name_is_refused(self, name):
+        with pytest.raises(ValueError, match="adapter_name is"):
+            fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["linear"]), adapter_name=name)
+
+    def test_an_unknown_adapter_is_named_with_those_that_exist(self):
+        model = block("a")
+        ids = torch.randint(0, 20, (1, 2))
+        for call in (
+            lambda: model.set_adapter("b"),
+            lambda: model.delete_adapter("b"),
+            lambda: model.merge_adapter(["b"]),
+            lambda: model(ids, adapter_names=["b"]),
+        ):
+            with pytest.raises(ValueError, match=r"b.*\['a'\]"):
+                call()
+
+    def test_adapter_names_must_be_one_a_row(self):
+        model = block("a")
+        with pytest.raises(ValueError, match="3 names; the batch has 2 rows"):
+            model(torch.randint(0, 20, (2, 3)), adapter_names=["a"] * 3)
+
+    def test_rows_cannot_choose_while_adapters_are_merged(self):
+        model = block("a")
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="merged"):
+            model(torch.randint(0, 20, (1, 3)), adapter_names=["a"])
+
+    def test_an_adapter_that_fails_half_way_leaves_nothing_behind(self):
+        model = block("a")
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        with pytest.raises(ValueError, match="at most 24"):
+            model2 = Block()
+            fp.get_peft_model(
+                model2, fp.LoraConfig(r=30, target_modules=["linear", "packed"], init_lora_weights="olora")
+            )
+        assert not any("lora" in n for n, _ in model2.named_modules())
+        with pytest.raises(ValueError, match="modules_to_save"):
+            model.add_adapter("b", fp.LoraConfig(target_modules=["linear"], modules_to_save=["nothing"]))
+        assert list(model.peft_config) == ["a"]
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+    def test_scaling_is_alpha_over_rank_or_over_its_root(self):
+        model = block(r=4, lora_alpha=6)
+        assert model.get_base_model().linear.scaling["default"] == 1.5
+        model = block(r=4, lora_alpha=6, use_rslora=True)
+        assert model.get_base_model().linear.scaling["default"] == 6 / math.sqrt(4)
