@@ -55,13 +55,16 @@ class Linear4bit(nn.Linear):
 
     def set_packed(self, packed: Packed4bit) -> None:
         """Hold ``packed`` (shape (out_features, in_features)) as this layer's weight."""
-        if tuple(packed.shape) != (self.out_features, self.in_features):
-            expected = (self.out_features, self.in_features)
-            raise ValueError(f"packed has shape {tuple(packed.shape)}; this layer's weight is {expected}")
+        self._check_shape(packed)
         self.packed = packed.prepared()
         self.quant_type, self.blocksize = packed.quant_type, packed.blocksize
         self.double_quant = packed.nested is not None
         self.weight = nn.Parameter(self.packed.codes, requires_grad=False)
+
+    def _check_shape(self, packed: Packed4bit) -> None:
+        if tuple(packed.shape) != (self.out_features, self.in_features):
+            expected = (self.out_features, self.in_features)
+            raise ValueError(f"packed has shape {tuple(packed.shape)}; this layer's weight is {expected}")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features] in ``dtype`` (default: the original weight's)."""
@@ -129,6 +132,12 @@ class Linear4bit(nn.Linear):
         self.set_packed(packed.to(target) if target != packed.device else packed.map_bytes(fn))
         return self
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        # Pickle writes the parameter and the packed weight's codes apart; they are one memory.
+        if self.packed is not None and self.weight.data_ptr() != self.packed.codes.data_ptr():
+            self.weight = nn.Parameter(self.packed.codes, requires_grad=False)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
@@ -147,36 +156,43 @@ class Linear4bit(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "weight"
+        key, bias_key = prefix + "weight", prefix + "bias"
         own = {k: state_dict[k] for k in list(state_dict) if k == key or k.startswith(key + ".")}
+        packed, bias = None, state_dict.get(bias_key) if self.bias is not None else None
+        problems = len(error_msgs) + len(missing_keys)
         if key in own:
             try:
-                weight = own[key]
-                if weight.is_floating_point() and len(own) == 1:
-                    packed = quantize_4bit(weight, self.quant_type, self.blocksize, self.double_quant)
-                else:
-                    packed = packed_from_state(own, key)
-                device = self.packed.device if self.packed is not None else packed.device
-                self.set_packed(packed.to(device))
-            except (ValueError, TypeError, KeyError) as error:
+                packed = self._packed_from(own, key)
+            except (ValueError, TypeError) as error:
                 error_msgs.append(f"{key}: {error}")
         elif strict:
             missing_keys.append(key)
+        if bias is not None and bias.shape != self.bias.shape:
+            error_msgs.append(f"{bias_key} has shape {tuple(bias.shape)}; it must be {tuple(self.bias.shape)}")
+        elif bias is None and self.bias is not None and strict:
+            missing_keys.append(bias_key)
         if strict:
-            known = {key, prefix + "bias"} | {f"{key}.{suffix}" for suffix in STATE_SUFFIXES}
+            known = {key} | {f"{key}.{suffix}" for suffix in STATE_SUFFIXES}
+            known |= set() if self.bias is None else {bias_key}
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
-        if self.bias is not None:
-            bias = state_dict.get(prefix + "bias")
-            if bias is None:
-                if strict:
-                    missing_keys.append(prefix + "bias")
-            elif bias.shape != self.bias.shape:
-                error_msgs.append(f"{prefix}bias has shape {tuple(bias.shape)}; it must be {tuple(self.bias.shape)}")
-            else:
-                with torch.no_grad():
-                    self.bias.copy_(bias)
-        elif strict and prefix + "bias" in state_dict:
-            unexpected_keys.append(prefix + "bias")
+        # All of the layer or nothing.
+        if len(error_msgs) + len(missing_keys) > problems:
+            return
+        if packed is not None:
+            self.set_packed(packed)
+        if bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+    def _packed_from(self, state: dict[str, Tensor], key: str) -> Packed4bit:
+        """The weight under ``key``, in 4 bits already or quantized now, on this layer's device and of its shape."""
+        weight = state[key]
+        if weight.is_floating_point() and len(state) == 1:
+            packed = quantize_4bit(weight, self.quant_type, self.blocksize, self.double_quant)
+        else:
+            packed = packed_from_state(state, key)
+        self._check_shape(packed)
+        return packed if self.packed is None else packed.to(self.packed.device)
 
     def extra_repr(self) -> str:
         double = ", double_quant=True" if self.double_quant else ""

@@ -1,0 +1,214 @@
+"""``nn.Linear4bit`` as a module: whatever is done to it, its weight stays exactly what it was.
+
+The tests named after bitsandbytes hold the promises that its CPU path breaks (FORMATS.md, section 1).
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pyfastpeft as fp
+
+# K a multiple of the block, of 32 only, of nothing; N a multiple of 32, and not.
+SHAPES = [(64, 128), (40, 128), (64, 96), (48, 80), (5, 7)]
+FORMATS = [("nf4", False), ("nf4", True), ("fp4", True), ("int4", False)]
+
+
+def layer(n=48, k=96, quant_type="nf4", double_quant=False, dtype=torch.float32, bias=True):
+    linear = torch.nn.Linear(k, n, bias=bias).to(dtype)
+    return fp.nn.Linear4bit.from_linear(linear, quant_type, 64, double_quant)
+
+
+def held(module):
+    """Everything the layer's weight consists of, as it would be stored."""
+    return {name: t.clone() for name, t in module.state_dict().items() if name.startswith("weight")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def close(actual, expected, tolerance):
+    return (actual.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_eval_forward_works_for_any_n_and_k(shape, dtype):
+    module = layer(*shape, dtype=dtype).eval()
+    x = torch.randn(3, shape[1], dtype=dtype)
+    expected = F.linear(x.double(), module.dequantize(dtype).double(), module.bias.double())
+    with torch.no_grad():
+        assert close(module(x), expected, 1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_training_after_an_eval_forward_gives_the_same_gradients(shape, quant_type, double_quant):
+    module = layer(*shape, quant_type, double_quant)
+    x = torch.randn(6, shape[1])
+
+    def gradients():
+        a = torch.linspace(-1, 1, 4 * shape[1]).view(4, shape[1]).requires_grad_()
+        b = torch.linspace(-1, 1, 4 * shape[0]).view(shape[0], 4).requires_grad_()
+        inputs = x.clone().requires_grad_()
+        module.train()(inputs, lora=(a, b, 0.5)).square().sum().backward()
+        return inputs.grad, a.grad, b.grad
+
+    before = gradients()
+    with torch.no_grad():
+        module.eval()(x)
+    after = gradients()
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    weight = module.dequantize(torch.float32).double()
+    a = torch.linspace(-1, 1, 4 * shape[1]).view(4, shape[1]).double()
+    b = torch.linspace(-1, 1, 4 * shape[0]).view(shape[0], 4).double()
+    y = F.linear(x.double(), weight + 0.5 * b @ a, module.bias.double())
+    assert close(after[0], 2 * y @ (weight + 0.5 * b @ a), 1e-5)
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_state_dict_after_an_eval_forward_is_exact_and_reloads(shape, quant_type, double_quant):
+    module = layer(*shape, quant_type, double_quant).eval()
+    before, x = held(module), torch.randn(2, shape[1])
+    with torch.no_grad():
+        y = module(x)
+    assert same(before, held(module))
+    other = fp.nn.Linear4bit(shape[1], shape[0], quant_type="nf4", blocksize=32)
+    other.load_state_dict(module.state_dict())
+    assert same(held(other), before)
+    assert (other.quant_type, other.blocksize, other.double_quant) == (quant_type, 64, double_quant)
+    with torch.no_grad():
+        assert torch.equal(other(x), y)
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantize_after_an_eval_forward_is_exact(shape, quant_type, double_quant):
+    weight = torch.randn(shape)
+    module = fp.nn.Linear4bit.from_packed(fp.quantize_4bit(weight, quant_type, 64, double_quant)).eval()
+    before = module.dequantize()
+    with torch.no_grad():
+        module(torch.randn(2, shape[1]))
+    assert torch.equal(module.dequantize(), before)
+    # A wrong layout gives an error of 1.4.
+    assert (before - weight).norm() < 0.25 * weight.norm()
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        copy.copy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("cpu"),
+        lambda m: m.to(torch.bfloat16).float(),
+        lambda m: m.eval().train().eval(),
+        lambda m: m.requires_grad_(False),
+        lambda m: m.share_memory(),
+    ],
+    ids=[
+        "deepcopy",
+        "copy",
+        "pickle",
+        "half",
+        "double",
+        "bfloat16",
+        "cpu",
+        "there_and_back",
+        "eval_train",
+        "requires_grad",
+        "share",
+    ],
+)
+def test_the_weight_survives(change, quant_type, double_quant):
+    module = layer(48, 96, quant_type, double_quant)
+    before = held(module)
+    after = change(module)
+    assert same(held(after), before)
+    assert torch.equal(after.weight, after.packed.codes) and not after.weight.requires_grad
+
+
+def test_a_change_of_dtype_reaches_the_bias_alone():
+    module = layer().to(torch.bfloat16)
+    assert module.bias.dtype == torch.bfloat16 and module.weight.dtype == torch.uint8
+    assert module.packed.scale.dtype == torch.float32
+
+
+def test_a_deep_copy_shares_no_memory():
+    module = layer()
+    twin = copy.deepcopy(module)
+    mine = {t.data_ptr() for t in (module.weight, module.packed.codes, module.packed.scale)}
+    assert mine.isdisjoint({t.data_ptr() for t in (twin.weight, twin.packed.codes, twin.packed.scale)})
+
+
+def test_there_is_one_copy_of_the_codes():
+    module = layer()
+    for moved in (module, module.half(), copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert moved.weight.data_ptr() == moved.packed.codes.data_ptr()
+
+
+def test_a_full_precision_weight_is_quantized_on_the_way_in():
+    linear = torch.nn.Linear(96, 48)
+    module = fp.nn.Linear4bit(96, 48, quant_type="fp4", blocksize=32)
+    module.load_state_dict(linear.state_dict())
+    assert same(held(module), held(fp.nn.Linear4bit.from_linear(linear, "fp4", 32)))
+
+
+def test_a_layer_made_on_the_meta_device_says_so_until_it_is_loaded():
+    module = fp.nn.Linear4bit(96, 48, device="meta", bias=False)
+    with pytest.raises(RuntimeError, match="holds no weight yet"):
+        module.dequantize()
+    assert module.state_dict()["weight"].is_meta
+    source = layer(bias=False)
+    module.load_state_dict(source.state_dict())
+    assert same(held(module), held(source))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("weight"), "Missing key"),
+        (lambda s: s.pop("weight.absmax"), "weight.absmax is missing"),
+        (lambda s: s.pop("bias"), "Missing key"),
+        (lambda s: s.update({"weight.surprise": torch.zeros(1)}), "weight.surprise is not a key"),
+        (lambda s: s.update(weight=torch.zeros(3, dtype=torch.uint8)), "holds 3 bytes of codes"),
+        (lambda s: s.update(bias=torch.zeros(3)), "bias has shape"),
+        (lambda s: s.update(layer(32, 96).state_dict()), "packed has shape"),
+    ],
+    ids=["weight", "absmax", "bias", "extra_weight", "codes", "bias_shape", "other_layer"],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, message):
+    module, state = layer(), layer().state_dict()
+    before = held(module)
+    change(state)
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict(state)
+    assert same(held(module), before)
+
+
+def test_an_unexpected_key_is_refused():
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        layer().load_state_dict(layer().state_dict() | {"surprise": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        layer(bias=False).load_state_dict(layer().state_dict())
+
+
+def test_compute_dtype_decides_the_products_and_the_result_returns_in_the_inputs():
+    module = layer(64, 128)
+    x = torch.randn(4, 128)
+    module.compute_dtype = torch.bfloat16
+    y = module(x)
+    assert y.dtype == torch.float32 and torch.equal(y, module(x.bfloat16()).float())
+
+
+def test_it_is_a_linear_by_class_and_by_name():
+    assert isinstance(layer(), torch.nn.Linear) and type(layer()).__name__ == "Linear4bit"
