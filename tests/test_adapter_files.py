@@ -1,0 +1,278 @@
+"""Adapter folders: real peft reads what is written here, and what it writes is read here, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import architectures as tiny
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pyfastpeft as fp
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CASES = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.0.self_attn.q_proj": 3}},
+    "some_layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding_and_head": {"target_modules": ["embed_tokens", "lm_head"]},
+    "head_saved": {"modules_to_save": ["lm_head"]},
+    "regex": {"target_modules": r".*\.1\..*_proj"},
+    "all_linear": {"target_modules": "all-linear"},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "bias_all": {"bias": "all"},
+    "bias_lora_only": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "task": {"task_type": "CAUSAL_LM"},
+}
+
+
+def configured(case, architecture="llama", **kwargs):
+    arguments = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"], **CASES[case], **kwargs}
+    return fp.LoraConfig(**arguments), peft.LoraConfig(**arguments)
+
+
+def architecture_for(case):
+    return "opt" if "bias" in case else "llama"
+
+
+def trained(attach, base, config):
+    model = attach(copy.deepcopy(base), config)
+    if config.init_lora_weights is True:
+        tiny.randomize(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith("base_model.model.lm_head.original"):
+            parameter.data.add_(torch.randn_like(parameter) / 20)
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestRoundTrip:
+    def test_peft_reads_what_is_written_here(self, case, tmp_path):
+        base = tiny.make(architecture_for(case))
+        model = trained(fp.get_peft_model, base, configured(case)[0])
+        model.save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        batch = tiny.inputs()
+        assert relative(theirs(**batch).logits, model(**batch).logits) < 1e-6
+        written = load_file(tmp_path / "adapter_model.safetensors")
+        read = peft.get_peft_model_state_dict(theirs)
+        assert written.keys() == read.keys()
+        assert all(torch.equal(written[k], read[k]) for k in written)
+
+    def test_what_peft_writes_is_read_here(self, case, tmp_path):
+        base = tiny.make(architecture_for(case))
+        theirs = trained(peft.get_peft_model, base, configured(case)[1])
+        theirs.save_pretrained(tmp_path)
+        model = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        batch = tiny.inputs()
+        assert relative(model(**batch).logits, theirs(**batch).logits) < 1e-6
+        written = load_file(tmp_path / "adapter_model.safetensors")
+        read = fp.get_peft_model_state_dict(model)
+        assert written.keys() == read.keys()
+        assert all(torch.equal(written[k], read[k]) for k in written)
+
+    def test_the_files_are_those_peft_writes(self, case, tmp_path):
+        base = tiny.make(architecture_for(case))
+        ours, theirs = configured(case)
+        fp.get_peft_model(copy.deepcopy(base), ours).save_pretrained(tmp_path / "a")
+        peft.get_peft_model(copy.deepcopy(base), theirs).save_pretrained(tmp_path / "b")
+        a, b = (json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in "ab")
+        for config in (a, b):
+            if isinstance(config["target_modules"], list):
+                config["target_modules"].sort()
+        assert a == b
+        text = (tmp_path / "a" / "adapter_config.json").read_text()
+        assert text == json.dumps(json.loads(text), indent=2, sort_keys=True)
+        a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+        assert {k: (t.shape, t.dtype) for k, t in a.items()} == {k: (t.shape, t.dtype) for k, t in b.items()}
+        names = {p.name for p in (tmp_path / "a").iterdir()}
+        assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_every_architecture_makes_the_round_trip(architecture, tmp_path):
+    base = tiny.make(architecture)
+    kwargs = {"target_modules": "all-linear", "task_type": "SEQ_CLS" if architecture == "bert" else None}
+    batch = tiny.inputs(architecture)
+    for attach, config, load in (
+        (fp.get_peft_model, fp.LoraConfig, peft.PeftModel.from_pretrained),
+        (peft.get_peft_model, peft.LoraConfig, fp.PeftModel.from_pretrained),
+    ):
+        model = trained(attach, base, config(**kwargs))
+        folder = tmp_path / attach.__module__
+        model.save_pretrained(folder)
+        again = load(copy.deepcopy(base), folder).eval()
+        assert relative(again(**batch).logits, model(**batch).logits) < 1e-6
+
+
+def test_an_adapter_trained_over_4_bits_loads_in_peft(tmp_path):
+    base = tiny.quantized(tiny.make())
+    model = trained(fp.get_peft_model, base, fp.LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny.dequantized(base), tmp_path).eval()
+    batch = tiny.inputs()
+    assert relative(theirs(**batch).logits, model(**batch).logits) < 1e-4
+
+
+def test_other_adapters_lie_in_folders_of_their_names(tmp_path):
+    model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+    model.add_adapter("other", fp.LoraConfig(r=2))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+    assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
+    again = fp.PeftModel.from_pretrained(tiny.make(), tmp_path)
+    again.load_adapter(tmp_path / "other", "second")
+    again.load_adapter(tmp_path, "third", subfolder="other")
+    assert again.peft_config["third"].r == 2
+    model.save_pretrained(tmp_path / "one", selected_adapters=["other"])
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["other"]
+
+
+def test_is_trainable_decides_whether_it_trains(tmp_path):
+    fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        model = fp.PeftModel.from_pretrained(tiny.make(), tmp_path, is_trainable=is_trainable)
+        assert any(p.requires_grad for p in model.parameters()) == is_trainable
+
+
+def test_new_values_load_into_an_adapter_that_exists(tmp_path):
+    model = trained(fp.get_peft_model, tiny.make(), fp.LoraConfig())
+    expected = {k: t.clone() for k, t in fp.get_peft_model_state_dict(model).items()}
+    model.save_pretrained(tmp_path)
+    tiny.randomize(model)
+    parameters = dict(model.named_parameters())
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert all(torch.equal(t, expected[k]) for k, t in fp.get_peft_model_state_dict(model).items())
+    assert all(p is parameters[n] and p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
+
+
+def test_a_readme_that_exists_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_config_makes_the_round_trip_and_unknown_keys_are_dropped_with_a_warning(tmp_path):
+    config = fp.LoraConfig(r=3, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config.save_pretrained(tmp_path)
+    assert fp.PeftConfig.from_pretrained(tmp_path) == config
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert fp.LoraConfig.from_pretrained(tmp_path) == config
+
+
+class TestBadFolders:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        fp.get_peft_model(tiny.make(), fp.LoraConfig(r=4)).save_pretrained(tmp_path)
+        return tmp_path
+
+    def refused(self, folder, message, error=ValueError):
+        """Loading fails with ``message``, into a fresh model and beside another adapter, and leaves no trace."""
+        base = tiny.make()
+        state = {k: v.clone() for k, v in base.state_dict().items()}
+        with pytest.raises(error, match=message):
+            fp.PeftModel.from_pretrained(base, folder)
+        assert base.state_dict().keys() == state.keys()
+        assert all(torch.equal(v, state[k]) for k, v in base.state_dict().items())
+        assert all(p.requires_grad for p in base.parameters())
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules=["k_proj"]))
+        names = [n for n, _ in model.named_parameters()]
+        with pytest.raises(error, match=message):
+            model.load_adapter(folder, "new")
+        assert [n for n, _ in model.named_parameters()] == names
+        assert list(model.peft_config) == ["default"]
+
+    def edit(self, folder, change):
+        path = folder / "adapter_model.safetensors"
+        tensors = {k: t.clone() for k, t in load_file(path).items()}
+        change(tensors)
+        save_file(tensors, path)
+
+    KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+
+    def test_a_missing_key_is_named(self, folder):
+        self.edit(folder, lambda t: t.pop(self.KEY))
+        self.refused(folder, rf"missing: {self.KEY}")
+
+    def test_an_extra_key_is_named(self, folder):
+        self.edit(folder, lambda t: t.update({"base_model.model.extra": torch.ones(1)}))
+        self.refused(folder, r"not expected: base_model\.model\.extra")
+
+    def test_another_shape_is_named_with_the_expected_one(self, folder):
+        self.edit(folder, lambda t: t.update({self.KEY: torch.ones(16, 5)}))
+        self.refused(folder, rf"{self.KEY} has shape \(16, 5\); it must be \(16, 4\)")
+
+    def test_another_dtype_is_named(self, folder):
+        self.edit(folder, lambda t: t.update({self.KEY: torch.ones(16, 4, dtype=torch.int64)}))
+        self.refused(folder, rf"{self.KEY} has dtype torch\.int64")
+
+    def test_a_truncated_file_is_named(self, folder):
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-7])
+        self.refused(folder, r"adapter_model\.safetensors is not a valid")
+
+    def test_a_missing_file_is_named(self, folder):
+        (folder / "adapter_model.safetensors").unlink()
+        self.refused(folder, r"adapter_model\.safetensors", FileNotFoundError)
+
+    def test_a_missing_folder_is_named(self, tmp_path):
+        self.refused(tmp_path / "nowhere", "nowhere", FileNotFoundError)
+
+    def test_a_pickle_is_never_loaded(self, folder):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(tensors, folder / "adapter_model.bin")
+        self.refused(folder, "pickle, which is never loaded")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"r": 0}, "r is 0"),
+            ({"r": "8"}, "r is '8'"),
+            ({"r": 5}, r"must be \(5, 32\)"),
+            ({"peft_type": "MAGIC"}, "peft_type is 'MAGIC'"),
+            ({"peft_type": None}, "peft_type is None"),
+            ({"lora_dropout": "much"}, "wrong type"),
+            ({"target_modules": ["nothing"]}, "matches no module"),
+            ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+            ({"layer_replication": [[0, 1]]}, "layer_replication"),
+            ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
+        ],
+    )
+    def test_a_config_with_a_wrong_value_is_refused(self, folder, change, message):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        self.refused(folder, message)
+
+    def test_a_config_that_is_not_json_is_named(self, folder):
+        (folder / "adapter_config.json").write_text("{")
+        self.refused(folder, r"adapter_config\.json is not valid JSON")
+
+    def test_an_adapter_of_another_model_is_refused(self, folder):
+        with pytest.raises(ValueError, match=r"layers\.1|matches no module|has shape"):
+            fp.PeftModel.from_pretrained(tiny.make("gpt2"), folder)
+
+    def test_pickle_is_never_written(self, folder):
+        with pytest.raises(ValueError, match="safe_serialization is False"):
+            fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(folder, safe_serialization=False)
+
+    def test_a_file_in_the_place_of_the_folder_is_named(self, tmp_path):
+        (tmp_path / "x").write_text("")
+        with pytest.raises(ValueError, match=r"save_directory is .*x'.*a file"):
+            fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path / "x")

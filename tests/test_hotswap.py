@@ -1,0 +1,248 @@
+"""Adapters change while a model serves: values in place, nothing rebuilt, nothing recompiled, the base untouched."""
+
+from __future__ import annotations
+
+import architectures as tiny
+import pytest
+import torch
+
+import pyfastpeft as fp
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def serving(*configs, four_bits=True):
+    """A model with adapters "default", "1", "2", … of random values, each for inference."""
+    base = tiny.make()
+    model = fp.get_peft_model(tiny.quantized(base) if four_bits else base, configs[0])
+    for i, config in enumerate(configs[1:], 1):
+        model.add_adapter(str(i), config)
+    tiny.randomize(model)
+    for name in model.peft_config:
+        model.set_adapter(name, inference_mode=True)
+    model.set_adapter("default")
+    return model.eval()
+
+
+def snapshot(model):
+    """Identities of all modules and parameters, and the bits of the base weights."""
+    base = {n: t.clone() for n, t in model.state_dict().items() if "lora_" not in n}
+    return [id(m) for m in model.modules()], [id(p) for p in model.parameters()], base
+
+
+def assert_untouched(model, before):
+    modules, parameters, base = before
+    assert [id(m) for m in model.modules()] == modules
+    assert [id(p) for p in model.parameters()] == parameters
+    now = {n: t for n, t in model.state_dict().items() if "lora_" not in n}
+    assert now.keys() == base.keys()
+    assert all(torch.equal(t.view(torch.uint8), base[n].view(torch.uint8)) for n, t in now.items() if t.dim())
+
+
+def tensors_of(model, name):
+    return {k: t.clone() for k, t in fp.get_peft_model_state_dict(model, name).items()}
+
+
+ALL = {"target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
+def test_an_adapter_swapped_in_serves_as_if_it_had_been_loaded(four_bits, kwargs, tmp_path):
+    model = serving(fp.LoraConfig(**ALL, **kwargs), fp.LoraConfig(**ALL, **kwargs, lora_alpha=20), four_bits=four_bits)
+    batch = tiny.inputs()
+    model.set_adapter("1")
+    expected = model(**batch).logits
+    model.set_adapter("default")
+    assert not torch.equal(model(**batch).logits, expected)
+    model.save_pretrained(tmp_path, selected_adapters=["1"])
+    before = snapshot(model)
+    model.hotswap_adapter(tmp_path / "1", "default")
+    assert_untouched(model, before)
+    assert torch.equal(model(**batch).logits, expected)
+    assert model.peft_config["default"].lora_alpha == 20
+
+
+def test_tensors_in_memory_swap_in_and_stay_the_callers_own():
+    model = serving(fp.LoraConfig(**ALL), fp.LoraConfig(**ALL))
+    batch = tiny.inputs()
+    new = tensors_of(model, "1")
+    kept = {k: t.clone() for k, t in new.items()}
+    model.set_adapter("1")
+    expected = model(**batch).logits
+    model.set_adapter("default")
+    model.hotswap_adapter(new)
+    assert torch.equal(model(**batch).logits, expected)
+    tiny.randomize(model)
+    assert all(torch.equal(new[k], kept[k]) for k in new)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_smaller_rank_and_fewer_modules_swap_in_and_out_again(use_dora, tmp_path):
+    small = fp.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], use_dora=use_dora, use_rslora=True)
+    model = serving(fp.LoraConfig(**ALL, use_dora=use_dora), small)
+    batch = tiny.inputs()
+    first = model(**batch).logits
+    original = tensors_of(model, "default")
+    model.set_adapter("1")
+    expected = model(**batch).logits
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path, selected_adapters=["1"])
+    before = snapshot(model)
+    config = model.peft_config["default"]
+    model.hotswap_adapter(tmp_path / "1")
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    saved = tensors_of(model, "default")
+    new = tensors_of(model, "1")
+    assert saved.keys() == new.keys()
+    assert all(torch.equal(saved[k], new[k]) for k in new)
+    model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
+    again = fp.PeftModel.from_pretrained(model.unload(), tmp_path / "again")
+    torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+    model = serving(fp.LoraConfig(**ALL, use_dora=use_dora), small)
+    model = fp.PeftModel.from_pretrained(again.unload(), tmp_path / "again", config=None)
+    model.add_adapter("big", fp.LoraConfig(**ALL, use_dora=use_dora))
+    model.hotswap_adapter(original, "big", config)
+    model.set_adapter("big")
+    torch.testing.assert_close(model(**batch).logits, first, rtol=1e-4, atol=1e-5)
+    assert before[2].keys()
+
+
+def test_a_swap_back_to_the_full_rank_is_exact():
+    model = serving(fp.LoraConfig(r=8, **ALL), fp.LoraConfig(r=2, **ALL))
+    batch = tiny.inputs()
+    expected, original, config = model(**batch).logits, tensors_of(model, "default"), model.peft_config["default"]
+    before = snapshot(model)
+    model.hotswap_adapter(tensors_of(model, "1"))
+    assert model.peft_config["default"].r == 2
+    assert not torch.equal(model(**batch).logits, expected)
+    model.hotswap_adapter(original, config=config)
+    assert_untouched(model, before)
+    assert torch.equal(model(**batch).logits, expected)
+    assert model.peft_config["default"].r == 8
+
+
+def test_set_adapter_rebuilds_nothing_and_touches_no_weight():
+    model = serving(fp.LoraConfig(**ALL), fp.LoraConfig(r=4))
+    before = snapshot(model)
+    batch = tiny.inputs()
+    outputs = {}
+    for name in ("default", "1", "default", "1"):
+        model.set_adapter(name)
+        out = model(**batch).logits
+        assert torch.equal(outputs.setdefault(name, out), out)
+    assert not torch.equal(outputs["default"], outputs["1"])
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_exchanging_adapters_recompiles_nothing(four_bits, use_dora):
+    kwargs = {**ALL, "use_dora": use_dora}
+    model = serving(fp.LoraConfig(**kwargs), fp.LoraConfig(**kwargs, lora_alpha=5), four_bits=four_bits)
+    batch = tiny.inputs()
+    expected = {}
+    with torch.no_grad():
+        for name in ("1", "default"):
+            model.set_adapter(name)
+            expected[name] = model(**batch).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_close(compiled(**batch).logits, expected["default"])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for name in ("1", "default"):
+                model.set_adapter(name)
+                assert_close(compiled(**batch).logits, expected[name])
+            model.hotswap_adapter(tensors_of(model, "1"), "default", model.peft_config["1"])
+            assert_close(compiled(**batch).logits, expected["1"])
+    torch._dynamo.reset()
+
+
+def assert_close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_goes_on_with_the_values_that_were_swapped_in():
+    model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+    model.add_adapter("other", fp.LoraConfig())
+    tiny.randomize(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.hotswap_adapter(tensors_of(model, "other"))
+    model(**tiny.inputs()).loss.backward()
+    optimizer.step()
+    now, other = tensors_of(model, "default"), tensors_of(model, "other")
+    assert all(0 < (now[k] - other[k]).norm() < 0.1 * other[k].norm() for k in now)
+
+
+def test_modules_saved_with_the_adapter_swap_too():
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = serving(fp.LoraConfig(**config), fp.LoraConfig(**config))
+    batch = tiny.inputs()
+    model.set_adapter("1")
+    expected = model(**batch).logits
+    model.set_adapter("default")
+    model.hotswap_adapter(tensors_of(model, "1"))
+    assert torch.equal(model(**batch).logits, expected)
+
+
+class TestRefused:
+    KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+
+    def refused(self, model, source, message, **kwargs):
+        before = snapshot(model), tensors_of(model, "default")
+        with pytest.raises(ValueError, match=message):
+            model.hotswap_adapter(source, **kwargs)
+        assert_untouched(model, before[0])
+        now = tensors_of(model, "default")
+        assert all(torch.equal(now[k], before[1][k]) for k in now)
+
+    @pytest.fixture
+    def model(self):
+        return serving(fp.LoraConfig(), fp.LoraConfig(r=16), fp.LoraConfig(target_modules=["q_proj", "k_proj"]))
+
+    def test_a_larger_rank(self, model):
+        self.refused(model, tensors_of(model, "1"), "rank 16; adapter 'default' has room for rank 8")
+
+    def test_modules_that_the_adapter_does_not_have(self, model):
+        self.refused(model, tensors_of(model, "2"), r"keys that adapter 'default' does not have: .*k_proj")
+
+    def test_half_a_layer(self, model):
+        new = tensors_of(model, "default")
+        del new[self.KEY]
+        self.refused(model, new, f"lacks the key {self.KEY}")
+
+    def test_a_layer_that_the_configuration_promises(self, model):
+        new = {k: t for k, t in tensors_of(model, "default").items() if "layers.1" not in k}
+        self.refused(model, new, "lacks the key", config=fp.LoraConfig())
+
+    def test_another_shape(self, model):
+        new = tensors_of(model, "default")
+        new[self.KEY] = torch.zeros(17, 8)
+        self.refused(model, new, rf"{self.KEY} has shape \(17, 8\); it must be \(16, 8\)")
+
+    def test_another_dtype(self, model):
+        new = tensors_of(model, "default")
+        new[self.KEY] = new[self.KEY].long()
+        self.refused(model, new, rf"{self.KEY} has dtype torch\.int64")
+
+    def test_another_variant(self, model):
+        self.refused(model, tensors_of(model, "default"), "use_dora is True", config=fp.LoraConfig(use_dora=True))
+
+    def test_an_unknown_adapter(self, model):
+        self.refused(model, tensors_of(model, "default"), "no adapter 'none'", adapter_name="none")
+
+    def test_an_adapter_that_belongs_to_another_base(self, model):
+        config = fp.LoraConfig(init_lora_weights="pissa")
+        self.refused(model, tensors_of(model, "default"), "init_lora_weights", config=config)
+
+    def test_a_damaged_file(self, model, tmp_path):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+        path = tmp_path / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        self.refused(model, tmp_path, r"adapter_model\.safetensors is not a valid")
+
+    def test_while_merged(self, model):
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="merged"):
+            model.hotswap_adapter(tensors_of(model, "default"))
