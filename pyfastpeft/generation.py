@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .training import Messages, prompt_ids
+
+
+@contextmanager
+def _contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Hand the head contiguous rows while this lasts.
+
+    transformers gives it the last position as a strided [batch, 1, H], and torch on a CPU then multiplies by a copy of
+    the head's weight for every row: seconds and gigabytes for a prompt.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, args: (args[0].contiguous(), *args[1:]), prepend=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def answer(
@@ -36,26 +53,27 @@ def answer(
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            length = max(map(len, batch))
-            ids = torch.tensor([[pad] * (length - len(p)) + p for p in batch], device=device)
-            mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=device)
-            routed = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                **routed,
-            )
-            answers += tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-            if on_batch is not None:
-                on_batch(len(batch))
+        with _contiguous_head(model):
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                length = max(map(len, batch))
+                ids = torch.tensor([[pad] * (length - len(p)) + p for p in batch], device=device)
+                mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=device)
+                routed = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=pad,
+                    **routed,
+                )
+                answers += tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+                if on_batch is not None:
+                    on_batch(len(batch))
     finally:
         model.train(training)
     return [text.strip() for text in answers]

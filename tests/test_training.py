@@ -1,0 +1,362 @@
+"""Training: what rows become, that the loss is the ordinary one, that a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
+
+import pyfastpeft as fp
+from pyfastpeft.data import drug_qa, score_drug_qa
+from pyfastpeft.generation import answer
+from pyfastpeft.integrations.causal_loss import chunked_cross_entropy, use_labelled_loss
+from pyfastpeft.training import IGNORED, Collator, encode, load_dataset, prompt_ids, read_rows, train_adapter
+
+QUESTION, ANSWER = "Which drug?", "Drug: x"
+TALK = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+# Rows.
+
+
+def test_messages_and_prompt_with_completion_are_read_alike(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"messages": TALK}, "", {"prompt": QUESTION, "completion": ANSWER, "id": 3})
+    assert read_rows(path) == [TALK, TALK]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": "a", ', "line 2"),
+        ("[1, 2]", "JSON list"),
+        ('{"prompt": "a"}', "'completion'"),
+        ('{"prompt": "a", "completion": 3}', "as text"),
+        ('{"messages": []}', "not empty"),
+        ('{"messages": [{"role": "user"}]}', "'content'"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "'assistant'"),
+        ("[" * 100_000, "line 2"),
+    ],
+)
+def test_a_row_that_does_not_parse_is_named_by_file_and_line(tmp_path, line, says):
+    path = write(tmp_path / "bad.jsonl", {"messages": TALK}, line)
+    with pytest.raises(ValueError, match=says) as error:
+        read_rows(path)
+    assert "bad.jsonl, line 2" in str(error.value)
+
+
+def test_bytes_that_are_not_utf8_and_an_empty_file_are_refused(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"prompt": "\xff", "completion": "a"}')
+    with pytest.raises(ValueError, match="line 1"):
+        read_rows(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="no rows"):
+        read_rows(path)
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_labels_are_on_the_completions_only():
+    tokenizer = tiny_tokenizer()
+    talk = [
+        {"role": "system", "content": "S"},
+        *TALK,
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Y"},
+    ]
+    example = encode(talk, tokenizer, 1000)
+    assert tokenizer.decode(example["input_ids"]) == (
+        f"<|system|>S<|end|><|user|>{QUESTION}<|end|><|assistant|>{ANSWER}<|end|><|user|>And?<|end|><|assistant|>Y<|end|>"
+    )
+    labels = [label for label in example["labels"] if label != IGNORED]
+    assert tokenizer.decode(labels) == f"{ANSWER}<|end|>Y<|end|>"
+    assert all(label in (IGNORED, i) for label, i in zip(example["labels"], example["input_ids"], strict=True))
+
+
+def test_a_prompt_is_tokenized_in_training_as_in_generation():
+    tokenizer = tiny_tokenizer()
+    asked = prompt_ids(TALK[:-1], tokenizer)
+    assert encode(TALK, tokenizer, 1000)["input_ids"][: len(asked)] == asked
+
+
+def test_without_a_chat_template_the_completion_follows_the_prompt():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode(TALK, tokenizer, 1000)["input_ids"]) == f"{QUESTION}{ANSWER}<|end|>"
+
+
+def test_a_row_whose_prompt_fills_max_length_is_an_error_with_its_number(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"messages": TALK})
+    with pytest.raises(ValueError, match=r"row 1: .*max_length = 5"):
+        load_dataset(path, tiny_tokenizer(), 5)
+
+
+def test_batches_are_padded_on_the_right():
+    batch = Collator(9)([{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
+
+
+# Loss.
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 200,
+}
+APPLIES = [
+    LlamaConfig(**SMALL),
+    MixtralConfig(**SMALL, num_local_experts=4, output_router_logits=True),
+    GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=200, bos_token_id=0, eos_token_id=0),
+]
+
+
+def loss_and_gradients(model, batch, **kwargs):
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss = model(**batch, **kwargs).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def labelled_batch():
+    ids = torch.randint(0, 200, (3, 17))
+    labels = ids.clone()
+    labels[:, :9] = IGNORED
+    labels[1] = IGNORED
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("config", APPLIES, ids=lambda c: c.model_type)
+@pytest.mark.parametrize("kwargs", [{}, {"num_items_in_batch": 37}], ids=["mean", "num_items"])
+def test_the_loss_over_labelled_rows_equals_the_ordinary_loss(config, kwargs):
+    model = AutoModelForCausalLM.from_config(config).train()
+    batch = labelled_batch()
+    expected, expected_gradients = loss_and_gradients(model, batch, **kwargs)
+    handle = use_labelled_loss(model)
+    assert handle is not None
+    loss, gradients = loss_and_gradients(model, batch, **kwargs)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-6)
+    assert model(**batch).logits.shape[1] == 0
+    with torch.no_grad():
+        assert model.eval()(**batch).logits.shape == (3, 17, 200)
+    handle.remove()
+    assert model.train()(**batch).logits.shape == (3, 17, 200)
+
+
+def test_the_labelled_loss_steps_aside_where_it_does_not_apply():
+    capped = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL)).train()
+    batch = labelled_batch()
+    before = capped(**batch)
+    assert use_labelled_loss(capped) is None
+    after = capped(**batch)
+    assert torch.equal(before.loss, after.loss) and after.logits.shape == before.logits.shape
+    t5 = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=200, decoder_start_token_id=0)
+    assert use_labelled_loss(T5ForConditionalGeneration(t5)) is None
+    assert use_labelled_loss(torch.nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 300])
+def test_chunks_add_up_to_the_whole(rows, monkeypatch):
+    monkeypatch.setattr("pyfastpeft.integrations.causal_loss._CHUNK_LOGITS", 50 * 7)
+    head = torch.nn.Linear(8, 50)
+    hidden, labels = torch.randn(rows, 8, requires_grad=True), torch.randint(0, 50, (rows,))
+    expected = torch.nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
+    wanted = torch.autograd.grad(expected, [hidden, *head.parameters()])
+    loss = chunked_cross_entropy(hidden, labels, head)
+    got = torch.autograd.grad(loss * 2, [hidden, *head.parameters()])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b * 2, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_head_receives_no_gradient():
+    head = torch.nn.Linear(8, 50).requires_grad_(False)
+    hidden = torch.randn(5, 8, requires_grad=True)
+    chunked_cross_entropy(hidden, torch.arange(5), head).backward()
+    assert head.weight.grad is None and hidden.grad.abs().sum() > 0
+
+
+# Runs.
+
+
+def quantized_llama(seed=0):
+    torch.manual_seed(seed)
+    model = tiny_llama()
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            setattr(layer.self_attn, name, fp.nn.Linear4bit.from_linear(getattr(layer.self_attn, name)))
+    return model
+
+
+def adapter(adapter_name="default", targets=("q_proj", "v_proj")):
+    config = fp.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.1, target_modules=targets)
+    return fp.get_peft_model(quantized_llama(), config, adapter_name=adapter_name)
+
+
+def examples(n=12):
+    tokenizer = tiny_tokenizer()
+    rows = read_rows(drug_qa("train_50"))[:n]
+    return [encode(messages, tokenizer, 80) for messages in rows]
+
+
+def run(model, output, **kwargs):
+    return train_adapter(model, examples(), 0, output, epochs=2, learning_rate=1e-2, batch_size=4, seed=3, **kwargs)
+
+
+def weights(model):
+    return {k: v.clone() for k, v in fp.get_peft_model_state_dict(model, model.active_adapter).items()}
+
+
+@pytest.mark.parametrize("name", ["default", "drugs"])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, name):
+    whole = adapter(name)
+    run(whole, tmp_path / "whole", save_steps=2)
+    run(adapter(name), tmp_path / "cut", save_steps=2)
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    resumed = adapter(name)
+    run(resumed, tmp_path / "cut", save_steps=2, resume=True)
+    expected = weights(whole)
+    for key, value in weights(resumed).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_a_checkpoint_is_an_adapter_and_no_pickle(tmp_path):
+    model = adapter()
+    run(model, tmp_path, save_steps=2)
+    names = {p.name for p in (tmp_path / "checkpoint-6").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"} <= names
+    assert all(p.suffix in (".json", ".safetensors", ".md") for p in tmp_path.rglob("*") if p.is_file())
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_checkpoint_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pyfastpeft.training._random_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(adapter(), tmp_path, save_steps=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint"):
+        run(adapter(), tmp_path / "none", resume=True)
+
+
+class Losses(TrainerCallback):
+    def __init__(self):
+        self.values = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.values += [logs["loss"]] if "loss" in logs else []
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path):
+    model, losses = adapter(targets="all-linear"), Losses()
+    base = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
+    train_adapter(model, examples(4), 0, tmp_path, epochs=30, learning_rate=2e-2, batch_size=4, callbacks=[losses])
+    assert len(losses.values) == 30 and losses.values[-1] < 0.9 * losses.values[0]
+    for name, parameter in base.items():
+        assert torch.equal(model.get_parameter(name), parameter), name
+
+
+# Answers.
+
+
+def test_answers_do_not_depend_on_the_batch():
+    model, tokenizer = quantized_llama(), tiny_tokenizer()
+    talks = [[{"role": "user", "content": text}] for text in ("a", "a longer question", "mid size", "??")]
+    together = answer(model, tokenizer, talks, 6)
+    counted = []
+    assert answer(model, tokenizer, talks, 6, batch_size=3, on_batch=counted.append) == together
+    assert [answer(model, tokenizer, [talk], 6)[0] for talk in talks] == together
+    assert counted == [3, 1]
+
+
+def test_each_row_is_answered_by_its_own_adapter():
+    model, tokenizer = adapter("a"), tiny_tokenizer()
+    model.add_adapter("b", model.peft_config["a"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 2)
+    talk = [{"role": "user", "content": "hello"}]
+    alone = []
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        alone += answer(model, tokenizer, [talk], 8)
+    with model.disable_adapter():
+        alone += answer(model, tokenizer, [talk], 8)
+    assert len(set(alone)) == 3
+    assert answer(model, tokenizer, [talk] * 3, 8, adapter_names=["a", "b", "__base__"]) == alone
+
+
+def test_a_prompt_never_multiplies_the_head_by_a_strided_input():
+    model, strided = quantized_llama(), []
+    model.lm_head.register_forward_pre_hook(lambda head, args: strided.append(not args[0].is_contiguous()))
+    answer(model, tiny_tokenizer(), [TALK[:1]] * 3, 2)
+    assert len(strided) == 2 and not any(strided)
+    model.generate(torch.ones(3, 5, dtype=torch.long), max_new_tokens=1, pad_token_id=0, do_sample=False)
+    assert strided[-1], "transformers itself does it: if this fails, the workaround in answer() can go"
+
+
+def test_answering_keeps_the_training_mode():
+    model = quantized_llama().train()
+    answer(model, tiny_tokenizer(), [TALK[:1]], 2)
+    assert model.training
+
+
+def test_the_shipped_rows_are_whole():
+    names = {"train": 450, "test": 150, "train_50": 150, "test_50": 50}
+    rows = {name: read_rows(drug_qa(name)) for name in names}
+    assert {name: len(r) for name, r in rows.items()} == names
+    for held_out, learned in (("test", "train"), ("test_50", "train_50")):
+        questions = {messages[0]["content"] for messages in rows[learned]}
+        assert not questions & {messages[0]["content"] for messages in rows[held_out]}
+
+
+@pytest.mark.parametrize(
+    ("text", "accuracy", "validity"),
+    [
+        ("Drug: a\nClass: b\nUse: c", 1, 1),
+        ("Drug: a\nClass: other\nUse: c", 1, 1),
+        ("Drug: ab\nClass: b\nUse: c", 0, 1),
+        ("Drug: a \nClass: b\nUse: c", 0, 1),
+        ("Drug: b\nDrug: a\nUse: c", 0, 0),
+        ("Class: b\nDrug: a\nUse: c", 1, 0),
+        ("Drug: a\nClass: b\nUse: c\nmore", 1, 0),
+        ("Drug: a\nClass: \nUse: c", 1, 0),
+        ("", 0, 0),
+    ],
+)
+def test_an_answer_is_scored_exactly(text, accuracy, validity):
+    assert score_drug_qa([text], ["Drug: a\nClass: b\nUse: c"]) == (accuracy, validity)
