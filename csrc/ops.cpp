@@ -228,8 +228,8 @@ Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t forma
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && scale.numel() == blocks,
                   "scale must be contiguous float32, one a block");
   STD_TORCH_CHECK(zero.has_value() == (format == pf::kINT4), "zero belongs to int4, and int4 needs it");
-  STD_TORCH_CHECK(!zero.has_value() || (zero->scalar_type() == ScalarType::Float && zero->is_contiguous() &&
-                                        zero->numel() == blocks),
+  STD_TORCH_CHECK(!zero.has_value() ||
+                      (zero->scalar_type() == ScalarType::Float && zero->is_contiguous() && zero->numel() == blocks),
                   "zero must be contiguous float32, one a block");
   Tensor out = torch::stable::new_empty(codes, shape, dtype);
   const int to = dtype_of(out, "dtype");
@@ -273,6 +273,45 @@ Tensor unpack_tiles(Tensor codes, int64_t n, int64_t k) {
   return out;
 }
 
+pf::Weight scale_layout(const Tensor& scale, int64_t n, int64_t k, int64_t blocksize) {
+  check_matrix(n, k);
+  STD_TORCH_CHECK(blocksize >= 32, "blocksize must be a power of two, 32 or more");
+  STD_TORCH_CHECK(scale.is_contiguous() && (scale.element_size() == 1 || scale.element_size() == 4),
+                  "scale must be contiguous, of 1 or 4 bytes an element");
+  pf::Weight w{};
+  w.n = n;
+  w.k = k;
+  w.blocksize = blocksize;
+  w.segment = std::__gcd(k, blocksize);
+  return w;
+}
+
+Tensor pack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
+  const pf::Weight w = scale_layout(scale, n, k, blocksize);
+  STD_TORCH_CHECK(scale.numel() == (n * k + blocksize - 1) / blocksize, "scale must hold one element a block");
+  Tensor out = torch::stable::new_empty(scale, {w.tiles(), w.segments(), pf::kTile});
+  const int size = static_cast<int>(scale.element_size());
+  const void* in = scale.const_data_ptr();
+  void* dst = out.mutable_data_ptr();
+  pf::advise_huge_pages(dst, out.numel() * size);
+  torch::stable::parallel_for(0, w.tiles(), kFlatGrain / (w.segments() * pf::kTile) + 1,
+                              [&](int64_t t0, int64_t t1) { pf::pack_scales(in, size, w, dst, t0, t1); });
+  return out;
+}
+
+Tensor unpack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
+  const pf::Weight w = scale_layout(scale, n, k, blocksize);
+  STD_TORCH_CHECK(scale.numel() == w.tiles() * w.segments() * pf::kTile, "scale must be [tiles, segments, 16]");
+  const int64_t blocks = (n * k + blocksize - 1) / blocksize;
+  Tensor out = torch::stable::new_empty(scale, {blocks});
+  const int size = static_cast<int>(scale.element_size());
+  const void* in = scale.const_data_ptr();
+  void* dst = out.mutable_data_ptr();
+  torch::stable::parallel_for(0, blocks, kFlatGrain,
+                              [&](int64_t b0, int64_t b1) { pf::unpack_scales(in, size, w, dst, b0, b1); });
+  return out;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) names.emplace_back(*name);
@@ -310,6 +349,8 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       "ScalarType dtype) -> Tensor");
   m.def("pack_tiles(Tensor codes, int n, int k) -> Tensor");
   m.def("unpack_tiles(Tensor codes, int n, int k) -> Tensor");
+  m.def("pack_scales(Tensor scale, int n, int k, int blocksize) -> Tensor");
+  m.def("unpack_scales(Tensor scale, int n, int k, int blocksize) -> Tensor");
   m.def("set_dynamic_map(Tensor map) -> ()");
   m.def("available_isas() -> str[]");
   m.def("isa() -> str");
@@ -324,6 +365,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
   m.impl("pack_tiles", TORCH_BOX(&pack_tiles));
   m.impl("unpack_tiles", TORCH_BOX(&unpack_tiles));
+  m.impl("pack_scales", TORCH_BOX(&pack_scales));
+  m.impl("unpack_scales", TORCH_BOX(&unpack_scales));
   m.impl("set_dynamic_map", TORCH_BOX(&set_dynamic_map));
 }
 

@@ -213,4 +213,40 @@ void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int
   }
 }
 
+namespace {
+
+template <class T>
+void pack_scales_as(const T* blocks, const Weight& w, T* tiles, int64_t tile0, int64_t tile1) {
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    T* to = tiles + tile * w.segments() * kTile;
+    for (int64_t lane = 0; lane < kTile; ++lane) {
+      const int64_t row = tile * kTile + lane;
+      for (int64_t s = 0; s < w.segments(); ++s)
+        to[s * kTile + lane] = row < w.n ? blocks[(row * w.k + s * w.segment) / w.blocksize] : T{};
+    }
+  }
+}
+
+template <class T>
+void unpack_scales_as(const T* tiles, const Weight& w, T* blocks, int64_t block0, int64_t block1) {
+  for (int64_t block = block0; block < block1; ++block) {
+    const int64_t row = block * w.blocksize / w.k, segment = block * w.blocksize % w.k / w.segment;
+    blocks[block] = tiles[(row / kTile * w.segments() + segment) * kTile + row % kTile];
+  }
+}
+
+}  // namespace
+
+void pack_scales(const void* blocks, int size, const Weight& w, void* tiles, int64_t tile0, int64_t tile1) {
+  if (size == 1)
+    return pack_scales_as(static_cast<const uint8_t*>(blocks), w, static_cast<uint8_t*>(tiles), tile0, tile1);
+  pack_scales_as(static_cast<const uint32_t*>(blocks), w, static_cast<uint32_t*>(tiles), tile0, tile1);
+}
+
+void unpack_scales(const void* tiles, int size, const Weight& w, void* blocks, int64_t block0, int64_t block1) {
+  if (size == 1)
+    return unpack_scales_as(static_cast<const uint8_t*>(tiles), w, static_cast<uint8_t*>(blocks), block0, block1);
+  unpack_scales_as(static_cast<const uint32_t*>(tiles), w, static_cast<uint32_t*>(blocks), block0, block1);
+}
+
 }  // namespace pf

@@ -17,8 +17,6 @@ from torch import Tensor
 from .codes import Format, check_blocksize, get_format, pack_nibbles, unpack_nibbles
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
 
-TILE_ROWS = 16
-
 
 @dataclass
 class Packed4bit:
@@ -116,16 +114,7 @@ class Packed4bit:
             raise ValueError(f"shape is {tuple(self.shape)}; the tiles layout needs a matrix with K a multiple of 32")
         n, k = self.shape
         codes = torch.ops.pyfastpeft.pack_tiles.default(self.codes, n, k)
-        # One scale a (row, segment): a block that spans several segments, or straddles rows, is repeated.
-        first = torch.arange(n * (k // self.segment), device=self.device) * self.segment // self.blocksize
-
-        def spread(t: Tensor) -> Tensor:
-            per_row = t[first].view(n, -1)
-            padded = torch.cat([per_row, per_row.new_zeros(-n % TILE_ROWS, per_row.shape[1])])
-            return padded.view(-1, TILE_ROWS, per_row.shape[1]).transpose(1, 2).contiguous()
-
-        zero = None if self.zero is None else spread(self.zero)
-        return replace(self, codes=codes, scale=spread(self.scale), zero=zero, layout="tiles")
+        return self._relaid(codes, torch.ops.pyfastpeft.pack_scales.default, "tiles")
 
     def rows(self) -> Packed4bit:
         """This tensor in the ``rows`` layout; ``self`` where it already is."""
@@ -133,14 +122,12 @@ class Packed4bit:
             return self
         n, k = self.shape
         codes = torch.ops.pyfastpeft.unpack_tiles.default(self.codes, n, k)
-        start = torch.arange(self.blocks, device=self.device) * self.blocksize
-        row, segment = start // k, start % k // self.segment
+        return self._relaid(codes, torch.ops.pyfastpeft.unpack_scales.default, "rows")
 
-        def gather(t: Tensor) -> Tensor:
-            return t[row // TILE_ROWS, segment, row % TILE_ROWS]
-
-        zero = None if self.zero is None else gather(self.zero)
-        return replace(self, codes=codes, scale=gather(self.scale), zero=zero, layout="rows")
+    def _relaid(self, codes: Tensor, relay: Callable[..., Tensor], layout: str) -> Packed4bit:
+        scale = relay(self.scale, *self.shape, self.blocksize)
+        zero = None if self.zero is None else relay(self.zero, *self.shape, self.blocksize)
+        return replace(self, codes=codes, scale=scale, zero=zero, layout=layout)
 
     def block_scales(self) -> Tensor:
         """Float32 scales [blocks], double quantization undone."""
@@ -156,7 +143,7 @@ class Packed4bit:
         if self.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
             rows = self.rows()
             return torch.ops.pyfastpeft.dequantize_4bit.default(
-                rows.codes, self.block_scales(), rows.zero, self.format.id, self.blocksize, list(self.shape), dtype
+                rows.codes, rows.block_scales(), rows.zero, self.format.id, self.blocksize, list(self.shape), dtype
             )
         return self.reference(dtype)
 
@@ -164,7 +151,7 @@ class Packed4bit:
         """:meth:`dequantize` in plain torch, on any device: what the kernels are held to."""
         rows = self.rows()
         codes = unpack_nibbles(rows.codes, math.prod(self.shape))
-        flat = self.format.dequantize(codes, self.block_scales(), rows.zero, self.blocksize)
+        flat = self.format.dequantize(codes, rows.block_scales(), rows.zero, self.blocksize)
         return flat.view(self.shape).to(dtype)
 
 

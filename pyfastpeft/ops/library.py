@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def _(codes: Tensor, n: int, k: int) -> Tensor:
 @torch.library.register_fake("pyfastpeft::unpack_tiles")
 def _(codes: Tensor, n: int, k: int) -> Tensor:
     return codes.new_empty(((n * k + 1) // 2, 1))
+
+
+@torch.library.register_fake("pyfastpeft::pack_scales")
+def _(scale: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    return scale.new_empty(((n + 15) // 16, k // math.gcd(k, blocksize), 16))
+
+
+@torch.library.register_fake("pyfastpeft::unpack_scales")
+def _(scale: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    return scale.new_empty((-(-n * k // blocksize),))
 
 
 @torch.library.register_fake("pyfastpeft::linear_4bit")
