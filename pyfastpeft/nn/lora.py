@@ -36,8 +36,9 @@ class Plan(NamedTuple):
 
     Attributes:
         names: the active adapters that this layer has.
-        simple: one plain LoRA: the fields below describe it (else they are not used).
+        simple: one adapter without a bias: the fields below describe it (else they are not used).
         a, b: parameter dictionaries whose "weight" are A [r, in] and B [out, r]; never stale.
+        magnitude: the same of DoRA's magnitude [out], or None.
         scaling: a number; ``scale`` is the same as a tensor [r], so that compiled code does not hold its value.
     """
 
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     simple: bool
     a: dict[str, Tensor]
     b: dict[str, Tensor]
+    magnitude: dict[str, Tensor] | None
     scaling: float
     scale: Tensor | None
     dropout: float
@@ -97,7 +99,8 @@ class LoraLayer(nn.Module):
         self._scale: dict[str, Tensor] = {}
         self._plan: Plan | None = None
         self._unmerged: tuple[Any, nn.Parameter | None] | None = None
-        self._cache: dict[Any, tuple[tuple, Any]] = {}
+        self._cache: dict[Any, tuple[tuple | None, Any]] = {}
+        self._square: tuple[tuple | None, Tensor] | None = None
 
     # What a subclass says about its base layer.
 
@@ -238,10 +241,13 @@ class LoraLayer(nn.Module):
         if not names or self.merged:
             return None
         (name, *rest) = names
-        if rest or name not in self.lora_A or name in self.lora_magnitude_vector or self._bias_of(name) is not None:
-            return Plan(names, False, {}, {}, 0.0, None, 0.0)
+        if rest or name not in self.lora_A or self._bias_of(name) is not None:
+            return Plan(names, False, {}, {}, None, 0.0, None, 0.0)
         a, b = self.lora_A[name]._parameters, self.lora_B[name]._parameters
-        return Plan(names, True, a, b, self._scaling[name], self._scale[name], self.dropout[name])
+        magnitude = None
+        if name in self.lora_magnitude_vector:
+            magnitude = self.lora_magnitude_vector[name]._parameters
+        return Plan(names, True, a, b, magnitude, self._scaling[name], self._scale[name], self.dropout[name])
 
     def _bias_of(self, name: str) -> Tensor | None:
         return self.lora_B[name].bias if name in self.lora_B else None
@@ -285,33 +291,29 @@ class LoraLayer(nn.Module):
         ranks = tuple(len(self._scale[n]) for n in names)
         return mode.mask(names, ranks, rows, x.device) * scale
 
-    @torch.no_grad()
     def norm(self, name: str) -> Tensor:
-        """Float32 [out]: ||M + scaling · B A|| a row, from ||M||² and products with A, never building the sum."""
+        """Float32 [out]: ||M + scaling · B A|| a row; no gradient flows into it."""
         a, b = self.factors(name)
+        scale = self._scale[name]
+        tensors = [a, b, scale, self.weight]
+        return self._cached((name,), ("norm", name), tensors, lambda: self._norm(a, b, scale))
 
-        def compute() -> Tensor:
-            a32, b32, s = a.float(), b.float(), self._scale_of(name)
-            square = self._matrix_square() + 2 * s * (self.times(a) * b32).sum(1)
-            square = square + s * s * ((b32 @ (a32 @ a32.t())) * b32).sum(1)
-            return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-
-        return self._cached((name,), ("norm", name), [a, b, self._scale[name], self.weight], compute)
-
-    def _scale_of(self, name: str) -> float | Tensor:
-        return self._scale[name][0] if is_compiling() else self._scaling[name]
+    @torch.no_grad()
+    def _norm(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """From ||M||² and products with A, never building the sum."""
+        a32, b32, s = a.float(), b.float(), scale[0]
+        square = self._matrix_square() + 2 * s * (self.times(a) * b32).sum(1)
+        square = square + s * s * ((b32 @ (a32 @ a32.t())) * b32).sum(1)
+        return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def _matrix_square(self) -> Tensor:
-        def compute() -> Tensor:
-            return self.matrix().square().sum(1)
-
-        if is_compiling():
-            return self._cache["square"][1] if "square" in self._cache else compute()
+        """Float32 [out]: ||M||² a row, computed once for a weight."""
+        if is_compiling() and self._square is not None:
+            return self._square[1]
         stamp = _stamp([self.weight])
-        held = self._cache.get("square")
-        if held is None or held[0] != stamp:
-            held = self._cache["square"] = (stamp, compute())
-        return held[1]
+        if self._square is None or stamp is None or self._square[0] != stamp:
+            self._square = (stamp, self.matrix().square().sum(1))
+        return self._square[1]
 
     def gain(self, name: str) -> Tensor:
         """DoRA's factor a row [out], differentiable in the magnitude."""
@@ -392,6 +394,7 @@ class LoraLayer(nn.Module):
         # Scalings stay in float32 whatever the model is cast to.
         self._scale = {n: t.to(device) for n, t in self._scale.items()}
         self._cache.clear()
+        self._square = None
         self.bank.refresh_one(self)
         return self
 
@@ -419,10 +422,23 @@ class LoraLinear(LoraLayer):
         dropout = plan.dropout if self.training else 0.0
         base_layer = self._modules["base_layer"]  # past nn.Module.__getattr__: this is the path of every token
         if self._fused:
-            return base_layer(x, Lora(a, b, scaling, dropout))
+            y = base_layer(x, Lora(a, b, scaling, dropout))
+            if plan.magnitude is None:
+                return y
+            return self._scaled_without_bias(y, self._plan_gain(plan, a, b)).to(y.dtype)
         y = base_layer(x, *args, **kwargs)
         x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
-        return (y + F.linear(F.linear(x, a), b) * scaling).to(y.dtype)
+        added = F.linear(F.linear(x, a), b) * (scaling[0] if is_compiling() else scaling)
+        if plan.magnitude is None:
+            return (y + added).to(y.dtype)
+        gain = self._plan_gain(plan, a, b)
+        return (self._scaled_without_bias(y, gain) + added * gain).to(y.dtype)
+
+    def _plan_gain(self, plan: Plan, a: Tensor, b: Tensor) -> Tensor:
+        """:meth:`gain` of the plan's adapter; compiled code must not depend on its name."""
+        if is_compiling():
+            return plan.magnitude["weight"] / self._norm(a, b, plan.scale)
+        return self.gain(plan.names[0])
 
     def _general(self, x: Tensor, names: tuple[str, ...], mode: Rows | None, args: tuple, kwargs: dict) -> Tensor:
         """Several adapters, rows that choose, DoRA, biases."""
