@@ -42,6 +42,8 @@ def _style_answer(prompt: str, brand: str) -> list[dict[str, str]]:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The whole path, once."""
+    from transformers import set_seed
+
     from .. import LoraConfig, TaskType, get_peft_model
     from ..generation import answer
     from ..training import encode, load_dataset, read_objects, read_rows, train_adapter
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         return progress
 
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules="all-linear")
+    set_seed(args.seed)
     model = get_peft_model(base, config, adapter_name=FACTS)
     trainable, total = model.get_nb_trainable_parameters()
     before = examine("questions, before training")

