@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,20 +44,15 @@ def test_transformers_probes_the_installed_package(installed_kernels):
     assert in_root(code, installed_kernels).split() == ["True", "0.0.1"]
 
 
+@pytest.mark.skipif(find_spec("kernels") is not None and find_spec("kernels").origin, reason="kernels is installed")
 def test_transformers_and_bitsandbytes_work_where_it_is_absent():
     code = (
-        "import torch, transformers, transformers.modeling_utils, bitsandbytes\n"
+        "import torch, transformers.modeling_utils, bitsandbytes, pyfastpeft\n"
         "from transformers.utils import is_kernels_available\n"
-        "layer = bitsandbytes.nn.Linear4bit(64, 64).to('cpu').eval()\n"
-        "layer(torch.zeros(1, 64))\n"
+        "bitsandbytes.nn.Linear4bit(64, 64).to('cpu').eval()(torch.zeros(1, 64))\n"
         "print(is_kernels_available())"
     )
-    try:
-        version("kernels")
-    except PackageNotFoundError:
-        assert in_root(code).split() == ["False"]
-    else:
-        assert in_root(code).split()[0] in ("True", "False")
+    assert in_root(code).split() == ["False"]
 
 
 def test_the_folder_is_no_regular_package():
