@@ -44,6 +44,12 @@ PackedRows pack_rows(const Arithmetic& arith, const Matrix& m, const float* fact
   return {out, m.rows, m.cols};
 }
 
+// Which elements survive, without 1 / (1 - p): the survivors stay exact in bf16, and the constant is applied in float32.
+Dropout mask_only(Dropout d) {
+  d.scale = 1.0f;
+  return d;
+}
+
 const void* pack_panels(const Arithmetic& arith, const Matrix& m, Slot slot, ParallelFor parallel) {
   void* out = scratch(slot, arith.panels_bytes(m.rows, m.cols));
   const int64_t lanes = arith.group_lanes;
@@ -103,9 +109,12 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   if (rank > 0) {
     PackedRows dropped = args.x;
     if (branch.dropout.threshold != 0)
-      dropped = pack_rows(arith, x, nullptr, 0, branch.dropout, kSlotDropped, parallel);
-    run(parallel, x.rows, grain_of(x.cols * rank),
-        [&](int64_t r0, int64_t r1) { arith.rows_times_t(dropped, branch.a, s, r0, r1); });
+      dropped = pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotDropped, parallel);
+    run(parallel, x.rows, grain_of(x.cols * rank), [&](int64_t r0, int64_t r1) {
+      arith.rows_times_t(dropped, branch.a, s, r0, r1);
+      if (branch.dropout.threshold != 0)
+        for (int64_t i = r0 * rank; i < r1 * rank; ++i) s[i] *= branch.dropout.scale;
+    });
     const Matrix sm{s, kFloat32, x.rows, rank, rank};
     args.s = pack_rows(arith, sm, branch_factor(branch, x.rows, rank), branch.row_scale_ld, {}, kSlotS, parallel);
   }
@@ -158,8 +167,10 @@ void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& s, const Mat
     });
   };
   void* dst = scratch(kSlotDs, bytes);
-  arith.pack_rows_t(ds, nullptr, 0, dst, 0, rank);
-  times({dst, rank, rows}, x, branch.dropout, da, false);
+  float* factor = static_cast<float*>(scratch(kSlotFactor, rank * sizeof(float)));
+  std::fill_n(factor, rank, branch.dropout.scale);
+  arith.pack_rows_t(ds, factor, 0, dst, 0, rank);
+  times({dst, rank, rows}, x, mask_only(branch.dropout), da, false);
   void* st = scratch(kSlotS, bytes);
   arith.pack_rows_t(s, branch_factor(branch, rows, rank), branch.row_scale_ld, st, 0, rank);
   times({st, rank, rows}, dy, {}, db, true);
