@@ -175,7 +175,8 @@ class PeftModel(nn.Module):
             raise ValueError(
                 f"adapter_names is {adapter_names!r}; it must be a list, one name for each row of the batch"
             )
-        batch = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1), None)
+        named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values"))
+        batch = next((t for t in (*args[:1], *named) if isinstance(t, Tensor)), None)
         if batch is not None and len(adapter_names) != len(batch):
             raise ValueError(f"adapter_names has {len(adapter_names)} names; the batch has {len(batch)} rows")
         return Rows(adapter_names, tuple(self.peft_config))

@@ -137,9 +137,17 @@ def test_set_adapter_rebuilds_nothing_and_touches_no_weight():
 
 
 @pytest.mark.parametrize("four_bits", [False, True])
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_exchanging_adapters_recompiles_nothing(four_bits, use_dora):
-    kwargs = {**ALL, "use_dora": use_dora}
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        ALL,
+        {**ALL, "use_dora": True},
+        {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"], "use_dora": True},
+    ],
+    ids=["plain", "dora", "embedding_and_head", "embedding_dora"],
+)
+def test_exchanging_adapters_recompiles_nothing(four_bits, kwargs):
     model = serving(fp.LoraConfig(**kwargs), fp.LoraConfig(**kwargs, lora_alpha=5), four_bits=four_bits)
     batch = tiny.inputs()
     expected = {}

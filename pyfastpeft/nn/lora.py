@@ -74,6 +74,10 @@ def _stamp(tensors: list[Tensor]) -> tuple | None:
     return tuple((t.data_ptr(), t._version) for t in tensors)
 
 
+def _after_loading(layer: LoraLayer, _: Any) -> None:
+    layer._changed()
+
+
 class LoraLayer(nn.Module):
     """A base layer with named LoRA adapters; the parts that do not depend on the base layer's type.
 
@@ -101,6 +105,7 @@ class LoraLayer(nn.Module):
         self._unmerged: tuple[Any, nn.Parameter | None] | None = None
         self._cache: dict[Any, tuple[tuple | None, Any]] = {}
         self._square: tuple[tuple | None, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_after_loading)
 
     # What a subclass says about its base layer.
 
@@ -189,6 +194,7 @@ class LoraLayer(nn.Module):
             for parameter, value in zip(self.factors(name), (a, b), strict=True):
                 parameter.data.copy_(value)
             self.set_matrix(rest)
+            self._square = None
         device = self.weight.device
         for holder in (self.lora_A, self.lora_B):
             if name in holder:
@@ -241,13 +247,22 @@ class LoraLayer(nn.Module):
         if not names or self.merged:
             return None
         (name, *rest) = names
-        if rest or name not in self.lora_A or self._bias_of(name) is not None:
+        if rest or self._bias_of(name) is not None:
             return Plan(names, False, {}, {}, None, 0.0, None, 0.0)
-        a, b = self.lora_A[name]._parameters, self.lora_B[name]._parameters
+        a, b = self._holders(name)
         magnitude = None
         if name in self.lora_magnitude_vector:
             magnitude = self.lora_magnitude_vector[name]._parameters
         return Plan(names, True, a, b, magnitude, self._scaling[name], self._scale[name], self.dropout[name])
+
+    def _holders(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.lora_A[name]._parameters, self.lora_B[name]._parameters
+
+    def _plan_gain(self, plan: Plan, a: Tensor, b: Tensor) -> Tensor:
+        """:meth:`gain` of the plan's adapter; compiled code must not depend on its name."""
+        if is_compiling():
+            return plan.magnitude["weight"] / self._norm(a, b, plan.scale)
+        return self.gain(plan.names[0])
 
     def _bias_of(self, name: str) -> Tensor | None:
         return self.lora_B[name].bias if name in self.lora_B else None
@@ -327,6 +342,10 @@ class LoraLayer(nn.Module):
             return 1 + extra.sum(0)
         return 1 + mode.mask(names, (1,) * len(names), rows, x.device) @ extra
 
+    def _gained(self, name: str, gains: dict[str, Tensor]) -> Tensor:
+        b = self.factors(name)[1]
+        return b * gains[name][:, None] if name in gains else b
+
     # Merging.
 
     @torch.no_grad()
@@ -367,6 +386,7 @@ class LoraLayer(nn.Module):
             raise ValueError(f"merging {list(names)} would write values that are not finite")
         bias = self.bias
         self._unmerged, self.merged_adapters = (self.set_matrix(merged), bias), list(names)
+        self._square = None
         if biases:
             added = sum(self._scaling[n] * self._bias_of(n).detach().float() for n in biases)
             self.base_layer.bias = nn.Parameter((bias.float() + added).to(bias.dtype), requires_grad=False)
@@ -379,23 +399,25 @@ class LoraLayer(nn.Module):
             if bias is not None:
                 self.base_layer.bias = bias
             self._unmerged, self.merged_adapters = None, []
+            self._square = None
+            self._cache.clear()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base weight, in the orientation in which the base layer stores it."""
         return self.as_stored(self.delta(adapter))
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.bank.forget()
+    def _changed(self) -> None:
+        """Parameters may be other objects now."""
+        self._cache.clear()
+        self._square = None
+        self.bank.refresh_one(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)
         device = self.weight.device
         # Scalings stay in float32 whatever the model is cast to.
         self._scale = {n: t.to(device) for n, t in self._scale.items()}
-        self._cache.clear()
-        self._square = None
-        self.bank.refresh_one(self)
+        self._changed()
         return self
 
 
@@ -434,12 +456,6 @@ class LoraLinear(LoraLayer):
         gain = self._plan_gain(plan, a, b)
         return (self._scaled_without_bias(y, gain) + added * gain).to(y.dtype)
 
-    def _plan_gain(self, plan: Plan, a: Tensor, b: Tensor) -> Tensor:
-        """:meth:`gain` of the plan's adapter; compiled code must not depend on its name."""
-        if is_compiling():
-            return plan.magnitude["weight"] / self._norm(a, b, plan.scale)
-        return self.gain(plan.names[0])
-
     def _general(self, x: Tensor, names: tuple[str, ...], mode: Rows | None, args: tuple, kwargs: dict) -> Tensor:
         """Several adapters, rows that choose, DoRA, biases."""
         rows = x.numel() // self.in_features
@@ -473,10 +489,6 @@ class LoraLinear(LoraLayer):
                 h = F.linear(F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype), a)
                 y = y + F.linear(h * scale.to(h.dtype), b)
         return self._with_biases(y, names, mode, x, rows).to(dtype)
-
-    def _gained(self, name: str, gains: dict[str, Tensor]) -> Tensor:
-        b = self.factors(name)[1]
-        return b * gains[name][:, None] if name in gains else b
 
     def _scaled_without_bias(self, y: Tensor, factor: Tensor) -> Tensor:
         bias = self.bias
@@ -606,34 +618,51 @@ class LoraEmbedding(LoraLayer):
             held["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
         return held
 
+    def _holders(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        a, b = self.factors(name)
+        return {"weight": a}, {"weight": b}
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mode = self.bank.mode
-        if mode is not None:
-            names = self._present(mode)
-        else:
-            names = () if self._plan is None else self._plan.names
+        mode, plan = self.bank.mode, self._plan
         y = self.base_layer(x, *args, **kwargs)
+        dtype = y.dtype
+        if mode is None:
+            if plan is None:
+                return y
+            if plan.simple:
+                a, b = plan.a["weight"], plan.b["weight"]
+                added = self._looked_up(x, a) * (plan.scale[0] if is_compiling() else plan.scaling)
+                added = self._as_output(F.linear(added, b))
+                if plan.magnitude is not None:
+                    gain = self._plan_gain(plan, a, b)
+                    return (y * gain + added * gain).to(dtype)
+                return (y + added).to(dtype)
+        names = plan.names if mode is None else self._present(mode)
         if not names:
             return y
-        dtype, lead, rows = y.dtype, x.shape, x.numel()
+        rows, lead = x.numel(), x.shape
         gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
         a, b, scale = self.stacked(names)
         scale = self._column_scale(names, scale, mode, x, rows)
-        if mode is not None:
-            scale = scale.view(*lead, -1)
         if gains:
             factor = self._base_gain(gains, mode, x, rows)
             y = y * (factor if mode is None else factor.view(*lead, -1))
-            bs = [self.factors(n)[1] for n in names]
-            b = torch.cat([t * gains[n][:, None] if n in gains else t for n, t in zip(names, bs, strict=True)], dim=1)
+            b = torch.cat([self._gained(n, gains) for n in names], dim=1)
+        h = self._looked_up(x, a)
+        h = h * (scale if mode is None else scale.view(*lead, -1)).to(h.dtype)
+        return (y + self._as_output(F.linear(h, b))).to(dtype)
+
+    def _looked_up(self, ids: Tensor, a: Tensor) -> Tensor:
+        """Column of A for every id, [..., r]."""
         base = self.base_layer
-        h = F.embedding(x, a.t(), base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)
-        added = F.linear(h * scale.to(h.dtype), b)
-        # Some embeddings (Gemma 3) multiply their output; what is added must be multiplied as well.
-        embed_scale = getattr(base, "embed_scale", None)
-        if embed_scale is not None:
-            added = added * torch.as_tensor(embed_scale, dtype=added.dtype, device=added.device)
-        return (y + added).to(dtype)
+        return F.embedding(
+            ids, a.t(), base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse
+        )
+
+    def _as_output(self, added: Tensor) -> Tensor:
+        """Some embeddings (Gemma 3) multiply their output; what is added must be multiplied as well."""
+        scale = getattr(self.base_layer, "embed_scale", None)
+        return added if scale is None else added * torch.as_tensor(scale, dtype=added.dtype, device=added.device)
 
     def matrix(self) -> Tensor:
         return self.base_layer.weight.detach().float().t()
@@ -654,16 +683,17 @@ class ModulesToSave(nn.Module):
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
         self.bank = bank
-        self._plan: str | None = None
+        self._plan: nn.Module | None = None
 
-    def plan(self, active: tuple[str, ...]) -> str | None:
+    def plan(self, active: tuple[str, ...]) -> nn.Module | None:
+        """The copy in use while ``active`` are the adapters; None: the original."""
         names = [n for n in active if n in self.modules_to_save]
         if len(names) > 1:
             raise ValueError(f"adapters {names} each bring their own copy of one module; only one can be active")
-        return names[0] if names else None
+        return self.modules_to_save[names[0]] if names else None
 
     def module_in_use(self) -> nn.Module:
-        return self.original_module if self._plan is None else self.modules_to_save[self._plan]
+        return self.original_module if self._plan is None else self._plan
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         mode = self.bank.mode

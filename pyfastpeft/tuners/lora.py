@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters import BASE, AdapterBank
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraLayer, LoraLinear, ModulesToSave, dense, expected_tensors, layer_class
+from ..nn.lora import LoraConv1D, LoraLayer, LoraLinear, ModulesToSave, dense, expected_tensors, layer_class
 from ..nn.lora_init import loftq, olora, pissa
 from .base import PeftConfig, TaskType, register_method
 
@@ -423,6 +423,7 @@ class LoraModel(nn.Module):
             raise ValueError("bias is not 'none' for a second adapter; the base model's biases can follow only one")
         biases = _bias_names(config, self.model, targets)
         undo: list[tuple[LoraLayer, Any]] = []
+        config.fan_in_fan_out = any(layer_class(_base(m)) is LoraConv1D for m in targets.values())
         self.configs[name] = config
         try:
             for path, module in targets.items():
@@ -592,7 +593,7 @@ class LoraModel(nn.Module):
             self._put(path, layer.base_layer)
         for path, wrapper in self.bank.wrappers.items():
             kept = wrapper.plan(names)
-            self._put(path, wrapper.original_module if kept is None else wrapper.modules_to_save[kept])
+            self._put(path, wrapper.original_module if kept is None else kept)
         self.bank.layers.clear()
         self.bank.wrappers.clear()
         if tied and not _tied(self.model):
