@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
 from pyfastpeft.hub.gguf import GgufFile
@@ -17,18 +18,19 @@ from pyfastpeft.hub.gguf import GgufFile
 HIDDEN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 64, 4, 2, 2, 96
 
 
-def write_llama(path, kind=Kind.Q4_0, down=None, output=None):
+def write_llama(path, kind=Kind.Q4_0, down=None, output=None, feed_forward=96, layers=LAYERS):
     """A tiny random Llama as llama.cpp would store it: rows of q and k permuted, linear layers of type ``kind``.
 
     Args:
         down: another type for the down projections.   output: type of an untied output layer, None ties it.
+        feed_forward, layers: what the metadata says of them.
     """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(96)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -140,6 +142,66 @@ def test_a_model_keeps_its_4_bits_and_equals_the_dequantized_one(tmp_path, ids, 
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
+def write_model(path, architecture, model):
+    """``model`` (Qwen2 or GPT-2) as llama.cpp would store it: GPT-2's ``Conv1D`` weights the linear way round."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(128 if architecture == "qwen2" else 256)
+    writer.add_head_count(config.num_attention_heads)
+    if architecture == "qwen2":
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    arch = {name: a for a, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for key, tensor in model.state_dict().items():
+        stem, _, suffix = key.rpartition(".")
+        if key == "lm_head.weight":
+            continue
+        weight = tensor.numpy()
+        if isinstance(model.get_submodule(stem), Conv1D) and suffix == "weight":
+            weight = weight.T.copy()
+        matrix = weight.ndim == 2 and "emb" not in stem and "wte" not in stem and "wpe" not in stem
+        kind = Kind.Q4_0 if matrix else Kind.F32
+        data = gguf.quantize(weight, kind) if matrix else weight
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_other_architectures_keep_their_4_bits_too(tmp_path, ids, architecture):
+    if architecture == "qwen2":
+        config = Qwen2Config(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=VOCABULARY, tie_word_embeddings=True,
+        )  # fmt: skip
+    else:
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_inner=256, vocab_size=VOCABULARY, n_positions=1024)
+    source = AutoModelForCausalLM.from_config(config).eval()
+    for name, tensor in source.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(tensor, std=0.1)
+    path = write_model(tmp_path / "m.gguf", architecture, source)
+    model, reference = fp.from_gguf(path), dequantized(path)
+    assert len(layers_4bit(model)) == (14 if architecture == "qwen2" else 8)
+    expected = logits(reference, ids)
+    assert (logits(model, ids) - expected).norm() < 1e-4 * expected.norm()
+    original = logits(source, ids)
+    assert (expected - original).norm() < 0.5 * original.norm()
+
+
 def test_tied_embeddings_are_decoded_and_stay_tied(tmp_path):
     path = write_llama(tmp_path / "m.gguf")
     model = fp.from_gguf(path, dtype=torch.bfloat16)
@@ -242,6 +304,20 @@ def test_a_hostile_header_is_refused_at_once(tmp_path, data, message):
     with pytest.raises(ValueError, match=r"hostile\.gguf") as error:
         GgufFile(path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ({"feed_forward": 128}, r"mlp\.\w+\.weight has shape .* the metadata makes it"),
+        ({"layers": 3}, "it has no tensor for model.layers.2"),
+        ({"kind": Kind.F16, "feed_forward": 128}, r"mlp\.\w+\.weight has shape"),
+    ],
+    ids=["shape", "missing", "float_shape"],
+)
+def test_tensors_that_contradict_the_metadata_are_refused_by_name(tmp_path, says, message):
+    with pytest.raises(ValueError, match=r"m\.gguf cannot be loaded.*" + message):
+        fp.from_gguf(write_llama(tmp_path / "m.gguf", **says))
 
 
 def test_an_architecture_transformers_does_not_know_is_refused_by_file(tmp_path):

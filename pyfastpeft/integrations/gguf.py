@@ -51,6 +51,8 @@ def from_gguf(
     wanted = None if quant_type is None else FastPeftConfig(quant_type, blocksize, double_quant)
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        if config.num_hidden_layers > len(file.names):
+            raise ValueError(f"its metadata says {config.num_hidden_layers} layers, but it has {len(file.names)} tensors")
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             skeleton = auto.from_config(config)
@@ -86,7 +88,9 @@ class _Weights:
         left: names of linear layers that are not.
     """
 
-    def __init__(self, file: GgufFile, model: nn.Module, dtype: torch.dtype, wanted: FastPeftConfig | None) -> None:
+    def __init__(
+        self, file: GgufFile, model: PreTrainedModel, dtype: torch.dtype, wanted: FastPeftConfig | None
+    ) -> None:
         self.file, self.dtype, self.wanted = file, dtype, wanted
         config = model.config.to_dict()
         self.processor: TensorProcessor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
@@ -101,10 +105,17 @@ class _Weights:
             key = self.names.get(name, "")
             layer = key.removesuffix(".weight")
             if layer in linear and layer not in skip and (packed := self._packed(name, linear[layer])) is not None:
+                shape = linear[layer].weight.shape
+                _check_shape(key, packed.shape, shape[::-1] if isinstance(linear[layer], Conv1D) else shape)
                 self.state |= packed_to_state(packed, key)
                 done.add(layer)
             else:
                 self._full_precision(name)
+        for key, parameter in model.named_parameters():
+            if key in self.state and key.removesuffix(".weight") not in done:
+                _check_shape(key, self.state[key].shape, parameter.shape)
+            elif key not in self.state and key not in model.all_tied_weights_keys:
+                raise ValueError(f"it has no tensor for {key}")
         self.converted = bool(done)
         self.left = [name for name in linear if name not in done]
 
@@ -145,3 +156,8 @@ class _Weights:
         order = rows_after[:, 0]
         same = np.array_equal(rows_after, np.broadcast_to(order[:, None], row.shape))
         return order if same and np.array_equal(columns_after, column) else None
+
+
+def _check_shape(key: str, found: torch.Size, expected: torch.Size) -> None:
+    if found != expected:
+        raise ValueError(f"{key} has shape {tuple(found)}; the metadata makes it {tuple(expected)}")
