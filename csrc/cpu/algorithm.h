@@ -452,6 +452,7 @@ struct Algorithm {
   // B of the branch for one tile as bt [R][16], zero past N.
   static void transpose_b(const Matrix& b, int64_t tile, float* bt) {
     const int64_t row0 = tile * kTile, nrows = min64(kTile, b.rows - row0);
+    for (int64_t row = row0 + kTile; row < min64(row0 + 2 * kTile, b.rows); ++row) __builtin_prefetch(b.row(row));
     for (int64_t r = 0; r < b.cols; r += 16) load_transposed(b, row0, nrows, r, min64(16, b.cols - r), bt + r * kTile);
   }
 
