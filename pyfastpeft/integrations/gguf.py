@@ -52,12 +52,14 @@ def from_gguf(
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         if config.num_hidden_layers > len(file.names):
-            raise ValueError(f"its metadata says {config.num_hidden_layers} layers, but it has {len(file.names)} tensors")
+            layers, tensors = config.num_hidden_layers, len(file.names)
+            raise ValueError(f"its metadata says {layers} layers, but it has {tensors} tensors")
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             skeleton = auto.from_config(config)
         weights = _Weights(file, skeleton, dtype, wanted)
-    except (ValueError, KeyError, TypeError, IndexError, NotImplementedError) as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError, NotImplementedError) as error:
+        # transformers trusts the metadata: a wrong value in it can fail in any of these ways.
         raise ValueError(f"{path} cannot be loaded as a transformers model: {error}") from error
     if weights.converted:
         settings = wanted or FastPeftConfig("int4", 32)
