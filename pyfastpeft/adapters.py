@@ -89,13 +89,13 @@ class AdapterBank:
         """``parameters`` train exactly while ``name`` is active and not for inference."""
         self._trainable[name] = parameters
         self._training.add(name)  # their requires_grad is unknown: the next activate sets it
-        self.forget()
 
     def release(self, name: str) -> None:
         for parameter in self._trainable.pop(name):
             parameter.requires_grad_(False)
         self._training.discard(name)
-        self.forget()
+        self.layouts.pop(name, None)
+        self._plans = {active: plans for active, plans in self._plans.items() if name not in active}
 
     def prepare(self, active: tuple[str, ...]) -> list:
         """Each layer's plan for these adapters; built once, then exchanged by reference."""
@@ -128,7 +128,7 @@ class AdapterBank:
         layer._plan = layer.plan(self.active)
 
     def forget(self) -> None:
-        """Parameters may have been exchanged: work everything out again when it is next needed."""
+        """Layers or parameters may have been exchanged: work everything out again when it is next needed."""
         self._plans.clear()
         self.layouts.clear()
 

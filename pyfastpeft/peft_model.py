@@ -300,6 +300,8 @@ class PeftModel(nn.Module):
             ValueError: the argument at fault; DoRA, lora_bias and modules_to_save cannot be combined.
         """
         names = self._known(list(adapters))
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name is {adapter_name!r}, which this model has already")
         config, tensors = combine(self.base_model, names, list(weights), combination_type, svd_rank)
         self._install(adapter_name, config, tensors, f"adapter {adapter_name!r}", True)
 

@@ -233,6 +233,8 @@ class TestBadFolders:
 
     def test_a_missing_folder_is_named(self, tmp_path):
         self.refused(tmp_path / "nowhere", "nowhere", FileNotFoundError)
+        self.refused("no_such_adapter", "no_such_adapter", FileNotFoundError)
+        self.refused("a/b/c", "a/b/c", FileNotFoundError)
 
     def test_a_pickle_is_never_loaded(self, folder):
         tensors = load_file(folder / "adapter_model.safetensors")

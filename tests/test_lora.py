@@ -442,6 +442,21 @@ class TestSeveralAdapters:
             if "mix" in getattr(m, "lora_A", {}) and not isinstance(m, nn.ModuleDict)
         }
 
+    def test_add_weighted_adapter_refuses_what_it_cannot_combine(self):
+        model = block("a", "b")
+        model.add_adapter("c", fp.LoraConfig(r=3, target_modules=["linear"]))
+        model.add_adapter("d", fp.LoraConfig(target_modules=["linear"], use_dora=True))
+        for names, kind, new, message in (
+            (["a", "b"], "magic", "x", "combination_type is 'magic'"),
+            (["a", "c"], "linear", "x", "ranks of .* differ"),
+            (["a", "d"], "svd", "x", "use_dora"),
+            (["a", "b"], "cat", "c", "has already"),
+            (["a", "z"], "cat", "x", "no adapter 'z'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model.add_weighted_adapter(names, [1.0, 1.0], new, combination_type=kind)
+        assert list(model.peft_config) == ["a", "b", "c", "d"]
+
     def test_cat_is_exact(self):
         model = block("a", "b")
         model.add_weighted_adapter(["a", "b"], [2.0, -0.5], "mix", combination_type="cat")

@@ -401,9 +401,10 @@ class LoraModel(nn.Module):
             source = module.original_module if isinstance(module, ModulesToSave) else module
             held = _trainable_state(source)
             shapes |= {f"{PREFIX}{path}.{key}": tuple(t.shape) for key, t in held.items()}
+        held = dict(self.model.named_parameters())
         for name in _bias_names(config, self.model, targets):
-            plain = name.replace(".base_layer.", ".") if name not in dict(self.model.named_parameters()) else name
-            shapes[PREFIX + name] = tuple(self.model.get_parameter(plain).shape)
+            bias = held[name] if name in held else held[name.replace(".base_layer.bias", ".bias")]
+            shapes[PREFIX + name] = tuple(bias.shape)
         return shapes
 
     def add(
@@ -453,6 +454,7 @@ class LoraModel(nn.Module):
             layer = layer_class(module)(module, self.bank).train(module.training)
             self._put(path, layer)
             self.bank.layers[path] = layer
+            self.bank.forget()
         if config.changes_base:
             if layer.r or layer.merged:
                 raise ValueError(
@@ -493,6 +495,7 @@ class LoraModel(nn.Module):
             wrapper = ModulesToSave(module, self.bank).train(module.training)
             self._put(path, wrapper)
             self.bank.wrappers[path] = wrapper
+            self.bank.forget()
         wrapper.modules_to_save[name] = _trainable_copy(wrapper.original_module)
 
     def _put(self, path: str, module: nn.Module) -> None:
@@ -557,6 +560,7 @@ class LoraModel(nn.Module):
             if not wrapper.modules_to_save:
                 self._put(path, wrapper.original_module)
                 del self.bank.wrappers[path]
+        self.bank.forget()
         self.configs.pop(name, None)
 
     def embeddings(self, config: LoraConfig) -> dict[str, Tensor]:
