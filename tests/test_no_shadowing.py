@@ -47,7 +47,7 @@ def test_transformers_probes_the_installed_package(installed_kernels):
 @pytest.mark.skipif(find_spec("kernels") is not None and find_spec("kernels").origin, reason="kernels is installed")
 def test_transformers_and_bitsandbytes_work_where_it_is_absent():
     code = (
-        "import torch, transformers.modeling_utils, bitsandbytes, pyfastpeft\n"
+        "import torch, transformers.modeling_utils, bitsandbytes\n"
         "from transformers.utils import is_kernels_available\n"
         "bitsandbytes.nn.Linear4bit(64, 64).to('cpu').eval()(torch.zeros(1, 64))\n"
         "print(is_kernels_available())"

@@ -5,7 +5,6 @@ import gc
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import bitsandbytes as bnb
 import peft
@@ -24,7 +23,6 @@ from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
 
-ROOT = Path(__file__).parent.parent
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -136,7 +134,7 @@ def test_reload_needs_nothing_but_the_import(tmp_path, ids):
         "assert torch.equal(logits, torch.load(folder + '/expected.pt'))\n"
         "assert 'bitsandbytes' not in sys.modules and 'peft' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
