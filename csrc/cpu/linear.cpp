@@ -44,7 +44,8 @@ PackedRows pack_rows(const Arithmetic& arith, const Matrix& m, const float* fact
   return {out, m.rows, m.cols};
 }
 
-// Which elements survive, without 1 / (1 - p): the survivors stay exact in bf16, and the constant is applied in float32.
+// Which elements survive, without 1 / (1 - p): the survivors stay exact in bf16, and the constant is applied in
+// float32.
 Dropout mask_only(Dropout d) {
   d.scale = 1.0f;
   return d;
