@@ -19,7 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..formats import quantize_4bit
+from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_blocksize, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
@@ -177,10 +177,11 @@ class FastPeftQuantizer(HfQuantizer):
         for layer in model.modules():
             # Not in the checkpoint: transformers has initialized it (and said so).
             if isinstance(layer, Linear4bit) and layer.packed is None:
-                layer.set_packed(self._quantized(layer.weight))
+                layer.set_packed(self.quantized(layer.weight))
         return model
 
-    def _quantized(self, weight: Tensor) -> Any:
+    def quantized(self, weight: Tensor) -> Packed4bit:
+        """``weight`` in the format the config asks for."""
         config = self.quantization_config
         return quantize_4bit(weight, config.quant_type, config.blocksize, config.double_quant)
 
@@ -230,7 +231,7 @@ class _Quantize(_Op):
             layer, _ = get_module_from_name(model, key)
             if isinstance(self.hf_quantizer.original(key.removesuffix(".weight")), Conv1D):
                 weight = weight.t()
-            layer.set_packed(self.hf_quantizer._quantized(weight))
+            layer.set_packed(self.hf_quantizer.quantized(weight))
             result[key] = layer.weight
         return result
 
