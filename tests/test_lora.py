@@ -647,6 +647,15 @@ class TestBadArguments:
         with pytest.raises(ValueError, match="3 names; the batch has 2 rows"):
             model(torch.randint(0, 20, (2, 3)), adapter_names=["a"] * 3)
 
+    def test_an_adapter_that_starts_from_the_base_is_refused_while_others_are_merged(self):
+        model = block("a")
+        model.merge_adapter()
+        with pytest.raises(ValueError, match=r"\['a'\] are merged"):
+            model.add_adapter("b", fp.LoraConfig(target_modules=["linear"], use_dora=True))
+        model.unmerge_adapter()
+        model.add_adapter("b", fp.LoraConfig(target_modules=["linear"], use_dora=True))
+        assert list(model.peft_config) == ["a", "b"]
+
     def test_rows_cannot_choose_while_adapters_are_merged(self):
         model = block("a")
         model.merge_adapter()

@@ -238,10 +238,6 @@ class LoraLayer(nn.Module):
             held["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
         return held
 
-    def expected(self, r: int, use_dora: bool, lora_bias: bool) -> dict[str, tuple[int, ...]]:
-        """Suffix → shape of what a file must hold for this layer."""
-        return expected_tensors(self.base_layer, r, use_dora, lora_bias)
-
     def plan(self, active: tuple[str, ...]) -> Plan | None:
         names = tuple(n for n in active if n in self.r)
         if not names or self.merged:

@@ -455,8 +455,13 @@ class LoraModel(nn.Module):
             self._put(path, layer)
             self.bank.layers[path] = layer
             self.bank.forget()
+        if layer.merged and (config.changes_base or config.use_dora):
+            raise ValueError(
+                f"{layer.merged_adapters} are merged, and the new adapter starts from the base weights; call "
+                "unmerge_adapter() first"
+            )
         if config.changes_base:
-            if layer.r or layer.merged:
+            if layer.r:
                 raise ValueError(
                     f"init_lora_weights is {config.init_lora_weights!r}, which changes the base weight of {path!r}; "
                     "other adapters depend on it, so it must be the first adapter"
