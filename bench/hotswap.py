@@ -2,8 +2,9 @@
 
     python bench/hotswap.py
 
-Two adapters, r = 16 on all linear layers. ``set_adapter`` chooses between two that are loaded; ``hotswap`` replaces the
-weights of the one in use: from tensors in memory, or from a folder that the operating system has cached.
+Two adapters: r = 8 on q and v (the default), and r = 16 on all linear layers. ``set_adapter`` chooses between two that
+are loaded; ``hotswap`` replaces the weights of the one in use: from tensors in memory, or from a folder that the
+operating system has cached.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def _calls(
     }
 
 
-def ours(checkpoint: str, out: Path) -> dict[str, Callable]:
+def ours(checkpoint: str, out: Path, lora: dict) -> dict[str, Callable]:
     import pyfastpeft as fp
 
-    config = fp.LoraConfig(task_type="CAUSAL_LM", **models.LORA)
+    config = fp.LoraConfig(task_type="CAUSAL_LM", **lora)
     model = fp.get_peft_model(models.load_ours(checkpoint), config, adapter_name="a")
     model.add_adapter("b", config)
     model.save_pretrained(out)
@@ -52,11 +53,11 @@ def ours(checkpoint: str, out: Path) -> dict[str, Callable]:
     return _calls(model.eval(), folders, swap, swap)
 
 
-def peft(checkpoint: str, out: Path) -> dict[str, Callable]:
+def peft(checkpoint: str, out: Path, lora: dict) -> dict[str, Callable]:
     from peft import LoraConfig, get_peft_model
     from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 
-    config = LoraConfig(task_type="CAUSAL_LM", **models.LORA)
+    config = LoraConfig(task_type="CAUSAL_LM", **lora)
     model = get_peft_model(models.load_bnb(checkpoint), config, adapter_name="a")
     model.add_adapter("b", config)
     model.save_pretrained(out)
@@ -81,7 +82,9 @@ def measure(model: str, rounds: int, console: Console) -> dict[str, dict]:
     calls = {}
     with models.checkpoint(model) as checkpoint, tempfile.TemporaryDirectory() as out:
         for name, make in makers.items():
-            calls |= {f"{name}.{what}": call for what, call in make(checkpoint, Path(out) / name).items()}
+            for size, lora in (("r = 8 on q, v", models.SMALL_LORA), ("r = 16 on all", models.LORA)):
+                made = make(checkpoint, Path(out) / f"{name}-{lora['r']}", lora)
+                calls |= {f"{name}: {what}, {size}": call for what, call in made.items()}
         return {name: t.as_dict() for name, t in harness.interleave(calls, rounds, sample_s=0.0).items()}
 
 

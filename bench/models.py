@@ -6,7 +6,9 @@ import tempfile
 
 import torch
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
+disable_progress_bar()
 SIZES = {
     "135m": {
         "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -18,6 +20,7 @@ SIZES = {
     },
 }  # fmt: skip
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+SMALL_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 
 def checkpoint(size: str) -> tempfile.TemporaryDirectory:
