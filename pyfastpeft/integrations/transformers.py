@@ -193,7 +193,8 @@ class FastPeftQuantizer(HfQuantizer):
             return []
         # By the layers' own names, so that other weights load the ordinary way.
         leaves = dict.fromkeys(name.rpartition(".")[2] for name in self._originals)
-        suffixes = ("", *(f".{suffix}" for suffix in STATE_SUFFIXES))
+        # The bare name last: older transformers take the first pattern that matches.
+        suffixes = (*(f".{suffix}" for suffix in STATE_SUFFIXES), "")
         return [
             WeightConverter([f"{leaf}.weight{suffix}" for suffix in suffixes], f"{leaf}.weight", [_Deserialize(self)])
             for leaf in leaves
