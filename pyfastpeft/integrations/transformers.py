@@ -196,7 +196,9 @@ class FastPeftQuantizer(HfQuantizer):
         # The bare name last: older transformers take the first pattern that matches.
         suffixes = (*(f".{suffix}" for suffix in STATE_SUFFIXES), "")
         return [
-            WeightConverter([f"{leaf}.weight{suffix}" for suffix in suffixes], f"{leaf}.weight", [_Deserialize(self)])
+            WeightConverter(
+                [f"{leaf}.weight{suffix}" for suffix in suffixes], f"{leaf}.weight", operations=[_Deserialize(self)]
+            )
             for leaf in leaves
         ]
 
