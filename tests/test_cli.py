@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -129,9 +131,13 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
     assert not (tmp_path / "out").exists()
 
 
-def test_the_process_exits_with_the_code():
+def test_the_process_exits_with_the_code(tmp_path):
     command = [sys.executable, "-m", "pyfastpeft.cli", "quantize", "./no-such-model", "out"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # In the repository's root Python would take the source tree for the installed package.
+    path = Path(fp.__file__).parent.parent
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(path)}
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip().endswith("there is no such file or folder")
 
