@@ -81,7 +81,7 @@ pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zer
   STD_TORCH_CHECK(scale.is_contiguous() && scale.numel() == w.tiles() * w.segments() * pf::kTile,
                   "scale must be contiguous [ceil(N / 16), segments, 16]");
   if (absmax2.has_value()) {
-    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Byte && offset.has_value() &&
+    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Byte && offset.has_value() && offset->numel() == 1 &&
                         absmax2->numel() * 256 >= (w.n * w.k + blocksize - 1) / blocksize,
                     "double-quantized scales must be uint8, with their second-level scales and offset");
     w.scale8 = scale.const_data_ptr<uint8_t>();
@@ -90,6 +90,7 @@ pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zer
   } else {
     w.scale = scale.const_data_ptr<float>();
   }
+  STD_TORCH_CHECK(zero.has_value() == (format == pf::kINT4), "zero belongs to int4, and int4 needs it");
   if (zero.has_value()) {
     STD_TORCH_CHECK(zero->is_contiguous() && zero->numel() == scale.numel(), "zero must have the shape of scale");
     w.zero = zero->const_data_ptr<float>();
@@ -109,6 +110,7 @@ void set_factor(pf::Branch& branch, const OptTensor& row_scale, double scaling, 
   }
   if (seed.has_value()) {
     STD_TORCH_CHECK(dropout > 0.0 && dropout < 1.0, "dropout must lie in (0, 1)");
+    STD_TORCH_CHECK(seed->numel() == 1, "seed must be one number");
     branch.dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
     branch.dropout.threshold = static_cast<uint32_t>(std::llround(dropout * 4294967296.0));
     branch.dropout.scale = static_cast<float>(1.0 / (1.0 - dropout));
@@ -121,12 +123,15 @@ struct BranchTensors {
   pf::Branch branch;
 
   BranchTensors(const OptTensor& lora_a, const OptTensor& lora_b, const OptTensor& row_scale, double scaling,
-                int64_t rows, const OptTensor& seed, double dropout) {
+                int64_t rows, const OptTensor& seed, double dropout, const pf::Weight& w) {
     if (!lora_a.has_value()) return;
+    STD_TORCH_CHECK(lora_b.has_value(), "lora A needs lora B");
     a = with_contiguous_columns(*lora_a);
     b = with_contiguous_columns(*lora_b);
     branch.a = matrix(a, "lora A");
     branch.b = matrix(b, "lora B");
+    STD_TORCH_CHECK(branch.a.cols == w.k && branch.b.rows == w.n && branch.b.cols == branch.a.rows,
+                    "lora A must be [R, K] and lora B [N, R]");
     set_factor(branch, row_scale, scaling, rows, branch.a.rows, seed, dropout);
   }
 };
@@ -140,7 +145,7 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
   x = with_contiguous_columns(x);
   const pf::Matrix xm = matrix(x, "x");
   STD_TORCH_CHECK(xm.cols == w.k, "x has ", xm.cols, " columns; it must have K = ", w.k);
-  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout);
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w);
   Tensor y = torch::stable::new_empty(x, {xm.rows, n});
   Tensor s = torch::stable::new_empty(x, {xm.rows, lora.branch.rank()}, ScalarType::Float);
   const float* bias_data = nullptr;
@@ -171,7 +176,7 @@ std::tuple<Tensor, Tensor> linear_4bit_backward(Tensor dy, Tensor codes, Tensor 
   dy = with_contiguous_columns(dy);
   const pf::Matrix dym = matrix(dy, "dy");
   STD_TORCH_CHECK(dym.cols == n, "dy has ", dym.cols, " columns; it must have N = ", n);
-  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, dym.rows, seed, dropout);
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, dym.rows, seed, dropout, w);
   Tensor dx = torch::stable::new_empty(dy, {need_dx ? dym.rows : 0, w.k});
   Tensor ds = torch::stable::new_empty(dy, {dym.rows, lora.branch.rank()}, ScalarType::Float);
   pf::linear_backward(w, dym, lora.branch, need_dx ? dx.mutable_data_ptr() : nullptr,
@@ -186,6 +191,9 @@ std::tuple<Tensor, Tensor> lora_backward(Tensor dy, Tensor x, Tensor s, Tensor d
   dy = with_contiguous_columns(dy);
   x = with_contiguous_columns(x);
   const pf::Matrix dym = matrix(dy, "dy"), xm = matrix(x, "x"), sm = matrix(s, "s"), dsm = matrix(ds, "ds");
+  STD_TORCH_CHECK(sm.dtype == pf::kFloat32 && dsm.dtype == pf::kFloat32 && s.is_contiguous() && ds.is_contiguous() &&
+                      dsm.cols == sm.cols && dsm.rows == sm.rows && dym.rows == sm.rows && xm.rows == sm.rows,
+                  "s and ds must be contiguous float32 [rows, R], dy and x of as many rows");
   pf::Branch branch;
   set_factor(branch, row_scale, scaling, sm.rows, sm.cols, seed, dropout);
   Tensor da = torch::stable::new_empty(x, {sm.cols, xm.cols}, ScalarType::Float);

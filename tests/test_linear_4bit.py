@@ -446,6 +446,8 @@ def operator_arguments():
         ],
         "pack_tiles": [(rows.codes, n, k)],
         "unpack_tiles": [(int4.codes, n, k)],
+        "pack_scales": [(rows.scale, n, k, 32), (packed.rows().scale, n, k, 32)],
+        "unpack_scales": [(int4.scale, n, k, 32), (packed.scale, n, k, 32)],
         "linear_4bit": [
             (x, *nested, None, None, None, None, 1.0, None, 0.0),
             (x, *plain, torch.randn(n), a, b, torch.rand(m, r), 1.0, seed, 0.5),
@@ -696,6 +698,63 @@ def test_bad_arguments_are_named(change, kind, message):
     arguments = {"x": torch.ones(3, 64), "w": fp.quantize_4bit(torch.ones(24, 64)), "bias": None, "lora": None} | change
     with pytest.raises(kind, match=message):
         linear_4bit(**arguments)
+
+
+def replaced(arguments, index, value):
+    return (*arguments[:index], value, *arguments[index + 1 :])
+
+
+# (operator, case of operator_arguments, position, what makes of that argument one that would be read past its end)
+HOSTILE = [
+    ("linear_4bit", 1, 0, lambda x: x[:, :32]),
+    ("linear_4bit", 1, 0, lambda x: x[None]),
+    ("linear_4bit", 1, 0, lambda x: x.double()),
+    ("linear_4bit", 1, 1, lambda codes: codes[:1]),
+    ("linear_4bit", 1, 1, lambda codes: codes.int()),
+    ("linear_4bit", 1, 2, lambda scale: scale[:1]),
+    ("linear_4bit", 1, 2, lambda scale: scale.half()),
+    ("linear_4bit", 1, 3, lambda zero: None),
+    ("linear_4bit", 1, 3, lambda zero: zero.half()),
+    ("linear_4bit", 0, 4, lambda absmax2: absmax2[:0]),
+    ("linear_4bit", 0, 4, lambda absmax2: None),
+    ("linear_4bit", 0, 5, lambda offset: offset.new_empty(0)),
+    ("linear_4bit", 1, 6, lambda format: 3),
+    ("linear_4bit", 1, 7, lambda n: 48),
+    ("linear_4bit", 1, 7, lambda n: -1),
+    ("linear_4bit", 1, 8, lambda blocksize: 0),
+    ("linear_4bit", 1, 9, lambda bias: bias[:-1]),
+    ("linear_4bit", 1, 9, lambda bias: bias.int()),
+    ("linear_4bit", 1, 10, lambda a: a[:, :-1]),
+    ("linear_4bit", 1, 11, lambda b: b[:-1]),
+    ("linear_4bit", 1, 11, lambda b: b[:, :-1]),
+    ("linear_4bit", 1, 11, lambda b: None),
+    ("linear_4bit", 1, 12, lambda row_scale: row_scale[:-1]),
+    ("linear_4bit", 1, 12, lambda row_scale: row_scale.double()),
+    ("linear_4bit", 1, 14, lambda seed: seed.int()),
+    ("linear_4bit", 1, 14, lambda seed: seed[:0]),
+    ("linear_4bit", 1, 15, lambda dropout: 1.0),
+    ("linear_4bit_backward", 1, 0, lambda dy: dy[:, :-1]),
+    ("linear_4bit_backward", 1, 10, lambda b: b[:-1]),
+    ("lora_backward", 0, 0, lambda dy: dy[:-1]),
+    ("lora_backward", 0, 1, lambda x: x[:-1]),
+    ("lora_backward", 0, 2, lambda s: s[:-1]),
+    ("lora_backward", 0, 2, lambda s: s.half()),
+    ("lora_backward", 0, 3, lambda ds: ds[:, :-1]),
+    ("pack_scales", 0, 0, lambda scale: scale[:-1]),
+    ("pack_scales", 0, 3, lambda blocksize: 0),
+    ("unpack_scales", 0, 0, lambda scale: scale[:1]),
+    ("unpack_scales", 0, 1, lambda n: -24),
+    ("unpack_scales", 0, 3, lambda blocksize: 0),
+]
+
+
+@pytest.mark.parametrize(("name", "case", "position", "spoil"), HOSTILE)
+def test_the_compiled_operators_refuse_what_would_read_past_a_buffer(name, case, position, spoil):
+    arguments = operator_arguments()[name][case]
+    operator = getattr(torch.ops.pyfastpeft, name)
+    operator(*arguments)
+    with pytest.raises((RuntimeError, TypeError)):
+        operator(*replaced(arguments, position, spoil(arguments[position])))
 
 
 def test_a_bank_refuses_a_wrong_number_of_rows():
