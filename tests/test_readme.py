@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
+import pyfastpeft as fp
 from pyfastpeft.cli import main
 from pyfastpeft.cli.models import load_smollm2
 from pyfastpeft.data import drug_qa, score_drug_qa
@@ -62,7 +64,8 @@ def test_every_block_is_python_or_a_command_that_is_run_here(workplace):
         else:
             assert command.startswith("python bench/"), command
             script = ROOT / shlex.split(command)[1]
-            done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+            env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent)}
+            done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, env=env)
             assert done.returncode == 0, done.stderr
 
 

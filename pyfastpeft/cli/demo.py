@@ -126,8 +126,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _report(console: Console, result: dict[str, Any]) -> None:
     table = Table("", "before", "after")
-    for key in Score._fields:
-        table.add_row(key.replace("_", " "), f"{result['before'][key]:.0%}", f"{result['after'][key]:.0%}")
+    for key, label in (("accuracy", "drug name exact"), ("format_validity", "format exact")):
+        table.add_row(label, f"{result['before'][key]:.0%}", f"{result['after'][key]:.0%}")
     console.print(table)
     console.print(
         f"trainable parameters {result['trainable_parameters']:,} of {result['parameters']:,}, "
