@@ -287,12 +287,7 @@ def _prepare(problem: Problem, names: list[str], dtype: str, console: Console) -
 def _call(layers: list[Layer], x: Tensor, train: bool) -> Callable[[], object]:
     ring = itertools.cycle(layer.call for layer in layers)
     if not train:
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return next(ring)(x)
-
-        return forward
+        return lambda: next(ring)(x)
     x = x.clone().requires_grad_(True)
     dy: list[Tensor] = []
 
@@ -320,7 +315,7 @@ def run(
     for m in rows:
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(3)).to(problem.dtype)
         calls = {name: _call(layers, x, train) for name, layers in ready.items()}
-        with harness.Load() as load:
+        with harness.Load() as load, torch.set_grad_enabled(train):
             timings = harness.interleave(calls, rounds)
         for name, timing in timings.items():
             nbytes = ready[name][0].nbytes
