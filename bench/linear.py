@@ -97,15 +97,18 @@ def contender(
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
-def _ours(p: Problem, quant_type: str, double_quant: bool = False, lora: bool = False) -> Layer:
+def _ours(
+    p: Problem, quant_type: str, double_quant: bool = False, lora: bool = False, adapter: torch.dtype = torch.float32
+) -> Layer:
     packed = p.ours(quant_type, double_quant).clone()
     branch = None
     if lora:
-        branch = (p.a.clone().requires_grad_(p.train), p.b.clone().requires_grad_(p.train), p.scaling)
+        a, b = (t.to(adapter, copy=True).requires_grad_(p.train) for t in (p.a, p.b))
+        branch = (a, b, p.scaling)
 
     def weight() -> Tensor:
         w = packed.dequantize(torch.float64)
-        return w + p.scaling * p.b.double() @ p.a.double() if lora else w
+        return w + p.scaling * b.detach().double() @ a.detach().double() if lora else w
 
     return Layer(lambda x: fp.ops.linear_4bit(x, packed, None, branch), packed.nbytes, weight)
 
@@ -113,6 +116,7 @@ def _ours(p: Problem, quant_type: str, double_quant: bool = False, lora: bool = 
 for _q in ("nf4", "fp4", "int4"):
     contender(f"ours_{_q}")(functools.partial(_ours, quant_type=_q))
     contender(f"ours_{_q}_lora")(functools.partial(_ours, quant_type=_q, lora=True))
+contender("ours_nf4_lora_bf16")(functools.partial(_ours, quant_type="nf4", lora=True, adapter=torch.bfloat16))
 contender("ours_nf4_dq")(functools.partial(_ours, quant_type="nf4", double_quant=True))
 
 
