@@ -144,6 +144,7 @@ inline void load_transposed(const Matrix& m, int64_t row0, int64_t nrows, int64_
   const char* from = m.row(row0) + col0 * size;
   const int64_t stride = m.ld * size;
   if (nrows == 16 && ncols == 16) {
+    if (m.dtype == kFloat32) return V::transpose16(reinterpret_cast<const float*>(from), m.ld, out);
     with_dtype(
         m.dtype, PF_BODY(int D) {
           for (int r = 0; r < 16; ++r)
@@ -152,16 +153,13 @@ inline void load_transposed(const Matrix& m, int64_t row0, int64_t nrows, int64_
                        load_as<D>(from + r * stride + v * kLanes * (D == kFloat32 ? 4 : 2)));
         });
   } else if (nrows == 16 && ncols == m.ld) {
-    // Short rows side by side: convert them as one run, then spread them.
-    alignas(64) float run[16 * 16 + 16];
-    to_float(from, m.dtype, run, 16 * ncols);
-    for (int r = 0; r < 16; ++r)
-      for (int v = 0; v < kTileVecs; ++v) V::store(rows + r * 16 + v * kLanes, V::load(run + r * ncols + v * kLanes));
+    to_float(from, m.dtype, rows, 16 * ncols);  // short rows side by side: one run
+    return V::transpose16(rows, ncols, out);
   } else {
     __builtin_memset(rows, 0, sizeof(rows));
     for (int64_t r = 0; r < nrows; ++r) to_float(from + r * stride, m.dtype, rows + r * 16, ncols);
   }
-  V::transpose16(rows, out);
+  V::transpose16(rows, 16, out);
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
@@ -470,6 +468,14 @@ struct Algorithm {
     const E* x = static_cast<const E*>(g.x) + row0 * g.ldx;
     F acc[MB][kTileVecs], part[MB][kTileVecs][kParts];
     each(rows, PF_BODY(int M) { each(vecs, PF_BODY(int U) { acc[M][U] = V::zero(); }); });
+    // The branch first: its sums run while the first codes are still on their way.
+    const int64_t rank = bt == nullptr ? 0 : g.lora_b.cols;
+    for (int64_t r = 0; r < rank; ++r)
+      each(
+          vecs, PF_BODY(int U) {
+            const F b = V::load(bt + r * kTile + U * kLanes);
+            each(rows, PF_BODY(int M) { acc[M][U] = V::fma(b, V::set1(g.s[(row0 + M) * rank + r]), acc[M][U]); });
+          });
     const int64_t segments = g.w.segments(), groups = g.w.segment / kGroupColumns;
     for (int64_t s = 0; s < segments; ++s) {
       __builtin_prefetch(reinterpret_cast<const char*>(scales + s * kTile) + kScalesAhead);
@@ -512,15 +518,7 @@ struct Algorithm {
     each(
         rows, PF_BODY(int M) {
           alignas(64) float out[kTile];
-          each(
-              vecs, PF_BODY(int U) {
-                F sum = acc[M][U];
-                if (bt != nullptr)
-                  for (int64_t r = 0; r < g.lora_b.cols; ++r)
-                    sum =
-                        V::fma(V::load(bt + r * kTile + U * kLanes), V::set1(g.s[(row0 + M) * g.lora_b.cols + r]), sum);
-                V::store(out + U * kLanes, sum);
-              });
+          each(vecs, PF_BODY(int U) { V::store(out + U * kLanes, acc[M][U]); });
           if (g.bias != nullptr)
             for (int64_t i = 0; i < lanes; ++i) out[i] += g.bias[n0 + i];
           from_float(out, static_cast<char*>(g.y) + ((row0 + M) * g.ldy + n0) * dtype_size(g.y_dtype), g.y_dtype,
@@ -720,7 +718,8 @@ void dot_block(const float* x, int64_t ldx, const Matrix& a, int64_t r0, float* 
   for (int64_t k = 0; k < whole; k += kLanes)
     each(
         MakeInts<RB>{}, PF_BODY(int R) {
-          const V::F w = load_as<D>(row + (R * a.ld + k) * kSize);
+          const char* at = row + (R * a.ld + k) * kSize;
+          const V::F w = load_as<D>(at);
           each(MakeInts<MB>{}, PF_BODY(int M) { acc[M][R] = V::fma(w, V::load(x + M * ldx + k), acc[M][R]); });
         });
   alignas(64) float tail[RB][kLanes];
@@ -748,6 +747,7 @@ void dots(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, 
       a.dtype, PF_BODY(int D) {
         int64_t m = 0;
         for (; m + 4 <= rows; m += 4) dot_rows<D, 4>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
+        for (; m + 2 <= rows; m += 2) dot_rows<D, 2>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
         for (; m < rows; ++m) dot_rows<D, 1>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
       });
 }

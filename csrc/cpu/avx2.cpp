@@ -88,13 +88,13 @@ struct V {
     return lookup(t, index, _mm256_slli_epi32(index, 28));
   }
 
-  static void transpose16(const float* in, float* out) {
+  static void transpose16(const float* in, int64_t ld, float* out) {
     for (int i = 0; i < 16; i += 8)
-      for (int j = 0; j < 16; j += 8) transpose8(in + i * 16 + j, out + j * 16 + i);
+      for (int j = 0; j < 16; j += 8) transpose8(in + i * ld + j, ld, out + j * 16 + i);
   }
-  static void transpose8(const float* in, float* out) {
+  static void transpose8(const float* in, int64_t ld, float* out) {
     __m256 r[8], t[8];
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(in + i * 16);
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(in + i * ld);
     for (int i = 0; i < 8; i += 4) {
       const __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
       const __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);

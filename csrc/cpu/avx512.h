@@ -91,11 +91,11 @@ struct V {
   }
 #endif
 
-  // out[c][r] = in[r][c], 16 by 16: 4x4 blocks within 128-bit lanes, then the lanes themselves.
-  static void transpose16(const float* in, float* out) {
+  // out[c][r] = in[r][c], 16 by 16, rows of `in` ld apart: 4x4 blocks within 128-bit lanes, then the lanes themselves.
+  static void transpose16(const float* in, int64_t ld, float* out) {
     __m512 r[16], t[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * 16);
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * ld);
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
       const __m512 a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);

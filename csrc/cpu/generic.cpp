@@ -66,7 +66,7 @@ struct V {
   }
   static F decode_bytes(T t, const uint8_t* p) { return F{t[p[0] >> 4], t[p[0] & 15], t[p[1] >> 4], t[p[1] & 15]}; }
 
-  static void transpose16(const float* in, float* out) { scalar_transpose16(in, out); }
+  static void transpose16(const float* in, int64_t ld, float* out) { scalar_transpose16(in, ld, out); }
 
   struct Search {
     const float* midpoints;

@@ -63,7 +63,7 @@ struct V {
     return lookup(t, vld1q_u32(index));
   }
 
-  static void transpose16(const float* in, float* out) { scalar_transpose16(in, out); }
+  static void transpose16(const float* in, int64_t ld, float* out) { scalar_transpose16(in, ld, out); }
 
   struct Search {
     const float* midpoints;

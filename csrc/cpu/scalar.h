@@ -32,9 +32,9 @@ PF_INLINE uint16_t float_to_f16(float f) {
   return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13);
 }
 
-PF_INLINE void scalar_transpose16(const float* in, float* out) {
+PF_INLINE void scalar_transpose16(const float* in, int64_t ld, float* out) {
   for (int r = 0; r < 16; ++r)
-    for (int c = 0; c < 16; ++c) out[c * 16 + r] = in[r * 16 + c];
+    for (int c = 0; c < 16; ++c) out[c * 16 + r] = in[r * ld + c];
 }
 
 // Rank of v among sorted midpoints; NaN takes the last.
