@@ -1,10 +1,10 @@
-"""The rows of issue 2's "Speed and memory", measured on this machine and held against their targets.
+"""The promises on speed and memory, measured on this machine and held against their targets.
 
-    python bench/issue2.py            # everything, about ten minutes
-    python bench/issue2.py --only lora,small
+    python bench/targets.py            # everything, about ten minutes
+    python bench/targets.py --only lora,small
 
 Every figure is a ratio or a time from interleaved rounds in one process; peak memory comes from a process each.
-Writes bench/results/issue2.json.
+Writes bench/results/targets.json.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=harness.split, default=",".join(SECTIONS), help=", ".join(SECTIONS))
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", default="issue2", help="name in bench/results, or a path ending in .json")
+    parser.add_argument("--out", default="targets", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
     unknown = set(args.only) - set(SECTIONS)
     if unknown:
