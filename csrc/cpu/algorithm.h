@@ -23,7 +23,6 @@ struct F32 {
     return V::decode<I>(t, codes);
   }
   static W load(const Elem* p) { return V::load(p); }
-  static V::F fma(V::F acc, W w, const Elem* x) { return V::fma(w, V::set1(*x), acc); }
   using X = V::F;
   static X broadcast(const Elem* x) { return V::set1(*x); }
   static V::F fma(V::F acc, W w, X x) { return V::fma(w, x, acc); }

@@ -6,7 +6,7 @@ namespace pf {
 
 // Names this build and this CPU can run, best first; ends with null.
 const char* const* available_isas();
-// The kernels in use. Null when PYFASTPEFT_CPU_ISA names something this machine cannot run (see isa_error).
+// The kernels in use. Null when PYFASTPEFT_CPU_ISA names something this machine cannot run.
 const Kernels* kernels();
 // Returns false, and changes nothing, when `name` is not available.
 bool set_isa(const char* name);
