@@ -89,7 +89,7 @@ setup(
     package_dir={"pyfastpeft.kernels": "kernels"},
     package_data={"pyfastpeft": ["data/**/*"], "pyfastpeft.kernels": ["*.md"]},
     ext_modules=[
-        extension("_C", ["csrc/ops.cpp", "csrc/cpu/linear.cpp"], [("TORCH_TARGET_VERSION", "0x020a000000000000")]),
+        extension("_C", ["csrc/ops.cpp", "csrc/model_ops.cpp", "csrc/cpu/linear.cpp"], [("TORCH_TARGET_VERSION", "0x020a000000000000")]),
         extension("_native", ["csrc/native.cpp"], [("PF_CUDA_VERSION", '""')]),
     ],
     cmdclass={"build_ext": BuildExt},

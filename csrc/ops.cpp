@@ -1,76 +1,16 @@
 // Operator schemas and their CPU implementations, under LibTorch's stable ABI: one binary for torch 2.10 and later.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cmath>
 #include <cstring>
-#include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
 #include "cpu/linear.h"
 #include "memory.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptTensor = std::optional<Tensor>;
-
-const pf::Kernels& kernels() {
-  const pf::Kernels* k = pf::kernels();
-  if (k == nullptr) {
-    std::string names;
-    for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) names += std::string(" ") + *name;
-    STD_TORCH_CHECK(false, "PYFASTPEFT_CPU_ISA is '", std::getenv("PYFASTPEFT_CPU_ISA"),
-                    "'; on this machine it must be one of:", names);
-  }
-  return *k;
-}
-
-int dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return pf::kFloat32;
-    case ScalarType::BFloat16:
-      return pf::kBFloat16;
-    case ScalarType::Half:
-      return pf::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
-  }
-}
-
-// `t` itself where its columns are contiguous, else a copy.
-Tensor with_contiguous_columns(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-// A new contiguous [rows, cols] tensor on the CPU, straight from the allocator: the dispatcher's way takes three times
-// as long, which a call of a few microseconds feels.
-Tensor new_matrix(int64_t rows, int64_t cols, int dtype) {
-  const int32_t code = dtype == pf::kFloat32    ? aoti_torch_dtype_float32()
-                       : dtype == pf::kBFloat16 ? aoti_torch_dtype_bfloat16()
-                                                : aoti_torch_dtype_float16();
-  const int64_t sizes[] = {rows, cols}, strides[] = {cols > 1 ? cols : 1, 1};
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-pf::Matrix matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix");
-  return {t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1)};
-}
-
-void parallel(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
-  if (n <= grain) return body(ctx, 0, n);
-  torch::stable::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { body(ctx, b, e); });
-}
+using namespace pf::tensors;
 
 void check_format(int64_t format, int64_t blocksize) {
   STD_TORCH_CHECK(format >= 0 && format <= 2, "format must be 0 (nf4), 1 (fp4) or 2 (int4)");

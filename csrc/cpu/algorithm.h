@@ -862,6 +862,8 @@ void dequantize(const uint8_t* codes, const float* scale, const float* zero, int
   }
 }
 
+#include "elementwise.h"
+
 Kernels make_kernels(const char* name) {
   Kernels kernels{};
   kernels.name = name;
@@ -874,5 +876,11 @@ Kernels make_kernels(const char* name) {
   kernels.segment_sums = segment_sums;
   kernels.quantize = quantize;
   kernels.dequantize = dequantize;
+  kernels.rms_norm = rms_norm;
+  kernels.rms_norm_backward = rms_norm_backward;
+  kernels.rms_norm_weight_backward = rms_norm_weight_backward;
+  kernels.swiglu = swiglu;
+  kernels.swiglu_backward = swiglu_backward;
+  kernels.rope = rope;
   return kernels;
 }

@@ -55,6 +55,33 @@ struct DxArgs {  // dx = dy * W + ds * A
   int64_t lddx;
 };
 
+// The matrices of the three below share a dtype and a shape; results are contiguous.
+struct RmsNormArgs {   // sum = x + residual (sum = x without one); y = sum / sqrt(mean(sum^2) + eps) * weight
+  Matrix x, residual;  // residual's data may be null
+  const void* weight;  // [cols]
+  float eps;
+  void *sum, *y;
+};
+
+struct RmsNormBackwardArgs {  // x is the forward's sum
+  Matrix dy, x, dsum;         // dsum: gradient that reaches the sum by other ways; its data may be null
+  const void* weight;
+  float eps;
+  void* dx;
+  float* inverse;  // [rows] 1 / sqrt(mean(x^2) + eps), for the weight's gradient
+};
+
+struct RopeArgs {
+  const void* x;  // [batch, heads, tokens, dim], the last dimension contiguous
+  int dtype;
+  int64_t tokens, heads, dim;
+  int64_t strides[3];     // of batch, heads and tokens, in elements
+  const void *cos, *sin;  // [batch or 1, tokens, dim]
+  int64_t angle_stride;   // tokens, or 0 where all rows share the angles
+  bool transposed;        // the gradient
+  void* y;                // [batch, tokens, heads, dim]
+};
+
 // One arithmetic: float32 FMA, or bf16 pairs into float32.
 struct Arithmetic {
   int64_t group_lanes;  // lanes of a panel
@@ -91,6 +118,14 @@ struct Kernels {
                    float* zero, int64_t block0, int64_t block1);
   void (*dequantize)(const uint8_t* codes, const float* scale, const float* zero, int64_t n, int format,
                      int64_t blocksize, void* dst, int dtype, int64_t block0, int64_t block1);
+  // Parts of a decoder layer: elementwise.h.
+  void (*rms_norm)(const RmsNormArgs&, int64_t row0, int64_t row1);
+  void (*rms_norm_backward)(const RmsNormBackwardArgs&, int64_t row0, int64_t row1);
+  void (*rms_norm_weight_backward)(const RmsNormBackwardArgs&, float* dweight, int64_t col0, int64_t col1);
+  void (*swiglu)(const Matrix& gate, const Matrix& up, void* y, int64_t row0, int64_t row1);
+  void (*swiglu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up, void* dgate, void* dup, int64_t row0,
+                          int64_t row1);
+  void (*rope)(const RopeArgs&, int64_t token0, int64_t token1);  // tokens counted over the batch
 };
 
 // Grow-only scratch of the calling thread, 64-byte aligned; `slot` keeps concurrent uses apart.

@@ -27,6 +27,11 @@ struct V {
   static F min(F a, F b) { return vminnmq_f32(a, b); }
   static F max(F a, F b) { return vmaxnmq_f32(a, b); }
   static F abs(F a) { return vabsq_f32(a); }
+  // 2^n for n in [-127, 128] (0 and infinity at the ends), given n + 1.5 * 2^23: n is in the low bits.
+  static F pow2(F shifted) {
+    const uint32x4_t exponent = vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23);
+    return vreinterpretq_f32_u32(vaddq_u32(exponent, vdupq_n_u32(0x3F800000)));
+  }
   static bool any_nan(F a) { return vminvq_u32(vceqq_f32(a, a)) == 0; }
   static float reduce(F a) { return vaddvq_f32(a); }
   static float reduce_min(F a) { return vminnmvq_f32(a); }

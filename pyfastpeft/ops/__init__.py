@@ -2,6 +2,7 @@
 
 from . import library as library  # loads the compiled operators
 from .backends import Backend
+from .elementwise import rms_norm, rope, swiglu
 from .linear_4bit import BankView, Lora, linear_4bit
 
-__all__ = ["Backend", "BankView", "Lora", "linear_4bit"]
+__all__ = ["Backend", "BankView", "Lora", "linear_4bit", "rms_norm", "rope", "swiglu"]

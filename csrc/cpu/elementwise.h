@@ -1,0 +1,210 @@
+// RMSNorm, SwiGLU and rotary embeddings, both directions, over the vocabulary `V`. Included by algorithm.h.
+//
+// Arithmetic is float32; a value that transformers rounds to the tensors' dtype on the way is rounded here as well, so
+// that a model computes the same with these kernels as without them.
+
+// ---- parts of a row -------------------------------------------------------------------------------------------------
+
+template <int D>
+PF_INLINE void store_as(char* p, V::F v) {
+  if constexpr (D == kFloat32) V::store(reinterpret_cast<float*>(p), v);
+  if constexpr (D == kBFloat16) V::store_bf16(reinterpret_cast<uint16_t*>(p), v);
+  if constexpr (D == kFloat16) V::store_f16(reinterpret_cast<uint16_t*>(p), v);
+}
+
+// Elements [i, min(i + kLanes, n)) of a row, zeros after the last.
+template <int D>
+PF_INLINE V::F load_part(const char* row, int64_t i, int64_t n) {
+  constexpr int kSize = D == kFloat32 ? 4 : 2;
+  if (i + kLanes <= n) return load_as<D>(row + i * kSize);
+  alignas(64) char part[kLanes * kSize] = {};
+  copy_bytes(part, row + i * kSize, (n - i) * kSize);
+  return load_as<D>(part);
+}
+
+template <int D>
+PF_INLINE void store_part(char* row, int64_t i, int64_t n, V::F v) {
+  constexpr int kSize = D == kFloat32 ? 4 : 2;
+  if (i + kLanes <= n) return store_as<D>(row + i * kSize, v);
+  alignas(64) char part[kLanes * kSize];
+  store_as<D>(part, v);
+  copy_bytes(row + i * kSize, part, (n - i) * kSize);
+}
+
+// v as the dtype holds it.
+template <int D>
+PF_INLINE V::F rounded(V::F v) {
+  if constexpr (D == kFloat32) return v;
+  alignas(64) char held[kLanes * 4];
+  store_as<D>(held, v);
+  return load_as<D>(held);
+}
+
+inline char* row_of(void* data, int dtype, int64_t cols, int64_t row) {
+  return static_cast<char*>(data) + row * cols * dtype_size(dtype);
+}
+
+// ---- exp ------------------------------------------------------------------------------------------------------------
+
+// e^x to 2e-7 relative; 0 below -88, infinity above 88.5, NaN stays.
+PF_INLINE V::F exp(V::F x) {
+  // Second operands: where x86's min and max let a NaN through.
+  x = V::max(V::set1(-88.0f), V::min(V::set1(88.8f), x));
+  const V::F shifted = V::fma(x, V::set1(1.44269504f), V::set1(12582912.0f));  // + 1.5 * 2^23 rounds to an integer
+  const V::F n = V::add(shifted, V::set1(-12582912.0f));
+  const V::F r = V::fma(n, V::set1(2.12194440e-4f), V::fma(n, V::set1(-0.693359375f), x));
+  V::F p = V::set1(1.9875691500e-4f);
+  p = V::fma(p, r, V::set1(1.3981999507e-3f));
+  p = V::fma(p, r, V::set1(8.3334519073e-3f));
+  p = V::fma(p, r, V::set1(4.1665795894e-2f));
+  p = V::fma(p, r, V::set1(1.6666665459e-1f));
+  p = V::fma(p, r, V::set1(5.0000001201e-1f));
+  p = V::add(V::fma(V::mul(r, r), p, r), V::set1(1.0f));
+  return V::mul(p, V::pow2(shifted));
+}
+
+PF_INLINE V::F sigmoid(V::F x) { return V::div(V::set1(1.0f), V::add(V::set1(1.0f), exp(V::mul(x, V::set1(-1.0f))))); }
+
+// ---- RMSNorm --------------------------------------------------------------------------------------------------------
+
+void rms_norm(const RmsNormArgs& g, int64_t row0, int64_t row1) {
+  const int64_t n = g.x.cols;
+  with_dtype(
+      g.x.dtype, PF_BODY(int D) {
+        const char* weight = static_cast<const char*>(g.weight);
+        for (int64_t r = row0; r < row1; ++r) {
+          const char* x = g.x.row(r);
+          V::F square = V::zero();
+          if (g.residual.data != nullptr) {
+            const char* residual = g.residual.row(r);
+            char* sum = row_of(g.sum, D, n, r);
+            for (int64_t i = 0; i < n; i += kLanes) {
+              const V::F h = rounded<D>(V::add(load_part<D>(x, i, n), load_part<D>(residual, i, n)));
+              store_part<D>(sum, i, n, h);
+              square = V::fma(h, h, square);
+            }
+            x = sum;
+          } else {
+            for (int64_t i = 0; i < n; i += kLanes) {
+              const V::F h = load_part<D>(x, i, n);
+              square = V::fma(h, h, square);
+            }
+          }
+          const V::F inverse = V::set1(1.0f / __builtin_sqrtf(V::reduce(square) / static_cast<float>(n) + g.eps));
+          char* y = row_of(g.y, D, n, r);
+          for (int64_t i = 0; i < n; i += kLanes) {
+            const V::F unit = rounded<D>(V::mul(load_part<D>(x, i, n), inverse));
+            store_part<D>(y, i, n, V::mul(load_part<D>(weight, i, n), unit));
+          }
+        }
+      });
+}
+
+void rms_norm_backward(const RmsNormBackwardArgs& g, int64_t row0, int64_t row1) {
+  const int64_t n = g.x.cols;
+  with_dtype(
+      g.x.dtype, PF_BODY(int D) {
+        const char* weight = static_cast<const char*>(g.weight);
+        for (int64_t r = row0; r < row1; ++r) {
+          const char *x = g.x.row(r), *dy = g.dy.row(r);
+          V::F square = V::zero(), dot = V::zero();
+          for (int64_t i = 0; i < n; i += kLanes) {
+            const V::F h = load_part<D>(x, i, n);
+            square = V::fma(h, h, square);
+            dot = V::fma(V::mul(load_part<D>(dy, i, n), load_part<D>(weight, i, n)), h, dot);
+          }
+          const float count = static_cast<float>(n);
+          const float inverse = 1.0f / __builtin_sqrtf(V::reduce(square) / count + g.eps);
+          g.inverse[r] = inverse;
+          const V::F scale = V::set1(inverse), shift = V::set1(-inverse * inverse * inverse * V::reduce(dot) / count);
+          char* dx = row_of(g.dx, D, n, r);
+          for (int64_t i = 0; i < n; i += kLanes) {
+            const V::F own = V::mul(V::mul(load_part<D>(dy, i, n), load_part<D>(weight, i, n)), scale);
+            V::F d = V::fma(load_part<D>(x, i, n), shift, own);
+            if (g.dsum.data != nullptr) d = V::add(d, load_part<D>(g.dsum.row(r), i, n));
+            store_part<D>(dx, i, n, d);
+          }
+        }
+      });
+}
+
+// dweight [col0, col1) float32.
+void rms_norm_weight_backward(const RmsNormBackwardArgs& g, float* dweight, int64_t col0, int64_t col1) {
+  with_dtype(
+      g.x.dtype, PF_BODY(int D) {
+        for (int64_t i = col0; i < col1; i += kLanes) {
+          V::F sum = V::zero();
+          for (int64_t r = 0; r < g.x.rows; ++r) {
+            const V::F unit = V::mul(load_part<D>(g.x.row(r), i, col1), V::set1(g.inverse[r]));
+            sum = V::fma(load_part<D>(g.dy.row(r), i, col1), unit, sum);
+          }
+          store_part<kFloat32>(reinterpret_cast<char*>(dweight), i, col1, sum);
+        }
+      });
+}
+
+// ---- SwiGLU ---------------------------------------------------------------------------------------------------------
+
+void swiglu(const Matrix& gate, const Matrix& up, void* y, int64_t row0, int64_t row1) {
+  const int64_t n = gate.cols;
+  with_dtype(
+      gate.dtype, PF_BODY(int D) {
+        for (int64_t r = row0; r < row1; ++r)
+          for (int64_t i = 0; i < n; i += kLanes) {
+            const V::F g = load_part<D>(gate.row(r), i, n);
+            const V::F silu = rounded<D>(V::mul(g, sigmoid(g)));
+            store_part<D>(row_of(y, D, n, r), i, n, V::mul(silu, load_part<D>(up.row(r), i, n)));
+          }
+      });
+}
+
+void swiglu_backward(const Matrix& dy, const Matrix& gate, const Matrix& up, void* dgate, void* dup, int64_t row0,
+                     int64_t row1) {
+  const int64_t n = gate.cols;
+  with_dtype(
+      gate.dtype, PF_BODY(int D) {
+        const V::F one = V::set1(1.0f), minus = V::set1(-1.0f);
+        for (int64_t r = row0; r < row1; ++r)
+          for (int64_t i = 0; i < n; i += kLanes) {
+            const V::F g = load_part<D>(gate.row(r), i, n), d = load_part<D>(dy.row(r), i, n);
+            const V::F s = sigmoid(g), silu = V::mul(g, s);
+            const V::F slope = V::fma(silu, V::fma(s, minus, one), s);
+            store_part<D>(row_of(dup, D, n, r), i, n, V::mul(d, silu));
+            store_part<D>(row_of(dgate, D, n, r), i, n, V::mul(V::mul(d, load_part<D>(up.row(r), i, n)), slope));
+          }
+      });
+}
+
+// ---- rotary embeddings ----------------------------------------------------------------------------------------------
+
+// y = x cos + (-x2, x1) sin with x = (x1, x2); transposed: y = x cos + (x2 sin2, -x1 sin1), the gradient.
+void rope(const RopeArgs& g, int64_t token0, int64_t token1) {
+  const int64_t half = g.dim / 2;
+  const int size = dtype_size(g.dtype);
+  with_dtype(
+      g.dtype, PF_BODY(int D) {
+        const V::F sign = V::set1(g.transposed ? -1.0f : 1.0f);
+        for (int64_t token = token0; token < token1; ++token) {
+          const int64_t b = token / g.tokens, t = token % g.tokens;
+          const int64_t at = (b * g.angle_stride + t) * g.dim * size;
+          const char *cos = static_cast<const char*>(g.cos) + at, *sin = static_cast<const char*>(g.sin) + at;
+          // What multiplies the other half.
+          const char *sin1 = g.transposed ? sin + half * size : sin, *sin2 = g.transposed ? sin : sin + half * size;
+          for (int64_t h = 0; h < g.heads; ++h) {
+            const char* x =
+                static_cast<const char*>(g.x) + (b * g.strides[0] + h * g.strides[1] + t * g.strides[2]) * size;
+            char* y = static_cast<char*>(g.y) + (token * g.heads + h) * g.dim * size;
+            for (int64_t i = 0; i < half; i += kLanes) {
+              const V::F x1 = load_part<D>(x, i, half), x2 = load_part<D>(x + half * size, i, half);
+              const V::F cross1 = V::mul(V::mul(x2, load_part<D>(sin1, i, half)), sign);
+              const V::F cross2 = V::mul(V::mul(x1, load_part<D>(sin2, i, half)), sign);
+              const V::F own1 = rounded<D>(V::mul(x1, load_part<D>(cos, i, half)));
+              const V::F own2 = rounded<D>(V::mul(x2, load_part<D>(cos + half * size, i, half)));
+              const V::F y1 = V::fma(rounded<D>(cross1), V::set1(-1.0f), own1);
+              store_part<D>(y, i, half, y1);
+              store_part<D>(y + half * size, i, half, V::add(own2, rounded<D>(cross2)));
+            }
+          }
+        }
+      });
+}

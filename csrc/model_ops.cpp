@@ -1,0 +1,158 @@
+// What a decoder layer does between its linear layers: schemas and CPU implementations.
+#include <tuple>
+
+#include "tensors.h"
+
+namespace {
+
+using namespace pf::tensors;
+
+constexpr int64_t kElementsPerThread = int64_t{1} << 14;
+
+int64_t row_grain(int64_t cols) { return kElementsPerThread / (cols + 1) + 1; }
+
+template <class Body>
+void over(int64_t n, int64_t grain, const Body& body) {
+  if (n <= grain) return body(0, n);
+  torch::stable::parallel_for(0, n, grain, body);
+}
+
+// `t` as a matrix of the dtype and shape of `like`.
+pf::Matrix matching(const Tensor& t, const pf::Matrix& like, const char* name) {
+  const pf::Matrix m = matrix(t, name);
+  STD_TORCH_CHECK(m.dtype == like.dtype && m.rows == like.rows && m.cols == like.cols, name,
+                  " must have the dtype of the other matrix and its shape, (", like.rows, ", ", like.cols, ")");
+  return m;
+}
+
+const void* norm_weight(Tensor& weight, const pf::Matrix& x) {
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.cols && dtype_of(weight, "weight") == x.dtype,
+                  "weight must be [", x.cols, "] in the dtype of x");
+  weight = torch::stable::contiguous(weight);
+  return weight.const_data_ptr();
+}
+
+std::tuple<Tensor, Tensor> rms_norm(Tensor x, OptTensor residual, Tensor weight, double eps) {
+  const pf::Kernels& k = kernels();
+  x = with_contiguous_columns(x);
+  pf::RmsNormArgs args{matrix(x, "x"), {}, nullptr, static_cast<float>(eps), nullptr, nullptr};
+  args.weight = norm_weight(weight, args.x);
+  Tensor y = new_matrix(args.x.rows, args.x.cols, args.x.dtype);
+  Tensor sum = new_matrix(residual.has_value() ? args.x.rows : 0, args.x.cols, args.x.dtype);
+  if (residual.has_value()) {
+    residual = with_contiguous_columns(*residual);
+    args.residual = matching(*residual, args.x, "residual");
+    args.sum = sum.mutable_data_ptr();
+  }
+  args.y = y.mutable_data_ptr();
+  over(args.x.rows, row_grain(args.x.cols), [&](int64_t r0, int64_t r1) { k.rms_norm(args, r0, r1); });
+  return {y, sum};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps,
+                                             bool need_weight) {
+  const pf::Kernels& k = kernels();
+  x = with_contiguous_columns(x);
+  dy = with_contiguous_columns(dy);
+  const pf::Matrix xm = matrix(x, "x");
+  Tensor dx = new_matrix(xm.rows, xm.cols, xm.dtype);
+  Tensor inverse = new_matrix(1, xm.rows, pf::kFloat32);
+  Tensor dweight = new_matrix(need_weight ? 1 : 0, xm.cols, pf::kFloat32);
+  pf::RmsNormBackwardArgs args{matching(dy, xm, "dy"),
+                               xm,
+                               {},
+                               norm_weight(weight, xm),
+                               static_cast<float>(eps),
+                               dx.mutable_data_ptr(),
+                               static_cast<float*>(inverse.mutable_data_ptr())};
+  if (dsum.has_value()) {
+    dsum = with_contiguous_columns(*dsum);
+    args.dsum = matching(*dsum, xm, "dsum");
+  }
+  over(xm.rows, row_grain(xm.cols), [&](int64_t r0, int64_t r1) { k.rms_norm_backward(args, r0, r1); });
+  if (need_weight) {
+    constexpr int64_t kColumns = 64;
+    float* out = static_cast<float*>(dweight.mutable_data_ptr());
+    over((xm.cols + kColumns - 1) / kColumns, row_grain(xm.rows * kColumns), [&](int64_t u0, int64_t u1) {
+      k.rms_norm_weight_backward(args, out, u0 * kColumns, u1 * kColumns < xm.cols ? u1 * kColumns : xm.cols);
+    });
+  }
+  return {dx, dweight};
+}
+
+Tensor swiglu(Tensor gate, Tensor up) {
+  const pf::Kernels& k = kernels();
+  gate = with_contiguous_columns(gate);
+  up = with_contiguous_columns(up);
+  const pf::Matrix g = matrix(gate, "gate"), u = matching(up, g, "up");
+  Tensor y = new_matrix(g.rows, g.cols, g.dtype);
+  void* out = y.mutable_data_ptr();
+  over(g.rows, row_grain(g.cols * 4), [&](int64_t r0, int64_t r1) { k.swiglu(g, u, out, r0, r1); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up) {
+  const pf::Kernels& k = kernels();
+  dy = with_contiguous_columns(dy);
+  gate = with_contiguous_columns(gate);
+  up = with_contiguous_columns(up);
+  const pf::Matrix g = matrix(gate, "gate"), u = matching(up, g, "up"), d = matching(dy, g, "dy");
+  Tensor dgate = new_matrix(g.rows, g.cols, g.dtype), dup = new_matrix(g.rows, g.cols, g.dtype);
+  void *dg = dgate.mutable_data_ptr(), *du = dup.mutable_data_ptr();
+  over(g.rows, row_grain(g.cols * 4), [&](int64_t r0, int64_t r1) { k.swiglu_backward(d, g, u, dg, du, r0, r1); });
+  return {dgate, dup};
+}
+
+Tensor rotated(const pf::Kernels& k, Tensor x, const Tensor& cos, const Tensor& sin, bool transposed,
+               const char* name) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(3) % 2 == 0, name, " must be [batch, heads, tokens, dim], dim even");
+  if (x.size(3) > 1 && x.stride(3) != 1) x = torch::stable::contiguous(x);
+  const int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), dim = x.size(3);
+  const int dtype = dtype_of(x, name);
+  for (const Tensor* t : {&cos, &sin})
+    STD_TORCH_CHECK(
+        t->dim() == 3 && (t->size(0) == batch || t->size(0) == 1) && t->size(1) == tokens && t->size(2) == dim &&
+            t->is_contiguous() && dtype_of(*t, "cos") == dtype && t->size(0) == cos.size(0),
+        "cos and sin must be contiguous [", batch, " or 1, ", tokens, ", ", dim, "] in the dtype of ", name);
+  Tensor y = new_matrix(batch * tokens, heads * dim, dtype);
+  const pf::RopeArgs args{x.const_data_ptr(),
+                          dtype,
+                          tokens,
+                          heads,
+                          dim,
+                          {x.stride(0), x.stride(1), x.stride(2)},
+                          cos.const_data_ptr(),
+                          sin.const_data_ptr(),
+                          cos.size(0) == 1 ? 0 : tokens,
+                          transposed,
+                          y.mutable_data_ptr()};
+  over(batch * tokens, row_grain(heads * dim), [&](int64_t t0, int64_t t1) { k.rope(args, t0, t1); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) {
+  const pf::Kernels& kernel = kernels();
+  cos = torch::stable::contiguous(cos);
+  sin = torch::stable::contiguous(sin);
+  return {rotated(kernel, q, cos, sin, transposed, "q"), rotated(kernel, k, cos, sin, transposed, "k")};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
+  m.def("rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, float eps, bool need_weight) -> "
+      "(Tensor, Tensor)");
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+  m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+  m.impl("rope", TORCH_BOX(&rope));
+}

@@ -1,0 +1,71 @@
+// What operators need of tensors: checked views of their memory, new ones, threads.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace pf::tensors {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+inline const pf::Kernels& kernels() {
+  const pf::Kernels* k = pf::kernels();
+  if (k == nullptr) {
+    std::string names;
+    for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) names += std::string(" ") + *name;
+    STD_TORCH_CHECK(false, "PYFASTPEFT_CPU_ISA is '", std::getenv("PYFASTPEFT_CPU_ISA"),
+                    "'; on this machine it must be one of:", names);
+  }
+  return *k;
+}
+
+inline int dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return pf::kFloat32;
+    case ScalarType::BFloat16:
+      return pf::kBFloat16;
+    case ScalarType::Half:
+      return pf::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+// `t` itself where its columns are contiguous, else a copy.
+inline Tensor with_contiguous_columns(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// A new contiguous [rows, cols] tensor on the CPU, straight from the allocator: the dispatcher's way takes three times
+// as long, which a call of a few microseconds feels.
+inline Tensor new_matrix(int64_t rows, int64_t cols, int dtype) {
+  const int32_t code = dtype == pf::kFloat32    ? aoti_torch_dtype_float32()
+                       : dtype == pf::kBFloat16 ? aoti_torch_dtype_bfloat16()
+                                                : aoti_torch_dtype_float16();
+  const int64_t sizes[] = {rows, cols}, strides[] = {cols > 1 ? cols : 1, 1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline pf::Matrix matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix");
+  return {t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1)};
+}
+
+inline void parallel(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
+  if (n <= grain) return body(ctx, 0, n);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { body(ctx, b, e); });
+}
+
+}  // namespace pf::tensors

@@ -1,0 +1,207 @@
+"""What a decoder layer does between its linear layers: ``rms_norm``, ``swiglu`` and ``rope``, both directions.
+
+Forward saves its inputs only (``rms_norm`` with a residual: the sum); backward computes the rest again. Values are
+rounded where transformers' Llama rounds them, so that exchanging one for the other changes a result by the order of a
+float32 sum at most.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension; with ``residual``, of their sum.
+
+    Args:
+        x: [..., H], float32, bfloat16 or float16.
+        weight: [H], in x's dtype.
+        residual: like x; added first.
+
+    Returns:
+        [..., H] in x's dtype; with ``residual`` a pair, the second being ``x + residual``. Differentiable in all three.
+
+    Raises:
+        TypeError, ValueError: the argument at fault, what it was and what it must be.
+    """
+    _check("x", x, x)
+    if weight.dtype != x.dtype or x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; it must be {x.dtype} of the size of the last "
+            f"dimension of x, which has shape {tuple(x.shape)}"
+        )
+    if residual is not None:
+        _check("residual", residual, x)
+    if x.device.type != "cpu":
+        total = x if residual is None else x + residual
+        wide = total.float()
+        y = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return y if residual is None else (y, total)
+    if _needs_grad(x, weight, residual):
+        return _RmsNorm.apply(x, residual, weight, eps)
+    return _rms_norm(x, residual, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) · up``.
+
+    Args:
+        gate, up: of one shape and dtype (float32, bfloat16 or float16).
+
+    Returns:
+        The same shape and dtype. Differentiable in both.
+    """
+    _check("gate", gate, gate)
+    _check("up", up, gate)
+    if gate.device.type != "cpu":
+        return F.silu(gate) * up
+    if _needs_grad(gate, up):
+        return _SwiGlu.apply(gate, up)
+    return _swiglu(gate, up)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embeddings (Su et al. 2021) as transformers' Llama has them: halves, not pairs, are rotated.
+
+    Args:
+        q, k: [batch, heads, tokens, dim], heads may differ; any strides.
+        cos, sin: [batch or 1, tokens, dim], in their dtype; constants.
+
+    Returns:
+        q and k rotated, of the same shapes; in memory heads lie next to dim, as after a linear layer.
+    """
+    for name, t in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        if t.dtype != q.dtype or t.dtype not in _FLOATS or t.device != q.device:
+            raise TypeError(
+                f"{name} is {t.dtype} on {t.device}; q, k, cos and sin must share a floating dtype and device"
+            )
+    for name, t in (("q", q), ("k", k)):
+        if t.dim() != 4 or t.shape[3] % 2 or (t.shape[0], *t.shape[2:]) != (q.shape[0], *q.shape[2:]):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be [batch, heads, tokens, dim], dim even")
+    batch, _, tokens, dim = q.shape
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.shape != cos.shape or t.shape not in ((batch, tokens, dim), (1, tokens, dim)):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be ({batch} or 1, {tokens}, {dim})")
+    if q.device.type != "cpu":
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return q * cos + _half_turn(q) * sin, k * cos + _half_turn(k) * sin
+    if _needs_grad(q, k):
+        return _Rope.apply(q, k, cos, sin)
+    return _rope(q, k, cos, sin, False)
+
+
+def _check(name: str, t: Tensor, like: Tensor) -> None:
+    if not isinstance(t, Tensor) or t.dtype not in _FLOATS:
+        what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
+        raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
+    if t.shape != like.shape or t.dtype != like.dtype or t.device != like.device:
+        raise ValueError(
+            f"{name} is {t.dtype} of shape {tuple(t.shape)} on {t.device}; it must be {like.dtype} of shape "
+            f"{tuple(like.shape)} on {like.device}"
+        )
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _half_turn(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.reshape(-1, t.shape[-1])
+
+
+def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor | tuple[Tensor, Tensor]:
+    y, total = torch.ops.pyfastpeft.rms_norm.default(_rows(x), _rows(residual), weight, eps)
+    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):  # noqa: ANN001
+        out = _rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(x if residual is None else out[1], weight)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, dy, dsum=None):  # noqa: ANN001
+        x, weight = ctx.saved_tensors
+        need_x, need_residual, need_weight, _ = ctx.needs_input_grad
+        dx, dweight = torch.ops.pyfastpeft.rms_norm_backward.default(
+            _rows(dy), _rows(dsum), _rows(x), weight, ctx.eps, need_weight
+        )
+        dx = dx.view(x.shape)
+        dweight = dweight[0].to(weight.dtype) if need_weight else None
+        return dx if need_x else None, dx if need_residual else None, dweight, None
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.ops.pyfastpeft.swiglu.default(_rows(gate), _rows(up)).view(gate.shape)
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):  # noqa: ANN001
+        ctx.save_for_backward(gate, up)
+        return _swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx, dy):  # noqa: ANN001
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.ops.pyfastpeft.swiglu_backward.default(_rows(dy), _rows(gate), _rows(up))
+        return dgate.view(gate.shape), dup.view(up.shape)
+
+
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    out = torch.ops.pyfastpeft.rope.default(q, k, cos, sin, transposed)
+    return tuple(
+        y.view(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x, y in zip((q, k), out, strict=True)
+    )
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):  # noqa: ANN001
+        ctx.save_for_backward(cos, sin)
+        return _rope(q, k, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx, dq, dk):  # noqa: ANN001
+        return (*_rope(dq, dk, *ctx.saved_tensors, True), None, None)
+
+
+@torch.library.register_fake("pyfastpeft::rms_norm")
+def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((0 if residual is None else x.shape[0], x.shape[1]))
+
+
+@torch.library.register_fake("pyfastpeft::rms_norm_backward")
+def _(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((1 if need_weight else 0, x.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("pyfastpeft::swiglu")
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("pyfastpeft::swiglu_backward")
+def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("pyfastpeft::rope")
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty((x.shape[0] * x.shape[2], x.shape[1] * x.shape[3])) for x in (q, k))

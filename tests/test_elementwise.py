@@ -1,0 +1,295 @@
+"""RMSNorm, SwiGLU and rotary embeddings under every instruction set: against float64, and as transformers has them."""
+
+import math
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama as llama
+
+import pyfastpeft as fp
+from pyfastpeft.ops import rms_norm, rope, swiglu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Relative Frobenius error: two roundings of an output at most.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+SHAPES = [(1, 19), (3, 11), (1, 576), (2, 5, 96), (40, 33), (0, 16), (130, 257), (600, 64)]
+
+
+def error(got, expected):
+    assert got.shape == expected.shape
+    if expected.numel() == 0:
+        return 0.0
+    scatter = 1 + 3 / math.sqrt(expected.numel())
+    return float(
+        (got.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp(min=1e-30) / scatter
+    )
+
+
+def check_gradients(function, reference, tensors, dtype):
+    """Outputs and the gradients of all of ``tensors``, against ``reference`` in float64."""
+    ours = [t.to(dtype).requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in ours]
+    got, expected = function(*ours), reference(*exact)
+    got, expected = (o if isinstance(o, tuple) else (o,) for o in (got, expected))
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == dtype
+        assert error(g, e) <= TOLERANCE[dtype]
+    into = [torch.randn(e.shape).to(dtype) for e in expected]
+    mine = torch.autograd.grad(got, ours, into)
+    theirs = torch.autograd.grad(expected, exact, [d.double() for d in into])
+    for g, e in zip(mine, theirs, strict=True):
+        assert g.dtype == dtype
+        assert error(g, e) <= 3 * TOLERANCE[dtype]
+
+
+def norm64(x, weight, eps=1e-6):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def half_turn(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def rope64(q, k, cos, sin):
+    cos, sin = cos.double().unsqueeze(1), sin.double().unsqueeze(1)
+    return q * cos + half_turn(q) * sin, k * cos + half_turn(k) * sin
+
+
+def angles(batch, tokens, dim, dtype=torch.float32):
+    return torch.randn(batch, tokens, dim).cos().to(dtype), torch.randn(batch, tokens, dim).sin().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_and_its_gradients(isa, dtype):
+    for shape in SHAPES:
+        x, weight = torch.randn(shape) * 3, torch.randn(shape[-1])
+        check_gradients(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: norm64(x, w, 1e-5), (x, weight), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_of_a_sum_and_its_gradients(isa, dtype):
+    for shape in SHAPES:
+        x, residual, weight = torch.randn(shape), torch.randn(shape) * 2, torch.randn(shape[-1])
+        check_gradients(
+            lambda x, r, w: rms_norm(x, w, residual=r),
+            lambda x, r, w: (norm64(x + r, w), x + r),
+            (x, residual, weight),
+            dtype,
+        )
+
+
+def test_only_one_output_of_a_norm_with_residual_may_be_used(isa):
+    x, residual, weight = (
+        torch.randn(4, 32, requires_grad=True),
+        torch.randn(4, 32, requires_grad=True),
+        torch.randn(32),
+    )
+    for index in (0, 1):
+        out = rms_norm(x, weight, residual=residual)[index]
+        exact = (norm64(x.double() + residual.double(), weight.double()), x.double() + residual.double())[index]
+        for mine, theirs in zip(
+            torch.autograd.grad(out.sum(), (x, residual)), torch.autograd.grad(exact.sum(), (x, residual)), strict=True
+        ):
+            assert error(mine, theirs.double()) <= 1e-5
+
+
+def test_a_frozen_weight_or_input_gets_no_gradient():
+    x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    rms_norm(x, weight.detach()).sum().backward()
+    rms_norm(x.detach(), weight).sum().backward()
+    assert x.grad is not None and weight.grad is not None
+    assert not rms_norm(x.detach(), weight.detach()).requires_grad
+    with torch.no_grad():
+        assert not rms_norm(x, weight).requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_and_its_gradients(isa, dtype):
+    for shape in SHAPES:
+        check_gradients(
+            swiglu, lambda g, u: g * torch.sigmoid(g) * u, (torch.randn(shape) * 4, torch.randn(shape)), dtype
+        )
+
+
+def test_swiglu_of_large_and_special_values(isa):
+    gate = torch.tensor([0.0, -0.0, 1e-30, 30.0, -30.0, 87.0, -87.0, 100.0, -100.0, 1e30, -1e30, math.inf, math.nan])
+    got, expected = swiglu(gate, torch.ones_like(gate)), gate * torch.sigmoid(gate)
+    finite = expected.isfinite()
+    assert torch.allclose(got[finite], expected[finite], rtol=1e-6, atol=1e-30)
+    assert got[-2] == math.inf and got[-1].isnan()
+
+
+def test_nan_and_infinity_reach_the_outputs_they_touch(isa):
+    for value in (math.nan, math.inf):
+        x = torch.randn(3, 40)
+        x[1, 7] = value
+        y = rms_norm(x, torch.ones(40))
+        assert y[0].isfinite().all() and y[2].isfinite().all() and not y[1].isfinite().all()
+        q = torch.randn(1, 2, 3, 8)
+        q[0, 1, 2, 5] = value
+        out, other = rope(q, torch.randn(1, 1, 3, 8), *angles(1, 3, 8))
+        assert set(map(tuple, (~out.isfinite()).nonzero().tolist())) == {(0, 1, 2, 1), (0, 1, 2, 5)}
+        assert other.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_and_its_gradients(isa, dtype):
+    for batch, heads, kv, tokens, dim, shared in [
+        (1, 9, 3, 1, 64, True),
+        (2, 4, 4, 7, 8, False),
+        (3, 1, 2, 5, 34, True),
+        (2, 3, 1, 40, 128, False),
+        (2, 2, 2, 0, 16, False),
+        (6, 2, 1, 5, 2, True),
+    ]:
+        cos, sin = angles(1 if shared else batch, tokens, dim, dtype)
+        q, k = torch.randn(batch, tokens, heads, dim), torch.randn(batch, tokens, kv, dim)
+        check_gradients(
+            lambda q, k: rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin),  # noqa: B023
+            lambda q, k: rope64(q.transpose(1, 2), k.transpose(1, 2), cos, sin),  # noqa: B023
+            (q, k),
+            dtype,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_are_rounded_where_transformers_rounds_them(isa, dtype):
+    """Equal but where the order of a float32 sum decides a rounding."""
+    x = torch.randn(50, 96).to(dtype)
+    norm = llama.LlamaRMSNorm(96).to(dtype)
+    norm.weight.data.normal_()
+    q, k = torch.randn(2, 6, 4, 16).to(dtype).transpose(1, 2), torch.randn(2, 6, 2, 16).to(dtype).transpose(1, 2)
+    cos, sin = angles(2, 6, 16, dtype)
+    gate, up = torch.randn(2, 50, 96).to(dtype)
+    with torch.no_grad():
+        pairs = [
+            (rms_norm(x, norm.weight, norm.variance_epsilon), norm(x)),
+            (swiglu(gate, up), torch.nn.functional.silu(gate) * up),
+            *zip(rope(q, k, cos, sin), llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True),
+        ]
+    for got, expected in pairs:
+        if dtype == torch.float32:
+            assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert (got == expected).float().mean() > 0.99
+            assert torch.allclose(got.float(), expected.float(), rtol=1e-2)
+
+
+def test_strided_inputs_give_the_contiguous_result(isa):
+    wide = torch.randn(9, 201)
+    for x in (wide[:, 1:97], wide[::2, :96], wide[:, :192:2], torch.randn(96, 9).t()):
+        weight = torch.randn(192)[::2]
+        assert torch.equal(rms_norm(x, weight), rms_norm(x.contiguous(), weight.contiguous()))
+        assert torch.equal(swiglu(x, x.flip(0)), swiglu(x.contiguous(), x.flip(0).contiguous()))
+    q = torch.randn(2, 4, 6, 32)
+    cos, sin = angles(2, 12, 16)
+    for view in (q[..., :16], q[..., ::2], torch.randn(2, 6, 4, 16).transpose(1, 2)):
+        for c, s in ((cos[:, :6], sin[:, 6:]), (cos[:1, ::2], sin[:1, 1::2])):
+            got, expected = (
+                rope(view, view, c, s),
+                rope(view.contiguous(), view.contiguous(), c.contiguous(), s.contiguous()),
+            )
+            assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_backward_keeps_the_inputs_and_nothing_else():
+    saved = []
+    x, up, residual = (torch.randn(30, 40, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        swiglu(x, up)
+        assert {t.data_ptr() for t in saved} == {x.data_ptr(), up.data_ptr()}
+        saved.clear()
+        weight = torch.randn(40)
+        _, total = rms_norm(x, weight, residual=residual)
+        assert {t.data_ptr() for t in saved} == {total.data_ptr(), weight.data_ptr()}
+
+
+def test_the_gradient_of_rope_is_its_transpose(isa):
+    q, d = torch.randn(2, 3, 5, 12, requires_grad=True), torch.randn(2, 3, 5, 12)
+    cos, sin = angles(2, 5, 12)
+    out, _ = rope(q, q.detach(), cos, sin)
+    (grad,) = torch.autograd.grad(out, q, d)
+    assert torch.allclose((out * d).sum(), (q * grad).sum(), rtol=1e-4, atol=1e-4)
+
+
+def _samples():
+    x, weight, cos_sin = torch.randn(6, 24), torch.randn(24), angles(2, 3, 8)
+    q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
+    return {
+        "rms_norm": [(x, None, weight, 1e-6), (x, x + 1, weight, 1e-6)],
+        "rms_norm_backward": [(x, None, x, weight, 1e-6, True), (x, x + 1, x, weight, 1e-6, False)],
+        "swiglu": [(x, x + 1)],
+        "swiglu_backward": [(x, x + 1, x + 2)],
+        "rope": [(q, k, *cos_sin, False), (q, k, *angles(1, 3, 8), True)],
+    }
+
+
+@pytest.mark.parametrize("name", list(_samples()))
+def test_opcheck_passes_for_every_operator(name):
+    for args in _samples()[name]:
+        torch.library.opcheck(getattr(torch.ops.pyfastpeft, name).default, args)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_as_one_graph_with_gradients(backend):
+    cos, sin = angles(1, 5, 8)
+    weight = torch.randn(16, requires_grad=True)
+
+    def layer(x, residual):
+        y, total = rms_norm(x, weight, residual=residual)
+        q = y.view(1, 5, 2, 8).transpose(1, 2)
+        q, k = rope(q, q * 2, cos, sin)
+        return swiglu(q + k, q), rms_norm(total, weight)
+
+    x, residual = torch.randn(1, 5, 16, requires_grad=True), torch.randn(1, 5, 16)
+    expected, got = layer(x, residual), torch.compile(layer, fullgraph=True, backend=backend)(x, residual)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.allclose(g, e, rtol=1e-5, atol=1e-6)
+    for g, e in zip(
+        torch.autograd.grad([o.sum() for o in got], (x, weight)),
+        torch.autograd.grad([o.sum() for o in expected], (x, weight)),
+        strict=True,
+    ):
+        assert torch.allclose(g, e, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_name_the_argument():
+    x = torch.randn(3, 8)
+    q, (cos, sin) = torch.randn(1, 2, 3, 8), angles(1, 3, 8)
+    for call, error_type, words in [
+        (lambda: rms_norm(x.long(), torch.ones(8)), TypeError, "x has dtype"),
+        (lambda: rms_norm(x, torch.ones(7)), ValueError, "weight is"),
+        (lambda: rms_norm(x, torch.ones(8).double()), ValueError, "weight is"),
+        (lambda: rms_norm(x, torch.ones(8), residual=x[:2]), ValueError, "residual is"),
+        (lambda: swiglu(x, x.bfloat16()), ValueError, "up is"),
+        (lambda: rope(q[0], q, cos, sin), ValueError, "q has shape"),
+        (lambda: rope(q, q[..., :6], cos, sin), ValueError, "k has shape"),
+        (lambda: rope(q, q, cos[:, :2], sin), ValueError, "cos has shape"),
+        (lambda: rope(q, q, cos, sin.double()), TypeError, "sin is"),
+    ]:
+        with pytest.raises(error_type, match=words):
+            call()
+    assert fp.ops.rms_norm is rms_norm
+
+
+def test_threads_change_nothing(isa):
+    x, weight = torch.randn(700, 96), torch.randn(96)
+    cos, sin = angles(2, 300, 16)
+    q = torch.randn(2, 5, 300, 16)
+
+    def run():
+        a = x.clone().requires_grad_()
+        w = weight.clone().requires_grad_()
+        y = swiglu(rms_norm(a, w), a)
+        y.sum().backward()
+        return [y, a.grad, w.grad, *rope(q, q, cos, sin)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run()
+        torch.set_num_threads(4)
+        assert all(torch.equal(a, b) for a, b in zip(run(), one, strict=True))
+    finally:
+        torch.set_num_threads(before)
