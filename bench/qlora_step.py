@@ -3,8 +3,7 @@
     python bench/qlora_step.py --threads 2
 
 Batch 4 × 256, r = 16 on all linear layers, bf16, random weights of the model's size. Times are medians over steps that
-alternate in one process; the peak memory of each comes from a process of its own, loading included. ``ours_trainer``
-adds the loss that ``pyfastpeft train`` uses, which never holds all logits.
+alternate in one process; the peak memory of each comes from a process of its own, loading included.
 """
 
 from __future__ import annotations
@@ -23,18 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-
-def _trainer(folder: str) -> torch.nn.Module:
-    from pyfastpeft.integrations.causal_loss import use_labelled_loss
-
-    model = models.adapted_ours(folder)
-    use_labelled_loss(model)
-    return model
-
-
 CONTENDERS: dict[str, Callable[[str], torch.nn.Module]] = {
     "ours": models.adapted_ours,
-    "ours_trainer": _trainer,
     "peft_bnb_nf4": models.adapted_peft,
 }
 

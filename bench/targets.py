@@ -94,11 +94,10 @@ def step(args: argparse.Namespace, console: Console, keep: list[dict]) -> Iterat
     )
     result = qlora_step.measure(options, console)
     keep.append(result)
-    for name in ("ours", "ours_trainer"):
-        row = result["contenders"][name]
-        if "speedup" in row:
-            yield Row(f"QLoRA step SmolLM2-135M, {name}, against peft + bitsandbytes", row["speedup"], "≥", 1.3, "×")
-            yield Row(f"its peak memory, {name}", row["memory_ratio"], "≤", 0.7, "×")
+    row = result["contenders"]["ours"]
+    if "speedup" in row:
+        yield Row("QLoRA step SmolLM2-135M, against peft + bitsandbytes", row["speedup"], "≥", 1.8, "×")
+        yield Row("its peak memory", row["memory_ratio"], "≤", 0.5, "×")
 
 
 def swap(args: argparse.Namespace, console: Console, keep: list[dict]) -> Iterator[Row]:

@@ -28,7 +28,6 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from .hub.files import load_safetensors, read_json, save_safetensors, write_text
-from .integrations.causal_loss import use_labelled_loss
 
 IGNORED = -100
 Messages = list[dict[str, str]]
@@ -312,11 +311,6 @@ def train_adapter(
         model=model, args=args, train_dataset=dataset, data_collator=Collator(pad_token_id), callbacks=list(callbacks)
     )
     trainer.remove_callback(PrinterCallback)
-    loss = use_labelled_loss(model)
-    try:
-        output = trainer.train(resume_from_checkpoint=last)
-    finally:
-        if loss is not None:
-            loss.remove()
+    output = trainer.train(resume_from_checkpoint=last)
     model.save_pretrained(output_dir, selected_adapters=model.active_adapters)
     return output

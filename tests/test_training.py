@@ -9,20 +9,12 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    T5Config,
-    T5ForConditionalGeneration,
     TrainerCallback,
 )
 
 import pyfastpeft as fp
 from pyfastpeft.data import drug_qa, score_drug_qa
 from pyfastpeft.generation import answer
-from pyfastpeft.integrations.causal_loss import chunked_cross_entropy, use_labelled_loss
 from pyfastpeft.training import IGNORED, Collator, encode, load_dataset, prompt_ids, read_rows, train_adapter
 
 QUESTION, ANSWER = "Which drug?", "Drug: x"
@@ -114,93 +106,6 @@ def test_batches_are_padded_on_the_right():
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
-
-
-# Loss.
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 200,
-}
-APPLIES = [
-    LlamaConfig(**SMALL),
-    MixtralConfig(**SMALL, num_local_experts=4, output_router_logits=True),
-    GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=200, bos_token_id=0, eos_token_id=0),
-]
-
-
-def loss_and_gradients(model, batch, **kwargs):
-    model.zero_grad()
-    torch.manual_seed(0)
-    loss = model(**batch, **kwargs).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def labelled_batch():
-    ids = torch.randint(0, 200, (3, 17))
-    labels = ids.clone()
-    labels[:, :9] = IGNORED
-    labels[1] = IGNORED
-    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-
-
-@pytest.mark.parametrize("config", APPLIES, ids=lambda c: c.model_type)
-@pytest.mark.parametrize("kwargs", [{}, {"num_items_in_batch": 37}], ids=["mean", "num_items"])
-def test_the_loss_over_labelled_rows_equals_the_ordinary_loss(config, kwargs):
-    model = AutoModelForCausalLM.from_config(config).train()
-    batch = labelled_batch()
-    expected, expected_gradients = loss_and_gradients(model, batch, **kwargs)
-    handle = use_labelled_loss(model)
-    assert handle is not None
-    loss, gradients = loss_and_gradients(model, batch, **kwargs)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-6)
-    assert model(**batch).logits.shape[1] == 0
-    with torch.no_grad():
-        assert model.eval()(**batch).logits.shape == (3, 17, 200)
-    handle.remove()
-    assert model.train()(**batch).logits.shape == (3, 17, 200)
-
-
-def test_the_labelled_loss_steps_aside_where_it_does_not_apply():
-    capped = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL)).train()
-    batch = labelled_batch()
-    before = capped(**batch)
-    assert use_labelled_loss(capped) is None
-    after = capped(**batch)
-    assert torch.equal(before.loss, after.loss) and after.logits.shape == before.logits.shape
-    t5 = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=200, decoder_start_token_id=0)
-    assert use_labelled_loss(T5ForConditionalGeneration(t5)) is None
-    assert use_labelled_loss(torch.nn.Linear(2, 2)) is None
-
-
-@pytest.mark.parametrize("rows", [0, 1, 3, 300])
-def test_chunks_add_up_to_the_whole(rows, monkeypatch):
-    monkeypatch.setattr("pyfastpeft.integrations.causal_loss._CHUNK_LOGITS", 50 * 7)
-    head = torch.nn.Linear(8, 50)
-    hidden, labels = torch.randn(rows, 8, requires_grad=True), torch.randint(0, 50, (rows,))
-    expected = torch.nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
-    wanted = torch.autograd.grad(expected, [hidden, *head.parameters()])
-    loss = chunked_cross_entropy(hidden, labels, head)
-    got = torch.autograd.grad(loss * 2, [hidden, *head.parameters()])
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b * 2, rtol=1e-4, atol=1e-4)
-
-
-def test_a_frozen_head_receives_no_gradient():
-    head = torch.nn.Linear(8, 50).requires_grad_(False)
-    hidden = torch.randn(5, 8, requires_grad=True)
-    chunked_cross_entropy(hidden, torch.arange(5), head).backward()
-    assert head.weight.grad is None and hidden.grad.abs().sum() > 0
 
 
 # Runs.

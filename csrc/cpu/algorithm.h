@@ -882,5 +882,6 @@ Kernels make_kernels(const char* name) {
   kernels.swiglu = swiglu;
   kernels.swiglu_backward = swiglu_backward;
   kernels.rope = rope;
+  kernels.cross_entropy = cross_entropy;
   return kernels;
 }

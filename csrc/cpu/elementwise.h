@@ -1,4 +1,5 @@
-// RMSNorm, SwiGLU and rotary embeddings, both directions, over the vocabulary `V`. Included by algorithm.h.
+// RMSNorm, SwiGLU, rotary embeddings and cross-entropy, both directions, over the vocabulary `V`. Included by
+// algorithm.h.
 //
 // Arithmetic is float32; a value that transformers rounds to the tensors' dtype on the way is rounded here as well, so
 // that a model computes the same with these kernels as without them.
@@ -205,6 +206,49 @@ void rope(const RopeArgs& g, int64_t token0, int64_t token1) {
               store_part<D>(y + half * size, i, half, V::add(own2, rounded<D>(cross2)));
             }
           }
+        }
+      });
+}
+
+// ---- cross-entropy --------------------------------------------------------------------------------------------------
+
+// loss = log(sum(e^x)) - x[label]; gradient = e^x / sum(e^x), less one at the label.
+void cross_entropy(const CrossEntropyArgs& g, int64_t row0, int64_t row1) {
+  const int64_t n = g.logits.cols, whole = n / kLanes * kLanes;
+  with_dtype(
+      g.logits.dtype, PF_BODY(int D) {
+        constexpr int kSize = D == kFloat32 ? 4 : 2;
+        constexpr int kSums = 4;
+        for (int64_t r = row0; r < row1; ++r) {
+          const char* x = g.logits.row(r);
+          char* gradient = row_of(g.gradient, D, n, r);
+          alignas(64) char tail[kLanes * kSize];
+          store_as<D>(tail, V::set1(-__builtin_inff()));
+          copy_bytes(tail, x + whole * kSize, (n - whole) * kSize);
+
+          V::F most = load_as<D>(tail);
+          for (int64_t i = 0; i < whole; i += kLanes) most = V::max(most, load_as<D>(x + i * kSize));
+          const float top = V::reduce_max(most);
+          const V::F shift = V::set1(-top);
+          V::F sums[kSums] = {exp(V::add(load_as<D>(tail), shift)), V::zero(), V::zero(), V::zero()};
+          int64_t i = 0;
+          for (; i + kSums * kLanes <= whole; i += kSums * kLanes)
+            for (int j = 0; j < kSums; ++j)
+              sums[j] = V::add(sums[j], exp(V::add(load_as<D>(x + (i + j * kLanes) * kSize), shift)));
+          for (; i < whole; i += kLanes) sums[0] = V::add(sums[0], exp(V::add(load_as<D>(x + i * kSize), shift)));
+          const float sum = V::reduce(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
+
+          const V::F inverse = V::set1(1.0f / sum);
+          for (i = 0; i < whole; i += kLanes)
+            store_as<D>(gradient + i * kSize, V::mul(exp(V::add(load_as<D>(x + i * kSize), shift)), inverse));
+          store_part<D>(gradient, whole, n, V::mul(exp(V::add(load_as<D>(tail), shift)), inverse));
+
+          alignas(64) float one[kLanes];
+          float label;
+          to_float(x + g.labels[r] * kSize, D, &label, 1);
+          V::store(one, V::add(V::mul(exp(V::set1(label - top)), inverse), V::set1(-1.0f)));
+          store_part<D>(gradient + g.labels[r] * kSize, 0, 1, V::load(one));
+          g.losses[r] = __builtin_logf(sum) + (top - label);
         }
       });
 }

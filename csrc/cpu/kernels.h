@@ -82,6 +82,13 @@ struct RopeArgs {
   void* y;                // [batch, tokens, heads, dim]
 };
 
+struct CrossEntropyArgs {
+  Matrix logits;
+  const int64_t* labels;  // [rows], each below cols
+  float* losses;          // [rows]
+  void* gradient;         // [rows, cols], contiguous, in the dtype of logits
+};
+
 // One arithmetic: float32 FMA, or bf16 pairs into float32.
 struct Arithmetic {
   int64_t group_lanes;  // lanes of a panel
@@ -126,6 +133,7 @@ struct Kernels {
   void (*swiglu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up, void* dgate, void* dup, int64_t row0,
                           int64_t row1);
   void (*rope)(const RopeArgs&, int64_t token0, int64_t token1);  // tokens counted over the batch
+  void (*cross_entropy)(const CrossEntropyArgs&, int64_t row0, int64_t row1);
 };
 
 // Grow-only scratch of the calling thread, 64-byte aligned; `slot` keeps concurrent uses apart.

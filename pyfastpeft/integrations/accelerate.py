@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..nn import Linear4bit
+from .deferred_logits import defer_logits
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -13,7 +14,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     Codes, scales and biases are kept, and so are the keys of the state dict; a layer used in several places stays one
     layer. Under a peft LoRA layer it is the base layer that is replaced: forward, training and saving the adapter go on
     as before, but peft cannot merge into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that).
-    Forward hooks of a replaced layer move to the new one.
+    Forward hooks of a replaced layer move to the new one. In training the output head's logits are computed only when
+    something reads them (:mod:`.deferred_logits`).
 
     Returns:
         ``model`` itself, unless it is such a layer.
@@ -27,6 +29,7 @@ def accelerate(model: nn.Module) -> nn.Module:
                 if child not in replaced:
                     replaced[child] = _replacement(child)
                 parent._modules[name] = replaced[child]
+    defer_logits(model)
     return model
 
 

@@ -1,0 +1,266 @@
+"""Logits that are computed only when something reads them.
+
+In training a language model's logits [batch, length, vocabulary] are its largest tensor by far, in the model's dtype,
+again in float32, and as much for their gradients; and usually one number, the loss, is all that is made of them. So
+:func:`defer_logits` lets a frozen output head return a :class:`DeferredLogits` in training: ``cross_entropy`` over it
+drops the rows without a label and runs the head over the rest a chunk at a time, gradient included. Whatever else reads
+it gets the logits. A model's own loss, a trainer's and a hand-written one are all served, and code that looks at
+``outputs.logits`` finds them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+
+from ..ops import cross_entropy_with_gradient
+
+_CHUNK_LOGITS = 1 << 23
+
+
+def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], classes: int) -> Tensor:
+    """Sum of the cross-entropies of ``head(hidden)`` against ``labels``, in float32, a chunk of rows at a time.
+
+    Args:
+        hidden: [n, H].
+        labels: int64 [n], each in [0, classes).
+        head: [m, H] → [m, classes]; its parameters receive no gradients.
+
+    Returns:
+        A scalar, differentiable once in ``hidden``.
+
+    Raises:
+        IndexError: a label that is no class.
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise IndexError(f"labels lie in [{int(labels.min())}, {int(labels.max())}]; there are {classes} classes")
+    return _ChunkedCrossEntropy.apply(hidden, labels, head, classes)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, labels, head, classes):  # noqa: ANN001
+        differentiates = ctx.needs_input_grad[0]
+        d_hidden = torch.empty_like(hidden) if differentiates else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(1, _CHUNK_LOGITS // classes)
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            with torch.set_grad_enabled(differentiates):
+                part = hidden[chunk].detach().requires_grad_(differentiates)
+                logits = head(part)
+            losses, d_logits = cross_entropy_with_gradient(logits.detach(), labels[chunk])
+            total += losses.sum()
+            if differentiates:
+                (d_hidden[chunk],) = torch.autograd.grad(logits, part, d_logits)
+        ctx.save_for_backward(d_hidden)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        (d_hidden,) = ctx.saved_tensors
+        return d_hidden * grad.to(d_hidden.dtype), None, None, None
+
+
+class _Call:
+    """One call of an output head that was put off."""
+
+    def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
+        self.head, self.hidden = head, hidden
+        device = hidden.device.type
+        # Autocast may have ended by the time the logits are computed.
+        self.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+        self.dtype = self.autocast["dtype"] if self.autocast["enabled"] else hidden.dtype
+        self.loss_taken = False
+        self.value: Tensor | None = None
+
+    def project(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, **self.autocast):
+            return type(self.head).forward(self.head, hidden)
+
+    def logits(self) -> Tensor:
+        """The logits [..., classes], computed once, with the graph that they have where nothing is put off."""
+        if self.value is None:
+            with torch.enable_grad():
+                self.value = self.project(self.hidden)
+        return self.value
+
+
+class DeferredLogits(Tensor):
+    """Stands for the logits [..., classes] of an output head; whatever reads it as a tensor computes them.
+
+    Shape, dtype and device are known without that. So is the result of ``float``, ``to(dtype)``, ``contiguous``, and of
+    ``view``, ``reshape``, ``flatten`` and slices that leave the last dimension whole: those are deferred as well.
+    """
+
+    call: _Call
+    arranged: Callable[[Tensor], Tensor]  # rows as the head has them, of whatever width → rows as this tensor has them
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = _HANDLERS.get(func)
+        if handler is not None and args and isinstance(args[0], DeferredLogits) and args[0].call.value is None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.computed, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # Reached past __torch_function__ (autograd.Function, compiled code), below autograd: see _Deferral.backward.
+        args, kwargs = tree_map_only(DeferredLogits, lambda d: d.computed().detach(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def computed(self) -> Tensor:
+        return self.arranged(self.call.logits()).to(self.dtype)
+
+
+class _Deferral(torch.autograd.Function):
+    """Makes a :class:`DeferredLogits` that has its place in the graph, for a gradient that arrives at itself."""
+
+    @staticmethod
+    def forward(ctx, hidden, call, arranged, dtype):  # noqa: ANN001
+        shape = arranged(torch.empty((*hidden.shape[:-1], call.head.out_features), device="meta")).shape
+        deferred = Tensor._make_wrapper_subclass(DeferredLogits, shape, dtype=dtype, device=hidden.device)
+        deferred.call, deferred.arranged = ctx.call, ctx.arranged = call, arranged
+        return deferred
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        with torch.enable_grad():
+            logits = ctx.arranged(ctx.call.logits())
+        return *torch.autograd.grad(logits, ctx.call.hidden, grad.to(logits.dtype), retain_graph=True), None, None, None
+
+
+def _deferred(call: _Call, arranged: Callable[[Tensor], Tensor], dtype: torch.dtype) -> DeferredLogits:
+    return _Deferral.apply(call.hidden, call, arranged, dtype)
+
+
+def _converted(logits: DeferredLogits, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(dtype, torch.dtype) or args or kwargs:
+        return NotImplemented
+    return logits if dtype == logits.dtype else _deferred(logits.call, logits.arranged, dtype)
+
+
+def _reshaped(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    def handler(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+            return NotImplemented
+        *rows, last = function(torch.empty(logits.shape, device="meta"), *args, **kwargs).shape
+        if last != logits.call.head.out_features:
+            return NotImplemented
+        arranged = logits.arranged
+        return _deferred(logits.call, lambda t: arranged(t).reshape(*rows, t.shape[-1]), logits.dtype)
+
+    return handler
+
+
+def _sliced(logits: DeferredLogits, index: Any) -> Any:
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(i is Ellipsis or isinstance(i, slice) for i in index) or len(index) > logits.dim():
+        return NotImplemented
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (logits.dim() - len(index) + 1), *index[at + 1 :])
+    if len(index) == logits.dim() and index[-1] != slice(None):
+        return NotImplemented
+    index, arranged = index[: logits.dim() - 1], logits.arranged
+    return _deferred(logits.call, lambda t: arranged(t)[index], logits.dtype)
+
+
+def _cross_entropy(
+    logits: DeferredLogits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
+    rows = target.dim() == 1 and logits.shape[:-1] == target.shape and not target.is_floating_point()
+    if not (plain and rows and reduction in ("mean", "sum")):
+        return NotImplemented
+    call = logits.call
+    call.loss_taken = True
+    keep = target != ignore_index
+    hidden = logits.arranged(call.hidden)[keep]
+    loss = chunked_cross_entropy(hidden, target[keep], call.project, call.head.out_features)
+    loss = loss if reduction == "sum" else loss / keep.sum()
+    return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(logits.dtype)
+
+
+def _observed(logits: DeferredLogits, *args: Any) -> Any:
+    if logits.call.loss_taken:
+        raise RuntimeError(
+            "the loss was computed without these logits, so no gradient will reach them; "
+            "call pyfastpeft.integrations.deferred_logits.defer_logits(model, False) before the forward"
+        )
+    return NotImplemented
+
+
+_DESCRIPTIONS = frozenset(
+    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")]
+    + [getattr(Tensor, name).__get__ for name in ("is_leaf", "grad_fn", "is_cuda", "is_meta")]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point]
+)
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.cross_entropy: _cross_entropy,
+    Tensor.float: lambda logits: _converted(logits, torch.float32),
+    Tensor.to: _converted,
+    Tensor.contiguous: lambda logits, **layout: NotImplemented if layout else logits,
+    Tensor.__getitem__: _sliced,
+    Tensor.retain_grad: _observed,
+    Tensor.register_hook: _observed,
+} | {function: _reshaped(function) for function in (Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape)}
+
+
+class _DeferringForward:
+    """In place of an output head's ``forward``: puts the call off in training."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        head = self.head
+        if not (head.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return type(head).forward(head, hidden)
+        # A hook wants to see the logits, or brings the weight for this very call; a trained weight may soon be another.
+        hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+        if hooked or any(p.requires_grad for p in head.parameters()):
+            return type(head).forward(head, hidden)
+        call = _Call(head, hidden)
+        return _deferred(call, lambda t: t, call.dtype)
+
+
+def defer_logits(model: nn.Module, defer: bool = True) -> None:
+    """Let the output head of ``model`` return :class:`DeferredLogits` in training, or compute at once again.
+
+    Does nothing where the head is no ``nn.Linear``, or where something else has taken over its ``forward``.
+
+    Args:
+        model: a transformers model, or a module that wraps one (a PeftModel).
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if not isinstance(head, nn.Linear):
+        return
+    forward = vars(head).get("forward")
+    if defer and forward is None:
+        head.forward = _DeferringForward(head)
+    elif not defer and isinstance(forward, _DeferringForward):
+        del head.forward

@@ -1,0 +1,303 @@
+"""Deferred logits: the loss is the ordinary one, and whoever looks at the logits finds them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import inputs, make, randomize
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig
+
+import pyfastpeft as fp
+from pyfastpeft.integrations import deferred_logits
+from pyfastpeft.integrations.deferred_logits import DeferredLogits, chunked_cross_entropy, defer_logits
+
+IGNORED = -100
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 200,
+}
+CONFIGS = [
+    LlamaConfig(**SMALL),
+    MixtralConfig(**SMALL, num_local_experts=4, output_router_logits=True),
+    GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=200, bos_token_id=0, eos_token_id=0),
+    Gemma2Config(**SMALL),  # changes the head's output: the ordinary way, by itself
+]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(deferred_logits, "_CHUNK_LOGITS", 200 * 7)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The rows of every product of a head."""
+    rows = []
+    project = deferred_logits._Call.project
+    monkeypatch.setattr(
+        deferred_logits._Call, "project", lambda call, h: rows.append(h[..., 0].numel()) or project(call, h)
+    )
+    return rows
+
+
+def trained_model(config, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_config(config).to(dtype).train()
+    model = fp.get_peft_model(model, fp.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    randomize(model)
+    return model
+
+
+def labelled_batch():
+    ids = torch.randint(0, 200, (3, 17))
+    labels = ids.clone()
+    labels[:, :9] = IGNORED
+    labels[1] = IGNORED
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def loss_and_gradients(model, batch, loss=lambda outputs: outputs.loss, **kwargs):
+    model.zero_grad()
+    torch.manual_seed(0)
+    value = loss(model(**batch, **kwargs))
+    value.backward()
+    return value.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-6)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, other[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+@pytest.mark.parametrize("kwargs", [{}, {"num_items_in_batch": 37}], ids=["mean", "num_items"])
+def test_a_models_own_loss_is_the_ordinary_one(config, kwargs, computed):
+    model, batch = trained_model(config), labelled_batch()
+    deferred = loss_and_gradients(model, batch, **kwargs)
+    assert computed == ([51] if config.model_type == "gemma2" else [7, 7, 2])  # 16 rows with a label
+    defer_logits(model, False)
+    assert_same(deferred, loss_and_gradients(model, batch, **kwargs))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "t5", "phi"])
+def test_architectures_that_compute_their_loss_otherwise(architecture):
+    model = fp.get_peft_model(make(architecture).train(), fp.LoraConfig(target_modules="all-linear", r=4))
+    randomize(model)
+    batch = inputs(architecture)
+    deferred = loss_and_gradients(model, batch)
+    defer_logits(model, False)
+    assert_same(deferred, loss_and_gradients(model, batch))
+
+
+def shifted(outputs, labels):
+    logits = outputs.logits[..., :-1, :].contiguous()
+    return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), labels[..., 1:].reshape(-1))
+
+
+LOSSES = {
+    "shifted": shifted,
+    "flattened": lambda o, y: F.cross_entropy(o.logits.flatten(0, 1), y.flatten(), reduction="sum"),
+    "criterion": lambda o, y: nn.CrossEntropyLoss()(o["logits"][:, 1:].reshape(-1, 200), y[:, 1:].reshape(-1)),
+    "transposed": lambda o, y: F.cross_entropy(o.logits.transpose(1, 2), y),
+    "smoothed": lambda o, y: F.cross_entropy(o[1].view(-1, 200), y.view(-1), label_smoothing=0.1),
+    "two losses": lambda o, y: o.loss + o.logits.float().logsumexp(-1).square().mean(),
+    "read first": lambda o, y: o.logits.mean() + F.cross_entropy(o.logits.view(-1, 200), y.view(-1)),
+    "per row": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1), reduction="none")[3],
+    "some columns": lambda o, y: o.logits[..., 5:9].square().sum() + o.logits[0, 1, 2] + o.logits[:, -1].sum(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_function_of_the_logits_has_its_value_and_gradient(name):
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+
+    def loss(outputs):
+        return LOSSES[name](outputs, batch["labels"])
+
+    deferred = loss_and_gradients(model, batch, loss)
+    defer_logits(model, False)
+    assert_same(deferred, loss_and_gradients(model, batch, loss))
+
+
+@pytest.mark.parametrize("name", ["shifted", "flattened", "criterion"])
+def test_hand_written_losses_run_in_chunks(name, computed):
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    outputs = model(input_ids=batch["input_ids"])
+    LOSSES[name](outputs, batch["labels"]).backward()
+    assert max(computed) <= 7
+
+
+class Squares(torch.autograd.Function):
+    """Something that does not ask ``__torch_function__``."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits)
+        return logits.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("arranged", [lambda t: t, lambda t: t[:, 1:].reshape(-1, 200).float()], ids=["as is", "rows"])
+def test_a_gradient_that_arrives_at_the_deferred_tensor_reaches_the_model(arranged):
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+
+    def loss(outputs):
+        return Squares.apply(arranged(outputs.logits))
+
+    deferred = loss_and_gradients(model, batch, loss)
+    defer_logits(model, False)
+    assert_same(deferred, loss_and_gradients(model, batch, loss))
+
+
+def test_the_logits_are_there_for_whoever_reads_them(computed):
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    outputs = model(**batch)
+    logits = outputs.logits
+    assert isinstance(logits, DeferredLogits) and isinstance(logits, torch.Tensor)
+    assert logits.shape == (3, 17, 200) == logits.size() and logits.dim() == 3 and len(logits) == 3
+    assert logits.dtype == torch.float32 and logits.requires_grad and logits.device.type == "cpu"
+    assert sum(computed) == 16, "describing them computes nothing"
+    with torch.no_grad():
+        best = logits.argmax(-1)
+    model.eval()
+    expected = model(**batch).logits
+    assert type(expected) is torch.Tensor
+    assert torch.equal(best, expected.argmax(-1)) and torch.equal(logits.detach(), expected)
+    assert torch.equal(torch.cat([logits, logits])[3:], expected) and "tensor" in repr(logits)
+    assert (logits.detach().numpy() == expected.detach().numpy()).all()
+    assert computed.count(51) == 1
+    copied = pickle.loads(pickle.dumps(logits.detach()))
+    assert torch.equal(copied, expected)
+
+
+def test_a_change_in_place_is_seen_by_every_view():
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    logits = model(input_ids=batch["input_ids"]).logits
+    rows = logits.view(-1, 200)
+    with torch.no_grad():
+        rows[0] = 7.0
+        logits[1].fill_(3.0)
+    assert (logits[0, 0] == 7).all() and (rows[17:34] == 3).all()
+    expected = F.cross_entropy(rows.detach().clone(), torch.arange(51))
+    torch.testing.assert_close(F.cross_entropy(rows, torch.arange(51)), expected)
+
+
+def test_observing_gradients_of_logits_that_the_loss_did_without_is_an_error():
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    outputs = model(**batch)
+    with pytest.raises(RuntimeError, match="defer_logits"):
+        outputs.logits.retain_grad()
+    outputs = model(input_ids=batch["input_ids"])
+    seen = []
+    outputs.logits.register_hook(seen.append)
+    F.cross_entropy(outputs.logits.view(-1, 200), batch["labels"].view(-1)).backward()
+    assert seen[0].shape == (3, 17, 200)
+
+
+def test_autocast_holds_for_logits_that_are_computed_after_it():
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**batch)
+    assert outputs.logits.dtype == torch.bfloat16 and outputs.loss.dtype == torch.float32
+    defer_logits(model, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**batch)
+    assert torch.equal(outputs.logits, expected.logits)
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("change", ["trained head", "hooked head", "no_grad", "eval", "logits_to_keep"])
+def test_where_deferring_would_not_do_the_logits_are_computed_at_once(change):
+    model, batch = trained_model(CONFIGS[0]), {"input_ids": torch.randint(0, 200, (2, 5))}
+    head = model.get_output_embeddings()
+    if change == "trained head":
+        head.weight.requires_grad_(True)
+    elif change == "hooked head":
+        head.register_forward_hook(lambda *_: None)
+    elif change == "eval":
+        model.eval()
+    with torch.set_grad_enabled(change != "no_grad"):
+        logits = model(**batch, logits_to_keep=2 if change == "logits_to_keep" else 0).logits
+    assert (type(logits) is torch.Tensor) == (change != "logits_to_keep")
+    assert logits.shape == (2, 2 if change == "logits_to_keep" else 5, 200)
+
+
+def test_a_model_without_a_head_is_left_alone():
+    defer_logits(nn.Linear(2, 2))
+    bert = make("bert")
+    defer_logits(bert)
+    assert type(bert.train()(**inputs("bert")).logits) is torch.Tensor
+
+
+def test_unloading_gives_the_head_its_forward_back():
+    for unload in (fp.PeftModel.unload, fp.PeftModel.merge_and_unload):
+        base = unload(trained_model(CONFIGS[0]))
+        assert "forward" not in vars(base.lm_head)
+
+
+def test_accelerate_defers_as_well_and_twice_is_once():
+    model = make("llama").train()
+    model.lm_head.requires_grad_(False)
+    for _ in range(2):
+        assert fp.accelerate(model) is model
+        assert isinstance(model(**inputs()).logits, DeferredLogits)
+    defer_logits(model, False)
+    assert type(model(**inputs()).logits) is torch.Tensor
+
+
+def test_a_copied_or_pickled_model_defers_by_its_own_head():
+    model = trained_model(CONFIGS[0])
+    batch = labelled_batch()
+    expected = loss_and_gradients(model, batch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.get_output_embeddings().forward.head is other.get_output_embeddings()
+        assert_same(loss_and_gradients(other, batch), expected)
+
+
+def test_compiled_code_computes_the_logits():
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    expected = loss_and_gradients(model, batch)
+    compiled = torch.compile(model.forward, backend="eager")
+    torch.testing.assert_close(compiled(**batch).loss.detach(), expected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_add_up_to_the_whole(rows, dtype):
+    head = nn.Linear(8, 50).requires_grad_(False).to(dtype)
+    hidden, labels = torch.randn(rows, 8, dtype=dtype, requires_grad=True), torch.randint(0, 50, (rows,))
+    expected = F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    loss = chunked_cross_entropy(hidden, labels, head, 50)
+    (got,) = torch.autograd.grad(loss * 2, hidden)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got, wanted * 2, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_cross_entropy(hidden, labels, head, 50), expected.detach())
+
+
+def test_a_label_that_is_no_class_is_an_error():
+    head, hidden = nn.Linear(8, 50), torch.randn(2, 8)
+    for labels in ([0, 50], [-1, 0]):
+        with pytest.raises(IndexError, match="50 classes"):
+            chunked_cross_entropy(hidden, torch.tensor(labels), head, 50)
+
+
+def test_a_batch_without_labels_has_the_loss_that_torch_gives_it():
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    batch["labels"][:] = IGNORED
+    assert model(**batch).loss.isnan()
+    assert model(**batch, num_items_in_batch=1).loss == 0
