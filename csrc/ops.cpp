@@ -12,6 +12,15 @@ namespace {
 
 using namespace pf::tensors;
 
+// A matrix [rows, cols] packed by pack_pairs.
+pf::Matrix packed_matrix(const Tensor& t, int64_t rows, int64_t cols) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16 && t.dim() == 4 && t.is_contiguous() &&
+                      t.size(0) == (rows + pf::kTile - 1) / pf::kTile && t.size(1) == cols / 2 &&
+                      t.size(2) == pf::kTile && t.size(3) == 2 && cols % 2 == 0,
+                  "a packed lora factor must be contiguous bfloat16 [ceil(rows / 16), columns / 2, 16, 2]");
+  return {t.const_data_ptr(), pf::kBFloat16, rows, cols, 0, true};
+}
+
 void check_format(int64_t format, int64_t blocksize) {
   STD_TORCH_CHECK(format >= 0 && format <= 2, "format must be 0 (nf4), 1 (fp4) or 2 (int4)");
   STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
@@ -79,10 +88,18 @@ struct BranchTensors {
                 int64_t rows, const OptTensor& seed, double dropout, const pf::Weight& w) {
     if (!lora_a.has_value()) return;
     STD_TORCH_CHECK(lora_b.has_value(), "lora A needs lora B");
-    a = with_contiguous_columns(*lora_a);
-    b = with_contiguous_columns(*lora_b);
-    branch.a = matrix(a, "lora A");
-    branch.b = matrix(b, "lora B");
+    if (lora_a->dim() == 4) {
+      a = *lora_a;
+      b = *lora_b;
+      const int64_t rank = b.dim() == 4 ? b.size(1) * 2 : 0;
+      branch.a = packed_matrix(a, rank, w.k);
+      branch.b = packed_matrix(b, w.n, rank);
+    } else {
+      a = with_contiguous_columns(*lora_a);
+      b = with_contiguous_columns(*lora_b);
+      branch.a = matrix(a, "lora A");
+      branch.b = matrix(b, "lora B");
+    }
     STD_TORCH_CHECK(branch.a.cols == w.k && branch.b.rows == w.n && branch.b.cols == branch.a.rows,
                     "lora A must be [R, K] and lora B [N, R]");
     set_factor(branch, row_scale, scaling, rows, branch.a.rows, seed, dropout);
@@ -157,6 +174,19 @@ std::tuple<Tensor, Tensor> lora_backward(Tensor dy, Tensor x, Tensor s, Tensor d
 }
 
 constexpr int64_t kFlatGrain = int64_t{1} << 16;  // elements a thread takes at least
+
+// A factor of an adapter in bf16, in the order in which the forward kernels read it: see Matrix in weight.h.
+Tensor pack_pairs(Tensor m) {
+  const pf::Kernels& k = kernels();
+  m = with_contiguous_columns(m);
+  const pf::Matrix src = matrix(m, "m");
+  const int64_t tiles = (src.rows + pf::kTile - 1) / pf::kTile, pairs = (src.cols + 1) / 2;
+  Tensor out = torch::stable::new_empty(m, {tiles, pairs, pf::kTile, 2}, ScalarType::BFloat16);
+  uint16_t* dst = static_cast<uint16_t*>(out.mutable_data_ptr());
+  const auto body = [&](int64_t t0, int64_t t1) { k.pack_pairs(src, dst + t0 * pairs * pf::kTile * 2, t0, t1); };
+  if (tiles > 0) torch::stable::parallel_for(0, tiles, kFlatGrain / (pairs * pf::kTile * 2 + 1) + 1, body);
+  return out;
+}
 
 std::tuple<Tensor, Tensor, Tensor> quantize_4bit(Tensor w, int64_t format, int64_t blocksize) {
   const pf::Kernels& k = kernels();
@@ -308,6 +338,7 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def(
       "dequantize_4bit(Tensor codes, Tensor scale, Tensor? zero, int format, int blocksize, int[] shape, "
       "ScalarType dtype) -> Tensor");
+  m.def("pack_pairs(Tensor m) -> Tensor");
   m.def("pack_tiles(Tensor codes, int n, int k) -> Tensor");
   m.def("unpack_tiles(Tensor codes, int n, int k) -> Tensor");
   m.def("pack_scales(Tensor scale, int n, int k, int blocksize) -> Tensor");
@@ -324,6 +355,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
   m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));
   m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));
+  m.impl("pack_pairs", TORCH_BOX(&pack_pairs));
   m.impl("pack_tiles", TORCH_BOX(&pack_tiles));
   m.impl("unpack_tiles", TORCH_BOX(&unpack_tiles));
   m.impl("pack_scales", TORCH_BOX(&pack_scales));

@@ -46,6 +46,29 @@ def tensors_of(model, name):
 ALL = {"target_modules": "all-linear"}
 
 
+def test_the_packed_copy_of_an_adapter_follows_its_values():
+    model = serving(fp.LoraConfig(**ALL)).bfloat16()
+    batch, name = tiny.inputs(), "default"
+
+    def logits():
+        with torch.no_grad():
+            return model(**batch).logits
+
+    first = logits()
+    layer = next(m for m in model.modules() if isinstance(m, fp.nn.LoraLinear))
+    assert ("packed", (name,)) in layer._cache
+    state = tensors_of(model, name)
+    model.hotswap_adapter({k: -2 * t for k, t in state.items()}, name)
+    second = logits()
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_() if parameter.dim() == 2 and parameter.is_floating_point() else None
+    assert not torch.equal(second, logits())
+    model.hotswap_adapter(state, name)
+    assert torch.equal(first, logits())
+
+
 @pytest.mark.parametrize("four_bits", [False, True])
 @pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
 def test_an_adapter_swapped_in_serves_as_if_it_had_been_loaded(four_bits, kwargs, tmp_path):

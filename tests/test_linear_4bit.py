@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import pyfastpeft as fp
-from pyfastpeft.ops import BankView, Lora, linear_4bit
+from pyfastpeft.ops import BankView, Lora, linear_4bit, pack_lora
 from pyfastpeft.ops.reference import keep_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -196,6 +196,41 @@ def test_scaling_a_number_a_vector_or_a_row_each(isa, dtype):
         for scaling in (0.0, -1.5, torch.rand(r), torch.randn(m, r), torch.zeros(m, r)):
             lora = (a, b, scaling)
             assert error(linear_4bit(x, w, None, lora), float64(x, w, None, lora), m * r) <= FORWARD[dtype]
+
+
+def test_a_packed_adapter_is_the_adapter_in_bf16(isa):
+    for n, k in [(40, 96), (1, 32), (129, 544), (48, 1056)]:
+        w = packed_weight(n, k)
+        for r in (1, 3, 16, 20, 64):
+            a, b = adapter(n, k, r, torch.bfloat16)
+            for m in (0, 1, 2, 4, 7, 16, 17, 70):
+                x = torch.randn(m, k).bfloat16()
+                scaling = pick([2.0, torch.rand(r), torch.randn(m, r)])
+                got = linear_4bit(x, w, None, pack_lora(a.float(), b, scaling))
+                roundings = None if m == 0 else m * min(n, r)
+                assert error(got, float64(x, w, None, (a, b, scaling)), roundings) <= FORWARD[torch.bfloat16]
+
+
+def test_a_packed_adapter_serves_gradients_and_other_dtypes_from_its_source(isa):
+    w, (a, b) = packed_weight(40, 96), adapter(40, 96, 5)
+    packed = pack_lora(a.requires_grad_(), b, 1.5)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(6, 96).to(dtype)
+        y = linear_4bit(x, w, None, packed)
+        assert y.requires_grad and torch.equal(y, linear_4bit(x, w, None, (a, b, 1.5)))
+    with torch.no_grad():
+        assert torch.equal(linear_4bit(x, w, None, packed), linear_4bit(x, w, None, (a, b, 1.5)))
+
+
+@pytest.mark.parametrize("rows_or_columns", [(16, 96), (40, 64)])
+def test_a_packed_adapter_of_another_layer_is_refused(rows_or_columns):
+    n, k = rows_or_columns
+    with pytest.raises(ValueError, match="lora"):
+        linear_4bit(torch.randn(2, 96).bfloat16(), packed_weight(40, 96), None, pack_lora(*adapter(n, k, 4)))
+    with pytest.raises(ValueError, match="r >= 1"):
+        pack_lora(torch.randn(4, 32), torch.randn(8, 5))
+    with pytest.raises(ValueError, match="lora b is"):
+        pack_lora(torch.randn(4, 32), torch.ones(8, 4, dtype=torch.int8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -444,6 +479,7 @@ def operator_arguments():
             (rows.codes, rows.scale, rows.zero, 2, 32, [n, k], torch.bfloat16),
             (rows.codes, rows.scale, None, 0, 32, [n, k], torch.float32),
         ],
+        "pack_pairs": [(a,), (torch.randn(33, 5).bfloat16(),), (torch.randn(0, 4),)],
         "pack_tiles": [(rows.codes, n, k)],
         "unpack_tiles": [(int4.codes, n, k)],
         "pack_scales": [(rows.scale, n, k, 32), (packed.rows().scale, n, k, 32)],
@@ -452,6 +488,7 @@ def operator_arguments():
             (x, *nested, None, None, None, None, 1.0, None, 0.0),
             (x, *plain, torch.randn(n), a, b, torch.rand(m, r), 1.0, seed, 0.5),
             (x.bfloat16(), *plain, None, a, b, None, 2.0, None, 0.0),
+            (x.bfloat16(), *plain, None, *pack_lora(a, b)[3:], None, 2.0, None, 0.0),
         ],
         "linear_4bit_backward": [
             (dy, *nested, None, None, None, 1.0, None, 0.0, True),

@@ -11,6 +11,8 @@
 //   side
 #include "kernels.h"
 
+inline void copy_bytes(void* dst, const void* src, int64_t n) { __builtin_memcpy(dst, src, n); }
+
 // Arithmetic in float32: one column a step.
 struct F32 {
   using Elem = float;
@@ -28,6 +30,11 @@ struct F32 {
   static V::F fma(V::F acc, W w, X x) { return V::fma(w, x, acc); }
   static void store_row(Elem* dst, V::F v) { V::store(dst, v); }
   static void store_steps(Elem* dst, const V::F* columns) { V::store(dst, columns[0]); }
+  // kLanes pairs of bf16, as the steps that they are, `stride` elements apart.
+  static void store_pairs(Elem* dst, const uint16_t* pairs, int64_t stride) {
+    V::store(dst, V::first_of_pairs(pairs));
+    V::store(dst + stride, V::second_of_pairs(pairs));
+  }
 };
 
 #ifdef PF_BF16
@@ -48,6 +55,7 @@ struct BF16 {
   static V::F fma(V::F acc, W w, X x) { return V::fma_pair(acc, w, x); }
   static void store_row(Elem* dst, V::F v) { V::store_bf16(dst, v); }
   static void store_steps(Elem* dst, const V::F* columns) { V::store_pair(dst, columns[0], columns[1]); }
+  static void store_pairs(Elem* dst, const uint16_t* pairs, int64_t) { copy_bytes(dst, pairs, V::kLanes * 4); }
 };
 #endif
 
@@ -61,7 +69,7 @@ constexpr int64_t kColumnChunk = 128;
 // Few rows stream codes and scales once, slower than memory delivers them: asked for this far ahead (bytes), across the
 // end of a tile, the time becomes the larger of arithmetic and memory, not their sum (4096 x 4096, 4 rows: 345 us for
 // 880).
-constexpr int64_t kCodesAhead = 8192, kScalesAhead = 1024;
+constexpr int64_t kCodesAhead = 8192, kScalesAhead = 1024, kFactorAhead = 4096;
 
 // Calls body.operator()<I>() for each I, everything inlined.
 #define PF_BODY(index) [&]<index>() __attribute__((always_inline))
@@ -104,8 +112,6 @@ inline void store_any(char* p, int dtype, V::F v) {
   else
     V::store_f16(reinterpret_cast<uint16_t*>(p), v);
 }
-
-inline void copy_bytes(char* dst, const char* src, int64_t n) { __builtin_memcpy(dst, src, n); }
 
 void to_float(const void* src, int dtype, float* dst, int64_t n) {
   const char* s = static_cast<const char*>(src);
@@ -275,6 +281,14 @@ struct Algorithm {
   // Contraction columns [col0, col0 + n) of 16 rows of `src` as lanes, into vectors `vec..` of a panel of `vecs`
   // vectors.
   static void pack_lanes_t(const Matrix& src, int64_t row0, int64_t col0, int64_t n, E* panel, int vec, int vecs) {
+    if (src.packed) {
+      const uint16_t* pairs = src.pairs(row0 / kTile, col0);
+      for (int64_t i = 0; i < n; i += 2, pairs += 2 * kTile)
+        for (int v = 0; v < kTileVecs; ++v)
+          A::store_pairs(panel + (i / kStep * vecs + vec + v) * kLanes * kStep, pairs + v * kLanes * 2,
+                         vecs * kLanes * kStep);
+      return;
+    }
     alignas(64) float square[16 * 16];
     for (int64_t c = 0; c < n; c += 16) {
       const int64_t nc = min64(16, n - c);
@@ -446,18 +460,90 @@ struct Algorithm {
 
   // ---- forward, few rows: decode in registers ----
 
-  // B of the branch for one tile as bt [R][16], zero past N.
-  static void transpose_b(const Matrix& b, int64_t tile, float* bt) {
-    const int64_t row0 = tile * kTile, nrows = min64(kTile, b.rows - row0);
-    for (int64_t row = row0 + kTile; row < min64(row0 + 2 * kTile, b.rows); ++row) __builtin_prefetch(b.row(row));
-    for (int64_t r = 0; r < b.cols; r += 16) load_transposed(b, row0, nrows, r, min64(16, b.cols - r), bt + r * kTile);
+  // Columns [col0, col0 + n) of a tile of rows as a panel of its own: where it lies, or made in `out`.
+  static const E* tile_panel(const Matrix& m, int64_t tile, int64_t col0, int64_t n, E* out) {
+    if constexpr (kStep == 2)
+      if (m.packed) return m.pairs(tile, col0);
+    pack_lanes_t(m, tile * kTile, col0, n, out, 0, kTileVecs);
+    return out;
+  }
+
+  // Asks for the B of the next tile.
+  static void prefetch_b(const Matrix& b, int64_t tile) {
+    if (b.packed) {
+      const char* next = reinterpret_cast<const char*>(b.pairs(tile + 1, 0));
+      for (int64_t i = 0; i < b.cols * kTile * 2; i += 64) __builtin_prefetch(next + i);
+    } else {
+      for (int64_t row = (tile + 1) * kTile; row < min64((tile + 2) * kTile, b.rows); ++row)
+        __builtin_prefetch(b.row(row));
+    }
+  }
+
+  static void to_steps(const float* src, int64_t rows, int64_t cols, void* dst) {
+    const int64_t ld = ceil_div(cols, kStep) * kStep;
+    alignas(64) float in[kLanes];
+    alignas(64) E out[kLanes];
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < ld; c += kLanes) {
+        const int64_t have = min64(kLanes, cols - c), want = min64(kLanes, ld - c);
+        __builtin_memset(in, 0, sizeof(in));
+        copy_bytes(in, src + r * cols + c, have * sizeof(float));
+        A::store_row(out, V::load(in));
+        copy_bytes(static_cast<E*>(dst) + r * ld + c, out, want * sizeof(E));
+      }
+  }
+
+  // MB rows of x times a tile's panel of `steps`, in kParts independent chains a row.
+  template <int MB>
+  static void dots_rows(const E* x, int64_t ldx, const E* panel, int64_t steps, float* out) {
+    constexpr int kParts = MB >= 8 ? 1 : 8 / MB;
+    constexpr MakeInts<MB> rows{};
+    constexpr MakeInts<kParts> parts{};
+    for (int u = 0; u < kTileVecs; ++u) {
+      F part[MB][kParts];
+      each(rows, PF_BODY(int M) { each(parts, PF_BODY(int P) { part[M][P] = V::zero(); }); });
+      const auto step = [&]<int P>(int64_t s) __attribute__((always_inline)) {
+        const E* at = panel + (s * kTileVecs + u) * kLanes * kStep;
+        __builtin_prefetch(reinterpret_cast<const char*>(at) + kFactorAhead);
+        const typename A::W w = A::load(at);
+        each(rows, PF_BODY(int M) { part[M][P] = A::fma(part[M][P], w, A::broadcast(x + M * ldx + s * kStep)); });
+      };
+      int64_t s = 0;
+      for (; s + kParts <= steps; s += kParts) each(parts, PF_BODY(int P) { step.template operator()<P>(s + P); });
+      for (; s < steps; ++s) step.template operator()<0>(s);
+      each(
+          rows, PF_BODY(int M) {
+            float* at = out + M * kTile + u * kLanes;
+            F sum = V::load(at);
+            each(parts, PF_BODY(int P) { sum = V::add(sum, part[M][P]); });
+            V::store(at, sum);
+          });
+    }
+  }
+
+  static void dots_packed(const GemvArgs& g, const Matrix& p, float* out, int64_t tile0, int64_t tile1) {
+    E* made = static_cast<E*>(scratch(0, kBlock * kTile * sizeof(E)));
+    alignas(64) float sums[16][kTile];
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      __builtin_memset(sums, 0, sizeof(sums));
+      for (int64_t col0 = 0; col0 < p.cols; col0 += kBlock) {
+        const int64_t n = min64(kBlock, p.cols - col0), steps = n / kStep;
+        const E* panel = tile_panel(p, tile, col0, n, made);
+        const E* x = static_cast<const E*>(g.x) + col0;
+        int64_t m = 0;
+        for (; m + 4 <= g.rows; m += 4) dots_rows<4>(x + m * g.ldx, g.ldx, panel, steps, sums[m]);
+        for (; m < g.rows; ++m) dots_rows<1>(x + m * g.ldx, g.ldx, panel, steps, sums[m]);
+      }
+      const int64_t lanes = min64(kTile, p.rows - tile * kTile);
+      for (int64_t m = 0; m < g.rows; ++m) copy_bytes(out + m * p.rows + tile * kTile, sums[m], lanes * sizeof(float));
+    }
   }
 
   // MB rows of x, from row0, times one tile. Sums of a segment are kept in kParts independent chains a row, to hide the
   // latency of the multiply-add; every index is a compile-time constant, so that all sums stay in registers.
   template <int MB>
   static void gemv_rows(const GemvArgs& g, int64_t row0, int64_t tile, const float* scales, const float* zeros,
-                        const float* bt, const typename A::Table& table) {
+                        const E* b, const typename A::Table& table) {
     constexpr int kParts = V::gemv_parts(MB);
     constexpr MakeInts<MB> rows{};
     constexpr MakeInts<kTileVecs> vecs{};
@@ -468,12 +554,13 @@ struct Algorithm {
     F acc[MB][kTileVecs], part[MB][kTileVecs][kParts];
     each(rows, PF_BODY(int M) { each(vecs, PF_BODY(int U) { acc[M][U] = V::zero(); }); });
     // The branch first: its sums run while the first codes are still on their way.
-    const int64_t rank = bt == nullptr ? 0 : g.lora_b.cols;
-    for (int64_t r = 0; r < rank; ++r)
+    const int64_t rank = b == nullptr ? 0 : ceil_div(g.lora_b.cols, kStep) * kStep;
+    const E* s_rows = static_cast<const E*>(g.s) + row0 * rank;
+    for (int64_t r = 0; r < rank; r += kStep)
       each(
           vecs, PF_BODY(int U) {
-            const F b = V::load(bt + r * kTile + U * kLanes);
-            each(rows, PF_BODY(int M) { acc[M][U] = V::fma(b, V::set1(g.s[(row0 + M) * rank + r]), acc[M][U]); });
+            const typename A::W w = A::load(b + r * kTile + U * kLanes * kStep);
+            each(rows, PF_BODY(int M) { acc[M][U] = A::fma(acc[M][U], w, A::broadcast(s_rows + M * rank + r)); });
           });
     const int64_t segments = g.w.segments(), groups = g.w.segment / kGroupColumns;
     for (int64_t s = 0; s < segments; ++s) {
@@ -529,20 +616,21 @@ struct Algorithm {
     const int64_t segments = g.w.segments();
     const int64_t rank = g.s == nullptr ? 0 : g.lora_b.cols, padded_rank = ceil_div(rank, 16) * 16;
     float* decoded = static_cast<float*>(scratch(0, (segments + padded_rank) * kTile * sizeof(float)));
-    float* bt = rank == 0 ? nullptr : decoded + segments * kTile;
+    E* made = reinterpret_cast<E*>(decoded + segments * kTile);
     const typename A::Table table = A::table(kTables[g.w.format]);
     for (int64_t tile = tile0; tile < tile1; ++tile) {
       const float* scales = tile_scales(g.w, tile, 0, segments, decoded);
       const float* zeros = g.w.zero == nullptr ? nullptr : g.w.zero + tile * segments * kTile;
-      if (bt != nullptr) transpose_b(g.lora_b, tile, bt);
+      const E* b = rank == 0 ? nullptr : tile_panel(g.lora_b, tile, 0, rank, made);
+      if (rank != 0 && tile + 1 < tile1) prefetch_b(g.lora_b, tile);
       int64_t m = 0;
       if constexpr (V::kGemvRows >= 8)
-        for (; m + 8 <= g.rows; m += 8) gemv_rows<8>(g, m, tile, scales, zeros, bt, table);
+        for (; m + 8 <= g.rows; m += 8) gemv_rows<8>(g, m, tile, scales, zeros, b, table);
       if constexpr (V::kGemvRows >= 4)
-        for (; m + 4 <= g.rows; m += 4) gemv_rows<4>(g, m, tile, scales, zeros, bt, table);
+        for (; m + 4 <= g.rows; m += 4) gemv_rows<4>(g, m, tile, scales, zeros, b, table);
       if constexpr (V::kGemvRows >= 2)
-        for (; m + 2 <= g.rows; m += 2) gemv_rows<2>(g, m, tile, scales, zeros, bt, table);
-      for (; m < g.rows; ++m) gemv_rows<1>(g, m, tile, scales, zeros, bt, table);
+        for (; m + 2 <= g.rows; m += 2) gemv_rows<2>(g, m, tile, scales, zeros, b, table);
+      for (; m < g.rows; ++m) gemv_rows<1>(g, m, tile, scales, zeros, b, table);
     }
   }
 
@@ -700,8 +788,8 @@ struct Algorithm {
   }
 
   static Arithmetic table() {
-    return {kGroupLanes, packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t, pack_panels_t, gemv, gemm,
-            dx,          rows_times_t,      rows_times};
+    return {kGroupLanes, packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t,  pack_panels_t, gemv,
+            dots_packed, to_steps,          gemm,         dx,        rows_times_t, rows_times};
   }
 };
 
@@ -749,6 +837,25 @@ void dots(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, 
         for (; m + 2 <= rows; m += 2) dot_rows<D, 2>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
         for (; m < rows; ++m) dot_rows<D, 1>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
       });
+}
+
+void pack_pairs(const Matrix& src, uint16_t* dst, int64_t tile0, int64_t tile1) {
+  alignas(64) float square[16 * 16];
+  alignas(64) uint16_t columns[16 * 16];
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const int64_t row0 = tile * kTile, nrows = min64(kTile, src.rows - row0);
+    for (int64_t col = 0; col < src.cols; col += 16) {
+      const int64_t n = min64(16, src.cols - col);
+      load_transposed(src, row0, nrows, col, n, square);
+      __builtin_memset(columns, 0, sizeof(columns));
+      from_float(square, reinterpret_cast<char*>(columns), kBFloat16, n * kTile);
+      for (int64_t pair = 0; pair < (n + 1) / 2; ++pair)
+        for (int row = 0; row < kTile; ++row, dst += 2) {
+          dst[0] = columns[2 * pair * kTile + row];
+          dst[1] = columns[(2 * pair + 1) * kTile + row];
+        }
+    }
+  }
 }
 
 void segment_sums(const float* x, int64_t segment, int64_t segments, float* out) {
@@ -873,6 +980,7 @@ Kernels make_kernels(const char* name) {
 #endif
   kernels.dots = dots;
   kernels.to_float = to_float;
+  kernels.pack_pairs = pack_pairs;
   kernels.segment_sums = segment_sums;
   kernels.quantize = quantize;
   kernels.dequantize = dequantize;

@@ -45,6 +45,10 @@ struct V {
   static F load_bf16(const uint16_t* p) {
     return F{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
   }
+  static F first_of_pairs(const uint16_t* p) {
+    return F{bf16_to_float(p[0]), bf16_to_float(p[2]), bf16_to_float(p[4]), bf16_to_float(p[6])};
+  }
+  static F second_of_pairs(const uint16_t* p) { return first_of_pairs(p + 1); }
   static F load_f16(const uint16_t* p) {
     return F{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
   }

@@ -26,7 +26,7 @@ struct GemvArgs {  // y[m, tile rows] for rows <= 16
   int64_t ldx, rows;
   const float* xsum;  // [rows, segments] sums of x over each segment, or null (formats without a zero)
   const float* bias;  // [N] or null
-  const float* s;     // [rows, R] scaled, or null
+  const void* s;      // [rows, R] scaled, in the arithmetic's element type, rows padded to whole steps; or null
   Matrix lora_b;      // [N, R]
   void* y;            // [rows, N]
   int y_dtype;
@@ -102,6 +102,10 @@ struct Arithmetic {
   // Vector-side operand with lanes = rows of `src` (contraction contiguous): lane groups [group0, group1).
   void (*pack_panels_t)(const Matrix& src, void* dst, int64_t group0, int64_t group1);
   void (*gemv)(const GemvArgs&, int64_t tile0, int64_t tile1);
+  // Few rows of x (as GemvArgs has them) times the rows [16 tile0, 16 tile1) of a packed matrix: out [rows, p.rows].
+  void (*dots_packed)(const GemvArgs& x, const Matrix& p, float* out, int64_t tile0, int64_t tile1);
+  // Float32 [rows, cols] to the element type, rows padded with zero to whole steps.
+  void (*to_steps)(const float* src, int64_t rows, int64_t cols, void* dst);
   void (*gemm)(const GemmArgs&, int64_t tile0, int64_t tile1);
   void (*dx)(const DxArgs&, int64_t col0, int64_t col1);
   // out [rows, lanes] float32 = x * p^T for a plain matrix p [lanes, contraction]: rows [row0, row1).
@@ -119,6 +123,8 @@ struct Kernels {
   // s[m, r] = x[m] . a[r] for few rows; x float32 [rows, K].
   void (*dots)(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1);
   void (*to_float)(const void* src, int dtype, float* dst, int64_t n);
+  // Tiles [tile0, tile1) of a packed matrix.
+  void (*pack_pairs)(const Matrix& src, uint16_t* dst, int64_t tile0, int64_t tile1);
   void (*segment_sums)(const float* x, int64_t segment, int64_t segments, float* out);
   // Blocks [block0, block1) of a flat tensor of n elements.
   void (*quantize)(const void* src, int dtype, int64_t n, int format, int64_t blocksize, uint8_t* codes, float* scale,

@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "dispatch.h"
@@ -11,8 +12,15 @@ namespace {
 // Scratch slots of the calling thread; kernels use 0 and 1.
 enum Slot { kSlotX = 2, kSlotDropped, kSlotS, kSlotFactor, kSlotDy, kSlotDs };
 
-// Work, in multiply-adds, below which a second thread costs more than it brings.
-constexpr int64_t kThreadWork = int64_t{1} << 19;
+// Whether OpenMP's threads sleep between two parallel regions; by default they spin for a while.
+bool threads_sleep() {
+  const char *policy = std::getenv("OMP_WAIT_POLICY"), *spins = std::getenv("GOMP_SPINCOUNT");
+  return spins != nullptr ? std::strtoll(spins, nullptr, 10) == 0 : policy != nullptr && (*policy | 32) == 'p';
+}
+
+// Multiply-adds that a thread must get before another one pays: waking one that sleeps was seen to cost 55 us, one that
+// spins 3.
+const int64_t kThreadWork = int64_t{1} << (threads_sleep() ? 23 : 19);
 constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple of
 
 template <class Body>
@@ -67,7 +75,7 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
   const bool converts = &arith == &k.f32 && x.dtype != kFloat32;
   const float* xf = static_cast<const float*>(x.data);
   int64_t ldxf = x.ld;
-  if (x.dtype != kFloat32 && (converts || rank > 0 || w.zero != nullptr)) {
+  if (x.dtype != kFloat32 && (converts || (rank > 0 && !branch.a.packed) || w.zero != nullptr)) {
     float* out = static_cast<float*>(scratch(kSlotX, x.rows * x.cols * sizeof(float)));
     for (int64_t r = 0; r < x.rows; ++r) k.to_float(x.row(r), x.dtype, out + r * x.cols, x.cols);
     xf = out;
@@ -84,13 +92,20 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
     args.xsum = sums;
   }
   if (rank > 0) {
-    run(parallel, rank, grain_of(x.cols * 4),
-        [&](int64_t r0, int64_t r1) { k.dots(xf, ldxf, x.rows, branch.a, s, r0, r1); });
+    if (branch.a.packed) {
+      run(parallel, (rank + kTile - 1) / kTile, grain_of(x.cols * x.rows * kTile),
+          [&](int64_t t0, int64_t t1) { arith.dots_packed(args, branch.a, s, t0, t1); });
+    } else {
+      run(parallel, rank, grain_of(x.cols * 4),
+          [&](int64_t r0, int64_t r1) { k.dots(xf, ldxf, x.rows, branch.a, s, r0, r1); });
+    }
     const float* factor = branch_factor(branch, x.rows, rank);
-    float* scaled = static_cast<float*>(scratch(kSlotS, x.rows * rank * sizeof(float)));
+    const int64_t count = x.rows * rank;
+    float* scaled = static_cast<float*>(scratch(kSlotS, 2 * (count + x.rows) * sizeof(float)));
     for (int64_t r = 0; r < x.rows; ++r)
       for (int64_t i = 0; i < rank; ++i) scaled[r * rank + i] = s[r * rank + i] * factor[r * branch.row_scale_ld + i];
-    args.s = scaled;
+    arith.to_steps(scaled, x.rows, rank, scaled + count);
+    args.s = scaled + count;
   }
   run(parallel, w.tiles(), grain_of(kTile * w.k * ((x.rows + 3) / 4)),
       [&](int64_t t0, int64_t t1) { arith.gemv(args, t0, t1); });

@@ -25,13 +25,19 @@ enum Format : int { kNF4 = 0, kFP4 = 1, kINT4 = 2 };
 
 PF_INLINE int dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// A row-major matrix; `ld` is the distance of rows in elements.
+// A row-major matrix; `ld` is the distance of rows in elements. Or, `packed`, bf16 in tiles of 16 rows: [tile][column
+// pair][row][2], rows and columns that are missing zero, cols even (the factors of an adapter, ready for the products).
 struct Matrix {
   const void* data = nullptr;
   int dtype = kFloat32;
   int64_t rows = 0, cols = 0, ld = 0;
+  bool packed = false;
 
   PF_INLINE const char* row(int64_t r) const { return static_cast<const char*>(data) + r * ld * dtype_size(dtype); }
+  // Packed: the pairs of a tile, from an even column on.
+  PF_INLINE const uint16_t* pairs(int64_t tile, int64_t col) const {
+    return static_cast<const uint16_t*>(data) + (tile * cols + col) * kTile;
+  }
 };
 
 struct Weight {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,15 +18,17 @@ from .codes import Format, check_blocksize, get_format, pack_nibbles, unpack_nib
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Packed4bit:
-    """A tensor of ``shape`` and original ``dtype``, held in 4 bits.
+    """A tensor of ``shape`` and original ``dtype``, held in 4 bits. Immutable: every change makes another.
 
     Attributes:
         codes: uint8. ``rows``: [(numel + 1) // 2, 1]; ``tiles``: [ceil(N / 16), 8 * K].
         scale: float32, or uint8 when double-quantized. ``rows``: [blocks]; ``tiles``: [ceil(N / 16), K / segment, 16].
         zero: float32 like ``scale`` (INT4), else None.
         nested: second-level scales when double-quantized (always in block order), else None.
+        operands: codes, scale, zero, second-level scales and offset, format, rows, blocksize: as the compiled products
+            take them.
     """
 
     codes: Tensor
@@ -38,6 +40,13 @@ class Packed4bit:
     quant_type: str
     blocksize: int
     layout: str = "rows"
+    operands: tuple = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        nested = (None, None) if self.nested is None else (self.nested.absmax2, self.nested.offset)
+        rows = self.shape[0] if self.shape else 1
+        operands = (self.codes, self.scale, self.zero, *nested, self.format.id, rows, self.blocksize)
+        object.__setattr__(self, "operands", operands)
 
     @property
     def format(self) -> Format:

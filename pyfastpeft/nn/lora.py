@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Rows
 from ..formats import quantize_4bit
-from ..ops import Lora, linear_4bit
+from ..ops import Lora, PackedLora, linear_4bit, pack_lora
 from .linear4bit import Linear4bit
 
 is_compiling = torch.compiler.is_dynamo_compiling
@@ -295,6 +295,15 @@ class LoraLayer(nn.Module):
 
         return self._cached(names, names, [t for pair in pairs for t in pair] + scales, stack)
 
+    def _branch(self, x: Tensor, names: tuple[str, ...], a: Tensor, b: Tensor, scaling: Any, dropout: float) -> Any:
+        """The branch of stacked adapters for ``ops.linear_4bit``; packed, once, where they are for inference."""
+        packable = x.dtype is torch.bfloat16 and dropout == 0.0 and self.bank.frozen.issuperset(names)
+        if not packable or is_compiling() or a.device.type != "cpu":
+            return Lora(a, b, scaling, dropout)
+        tensors = [t for name in names for t in self.factors(name)]
+        packed = self._cached(names, ("packed", names), tensors, lambda: pack_lora(a, b))
+        return PackedLora(a, b, scaling, packed.a_pairs, packed.b_pairs)
+
     def _column_scale(self, names: tuple[str, ...], scale: Tensor, mode: Rows | None, x: Tensor, rows: int) -> Tensor:
         """The factor of each column [R], or of each row's columns [rows, R]."""
         if mode is None:
@@ -440,7 +449,7 @@ class LoraLinear(LoraLayer):
         dropout = plan.dropout if self.training else 0.0
         base_layer = self._modules["base_layer"]  # past nn.Module.__getattr__: this is the path of every token
         if self._fused:
-            y = base_layer(x, Lora(a, b, scaling, dropout))
+            y = base_layer(x, self._branch(x, plan.names, a, b, scaling, dropout))
             if plan.magnitude is None:
                 return y
             return self._scaled_without_bias(y, self._plan_gain(plan, a, b)).to(y.dtype)
@@ -465,7 +474,7 @@ class LoraLinear(LoraLayer):
         if self._fused and len(groups) == 1 and (not gains or (len(names) == 1 and mode is None)):
             a, b, scale = self.stacked(names)
             scale = self._column_scale(names, scale, mode, x, rows)
-            y = self.base_layer(x, Lora(a, b, scale, next(iter(groups))))
+            y = self.base_layer(x, self._branch(x, names, a, b, scale, next(iter(groups))))
             dtype = y.dtype
             if gains:
                 y = self._scaled_without_bias(y, gains[names[0]])

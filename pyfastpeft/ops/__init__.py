@@ -4,14 +4,16 @@ from . import library as library  # loads the compiled operators
 from .backends import Backend
 from .cross_entropy import cross_entropy_with_gradient
 from .elementwise import rms_norm, rope, swiglu
-from .linear_4bit import BankView, Lora, linear_4bit
+from .linear_4bit import BankView, Lora, PackedLora, linear_4bit, pack_lora
 
 __all__ = [
     "Backend",
     "BankView",
     "Lora",
+    "PackedLora",
     "cross_entropy_with_gradient",
     "linear_4bit",
+    "pack_lora",
     "rms_norm",
     "rope",
     "swiglu",

@@ -33,6 +33,12 @@ def _(
     return codes.new_empty(shape, dtype=dtype)
 
 
+@torch.library.register_fake("pyfastpeft::pack_pairs")
+def _(m: Tensor) -> Tensor:
+    rows, cols = m.shape
+    return m.new_empty(((rows + 15) // 16, (cols + 1) // 2, 16, 2), dtype=torch.bfloat16)
+
+
 @torch.library.register_fake("pyfastpeft::pack_tiles")
 def _(codes: Tensor, n: int, k: int) -> Tensor:
     return codes.new_empty(((n + 15) // 16, 8 * k))
@@ -55,8 +61,8 @@ def _(scale: Tensor, n: int, k: int, blocksize: int) -> Tensor:
 
 @torch.library.register_fake("pyfastpeft::linear_4bit")
 def _(x: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    n, lora_a = rest[5], rest[8]
-    rank = 0 if lora_a is None else lora_a.shape[0]
+    n, lora_a, lora_b = rest[5], rest[8], rest[9]
+    rank = 0 if lora_a is None else lora_a.shape[0] if lora_a.dim() == 2 else 2 * lora_b.shape[1]
     return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], rank), dtype=torch.float32)
 
 

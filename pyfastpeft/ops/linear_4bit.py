@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..formats import Packed4bit
 from . import reference
@@ -35,6 +36,39 @@ class Lora(NamedTuple):
     dropout: float = 0.0
 
 
+class PackedLora(NamedTuple):
+    """A LoRA branch for inference, from :func:`pack_lora`: A and B also in bf16, in the order the kernels read.
+
+    Used where x is bfloat16 and nothing is recorded for autograd; elsewhere ``a`` and ``b`` are.
+
+    Attributes:
+        a, b, scaling: as in :class:`Lora`.
+        a_pairs, b_pairs: bfloat16 [ceil(rows / 16), ceil(columns / 2), 16, 2] of A and of B.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float | Tensor
+    a_pairs: Tensor
+    b_pairs: Tensor
+
+
+def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora:
+    """Prepare an adapter for inference on the CPU; a copy, so pack again after ``a`` or ``b`` changed.
+
+    Args:
+        a: [R, K].   b: [N, R].   scaling: as in :class:`Lora`.
+    """
+    for name, t in (("a", a), ("b", b)):
+        if t.dim() != 2 or t.dtype not in _FLOATS or t.device.type != "cpu":
+            what = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
+            raise ValueError(f"lora {name} is {what}; it must be a floating-point matrix on the CPU")
+    if a.shape[0] < 1 or a.shape[0] != b.shape[1]:
+        raise ValueError(f"lora A is {tuple(a.shape)}, B {tuple(b.shape)}; they must be [r, K] and [N, r], r >= 1")
+    pack = torch.ops.pyfastpeft.pack_pairs.default
+    return PackedLora(a, b, scaling, pack(a.detach()), pack(b.detach()))
+
+
 class BankView(NamedTuple):
     """Adapters in numbered slots, chosen row by row.
 
@@ -57,7 +91,7 @@ class BankView(NamedTuple):
 
 
 def linear_4bit(
-    x: Tensor, w: Packed4bit, bias: Tensor | None = None, lora: Lora | BankView | tuple | None = None
+    x: Tensor, w: Packed4bit, bias: Tensor | None = None, lora: Lora | PackedLora | BankView | tuple | None = None
 ) -> Tensor:
     """Linear layer with 4-bit weights and the LoRA branch in the same pass.
 
@@ -65,8 +99,8 @@ def linear_4bit(
         x: [..., K], float32, bfloat16 or float16, any strides.
         w: packed weight of shape (N, K), on x's device.
         bias: [N] or None.
-        lora: None, ``(A [r, K], B [N, r], scaling)``, a :class:`Lora`, or a :class:`BankView` with one slot number a
-            row of x (rows counted over all leading dimensions).
+        lora: None, ``(A [r, K], B [N, r], scaling)``, a :class:`Lora`, a :class:`PackedLora`, or a :class:`BankView`
+            with one slot number a row of x (rows counted over all leading dimensions).
 
     Returns:
         [..., N] in x's dtype. Products accumulate in float32. Differentiable in x, bias, A and B.
@@ -74,42 +108,40 @@ def linear_4bit(
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
-    k, n = _check(x, w, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    n, k = _check(x, w, bias)
+    if torch.is_autocast_enabled(w.device.type):
+        x = x.to(torch.get_autocast_dtype(w.device.type))
     x2 = x if x.dim() == 2 else x.reshape(-1, k)
     a = b = row_scale = seed = None
     scaling, dropout = 1.0, 0.0
     if lora is not None:
-        a, b, scaling, dropout = _as_lora(lora, x2)
-        _check_lora(x2, a, b, scaling, dropout, n, k)
+        if type(lora) is PackedLora:
+            a, b, scaling = lora.a, lora.b, lora.scaling
+        else:
+            a, b, scaling, dropout = _as_lora(lora, x2)
+        # What pack_lora has looked at needs no second look, only whether it belongs here.
+        if type(lora) is not PackedLora or isinstance(scaling, Tensor) or (b.shape[0], a.shape[1]) != w.shape:
+            _check_lora(x2, a, b, scaling, dropout, n, k)
         if isinstance(scaling, Tensor):
             row_scale, scaling = scaling.float(), 1.0
         if dropout > 0.0:
             seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
     backend = choose(w)
-    nested = w.nested
-    weight = (
-        w.codes,
-        w.scale,
-        w.zero,
-        None if nested is None else nested.absmax2,
-        None if nested is None else nested.offset,
-        w.format.id,
-        n,
-        w.blocksize,
-    )
+    weight = w.operands
     if backend is Backend.REFERENCE:
         weight = (*weight[:5], w, n, w.blocksize)
-    branch = (a, b, row_scale, scaling, seed, dropout)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
         or (a is not None and (a.requires_grad or b.requires_grad))
     ):
-        y = _Linear4bit.apply(x2, bias, *branch, backend, *weight)
+        y = _Linear4bit.apply(x2, bias, a, b, row_scale, scaling, seed, dropout, backend, *weight)
     else:
-        y = _forward(backend, x2, bias, branch, weight)[0]
+        if type(lora) is PackedLora and x.dtype is torch.bfloat16 and backend is Backend.NATIVE:
+            a, b = lora.a_pairs, lora.b_pairs
+            if row_scale is not None and row_scale.shape[-1] % 2:
+                row_scale = pad(row_scale, (0, 1))  # as the rank is, to whole pairs
+        y = _forward(backend, x2, bias, (a, b, row_scale, scaling, seed, dropout), weight)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -128,7 +160,7 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
         raise ValueError(f"x is on {x.device}; it must be on the device of w, {w.device}")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in _FLOATS):
         raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be floating, shape ({n},)")
-    return k, n
+    return n, k
 
 
 def _as_lora(lora: Lora | BankView | tuple, x: Tensor) -> Lora:
