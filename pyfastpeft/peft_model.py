@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from .adapters import NO_ROWS, Rows
 from .hub.peft import check_tensors, read_config, read_tensors, write_adapter
 from .integrations.deferred_logits import defer_logits
+from .integrations.forwards import remove
+from .integrations.fused_layers import fuse_layers
 from .nn.linear4bit import Linear4bit
 from .nn.lora import LoraLayer
 from .tuners.base import PeftConfig
@@ -264,6 +266,7 @@ class PeftModel(nn.Module):
 
     def _prepare(self) -> None:
         """Work out now what switching to each adapter needs, so that no request waits for it."""
+        fuse_layers(self.get_base_model())
         defer_logits(self.get_base_model())
         for name in self.peft_config:
             self.base_model.bank.prepare((name,))
@@ -356,13 +359,13 @@ class PeftModel(nn.Module):
         """
         names = self._known(list(self.active_adapters if adapter_names is None else adapter_names))
         self.unmerge_adapter()
-        defer_logits(self.get_base_model(), False)
+        remove(self.get_base_model())
         return self.base_model.merge_and_unload(names, safe_merge, dequantize, dtype)
 
     def unload(self) -> nn.Module:
         """The base model as it was, without adapters."""
         self.unmerge_adapter()
-        defer_logits(self.get_base_model(), False)
+        remove(self.get_base_model())
         return self.base_model.unload(())
 
     # Files.

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..nn import Linear4bit
 from .deferred_logits import defer_logits
+from .fused_layers import fuse_layers
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -14,8 +15,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     Codes, scales and biases are kept, and so are the keys of the state dict; a layer used in several places stays one
     layer. Under a peft LoRA layer it is the base layer that is replaced: forward, training and saving the adapter go on
     as before, but peft cannot merge into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that).
-    Forward hooks of a replaced layer move to the new one. In training the output head's logits are computed only when
-    something reads them (:mod:`.deferred_logits`).
+    Forward hooks of a replaced layer move to the new one. What is between the linear layers is fused as well
+    (:mod:`.fused_layers`), and in training the head's logits are computed when something reads them
+    (:mod:`.deferred_logits`).
 
     Returns:
         ``model`` itself, unless it is such a layer.
@@ -29,6 +31,7 @@ def accelerate(model: nn.Module) -> nn.Module:
                 if child not in replaced:
                     replaced[child] = _replacement(child)
                 parent._modules[name] = replaced[child]
+    fuse_layers(model)
     defer_logits(model)
     return model
 

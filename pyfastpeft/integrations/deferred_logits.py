@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from ..ops import cross_entropy_with_gradient
+from .forwards import ModuleForward, install, remove
 
 _CHUNK_LOGITS = 1 << 23
 
@@ -229,21 +230,18 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 } | {function: _reshaped(function) for function in (Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape)}
 
 
-class _DeferringForward:
-    """In place of an output head's ``forward``: puts the call off in training."""
+class _DeferringForward(ModuleForward):
+    """Forward of an output head: puts the product off in training."""
 
-    def __init__(self, head: nn.Linear) -> None:
-        self.head = head
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        head = self.head
+    def __call__(self, input: Tensor) -> Tensor:
+        head = self.module
         if not (head.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return type(head).forward(head, hidden)
+            return self.own(input)
         # A hook wants to see the logits, or brings the weight for this very call; a trained weight may soon be another.
         hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
         if hooked or any(p.requires_grad for p in head.parameters()):
-            return type(head).forward(head, hidden)
-        call = _Call(head, hidden)
+            return self.own(input)
+        call = _Call(head, input)
         return _deferred(call, lambda t: t, call.dtype)
 
 
@@ -257,10 +255,7 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
     """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    if not isinstance(head, nn.Linear):
-        return
-    forward = vars(head).get("forward")
-    if defer and forward is None:
-        head.forward = _DeferringForward(head)
-    elif not defer and isinstance(forward, _DeferringForward):
-        del head.forward
+    if not defer:
+        remove(model, _DeferringForward)
+    elif isinstance(head, nn.Linear):
+        install(head, _DeferringForward)

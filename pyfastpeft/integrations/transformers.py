@@ -178,6 +178,10 @@ class FastPeftQuantizer(HfQuantizer):
             # Not in the checkpoint: transformers has initialized it (and said so).
             if isinstance(layer, Linear4bit) and layer.packed is None:
                 layer.set_packed(self.quantized(layer.weight))
+        for tensor in (*model.parameters(), *model.buffers()):
+            # A view of the mapped file keeps all of it in memory, also what was quantized.
+            if not tensor.untyped_storage().resizable():
+                tensor.data = tensor.data.clone()
         return model
 
     def quantized(self, weight: Tensor) -> Packed4bit:

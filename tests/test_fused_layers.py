@@ -1,0 +1,186 @@
+"""Layers with this library's operators inside compute what transformers' do, and keep less."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers as tf
+from architectures import make
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+import pyfastpeft as fp
+from pyfastpeft.integrations.forwards import ModuleForward
+from pyfastpeft.integrations.fused_layers import fuse_layers
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+CONFIGS = [
+    tf.LlamaConfig(**SMALL),
+    tf.MistralConfig(**SMALL, sliding_window=5),
+    tf.Qwen2Config(**SMALL),
+    tf.Qwen3Config(**SMALL, head_dim=8),
+    tf.Phi3Config(**SMALL),
+    tf.SmolLM3Config(**SMALL),
+    tf.GemmaConfig(**SMALL, head_dim=8),
+    tf.GraniteConfig(**SMALL),
+]
+# What of a layer has an operator, as counted over two layers and the last norm.
+FUSED = {"llama": 9, "mistral": 9, "qwen2": 9, "qwen3": 13, "phi3": 7, "smollm3": 9, "gemma": 2, "granite": 9}
+
+
+def model_of(config, dtype=torch.float32):
+    model = tf.AutoModelForCausalLM.from_config(config).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter) / 10)
+    return model
+
+
+def fused_modules(model):
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), ModuleForward)]
+
+
+def batch():
+    ids = torch.randint(2, 200, (3, 11))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+def logits_and_gradients(model, inputs):
+    model.zero_grad()
+    outputs = model(**inputs)
+    outputs.loss.backward()
+    return outputs.logits.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+def test_a_model_computes_the_same(config):
+    model, inputs = model_of(config).train(), batch()
+    logits, gradients = logits_and_gradients(model, inputs)
+    fuse_layers(model)
+    assert len(fused_modules(model)) == FUSED[config.model_type]
+    fused_logits, fused_gradients = logits_and_gradients(model, inputs)
+    torch.testing.assert_close(fused_logits, logits, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-3, atol=1e-5)
+    fuse_layers(model, False)
+    assert not fused_modules(model)
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+def test_in_bf16_it_is_as_near_to_float64_as_before(config):
+    model, inputs = model_of(config, torch.bfloat16).train(), batch()
+    exact, exact_gradients = logits_and_gradients(copy.deepcopy(model).double(), inputs)
+    plain, plain_gradients = logits_and_gradients(model, inputs)
+    fuse_layers(model)
+    fused, fused_gradients = logits_and_gradients(model, inputs)
+
+    def error(got, expected):
+        return (got.double() - expected).norm() / expected.norm()
+
+    assert error(fused, exact) <= 1.2 * error(plain, exact) + 1e-3
+    for name, gradient in exact_gradients.items():
+        assert error(fused_gradients[name], gradient) <= 1.5 * error(plain_gradients[name], gradient) + 1e-3
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4], ids=lambda c: c.model_type)
+def test_generation_with_a_cache_is_the_same(config):
+    model, ids = model_of(config).eval(), torch.randint(2, 200, (2, 6))
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    fuse_layers(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_training_in_bf16_keeps_no_activation_in_float32():
+    model = fp.get_peft_model(model_of(CONFIGS[0], torch.bfloat16).train(), fp.LoraConfig(target_modules="all-linear"))
+    large = []
+
+    def pack(tensor):
+        if tensor.dtype == torch.float32 and tensor.dim() == 3 and tensor.shape[-1] >= 64:
+            large.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(**batch())
+    assert not large
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = fp.get_peft_model(model_of(CONFIGS[0]).train(), fp.LoraConfig(target_modules="all-linear"))
+    inputs = batch()
+    model(**inputs).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_autocast_and_mixed_dtypes_are_left_to_the_class():
+    model, inputs = model_of(CONFIGS[0]).train(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs).logits
+        fuse_layers(model)
+        fused = model(**inputs).logits
+    assert fused.dtype == expected.dtype
+    torch.testing.assert_close(fused, expected, rtol=5e-2, atol=5e-2)
+    norm = LlamaRMSNorm(8)
+    fuse_layers(nn.ModuleList([norm]))
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    assert torch.equal(norm(x), LlamaRMSNorm(8)(x))
+
+
+def test_only_what_has_the_code_of_llama_is_replaced():
+    class Scaled(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) * 2
+
+    gelu = LlamaMLP(tf.LlamaConfig(**SMALL, hidden_act="gelu"))
+    taken = LlamaRMSNorm(8)
+    taken.forward = lambda x: x
+    model = nn.ModuleList([Scaled(8), gelu, taken, nn.RMSNorm(8), nn.Linear(8, 8)])
+    fuse_layers(model)
+    assert not fused_modules(model)
+    for architecture in ("gpt2", "opt", "t5", "bert"):
+        other = make(architecture)
+        fuse_layers(other)
+        assert not fused_modules(other)
+
+
+def test_accelerate_and_adapters_fuse_and_unloading_undoes_it():
+    model = model_of(CONFIGS[0])
+    assert len(fused_modules(fp.accelerate(copy.deepcopy(model)))) == 10  # and the head
+    adapted = fp.get_peft_model(model, fp.LoraConfig())
+    assert len(fused_modules(adapted)) == 10
+    assert not fused_modules(adapted.unload())
+
+
+def test_a_copied_or_pickled_model_runs_its_own_modules():
+    model, inputs = model_of(CONFIGS[0]).eval(), batch()
+    fuse_layers(model)
+    expected = model(**inputs).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(m.forward.module is m for m in fused_modules(other)) and fused_modules(other)
+        assert torch.equal(other(**inputs).logits, expected)
+
+
+def test_hooks_see_what_they_saw():
+    model, inputs, seen = model_of(CONFIGS[0]).eval(), batch(), []
+    fuse_layers(model)
+    model.model.layers[0].self_attn.register_forward_hook(lambda module, args, out: seen.append(out[0].shape))
+    model.model.norm.register_forward_hook(lambda module, args, out: out * 0)
+    assert model(**inputs).logits.abs().max() == 0 and seen == [(3, 11, 64)]
