@@ -21,6 +21,7 @@ from .hub.peft import check_tensors, read_config, read_tensors, write_adapter
 from .integrations.deferred_logits import defer_logits
 from .integrations.forwards import remove
 from .integrations.fused_layers import fuse_layers
+from .integrations.trainer import serve_trainer
 from .nn.linear4bit import Linear4bit
 from .nn.lora import LoraLayer
 from .tuners.base import PeftConfig
@@ -722,3 +723,6 @@ class _Swap:
         self.model.base_model.configs[self.name] = self.config
         if rescaled:
             bank.refresh()
+
+
+serve_trainer()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import (
-    TrainerCallback,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pyfastpeft as fp
 from pyfastpeft.data import drug_qa, score_drug_qa
 from pyfastpeft.generation import answer
+from pyfastpeft.hub.files import load_safetensors
 from pyfastpeft.training import IGNORED, Collator, encode, load_dataset, prompt_ids, read_rows, train_adapter
 
 QUESTION, ANSWER = "Which drug?", "Drug: x"
@@ -175,6 +176,48 @@ def test_a_checkpoint_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_resume_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint"):
         run(adapter(), tmp_path / "none", resume=True)
+
+
+def trainer(model, output, **kwargs):
+    settings = {"num_train_epochs": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "seed": 3}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    args = TrainingArguments(str(output), **(settings | kwargs))
+    return Trainer(model, args, train_dataset=examples(), eval_dataset=examples(4), data_collator=Collator(0))
+
+
+@pytest.mark.parametrize("name", ["default", "drugs"])
+def test_transformers_own_trainer_saves_the_adapter_alone_and_resumes(tmp_path, name):
+    whole = adapter(name)
+    trainer(whole, tmp_path / "whole").train()
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    assert not list(checkpoint.rglob("model*.safetensors"))
+    folder = checkpoint if name == "default" else checkpoint / name
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in folder.iterdir()}
+    resumed = adapter(name)
+    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(checkpoint))
+    expected = weights(whole)
+    for key, value in weights(resumed).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_transformers_own_trainer_loads_its_best_adapter(tmp_path):
+    model = adapter()
+    best = trainer(model, tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    best.train()
+    saved = load_safetensors(f"{best.state.best_model_checkpoint}/adapter_model.safetensors")
+    assert saved.keys() == weights(model).keys()
+    for key, value in weights(model).items():
+        assert torch.equal(value, saved[key]), key
+    best.save_model(str(tmp_path / "final"))
+    assert load_safetensors(tmp_path / "final" / "adapter_model.safetensors").keys() == saved.keys()
+
+
+def test_the_trainer_learns_of_our_models_before_or_after_its_own_import():
+    check = (
+        "import transformers.trainer as t; assert t.Trainer._save.__name__ == '_save' and t.Trainer._save.__wrapped__"
+    )
+    for lines in (["import transformers.trainer", "import pyfastpeft.peft_model"], ["import pyfastpeft.peft_model"]):
+        subprocess.run([sys.executable, "-c", "\n".join([*lines, check])], check=True, capture_output=True)
 
 
 class Losses(TrainerCallback):
