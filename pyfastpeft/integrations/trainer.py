@@ -1,51 +1,20 @@
 """transformers' own Trainer treats a :class:`PeftModel` as it treats PEFT's: its checkpoints hold the adapters alone.
 
-The Trainer knows PEFT's models by their class. What it asks is answered for ours as well, once it is imported; until
-then nothing is, for the Trainer takes a second to import.
+The Trainer knows PEFT's models by their class; what it asks about them is answered for ours as well.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.util
 import os
-import sys
 from types import ModuleType
 from typing import Any
 
 import torch
 
-_MODULE = "transformers.trainer"
 
-
-class _OnImport(importlib.abc.MetaPathFinder):
-    """Lets the next import of the Trainer's module end with :func:`_teach`."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        execute = spec.loader.exec_module
-
-        def execute_and_teach(module: ModuleType) -> None:
-            execute(module)
-            _teach(module)
-
-        spec.loader.exec_module = execute_and_teach
-        return spec
-
-
-def serve_trainer() -> None:
-    """Teach the Trainer about our models, now or when it is imported."""
-    if _MODULE in sys.modules:
-        _teach(sys.modules[_MODULE])
-    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _OnImport())
-
-
-def _teach(module: ModuleType) -> None:
+def teach_trainer(module: ModuleType) -> None:
+    """Change what ``module``, transformers.trainer, asks of a model and how it saves one."""
     from transformers import trainer_utils
 
     from ..peft_model import PeftModel

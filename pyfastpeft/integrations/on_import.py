@@ -1,0 +1,46 @@
+"""Doing something once another package's module is imported, so that nobody has to import it for that."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+def when_imported(name: str, action: Callable[[ModuleType], Any]) -> None:
+    """Call ``action`` with the module ``name``: now where it is imported already, else when it first is."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Watch(name, action))
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Finds one module the way the other finders do, and lets its execution end with an action."""
+
+    def __init__(self, name: str, action: Callable[[ModuleType], Any]) -> None:
+        self.name, self.action = name, action
+        self.asking = False
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != self.name or self.asking:
+            return None
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asking = False
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self.action(module)
+
+            spec.loader.exec_module = execute_and_act
+        return spec

@@ -1,0 +1,46 @@
+"""What ``import pyfastpeft`` brings along, and what it does not."""
+
+import subprocess
+import sys
+
+import pytest
+
+import pyfastpeft as fp
+
+
+def python(*lines):
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_transformers_is_imported_by_those_who_need_it():
+    loaded = "print('transformers' in sys.modules)"
+    assert python("import sys, pyfastpeft as fp", "fp.ops.linear_4bit, fp.LoraConfig()", loaded) == ["False"]
+    run = "from pyfastpeft.cli import main\ntry: main(['{}'])\nexcept SystemExit: pass"
+    for command in ("--help", "info"):
+        assert python("import sys", run.format(command), loaded)[-1] == "False"
+
+
+def test_every_name_is_there_and_listed():
+    assert set(fp.__all__) <= set(dir(fp))
+    for name in fp.__all__:
+        assert getattr(fp, name) is getattr(fp, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fp.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import pyfastpeft, transformers.modeling_utils",
+        "import transformers.modeling_utils, pyfastpeft",
+        "import pyfastpeft, transformers.quantizers, transformers.modeling_utils",
+        "import pyfastpeft, transformers.core_model_loading, transformers.modeling_utils",
+        "import pyfastpeft\nfrom transformers import AutoModelForCausalLM as Auto\nAuto.from_pretrained\n"
+        "import importlib.util as u\nu.find_spec('transformers.modeling_utils')\nimport transformers.modeling_utils",
+    ],
+)
+def test_transformers_knows_the_quantizer_whichever_comes_first(first):
+    known = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('pyfastpeft' in m)"
+    assert python(first, known)[-1] == "True"
