@@ -24,6 +24,13 @@ ISA_FLAGS = {
 }
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 KERNELS = [str(CPU / name) for name in ("dispatch.cpp", "generic.cpp", *ISA_FLAGS.get(MACHINE, {}))]
+OPERATORS = [
+    "csrc/ops.cpp",
+    "csrc/model_ops.cpp",
+    "csrc/decoder_ops.cpp",
+    "csrc/cpu/linear.cpp",
+    "csrc/cpu/decoder.cpp",
+]
 # -ffp-contract=off: formats are reproduced to the bit; fused multiply-adds are written where they are meant.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 
@@ -89,7 +96,7 @@ setup(
     package_dir={"pyfastpeft.kernels": "kernels"},
     package_data={"pyfastpeft": ["data/**/*"], "pyfastpeft.kernels": ["*.md"]},
     ext_modules=[
-        extension("_C", ["csrc/ops.cpp", "csrc/model_ops.cpp", "csrc/cpu/linear.cpp"], [("TORCH_TARGET_VERSION", "0x020a000000000000")]),
+        extension("_C", OPERATORS, [("TORCH_TARGET_VERSION", "0x020a000000000000")]),
         extension("_native", ["csrc/native.cpp"], [("PF_CUDA_VERSION", '""')]),
     ],
     cmdclass={"build_ext": BuildExt},

@@ -1,116 +1,20 @@
 // Operator schemas and their CPU implementations, under LibTorch's stable ABI: one binary for torch 2.10 and later.
-#include <cmath>
 #include <cstring>
 #include <tuple>
 #include <vector>
 
-#include "cpu/linear.h"
 #include "memory.h"
-#include "tensors.h"
+#include "operands.h"
 
 namespace {
 
 using namespace pf::tensors;
 
-// A matrix [rows, cols] packed by pack_pairs.
-pf::Matrix packed_matrix(const Tensor& t, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16 && t.dim() == 4 && t.is_contiguous() &&
-                      t.size(0) == (rows + pf::kTile - 1) / pf::kTile && t.size(1) == cols / 2 &&
-                      t.size(2) == pf::kTile && t.size(3) == 2 && cols % 2 == 0,
-                  "a packed lora factor must be contiguous bfloat16 [ceil(rows / 16), columns / 2, 16, 2]");
-  return {t.const_data_ptr(), pf::kBFloat16, rows, cols, 0, true};
-}
-
-void check_format(int64_t format, int64_t blocksize) {
-  STD_TORCH_CHECK(format >= 0 && format <= 2, "format must be 0 (nf4), 1 (fp4) or 2 (int4)");
-  STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
-                  "blocksize must be a power of two, 32 to 4096");
-}
-
-pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zero, const OptTensor& absmax2,
-                  const OptTensor& offset, int64_t format, int64_t n, int64_t blocksize) {
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() &&
-                      codes.size(0) == (n + pf::kTile - 1) / pf::kTile && codes.size(1) % (8 * 32) == 0,
-                  "codes must be contiguous uint8 [ceil(N / 16), 8 K] in the tiles layout");
-  check_format(format, blocksize);
-  pf::Weight w{};
-  w.codes = codes.const_data_ptr<uint8_t>();
-  w.format = static_cast<int>(format);
-  w.n = n;
-  w.k = codes.size(1) / 8;
-  w.blocksize = blocksize;
-  w.segment = std::__gcd(w.k, blocksize);
-  STD_TORCH_CHECK(scale.is_contiguous() && scale.numel() == w.tiles() * w.segments() * pf::kTile,
-                  "scale must be contiguous [ceil(N / 16), segments, 16]");
-  if (absmax2.has_value()) {
-    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Byte && offset.has_value() && offset->numel() == 1 &&
-                        absmax2->numel() * 256 >= (w.n * w.k + blocksize - 1) / blocksize,
-                    "double-quantized scales must be uint8, with their second-level scales and offset");
-    w.scale8 = scale.const_data_ptr<uint8_t>();
-    w.scale2 = absmax2->const_data_ptr<float>();
-    w.offset = *offset->const_data_ptr<float>();
-  } else {
-    w.scale = scale.const_data_ptr<float>();
-  }
-  STD_TORCH_CHECK(zero.has_value() == (format == pf::kINT4), "zero belongs to int4, and int4 needs it");
-  if (zero.has_value()) {
-    STD_TORCH_CHECK(zero->is_contiguous() && zero->numel() == scale.numel(), "zero must have the shape of scale");
-    w.zero = zero->const_data_ptr<float>();
-  }
-  return w;
-}
-
-void set_factor(pf::Branch& branch, const OptTensor& row_scale, double scaling, int64_t rows, int64_t rank,
-                const OptTensor& seed, double dropout) {
-  branch.scaling = static_cast<float>(scaling);
-  if (row_scale.has_value()) {
-    STD_TORCH_CHECK(row_scale->is_contiguous() && row_scale->size(row_scale->dim() - 1) == rank &&
-                        (row_scale->dim() == 1 || row_scale->size(0) == rows),
-                    "row_scale must be contiguous [R] or [rows, R]");
-    branch.row_scale = row_scale->const_data_ptr<float>();
-    branch.row_scale_ld = row_scale->dim() == 2 ? rank : 0;
-  }
-  if (seed.has_value()) {
-    STD_TORCH_CHECK(dropout > 0.0 && dropout < 1.0, "dropout must lie in (0, 1)");
-    STD_TORCH_CHECK(seed->numel() == 1, "seed must be one number");
-    branch.dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-    branch.dropout.threshold = static_cast<uint32_t>(std::llround(dropout * 4294967296.0));
-    branch.dropout.scale = static_cast<float>(1.0 / (1.0 - dropout));
-  }
-}
-
-// Keeps the matrices of a branch alive while the kernels read them.
-struct BranchTensors {
-  Tensor a, b;
-  pf::Branch branch;
-
-  BranchTensors(const OptTensor& lora_a, const OptTensor& lora_b, const OptTensor& row_scale, double scaling,
-                int64_t rows, const OptTensor& seed, double dropout, const pf::Weight& w) {
-    if (!lora_a.has_value()) return;
-    STD_TORCH_CHECK(lora_b.has_value(), "lora A needs lora B");
-    if (lora_a->dim() == 4) {
-      a = *lora_a;
-      b = *lora_b;
-      const int64_t rank = b.dim() == 4 ? b.size(1) * 2 : 0;
-      branch.a = packed_matrix(a, rank, w.k);
-      branch.b = packed_matrix(b, w.n, rank);
-    } else {
-      a = with_contiguous_columns(*lora_a);
-      b = with_contiguous_columns(*lora_b);
-      branch.a = matrix(a, "lora A");
-      branch.b = matrix(b, "lora B");
-    }
-    STD_TORCH_CHECK(branch.a.cols == w.k && branch.b.rows == w.n && branch.b.cols == branch.a.rows,
-                    "lora A must be [R, K] and lora B [N, R]");
-    set_factor(branch, row_scale, scaling, rows, branch.a.rows, seed, dropout);
-  }
-};
-
 std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2,
                                        OptTensor offset, int64_t format, int64_t n, int64_t blocksize, OptTensor bias,
                                        OptTensor lora_a, OptTensor lora_b, OptTensor row_scale, double scaling,
                                        OptTensor seed, double dropout) {
-  const pf::Kernels& k = kernels();
+  kernels();
   const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
   x = with_contiguous_columns(x);
   const pf::Matrix xm = matrix(x, "x");
@@ -118,20 +22,8 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
   const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w);
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
   Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
-  const float* bias_data = nullptr;
-  std::vector<float> bias_float;
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->numel() == n, "bias must be [N]");
-    bias = torch::stable::contiguous(*bias);
-    if (bias->scalar_type() == ScalarType::Float) {
-      bias_data = bias->const_data_ptr<float>();
-    } else {
-      bias_float.resize(n);
-      k.to_float(bias->const_data_ptr(), dtype_of(*bias, "bias"), bias_float.data(), n);
-      bias_data = bias_float.data();
-    }
-  }
-  pf::linear_forward(w, xm, bias_data, lora.branch, y.mutable_data_ptr(), xm.dtype,
+  const Bias bias_data(bias, n);
+  pf::linear_forward(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype,
                      static_cast<float*>(s.mutable_data_ptr()), parallel);
   return {y, s};
 }

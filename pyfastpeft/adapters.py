@@ -72,6 +72,7 @@ class AdapterBank:
         frozen: names of the adapters that are for inference, active or not.
         mode: None: every row uses the active adapters; else the rows' own choice.
         layouts: what a hot-swap works out once about an adapter; forgotten whenever the structure changes.
+        version: grows whenever a layer may have another plan or other values of its parameters.
     """
 
     def __init__(self) -> None:
@@ -81,6 +82,7 @@ class AdapterBank:
         self.frozen: frozenset[str] = frozenset()
         self.mode: Rows | None = None
         self.layouts: dict[str, Any] = {}
+        self.version = 0
         self._plans: dict[tuple[str, ...], list] = {}
         self._trainable: dict[str, list[torch.nn.Parameter]] = {}
         self._training: set[str] = set()
@@ -129,10 +131,12 @@ class AdapterBank:
 
     def forget(self) -> None:
         """Layers or parameters may have been exchanged: work everything out again when it is next needed."""
+        self.version += 1
         self._plans.clear()
         self.layouts.clear()
 
     def _push(self, active: tuple[str, ...]) -> None:
+        self.version += 1
         for holder, plan in self.prepare(active):
             # Past nn.Module.__setattr__, which costs more than all else here.
             holder.__dict__["_plan"] = plan

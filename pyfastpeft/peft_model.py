@@ -20,6 +20,7 @@ from .adapters import NO_ROWS, Rows
 from .hub.peft import check_tensors, read_config, read_tensors, write_adapter
 from .integrations.deferred_logits import defer_logits
 from .integrations.forwards import remove
+from .integrations.fused_decoder import fuse_decoder
 from .integrations.fused_layers import fuse_layers
 from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
@@ -269,6 +270,7 @@ class PeftModel(nn.Module):
     def _prepare(self) -> None:
         """Work out now what switching to each adapter needs, so that no request waits for it."""
         fuse_layers(self.get_base_model())
+        fuse_decoder(self.get_base_model())
         defer_logits(self.get_base_model())
         for name in self.peft_config:
             self.base_model.bank.prepare((name,))
@@ -550,6 +552,7 @@ class PeftModel(nn.Module):
             return False
         with torch.no_grad():
             torch._foreach_copy_(targets, values)
+        base.bank.version += 1
         if config is not None:
             base.configs[name] = replace(config, inference_mode=old.inference_mode)
         return True

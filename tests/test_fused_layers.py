@@ -163,9 +163,9 @@ def test_only_what_has_the_code_of_llama_is_replaced():
 
 def test_accelerate_and_adapters_fuse_and_unloading_undoes_it():
     model = model_of(CONFIGS[0])
-    assert len(fused_modules(fp.accelerate(copy.deepcopy(model)))) == 10  # and the head
+    assert len(fused_modules(fp.accelerate(copy.deepcopy(model)))) == 11  # with the head and the decoder
     adapted = fp.get_peft_model(model, fp.LoraConfig())
-    assert len(fused_modules(adapted)) == 10
+    assert len(fused_modules(adapted)) == 11
     assert not fused_modules(adapted.unload())
 
 

@@ -971,6 +971,8 @@ void dequantize(const uint8_t* codes, const float* scale, const float* zero, int
 
 #include "elementwise.h"
 
+#include "attention.h"
+
 Kernels make_kernels(const char* name) {
   Kernels kernels{};
   kernels.name = name;
@@ -981,6 +983,7 @@ Kernels make_kernels(const char* name) {
   kernels.dots = dots;
   kernels.to_float = to_float;
   kernels.pack_pairs = pack_pairs;
+  kernels.from_float = from_float;
   kernels.segment_sums = segment_sums;
   kernels.quantize = quantize;
   kernels.dequantize = dequantize;
@@ -991,5 +994,6 @@ Kernels make_kernels(const char* name) {
   kernels.swiglu_backward = swiglu_backward;
   kernels.rope = rope;
   kernels.cross_entropy = cross_entropy;
+  kernels.attend = attend;
   return kernels;
 }

@@ -75,7 +75,7 @@ Registry& registry() {
 }
 
 struct Scratch {
-  static constexpr int kSlots = 8;
+  static constexpr int kSlots = 9;
   void* data[kSlots] = {};
   int64_t size[kSlots] = {};
   ~Scratch() {

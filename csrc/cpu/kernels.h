@@ -89,6 +89,19 @@ struct CrossEntropyArgs {
   void* gradient;         // [rows, cols], contiguous, in the dtype of logits
 };
 
+struct AttendArgs {
+  const void* q;      // [batch, tokens, heads, dim]
+  const void *k, *v;  // [batch, kv_heads, length, dim], the last dimension contiguous
+  int dtype;
+  int64_t tokens, heads, kv_heads, dim;
+  int64_t length;        // of keys; the last `tokens` are the queries' own, and hidden from earlier queries
+  int64_t k_strides[3];  // of batch, heads and keys, in elements
+  int64_t v_strides[3];
+  float scale;
+  const uint8_t* mask;  // [batch, length], 0: hidden; or null
+  void* out;            // as q
+};
+
 // One arithmetic: float32 FMA, or bf16 pairs into float32.
 struct Arithmetic {
   int64_t group_lanes;  // lanes of a panel
@@ -125,6 +138,7 @@ struct Kernels {
   void (*to_float)(const void* src, int dtype, float* dst, int64_t n);
   // Tiles [tile0, tile1) of a packed matrix.
   void (*pack_pairs)(const Matrix& src, uint16_t* dst, int64_t tile0, int64_t tile1);
+  void (*from_float)(const float* src, char* dst, int dtype, int64_t n);
   void (*segment_sums)(const float* x, int64_t segment, int64_t segments, float* out);
   // Blocks [block0, block1) of a flat tensor of n elements.
   void (*quantize)(const void* src, int dtype, int64_t n, int format, int64_t blocksize, uint8_t* codes, float* scale,
@@ -140,9 +154,11 @@ struct Kernels {
                           int64_t row1);
   void (*rope)(const RopeArgs&, int64_t token0, int64_t token1);  // tokens counted over the batch
   void (*cross_entropy)(const CrossEntropyArgs&, int64_t row0, int64_t row1);
+  void (*attend)(const AttendArgs&, int64_t unit0, int64_t unit1);  // units are batch rows times kv_heads
 };
 
 // Grow-only scratch of the calling thread, 64-byte aligned; `slot` keeps concurrent uses apart.
 void* scratch(int slot, int64_t bytes);
+constexpr int kDecoderScratch = 8;  // the decoder's slot; kernels use 0 and 1, linear.cpp those between
 
 }  // namespace pf

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..nn import Linear4bit
 from .deferred_logits import defer_logits
+from .fused_decoder import fuse_decoder
 from .fused_layers import fuse_layers
 
 
@@ -16,8 +17,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     layer. Under a peft LoRA layer it is the base layer that is replaced: forward, training and saving the adapter go on
     as before, but peft cannot merge into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that).
     Forward hooks of a replaced layer move to the new one. What is between the linear layers is fused as well
-    (:mod:`.fused_layers`), and in training the head's logits are computed when something reads them
-    (:mod:`.deferred_logits`).
+    (:mod:`.fused_layers`), in training the head's logits are computed when something reads them
+    (:mod:`.deferred_logits`), and in generation all layers run as one operator (:mod:`.fused_decoder`).
 
     Returns:
         ``model`` itself, unless it is such a layer.
@@ -33,6 +34,7 @@ def accelerate(model: nn.Module) -> nn.Module:
                 parent._modules[name] = replaced[child]
     fuse_layers(model)
     defer_logits(model)
+    fuse_decoder(model)
     return model
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from ..ops import cross_entropy_with_gradient
+from ..ops import cross_entropy_with_gradient, dense_linear
 from .forwards import ModuleForward, install, remove
 
 _CHUNK_LOGITS = 1 << 23
@@ -231,12 +231,12 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 class _DeferringForward(ModuleForward):
-    """Forward of an output head: puts the product off in training."""
+    """Forward of an output head: puts the product off in training; elsewhere it is fast for few rows."""
 
     def __call__(self, input: Tensor) -> Tensor:
         head = self.module
         if not (head.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return self.own(input)
+            return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
         # A hook wants to see the logits, or brings the weight for this very call; a trained weight may soon be another.
         hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
         if hooked or any(p.requires_grad for p in head.parameters()):

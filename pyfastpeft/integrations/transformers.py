@@ -23,6 +23,7 @@ from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_blocksize, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
+from .forwards import remove
 
 METHOD = "pyfastpeft"
 
@@ -182,7 +183,9 @@ class FastPeftQuantizer(HfQuantizer):
             # A view of the mapped file keeps all of it in memory, also what was quantized.
             if not tensor.untyped_storage().resizable():
                 tensor.data = tensor.data.clone()
-        return model
+        from .accelerate import accelerate  # not while transformers is still importing itself: it needs the models
+
+        return accelerate(model)
 
     def quantized(self, weight: Tensor) -> Packed4bit:
         """``weight`` in the format the config asks for."""
@@ -207,6 +210,7 @@ class FastPeftQuantizer(HfQuantizer):
         ]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        remove(model)
         for name, layer in list(model.named_modules()):
             if not isinstance(layer, Linear4bit):
                 continue

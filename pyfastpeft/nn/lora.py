@@ -67,7 +67,7 @@ def _pair(n_in: int, r: int, n_out: int, bias: bool, initialize: bool) -> tuple[
     return make(nn.Linear, n_in, r, bias=False), make(nn.Linear, r, n_out, bias=bias)
 
 
-def _stamp(tensors: list[Tensor]) -> tuple | None:
+def stamp_of(tensors: list[Tensor]) -> tuple | None:
     """Changes whenever a value may have changed; None where that cannot be told."""
     if any(t.is_inference() for t in tensors):
         return None
@@ -277,7 +277,7 @@ class LoraLayer(nn.Module):
         """
         if is_compiling() or not self.bank.frozen.issuperset(names):
             return compute()
-        stamp = _stamp(tensors)
+        stamp = stamp_of(tensors)
         held = self._cache.get(key)
         if held is None or stamp is None or held[0] != stamp:
             held = self._cache[key] = (stamp, compute())
@@ -295,9 +295,11 @@ class LoraLayer(nn.Module):
 
         return self._cached(names, names, [t for pair in pairs for t in pair] + scales, stack)
 
-    def _branch(self, x: Tensor, names: tuple[str, ...], a: Tensor, b: Tensor, scaling: Any, dropout: float) -> Any:
-        """The branch of stacked adapters for ``ops.linear_4bit``; packed, once, where they are for inference."""
-        packable = x.dtype is torch.bfloat16 and dropout == 0.0 and self.bank.frozen.issuperset(names)
+    def branch(
+        self, dtype: torch.dtype, names: tuple[str, ...], a: Tensor, b: Tensor, scaling: Any, dropout: float
+    ) -> Lora | PackedLora:
+        """The branch of stacked adapters for x of ``dtype``; packed, once, where they are for inference."""
+        packable = dtype is torch.bfloat16 and dropout == 0.0 and self.bank.frozen.issuperset(names)
         if not packable or is_compiling() or a.device.type != "cpu":
             return Lora(a, b, scaling, dropout)
         tensors = [t for name in names for t in self.factors(name)]
@@ -330,7 +332,7 @@ class LoraLayer(nn.Module):
         """Float32 [out]: ||M||² a row, computed once for a weight."""
         if is_compiling() and self._square is not None:
             return self._square[1]
-        stamp = _stamp([self.weight])
+        stamp = stamp_of([self.weight])
         if self._square is None or stamp is None or self._square[0] != stamp:
             self._square = (stamp, self.matrix().square().sum(1))
         return self._square[1]
@@ -449,7 +451,7 @@ class LoraLinear(LoraLayer):
         dropout = plan.dropout if self.training else 0.0
         base_layer = self._modules["base_layer"]  # past nn.Module.__getattr__: this is the path of every token
         if self._fused:
-            y = base_layer(x, self._branch(x, plan.names, a, b, scaling, dropout))
+            y = base_layer(x, self.branch(x.dtype, plan.names, a, b, scaling, dropout))
             if plan.magnitude is None:
                 return y
             return self._scaled_without_bias(y, self._plan_gain(plan, a, b)).to(y.dtype)
@@ -474,7 +476,7 @@ class LoraLinear(LoraLayer):
         if self._fused and len(groups) == 1 and (not gains or (len(names) == 1 and mode is None)):
             a, b, scale = self.stacked(names)
             scale = self._column_scale(names, scale, mode, x, rows)
-            y = self.base_layer(x, self._branch(x, names, a, b, scale, next(iter(groups))))
+            y = self.base_layer(x, self.branch(x.dtype, names, a, b, scale, next(iter(groups))))
             dtype = y.dtype
             if gains:
                 y = self._scaled_without_bias(y, gains[names[0]])

@@ -3,6 +3,7 @@
 from . import library as library  # loads the compiled operators
 from .backends import Backend
 from .cross_entropy import cross_entropy_with_gradient
+from .dense import dense_linear
 from .elementwise import rms_norm, rope, swiglu
 from .linear_4bit import BankView, Lora, PackedLora, linear_4bit, pack_lora
 
@@ -12,6 +13,7 @@ __all__ = [
     "Lora",
     "PackedLora",
     "cross_entropy_with_gradient",
+    "dense_linear",
     "linear_4bit",
     "pack_lora",
     "rms_norm",

@@ -1,0 +1,47 @@
+// A stack of decoder layers for few rows: norm, projections, rotary embeddings, attention over a cache, SwiGLU, each
+// layer in place on one residual stream. No torch in it; threads come from the caller.
+#pragma once
+#include <vector>
+
+#include "linear.h"
+
+namespace pf {
+
+struct DecoderLinear {
+  Weight w;
+  const float* bias = nullptr;
+  Branch branch;
+};
+
+enum Projection { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };
+
+// Vectors in the stack's dtype; q_norm and k_norm [dim] are null where queries and keys are not normed.
+struct DecoderLayer {
+  DecoderLinear linear[kProjections];
+  const void *input_norm, *post_norm, *q_norm, *k_norm;
+  // The cache: [batch, kv_heads, at least past + tokens, dim], the last dimension contiguous. The new keys and values
+  // are written behind the `past` ones.
+  void *keys, *values;
+  int64_t key_strides[3], value_strides[3];
+};
+
+struct Decoder {
+  int dtype;
+  int64_t hidden, heads, kv_heads, dim, intermediate;
+  float eps, scale;
+  const void* norm;  // [hidden], the last one
+  std::vector<DecoderLayer> layers;
+};
+
+struct DecoderInput {
+  const void* x;  // [batch, tokens, hidden]
+  const void *cos, *sin;
+  int64_t angle_stride;  // as in RopeArgs
+  const uint8_t* mask;   // [batch, past + tokens], 0: hidden; or null
+  int64_t batch, tokens, past;
+};
+
+// y [batch, tokens, hidden].
+void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, ParallelFor parallel);
+
+}  // namespace pf

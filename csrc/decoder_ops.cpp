@@ -1,0 +1,186 @@
+// The decoder stack as operators. A stack is built once and named by a number; it holds its tensors, and reads where
+// their memory lies at every call. One call then computes a token, without a dispatch or a check a layer.
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cpu/decoder.h"
+#include "operands.h"
+#include "team.h"
+
+namespace {
+
+using namespace pf::tensors;
+
+struct HeldLinear {
+  std::vector<Tensor> packed;  // keeps the weight's memory, to which nobody else can give another place
+  pf::Weight w;
+  OptTensor bias, lora_a, lora_b;
+  double scaling;
+};
+
+struct Stack {
+  pf::Decoder shape;
+  Tensor norm;
+  std::vector<Tensor> norms;        // input and post-attention norm of each layer
+  std::vector<Tensor> head_norms;   // of queries and keys of each layer, or empty
+  std::vector<HeldLinear> linears;  // kProjections a layer
+};
+
+std::mutex stacks_mutex;
+std::map<int64_t, std::shared_ptr<Stack>> stacks;
+int64_t next_stack = 1;
+
+std::shared_ptr<Stack> find_stack(int64_t stack) {
+  const std::lock_guard<std::mutex> lock(stacks_mutex);
+  const auto found = stacks.find(stack);
+  STD_TORCH_CHECK(found != stacks.end(), "stack is ", stack, "; it must come from new_decoder and not be freed");
+  return found->second;
+}
+
+int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> head_norms, int64_t heads,
+                    int64_t kv_heads, int64_t dim, double eps, double scale) {
+  STD_TORCH_CHECK(norms.size() % 2 == 0 && (head_norms.empty() || head_norms.size() == norms.size()),
+                  "norms must be two a layer, head_norms two a layer or none");
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && dim > 0 && dim % 2 == 0,
+                  "heads must be a multiple of kv_heads, dim even");
+  auto stack = std::make_shared<Stack>();
+  stack->shape = {dtype_of(norm, "norm"),    norm.numel(), heads, kv_heads, dim, 0, static_cast<float>(eps),
+                  static_cast<float>(scale), nullptr,      {}};
+  stack->norm = norm;
+  stack->norms = std::move(norms);
+  stack->head_norms = std::move(head_norms);
+  const std::lock_guard<std::mutex> lock(stacks_mutex);
+  stacks[next_stack] = std::move(stack);
+  return next_stack++;
+}
+
+void free_decoder(int64_t stack) {
+  const std::lock_guard<std::mutex> lock(stacks_mutex);
+  stacks.erase(stack);
+}
+
+void add_decoder_linear(int64_t id, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
+                        int64_t format, int64_t n, int64_t blocksize, OptTensor bias, OptTensor lora_a,
+                        OptTensor lora_b, double scaling) {
+  const std::shared_ptr<Stack> stack = find_stack(id);
+  pf::Decoder& d = stack->shape;
+  HeldLinear linear{
+      {codes, scale}, weight(codes, scale, zero, absmax2, offset, format, n, blocksize), bias, lora_a, lora_b, scaling};
+  for (const OptTensor& t : {zero, absmax2, offset})
+    if (t.has_value()) linear.packed.push_back(*t);
+  const size_t which = stack->linears.size() % pf::kProjections;
+  if (d.intermediate == 0 && which == pf::kGate) d.intermediate = n;
+  const int64_t q = d.heads * d.dim, kv = d.kv_heads * d.dim, wide = d.intermediate;
+  const int64_t outs[] = {q, kv, kv, d.hidden, wide, wide, d.hidden},
+                ins[] = {d.hidden, d.hidden, d.hidden, q, d.hidden, d.hidden, wide};
+  STD_TORCH_CHECK(stack->linears.size() < stack->norms.size() / 2 * pf::kProjections && n == outs[which] &&
+                      linear.w.k == ins[which],
+                  "projection ", which, " of a layer is (", n, ", ", linear.w.k, "); it must be (", outs[which], ", ",
+                  ins[which], ")");
+  stack->linears.push_back(std::move(linear));
+}
+
+const void* vector_data(const Tensor& t, int64_t n, int dtype, const char* name) {
+  STD_TORCH_CHECK(t.numel() == n && t.is_contiguous() && dtype_of(t, name) == dtype, name, " must be contiguous [", n,
+                  "] in the dtype of x");
+  return t.const_data_ptr();
+}
+
+void set_cache(const Tensor& t, const pf::Decoder& d, int64_t batch, int64_t length, const char* name, void*& data,
+               int64_t* strides) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(1) == d.kv_heads && t.size(2) >= length &&
+                      t.size(3) == d.dim && t.stride(3) == 1 && dtype_of(t, name) == d.dtype,
+                  name, " must be [", batch, ", ", d.kv_heads, ", ", length, " or more, ", d.dim,
+                  "] in the dtype of x, its last dimension contiguous");
+  data = t.mutable_data_ptr();
+  for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
+}
+
+Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor mask, std::vector<Tensor> keys,
+                       std::vector<Tensor> values, int64_t past) {
+  kernels();
+  const std::shared_ptr<Stack> stack = find_stack(id);
+  pf::Decoder d = stack->shape;
+  const size_t layers = stack->norms.size() / 2;
+  STD_TORCH_CHECK(stack->linears.size() == layers * pf::kProjections, "the stack misses linear layers");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == d.hidden && x.is_contiguous() && dtype_of(x, "x") == d.dtype,
+                  "x must be contiguous [batch, tokens, ", d.hidden, "] in the dtype of the norms");
+  const int64_t batch = x.size(0), tokens = x.size(1), length = past + tokens;
+  STD_TORCH_CHECK(keys.size() == layers && values.size() == layers && past >= 0,
+                  "keys and values must be one a layer, past not negative");
+  for (const Tensor* t : {&cos, &sin})
+    STD_TORCH_CHECK(t->dim() == 3 && (t->size(0) == batch || t->size(0) == 1) && t->size(0) == cos.size(0) &&
+                        t->size(1) == tokens && t->size(2) == d.dim && t->is_contiguous() &&
+                        dtype_of(*t, "cos") == d.dtype,
+                    "cos and sin must be contiguous [", batch, " or 1, ", tokens, ", ", d.dim, "] in the dtype of x");
+  Tensor y = new_matrix(batch * tokens, d.hidden, d.dtype);
+  if (batch * tokens == 0) return y;
+  if (mask.has_value())
+    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length && mask->is_contiguous() &&
+                        mask->element_size() == 1,
+                    "mask must be contiguous bool [", batch, ", ", length, "]");
+  d.norm = vector_data(stack->norm, d.hidden, d.dtype, "norm");
+  std::vector<BranchTensors> branches;
+  std::vector<Bias> biases;
+  branches.reserve(stack->linears.size());
+  biases.reserve(stack->linears.size());
+  d.layers.resize(layers);
+  for (size_t i = 0; i < layers; ++i) {
+    pf::DecoderLayer& layer = d.layers[i];
+    layer.input_norm = vector_data(stack->norms[2 * i], d.hidden, d.dtype, "input norm");
+    layer.post_norm = vector_data(stack->norms[2 * i + 1], d.hidden, d.dtype, "post-attention norm");
+    layer.q_norm = layer.k_norm = nullptr;
+    if (!stack->head_norms.empty()) {
+      layer.q_norm = vector_data(stack->head_norms[2 * i], d.dim, d.dtype, "query norm");
+      layer.k_norm = vector_data(stack->head_norms[2 * i + 1], d.dim, d.dtype, "key norm");
+    }
+    set_cache(keys[i], d, batch, length, "keys", layer.keys, layer.key_strides);
+    set_cache(values[i], d, batch, length, "values", layer.values, layer.value_strides);
+    for (int p = 0; p < pf::kProjections; ++p) {
+      const HeldLinear& held = stack->linears[i * pf::kProjections + p];
+      branches.emplace_back(held.lora_a, held.lora_b, std::nullopt, held.scaling, batch * tokens, std::nullopt, 0.0,
+                            held.w);
+      biases.emplace_back(held.bias, held.w.n);
+      layer.linear[p] = {held.w, biases.back().data, branches.back().branch};
+    }
+  }
+  const pf::DecoderInput in{x.const_data_ptr(),
+                            cos.const_data_ptr(),
+                            sin.const_data_ptr(),
+                            cos.size(0) == 1 ? 0 : tokens,
+                            mask.has_value() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
+                            batch,
+                            tokens,
+                            past};
+  void* out = y.mutable_data_ptr();
+  pf::with_team([&](pf::ParallelFor parallel) { pf::decoder_forward(d, in, out, parallel); });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
+  m.def(
+      "new_decoder(Tensor norm, Tensor[] norms, Tensor[] head_norms, int heads, int kv_heads, int dim, float eps, "
+      "float scale) -> int");
+  m.def(
+      "add_decoder_linear(int stack, Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, "
+      "int format, int n, int blocksize, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling) -> ()");
+  m.def("free_decoder(int stack) -> ()");
+  m.def(
+      "decoder_forward(int stack, Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!)[] keys, "
+      "Tensor(b!)[] values, int past) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
+  m.impl("new_decoder", TORCH_BOX(&new_decoder));
+  m.impl("add_decoder_linear", TORCH_BOX(&add_decoder_linear));
+  m.impl("decoder_forward", TORCH_BOX(&decoder_forward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
+  m.impl("free_decoder", TORCH_BOX(&free_decoder));
+}

@@ -1,0 +1,108 @@
+// Threads that stay together for the length of one call: one region of torch's threads, in which many small pieces of
+// work are handed over without waking anybody. (Under OMP_WAIT_POLICY=PASSIVE a region costs some forty microseconds,
+// more than most products of one token.)
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace pf {
+
+// The caller of `run` inside `with_team` leads; it takes pieces like everybody else and waits for those that others
+// took, never for a thread that has not come. So nothing depends on how many threads the region really gets.
+class Team {
+ public:
+  explicit Team(int threads) : threads_(threads) {}
+
+  // body(ctx, begin, end) over [0, n) in pieces of at least `grain`.
+  void run(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
+    const int64_t pieces = std::min<int64_t>(threads_, (n + grain - 1) / grain);
+    if (pieces <= 1) return body(ctx, 0, n);
+    ctx_.store(ctx, std::memory_order_relaxed);
+    body_.store(body, std::memory_order_relaxed);
+    n_.store(n, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    job_ += kJob;
+    state_.store(job_ | static_cast<uint64_t>(pieces) << 16, std::memory_order_release);
+    while (take_piece()) {
+    }
+    for (int spins = 0; done_.load(std::memory_order_acquire) < pieces; ++spins) relax(spins);
+  }
+
+  void help() {
+    for (int spins = 0; !over_.load(std::memory_order_acquire); ++spins)
+      if (take_piece())
+        spins = 0;
+      else
+        relax(spins);
+  }
+
+  void dismiss() { over_.store(true, std::memory_order_release); }
+
+ private:
+  static constexpr uint64_t kJob = uint64_t{1} << 32;
+
+  // A piece is taken by counting the low bits of the state up; the job's number above them says of which job.
+  bool take_piece() {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    const int64_t pieces = state >> 16 & 0xFFFF, piece = state & 0xFFFF;
+    if (piece >= pieces) return false;
+    void* ctx = ctx_.load(std::memory_order_relaxed);
+    const auto body = body_.load(std::memory_order_relaxed);
+    const int64_t n = n_.load(std::memory_order_relaxed);
+    if (!state_.compare_exchange_strong(state, state + 1, std::memory_order_acq_rel)) return true;
+    struct Done {  // also when the body throws: the region hands that on
+      std::atomic<int64_t>& done;
+      ~Done() { done.fetch_add(1, std::memory_order_release); }
+    } const counted{done_};
+    body(ctx, n * piece / pieces, n * (piece + 1) / pieces);
+    return true;
+  }
+
+  static void relax(int spins) {
+    if (spins % 4096 == 4095) return std::this_thread::yield();
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  const int threads_;
+  uint64_t job_ = 0;
+  alignas(64) std::atomic<uint64_t> state_{0};  // job, pieces, next piece: 32, 16 and 16 bits
+  alignas(64) std::atomic<int64_t> done_{0};
+  std::atomic<void*> ctx_{nullptr};
+  std::atomic<void (*)(void*, int64_t, int64_t)> body_{nullptr};
+  std::atomic<int64_t> n_{0};
+  std::atomic<bool> over_{false};
+};
+
+// lead(parallel) on one thread of a region of torch's threads while the others help; `parallel` is a ParallelFor.
+template <class Lead>
+void with_team(const Lead& lead) {
+  static thread_local Team* current = nullptr;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 << 15);
+  Team team(static_cast<int>(threads));
+  // A handover costs less than a tenth of what the callers' grain is meant for.
+  const auto parallel = [](int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
+    current->run(n, std::max<int64_t>(grain / 16, 1), ctx, body);
+  };
+  const auto member = [&](int64_t begin, int64_t) {
+    if (begin != 0) return team.help();
+    current = &team;
+    struct Dismissal {
+      ~Dismissal() {
+        current->dismiss();
+        current = nullptr;
+      }
+    } dismissal;
+    lead(parallel);
+  };
+  torch::stable::parallel_for(0, threads, 1, member);
+}
+
+}  // namespace pf

@@ -1,0 +1,372 @@
+"""Decoding with one compiled call a token: the layers of a Llama-like model as ``decoder_forward``.
+
+:func:`fuse_decoder` puts a :class:`_FewRows` before the forward of a decoder (the module between embedding and head).
+It serves calls of a few rows that continue a cache and record nothing, when every layer is what the compiled stack
+computes; whatever is out of the ordinary goes to transformers' own forward. Nothing is copied: the stack holds the
+model's own tensors, and a model that has changed since (another adapter, a merged weight, a hook) is noticed at the
+next call.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import weakref
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..adapters import AdapterBank
+from ..nn import Linear4bit
+from ..nn.lora import LoraLinear, stamp_of
+from ..ops import PackedLora
+from ..ops.backends import Backend, choose
+from .forwards import ModuleForward, install
+
+FEW_ROWS = 16
+"""Rows (batch times new tokens) up to which the fused stack serves a call."""
+
+_FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+_PROJECTIONS = (
+    ("self_attn", "q_proj"),
+    ("self_attn", "k_proj"),
+    ("self_attn", "v_proj"),
+    ("self_attn", "o_proj"),
+    ("mlp", "gate_proj"),
+    ("mlp", "up_proj"),
+    ("mlp", "down_proj"),
+)
+# transformers renamed it; whichever name this version has.
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+_SERVED = frozenset(("input_ids", "attention_mask", "position_ids", "use_cache", _CACHE))
+_STACKS_KEPT = 4  # switching between this many sets of adapters builds nothing
+
+
+def fuse_decoder(model: nn.Module) -> None:
+    """Let every decoder in ``model`` that is of a known family compute few rows by the fused stack, in place."""
+    for module in list(model.modules()):
+        if _family(module) is not None:
+            _watch_registrations()
+            install(module, _FewRows)
+
+
+def _family(module: nn.Module) -> str | None:
+    known = type(module).__module__.startswith("transformers.models.")
+    return _FAMILIES.get(type(module).__name__) if known else None
+
+
+class _Unsupported(Exception):
+    """This model is not what the fused stack computes."""
+
+
+class _Lookups:
+    """What was found in a model's dictionaries on the way to its tensors, and whether it would be found again."""
+
+    def __init__(self) -> None:
+        self.containers: list[dict] = []
+        self.keys: list[str] = []
+        self.found: list[Any] = []
+        self.hooks: list[dict] = [
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_pre_hooks,
+        ]
+
+    def get(self, container: dict, key: str) -> Any:
+        found = container.get(key)
+        self.containers.append(container)
+        self.keys.append(key)
+        self.found.append(found)
+        return found
+
+    def module(self, parent: nn.Module, name: str) -> nn.Module:
+        module = self.get(parent._modules, name)
+        forward = None if module is None else self.get(vars(module), "forward")
+        if module is None or not (forward is None or isinstance(forward, ModuleForward)):
+            raise _Unsupported
+        self.hooks += (module._forward_hooks, module._forward_pre_hooks)
+        return module
+
+    def hooked(self) -> bool:
+        return any(self.hooks)
+
+    def hold(self) -> bool:
+        return all(map(operator.is_, map(dict.get, self.containers, self.keys), self.found))
+
+
+_registrations = itertools.count(1)
+_registered = 0
+
+
+def _note_registration(*_: Any) -> None:
+    global _registered
+    if not torch.compiler.is_dynamo_compiling():  # traced, the number would be a guard that never holds
+        _registered = next(_registrations)
+
+
+@functools.cache
+def _watch_registrations() -> None:
+    torch_module.register_module_module_registration_hook(_note_registration)
+    torch_module.register_module_parameter_registration_hook(_note_registration)
+
+
+class _Stack:
+    """A compiled stack, or the finding that there cannot be one, and the lookups on which that rests.
+
+    Looking everything up again takes a tenth of a token. From one token to the next over the same cache that is done
+    only after something was noticed: a hook, module or parameter that was registered anywhere, a change in the bank of
+    adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.lookups = _Lookups()
+        self.number: int | None = None
+        self.banks: list[AdapterBank] = []
+        self._copied: list[Tensor] = []  # of these the stack holds copies
+        self._model = weakref.ref(model)
+        self._noticed: tuple | None = None
+        self._cache: Any = None
+        with suppress(_Unsupported):
+            self._build(model)
+        self._stamp = stamp_of(self._copied)
+        self._hooked = self.lookups.hooked()
+        if self._hooked:
+            self._free()
+
+    def holds(self, cache: Any) -> bool:
+        """Whether the model is still what this was built from."""
+        noticed = (
+            RemovableHandle.next_id,
+            _registered,
+            self._model().training,
+            *((bank.version, bank.mode) for bank in self.banks),
+        )
+        if noticed == self._noticed and self._cache() is cache:
+            return True
+        if self.lookups.hooked() is not self._hooked or not self.lookups.hold():
+            return False
+        if stamp_of(self._copied) != self._stamp:
+            return False
+        if self.number is not None:
+            self._noticed, self._cache = noticed, weakref.ref(cache)
+        return True
+
+    def look_again(self) -> None:
+        """At the next call, whatever was noticed."""
+        self._noticed = None
+
+    def _free(self) -> None:
+        if self.number is not None:
+            torch.ops.pyfastpeft.free_decoder.default(self.number)
+            self.number = None
+
+    __del__ = _free
+
+    def _build(self, model: nn.Module) -> None:
+        look, config, family = self.lookups, model.config, _family(model)
+        count = look.get(vars(config), "num_hidden_layers")
+        layers = look.module(model, "layers")
+        norms, head_norms, linears = [], [], []
+        dtype, eps = model.norm.weight.dtype, model.norm.variance_epsilon
+
+        def norm(parent: nn.Module, name: str) -> Tensor:
+            module = look.module(parent, name)
+            weight = look.get(module._parameters, "weight")
+            if type(module).__name__ != f"{family}RMSNorm" or weight.dtype != dtype or module.variance_epsilon != eps:
+                raise _Unsupported
+            return weight.detach()
+
+        for i in range(count):
+            layer = look.module(layers, str(i))
+            attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
+            if (
+                [type(m).__name__ for m in (layer, attention, mlp)]
+                != [f"{family}{part}" for part in ("DecoderLayer", "Attention", "MLP")]
+                or type(look.module(mlp, "act_fn")).__name__ not in ("SiLU", "SiLUActivation")
+                or getattr(attention, "sliding_window", None) is not None
+            ):
+                raise _Unsupported
+            if attention.attention_dropout and look.get(vars(attention), "training"):
+                raise _Unsupported
+            norms += (norm(layer, "input_layernorm"), norm(layer, "post_attention_layernorm"))
+            if family == "Qwen3":
+                head_norms += (norm(attention, "q_norm"), norm(attention, "k_norm"))
+            for parent, name in _PROJECTIONS:
+                linears.append(self._linear(look.module(layer._modules[parent], name), dtype))
+        last_weight = norm(model, "norm")
+        attention = layers[0].self_attn
+        kv_heads, dim = config.num_key_value_heads, attention.head_dim
+        try:
+            self.number = torch.ops.pyfastpeft.new_decoder.default(
+                last_weight, norms, head_norms, config.num_attention_heads, kv_heads, dim, eps, attention.scaling
+            )
+            for linear in linears:
+                torch.ops.pyfastpeft.add_decoder_linear.default(self.number, *linear)
+        except RuntimeError as error:
+            self._free()
+            raise _Unsupported from error
+
+    def _linear(self, module: nn.Module, dtype: torch.dtype) -> tuple:
+        look = self.lookups
+        a = b = None
+        scaling = 1.0
+        if type(module) is LoraLinear:
+            if module.bank not in self.banks:
+                self.banks.append(module.bank)
+            mode, plan = look.get(vars(module.bank), "mode"), look.get(vars(module), "_plan")
+            if mode is not None and mode.names:
+                raise _Unsupported
+            if mode is None and plan is not None:
+                if not plan.simple or plan.magnitude is not None:
+                    raise _Unsupported
+                if plan.dropout and look.get(vars(module), "training"):
+                    raise _Unsupported
+                a, b, scaling = look.get(plan.a, "weight"), look.get(plan.b, "weight"), plan.scaling
+                branch = module.branch(dtype, plan.names, a, b, scaling, 0.0)
+                if isinstance(branch, PackedLora):
+                    self._copied += (a, b)
+                    a, b = branch.a_pairs, branch.b_pairs
+                else:
+                    a, b = a.detach(), b.detach()
+            module = look.module(module, "base_layer")
+        if type(module) is not Linear4bit or module.compute_dtype not in (None, dtype):
+            raise _Unsupported
+        packed, bias = look.get(vars(module), "packed"), look.get(module._parameters, "bias")
+        if packed is None or choose(packed) is not Backend.NATIVE:
+            raise _Unsupported
+        nested = (None, None) if packed.nested is None else (packed.nested.absmax2, packed.nested.offset)
+        weight = (packed.codes, packed.scale, packed.zero, *nested, packed.format.id, packed.shape[0], packed.blocksize)
+        return (*weight, bias, a, b, scaling)
+
+
+class _Growing:
+    """Keys and values of a :class:`DynamicCache` with room behind them, so that a token is written, not concatenated.
+
+    The cache's layers hold views; one that was cropped, reordered or replaced is no longer the view given to it, and is
+    copied into new room.
+    """
+
+    def __init__(self, layers: list[DynamicLayer], length: int) -> None:
+        keys = layers[0].keys
+        batch, heads, past, dim = keys.shape
+        room = max(length + 64, length * 5 // 4)
+        self.room = keys.new_empty((2 * len(layers), batch, heads, room, dim))
+        for i, layer in enumerate(layers):
+            self.room[2 * i, :, :, :past] = layer.keys
+            self.room[2 * i + 1, :, :, :past] = layer.values
+        whole = self.room.unbind(0)
+        self.keys, self.values = whole[::2], whole[1::2]
+        self.views: tuple[Tensor, ...] = ()
+
+    def serves(self, layers: list[DynamicLayer], length: int) -> bool:
+        held = [t for layer in layers for t in (layer.keys, layer.values)]
+        return (
+            length <= self.room.shape[3] and len(held) == len(self.views) and all(map(operator.is_, held, self.views))
+        )
+
+    def show(self, layers: list[DynamicLayer], length: int) -> None:
+        """Let the cache's layers hold the first ``length`` positions."""
+        self.views = self.room[:, :, :, :length].unbind(0)
+        views = iter(self.views)
+        for layer in layers:
+            layer.keys, layer.values = next(views), next(views)
+
+
+class _FewRows(ModuleForward):
+    """Forward of a decoder: few rows by the fused stack, everything else by the class's own forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        functools.update_wrapper(self, type(module).forward)
+        self._stacks: list[_Stack] = []
+        self._caches: weakref.WeakKeyDictionary[DynamicCache, _Growing] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict:
+        return {"module": self.module}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["module"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            output = self._few_rows(**{name: value for name, value in kwargs.items() if value is not None})
+            if output is not None:
+                return output
+        for stack in self._stacks:
+            stack.look_again()
+        return self.own(*args, **kwargs)
+
+    def _few_rows(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | None:
+        """The output, or None where this is not a call for the stack."""
+        model = self.module
+        config = model.config
+        cache = kwargs.pop(_CACHE, None)
+        if input_ids is None or input_ids.numel() > FEW_ROWS or type(cache) not in (DynamicCache, StaticCache):
+            return None
+        if kwargs.keys() - {"cache_position"} and any(kwargs.values()):
+            return None
+        if (
+            not (config.use_cache if use_cache is None else use_cache)
+            or config.output_attentions
+            or config.output_hidden_states
+            or config._attn_implementation not in ("sdpa", "eager")
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        layers = cache.layers
+        count = config.num_hidden_layers
+        kind = DynamicLayer if type(cache) is DynamicCache else StaticLayer
+        if len(layers) != count or getattr(cache, "offloading", False):
+            return None
+        if not all(type(layer) is kind and layer.is_initialized for layer in layers):
+            return None
+        batch, tokens = input_ids.shape
+        past = int(layers[0].get_seq_length())
+        length = past + tokens
+        if attention_mask is not None and (
+            not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length)
+        ):
+            return None
+        stack = self._stack(cache)
+        if stack.number is None:
+            return None
+        x = model.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(past, length).unsqueeze(0)
+        cos, sin = model.rotary_emb(x, position_ids=position_ids)
+        mask = None if attention_mask is None else attention_mask.bool()
+        if kind is StaticLayer:
+            keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+        else:
+            growing = self._caches.get(cache)
+            if growing is None or not growing.serves(layers, length):
+                growing = self._caches[cache] = _Growing(layers, length)
+            keys, values = growing.keys, growing.values
+        y = torch.ops.pyfastpeft.decoder_forward.default(stack.number, x, cos, sin, mask, keys, values, past)
+        if kind is StaticLayer:
+            for layer in layers:
+                layer.cumulative_length.add_(tokens)
+        else:
+            growing.show(layers, length)
+        return BaseModelOutputWithPast(last_hidden_state=y.view(batch, tokens, -1), **{_CACHE: cache})
+
+    def _stack(self, cache: Any) -> _Stack:
+        for stack in self._stacks:
+            if stack.holds(cache):
+                return stack
+        self._stacks.insert(0, _Stack(self.module))
+        del self._stacks[_STACKS_KEPT:]
+        return self._stacks[0]

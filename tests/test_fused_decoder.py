@@ -1,0 +1,510 @@
+"""Decoding by the fused stack gives what transformers' own forward gives, and only where it may."""
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+import transformers as tf
+from architectures import VOCAB, inputs, make, quantized, randomize
+
+import pyfastpeft as fp
+from pyfastpeft.integrations import fused_decoder
+from pyfastpeft.integrations.forwards import remove
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """For each call that reached a fused decoder, whether the stack served it."""
+    calls = []
+    few_rows = fused_decoder._FewRows._few_rows
+
+    def spy(self, **kwargs):
+        output = few_rows(self, **kwargs)
+        calls.append(output is not None)
+        return output
+
+    monkeypatch.setattr(fused_decoder._FewRows, "_few_rows", spy)
+    return calls
+
+
+def family(name, dtype=torch.float32, **changes):
+    if name in ("llama", "qwen2") and not changes:
+        model = make(name, dtype)
+    else:
+        changes = {"sliding_window": None} | changes
+        config = tf.AutoConfig.for_model(
+            name,
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            **changes,
+        )
+        model = tf.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data.add_(torch.randn_like(parameter) / 10)
+        model = model.to(dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def adapted(model, **changes):
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | changes
+    peft_model = fp.get_peft_model(model, fp.LoraConfig(task_type="CAUSAL_LM", **config))
+    randomize(peft_model)
+    return peft_model.eval()
+
+
+def pair(name="llama", dtype=torch.float32, lora=False, **changes):
+    """The same 4-bit model twice: as transformers runs it, and fused."""
+    plain = quantized(family(name, dtype, **changes))
+    if lora:
+        plain = adapted(plain)
+        remove(plain)
+    fused = copy.deepcopy(plain)
+    fp.accelerate(fused)
+    return plain, fused
+
+
+def generate(model, ids, mask=None, n=8, **kwargs):
+    options = {"max_new_tokens": n, "do_sample": False, "pad_token_id": 0} | kwargs
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options)
+
+
+def logits_along(model, ids, chunks, mask=None):
+    """Logits of ``ids`` given in chunks over one cache."""
+    cache, out, start = tf.DynamicCache(config=model.config), [], 0
+    with torch.no_grad():
+        for length in chunks:
+            end = start + length
+            seen = None if mask is None else mask[:, :end]
+            out.append(model(input_ids=ids[:, start:end], attention_mask=seen, **{fused_decoder._CACHE: cache}).logits)
+            start = end
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_the_unfused_models(isa, name, lora, served):
+    plain, fused = pair(name, lora=lora)
+    ids = torch.randint(1, VOCAB, (2, 14))
+    chunks = [4, 1, 1, 2, 5, 1]
+    expected, got = logits_along(plain, ids, chunks), logits_along(fused, ids, chunks)
+    assert served == [False] + [True] * 5
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, dtype, inference, served):
+    plain, fused = pair(dtype=dtype, lora=True)
+    exact = copy.deepcopy(plain).float()
+    for model in (plain, fused):
+        model.set_adapter("default", inference_mode=inference)  # for inference: packed
+    ids = torch.randint(1, VOCAB, (3, 12))
+    chunks = [4] + [1] * 8
+    expected, unfused, got = (logits_along(m, ids, chunks).float() for m in (exact, plain, fused))
+    assert served.count(True) == 8
+    assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_answers_are_the_same_also_with_padding(name, served):
+    plain, fused = pair(name, lora=True)
+    ids = torch.randint(1, VOCAB, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[2, :1] = 0, 0
+    for m in (None, mask):
+        assert torch.equal(generate(fused, ids, m), generate(plain, ids, m))
+    assert any(served)
+
+
+def test_a_hidden_token_anywhere_is_hidden(served):
+    plain, fused = pair()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 0], mask[1, 3], mask[1, 6] = 0, 0, 0
+    expected, got = (logits_along(m, ids, [4, 1, 3, 1], mask) for m in (plain, fused))
+    visible = mask.bool()
+    assert torch.allclose(got[visible], expected[visible], rtol=1e-5, atol=1e-5)
+    assert served.count(True) == 3
+
+
+def test_other_ways_to_generate_give_the_same(served):
+    plain, fused = pair(lora=True)
+    ids = torch.randint(1, VOCAB, (2, 6))
+    for options in (
+        {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True},
+        {"do_sample": True, "top_k": 5},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ):
+        outputs = []
+        for model in (plain, fused):
+            torch.manual_seed(0)
+            outputs.append(generate(model, ids, **options))
+        expected, got = outputs
+        if isinstance(got, torch.Tensor):
+            assert torch.equal(got, expected), options
+        else:
+            assert torch.equal(got.sequences, expected.sequences)
+            assert torch.allclose(torch.stack(got.scores), torch.stack(expected.scores), rtol=1e-4, atol=1e-4)
+    assert any(served)
+
+
+def test_assisted_generation_crops_the_cache_and_gives_the_same(served):
+    plain, fused = pair()
+    helper = quantized(family("llama"))
+    fp.accelerate(helper)
+    ids = torch.randint(1, VOCAB, (1, 6))
+    assert torch.equal(generate(fused, ids, assistant_model=helper, n=20), generate(plain, ids, n=20))
+    assert torch.equal(generate(fused, ids, prompt_lookup_num_tokens=3, n=20), generate(plain, ids, n=20))
+    assert any(served)
+
+
+def test_a_static_cache_is_written_in_place(served):
+    plain, fused = pair()
+    ids = torch.randint(1, VOCAB, (2, 10))
+    outputs = []
+    for model in (plain, fused):
+        cache = tf.StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            parts = [model(input_ids=c, **{fused_decoder._CACHE: cache}).logits for c in ids.split([5, 1, 3, 1], 1)]
+        outputs.append((torch.cat(parts, 1), int(cache.get_seq_length()), cache.layers[1].keys))
+    (expected, length, keys), (got, same_length, same_keys) = outputs
+    assert length == same_length == 10 and torch.allclose(keys, same_keys, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5) and served.count(True) == 3
+
+
+def test_a_cache_stays_an_ordinary_cache():
+    """Cropped, copied, reordered or kept: what is appended to one never shows in another."""
+    plain, fused = pair()
+    ids = torch.randint(1, VOCAB, (2, 6))
+
+    def step(model, cache, token):
+        with torch.no_grad():
+            return model(input_ids=torch.full((2, 1), token), **{fused_decoder._CACHE: cache}).logits
+
+    def history(model):
+        cache = tf.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=ids, **{fused_decoder._CACHE: cache})
+        out = [step(model, cache, 3), step(model, cache, 4)]
+        kept, deep, shallow = cache.layers[0].keys, copy.deepcopy(cache), copy.copy(cache)
+        shallow.layers = [copy.copy(layer) for layer in cache.layers]
+        before = kept.clone()
+        cache.crop(-2)
+        out.append(step(model, cache, 5))
+        assert torch.equal(kept, before)
+        out += [step(model, deep, 6), step(model, shallow, 7), step(model, cache, 8)]
+        cache.reorder_cache(torch.tensor([1, 0]))
+        out += [step(model, cache, 9), step(model, deep, 9), step(model, shallow, 9)]
+        cache.batch_repeat_interleave(2)
+        assert cache.layers[0].keys.shape[0] == 4 and cache.get_seq_length() == 9
+        return torch.cat(out, 1)
+
+    assert torch.allclose(history(fused), history(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_grows_far_past_its_first_room(served):
+    plain, fused = pair()
+    ids = torch.randint(1, VOCAB, (1, 4))
+    assert torch.equal(generate(fused, ids, n=150), generate(plain, ids, n=150))
+    assert served.count(True) == 149
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_take_effect_at_the_next_token(dtype, served):
+    model = adapted(quantized(family("llama", dtype)))
+    model.add_adapter("other", fp.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    randomize(model)
+    for name in ("other", "default"):
+        model.set_adapter(name, inference_mode=True)
+    plain = copy.deepcopy(model)
+    remove(plain)
+    ids = torch.randint(1, VOCAB, (1, 12))
+
+    def tokens(m):
+        cache, out = tf.DynamicCache(config=m.config), []
+        base = m.get_base_model()
+
+        def step(start, end):
+            with torch.no_grad():
+                out.append(base(input_ids=ids[:, start:end], **{fused_decoder._CACHE: cache}).logits[:, -1])
+
+        torch.manual_seed(1)
+        step(0, 4)
+        step(4, 5)
+        m.set_adapter("other")
+        step(5, 6)
+        with m.disable_adapter():
+            step(6, 7)
+        m.set_adapter("default")
+        step(7, 8)
+        state = fp.get_peft_model_state_dict(m, "default")
+        m.hotswap_adapter({key: torch.full_like(value, 0.1) for key, value in state.items()}, "default")
+        step(8, 9)
+        m.merge_adapter()
+        step(9, 10)
+        m.unmerge_adapter()
+        m.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight = torch.nn.Parameter(
+            torch.zeros_like(m.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight)
+        )
+        step(10, 11)
+        return torch.cat(out)
+
+    expected, got = tokens(plain), tokens(model)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance * expected.abs().max())
+    assert served == [False] + [True] * 7
+
+
+def test_what_the_stack_does_not_know_goes_the_ordinary_way(served):
+    ids = torch.randint(1, VOCAB, (2, 6))
+    for changes in ({"use_dora": True}, {"lora_bias": True}):
+        model = adapted(quantized(family("llama")), **changes)
+        expected = generate(model, ids)
+        fp.accelerate(model)
+        assert torch.equal(generate(model, ids), expected)
+    model = adapted(quantized(family("llama")))
+    model.add_adapter("other", fp.LoraConfig(r=2, target_modules=["q_proj"]))
+    randomize(model)
+    names = ["default", "other"]
+    expected = generate(model, ids, adapter_names=names)
+    fp.accelerate(model)
+    assert torch.equal(generate(model, ids, adapter_names=names), expected)
+    plain = family("llama")  # full precision
+    expected = generate(plain, ids)
+    fp.accelerate(plain)
+    assert torch.equal(generate(plain, ids), expected)
+    assert not any(served)
+
+
+def test_sliding_windows_and_other_families_are_left_alone(served):
+    for model in (
+        quantized(family("mistral", sliding_window=3)),
+        quantized(family("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)),
+        quantized(make("gemma")),
+        quantized(make("gpt2")),
+    ):
+        ids = torch.randint(1, VOCAB, (2, 6))
+        expected = generate(model, ids)
+        fp.accelerate(model)
+        assert torch.equal(generate(model, ids), expected)
+    assert not any(served)
+
+
+def test_hooks_inside_the_model_run(served):
+    _, fused = pair(lora=True)
+    ids = torch.randint(1, VOCAB, (1, 5))
+    generate(fused, ids, n=4)
+    assert any(served)
+    for path in ("model.layers.1.mlp.down_proj", "model.layers.0", "model.layers.0.self_attn.q_proj.base_layer"):
+        seen, served[:] = [], []
+        handle = fused.get_base_model().get_submodule(path).register_forward_hook(lambda *_: seen.append(1))  # noqa: B023
+        generate(fused, ids, n=4)
+        assert len(seen) == 4 and not any(served)
+        handle.remove()
+    generate(fused, ids, n=4)
+    assert any(served)
+
+
+def test_hidden_states_and_attentions_come_when_asked_for(served):
+    plain, fused = pair(attn_implementation="eager")
+    ids = torch.randint(1, VOCAB, (1, 5))
+    for options in ({"output_hidden_states": True}, {"output_attentions": True}):
+        expected, got = (generate(m, ids, return_dict_in_generate=True, **options) for m in (plain, fused))
+        for name in ("hidden_states", "attentions"):
+            for a, b in zip(getattr(got, name) or (), getattr(expected, name) or (), strict=True):
+                assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(a, b, strict=True))
+    assert not any(served)
+
+
+def test_training_goes_on_as_before(served):
+    plain, fused = pair(lora=True)
+    batch = inputs()
+    losses = []
+    for model in (plain, fused):
+        model.train()
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append((loss, [p.grad for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-5, atol=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(losses[0][1], losses[1][1], strict=True))
+    fused.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected, got = (logits_along(m.eval(), batch["input_ids"], [4, 1, 1]) for m in (plain, fused))
+    torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max()))
+    assert not any(served)
+
+
+def test_dropout_in_training_mode_is_not_skipped(served):
+    model = adapted(quantized(family("llama")), lora_dropout=0.5)
+    fp.accelerate(model)
+    ids = torch.randint(1, VOCAB, (1, 6))
+    with torch.no_grad():
+        logits_along(model.train(), ids, [4, 1, 1])
+        assert not any(served)
+        logits_along(model.eval(), ids, [4, 1, 1])
+        assert served.count(True) == 2
+
+
+# ---- the model stays what it was -------------------------------------------------------------------------------------
+
+
+def test_copies_and_pickles_are_models_of_their_own(served):
+    _, fused = pair(lora=True)
+    ids = torch.randint(1, VOCAB, (1, 5))
+    expected = generate(fused, ids)
+    again = copy.deepcopy(fused)
+    randomize(fused, 0.5)
+    assert again.get_base_model().model.forward.module is again.get_base_model().model
+    served.clear()
+    assert torch.equal(generate(again, ids), expected) and any(served)
+    buffer = io.BytesIO()
+    torch.save(again.get_base_model(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    served.clear()
+    assert torch.equal(generate(loaded, ids), expected) and any(served)
+    assert len(pickle.dumps(again.get_base_model().model.forward)) > 0
+
+
+def test_names_and_saved_files_do_not_change(tmp_path):
+    plain, fused = pair()
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    assert [n for n, _ in plain.named_modules()] == [n for n, _ in fused.named_modules()]
+    assert type(plain) is type(fused) and type(plain.model) is type(fused.model)
+    base = family("llama")
+    fp.accelerate(base)
+    base.save_pretrained(tmp_path)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, base.lm_head.weight)
+
+
+def test_fusing_twice_is_fusing_once_and_the_signature_stays():
+    import inspect
+
+    _, fused = pair()
+    before = fused.model.forward
+    fp.accelerate(fused)
+    assert fused.model.forward is before
+    assert "input_ids" in inspect.signature(before).parameters
+
+
+def test_stacks_die_with_their_model():
+    _, fused = pair()
+    generate(fused, torch.randint(1, VOCAB, (1, 5)))
+    numbers = [stack.number for stack in fused.model.forward._stacks]
+    assert numbers and all(number is not None for number in numbers)
+    del fused
+    gc.collect()
+    x = torch.zeros(1, 1, 32)
+    for number in numbers:
+        with pytest.raises(RuntimeError, match="stack is"):
+            torch.ops.pyfastpeft.decoder_forward(number, x, x, x, None, [], [], 0)
+
+
+def test_a_compiled_model_is_compiled_from_transformers_own_forward():
+    plain, fused = pair()
+    batch = {"input_ids": torch.randint(1, VOCAB, (2, 6))}
+    with torch.no_grad():
+        got = torch.compile(fused, fullgraph=True, backend="eager")(**batch, use_cache=False).logits
+        assert torch.allclose(got, plain(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_model_stays_compiled_while_modules_come_and_go():
+    torch._dynamo.reset()
+    plain, fused = pair()
+    generate(fused, torch.randint(1, VOCAB, (1, 5)))
+    batch = {"input_ids": torch.randint(1, VOCAB, (2, 6)), "use_cache": False}
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(plain, fullgraph=True, backend="eager")
+        first = compiled(**batch).logits
+        torch.nn.Linear(2, 2)
+        assert torch.equal(compiled(**batch).logits, first)
+
+
+# ---- the head --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_rows_of_a_dense_product(isa, dtype):
+    for rows, n, k in [(1, 49, 37), (2, 300, 64), (5, 64, 576), (16, 33, 8), (0, 5, 4)]:
+        x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+        for bias in (None, torch.randn(n).to(dtype)):
+            got = torch.ops.pyfastpeft.few_rows_linear(x, weight, bias)
+            expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+            assert got.dtype == dtype and got.shape == (rows, n)
+            tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+            assert torch.allclose(got.double(), expected, rtol=tolerance, atol=tolerance * k**0.5)
+    strided = torch.randn(4, 2 * k if (k := 64) else 0)[:, ::2], torch.randn(64, 30).t()
+    got = torch.ops.pyfastpeft.few_rows_linear(*(t.to(dtype) for t in strided), None)
+    contiguous = torch.ops.pyfastpeft.few_rows_linear(*(t.to(dtype).contiguous() for t in strided), None)
+    assert torch.equal(got, contiguous)
+
+
+def test_the_head_takes_the_last_position_of_many_rows_and_trains():
+    plain, fused = pair()
+    ids = torch.randint(1, VOCAB, (3, 7))
+    with torch.no_grad():
+        expected, got = (m(input_ids=ids, logits_to_keep=1).logits for m in (plain, fused))
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+    fused.lm_head.weight.requires_grad_(True)
+    fused(input_ids=ids, labels=ids).loss.backward()
+    assert fused.lm_head.weight.grad is not None
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+
+
+def test_the_operator_refuses_what_does_not_fit():
+    _, fused = pair()
+    generate(fused, torch.randint(1, VOCAB, (1, 5)))
+    number = fused.model.forward._stacks[0].number
+    forward = torch.ops.pyfastpeft.decoder_forward
+    x, angle = torch.zeros(1, 1, 32), torch.zeros(1, 1, 8)
+    room = [torch.zeros(1, 2, 4, 8) for _ in range(2)]
+    forward(number, x, angle, angle, None, room, room, 3)
+    for args, words in [
+        ((x, angle, angle, None, room, room, 4), "keys must be"),
+        ((x, angle, angle, None, room[:1], room, 0), "one a layer"),
+        ((x[..., :16], angle, angle, None, room, room, 0), "x must be"),
+        ((x, angle[..., :4], angle, None, room, room, 0), "cos and sin"),
+        ((x, angle, angle, torch.ones(1, 2), room, room, 0), "mask must be"),
+        ((x.bfloat16(), angle, angle, None, room, room, 0), "x must be"),
+        ((x, angle, angle, None, [t.half() for t in room], room, 0), "keys must be"),
+    ]:
+        with pytest.raises(RuntimeError, match=words):
+            forward(number, *args)
+
+
+def test_threads_change_nothing(served):
+    _, fused = pair(lora=True)
+    ids = torch.randint(1, VOCAB, (1, 5))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(logits_along(fused, ids, [2, 1, 1, 1]))
+        assert all(torch.equal(r, results[0]) for r in results)
+    finally:
+        torch.set_num_threads(before)
