@@ -28,6 +28,7 @@ OPERATORS = [
     "csrc/ops.cpp",
     "csrc/model_ops.cpp",
     "csrc/decoder_ops.cpp",
+    "csrc/copy_ops.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/decoder.cpp",
 ]

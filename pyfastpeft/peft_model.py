@@ -26,6 +26,7 @@ from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
 from .nn.linear4bit import Linear4bit
 from .nn.lora import LoraLayer
+from .ops import copy_tensors
 from .tuners.base import PeftConfig
 from .tuners.lora import PREFIX, LoraConfig, LoraModel, matches, resolved
 from .tuners.lora_weighted import combine
@@ -547,11 +548,10 @@ class PeftModel(nn.Module):
             or any(getattr(config, field) != getattr(old, field) for field in _SCALING_FIELDS + _KIND_FIELDS)
         ):
             return False
-        values = [tensors[key].detach() for key in live]
+        values = [tensors[key] for key in live]
         if [v.shape for v in values] != shapes or not all(v.is_floating_point() for v in values):
             return False
-        with torch.no_grad():
-            torch._foreach_copy_(targets, values)
+        copy_tensors(targets, values)
         base.bank.version += 1
         if config is not None:
             base.configs[name] = replace(config, inference_mode=old.inference_mode)
@@ -714,7 +714,7 @@ class _Swap:
         bank = self.model.base_model.bank
         if self.zeroed:
             torch._foreach_zero_(self.zeroed)
-        torch._foreach_copy_([t for t, _ in self.pairs], [v.detach() for _, v in self.pairs])
+        copy_tensors([t for t, _ in self.pairs], [v for _, v in self.pairs])
         rescaled = False
         for path, (r, alpha, scaling) in self.ranks.items():
             layer = bank.layers[path]
@@ -725,6 +725,7 @@ class _Swap:
             if r == 0 and self.name in layer.lora_magnitude_vector:
                 layer.lora_magnitude_vector[self.name].weight.copy_(layer.norm(self.name))
         self.model.base_model.configs[self.name] = self.config
+        bank.version += 1
         if rescaled:
             bank.refresh()
 

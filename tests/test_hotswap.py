@@ -277,3 +277,31 @@ class TestRefused:
         model.merge_adapter()
         with pytest.raises(ValueError, match="merged"):
             model.hotswap_adapter(tensors_of(model, "default"))
+
+
+def test_many_tensors_are_copied_whatever_they_are():
+    from pyfastpeft.ops import copy_tensors
+
+    shapes = [(3, 5), (0,), (1,), (700, 300), (64, 64), (2, 0, 3), (100_001,)]
+    for dtype, other in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ):
+        into, source = [torch.zeros(s, dtype=dtype) for s in shapes], [torch.randn(s).to(other) for s in shapes]
+        before = [t._version for t in into]
+        copy_tensors(into, source)
+        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(into, source, strict=True))
+        assert all(t._version > v for t, v in zip(into, before, strict=True))
+    copy_tensors([], [])
+    strided, source = torch.zeros(8, 6).t(), torch.randn(6, 8, requires_grad=True)
+    copy_tensors([strided, strided[0]], [source, source[1]])
+    assert torch.equal(strided[1:], source[1:]) and torch.equal(strided[0], source[1]) and not strided.requires_grad
+
+
+def test_a_copy_whose_last_pair_does_not_fit_writes_nothing():
+    into = [torch.zeros(4), torch.zeros(3)]
+    assert not torch.ops.pyfastpeft.copy_tensors.default(into, [torch.ones(4), torch.ones(2)])
+    assert not into[0].any()
+    with pytest.raises(RuntimeError, match="must have 2"):
+        torch.ops.pyfastpeft.copy_tensors.default(into, [torch.ones(4)])

@@ -2,6 +2,7 @@
 
 from . import library as library  # loads the compiled operators
 from .backends import Backend
+from .copy import copy_tensors
 from .cross_entropy import cross_entropy_with_gradient
 from .dense import dense_linear
 from .elementwise import rms_norm, rope, swiglu
@@ -12,6 +13,7 @@ __all__ = [
     "BankView",
     "Lora",
     "PackedLora",
+    "copy_tensors",
     "cross_entropy_with_gradient",
     "dense_linear",
     "linear_4bit",

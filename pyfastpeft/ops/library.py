@@ -78,3 +78,8 @@ def _(dy: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     r = s.shape[1]
     return x.new_empty((r, x.shape[1]), dtype=torch.float32), x.new_empty((dy.shape[1], r), dtype=torch.float32)
+
+
+@torch.library.register_fake("pyfastpeft::copy_tensors")
+def _(into: list[Tensor], src: list[Tensor]) -> bool:
+    return True

@@ -1,0 +1,50 @@
+// Copying many tensors at once, by all threads.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "tensors.h"
+
+namespace {
+
+using pf::tensors::Tensor;
+
+// Whether every pair is contiguous, of one dtype and of one size; if one is not, nothing is copied.
+bool copy_tensors(std::vector<Tensor> into, std::vector<Tensor> from) {
+  const size_t count = into.size();
+  STD_TORCH_CHECK(from.size() == count, "from has ", from.size(), " tensors; it must have ", count);
+  struct Piece {
+    char* into;
+    const char* from;
+    int64_t start, end;  // in bytes of all pieces, one after the other
+  };
+  std::vector<Piece> pieces;
+  pieces.reserve(count);
+  int64_t total = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (into[i].scalar_type() != from[i].scalar_type() || into[i].numel() != from[i].numel() ||
+        !into[i].is_contiguous() || !from[i].is_contiguous())
+      return false;
+    const int64_t size = into[i].numel() * static_cast<int64_t>(into[i].element_size());
+    pieces.push_back({static_cast<char*>(into[i].mutable_data_ptr()),
+                      static_cast<const char*>(from[i].const_data_ptr()), total, total + size});
+    total += size;
+  }
+  constexpr int64_t kBytes = int64_t{1} << 18;  // a thread takes at least
+  torch::stable::parallel_for(0, total, kBytes, [&](int64_t at, int64_t end) {
+    auto piece =
+        std::upper_bound(pieces.begin(), pieces.end(), at, [](int64_t b, const Piece& p) { return b < p.end; });
+    for (; at < end; ++piece) {
+      const int64_t stop = std::min(end, piece->end);
+      std::memcpy(piece->into + (at - piece->start), piece->from + (at - piece->start), stop - at);
+      at = stop;
+    }
+  });
+  return true;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) { m.def("copy_tensors(Tensor(a!)[] into, Tensor[] src) -> bool"); }
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) { m.impl("copy_tensors", TORCH_BOX(&copy_tensors)); }
