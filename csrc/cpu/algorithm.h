@@ -25,6 +25,7 @@ struct F32 {
     return V::decode<I>(t, codes);
   }
   static W load(const Elem* p) { return V::load(p); }
+  static void store(Elem* p, W w) { V::store(p, w); }
   using X = V::F;
   static X broadcast(const Elem* x) { return V::set1(*x); }
   static V::F fma(V::F acc, W w, X x) { return V::fma(w, x, acc); }
@@ -50,6 +51,7 @@ struct BF16 {
     return V::decode_pair<I>(t, codes);
   }
   static W load(const Elem* p) { return V::load_pair(p); }
+  static void store(Elem* p, W w) { V::store_raw_pair(p, w); }
   using X = V::Pair;
   static X broadcast(const Elem* x) { return V::broadcast_pair(x); }
   static V::F fma(V::F acc, W w, X x) { return V::fma_pair(acc, w, x); }
@@ -66,6 +68,7 @@ constexpr int kGroupLanes = V::kGroupVecs * kLanes;
 constexpr int kPanelTiles = 8;      // output tiles whose decoded block stays in L2 together
 constexpr int64_t kRowChunk = 512;  // rows whose float32 results stay in cache together
 constexpr int64_t kColumnChunk = 128;
+constexpr int64_t kLateRows = 160;  // up to here scales are cheaper on the sums (3 %) than on every decoded weight
 // Few rows stream codes and scales once, slower than memory delivers them: asked for this far ahead (bytes), across the
 // end of a tile, the time becomes the larger of arithmetic and memory, not their sum (4096 x 4096, 4 rows: 345 us for
 // 880).
@@ -191,18 +194,35 @@ inline void apply_dropout(const Dropout& d, int64_t row, int64_t col0, int64_t n
 
 // ---- scales ---------------------------------------------------------------------------------------------------------
 
+// Double-quantized scales of a tile's segments [seg0, seg0 + n), decoded into `out` [n][16].
+inline void nested_scales(const Weight& w, int64_t tile, int64_t seg0, int64_t n, float* out) {
+  const uint8_t* codes = w.scale8 + (tile * w.segments() + seg0) * kTile;
+  V::lookup_bytes(kDynamicMap, codes, n * kTile, out);
+  alignas(64) float scale2[kTile], offset[kTile];
+  // Block sizes are powers of two, and so are segments.
+  const int group = __builtin_ctzll(w.blocksize) + 8, segment = __builtin_ctzll(w.segment);
+  for (int64_t s = 0; s < n;) {
+    // Up to where one of the rows comes to its next second-level scale.
+    int64_t end = n;
+    for (int lane = 0; lane < kTile; ++lane) {
+      const int64_t row = tile * kTile + lane, at = row * w.k + ((seg0 + s) << segment);
+      scale2[lane] = row < w.n ? w.scale2[at >> group] : 0.0f;
+      offset[lane] = row < w.n ? w.offset : 0.0f;
+      const int64_t next = ((at >> group) + 1) << group;
+      if (row < w.n) end = min64(end, s + ((next - at + w.segment - 1) >> segment));
+    }
+    for (; s < end; ++s)
+      for (int v = 0; v < kTile; v += kLanes) {
+        float* at = out + s * kTile + v;
+        V::store(at, V::add(V::mul(V::load(at), V::load(scale2 + v)), V::load(offset + v)));
+      }
+  }
+}
+
 // Float32 scales of a tile's segments [seg0, seg0 + n): where they lie, or decoded into `out` [n][16].
 inline const float* tile_scales(const Weight& w, int64_t tile, int64_t seg0, int64_t n, float* out) {
-  const int64_t at = (tile * w.segments() + seg0) * kTile;
-  if (w.scale != nullptr) return w.scale + at;
-  for (int lane = 0; lane < kTile; ++lane) {
-    const int64_t row = tile * kTile + lane;
-    for (int64_t s = 0; s < n; ++s) {
-      const int64_t block = (row * w.k + (seg0 + s) * w.segment) / w.blocksize;
-      const float product = row < w.n ? kDynamicMap[w.scale8[at + s * kTile + lane]] * w.scale2[block >> 8] : 0.0f;
-      out[s * kTile + lane] = row < w.n ? product + w.offset : 0.0f;
-    }
-  }
+  if (w.scale != nullptr) return w.scale + (tile * w.segments() + seg0) * kTile;
+  nested_scales(w, tile, seg0, n, out);
   return out;
 }
 
@@ -363,7 +383,46 @@ struct Algorithm {
       for (int v = 0; v < NV; ++v) V::store(c + r * ldc + v * kLanes, acc[r][v]);
   }
 
+  // The same over a panel without its scales, which multiply the sums of each segment instead. `scales` are those of
+  // the first vector's tile, [segment][16]; the next tile's lie `tile_stride` floats further.
+  template <int MR, int NV>
+  static void micro_late(const E* x, const E* panel, int64_t steps, int64_t segments, const float* scales,
+                         int64_t tile_stride, float* c, int64_t ldc) {
+    constexpr int kUnroll = 4;  // divides the steps: a segment has 32 columns at least
+    for (int64_t segment = 0; segment < segments; ++segment, scales += kTile) {
+      F acc[MR][NV];
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = V::zero();
+      for (int64_t s = 0; s < steps; s += kUnroll, x += kUnroll * kStep, panel += kUnroll * NV * kLanes * kStep) {
+#pragma GCC unroll 8
+        for (int u = 0; u < kUnroll; ++u) {
+          typename A::W w[NV];
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) w[v] = A::load(panel + (u * NV + v) * kLanes * kStep);
+#pragma GCC unroll 16
+          for (int r = 0; r < MR; ++r) {
+            const typename A::X xb = A::broadcast(x + r * kStride + u * kStep);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) acc[r][v] = A::fma(acc[r][v], w[v], xb);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const F scale = V::load(scales + v / kTileVecs * tile_stride + v % kTileVecs * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) {
+          float* at = c + r * ldc + v * kLanes;
+          V::store(at, V::fma(acc[r][v], scale, V::load(at)));
+        }
+      }
+    }
+  }
+
   using Micro = void (*)(const E*, const E*, int64_t, float*, int64_t);
+  using MicroLate = void (*)(const E*, const E*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
   template <int NV, int... R>
   static Micro pick(int rows, IntList<R...>) {
     static constexpr Micro kMicros[] = {micro<R + 1, NV>...};
@@ -372,6 +431,15 @@ struct Algorithm {
   template <int NV>
   static Micro pick(int rows) {
     return pick<NV>(rows, MakeInts<V::kMicroRows>{});
+  }
+  template <int NV, int... R>
+  static MicroLate pick_late(int rows, IntList<R...>) {
+    static constexpr MicroLate kMicros[] = {micro_late<R + 1, NV>...};
+    return kMicros[rows - 1];
+  }
+  template <int NV>
+  static MicroLate pick_late(int rows) {
+    return pick_late<NV>(rows, MakeInts<V::kMicroRows>{});
   }
 
   // Runs `body(first row, rows)` over [0, rows) in even blocks of at most kMicroRows.
@@ -397,7 +465,41 @@ struct Algorithm {
     });
   }
 
+  // The same for panels without scales: `scales` [tiles][`segments` of them and room][16], `tile_stride` floats a tile.
+  static void multiply_late(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t segments,
+                            const float* scales, int64_t tile_stride, int64_t tiles, float* c, int64_t ldc) {
+    const int64_t steps = contraction / kStep / segments;
+    row_blocks(rows, [&](int64_t r0, int n) {
+      const MicroLate whole = pick_late<V::kGroupVecs>(n), single = pick_late<kTileVecs>(n);
+      for (int64_t t = 0; t < tiles; t += kGroupTiles) {
+        const MicroLate kernel = tiles - t >= kGroupTiles ? whole : single;
+        kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, segments, scales + t * tile_stride,
+               tile_stride, c + r0 * ldc + t * kTile, ldc);
+      }
+    });
+  }
+
   // ---- decoding ----
+
+  // Columns [col0, col0 + n) of a tile, code values without scales, into vectors vec.. of a panel of `vecs` vectors.
+  static void decode_codes(const Weight& w, int64_t tile, int64_t col0, int64_t n, E* panel, int vec, int vecs) {
+    const typename A::Table table = A::table(kTables[w.format]);
+    const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
+    // As many columns ahead, which at the end of the rows are the first ones of the next panel.
+    const int64_t column = col0 + kCodesAhead / (kTile / 2);
+    const uint8_t* ahead = w.codes + ((tile + column / w.k * kPanelTiles) * w.k + column % w.k) * (kTile / 2);
+    for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64, ahead += 64) {
+      __builtin_prefetch(ahead);
+      for (int v = 0; v < kTileVecs; ++v) {
+        const V::C lanes = V::load_codes(codes + v * kLanes * 4);
+        each(
+            MakeInts<kGroupColumns / kStep>{}, PF_BODY(int S) {
+              A::store(panel + ((c / kStep + S) * vecs + vec + v) * kLanes * kStep,
+                       A::template decode<S>(table, lanes));
+            });
+      }
+    }
+  }
 
   static void decode_group(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst, int stride) {
     each(
@@ -619,6 +721,9 @@ struct Algorithm {
     E* made = reinterpret_cast<E*>(decoded + segments * kTile);
     const typename A::Table table = A::table(kTables[g.w.format]);
     for (int64_t tile = tile0; tile < tile1; ++tile) {
+      if (g.w.scale == nullptr)  // memory works while the scales are decoded
+        for (int64_t i = 0; i < segments * kTile; i += 16)
+          __builtin_prefetch(g.w.codes + tile * g.w.k * (kTile / 2) + kCodesAhead + i * 4);
       const float* scales = tile_scales(g.w, tile, 0, segments, decoded);
       const float* zeros = g.w.zero == nullptr ? nullptr : g.w.zero + tile * segments * kTile;
       const E* b = rank == 0 ? nullptr : tile_panel(g.lora_b, tile, 0, rank, made);
@@ -646,6 +751,9 @@ struct Algorithm {
       return tiles - t / kGroupTiles * kGroupTiles >= kGroupTiles ? V::kGroupVecs : kTileVecs;
     };
     const int64_t count = ceil_div(tile1 - tile0, kPanelTiles);
+    const bool late = kStep == 2 && g.w.zero == nullptr && g.x.rows <= kLateRows;
+    constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
+    alignas(64) float scales[kGroupTiles * kScaleStride];
     for (int64_t row0 = 0; row0 < g.x.rows; row0 += kRowChunk) {
       const int64_t rows = min64(kRowChunk, g.x.rows - row0);
       for (int64_t p = 0; p < count; ++p) {
@@ -661,9 +769,25 @@ struct Algorithm {
         }
         for (int64_t col0 = 0; col0 < k; col0 += kBlock) {
           const int64_t n = min64(kBlock, k - col0);
-          for (int64_t t = 0; t < tiles; ++t)
-            decode_tile(g.w, t0 + t, col0, n, panel_of(t), t % kGroupTiles * kTileVecs, vecs_of(t, tiles));
-          multiply(packed_block(g.x, col0 / kBlock) + row0 * kStride, rows, panels, n, tiles, c, ldc);
+          const E* x = packed_block(g.x, col0 / kBlock) + row0 * kStride;
+          if (!late) {
+            for (int64_t t = 0; t < tiles; ++t)
+              decode_tile(g.w, t0 + t, col0, n, panel_of(t), t % kGroupTiles * kTileVecs, vecs_of(t, tiles));
+            multiply(x, rows, panels, n, tiles, c, ldc);
+            continue;
+          }
+          const int64_t segments = n > g.w.segment ? n / g.w.segment : 1;
+          // A group at a time: its panel stays in the first-level cache.
+          for (int64_t t = 0; t < tiles; t += kGroupTiles) {
+            const int64_t have = min64(kGroupTiles, tiles - t);
+            for (int64_t i = 0; i < have; ++i) {
+              float* own = scales + i * kScaleStride;
+              const float* from = tile_scales(g.w, t0 + t + i, col0 / g.w.segment, segments, own);
+              if (from != own) copy_bytes(own, from, segments * kTile * sizeof(float));
+              decode_codes(g.w, t0 + t + i, col0, n, panels, i * kTileVecs, vecs_of(t, tiles));
+            }
+            multiply_late(x, rows, panels, n, segments, scales, kScaleStride, have, c + t * kTile, ldc);
+          }
         }
         for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
           const int64_t n = min64(kBlock, rank - col0);

@@ -100,6 +100,10 @@ struct V {
     return lookup(t, index, _mm256_slli_epi32(index, 28));
   }
 
+  static void lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = table[index[i]];
+  }
+
   static void transpose16(const float* in, int64_t ld, float* out) {
     for (int i = 0; i < 16; i += 8)
       for (int j = 0; j < 16; j += 8) transpose8(in + i * ld + j, ld, out + j * 16 + i);

@@ -76,6 +76,40 @@ struct V {
     return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(twice), t);
   }
 
+  // out[i] = table[index[i]], 256 entries: in 16-bit halves, 64 entries a permutation. n is a multiple of 16.
+  static void lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
+    __m512i low[8], high[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512i a = _mm512_loadu_si512(table + i * 32), b = _mm512_loadu_si512(table + i * 32 + 16);
+      low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1);
+      high[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16))),
+                                   _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)), 1);
+    }
+    const auto lookup = [](const __m512i* t, __m512i i, __mmask32 bit6, __mmask32 bit7) {
+      const __m512i a = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(t[0], i, t[1]),
+                                                _mm512_permutex2var_epi16(t[2], i, t[3]));
+      const __m512i b = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(t[4], i, t[5]),
+                                                _mm512_permutex2var_epi16(t[6], i, t[7]));
+      return _mm512_mask_blend_epi16(bit7, a, b);
+    };
+    for (int64_t i = 0; i < n; i += 32) {
+      const bool both = n - i >= 32;
+      const __m256i bytes = both ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + i))
+                                 : _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index + i)));
+      const __m512i at = _mm512_cvtepu8_epi16(bytes);
+      const __mmask32 bit6 = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64));
+      const __mmask32 bit7 = _mm512_test_epi16_mask(at, _mm512_set1_epi16(128));
+      const __m512i l = lookup(low, at, bit6, bit7), h = lookup(high, at, bit6, bit7);
+      const auto join = [](__m256i l, __m256i h) {
+        return _mm512_or_si512(_mm512_cvtepu16_epi32(l), _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+      };
+      _mm512_storeu_si512(out + i, join(_mm512_castsi512_si256(l), _mm512_castsi512_si256(h)));
+      if (both)
+        _mm512_storeu_si512(out + i + 16, join(_mm512_extracti64x4_epi64(l, 1), _mm512_extracti64x4_epi64(h, 1)));
+    }
+  }
+
 #ifdef PF_BF16
   using Pair = __m512bh;
   using PairTable = __m512i;
@@ -89,6 +123,7 @@ struct V {
     return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * I), t);
   }
   static Pair load_pair(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static void store_raw_pair(uint16_t* p, Pair v) { _mm512_storeu_si512(p, (__m512i)v); }
   static Pair broadcast_pair(const uint16_t* p) {
     int32_t both;
     __builtin_memcpy(&both, p, 4);

@@ -72,6 +72,9 @@ struct V {
   }
   static F decode_bytes(T t, const uint8_t* p) { return F{t[p[0] >> 4], t[p[0] & 15], t[p[1] >> 4], t[p[1] & 15]}; }
 
+  static void lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
+    scalar_lookup_bytes(table, index, n, out);
+  }
   static void transpose16(const float* in, int64_t ld, float* out) { scalar_transpose16(in, ld, out); }
 
   struct Search {

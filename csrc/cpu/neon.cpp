@@ -74,6 +74,9 @@ struct V {
     return lookup(t, vld1q_u32(index));
   }
 
+  static void lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
+    scalar_lookup_bytes(table, index, n, out);
+  }
   static void transpose16(const float* in, int64_t ld, float* out) { scalar_transpose16(in, ld, out); }
 
   struct Search {

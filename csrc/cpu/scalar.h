@@ -44,6 +44,10 @@ PF_INLINE int scalar_rank(float v, const float* midpoints) {
   return rank;
 }
 
+PF_INLINE void scalar_lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = table[index[i]];
+}
+
 PF_INLINE void scalar_round_codes(const float* values, int64_t n, float low, float inverse, uint8_t* out) {
   for (int64_t i = 0; i < n; ++i) {
     const float v = (values[i] - low) * inverse;
