@@ -274,6 +274,45 @@ def test_adapters_take_effect_at_the_next_token(dtype, served):
     assert served == [False] + [True] * 7
 
 
+def test_pefts_own_layers_are_served_and_obeyed(served):
+    peft = pytest.importorskip("peft")
+    model = quantized(family("llama"))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear"))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    randomize(model)
+    plain = copy.deepcopy(model.eval())
+    fp.accelerate(model)
+    ids = torch.randint(1, VOCAB, (1, 12))
+
+    def tokens(m):
+        cache, out = tf.DynamicCache(config=m.config), []
+        base = m.get_base_model()
+
+        def step(start, end):
+            with torch.no_grad():
+                out.append(base(input_ids=ids[:, start:end], **{fused_decoder._CACHE: cache}).logits[:, -1])
+
+        step(0, 4)
+        step(4, 5)
+        m.set_adapter("other")
+        step(5, 6)
+        with m.disable_adapter():
+            step(6, 7)
+        m.base_model.set_adapter(["default", "other"])
+        step(7, 8)
+        m.set_adapter("default")
+        m.base_model.model.model.layers[0].self_attn.v_proj.set_scale("default", 3.0)
+        step(8, 9)
+        m.train()
+        torch.manual_seed(0)
+        step(9, 10)
+        return torch.cat(out)
+
+    expected, got = tokens(plain), tokens(model)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    assert served == [False, True, True, True, False, True, False]
+
+
 def test_what_the_stack_does_not_know_goes_the_ordinary_way(served):
     ids = torch.randint(1, VOCAB, (2, 6))
     for changes in ({"use_dora": True}, {"lora_bias": True}):

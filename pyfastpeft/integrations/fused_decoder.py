@@ -73,7 +73,7 @@ class _Lookups:
         self.containers: list[dict] = []
         self.keys: list[str] = []
         self.found: list[Any] = []
-        self.hooks: list[dict] = [
+        self.hooks: list[Any] = [  # and whatever else must be empty
             torch_module._global_forward_hooks,
             torch_module._global_forward_pre_hooks,
         ]
@@ -130,6 +130,7 @@ class _Stack:
         self.banks: list[AdapterBank] = []
         self._copied: list[Tensor] = []  # of these the stack holds copies
         self._model = weakref.ref(model)
+        self._watched = True  # peft's layers change without notice
         self._noticed: tuple | None = None
         self._cache: Any = None
         with suppress(_Unsupported):
@@ -147,7 +148,7 @@ class _Stack:
             self._model().training,
             *((bank.version, bank.mode) for bank in self.banks),
         )
-        if noticed == self._noticed and self._cache() is cache:
+        if self._watched and noticed == self._noticed and self._cache() is cache:
             return True
         if self.lookups.hooked() is not self._hooked or not self.lookups.hold():
             return False
@@ -214,35 +215,60 @@ class _Stack:
 
     def _linear(self, module: nn.Module, dtype: torch.dtype) -> tuple:
         look = self.lookups
-        a = b = None
-        scaling = 1.0
+        branch: tuple = (None, None, 1.0)
         if type(module) is LoraLinear:
-            if module.bank not in self.banks:
-                self.banks.append(module.bank)
-            mode, plan = look.get(vars(module.bank), "mode"), look.get(vars(module), "_plan")
-            if mode is not None and mode.names:
-                raise _Unsupported
-            if mode is None and plan is not None:
-                if not plan.simple or plan.magnitude is not None:
-                    raise _Unsupported
-                if plan.dropout and look.get(vars(module), "training"):
-                    raise _Unsupported
-                a, b, scaling = look.get(plan.a, "weight"), look.get(plan.b, "weight"), plan.scaling
-                branch = module.branch(dtype, plan.names, a, b, scaling, 0.0)
-                if isinstance(branch, PackedLora):
-                    self._copied += (a, b)
-                    a, b = branch.a_pairs, branch.b_pairs
-                else:
-                    a, b = a.detach(), b.detach()
+            branch = self._own_branch(module, dtype)
+            module = look.module(module, "base_layer")
+        elif type(module).__module__.startswith("peft.tuners.lora."):
+            branch = self._peft_branch(module)
             module = look.module(module, "base_layer")
         if type(module) is not Linear4bit or module.compute_dtype not in (None, dtype):
             raise _Unsupported
         packed, bias = look.get(vars(module), "packed"), look.get(module._parameters, "bias")
         if packed is None or choose(packed) is not Backend.NATIVE:
             raise _Unsupported
-        nested = (None, None) if packed.nested is None else (packed.nested.absmax2, packed.nested.offset)
-        weight = (packed.codes, packed.scale, packed.zero, *nested, packed.format.id, packed.shape[0], packed.blocksize)
-        return (*weight, bias, a, b, scaling)
+        return (*packed.operands, bias, *branch)
+
+    def _own_branch(self, module: LoraLinear, dtype: torch.dtype) -> tuple:
+        look = self.lookups
+        if module.bank not in self.banks:
+            self.banks.append(module.bank)
+        mode, plan = look.get(vars(module.bank), "mode"), look.get(vars(module), "_plan")
+        if mode is not None and mode.names:
+            raise _Unsupported
+        if mode is not None or plan is None:
+            return None, None, 1.0
+        if not plan.simple or plan.magnitude is not None or (plan.dropout and look.get(vars(module), "training")):
+            raise _Unsupported
+        a, b = look.get(plan.a, "weight"), look.get(plan.b, "weight")
+        branch = module.branch(dtype, plan.names, a, b, plan.scaling, 0.0)
+        if isinstance(branch, PackedLora):
+            self._copied += (a, b)
+            return branch.a_pairs, branch.b_pairs, plan.scaling
+        return a.detach(), b.detach(), plan.scaling
+
+    def _peft_branch(self, module: nn.Module) -> tuple:
+        """Of peft's own layer, over a base layer of ours."""
+        self._watched = False
+        look, state = self.lookups, vars(module)
+        look.hooks.append(look.get(state, "merged_adapters"))
+        active = look.get(state, "_active_adapter")
+        factors = [look.get(module._modules, name) for name in ("lora_A", "lora_B")]
+        names = [name for name in ([active] if isinstance(active, str) else active) if name in factors[0]]
+        if look.get(state, "_disable_adapters") or not names:
+            return None, None, 1.0
+        name = names[0]
+        dropout = look.module(module.lora_dropout, name)
+        a, b = (look.module(holder, name) for holder in factors)
+        if (
+            len(names) > 1
+            or look.get(module.lora_variant, name) is not None
+            or (type(dropout) is not nn.Identity and look.get(vars(dropout), "training"))
+            or any(type(m) is not nn.Linear or m.bias is not None for m in (a, b))
+        ):
+            raise _Unsupported
+        a, b = (look.get(m._parameters, "weight").detach() for m in (a, b))
+        return a, b, look.get(module.scaling, name)
 
 
 class _Growing:
