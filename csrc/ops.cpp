@@ -28,6 +28,21 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
   return {y, s};
 }
 
+Tensor linear_4bit_int8(Tensor x, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
+                        int64_t format, int64_t n, int64_t blocksize, OptTensor bias, OptTensor lora_a,
+                        OptTensor lora_b, OptTensor row_scale, double scaling, OptTensor seed, double dropout) {
+  kernels();
+  const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
+  x = with_contiguous_columns(x);
+  const pf::Matrix xm = matrix(x, "x");
+  STD_TORCH_CHECK(xm.cols == w.k, "x has ", xm.cols, " columns; it must have K = ", w.k);
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w);
+  const Bias bias_data(bias, n);
+  Tensor y = new_matrix(xm.rows, n, xm.dtype);
+  pf::linear_forward_int8(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype, parallel);
+  return y;
+}
+
 std::tuple<Tensor, Tensor> linear_4bit_backward(Tensor dy, Tensor codes, Tensor scale, OptTensor zero,
                                                 OptTensor absmax2, OptTensor offset, int64_t format, int64_t n,
                                                 int64_t blocksize, OptTensor lora_a, OptTensor lora_b,
@@ -222,6 +237,7 @@ void set_dynamic_map(Tensor map) {
 
 STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def("linear_4bit(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ") -> (Tensor, Tensor)");
+  m.def("linear_4bit_int8(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ") -> Tensor");
   m.def("linear_4bit_backward(Tensor dy, " PF_WEIGHT ", " PF_BRANCH ", bool need_dx) -> (Tensor, Tensor)");
   m.def(
       "lora_backward(Tensor dy, Tensor x, Tensor s, Tensor ds, Tensor? row_scale, float scaling, Tensor? seed, "
@@ -243,6 +259,7 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
+  m.impl("linear_4bit_int8", TORCH_BOX(&linear_4bit_int8));
   m.impl("linear_4bit_backward", TORCH_BOX(&linear_4bit_backward));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
   m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));

@@ -221,6 +221,18 @@ def test_deepcopy_and_a_change_of_mode_leave_the_model_exact(tmp_path, ids):
     assert same_state(model, twin)
 
 
+def test_the_int8_tier_reaches_the_layers_and_is_saved(tmp_path, ids):
+    _, auto = saved(tmp_path / "full")
+    exact = auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig())
+    fast = auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig(compute="int8"))
+    y, expected = output(fast, ids), output(exact, ids)
+    assert 0 < (y - expected).norm() <= 0.05 * expected.norm()
+    fast.save_pretrained(tmp_path / "fast")
+    again = auto.from_pretrained(tmp_path / "fast")
+    assert {layer.compute for layer in layers_4bit(again).values()} == {"int8"}
+    assert torch.equal(output(again, ids), y)
+
+
 def test_the_trainer_accepts_it_under_an_adapter(tmp_path):
     _, auto = saved(tmp_path / "full")
     model = auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig())
@@ -346,10 +358,11 @@ class TestBitsandbytesCheckpoint:
         assert again.config.quantization_config.quant_method == "pyfastpeft"
         assert same_state(model, again) and torch.equal(output(model, ids), output(again, ids))
 
-    def test_compute_dtype_can_be_chosen_anew(self, folder):
-        config = fp.FastPeftConfig(compute_dtype="float32")
+    def test_how_to_compute_can_be_chosen_anew(self, folder):
+        config = fp.FastPeftConfig(compute_dtype="float32", compute="int8")
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-        assert {layer.compute_dtype for layer in layers_4bit(model).values()} == {torch.float32}
+        chosen = {(layer.compute_dtype, layer.compute) for layer in layers_4bit(model).values()}
+        assert chosen == {(torch.float32, "int8")}
 
     def test_without_our_config_bitsandbytes_reads_it_as_ever(self, folder):
         model = AutoModelForCausalLM.from_pretrained(folder)

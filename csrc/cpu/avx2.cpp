@@ -151,8 +151,77 @@ struct V {
 };
 
 #include "algorithm.h"
+
+// The int8-activation tier without VNNI: 16-bit sums of two products, the sign of the weight moved to x because the
+// instruction takes one side unsigned. 2 * 127 * 127 fits.
+struct B {
+  static constexpr int kGroupVecs = 2;  // 4 x 2 sums, 2 vectors of weights and their absolute values, 3 more: 15 of 16
+  static constexpr int kMicroRows = 4;
+  static constexpr int64_t kFewRows = 8;
+  static constexpr int kOffset = 0;
+  using I = __m256i;
+  using C = __m256i;
+  using W = __m256i;
+  using X = __m256i;
+  using Table = __m256i;
+
+  static I set1(int32_t v) { return _mm256_set1_epi32(v); }
+  static V::F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static Table table(const int8_t* codes) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  }
+  static C load_codes(const uint8_t* p) { return V::load_codes(p); }
+  template <int S>
+  static W decode(Table t, C codes) {
+    return _mm256_shuffle_epi8(t, _mm256_and_si256(_mm256_srli_epi32(codes, 4 * S), _mm256_set1_epi8(15)));
+  }
+  static W load(const uint8_t* p) { return V::load_codes(p); }
+  static void store(uint8_t* p, W w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
+  static X broadcast(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+  }
+  static I dot(I acc, W w, X x) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+
+  static float absmax(const float* v, int64_t n) {
+    __m256i most = _mm256_setzero_si256();
+    for (int64_t i = 0; i < n; i += 8) most = _mm256_max_epi32(most, _mm256_castps_si256(V::abs(V::load(v + i))));
+    alignas(32) int32_t bits[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bits), most);
+    for (int i = 1; i < 8; ++i) bits[0] = bits[i] > bits[0] ? bits[i] : bits[0];
+    float absmax;
+    __builtin_memcpy(&absmax, bits, 4);
+    return absmax;
+  }
+  static int32_t quantize(const float* v, int64_t n, float inverse, int8_t* out) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m256i a = _mm256_cvtps_epi32(V::mul(V::load(v + i), V::set1(inverse)));
+      const __m256i b = _mm256_cvtps_epi32(V::mul(V::load(v + i + 8), V::set1(inverse)));
+      sum = _mm256_add_epi32(sum, _mm256_add_epi32(a, b));
+      const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xD8);
+      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_shuffle_epi8(bytes, order));
+    }
+    alignas(32) int32_t sums[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(sums), sum);
+    for (int i = 1; i < 8; ++i) sums[0] += sums[i];
+    return sums[0];
+  }
+};
+
+#include "int8_algorithm.h"
 }  // namespace pf::avx2
 
 namespace pf {
-Kernels avx2_kernels() { return avx2::make_kernels("avx2"); }
+Kernels avx2_kernels() {
+  Kernels kernels = avx2::make_kernels("avx2");
+  kernels.int8 = avx2::int8_table();
+  return kernels;
+}
 }  // namespace pf

@@ -91,8 +91,14 @@ struct V {
 };
 
 #include "algorithm.h"
+#include "int8_scalar.h"
+#include "int8_algorithm.h"
 }  // namespace pf::generic
 
 namespace pf {
-Kernels generic_kernels() { return generic::make_kernels("generic"); }
+Kernels generic_kernels() {
+  Kernels kernels = generic::make_kernels("generic");
+  kernels.int8 = generic::int8_table();
+  return kernels;
+}
 }  // namespace pf

@@ -1,6 +1,7 @@
 // The interface of an instruction set: a table of kernels. Kernels do no threading and no dispatch; each computes the
 // part of the output it is asked for, so the caller decides how work is split.
 #pragma once
+#include "int8.h"
 #include "weight.h"
 
 namespace pf {
@@ -133,6 +134,7 @@ struct Kernels {
   const char* name;
   Arithmetic f32;
   Arithmetic bf16;  // gemv null where the instruction set has no bf16 products
+  Int8 int8;
   // s[m, r] = x[m] . a[r] for few rows; x float32 [rows, K].
   void (*dots)(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1);
   void (*to_float)(const void* src, int dtype, float* dst, int64_t n);

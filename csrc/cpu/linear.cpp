@@ -67,43 +67,88 @@ const void* pack_panels(const Arithmetic& arith, const Matrix& m, Slot slot, Par
   return out;
 }
 
+// Few rows of x in the arithmetic's element type, and in float32 where that is needed.
+struct FewRows {
+  const void* x;
+  int64_t ldx;
+  const float* xf;
+  int64_t ldxf;
+};
+
+FewRows few_rows(const Kernels& k, const Arithmetic& arith, const Matrix& x, bool floats) {
+  FewRows few{x.data, x.ld, static_cast<const float*>(x.data), x.ld};
+  const bool converts = &arith == &k.f32 && x.dtype != kFloat32;
+  if (x.dtype != kFloat32 && (converts || floats)) {
+    float* out = static_cast<float*>(scratch(kSlotX, x.rows * x.cols * sizeof(float)));
+    for (int64_t r = 0; r < x.rows; ++r) k.to_float(x.row(r), x.dtype, out + r * x.cols, x.cols);
+    few.xf = out;
+    few.ldxf = x.cols;
+  }
+  if (converts) {
+    few.x = few.xf;
+    few.ldx = few.ldxf;
+  }
+  return few;
+}
+
+// s [rows, R] = x A^T for few rows.
+void few_rows_sums(const Kernels& k, const Arithmetic& arith, const FewRows& few, const Matrix& x, const Branch& branch,
+                   float* s, ParallelFor parallel) {
+  const int64_t rank = branch.rank();
+  if (branch.a.packed) {
+    GemvArgs args{};
+    args.x = few.x;
+    args.ldx = few.ldx;
+    args.rows = x.rows;
+    run(parallel, (rank + kTile - 1) / kTile, grain_of(x.cols * x.rows * kTile),
+        [&](int64_t t0, int64_t t1) { arith.dots_packed(args, branch.a, s, t0, t1); });
+  } else {
+    run(parallel, rank, grain_of(x.cols * 4),
+        [&](int64_t r0, int64_t r1) { k.dots(few.xf, few.ldxf, x.rows, branch.a, s, r0, r1); });
+  }
+}
+
+// s [rows, R] = dropout(x) A^T, given x packed.
+void many_rows_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& packed, const Branch& branch, float* s,
+                    ParallelFor parallel) {
+  const int64_t rank = branch.rank();
+  PackedRows dropped = packed;
+  if (branch.dropout.threshold != 0)
+    dropped = pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotDropped, parallel);
+  run(parallel, x.rows, grain_of(x.cols * rank), [&](int64_t r0, int64_t r1) {
+    arith.rows_times_t(dropped, branch.a, s, r0, r1);
+    if (branch.dropout.threshold != 0)
+      for (int64_t i = r0 * rank; i < r1 * rank; ++i) s[i] *= branch.dropout.scale;
+  });
+}
+
+bool is_few(const Matrix& x, const Branch& branch) { return x.rows <= kFewRows && branch.dropout.threshold == 0; }
+
+// out [rows, R] = s * factor.
+void scale_sums(const float* s, int64_t rows, const Branch& branch, float* out) {
+  const int64_t rank = branch.rank();
+  const float* factor = branch_factor(branch, rows, rank);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < rank; ++i) out[r * rank + i] = s[r * rank + i] * factor[r * branch.row_scale_ld + i];
+}
+
 void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
                       void* y, int y_dtype, float* s, ParallelFor parallel) {
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   const int64_t rank = branch.rank();
-  GemvArgs args{w, x.data, x.ld, x.rows, nullptr, bias, nullptr, branch.b, y, y_dtype, w.n};
-  const bool converts = &arith == &k.f32 && x.dtype != kFloat32;
-  const float* xf = static_cast<const float*>(x.data);
-  int64_t ldxf = x.ld;
-  if (x.dtype != kFloat32 && (converts || (rank > 0 && !branch.a.packed) || w.zero != nullptr)) {
-    float* out = static_cast<float*>(scratch(kSlotX, x.rows * x.cols * sizeof(float)));
-    for (int64_t r = 0; r < x.rows; ++r) k.to_float(x.row(r), x.dtype, out + r * x.cols, x.cols);
-    xf = out;
-    ldxf = x.cols;
-  }
-  if (converts) {
-    args.x = xf;
-    args.ldx = ldxf;
-  }
+  const FewRows few = few_rows(k, arith, x, (rank > 0 && !branch.a.packed) || w.zero != nullptr);
+  GemvArgs args{w, few.x, few.ldx, x.rows, nullptr, bias, nullptr, branch.b, y, y_dtype, w.n};
   if (w.zero != nullptr) {
     float* sums = static_cast<float*>(scratch(kSlotDropped, x.rows * w.segments() * sizeof(float)));
     for (int64_t r = 0; r < x.rows; ++r)
-      k.segment_sums(xf + r * ldxf, w.segment, w.segments(), sums + r * w.segments());
+      k.segment_sums(few.xf + r * few.ldxf, w.segment, w.segments(), sums + r * w.segments());
     args.xsum = sums;
   }
   if (rank > 0) {
-    if (branch.a.packed) {
-      run(parallel, (rank + kTile - 1) / kTile, grain_of(x.cols * x.rows * kTile),
-          [&](int64_t t0, int64_t t1) { arith.dots_packed(args, branch.a, s, t0, t1); });
-    } else {
-      run(parallel, rank, grain_of(x.cols * 4),
-          [&](int64_t r0, int64_t r1) { k.dots(xf, ldxf, x.rows, branch.a, s, r0, r1); });
-    }
-    const float* factor = branch_factor(branch, x.rows, rank);
+    few_rows_sums(k, arith, few, x, branch, s, parallel);
     const int64_t count = x.rows * rank;
     float* scaled = static_cast<float*>(scratch(kSlotS, 2 * (count + x.rows) * sizeof(float)));
-    for (int64_t r = 0; r < x.rows; ++r)
-      for (int64_t i = 0; i < rank; ++i) scaled[r * rank + i] = s[r * rank + i] * factor[r * branch.row_scale_ld + i];
+    scale_sums(s, x.rows, branch, scaled);
     arith.to_steps(scaled, x.rows, rank, scaled + count);
     args.s = scaled + count;
   }
@@ -117,26 +162,41 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
                     float* s, ParallelFor parallel) {
   if (x.rows == 0 || w.n == 0) return;
   const Kernels& k = *kernels();
-  if (x.rows <= kFewRows && branch.dropout.threshold == 0)
-    return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
+  if (is_few(x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   const int64_t rank = branch.rank();
   GemmArgs args{w, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
   if (rank > 0) {
-    PackedRows dropped = args.x;
-    if (branch.dropout.threshold != 0)
-      dropped = pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotDropped, parallel);
-    run(parallel, x.rows, grain_of(x.cols * rank), [&](int64_t r0, int64_t r1) {
-      arith.rows_times_t(dropped, branch.a, s, r0, r1);
-      if (branch.dropout.threshold != 0)
-        for (int64_t i = r0 * rank; i < r1 * rank; ++i) s[i] *= branch.dropout.scale;
-    });
+    many_rows_sums(arith, x, args.x, branch, s, parallel);
     const Matrix sm{s, kFloat32, x.rows, rank, rank};
     args.s = pack_rows(arith, sm, branch_factor(branch, x.rows, rank), branch.row_scale_ld, {}, kSlotS, parallel);
   }
   constexpr int64_t kPair = 2;  // keep groups of two tiles together
   run(parallel, (w.tiles() + kPair - 1) / kPair, grain_of(kPair * kTile * w.k * x.rows),
       [&](int64_t u0, int64_t u1) { arith.gemm(args, u0 * kPair, std::min(u1 * kPair, w.tiles())); });
+}
+
+void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y,
+                         int y_dtype, ParallelFor parallel) {
+  if (x.rows == 0 || w.n == 0) return;
+  const Kernels& k = *kernels();
+  const int64_t rank = branch.rank();
+  float* s = nullptr;
+  if (rank > 0) {
+    const Arithmetic& arith = arithmetic_for(k, x.dtype);
+    s = static_cast<float*>(scratch(kSlotS, x.rows * rank * sizeof(float)));
+    if (is_few(x, branch))
+      few_rows_sums(k, arith, few_rows(k, arith, x, !branch.a.packed), x, branch, s, parallel);
+    else
+      many_rows_sums(arith, x, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), branch, s, parallel);
+    scale_sums(s, x.rows, branch, s);
+  }
+  const int64_t blocks = (x.cols + kByteBlock - 1) / kByteBlock, group = k.int8.group_tiles;
+  ByteRow* bytes = static_cast<ByteRow*>(scratch(kSlotX, blocks * x.rows * sizeof(ByteRow)));
+  run(parallel, x.rows, grain_of(x.cols * 4), [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, bytes, r0, r1); });
+  const Int8Args args{w, bytes, x.rows, bias, s, branch.b, y, y_dtype, w.n};
+  run(parallel, (w.tiles() + group - 1) / group, grain_of(group * kTile * w.k * ((x.rows + 7) / 8)),
+      [&](int64_t g0, int64_t g1) { k.int8.product(args, g0 * group, std::min(g1 * group, w.tiles())); });
 }
 
 void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, void* dx, float* ds,

@@ -22,6 +22,9 @@ struct Branch {
 // y [x.rows, N] in y_dtype; s [x.rows, R] float32 = dropout(x) A^T.
 void linear_forward(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
                     float* s, ParallelFor parallel);
+// The same y with x rounded to 8 bits on its way into W; the branch is exact.
+void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y,
+                         int y_dtype, ParallelFor parallel);
 // ds [rows, R] float32 = (dy B) * factor (computed when there is a branch); dx [rows, K] in dy's dtype, or null.
 void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, void* dx, float* ds,
                      ParallelFor parallel);

@@ -97,8 +97,14 @@ struct V {
 };
 
 #include "algorithm.h"
+#include "int8_scalar.h"
+#include "int8_algorithm.h"
 }  // namespace pf::neon
 
 namespace pf {
-Kernels neon_kernels() { return neon::make_kernels("neon"); }
+Kernels neon_kernels() {
+  Kernels kernels = neon::make_kernels("neon");
+  kernels.int8 = neon::int8_table();
+  return kernels;
+}
 }  // namespace pf

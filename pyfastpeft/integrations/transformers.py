@@ -23,6 +23,7 @@ from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_blocksize, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
+from ..ops.linear_4bit import check_compute
 from .forwards import remove
 
 METHOD = "pyfastpeft"
@@ -33,8 +34,8 @@ class FastPeftConfig(QuantizationConfigMixin):
     """How ``from_pretrained`` quantizes a model to 4 bits.
 
     Given with a checkpoint that is quantized already — by this package, or by bitsandbytes in 4 bits — the checkpoint's
-    own settings hold, its weights are read as they are, and only ``compute_dtype`` counts. bitsandbytes itself is not
-    needed for that.
+    own settings hold, its weights are read as they are, and only ``compute_dtype`` and ``compute`` count. bitsandbytes
+    itself is not needed for that.
 
     Args:
         quant_type: ``"nf4"``, ``"fp4"`` or ``"int4"``.
@@ -43,9 +44,12 @@ class FastPeftConfig(QuantizationConfigMixin):
         compute_dtype: dtype the products run in, default the input's.
         modules_to_not_convert: names (or patterns) of linear layers to leave in full precision. Default: the output
             embedding and the last layer. Layers whose weight is tied to another are always left.
+        compute: ``"int8"`` for faster inference on CPUs with activations rounded to 8 bits (relative error of a layer
+            up to 7e-3); training is exact all the same.
 
     Raises:
-        ValueError: a ``quant_type``, ``blocksize``, ``double_quant`` or ``compute_dtype`` that does not exist.
+        ValueError: a ``quant_type``, ``blocksize``, ``double_quant``, ``compute_dtype`` or ``compute`` that does not
+            exist.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class FastPeftConfig(QuantizationConfigMixin):
         double_quant: bool = False,
         compute_dtype: torch.dtype | str | None = None,
         modules_to_not_convert: list[str] | None = None,
+        compute: str | None = None,
     ) -> None:
         fmt = get_format(quant_type)
         if double_quant and fmt.has_zero:
@@ -69,6 +74,7 @@ class FastPeftConfig(QuantizationConfigMixin):
         self.double_quant = double_quant
         self.compute_dtype = compute_dtype
         self.modules_to_not_convert = modules_to_not_convert
+        self.compute = check_compute(compute)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -103,6 +109,7 @@ class FastPeftConfig(QuantizationConfigMixin):
         else:
             return None
         config.compute_dtype = self.compute_dtype or config.compute_dtype
+        config.compute = self.compute or config.compute
         return config
 
 
@@ -158,6 +165,7 @@ class FastPeftQuantizer(HfQuantizer):
                 config.compute_dtype,
                 device="meta",
                 dtype=module.weight.dtype,
+                compute=config.compute,
             )
             model.set_submodule(name, layer.requires_grad_(False))
             self._originals[name] = module

@@ -11,6 +11,7 @@ from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_blocksize, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_bnb, packed_from_state, packed_to_state
 from ..ops import Lora, linear_4bit
+from ..ops.linear_4bit import check_compute, needs_grad
 
 
 class Linear4bit(nn.Linear):
@@ -28,7 +29,11 @@ class Linear4bit(nn.Linear):
         double_quant: keep the scales in 8 bits.
         compute_dtype: dtype the product runs in; the result returns in x's dtype. Default: x's dtype.
         device, dtype: of the bias, and the dtype that ``dequantize`` defaults to.
+        compute: None, or ``"int8"``: see :func:`pyfastpeft.ops.linear_4bit`. Whatever needs a gradient is computed
+            exactly all the same.
     """
+
+    compute: str | None = None
 
     def __init__(
         self,
@@ -41,11 +46,12 @@ class Linear4bit(nn.Linear):
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        compute: str | None = None,
     ) -> None:
         check_blocksize(get_format(quant_type), blocksize)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.compute = compute_dtype, check_compute(compute)
         if self.weight.is_meta:
             # Filled by load_state_dict or by the transformers integration; nothing to quantize yet.
             self.packed: Packed4bit | None = None
@@ -77,9 +83,12 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor, lora: Lora | tuple | None = None) -> Tensor:
         packed = self.packed if self.packed is not None else self._require_packed()
+        compute = self.compute
+        if compute is not None and needs_grad(x, self.bias, lora):
+            compute = None
         if self.compute_dtype is None or self.compute_dtype == x.dtype:
-            return linear_4bit(x, packed, self.bias, lora)
-        return linear_4bit(x.to(self.compute_dtype), packed, self.bias, lora).to(x.dtype)
+            return linear_4bit(x, packed, self.bias, lora, compute)
+        return linear_4bit(x.to(self.compute_dtype), packed, self.bias, lora, compute).to(x.dtype)
 
     @classmethod
     def from_linear(
@@ -89,6 +98,7 @@ class Linear4bit(nn.Linear):
         blocksize: int = 64,
         double_quant: bool = False,
         compute_dtype: torch.dtype | None = None,
+        compute: str | None = None,
     ) -> Linear4bit:
         """Quantize ``linear``'s weight; the bias is shared with it."""
         if isinstance(linear, Linear4bit):
@@ -96,15 +106,28 @@ class Linear4bit(nn.Linear):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear")
         packed = quantize_4bit(linear.weight, quant_type, blocksize, double_quant)
-        return cls.from_packed(packed, linear.bias, compute_dtype)
+        return cls.from_packed(packed, linear.bias, compute_dtype, compute)
 
     @classmethod
     def from_packed(
-        cls, packed: Packed4bit, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+        cls,
+        packed: Packed4bit,
+        bias: Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+        compute: str | None = None,
     ) -> Linear4bit:
         """A layer around an existing packed matrix (N, K)."""
         n, k = packed.shape
-        self = cls(k, n, False, packed.quant_type, packed.blocksize, compute_dtype=compute_dtype, device="meta")
+        self = cls(
+            k,
+            n,
+            False,
+            packed.quant_type,
+            packed.blocksize,
+            compute_dtype=compute_dtype,
+            device="meta",
+            compute=compute,
+        )
         self.set_packed(packed)
         if bias is not None:
             self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
@@ -196,4 +219,5 @@ class Linear4bit(nn.Linear):
 
     def extra_repr(self) -> str:
         double = ", double_quant=True" if self.double_quant else ""
-        return f"{super().extra_repr()}, quant_type={self.quant_type!r}, blocksize={self.blocksize}{double}"
+        compute = "" if self.compute is None else f", compute={self.compute!r}"
+        return f"{super().extra_repr()}, quant_type={self.quant_type!r}, blocksize={self.blocksize}{double}{compute}"

@@ -66,6 +66,11 @@ def _(x: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], rank), dtype=torch.float32)
 
 
+@torch.library.register_fake("pyfastpeft::linear_4bit_int8")
+def _(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], rest[5]))
+
+
 @torch.library.register_fake("pyfastpeft::linear_4bit_backward")
 def _(dy: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lora_a, need_dx = rest[7], rest[-1]

@@ -90,8 +90,17 @@ class BankView(NamedTuple):
         return Lora(self.a.reshape(slots * r, k), self.b.transpose(0, 1).reshape(-1, slots * r), scale)
 
 
+AnyLora = Lora | PackedLora | BankView | tuple
+# The longest block whose values 8 bits hold to the int8 tier's error: those of longer ones crowd around zero.
+_INT8_BLOCKSIZE = 256
+
+
 def linear_4bit(
-    x: Tensor, w: Packed4bit, bias: Tensor | None = None, lora: Lora | PackedLora | BankView | tuple | None = None
+    x: Tensor,
+    w: Packed4bit,
+    bias: Tensor | None = None,
+    lora: AnyLora | None = None,
+    compute: str | None = None,
 ) -> Tensor:
     """Linear layer with 4-bit weights and the LoRA branch in the same pass.
 
@@ -101,6 +110,9 @@ def linear_4bit(
         bias: [N] or None.
         lora: None, ``(A [r, K], B [N, r], scaling)``, a :class:`Lora`, a :class:`PackedLora`, or a :class:`BankView`
             with one slot number a row of x (rows counted over all leading dimensions).
+        compute: None for the exact product; ``"int8"`` allows x and the weight to be rounded to 8 bits on their way
+            into it (relative error up to 7e-3; the LoRA branch and the bias stay exact), for inference only. Where
+            there is no such kernel (blocks longer than 256, other devices), the product is exact.
 
     Returns:
         [..., N] in x's dtype. Products accumulate in float32. Differentiable in x, bias, A and B.
@@ -109,6 +121,8 @@ def linear_4bit(
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
     n, k = _check(x, w, bias)
+    if compute is not None:
+        check_compute(compute)
     if torch.is_autocast_enabled(w.device.type):
         x = x.to(torch.get_autocast_dtype(w.device.type))
     x2 = x if x.dim() == 2 else x.reshape(-1, k)
@@ -130,19 +144,36 @@ def linear_4bit(
     weight = w.operands
     if backend is Backend.REFERENCE:
         weight = (*weight[:5], w, n, w.blocksize)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (a is not None and (a.requires_grad or b.requires_grad))
-    ):
+    if needs_grad(x, bias, lora):
+        if compute is not None:
+            raise ValueError(f"compute is {compute!r}, for inference only; x, bias or lora requires a gradient here")
         y = _Linear4bit.apply(x2, bias, a, b, row_scale, scaling, seed, dropout, backend, *weight)
     else:
         if type(lora) is PackedLora and x.dtype is torch.bfloat16 and backend is Backend.NATIVE:
             a, b = lora.a_pairs, lora.b_pairs
             if row_scale is not None and row_scale.shape[-1] % 2:
                 row_scale = pad(row_scale, (0, 1))  # as the rank is, to whole pairs
-        y = _forward(backend, x2, bias, (a, b, row_scale, scaling, seed, dropout), weight)[0]
+        branch = (a, b, row_scale, scaling, seed, dropout)
+        if compute == "int8" and backend is Backend.NATIVE and w.blocksize <= _INT8_BLOCKSIZE:
+            y = torch.ops.pyfastpeft.linear_4bit_int8.default(x2, *weight, bias, *branch)
+        else:
+            y = _forward(backend, x2, bias, branch, weight)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def needs_grad(x: Tensor, bias: Tensor | None, lora: AnyLora | None) -> bool:
+    """Whether ``linear_4bit`` of these is recorded for autograd."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (lora is not None and (lora[0].requires_grad or lora[1].requires_grad))
+    )
+
+
+def check_compute(compute: str | None) -> str | None:
+    if compute not in (None, "int8"):
+        raise ValueError(f"compute is {compute!r}; it must be None (the exact product) or 'int8'")
+    return compute
 
 
 def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:

@@ -167,6 +167,8 @@ void check_linear(const pf::Kernels& k, int format, int64_t blocksize, int64_t n
   pf::linear_forward(w.weight, matrix(x, m, columns), bias.data(), branch, y.data(), pf::kFloat32, s.data(), serial);
   pf::linear_backward(w.weight, matrix(dy, m, n), branch, dx.data(), ds.data(), serial);
   expect(error(y.data(), y64) < 1e-5, "y, " + what);
+  pf::linear_forward_int8(w.weight, matrix(x, m, columns), bias.data(), branch, y.data(), pf::kFloat32, serial);
+  expect(error(y.data(), y64) < 1.2e-2, "y in int8, " + what);  // 7e-3 and the scatter of few values
   expect(error(dx.data(), dx64) < 1e-5, "dx, " + what);
   if (r == 0) return;
   pf::lora_backward(matrix(dy, m, n), matrix(x, m, columns), matrix(s, m, r), matrix(ds, m, r), branch, da.data(),

@@ -1,0 +1,55 @@
+// The int8-activation tier: y = x * W^T with x rounded to 8 bits a row and unit of columns, W decoded to 8 bits.
+//
+// With x ~ scale * q and w ~ absmax * (c - shift) / step, a unit contributes absmax * scale / step * (sum of c q -
+// shift * sum of q): one integer dot product, whose sum starts at the second term, one conversion and two float
+// operations. All the rest is integer.
+#pragma once
+#include "weight.h"
+
+namespace pf {
+
+// A format's 16 values in 8 bits: (code - shift) / step, |code| <= 127.
+struct ByteTable {
+  int8_t code[16];
+  float step, shift;
+};
+extern const ByteTable kByteTables[3];
+
+constexpr int kByteBlock = 512;              // columns of a ByteRow
+constexpr int kByteUnits = kByteBlock / 32;  // units in it at most
+
+// A block of columns of one row of x. Columns lie, eight at a time, in the order that a shift of the weight's codes
+// leaves them in (see weight.h): 0 4 1 5, then 2 6 3 7.
+struct ByteRow {
+  int8_t x[kByteBlock];
+  float scale[kByteUnits];    // of a unit, over the table's step
+  int32_t start[kByteUnits];  // what a unit's integer sum starts at
+  float sum[kByteUnits];      // sum of x over a unit, after rounding
+};
+
+struct Int8Args {
+  Weight w;
+  const ByteRow* x;  // [blocks][rows]
+  int64_t rows;
+  const float* bias;  // [N] or null
+  const float* s;     // [rows, R] scaled, or null
+  Matrix lora_b;      // [N, R]
+  void* y;            // [rows, N]
+  int y_dtype;
+  int64_t ldy;
+};
+
+// The part of the tier that an instruction set provides.
+struct Int8 {
+  int64_t group_tiles;  // tiles that are computed together
+  void (*quantize)(const Matrix& x, const Weight& w, ByteRow* out, int64_t row0, int64_t row1);
+  void (*product)(const Int8Args&, int64_t tile0, int64_t tile1);
+};
+
+// Columns that share a scale of x: 64, and 32 where the weight's 8 bits leave less room for error, because the values
+// of longer blocks crowd around zero.
+PF_INLINE int64_t byte_unit(const Weight& w) {
+  return w.segment % 64 == 0 && (w.format == kINT4 || w.blocksize == 64) ? 64 : 32;
+}
+
+}  // namespace pf
