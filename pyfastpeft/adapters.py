@@ -6,6 +6,7 @@ exchanging the active adapter writes one reference a layer, builds nothing, and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,15 @@ NO_ROWS = Rows((), ())
 """The mode in which every layer is the base model's."""
 
 
+class _Mode(threading.local):
+    """The mode of the calling thread: requests that are served side by side choose their rows apart."""
+
+    rows: Rows | None = None
+
+    def __reduce__(self) -> tuple:
+        return _Mode, ()
+
+
 class AdapterBank:
     """The adapters of one model and the layers that carry them.
 
@@ -70,7 +80,7 @@ class AdapterBank:
         wrappers: path → module kept in a trainable copy an adapter (``modules_to_save``).
         active: names of the active adapters.
         frozen: names of the adapters that are for inference, active or not.
-        mode: None: every row uses the active adapters; else the rows' own choice.
+        mode: None: every row uses the active adapters; else the rows' own choice. Each thread has its own.
         layouts: what a hot-swap works out once about an adapter; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
     """
@@ -80,12 +90,16 @@ class AdapterBank:
         self.wrappers: dict[str, ModulesToSave] = {}
         self.active: tuple[str, ...] = ()
         self.frozen: frozenset[str] = frozenset()
-        self.mode: Rows | None = None
+        self._mode = _Mode()
         self.layouts: dict[str, Any] = {}
         self.version = 0
         self._plans: dict[tuple[str, ...], list] = {}
         self._trainable: dict[str, list[torch.nn.Parameter]] = {}
         self._training: set[str] = set()
+
+    @property
+    def mode(self) -> Rows | None:
+        return self._mode.rows
 
     def hold(self, name: str, parameters: list[torch.nn.Parameter]) -> None:
         """``parameters`` train exactly while ``name`` is active and not for inference."""
@@ -144,8 +158,8 @@ class AdapterBank:
     @contextmanager
     def using(self, mode: Rows) -> Iterator[None]:
         """Run with ``mode`` in force."""
-        before, self.mode = self.mode, mode
+        before, self._mode.rows = self._mode.rows, mode
         try:
             yield
         finally:
-            self.mode = before
+            self._mode.rows = before

@@ -135,6 +135,7 @@ class _Stack:
         self._cache: Any = None
         with suppress(_Unsupported):
             self._build(model)
+        self._modes = self._modes_now()
         self._stamp = stamp_of(self._copied)
         self._hooked = self.lookups.hooked()
         if self._hooked:
@@ -152,11 +153,14 @@ class _Stack:
             return True
         if self.lookups.hooked() is not self._hooked or not self.lookups.hold():
             return False
-        if stamp_of(self._copied) != self._stamp:
+        if self._modes_now() != self._modes or stamp_of(self._copied) != self._stamp:
             return False
         if self.number is not None:
             self._noticed, self._cache = noticed, weakref.ref(cache)
         return True
+
+    def _modes_now(self) -> list:
+        return [bank.mode for bank in self.banks]
 
     def look_again(self) -> None:
         """At the next call, whatever was noticed."""
@@ -233,7 +237,7 @@ class _Stack:
         look = self.lookups
         if module.bank not in self.banks:
             self.banks.append(module.bank)
-        mode, plan = look.get(vars(module.bank), "mode"), look.get(vars(module), "_plan")
+        mode, plan = module.bank.mode, look.get(vars(module), "_plan")
         if mode is not None and mode.names:
             raise _Unsupported
         if mode is not None or plan is None:
