@@ -90,15 +90,17 @@ def extension(name: str, sources: list[str], macros: list[tuple[str, str]]) -> E
     )
 
 
-packages = ["pyfastpeft", "pyfastpeft.kernels"]
+# Folders at the root that are packages of pyfastpeft when it is installed.
+package_dir = {"pyfastpeft.kernels": "kernels", "pyfastpeft.bench": "bench"}
+packages = ["pyfastpeft", *package_dir, "pyfastpeft.bench.contenders"]
 packages += sorted(".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("pyfastpeft/*/**/__init__.py"))
 setup(
     packages=packages,
-    package_dir={"pyfastpeft.kernels": "kernels"},
+    package_dir=package_dir,
     package_data={"pyfastpeft": ["data/**/*"], "pyfastpeft.kernels": ["*.md"]},
     ext_modules=[
         extension("_C", OPERATORS, [("TORCH_TARGET_VERSION", "0x020a000000000000")]),
-        extension("_native", ["csrc/native.cpp"], [("PF_CUDA_VERSION", '""')]),
+        extension("_native", ["csrc/native.cpp", "csrc/cpu/limits.cpp"], [("PF_CUDA_VERSION", '""')]),
     ],
     cmdclass={"build_ext": BuildExt},
 )

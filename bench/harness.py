@@ -1,14 +1,6 @@
-"""What every benchmark shares: interleaved timing, the machine's limits, results on disk.
-
-Import this before torch: it sets the thread policy that must be known when the OpenMP runtime starts.
-"""
+"""What every benchmark shares: interleaved timing, the machine's limits, results on disk."""
 
 from __future__ import annotations
-
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import gc
 import importlib.metadata
@@ -16,6 +8,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import platform
 import random
 import statistics
@@ -24,11 +17,13 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("peft", "bitsandbytes", "torchao", "onnxruntime", "openvino", "llama-cpp-python")
+Name = TypeVar("Name")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
 
@@ -73,9 +68,17 @@ def paired_ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def interleave(calls: dict[str, Callable[[], object]], rounds: int, sample_s: float = 0.008) -> dict[str, Timing]:
-    """Time every call once a round, in random order; a sample repeats its call for at least ``sample_s`` seconds."""
-    repeats: dict[str, int] = {}
+SETTLE_S = 0.01  # after which the idle threads of the pool before have stopped spinning
+
+
+def interleave(
+    calls: dict[Name, Callable[[], object]], rounds: int, sample_s: float = 0.008, budget_s: float = math.inf
+) -> dict[Name, Timing]:
+    """Time every call once a round, in random order; a sample repeats its call for at least ``sample_s`` seconds.
+
+    After three rounds no new one begins once ``budget_s`` seconds have passed.
+    """
+    repeats: dict[Name, int] = {}
     for name, call in calls.items():
         call()
         start = time.perf_counter()
@@ -86,10 +89,15 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int, sample_s: fl
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        begin = time.perf_counter()
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() - begin > budget_s:
+                break
             random.shuffle(order)
             for name in order:
                 call, n = calls[name], repeats[name]
+                if torch.get_num_threads() > 1 and len(calls) > 1:
+                    time.sleep(SETTLE_S)
                 if n > 1:
                     call()
                 start = time.perf_counter()
@@ -122,35 +130,37 @@ class Load:
         self.cores = max(0.0, busy_elsewhere() - self._busy) / (time.perf_counter() - self._start)
 
 
-def limits(rounds: int = 5) -> dict[str, float]:
-    """What this machine reaches now with torch's thread count: reading memory, and dense products of 2048³."""
-    # NumPy asks for huge pages, as the packed weights do.
-    memory = torch.from_numpy(np.ones(64 << 20, dtype=np.float32))
-    square = torch.randn(2048, 2048)
-    half = square.bfloat16()
-    product = torch.nn.functional.linear
-    with torch.inference_mode():
-        best = {
-            name: t.best
-            for name, t in interleave(
-                {
-                    "read": memory.sum,
-                    "bf16": lambda: product(half, half),
-                    "fp32": lambda: product(square, square),
-                },
-                rounds,
-            ).items()
-        }
-    flop = 2 * 2048**3 / 1e9
-    return {
-        "read_gb_s": round(memory.numel() * 4 / best["read"] / 1e9, 1),
-        "bf16_gflop_s": round(flop / best["bf16"], 1),
-        "fp32_gflop_s": round(flop / best["fp32"], 1),
-    }
+def limits(threads: int) -> dict[str, float | None]:
+    """What this machine reaches now: reading memory, and in each arithmetic; None where it lacks the instruction."""
+    from pyfastpeft import _native
+
+    return {name: None if rate is None else round(rate, 1) for name, rate in _native.limits(threads).items()}
+
+
+def best_limits(samples: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
+    """The best of several readings, limit by limit."""
+    first, *others = samples
+    return {name: max([rate, *(s[name] for s in others)]) if rate else None for name, rate in first.items()}
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache; 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes)
 
 
 def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def machine() -> dict[str, object]:
@@ -161,13 +171,14 @@ def machine() -> dict[str, object]:
         model = next((s.split(":")[1].strip() for s in cpuinfo.read_text().splitlines() if "model name" in s), model)
     import pyfastpeft  # noqa: F401  (registers the operators)
 
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
     return {
         "cpu": model,
         "cores": os.cpu_count(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "last_level_cache": last_level_cache(),
         "isa": list(torch.ops.pyfastpeft.available_isas()),
         "python": platform.python_version(),
-        "versions": {p: importlib.metadata.version(p) if installed(p) else "absent" for p in packages},
+        "versions": {p: _version(p) for p in ("torch", "transformers", "numpy", *PEERS)},
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

@@ -1,6 +1,6 @@
 """Exchanging adapters on SmolLM2-135M while it serves: set_adapter and hotswap_adapter, ours beside peft.
 
-    python bench/hotswap.py
+    python -m bench.hotswap
 
 Two adapters: r = 8 on q and v (the default), and r = 16 on all linear layers. ``set_adapter`` chooses between two that
 are loaded; ``hotswap`` replaces the weights of the one in use: from tensors in memory, or from a folder that the
@@ -15,12 +15,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import harness
-import models
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+
+from . import harness, models
 
 
 def _calls(

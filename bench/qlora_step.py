@@ -1,6 +1,6 @@
 """One QLoRA step of SmolLM2-135M on the CPU (forward, backward, AdamW): ours beside peft over bitsandbytes NF4.
 
-    python bench/qlora_step.py --threads 2
+    python -m bench.qlora_step --threads 2
 
 Batch 4 × 256, r = 16 on all linear layers, bf16, random weights of the model's size. Times are medians over steps that
 alternate in one process; the peak memory of each comes from a process of its own, loading included.
@@ -16,11 +16,11 @@ import sys
 import time
 from collections.abc import Callable
 
-import harness
-import models
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from . import harness, models
 
 CONTENDERS: dict[str, Callable[[str], torch.nn.Module]] = {
     "ours": models.adapted_ours,
@@ -47,7 +47,7 @@ def stepper(name: str, folder: str, batch: int, length: int) -> Callable[[], flo
 
 def peak_mb(name: str, args: argparse.Namespace, folder: str) -> float:
     """Peak resident memory of two steps in a fresh process."""
-    command = [sys.executable, __file__, "--child", name, "--folder", folder]
+    command = [sys.executable, "-m", __spec__.name, "--child", name, "--folder", folder]
     command += [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(out.splitlines()[-1])["peak_mb"]

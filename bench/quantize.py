@@ -1,6 +1,6 @@
 """Quantizing to 4 bits and back on the CPU: ours beside bitsandbytes, in GB/s and in seconds for 7e9 parameters.
 
-python bench/quantize.py --threads 1,2
+python -m bench.quantize --threads 1,2
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import harness
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import pyfastpeft as fp
+
+from . import harness
 
 PARAMETERS = 7e9
 

