@@ -180,6 +180,113 @@ void check_linear(const pf::Kernels& k, int format, int64_t blocksize, int64_t n
          "dB, " + what);
 }
 
+void check_norm(const pf::Kernels& k, int64_t rows, int64_t n) {
+  const std::string what = std::string(k.name) + " norm of " + std::to_string(rows) + " x " + std::to_string(n);
+  const std::vector<float> x = normal(rows * n), residual = normal(rows * n), weight = normal(n), dy = normal(rows * n);
+  std::vector<float> sum(rows * n), y(rows * n), dx(rows * n), inverse(rows), dweight(n);
+  k.rms_norm({matrix(x, rows, n), matrix(residual, rows, n), weight.data(), 1e-5f, sum.data(), y.data()}, 0, rows);
+  const pf::RmsNormBackwardArgs backward{matrix(dy, rows, n), matrix(sum, rows, n), {}, weight.data(), 1e-5f,
+                                         dx.data(),           inverse.data()};
+  k.rms_norm_backward(backward, 0, rows);
+  k.rms_norm_weight_backward(backward, dweight.data(), 0, n);
+  std::vector<double> y64(rows * n), dx64(rows * n), dweight64(n);
+  for (int64_t r = 0; r < rows; ++r) {
+    double square = 0, dot = 0;
+    const auto h = [&](int64_t i) { return static_cast<double>(sum[r * n + i]); };
+    const auto d = [&](int64_t i) { return static_cast<double>(dy[r * n + i]) * weight[i]; };
+    for (int64_t i = 0; i < n; ++i) {
+      square += h(i) * h(i);
+      dot += d(i) * h(i);
+    }
+    const double scale = 1 / std::sqrt(square / n + 1e-5);
+    for (int64_t i = 0; i < n; ++i) {
+      y64[r * n + i] = h(i) * scale * weight[i];
+      dx64[r * n + i] = scale * d(i) - h(i) * dot * scale * scale * scale / n;
+      dweight64[i] += dy[r * n + i] * h(i) * scale;
+    }
+  }
+  expect(error(y.data(), y64) < 1e-6, "y, " + what);
+  expect(error(dx.data(), dx64, 1) < 1e-5, "dx, " + what);
+  expect(error(dweight.data(), dweight64, 1) < 1e-5, "dweight, " + what);
+}
+
+void check_swiglu(const pf::Kernels& k, int64_t rows, int64_t n) {
+  const std::string what = std::string(k.name) + " swiglu of " + std::to_string(n);
+  const std::vector<float> gate = normal(rows * n, 5.0f), up = normal(rows * n), dy = normal(rows * n);
+  std::vector<float> y(rows * n), dgate(rows * n), dup(rows * n);
+  const pf::Matrix g = matrix(gate, rows, n), u = matrix(up, rows, n);
+  k.swiglu(g, u, y.data(), 0, rows);
+  k.swiglu_backward(matrix(dy, rows, n), g, u, dgate.data(), dup.data(), 0, rows);
+  std::vector<double> y64, dgate64, dup64;
+  for (int64_t i = 0; i < rows * n; ++i) {
+    const double s = 1 / (1 + std::exp(-static_cast<double>(gate[i]))), silu = gate[i] * s;
+    y64.push_back(silu * up[i]);
+    dup64.push_back(silu * dy[i]);
+    dgate64.push_back(static_cast<double>(dy[i]) * up[i] * (s + silu * (1 - s)));
+  }
+  expect(error(y.data(), y64) < 1e-6 && error(dgate.data(), dgate64) < 1e-6 && error(dup.data(), dup64) < 1e-6, what);
+}
+
+// Queries of two tokens, rotated, over a cache whose first key is hidden from the second batch row.
+void check_attention(const pf::Kernels& k, int64_t dim) {
+  const std::string what = std::string(k.name) + " attention, dim " + std::to_string(dim);
+  const int64_t batch = 2, tokens = 2, heads = 6, kv_heads = 2, length = 21, group = heads / kv_heads;
+  const std::vector<float> x = normal(batch * tokens * heads * dim), angle = normal(tokens * dim);
+  const std::vector<float> keys = normal(batch * kv_heads * length * dim), values = normal(keys.size());
+  std::vector<float> cos, sin, q(x.size()), out(x.size());
+  for (float a : angle) {
+    cos.push_back(std::cos(a));
+    sin.push_back(std::sin(a));
+  }
+  const int64_t token = heads * dim;
+  k.rope({x.data(),
+          pf::kFloat32,
+          tokens,
+          heads,
+          dim,
+          {tokens * token, dim, token},
+          cos.data(),
+          sin.data(),
+          0,
+          false,
+          q.data()},
+         0, batch * tokens);
+  std::vector<uint8_t> mask(batch * length, 1);
+  mask[length] = 0;
+  pf::AttendArgs args{q.data(), keys.data(), values.data(), pf::kFloat32, tokens, heads, kv_heads, dim, length};
+  for (int64_t* strides : {args.k_strides, args.v_strides}) {
+    strides[0] = kv_heads * length * dim;
+    strides[1] = length * dim;
+    strides[2] = dim;
+  }
+  args.scale = 0.3f;
+  args.mask = mask.data();
+  args.out = out.data();
+  k.attend(args, 0, batch * kv_heads);
+  std::vector<double> q64(q.size()), out64(out.size());
+  for (int64_t row = 0; row < batch * tokens * heads; ++row)
+    for (int64_t i = 0; i < dim; ++i) {
+      const int64_t at = row / heads % tokens * dim + i, half = dim / 2;
+      const double other = i < half ? -x[row * dim + i + half] : x[row * dim + i - half];
+      q64[row * dim + i] = static_cast<double>(x[row * dim + i]) * cos[at] + other * sin[at];
+    }
+  expect(error(q.data(), q64) < 1e-6, "rope, " + what);
+  for (int64_t row = 0; row < batch * tokens * heads; ++row) {
+    const int64_t b = row / heads / tokens, t = row / heads % tokens;
+    const int64_t head = (b * kv_heads + row % heads / group) * length;
+    double total = 0;
+    for (int64_t s = b; s < length - tokens + t + 1; ++s) {
+      double score = 0;
+      for (int64_t i = 0; i < dim; ++i) score += q64[row * dim + i] * keys[(head + s) * dim + i];
+      const double weight = std::exp(args.scale * score);
+      total += weight;
+      for (int64_t i = 0; i < dim; ++i) out64[row * dim + i] += weight * values[(head + s) * dim + i];
+    }
+    for (int64_t i = 0; i < dim; ++i) out64[row * dim + i] /= total;
+  }
+  expect(error(out.data(), out64) < 1e-5, what);
+}
+
 }  // namespace
 
 int main() {
@@ -195,6 +302,11 @@ int main() {
           check_linear(k, format, 64, 33, 96, m, r);
           check_linear(k, format, 32, 64, 160, m, r);
         }
+    for (int64_t n : {19, 64, 131}) {
+      check_norm(k, 5, n);
+      check_swiglu(k, 3, n);
+    }
+    for (int64_t dim : {2, 34, 64}) check_attention(k, dim);
     std::printf("checked %s\n", *name);
   }
   return failures > 100 ? 100 : failures;
