@@ -2,9 +2,9 @@
 
 :func:`fuse_decoder` puts a :class:`_FewRows` before the forward of a decoder (the module between embedding and head).
 It serves calls of a few rows that continue a cache and record nothing, when every layer is what the compiled stack
-computes; whatever is out of the ordinary goes to transformers' own forward. Nothing is copied: the stack holds the
-model's own tensors, and a model that has changed since (another adapter, a merged weight, a hook) is noticed at the
-next call.
+computes; whatever is out of the ordinary goes to transformers' own forward. The stack holds the model's own tensors
+(and the packed copies of adapters for inference that the layers keep as well); a model that has changed since (another
+adapter, a merged weight, a hook) is noticed at the next call.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ _PROJECTIONS = (
 )
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-_SERVED = frozenset(("input_ids", "attention_mask", "position_ids", "use_cache", _CACHE))
 _STACKS_KEPT = 4  # switching between this many sets of adapters builds nothing
 
 
@@ -133,7 +132,7 @@ class _Stack:
         self._watched = True  # peft's layers change without notice
         self._noticed: tuple | None = None
         self._cache: Any = None
-        with suppress(_Unsupported):
+        with suppress(_Unsupported, AttributeError):  # a module that lacks something is not a known one
             self._build(model)
         self._modes = self._modes_now()
         self._stamp = stamp_of(self._copied)
@@ -175,19 +174,19 @@ class _Stack:
 
     def _build(self, model: nn.Module) -> None:
         look, config, family = self.lookups, model.config, _family(model)
-        count = look.get(vars(config), "num_hidden_layers")
         layers = look.module(model, "layers")
         norms, head_norms, linears = [], [], []
         dtype, eps = model.norm.weight.dtype, model.norm.variance_epsilon
+        self.dtype = dtype
 
         def norm(parent: nn.Module, name: str) -> Tensor:
             module = look.module(parent, name)
             weight = look.get(module._parameters, "weight")
             if type(module).__name__ != f"{family}RMSNorm" or weight.dtype != dtype or module.variance_epsilon != eps:
                 raise _Unsupported
-            return weight.detach()
+            return weight
 
-        for i in range(count):
+        for i in range(config.num_hidden_layers):
             layer = look.module(layers, str(i))
             attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
             if (
@@ -207,6 +206,8 @@ class _Stack:
         last_weight = norm(model, "norm")
         attention = layers[0].self_attn
         kv_heads, dim = config.num_key_value_heads, attention.head_dim
+        if model.rotary_emb.inv_freq.numel() * 2 != dim or not getattr(config, "is_causal", True):
+            raise _Unsupported
         try:
             self.number = torch.ops.pyfastpeft.new_decoder.default(
                 last_weight, norms, head_norms, config.num_attention_heads, kv_heads, dim, eps, attention.scaling
@@ -249,7 +250,7 @@ class _Stack:
         if isinstance(branch, PackedLora):
             self._copied += (a, b)
             return branch.a_pairs, branch.b_pairs, plan.scaling
-        return a.detach(), b.detach(), plan.scaling
+        return a, b, plan.scaling
 
     def _peft_branch(self, module: nn.Module) -> tuple:
         """Of peft's own layer, over a base layer of ours."""
@@ -271,7 +272,7 @@ class _Stack:
             or any(type(m) is not nn.Linear or m.bias is not None for m in (a, b))
         ):
             raise _Unsupported
-        a, b = (look.get(m._parameters, "weight").detach() for m in (a, b))
+        a, b = (look.get(m._parameters, "weight") for m in (a, b))
         return a, b, look.get(module.scaling, name)
 
 
@@ -344,9 +345,10 @@ class _FewRows(ModuleForward):
         model = self.module
         config = model.config
         cache = kwargs.pop(_CACHE, None)
+        kwargs.pop("cache_position", None)  # of older versions: the positions after those in the cache
         if input_ids is None or input_ids.numel() > FEW_ROWS or type(cache) not in (DynamicCache, StaticCache):
             return None
-        if kwargs.keys() - {"cache_position"} and any(kwargs.values()):
+        if any(isinstance(value, Tensor) or value for value in kwargs.values()):
             return None
         if (
             not (config.use_cache if use_cache is None else use_cache)
@@ -374,6 +376,8 @@ class _FewRows(ModuleForward):
         if stack.number is None:
             return None
         x = model.embed_tokens(input_ids)
+        if not x.is_cpu or any(t.dtype != stack.dtype for t in (x, layers[0].keys, layers[0].values)):
+            return None
         if position_ids is None:
             position_ids = torch.arange(past, length).unsqueeze(0)
         cos, sin = model.rotary_emb(x, position_ids=position_ids)
@@ -383,12 +387,15 @@ class _FewRows(ModuleForward):
         else:
             growing = self._caches.get(cache)
             if growing is None or not growing.serves(layers, length):
+                if any(t.shape != layers[0].keys.shape for layer in layers for t in (layer.keys, layer.values)):
+                    return None
                 growing = self._caches[cache] = _Growing(layers, length)
             keys, values = growing.keys, growing.values
         y = torch.ops.pyfastpeft.decoder_forward.default(stack.number, x, cos, sin, mask, keys, values, past)
         if kind is StaticLayer:
             for layer in layers:
-                layer.cumulative_length.add_(tokens)
+                if hasattr(layer, "cumulative_length"):  # older versions count what is not zero
+                    layer.cumulative_length.add_(tokens)
         else:
             growing.show(layers, length)
         return BaseModelOutputWithPast(last_hidden_state=y.view(batch, tokens, -1), **{_CACHE: cache})
