@@ -19,6 +19,7 @@ struct HeldLinear {
   pf::Weight w;
   OptTensor bias, lora_a, lora_b;
   double scaling;
+  bool int8;
 };
 
 struct Stack {
@@ -64,11 +65,16 @@ void free_decoder(int64_t stack) {
 
 void add_decoder_linear(int64_t id, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
                         int64_t format, int64_t n, int64_t blocksize, OptTensor bias, OptTensor lora_a,
-                        OptTensor lora_b, double scaling) {
+                        OptTensor lora_b, double scaling, bool int8) {
   const std::shared_ptr<Stack> stack = find_stack(id);
   pf::Decoder& d = stack->shape;
-  HeldLinear linear{
-      {codes, scale}, weight(codes, scale, zero, absmax2, offset, format, n, blocksize), bias, lora_a, lora_b, scaling};
+  HeldLinear linear{{codes, scale},
+                    weight(codes, scale, zero, absmax2, offset, format, n, blocksize),
+                    bias,
+                    lora_a,
+                    lora_b,
+                    scaling,
+                    int8};
   for (const OptTensor& t : {zero, absmax2, offset})
     if (t.has_value()) linear.packed.push_back(*t);
   const size_t which = stack->linears.size() % pf::kProjections;
@@ -144,7 +150,7 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
       branches.emplace_back(held.lora_a, held.lora_b, std::nullopt, held.scaling, batch * tokens, std::nullopt, 0.0,
                             held.w);
       biases.emplace_back(held.bias, held.w.n);
-      layer.linear[p] = {held.w, biases.back().data, branches.back().branch};
+      layer.linear[p] = {held.w, biases.back().data, branches.back().branch, held.int8};
     }
   }
   const pf::DecoderInput in{x.const_data_ptr(),
@@ -168,7 +174,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
       "float scale) -> int");
   m.def(
       "add_decoder_linear(int stack, Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, "
-      "int format, int n, int blocksize, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling) -> ()");
+      "int format, int n, int blocksize, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, bool int8) -> "
+      "()");
   m.def("free_decoder(int stack) -> ()");
   m.def(
       "decoder_forward(int stack, Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!)[] keys, "

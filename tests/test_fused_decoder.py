@@ -117,6 +117,20 @@ def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, dtype, inference, 
     assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
 
 
+def test_layers_of_the_int8_tier_stay_in_it(isa, served):
+    plain, fused = pair(lora=True)
+    ids = torch.randint(1, VOCAB, (2, 9))
+    exact = logits_along(fused, ids, [4] + [1] * 5)
+    for model in (plain, fused):
+        for module in model.modules():
+            if isinstance(module, fp.nn.Linear4bit):
+                module.compute = "int8"
+    expected, got = (logits_along(m, ids, [4] + [1] * 5) for m in (plain, fused))
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    assert not torch.allclose(got, exact, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    assert served.count(True) == 10
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_answers_are_the_same_also_with_padding(name, served):
     plain, fused = pair(name, lora=True)

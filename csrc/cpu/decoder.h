@@ -11,6 +11,7 @@ struct DecoderLinear {
   Weight w;
   const float* bias = nullptr;
   Branch branch;
+  bool int8 = false;  // the tier of linear_forward_int8
 };
 
 enum Projection { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };

@@ -28,6 +28,7 @@ from ..nn import Linear4bit
 from ..nn.lora import LoraLinear, stamp_of
 from ..ops import PackedLora
 from ..ops.backends import Backend, choose
+from ..ops.linear_4bit import takes_int8
 from .forwards import ModuleForward, install
 
 FEW_ROWS = 16
@@ -232,7 +233,7 @@ class _Stack:
         packed, bias = look.get(vars(module), "packed"), look.get(module._parameters, "bias")
         if packed is None or choose(packed) is not Backend.NATIVE:
             raise _Unsupported
-        return (*packed.operands, bias, *branch)
+        return (*packed.operands, bias, *branch, takes_int8(packed, look.get(vars(module), "compute")))
 
     def _own_branch(self, module: LoraLinear, dtype: torch.dtype) -> tuple:
         look = self.lookups

@@ -154,7 +154,7 @@ def linear_4bit(
             if row_scale is not None and row_scale.shape[-1] % 2:
                 row_scale = pad(row_scale, (0, 1))  # as the rank is, to whole pairs
         branch = (a, b, row_scale, scaling, seed, dropout)
-        if compute == "int8" and backend is Backend.NATIVE and w.blocksize <= _INT8_BLOCKSIZE:
+        if takes_int8(w, compute):
             y = torch.ops.pyfastpeft.linear_4bit_int8.default(x2, *weight, bias, *branch)
         else:
             y = _forward(backend, x2, bias, branch, weight)[0]
@@ -168,6 +168,11 @@ def needs_grad(x: Tensor, bias: Tensor | None, lora: AnyLora | None) -> bool:
         or (bias is not None and bias.requires_grad)
         or (lora is not None and (lora[0].requires_grad or lora[1].requires_grad))
     )
+
+
+def takes_int8(w: Packed4bit, compute: str | None) -> bool:
+    """Whether ``compute`` brings a product with ``w`` into the int8 tier."""
+    return compute == "int8" and w.blocksize <= _INT8_BLOCKSIZE and choose(w) is Backend.NATIVE
 
 
 def check_compute(compute: str | None) -> str | None:
