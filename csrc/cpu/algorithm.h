@@ -65,7 +65,7 @@ constexpr int kLanes = V::kLanes;
 constexpr int kTileVecs = kTile / kLanes;
 constexpr int kGroupTiles = V::kGroupVecs / kTileVecs;
 constexpr int kGroupLanes = V::kGroupVecs * kLanes;
-constexpr int kPanelTiles = 8;      // output tiles whose decoded block stays in L2 together
+constexpr int kPanelTiles = 8;      // output tiles that share a block of x while it is in the second-level cache
 constexpr int64_t kRowChunk = 512;  // rows whose float32 results stay in cache together
 constexpr int64_t kColumnChunk = 128;
 constexpr int64_t kLateRows = 160;  // up to here scales are cheaper on the sums (3 %) than on every decoded weight
@@ -481,13 +481,17 @@ struct Algorithm {
 
   // ---- decoding ----
 
+  // What a panel's decoding comes to kCodesAhead later: at the end of the rows, the first columns of the next panel.
+  static const uint8_t* codes_ahead(const Weight& w, int64_t tile, int64_t col0) {
+    const int64_t column = col0 + kCodesAhead / (kTile / 2);
+    return w.codes + ((tile + column / w.k * kPanelTiles) * w.k + column % w.k) * (kTile / 2);
+  }
+
   // Columns [col0, col0 + n) of a tile, code values without scales, into vectors vec.. of a panel of `vecs` vectors.
   static void decode_codes(const Weight& w, int64_t tile, int64_t col0, int64_t n, E* panel, int vec, int vecs) {
     const typename A::Table table = A::table(kTables[w.format]);
     const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
-    // As many columns ahead, which at the end of the rows are the first ones of the next panel.
-    const int64_t column = col0 + kCodesAhead / (kTile / 2);
-    const uint8_t* ahead = w.codes + ((tile + column / w.k * kPanelTiles) * w.k + column % w.k) * (kTile / 2);
+    const uint8_t* ahead = codes_ahead(w, tile, col0);
     for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64, ahead += 64) {
       __builtin_prefetch(ahead);
       for (int v = 0; v < kTileVecs; ++v) {
@@ -521,7 +525,9 @@ struct Algorithm {
     const float* scales = tile_scales(w, tile, seg0, segs, decoded);
     const float* zeros = w.zero == nullptr ? nullptr : w.zero + (tile * w.segments() + seg0) * kTile;
     const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
-    for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64) {
+    const uint8_t* ahead = codes_ahead(w, tile, col0);
+    for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64, ahead += 64) {
+      __builtin_prefetch(ahead);
       const int64_t s = ((col0 + c) / w.segment - seg0) * kTile;
       for (int v = 0; v < kTileVecs; ++v) {
         const F zero = zeros == nullptr ? V::zero() : V::load(zeros + s + v * kLanes);
@@ -743,13 +749,8 @@ struct Algorithm {
 
   static void gemm(const GemmArgs& g, int64_t tile0, int64_t tile1) {
     const int64_t k = g.w.k, rank = g.lora_b.data == nullptr ? 0 : g.lora_b.cols;
-    const int64_t panel_bytes = kPanelTiles / kGroupTiles * kGroupPanel * sizeof(E);
-    E* panels = static_cast<E*>(scratch(0, panel_bytes));
+    E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     float* c = static_cast<float*>(scratch(1, kRowChunk * kPanelTiles * kTile * sizeof(float)));
-    const auto panel_of = [&](int64_t t) { return panels + t / kGroupTiles * kGroupPanel; };
-    const auto vecs_of = [&](int64_t t, int64_t tiles) {
-      return tiles - t / kGroupTiles * kGroupTiles >= kGroupTiles ? V::kGroupVecs : kTileVecs;
-    };
     const int64_t count = ceil_div(tile1 - tile0, kPanelTiles);
     const bool late = kStep == 2 && g.w.zero == nullptr && g.x.rows <= kLateRows;
     constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
@@ -761,40 +762,43 @@ struct Algorithm {
         const int64_t units = ceil_div(tile1 - tile0, kGroupTiles);
         const int64_t t0 = tile0 + units * p / count * kGroupTiles;
         const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
-        const int64_t tiles = t1 - t0, ldc = tiles * kTile, n0 = t0 * kTile, lanes = min64(ldc, g.w.n - n0);
+        const int64_t ldc = (t1 - t0) * kTile, n0 = t0 * kTile, lanes = min64(ldc, g.w.n - n0);
         for (int64_t r = 0; r < rows; ++r) {
           __builtin_memset(c + r * ldc, 0, ldc * sizeof(float));
-          if (g.bias != nullptr)
-            copy_bytes(reinterpret_cast<char*>(c + r * ldc), reinterpret_cast<const char*>(g.bias + n0), lanes * 4);
+          if (g.bias != nullptr) copy_bytes(c + r * ldc, g.bias + n0, lanes * sizeof(float));
         }
+        // body(first tile, tiles, columns of c) for each group: its panel of a block stays in the first-level cache.
+        const auto groups = [&](const auto& body) {
+          for (int64_t t = t0; t < t1; t += kGroupTiles) body(t, min64(kGroupTiles, t1 - t), c + (t - t0) * kTile);
+        };
+        const auto vecs_of = [](int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; };
         for (int64_t col0 = 0; col0 < k; col0 += kBlock) {
-          const int64_t n = min64(kBlock, k - col0);
+          const int64_t n = min64(kBlock, k - col0), segments = n > g.w.segment ? n / g.w.segment : 1;
           const E* x = packed_block(g.x, col0 / kBlock) + row0 * kStride;
-          if (!late) {
-            for (int64_t t = 0; t < tiles; ++t)
-              decode_tile(g.w, t0 + t, col0, n, panel_of(t), t % kGroupTiles * kTileVecs, vecs_of(t, tiles));
-            multiply(x, rows, panels, n, tiles, c, ldc);
-            continue;
-          }
-          const int64_t segments = n > g.w.segment ? n / g.w.segment : 1;
-          // A group at a time: its panel stays in the first-level cache.
-          for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-            const int64_t have = min64(kGroupTiles, tiles - t);
-            for (int64_t i = 0; i < have; ++i) {
-              float* own = scales + i * kScaleStride;
-              const float* from = tile_scales(g.w, t0 + t + i, col0 / g.w.segment, segments, own);
-              if (from != own) copy_bytes(own, from, segments * kTile * sizeof(float));
-              decode_codes(g.w, t0 + t + i, col0, n, panels, i * kTileVecs, vecs_of(t, tiles));
+          groups([&](int64_t t, int64_t tiles, float* out) {
+            for (int64_t i = 0; i < tiles; ++i) {
+              if (late) {
+                float* own = scales + i * kScaleStride;
+                const float* from = tile_scales(g.w, t + i, col0 / g.w.segment, segments, own);
+                if (from != own) copy_bytes(own, from, segments * kTile * sizeof(float));
+                decode_codes(g.w, t + i, col0, n, panel, i * kTileVecs, vecs_of(tiles));
+              } else {
+                decode_tile(g.w, t + i, col0, n, panel, i * kTileVecs, vecs_of(tiles));
+              }
             }
-            multiply_late(x, rows, panels, n, segments, scales, kScaleStride, have, c + t * kTile, ldc);
-          }
+            if (late)
+              multiply_late(x, rows, panel, n, segments, scales, kScaleStride, tiles, out, ldc);
+            else
+              multiply(x, rows, panel, n, tiles, out, ldc);
+          });
         }
         for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
           const int64_t n = min64(kBlock, rank - col0);
-          for (int64_t t = 0; t < tiles; ++t)
-            pack_lanes_t(g.lora_b, (t0 + t) * kTile, col0, n, panel_of(t), t % kGroupTiles * kTileVecs,
-                         vecs_of(t, tiles));
-          multiply(packed_block(g.s, col0 / kBlock) + row0 * kStride, rows, panels, n, tiles, c, ldc);
+          groups([&](int64_t t, int64_t tiles, float* out) {
+            for (int64_t i = 0; i < tiles; ++i)
+              pack_lanes_t(g.lora_b, (t + i) * kTile, col0, n, panel, i * kTileVecs, vecs_of(tiles));
+            multiply(packed_block(g.s, col0 / kBlock) + row0 * kStride, rows, panel, n, tiles, out, ldc);
+          });
         }
         const int size = dtype_size(g.y_dtype);
         for (int64_t r = 0; r < rows; ++r)
