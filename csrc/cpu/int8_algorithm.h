@@ -47,6 +47,8 @@ inline void quantize_bytes(const Matrix& x, const Weight& w, ByteRow* out, int64
     for (int64_t col0 = 0; col0 < x.cols; col0 += kByteBlock) {
       const int64_t n = min64(kByteBlock, x.cols - col0);
       const char* from = x.row(r) + col0 * dtype_size(x.dtype);
+      // Several passes over little defeat the hardware's prefetching: ask for what comes next.
+      for (int64_t i = 0; i < kByteBlock * 4; i += 64) __builtin_prefetch(from + kByteBlock * 4 + i);
       if (x.dtype != kFloat32) to_float(from, x.dtype, converted, n);
       const float* values = x.dtype == kFloat32 ? reinterpret_cast<const float*>(from) : converted;
       quantize_row(values, unit, n / unit, kByteTables[w.format], out[col0 / kByteBlock * x.rows + r]);
