@@ -185,7 +185,7 @@ def table(result: Result) -> Table:
     )
     out.add_column("contender", no_wrap=True)
     for m in rows:
-        out.add_column(f"M={m}", justify="right", no_wrap=True)
+        out.add_column(f"M={m}", justify="right")
     out.add_column("error ≤", justify="right")
     found = {(label(r), r["m"]): r for r in result.records}
     for name in dict.fromkeys(label for label, _ in found):

@@ -31,7 +31,7 @@ details { border: 1px solid var(--line); border-radius: 8px; margin: 12px 0; pad
 summary { cursor: pointer; font-weight: 600; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(500px, 1fr)); gap: 14px; margin: 12px 0; }
 .panel { background: var(--panel); border-radius: 8px; padding: 10px 12px; min-width: 0; }
-.legend span { margin-right: 14px; white-space: nowrap; color: var(--soft); }
+.legend { max-width: none; } .legend span { margin-right: 14px; white-space: nowrap; color: var(--soft); }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 5px; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font: 11.5px system-ui, sans-serif; }
 svg .soft { fill: var(--soft); } svg .grid-line { stroke: var(--line); } svg .roof { stroke: var(--ink); fill: none; }
@@ -115,7 +115,7 @@ def roofline(records: list[dict], limits: dict) -> str:
     top_rate = max(compute.values())
     (xa, ya), (xb, yb) = at(10**x0, read * 10**x0), at(min(top_rate / read, 10**x1), min(top_rate, read * 10**x1))
     out.append(f'<line class="roof" x1="{xa:.1f}" y1="{ya:.1f}" x2="{xb:.1f}" y2="{yb:.1f}"/>')
-    out.append(f'<text x="{xa + 8:.1f}" y="{ya - 10:.1f}">read {read:.0f} GB/s</text>')
+    out.append(f'<text x="{xa + 4:.1f}" y="{ya - 30:.1f}">read {read:.0f} GB/s</text>')
     # Ours last, on top.
     for _, mine in sorted(_groups(records, "name", "dtype"), key=lambda g: g[1][0]["package"] == "ours"):
         mine = sorted(mine, key=lambda r: r["m"])
@@ -152,25 +152,25 @@ def bars(records: list[dict]) -> str:
 
 
 def _summary(records: list[dict]) -> str:
-    """Ours against the best peer of each tier, a line a shape and number of rows."""
+    """Ours against the best peer, among what computes exactly and among all; a line a shape and number of rows."""
     rows = []
     for (k, n, threads, train, m), here in _groups(records, "k", "n", "threads", "train", "m"):
         cells = [f"{_what(k, n, threads, train)}, M = {m}"]
-        for tier in ("exact", "int8"):
-            mine = [r for r in here if r["tier"] == tier and r["package"] == "ours"]
-            peers = [r for r in here if r["tier"] == tier and r["package"] != "ours"]
+        for tiers in (("exact",), ("exact", "int8")):
+            mine = [r for r in here if r["tier"] in tiers and r["package"] == "ours"]
+            peers = [r for r in here if r["tier"] in tiers and r["package"] != "ours"]
             if not mine or not peers:
                 cells += ["–", "–", "–"]
                 continue
             ours, peer = (min(group, key=lambda r: r["us"]) for group in (mine, peers))
             ratio = peer["us"] / ours["us"]
             cells += [
-                f"{_time(ours['us'])}",
+                f"{_time(ours['us'])} ({escape(label(ours))})",
                 f"{_time(peer['us'])} ({escape(label(peer))})",
                 f'<span class="{"ahead" if ratio >= 1 else "behind"}">{ratio:.2f} ×</span>',
             ]
         rows.append(cells)
-    head = ["", "ours, exact", "best exact peer", "speed", "ours, int8 activations", "best such peer", "speed"]
+    head = ["", "ours, exact", "best exact peer", "speed", "ours, int8 too", "best peer, int8 too", "speed"]
     return _table(head, rows)
 
 
@@ -247,7 +247,8 @@ def html(payload: dict) -> str:
     where = ("k", "n", "threads", "train")
     plain = [r for r in records if not r["rank"]]
     for place, here in _groups(plain, *where):
-        out.append(f'<div class="panel"><h3>{_what(*place)}</h3>{roofline(here, limits[place])}</div>')
+        if len({r["m"] for r in here}) > 1:
+            out.append(f'<div class="panel"><h3>{_what(*place)}</h3>{roofline(here, limits[place])}</div>')
     out.append(
         "</div><h2>Every contender</h2><p>Medians over interleaved rounds, fastest first, with the interquartile"
     )

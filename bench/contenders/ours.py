@@ -29,8 +29,14 @@ def _routed(rows: int, adapters: int) -> Tensor:
 
 
 def _layer(
-    p: Problem, quant_type: str, double_quant: bool = False, adapter: torch.dtype = torch.float32, **how: str
+    p: Problem,
+    quant_type: str,
+    double_quant: bool = False,
+    adapter: torch.dtype = torch.float32,
+    pack: bool = False,
+    **how: str,
 ) -> Layer:
+    """``pack``: the adapter laid out for the kernel beforehand, as a model that serves holds it."""
     packed = _packed(p, quant_type, double_quant)
     if p.adapters > 1:
         bank, linear = _bank(p), fp.ops.linear_4bit
@@ -44,6 +50,7 @@ def _layer(
         branch = None
         if p.rank:
             branch = (*(t.to(adapter, copy=True).requires_grad_(p.train) for t in (p.a, p.b)), p.scaling)
+            branch = fp.ops.pack_lora(*branch) if pack else branch
 
         def call(x: Tensor) -> Tensor:
             return fp.ops.linear_4bit(x, packed, None, branch, **how)
@@ -60,31 +67,16 @@ contender("ours_nf4_bf16_adapter", "ours", lora=True, over="ours_nf4", trains=Tr
 )
 
 
-@variants("ours_{quant_type}_int8", "ours", [{"quant_type": q} for q in ("nf4", "int4")], tier="int8", lora=True)
-def _int8(p: Problem, quant_type: str) -> Layer:
-    """Activations rounded to int8: ``compute="int8"``."""
-    layer = _layer(p, quant_type, compute="int8")
-    try:
-        layer.call(torch.zeros(1, p.k, dtype=p.dtype))
-    except TypeError as error:
-        raise Unavailable("ops.linear_4bit has no compute='int8' in this build") from error
-    return layer
+variants("ours_{quant_type}_int8", "ours", [{"quant_type": q} for q in ("nf4", "int4")], tier="int8", lora=True)(
+    functools.partial(_layer, pack=True, compute="int8")
+)
 
 
 @contender("ours_nf4_packed", "ours", lora=True, over="ours_nf4")
-def _packed_lora(p: Problem) -> Layer:
-    """An adapter laid out for the kernel beforehand, as a model that serves holds it."""
-    if not hasattr(fp.ops, "pack_lora"):
-        raise Unavailable("ops.pack_lora does not exist in this build")
+def _one_packed(p: Problem) -> Layer:
     if p.adapters > 1:
         raise Unavailable("one adapter a batch")
-    packed = _packed(p, "nf4")
-    lora = fp.ops.pack_lora(p.a, p.b, p.scaling)
-    return Layer(
-        lambda x: fp.ops.linear_4bit(x, packed, None, lora),
-        packed.nbytes,
-        lambda: p.adapted(packed.dequantize(torch.float64)),
-    )
+    return _layer(p, "nf4", pack=True)
 
 
 @contender("ours_nf4_module", "ours")
