@@ -39,12 +39,13 @@ def _layer(
     """``pack``: the adapter laid out for the kernel beforehand, as a model that serves holds it."""
     packed = _packed(p, quant_type, double_quant)
     if p.adapters > 1:
-        bank, linear = _bank(p), fp.ops.linear_4bit
+        bank = _bank(p)
         if p.train:
             raise Unavailable("adapters of a bank are not trained in one batch")
 
         def call(x: Tensor) -> Tensor:
-            return linear(x, packed, None, bank._replace(rows=_routed(len(x), p.adapters)), **how)
+            rows = _routed(len(x), p.adapters)
+            return fp.ops.linear_4bit(x, packed, None, bank._replace(rows=rows), **how)
 
     else:
         branch = None
@@ -65,8 +66,6 @@ contender("ours_nf4_dq", "ours", lora=True, trains=True)(functools.partial(_laye
 contender("ours_nf4_bf16_adapter", "ours", lora=True, over="ours_nf4", trains=True)(
     functools.partial(_layer, quant_type="nf4", adapter=torch.bfloat16)
 )
-
-
 variants("ours_{quant_type}_int8", "ours", [{"quant_type": q} for q in ("nf4", "int4")], tier="int8", lora=True)(
     functools.partial(_layer, pack=True, compute="int8")
 )
