@@ -1,7 +1,7 @@
 """Decoding with one compiled call a token: the layers of a Llama-like model as ``decoder_forward``.
 
 :func:`fuse_decoder` puts a :class:`_FewRows` before the forward of a decoder (the module between embedding and head).
-It serves calls of a few rows that continue a cache and record nothing, when every layer is what the compiled stack
+It serves calls of a few rows over a cache that record nothing, when every layer is what the compiled stack
 computes; whatever is out of the ordinary goes to transformers' own forward. The stack holds the model's own tensors
 (and the packed copies of adapters for inference that the layers keep as well); a model that has changed since (another
 adapter, a merged weight, a hook) is noticed at the next call.
@@ -206,12 +206,19 @@ class _Stack:
                 linears.append(self._linear(look.module(layer._modules[parent], name), dtype))
         last_weight = norm(model, "norm")
         attention = layers[0].self_attn
-        kv_heads, dim = config.num_key_value_heads, attention.head_dim
-        if model.rotary_emb.inv_freq.numel() * 2 != dim or not getattr(config, "is_causal", True):
+        self.kv_heads, self.dim = config.num_key_value_heads, attention.head_dim
+        if model.rotary_emb.inv_freq.numel() * 2 != self.dim or not getattr(config, "is_causal", True):
             raise _Unsupported
         try:
             self.number = torch.ops.pyfastpeft.new_decoder.default(
-                last_weight, norms, head_norms, config.num_attention_heads, kv_heads, dim, eps, attention.scaling
+                last_weight,
+                norms,
+                head_norms,
+                config.num_attention_heads,
+                self.kv_heads,
+                self.dim,
+                eps,
+                attention.scaling,
             )
             for linear in linears:
                 torch.ops.pyfastpeft.add_decoder_linear.default(self.number, *linear)
@@ -284,20 +291,22 @@ class _Growing:
     copied into new room.
     """
 
-    def __init__(self, layers: list[DynamicLayer], length: int) -> None:
-        keys = layers[0].keys
-        batch, heads, past, dim = keys.shape
+    def __init__(self, layers: list[DynamicLayer], shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+        """Copy what ``layers`` hold into room for ``shape`` [batch, heads, length, dim] and more."""
+        batch, heads, length, dim = shape
         room = max(length + 64, length * 5 // 4)
-        self.room = keys.new_empty((2 * len(layers), batch, heads, room, dim))
+        self.room = torch.empty((2 * len(layers), batch, heads, room, dim), dtype=dtype)
         for i, layer in enumerate(layers):
-            self.room[2 * i, :, :, :past] = layer.keys
-            self.room[2 * i + 1, :, :, :past] = layer.values
+            if layer.is_initialized:
+                past = layer.keys.shape[2]
+                self.room[2 * i, :, :, :past] = layer.keys
+                self.room[2 * i + 1, :, :, :past] = layer.values
         whole = self.room.unbind(0)
         self.keys, self.values = whole[::2], whole[1::2]
         self.views: tuple[Tensor, ...] = ()
 
     def serves(self, layers: list[DynamicLayer], length: int) -> bool:
-        held = [t for layer in layers for t in (layer.keys, layer.values)]
+        held = [t for layer in layers if layer.is_initialized for t in (layer.keys, layer.values)]
         return (
             length <= self.room.shape[3] and len(held) == len(self.views) and all(map(operator.is_, held, self.views))
         )
@@ -307,7 +316,10 @@ class _Growing:
         self.views = self.room[:, :, :, :length].unbind(0)
         views = iter(self.views)
         for layer in layers:
-            layer.keys, layer.values = next(views), next(views)
+            keys, values = next(views), next(views)
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
 
 
 class _FewRows(ModuleForward):
@@ -364,7 +376,8 @@ class _FewRows(ModuleForward):
         kind = DynamicLayer if type(cache) is DynamicCache else StaticLayer
         if len(layers) != count or getattr(cache, "offloading", False):
             return None
-        if not all(type(layer) is kind and layer.is_initialized for layer in layers):
+        begun = layers[0].is_initialized
+        if not all(type(layer) is kind and layer.is_initialized is begun for layer in layers):
             return None
         batch, tokens = input_ids.shape
         past = int(layers[0].get_seq_length())
@@ -377,20 +390,28 @@ class _FewRows(ModuleForward):
         if stack.number is None:
             return None
         x = model.embed_tokens(input_ids)
-        if not x.is_cpu or any(t.dtype != stack.dtype for t in (x, layers[0].keys, layers[0].values)):
+        shape = (batch, stack.kv_heads, length, stack.dim)
+        if not x.is_cpu or x.dtype != stack.dtype:
+            return None
+        if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
             return None
         if position_ids is None:
             position_ids = torch.arange(past, length).unsqueeze(0)
         cos, sin = model.rotary_emb(x, position_ids=position_ids)
         mask = None if attention_mask is None else attention_mask.bool()
         if kind is StaticLayer:
+            if not begun:
+                new = x.new_empty((batch, stack.kv_heads, tokens, stack.dim))
+                for layer in layers:
+                    layer.lazy_initialization(new, new)
             keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         else:
             growing = self._caches.get(cache)
             if growing is None or not growing.serves(layers, length):
-                if any(t.shape != layers[0].keys.shape for layer in layers for t in (layer.keys, layer.values)):
+                held = (batch, stack.kv_heads, past, stack.dim)
+                if begun and any(t.shape != held for layer in layers for t in (layer.keys, layer.values)):
                     return None
-                growing = self._caches[cache] = _Growing(layers, length)
+                growing = self._caches[cache] = _Growing(layers, shape, x.dtype)
             keys, values = growing.keys, growing.values
         y = torch.ops.pyfastpeft.decoder_forward.default(stack.number, x, cos, sin, mask, keys, values, past)
         if kind is StaticLayer:
