@@ -96,14 +96,18 @@ def adapted_peft(folder: str) -> nn.Module:
 
 
 def write_gguf(folder: str, file: Path) -> None:
-    """The Llama checkpoint in ``folder`` as GGUF in Q4_0, embeddings and head included, with a made-up tokenizer.
+    """The Llama checkpoint in ``folder`` as GGUF in Q4_0, with a made-up tokenizer.
 
-    llama.cpp pairs the halves of a head for RoPE in its own order, so the rows of q and k move.
+    The head is what llama.cpp's own quantizer makes it: Q6_K, or Q8_0 where rows are no multiple of 256. llama.cpp
+    pairs the halves of a head for RoPE in its own order, so the rows of q and k move.
     """
     import gguf
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
+    from .contenders.ggml import quantize
+
+    kinds = gguf.GGMLQuantizationType
     config = AutoConfig.from_pretrained(folder)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -133,10 +137,11 @@ def write_gguf(folder: str, file: Path) -> None:
             for ending, count in heads.items():
                 if name.endswith(ending):
                     tensor = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-            data, kind = tensor.numpy(), gguf.GGMLQuantizationType.F32
+            data, kind = tensor.numpy(), kinds.F32
             if tensor.dim() == 2:
-                kind = gguf.GGMLQuantizationType.Q4_0
-                data = gguf.quants.quantize(data, kind)
+                head = "lm_head" in name or ("embed" in name and config.tie_word_embeddings)
+                kind = (kinds.Q8_0 if config.hidden_size % 256 else kinds.Q6_K) if head else kinds.Q4_0
+                data = quantize(tensor, kind)
             writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

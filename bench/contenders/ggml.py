@@ -83,6 +83,14 @@ def _ggml() -> _Ggml:
     return _Ggml()
 
 
+def quantize(dense: Tensor, kind: int) -> np.ndarray:
+    """A float32 matrix [N, K] in ggml's type ``kind``: bytes [N, bytes of a row]."""
+    g, (n, k) = _ggml(), dense.shape
+    raw = np.empty((n, g.row_size(kind, k)), np.uint8)
+    g.quantize(kind, dense.contiguous().data_ptr(), raw.ctypes.data, 0, n, k, None)
+    return raw
+
+
 class _Product:
     """y = x · Wᵀ for one weight; the graph is rebuilt when x is another tensor."""
 
@@ -134,13 +142,7 @@ def _layer(p: Problem, kind: str, tiled: bool) -> Layer:
     if p.k % block:
         raise Unavailable(f"K must be a multiple of {block}")
     g = _ggml()
-
-    def quantize() -> np.ndarray:
-        raw = np.empty((p.n, g.row_size(quantization, p.k)), np.uint8)
-        g.quantize(quantization, p.weight.dense.data_ptr(), raw.ctypes.data, 0, p.n, p.k, None)
-        return raw
-
-    raw = p.weight.once(("ggml", kind), quantize)
+    raw = p.weight.once(("ggml", kind), lambda: quantize(p.weight.dense, quantization))
     product = _Product(raw, quantization, p.k, p.n, g.plain if tiled else g.repack, p.threads)
     return Layer(product, raw.nbytes, lambda: torch.from_numpy(gguf.quants.dequantize(raw, quantization)).double())
 
