@@ -488,7 +488,7 @@ def operator_arguments():
             (x, *nested, None, None, None, None, 1.0, None, 0.0),
             (x, *plain, torch.randn(n), a, b, torch.rand(m, r), 1.0, seed, 0.5),
             (x.bfloat16(), *plain, None, a, b, None, 2.0, None, 0.0),
-            (x.bfloat16(), *plain, None, *pack_lora(a, b)[3:], None, 2.0, None, 0.0),
+            (x.bfloat16(), *plain, None, *pack_lora(a, b)[3:5], None, 2.0, None, 0.0),
         ],
         "linear_4bit_backward": [
             (dy, *nested, None, None, None, 1.0, None, 0.0, True),

@@ -145,6 +145,7 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
     args.xsum = sums;
   }
   if (rank > 0) {
+    for (int64_t i = 0; i < std::min<int64_t>(8 * w.k, 4096); i += 64) __builtin_prefetch(w.codes + i);
     few_rows_sums(k, arith, few, x, branch, s, parallel);
     const int64_t count = x.rows * rank;
     float* scaled = static_cast<float*>(scratch(kSlotS, 2 * (count + x.rows) * sizeof(float)));

@@ -44,6 +44,7 @@ class PackedLora(NamedTuple):
     Attributes:
         a, b, scaling: as in :class:`Lora`.
         a_pairs, b_pairs: bfloat16 [ceil(rows / 16), ceil(columns / 2), 16, 2] of A and of B.
+        shape: (N, K).
     """
 
     a: Tensor
@@ -51,6 +52,7 @@ class PackedLora(NamedTuple):
     scaling: float | Tensor
     a_pairs: Tensor
     b_pairs: Tensor
+    shape: tuple[int, int]
 
 
 def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora:
@@ -66,7 +68,7 @@ def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora
     if a.shape[0] < 1 or a.shape[0] != b.shape[1]:
         raise ValueError(f"lora A is {tuple(a.shape)}, B {tuple(b.shape)}; they must be [r, K] and [N, r], r >= 1")
     pack = torch.ops.pyfastpeft.pack_pairs.default
-    return PackedLora(a, b, scaling, pack(a.detach()), pack(b.detach()))
+    return PackedLora(a, b, scaling, pack(a.detach()), pack(b.detach()), (b.shape[0], a.shape[1]))
 
 
 class BankView(NamedTuple):
@@ -134,7 +136,7 @@ def linear_4bit(
         else:
             a, b, scaling, dropout = _as_lora(lora, x2)
         # What pack_lora has looked at needs no second look, only whether it belongs here.
-        if type(lora) is not PackedLora or isinstance(scaling, Tensor) or (b.shape[0], a.shape[1]) != w.shape:
+        if type(lora) is not PackedLora or isinstance(scaling, Tensor) or lora.shape != w.shape:
             _check_lora(x2, a, b, scaling, dropout, n, k)
         if isinstance(scaling, Tensor):
             row_scale, scaling = scaling.float(), 1.0
