@@ -186,14 +186,14 @@ def lora(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 
 def adapters(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    cases = [Case(name, "bf16", 16, count) for name in ("ours_nf4", "peft_bnb_nf4_eval") for count in (1, 4)]
+    cases = [Case(name, "bf16", 16, count) for name in ("ours_nf4_packed", "peft_bnb_nf4_eval") for count in (1, 4)]
     cases += [Case("ours_nf4_int8", "bf16", 16, count) for count in (1, 4)]
     for threads in (1, 2):
         for k, n in ((4096, 4096), (2048, 8192)):
             result = _measure((k, n), [16, 512], cases, threads, args, keep)
             for m in (16, 512):
                 what = f"4 adapters in a batch over one, {k}×{n}, M = {m}, {threads} thread(s)"
-                for name, tier in (("ours_nf4", ""), ("ours_nf4_int8", ", int8")):
+                for name, tier in (("ours_nf4_packed", ""), ("ours_nf4_int8", ", int8")):
                     value = _ratio(*(result.record(name, m, "bf16", 16, count) for count in (4, 1)))
                     peer = _ratio(*(result.record("peft_bnb_nf4_eval", m, "bf16", 16, count) for count in (4, 1)))
                     yield Row(f"{what}{tier}", value, "≤", 1.08, "×", f"peft: {peer:.2f} ×" if peer else "")

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
+from test_linear_4bit import adapter, error, float64, packed_weight, pick
 
 import pyfastpeft as fp
 from pyfastpeft.ops import BankView, linear_4bit, pack_lora
-from tests.test_linear_4bit import adapter, error, float64, packed_weight, pick
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (N, K): whole and partial tiles, odd tiles, one 32-column unit upwards, blocks of 512 columns crossed.

@@ -72,10 +72,22 @@ variants("ours_{quant_type}_int8", "ours", [{"quant_type": q} for q in ("nf4", "
 
 
 @contender("ours_nf4_packed", "ours", lora=True, over="ours_nf4")
-def _one_packed(p: Problem) -> Layer:
-    if p.adapters > 1:
-        raise Unavailable("one adapter a batch")
-    return _layer(p, "nf4", pack=True)
+def _packed_adapters(p: Problem) -> Layer:
+    """One adapter, or several side by side with a scale a row, as a model that serves holds them."""
+    if p.adapters == 1:
+        return _layer(p, "nf4", pack=True)
+    packed, bank = _packed(p, "nf4"), _bank(p)
+    side_by_side = fp.ops.pack_lora(*bank._replace(rows=_routed(1, p.adapters)).stacked()[:2])
+
+    @functools.cache
+    def branch(rows: int) -> fp.ops.PackedLora:
+        return side_by_side._replace(scaling=bank._replace(rows=_routed(rows, p.adapters)).stacked().scaling)
+
+    return Layer(
+        lambda x: fp.ops.linear_4bit(x, packed, None, branch(len(x))),
+        packed.nbytes,
+        lambda: p.adapted(packed.dequantize(torch.float64)),
+    )
 
 
 @contender("ours_nf4_module", "ours")

@@ -57,6 +57,7 @@ struct BF16 {
   static V::F fma(V::F acc, W w, X x) { return V::fma_pair(acc, w, x); }
   static void store_row(Elem* dst, V::F v) { V::store_bf16(dst, v); }
   static void store_steps(Elem* dst, const V::F* columns) { V::store_pair(dst, columns[0], columns[1]); }
+  static void interleave(const void* even, const void* odd, Elem* dst) { V::interleave_rows(even, odd, dst); }
   static void store_pairs(Elem* dst, const uint16_t* pairs, int64_t) { copy_bytes(dst, pairs, V::kLanes * 4); }
 };
 #endif
@@ -342,6 +343,12 @@ struct Algorithm {
     alignas(64) float values[kStep][kGroupLanes];
     const int64_t lanes = min64(kGroupLanes, src.cols - lane0);
     for (int64_t i = 0; i < n; i += kStep) {
+      E* at = panel + i * kGroupLanes;
+      if constexpr (kStep == 2)
+        if (src.dtype == kBFloat16 && d.threshold == 0 && lanes == kGroupLanes && i + 1 < n) {
+          A::interleave(src.row(row0 + i) + lane0 * 2, src.row(row0 + i + 1) + lane0 * 2, at);
+          continue;
+        }
       for (int s = 0; s < kStep; ++s) {
         if (i + s >= n || lanes < kGroupLanes) __builtin_memset(values[s], 0, sizeof(values[s]));
         if (i + s >= n) continue;
@@ -351,7 +358,7 @@ struct Algorithm {
       for (int v = 0; v < V::kGroupVecs; ++v) {
         F columns[kStep];
         for (int s = 0; s < kStep; ++s) columns[s] = V::load(values[s] + v * kLanes);
-        A::store_steps(panel + (i / kStep * V::kGroupVecs + v) * kLanes * kStep, columns);
+        A::store_steps(at + v * kLanes * kStep, columns);
       }
     }
   }

@@ -122,6 +122,15 @@ struct V {
   static Pair decode_pair(PairTable t, C codes) {
     return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * I), t);
   }
+  // A group's 32 columns of two rows, in pairs.
+  static void interleave_rows(const void* even, const void* odd, uint16_t* out) {
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i first = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_or_si512(lanes, _mm512_set1_epi32(32)), 16));
+    const __m512i second = _mm512_or_si512(first, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, first, b));
+    _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(a, second, b));
+  }
   static Pair load_pair(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static void store_raw_pair(uint16_t* p, Pair v) { _mm512_storeu_si512(p, (__m512i)v); }
   static Pair broadcast_pair(const uint16_t* p) {
