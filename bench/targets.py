@@ -298,7 +298,7 @@ def quantizing(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 
 def swap(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     rows = hotswap.measure("135m", 3 * args.rounds, Console(quiet=True))
     keep.append(rows)
     for name, row in rows.items():

@@ -126,8 +126,9 @@ def test_layers_of_the_int8_tier_stay_in_it(isa, served):
             if isinstance(module, fp.nn.Linear4bit):
                 module.compute = "int8"
     expected, got = (logits_along(m, ids, [9] + [1] * 5) for m in (plain, fused))
-    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
-    assert not torch.allclose(got, exact, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    # A difference in the last bit may round one activation to another of the 8-bit values: rarely, and for it alone.
+    rounding = (expected - exact).norm()
+    assert (got - expected).norm() <= 0.5 * rounding and rounding >= 1e-3 * exact.norm()
     assert served.count(True) == 10
 
 
