@@ -67,9 +67,12 @@ class TestLikePeft:
         assert relative(a.logits, b.logits) < 1e-6
         a.loss.backward()
         b.loss.backward()
-        for name, parameter in own.items():
-            if parameter.requires_grad:
-                assert relative(parameter.grad, others[name].grad) < 2e-5, name
+        # All at once: a single gradient that nearly cancels is rounding noise.
+        trained = [n for n, p in own.items() if p.requires_grad]
+        grads = [torch.cat([m[n].grad.flatten() for n in trained]) for m in (own, others)]
+        assert relative(*grads) < 1e-5
+        for name in trained:
+            assert relative(own[name].grad, others[name].grad) < 1e-4, name
 
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_every_architecture_gives_the_outputs_of_peft(self, architecture, seed):

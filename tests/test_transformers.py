@@ -430,16 +430,21 @@ class TestAccelerate:
         gradients = {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
         assert len(gradients) == 8
 
-        # The same model with every base weight decoded into an ordinary layer.
-        for name, layer in layers_4bit(tuned).items():
-            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.bfloat16)
-            plain.weight = torch.nn.Parameter(layer.dequantize(torch.bfloat16), requires_grad=False)
-            tuned.set_submodule(name, plain)
-        tuned.zero_grad()
-        tuned(input_ids=ids, labels=ids).loss.backward()
-        for name, parameter in tuned.named_parameters():
-            if parameter.grad is not None:
-                assert (gradients[name] - parameter.grad).norm() <= 0.02 * parameter.grad.norm(), name
+        # The same model with every base weight decoded into an ordinary layer: in float32 what is right, in bf16 how
+        # near to it plain bf16 comes.
+        layers, found = layers_4bit(tuned), {}
+        for dtype in (torch.bfloat16, torch.float32):
+            tuned.to(dtype)
+            for name, layer in layers.items():
+                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype)
+                plain.weight = torch.nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+                tuned.set_submodule(name, plain)
+            tuned.zero_grad()
+            tuned(input_ids=ids, labels=ids).loss.backward()
+            found[dtype] = {n: p.grad.float() for n, p in tuned.named_parameters() if p.grad is not None}
+        plain, exact = found.values()
+        right, usual, got = (torch.cat([g[n].float().flatten() for n in exact]) for g in (exact, plain, gradients))
+        assert (got - right).norm() <= 2 * (usual - right).norm()
 
     def test_real_peft_trains_on_a_model_loaded_by_us(self, tmp_path, ids):
         _, auto = saved(tmp_path)
