@@ -301,3 +301,9 @@ def test_a_batch_without_labels_has_the_loss_that_torch_gives_it():
     batch["labels"][:] = IGNORED
     assert model(**batch).loss.isnan()
     assert model(**batch, num_items_in_batch=1).loss == 0
+
+
+def test_float64_is_computed_at_once_by_torch():
+    model = fp.get_peft_model(make().double(), fp.LoraConfig(target_modules=["q_proj"]))
+    model.train()(**inputs()).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

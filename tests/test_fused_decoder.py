@@ -118,18 +118,27 @@ def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, dtype, inference, 
 
 
 def test_layers_of_the_int8_tier_stay_in_it(isa, served):
+    def set_compute(tier):
+        for model in (plain, fused):
+            for module in model.modules():
+                if isinstance(module, fp.nn.Linear4bit):
+                    module.compute = tier
+
     plain, fused = pair(lora=True)
-    ids = torch.randint(1, VOCAB, (2, 14))
-    exact = logits_along(fused, ids, [9] + [1] * 5)
-    for model in (plain, fused):
-        for module in model.modules():
-            if isinstance(module, fp.nn.Linear4bit):
-                module.compute = "int8"
-    expected, got = (logits_along(m, ids, [9] + [1] * 5) for m in (plain, fused))
-    # A difference in the last bit may round one activation to another of the 8-bit values: rarely, and for it alone.
-    rounding = (expected - exact).norm()
-    assert (got - expected).norm() <= 0.5 * rounding and rounding >= 1e-3 * exact.norm()
-    assert served.count(True) == 10
+    equal = []
+    # A difference in the last bit rounds, now and then, one activation to another of the 8-bit values.
+    for _ in range(4):
+        ids = torch.randint(1, VOCAB, (2, 14))
+        set_compute(None)
+        exact = logits_along(fused, ids, [9] + [1] * 5)
+        set_compute("int8")
+        served.clear()
+        expected, got = (logits_along(m, ids, [9] + [1] * 5) for m in (plain, fused))
+        equal.append(torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max()))
+        assert (got - expected).norm() <= 0.1 * (expected - exact).norm()
+        assert not torch.allclose(got, exact, rtol=1e-4, atol=1e-4 * expected.abs().max())
+        assert served.count(True) == 5
+    assert any(equal)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

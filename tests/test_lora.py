@@ -67,12 +67,16 @@ class TestLikePeft:
         assert relative(a.logits, b.logits) < 1e-6
         a.loss.backward()
         b.loss.backward()
-        # All at once: a single gradient that nearly cancels is rounding noise.
         trained = [n for n, p in own.items() if p.requires_grad]
         grads = [torch.cat([m[n].grad.flatten() for n in trained]) for m in (own, others)]
-        assert relative(*grads) < 1e-5
+        assert relative(*grads) < 2e-5
+        # One by one in float64: in float32 a single gradient that nearly cancels is rounding noise.
+        for model in (ours, theirs):
+            model.double().zero_grad()
+            logits = model(**batch).logits
+            (logits * torch.linspace(-1, 1, logits.shape[-1]).double()).sum().backward()
         for name in trained:
-            assert relative(own[name].grad, others[name].grad) < 1e-4, name
+            assert relative(own[name].grad, others[name].grad) < 2e-5, name
 
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_every_architecture_gives_the_outputs_of_peft(self, architecture, seed):

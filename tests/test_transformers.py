@@ -426,24 +426,34 @@ class TestAccelerate:
         assert fp.accelerate(tuned) is tuned
         assert len(layers_4bit(tuned)) == 14
         tuned.eval()(input_ids=ids)
-        tuned.train()(input_ids=ids, labels=ids).loss.backward()
-        gradients = {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
-        assert len(gradients) == 8
 
-        # The same model with every base weight decoded into an ordinary layer: in float32 what is right, in bf16 how
-        # near to it plain bf16 comes.
-        layers, found = layers_4bit(tuned), {}
-        for dtype in (torch.bfloat16, torch.float32):
-            tuned.to(dtype)
-            for name, layer in layers.items():
-                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype)
-                plain.weight = torch.nn.Parameter(layer.dequantize(dtype), requires_grad=False)
-                tuned.set_submodule(name, plain)
+        def gradients():
             tuned.zero_grad()
-            tuned(input_ids=ids, labels=ids).loss.backward()
-            found[dtype] = {n: p.grad.float() for n, p in tuned.named_parameters() if p.grad is not None}
-        plain, exact = found.values()
-        right, usual, got = (torch.cat([g[n].float().flatten() for n in exact]) for g in (exact, plain, gradients))
+            tuned.train()(input_ids=ids, labels=ids).loss.backward()
+            return {n: p.grad.float() for n, p in tuned.named_parameters() if p.grad is not None}
+
+        def decoded(layer, dtype):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype)
+            plain.weight = torch.nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+            return plain
+
+        # The same model with every base weight decoded into an ordinary layer: in bf16, and, as what is right, in
+        # float32.
+        got, layers = gradients(), layers_4bit(tuned)
+        assert len(got) == 8
+        for name, layer in layers.items():
+            tuned.set_submodule(name, decoded(layer, torch.bfloat16))
+        usual = gradients()
+        tuned.float()
+        for name, layer in layers.items():
+            tuned.set_submodule(name, decoded(layer, torch.float32))
+        right = gradients()
+        for name, layer in layers.items():
+            layer.compute_dtype = None
+            tuned.set_submodule(name, layer)
+        for name, gradient in gradients().items():
+            assert (gradient - right[name]).norm() <= 1e-5 * right[name].norm(), name
+        got, usual, right = (torch.cat([g[n].flatten() for n in right]) for g in (got, usual, right))
         assert (got - right).norm() <= 2 * (usual - right).norm()
 
     def test_real_peft_trains_on_a_model_loaded_by_us(self, tmp_path, ids):

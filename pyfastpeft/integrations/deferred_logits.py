@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from ..ops import cross_entropy_with_gradient, dense_linear
+from ..ops.backends import FLOATS
 from .forwards import ModuleForward, install, remove
 
 _CHUNK_LOGITS = 1 << 23
@@ -239,7 +240,7 @@ class _DeferringForward(ModuleForward):
             return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
         # A hook wants to see the logits, or brings the weight for this very call; a trained weight may soon be another.
         hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
-        if hooked or any(p.requires_grad for p in head.parameters()):
+        if hooked or input.dtype not in FLOATS or any(p.requires_grad for p in head.parameters()):
             return self.own(input)
         call = _Call(head, input)
         return _deferred(call, lambda t: t, call.dtype)

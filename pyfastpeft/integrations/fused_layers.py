@@ -19,6 +19,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.phi3 import modeling_phi3 as phi3
 
 from ..ops import rms_norm, rope, swiglu
+from ..ops.backends import FLOATS
 from .forwards import ModuleForward, install, remove
 
 _ROPE = "apply_rotary_pos_emb"
@@ -37,7 +38,8 @@ def _has_code_of(module_class: type[nn.Module], other: type[nn.Module]) -> bool:
 
 def _serves(x: Tensor, *others: Tensor) -> bool:
     """Whether the operators take this call; a compiler fuses the plain code itself."""
-    return not torch.compiler.is_compiling() and x.is_cpu and all(t.dtype == x.dtype for t in others)
+    known = x.is_cpu and x.dtype in FLOATS
+    return known and not torch.compiler.is_compiling() and all(t.dtype == x.dtype for t in others)
 
 
 class _RmsNorm(ModuleForward):

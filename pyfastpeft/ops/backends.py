@@ -5,7 +5,12 @@ from __future__ import annotations
 import enum
 import os
 
+import torch
+
 from ..formats import Packed4bit
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that the compiled operators take."""
 
 
 class Backend(enum.Enum):

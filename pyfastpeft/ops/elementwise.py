@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from .backends import FLOATS
 
 
 def rms_norm(
@@ -77,7 +77,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         q and k rotated, of the same shapes; in memory heads lie next to dim, as after a linear layer.
     """
     for name, t in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
-        if t.dtype != q.dtype or t.dtype not in _FLOATS or t.device != q.device:
+        if t.dtype != q.dtype or t.dtype not in FLOATS or t.device != q.device:
             raise TypeError(
                 f"{name} is {t.dtype} on {t.device}; q, k, cos and sin must share a floating dtype and device"
             )
@@ -97,7 +97,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check(name: str, t: Tensor, like: Tensor) -> None:
-    if not isinstance(t, Tensor) or t.dtype not in _FLOATS:
+    if not isinstance(t, Tensor) or t.dtype not in FLOATS:
         what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
         raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
     if t.shape != like.shape or t.dtype != like.dtype or t.device != like.device:

@@ -14,9 +14,7 @@ from torch.nn.functional import pad
 
 from ..formats import Packed4bit
 from . import reference
-from .backends import Backend, choose
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from .backends import FLOATS, Backend, choose
 
 
 class Lora(NamedTuple):
@@ -62,7 +60,7 @@ def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora
         a: [R, K].   b: [N, R].   scaling: as in :class:`Lora`.
     """
     for name, t in (("a", a), ("b", b)):
-        if t.dim() != 2 or t.dtype not in _FLOATS or t.device.type != "cpu":
+        if t.dim() != 2 or t.dtype not in FLOATS or t.device.type != "cpu":
             what = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
             raise ValueError(f"lora {name} is {what}; it must be a floating-point matrix on the CPU")
     if a.shape[0] < 1 or a.shape[0] != b.shape[1]:
@@ -189,14 +187,14 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
     if len(w.shape) != 2:
         raise ValueError(f"w has shape {tuple(w.shape)}; it must be a matrix (N, K)")
     n, k = w.shape
-    if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         what = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         raise TypeError(f"x {what}; it must be a tensor of float32, bfloat16 or float16")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {k}, as w is {(n, k)}")
     if x.device != w.device:
         raise ValueError(f"x is on {x.device}; it must be on the device of w, {w.device}")
-    if bias is not None and (bias.shape != (n,) or bias.dtype not in _FLOATS):
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS):
         raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be floating, shape ({n},)")
     return n, k
 
@@ -214,10 +212,10 @@ def _as_lora(lora: Lora | BankView | tuple, x: Tensor) -> Lora:
 
 
 def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, n: int, k: int) -> None:
-    if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != k or a.dtype not in _FLOATS:
+    if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != k or a.dtype not in FLOATS:
         raise ValueError(f"lora A is {a.dtype} of shape {tuple(a.shape)}; it must be floating point (r >= 1, K = {k})")
     r = a.shape[0]
-    if b.shape != (n, r) or b.dtype not in _FLOATS:
+    if b.shape != (n, r) or b.dtype not in FLOATS:
         raise ValueError(f"lora B is {b.dtype} of shape {tuple(b.shape)}; it must be floating point (N = {n}, r = {r})")
     if a.device != x.device or b.device != x.device:
         raise ValueError(f"lora A is on {a.device}, B on {b.device}; both must be on x's device, {x.device}")
