@@ -10,15 +10,20 @@ namespace {
 
 using namespace pf::tensors;
 
+pf::Matrix input_of(Tensor& x, const pf::Weight& w) {
+  x = with_contiguous_columns(x);
+  const pf::Matrix m = matrix(x, "x");
+  STD_TORCH_CHECK(m.cols == w.k, "x has ", m.cols, " columns; it must have K = ", w.k);
+  return m;
+}
+
 std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2,
                                        OptTensor offset, int64_t format, int64_t n, int64_t blocksize, OptTensor bias,
                                        OptTensor lora_a, OptTensor lora_b, OptTensor row_scale, double scaling,
                                        OptTensor seed, double dropout) {
   kernels();
   const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
-  x = with_contiguous_columns(x);
-  const pf::Matrix xm = matrix(x, "x");
-  STD_TORCH_CHECK(xm.cols == w.k, "x has ", xm.cols, " columns; it must have K = ", w.k);
+  const pf::Matrix xm = input_of(x, w);
   const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w);
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
   Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
@@ -33,9 +38,7 @@ Tensor linear_4bit_int8(Tensor x, Tensor codes, Tensor scale, OptTensor zero, Op
                         OptTensor lora_b, OptTensor row_scale, double scaling, OptTensor seed, double dropout) {
   kernels();
   const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
-  x = with_contiguous_columns(x);
-  const pf::Matrix xm = matrix(x, "x");
-  STD_TORCH_CHECK(xm.cols == w.k, "x has ", xm.cols, " columns; it must have K = ", w.k);
+  const pf::Matrix xm = input_of(x, w);
   const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w);
   const Bias bias_data(bias, n);
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
@@ -90,7 +93,7 @@ Tensor pack_pairs(Tensor m) {
   const int64_t tiles = (src.rows + pf::kTile - 1) / pf::kTile, pairs = (src.cols + 1) / 2;
   Tensor out = torch::stable::new_empty(m, {tiles, pairs, pf::kTile, 2}, ScalarType::BFloat16);
   uint16_t* dst = static_cast<uint16_t*>(out.mutable_data_ptr());
-  const auto body = [&](int64_t t0, int64_t t1) { k.pack_pairs(src, dst + t0 * pairs * pf::kTile * 2, t0, t1); };
+  const auto body = [&](int64_t t0, int64_t t1) { k.pack_pairs(src, dst, t0, t1); };
   if (tiles > 0) torch::stable::parallel_for(0, tiles, kFlatGrain / (pairs * pf::kTile * 2 + 1) + 1, body);
   return out;
 }

@@ -977,6 +977,7 @@ void dots(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, 
 void pack_pairs(const Matrix& src, uint16_t* dst, int64_t tile0, int64_t tile1) {
   alignas(64) float square[16 * 16];
   alignas(64) uint16_t columns[16 * 16];
+  dst += tile0 * ceil_div(src.cols, 2) * kTile * 2;
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     const int64_t row0 = tile * kTile, nrows = min64(kTile, src.rows - row0);
     for (int64_t col = 0; col < src.cols; col += 16) {

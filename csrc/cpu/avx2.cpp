@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 namespace pf::avx2 {
+#include "scalar.h"
 
 struct V {
   static constexpr int kLanes = 8;
@@ -101,7 +102,7 @@ struct V {
   }
 
   static void lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = table[index[i]];
+    scalar_lookup_bytes(table, index, n, out);
   }
 
   static void transpose16(const float* in, int64_t ld, float* out) {
