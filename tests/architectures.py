@@ -29,9 +29,11 @@ _OPT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
+    "dropout": 0.0,
 }
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
-_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+_GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
 _BERT = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -43,6 +45,7 @@ _BERT = {
 _MAKERS = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_LLAMA)),
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_LLAMA, tie_word_embeddings=True)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_LLAMA, head_dim=8)),
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**_LLAMA)),
     "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**_LLAMA, head_dim=8)),
     "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**_LLAMA)),
@@ -52,6 +55,7 @@ _MAKERS = {
     "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**_BERT)),
 }
 ARCHITECTURES = list(_MAKERS)
+TASKS = dict.fromkeys(ARCHITECTURES, "CAUSAL_LM") | {"t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
 
 
 def make(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -70,6 +74,19 @@ def inputs(architecture: str = "llama", rows: int = 3, length: int = 6) -> dict[
     ids = torch.randint(1, VOCAB, (rows, length))
     labels = torch.randint(0, 2, (rows,)) if architecture == "bert" else ids
     return {"input_ids": ids, "labels": labels}
+
+
+def loss_curve(model: nn.Module, batch: dict[str, torch.Tensor], steps: int = 20, rate: float = 1e-2) -> torch.Tensor:
+    """The loss of each step of a training run on one batch with AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
 def quantized(model: nn.Module, **kwargs) -> nn.Module:

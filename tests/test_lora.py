@@ -88,6 +88,16 @@ class TestLikePeft:
         batch = tiny.inputs(architecture)
         assert relative(ours(**batch).logits, theirs(**batch).logits) < 1e-6
 
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_training_from_the_same_seed_gives_the_loss_curve_of_peft(self, architecture, seed):
+        ours, theirs = pair(
+            tiny.make(architecture), seed, target_modules="all-linear", task_type=tiny.TASKS[architecture]
+        )
+        batch = tiny.inputs(architecture)
+        curves = [tiny.loss_curve(model.train(), batch) for model in (ours, theirs)]
+        assert curves[0][-1] < 0.97 * curves[0][0]
+        torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
+
     def test_same_seed_gives_the_same_initial_values_bit_for_bit(self, seed):
         ours, theirs = pair(tiny.make(), seed, target_modules=["q_proj", "embed_tokens"])
         for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
