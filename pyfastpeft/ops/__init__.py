@@ -7,8 +7,10 @@ from .cross_entropy import cross_entropy_with_gradient
 from .dense import dense_linear
 from .elementwise import rms_norm, rope, swiglu
 from .linear_4bit import BankView, Lora, PackedLora, linear_4bit, pack_lora
+from .prefix_attention import HIDDEN, key_positions, prefix_attention
 
 __all__ = [
+    "HIDDEN",
     "Backend",
     "BankView",
     "Lora",
@@ -16,8 +18,10 @@ __all__ = [
     "copy_tensors",
     "cross_entropy_with_gradient",
     "dense_linear",
+    "key_positions",
     "linear_4bit",
     "pack_lora",
+    "prefix_attention",
     "rms_norm",
     "rope",
     "swiglu",

@@ -6,6 +6,7 @@ import enum
 import os
 
 import torch
+from torch import Tensor
 
 from ..formats import Packed4bit
 
@@ -39,3 +40,14 @@ def choose(w: Packed4bit) -> Backend:
     if _FORCED is not None and not (_FORCED is Backend.NATIVE and w.layout != "tiles"):
         return _FORCED
     return Backend.NATIVE if w.layout == "tiles" else Backend.REFERENCE
+
+
+_MOST_HEAD_SIZE = 256
+"""Of the attention kernels."""
+
+
+def choose_attention(q: Tensor) -> Backend:
+    """The backend for attention with queries ``q`` [..., D]."""
+    if q.device.type != "cpu" or q.dtype not in FLOATS or q.shape[-1] > _MOST_HEAD_SIZE:
+        return Backend.REFERENCE
+    return _FORCED or Backend.NATIVE

@@ -9,6 +9,8 @@ from torch import Tensor
 from ..formats import Packed4bit
 
 _MASK32 = 0xFFFFFFFF
+HIDDEN_FROM = 2**29
+"""Positions from here on are those of hidden keys."""
 
 
 def _mix32(h: Tensor) -> Tensor:
@@ -89,3 +91,62 @@ def backward(
     if need_b:
         db = (dy.float().t() @ _scaled(s, row_scale, scaling)).to(b.dtype)
     return dx, da, db
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_index: Tensor | None,
+    prefix_lengths: Tensor | None,
+    positions: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """:func:`pyfastpeft.ops.prefix_attention` with the prefix as [n, Hkv, P, D] and positions int32 [B, S]; float32
+    inside, float64 for float64. Differentiable."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, heads, tokens, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    query = torch.arange(tokens, device=q.device)[:, None]
+    if positions is None:
+        positions = torch.arange(tokens - keys, tokens, device=q.device).expand(batch, keys)
+    shown = positions < HIDDEN_FROM
+    places, visible = positions[:, None, :], shown[:, None, :].expand(batch, tokens, keys)
+    if causal:
+        visible = visible & (places <= query)
+    k, v = k.to(wide), v.to(wide)
+    if prefix_k is not None:
+        length = prefix_k.shape[2]
+        index = torch.zeros(batch, dtype=torch.int64, device=q.device) if prefix_index is None else prefix_index
+        if len(index) and not -1 <= int(index.min()) <= int(index.max()) < len(prefix_k):
+            raise ValueError(f"prefix_index has {index.tolist()}; each must lie in [-1, {len(prefix_k)})")
+        row = index.clamp(min=0)
+        lengths = torch.full_like(row, length)
+        if prefix_lengths is not None:
+            if len(prefix_lengths) and not 0 <= int(prefix_lengths.min()) <= int(prefix_lengths.max()) <= length:
+                raise ValueError(f"prefix_lengths has {prefix_lengths.tolist()}; each must lie in [0, {length}]")
+            lengths = prefix_lengths[row]
+        first = torch.zeros_like(row)
+        if keys > 0:
+            at = shown.to(torch.uint8).argmax(1, keepdim=True)
+            first = torch.where(shown.any(1), positions.gather(1, at)[:, 0], first)
+        j = torch.arange(length, device=q.device)
+        there = (j < lengths[:, None]) & (index >= 0)[:, None]
+        places = torch.cat(((first - lengths)[:, None, None] + j, places), -1)
+        visible = torch.cat((there[:, None, :].expand(batch, tokens, length), visible), -1)
+        # Rows of the prefix as q's dtype holds them.
+        k = torch.cat((prefix_k.to(q.dtype).to(wide)[row], k), 2)
+        v = torch.cat((prefix_v.to(q.dtype).to(wide)[row], v), 2)
+    if window is not None:
+        visible = visible & (places > query - window)
+    visible = visible[:, None, None]
+    blind = ~visible.any(-1, keepdim=True)
+    grouped = q.to(wide).reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
+    scores = grouped @ k.unsqueeze(2).transpose(-1, -2) * scale
+    weights = scores.masked_fill(~visible & ~blind, float("-inf")).softmax(-1).masked_fill(blind, 0)
+    out = (weights @ v.unsqueeze(2)).to(q.dtype)
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim).contiguous().transpose(1, 2)

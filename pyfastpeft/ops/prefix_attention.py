@@ -1,0 +1,162 @@
+"""``prefix_attention``: softmax attention with a prefix of keys and values that all queries see, one operator.
+
+The prefix has no batch dimension, or each row picks one: it is never repeated or concatenated, and its gradient is
+summed over the batch inside. Forward saves its inputs, the result and one float a query; nothing of size
+[queries, keys] exists at any time (the reference, which serves other devices and dtypes, excepted).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+HIDDEN = 2**30
+"""Added to the position of a key that nobody sees."""
+
+
+def key_positions(mask: Tensor, first_query: int) -> Tensor:
+    """A padding mask as the positions that :func:`prefix_attention` takes.
+
+    Args:
+        mask: [B, S], nonzero = visible.
+        first_query: which of the S keys is the first query's own (S - T where the queries' keys are the last).
+
+    Returns:
+        int32 [B, 1, 1, S]: the key's place counted from the first query's, plus ``HIDDEN`` where the mask is 0.
+    """
+    places = torch.arange(-first_query, mask.shape[1] - first_query, dtype=torch.int32, device=mask.device)
+    return torch.where(mask != 0, places, places + HIDDEN)[:, None, None, :]
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    prefix_index: Tensor | None = None,
+    *,
+    window: int | None = None,
+    prefix_lengths: Tensor | None = None,
+) -> Tensor:
+    """``softmax(q · [prefix_k; k]ᵀ · scale) · [prefix_v; v]``.
+
+    Args:
+        q: [B, H, T, D], float32, bfloat16 or float16 (float64 and other devices take plain torch); any strides.
+        k, v: [B, Hkv, S, D], Hkv dividing H: query head h reads head h // (H / Hkv).
+        prefix_k, prefix_v: [Hkv, P, D], seen by every row; or [n, Hkv, P, D], of which ``prefix_index`` picks one a
+            row. Any floating dtype; used in the dtype of q. A prefix lies right before the first visible key of its
+            row, and every query sees it (within the window).
+        causal: query t sees its own key and those before it; the last T keys are the queries' own.
+        scale: D^-0.5 where None.
+        mask: bool or integer [B, S], nonzero = visible; or int32 [B, 1, 1, S], the place of each key counted from the
+            first query's (see :func:`key_positions`): then causal means place <= t, wherever the keys lie.
+        prefix_index: int64 [B], the prefix of each row; -1 is none.
+        window: query t sees keys fewer than ``window`` places before it, itself included.
+        prefix_lengths: int64 [n], the true length of each prefix; what follows is padding.
+
+    Returns:
+        [B, H, T, D] in q's dtype, in memory [B, T, H, D]; zeros for a query that sees nothing. Sums are float32.
+        Differentiable in q, k, v and the prefix, whose gradient is summed over the batch in float32.
+
+    Raises:
+        TypeError, ValueError: the argument at fault, what it was and what it must be.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check_tensors(q, k, v)
+    batch, _, tokens, dim = q.shape
+    keys = k.shape[2]
+    if causal and keys < tokens and (mask is None or mask.dim() != 4):
+        raise ValueError(f"k has {keys} keys; causal attention needs at least the {tokens} of the queries")
+    if prefix_k is not None or prefix_v is not None:
+        prefix_k, prefix_v = _check_prefix(prefix_k, prefix_v, prefix_index, prefix_lengths, q, k)
+    elif prefix_index is not None or prefix_lengths is not None:
+        name = "prefix_lengths" if prefix_index is None else "prefix_index"
+        raise ValueError(f"{name} is given without prefix_k and prefix_v")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window is {window!r}; it must be None or a positive integer")
+    positions = None if mask is None else _positions(mask, batch, keys, tokens)
+    how = (causal, dim**-0.5 if scale is None else float(scale), window)
+    selection = (prefix_index, prefix_lengths, positions)
+    with torch.autocast(q.device.type, enabled=False):  # q, k and v are in its dtype; the inside is in float32
+        return reference.attention(q, k, v, prefix_k, prefix_v, *selection, *how)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
+            raise TypeError(f"{name} {what}; it must be a floating-point tensor")
+        if t.dtype != q.dtype or t.device != q.device:
+            raise TypeError(f"{name} is {t.dtype} on {t.device}; it must be {q.dtype} on {q.device}, as q is")
+        if t.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be [batch, heads, tokens, head size]")
+    batch, heads, _, dim = q.shape
+    if dim < 1 or heads < 1:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must have a head and a head size of at least 1")
+    if k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(
+            f"k has shape {tuple(k.shape)}; its batch and head size must be those of q, which has shape "
+            f"{tuple(q.shape)}"
+        )
+    if k.shape[1] < 1 or heads % k.shape[1] != 0:
+        raise ValueError(f"k has {k.shape[1]} heads; their number must divide that of q, {heads}")
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)}; it must be that of k, {tuple(k.shape)}")
+
+
+def _check_prefix(
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Both as [n, Hkv, P, D]."""
+    for name, t in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.device != q.device:
+            what = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise TypeError(f"{name} is {what}; it must be a floating-point tensor on {q.device}, as q is")
+        heads, dim = k.shape[1], k.shape[3]
+        if t.dim() not in (3, 4) or t.shape[-3] != heads or t.shape[-1] != dim:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; it must be [{heads}, P, {dim}] or [n, {heads}, P, {dim}], as k "
+                f"has {heads} heads of size {dim}"
+            )
+    if prefix_v.shape != prefix_k.shape:
+        raise ValueError(f"prefix_v has shape {tuple(prefix_v.shape)}; it must be that of prefix_k")
+    if prefix_k.dim() == 3:
+        prefix_k, prefix_v = prefix_k.unsqueeze(0), prefix_v.unsqueeze(0)
+    slots = prefix_k.shape[0]
+    if index is None and slots != 1:
+        raise ValueError(f"prefix_index is None; of {slots} prefixes it must pick one a row")
+    for name, t, n in (("prefix_index", index, q.shape[0]), ("prefix_lengths", lengths, slots)):
+        if t is not None and (t.dtype != torch.int64 or t.shape != (n,) or t.device != q.device):
+            what = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
+            raise ValueError(f"{name} is {what}; it must be int64 of shape ({n},) on {q.device}")
+    return prefix_k, prefix_v
+
+
+def _positions(mask: Tensor, batch: int, keys: int, tokens: int) -> Tensor:
+    """int32 [B, S]"""
+    if mask.dim() == 4:
+        if mask.shape != (batch, 1, 1, keys) or mask.dtype != torch.int32:
+            raise ValueError(
+                f"mask is {mask.dtype} of shape {tuple(mask.shape)}; key positions must be int32 of shape "
+                f"{(batch, 1, 1, keys)}"
+            )
+        return mask[:, 0, 0]
+    if mask.shape != (batch, keys) or mask.is_floating_point() or mask.is_complex():
+        raise ValueError(
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool or integer of shape {(batch, keys)}, "
+            f"nonzero where a key is visible, or int32 key positions of shape {(batch, 1, 1, keys)}"
+        )
+    return key_positions(mask, keys - tokens)[:, 0, 0]

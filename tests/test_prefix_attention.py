@@ -1,0 +1,327 @@
+"""prefix_attention under every instruction set, against its definition in float64, row by row."""
+
+import math
+
+import pytest
+import torch
+
+from pyfastpeft.ops import HIDDEN, key_positions, prefix_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Relative Frobenius error.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+def exact(q, k, v, prefix_k=None, prefix_v=None, causal=True, scale=None, mask=None, prefix_index=None,
+          window=None, prefix_lengths=None):  # fmt: skip
+    """The definition: one row of the batch at a time, keys side by side, a place for each."""
+    q, k, v = q.double(), k.double(), v.double()
+    batch, heads, tokens, dim = q.shape
+    keys, group = k.shape[2], heads // k.shape[1]
+    t = torch.arange(tokens)
+    rows = []
+    for b in range(batch):
+        places = torch.arange(keys) - (keys - tokens)
+        hidden = torch.zeros(keys, dtype=torch.bool)
+        if mask is not None and mask.dim() == 4:
+            places = mask[b, 0, 0].long()
+            hidden = places >= HIDDEN // 2
+        elif mask is not None:
+            hidden = mask[b] == 0
+        seen = ~hidden[None].expand(tokens, keys)
+        if causal:
+            seen = seen & (places[None] <= t[:, None])
+        row_k, row_v = k[b], v[b]
+        slot = -1 if prefix_k is None else 0 if prefix_index is None else int(prefix_index[b])
+        if slot >= 0:
+            own_k, own_v = (p if p.dim() == 3 else p[slot] for p in (prefix_k, prefix_v))
+            length = own_k.shape[1] if prefix_lengths is None else int(prefix_lengths[slot])
+            first = next((int(p) for p, h in zip(places, hidden, strict=True) if not h), 0)
+            places = torch.cat((torch.arange(first - length, first), places))
+            seen = torch.cat((torch.ones(tokens, length, dtype=torch.bool), seen), 1)
+            row_k = torch.cat((own_k[:, :length].to(k.dtype), row_k), 1)
+            row_v = torch.cat((own_v[:, :length].to(v.dtype), row_v), 1)
+        if window is not None:
+            seen = seen & (places[None] > t[:, None] - window)
+        row_k, row_v = (x.repeat_interleave(group, 0) for x in (row_k, row_v))
+        scores = q[b] @ row_k.transpose(1, 2) * (dim**-0.5 if scale is None else scale)
+        blind = ~seen.any(1)[:, None]
+        weights = scores.masked_fill(~(seen | blind), -math.inf)
+        weights = torch.softmax(weights, -1) if weights.shape[-1] else weights
+        rows.append(weights.masked_fill(blind, 0) @ row_v)
+    return torch.stack(rows) if rows else q * 1
+
+
+def error(got, expected, least=1e-30):
+    """Relative to what is expected, at least to elements of size ``least``."""
+    assert got.shape == expected.shape
+    if expected.numel() == 0:
+        return 0.0
+    size = expected.detach().norm().clamp(min=max(least, 1e-30) * math.sqrt(expected.numel()))
+    return float((got.detach().double() - expected.detach()).norm() / size)
+
+
+def make(batch=2, heads=4, kv_heads=2, tokens=7, keys=None, dim=32, prefix=None, slots=None, dtype=torch.float32):
+    """q, k, v, and with ``prefix`` a pair of prefixes, of ``slots`` or shared."""
+    keys = tokens if keys is None else keys
+    shapes = [(batch, heads, tokens, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, dim)]
+    if prefix is not None:
+        shapes += [(kv_heads, prefix, dim) if slots is None else (slots, kv_heads, prefix, dim)] * 2
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def check(tensors, gradients=True, **how):
+    """The result, and the gradients of all of ``tensors``, against the definition."""
+    dtype = tensors[0].dtype
+    ours = [t.detach().requires_grad_() for t in tensors]
+    theirs = [t.detach().double().requires_grad_() for t in tensors]
+    got, expected = prefix_attention(*ours, **how), exact(*theirs, **how)
+    assert got.dtype == dtype and got.transpose(1, 2).is_contiguous()
+    assert error(got, expected) <= TOLERANCE[dtype]
+    with torch.no_grad():
+        assert torch.equal(prefix_attention(*ours, **how), got)
+    if gradients:
+        into = torch.randn(expected.shape).to(dtype)
+        mine = torch.autograd.grad(got, ours, into)
+        right = torch.autograd.grad(expected, theirs, into.double(), allow_unused=True, materialize_grads=True)
+        # Some are differences that vanish: the gradient of the queries where there is one key.
+        least = 0.1 * max((float(e.square().mean().sqrt()) for e in right if e.numel()), default=0.0)
+        for g, e, t in zip(mine, right, tensors, strict=True):
+            assert g.dtype == t.dtype
+            assert error(g, e, least) <= 2 * TOLERANCE[dtype]
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_result_and_gradients(isa, dtype, causal):
+    for heads, kv_heads, tokens, keys, dim in [
+        (1, 1, 1, 1, 32), (4, 2, 7, 7, 64), (3, 1, 33, 40, 64), (9, 3, 70, 70, 64), (2, 2, 130, 131, 80),
+        (6, 2, 5, 300, 96), (4, 1, 19, 19, 128), (2, 2, 9, 21, 256), (2, 1, 11, 11, 33), (5, 5, 17, 17, 1),
+        (2, 2, 40, 40, 7),
+    ]:  # fmt: skip
+        check(make(2, heads, kv_heads, tokens, keys, dim, dtype=dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_prefix_that_the_batch_shares(isa, dtype):
+    for prefix, tokens, dim in [(1, 5, 64), (20, 33, 64), (100, 128, 32), (0, 4, 32), (7, 1, 48)]:
+        for causal in (True, False):
+            check(make(3, 6, 2, tokens, None, dim, prefix=prefix, dtype=dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_prefix_chosen_by_row_and_of_its_own_length(isa, dtype):
+    tensors = make(5, 4, 2, 20, None, 64, prefix=30, slots=3, dtype=dtype)
+    index = torch.tensor([2, -1, 0, 0, 1])
+    check(tensors, prefix_index=index)
+    check(tensors, prefix_index=index, prefix_lengths=torch.tensor([30, 0, 11]))
+    check(tensors, prefix_index=torch.full((5,), -1))
+
+
+def test_rows_with_other_prefixes_equal_each_alone(isa):
+    q, k, v, pk, pv = make(4, 4, 2, 12, None, 64, prefix=9, slots=2)
+    index, lengths = torch.tensor([1, -1, 0, 1]), torch.tensor([9, 4])
+    together = prefix_attention(q, k, v, pk, pv, prefix_index=index, prefix_lengths=lengths)
+    for b, slot in enumerate(index.tolist()):
+        own = () if slot < 0 else (pk[slot, :, : lengths[slot]], pv[slot, :, : lengths[slot]])
+        alone = prefix_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], *own)
+        assert error(together[b : b + 1], alone.double()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_padding_and_holes(isa, dtype, causal):
+    tokens = 45
+    place = torch.arange(tokens)
+    left, right = place >= 13, place < 30
+    holes = torch.rand(tokens) < 0.7
+    nothing = torch.zeros(tokens, dtype=torch.bool)
+    mask = torch.stack([left, right, holes, nothing, ~nothing])
+    for prefix in (None, 10):
+        tensors = make(5, 4, 2, tokens, None, 64, prefix=prefix, dtype=dtype)
+        expected = check(tensors, causal=causal, mask=mask)
+        assert torch.equal(prefix_attention(*tensors, causal=causal, mask=mask.long()), expected)
+        assert torch.equal(prefix_attention(*tensors, causal=causal, mask=key_positions(mask, 0)), expected)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(isa):
+    q, k, v = (t.requires_grad_() for t in make(1, 2, 1, 6, None, 32))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    out = prefix_attention(q, k, v, mask=mask)
+    assert (out[:, :, :3] == 0).all() and (out[:, :, 3:] != 0).all()
+    out.sum().backward()
+    for t, dead in ((q, 3), (k, 3), (v, 3)):
+        assert (t.grad[:, :, :dead] == 0).all() and t.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sliding_window_and_a_prefix_that_slides_out_of_it(isa, dtype):
+    for tokens, keys, window, prefix in [
+        (50, 50, 8, None),
+        (50, 50, 8, 5),
+        (33, 90, 40, 12),
+        (20, 20, 64, 10),
+        (9, 9, 1, 3),
+    ]:
+        tensors = make(2, 4, 2, tokens, keys, 64, prefix=prefix, dtype=dtype)
+        for causal in (True, False):
+            check(tensors, causal=causal, window=window)
+            mask = torch.stack([torch.arange(keys) >= 4, torch.arange(keys) < keys - 2])
+            check(tensors, causal=causal, window=window, mask=mask)
+
+
+def test_a_window_over_a_prefix_is_that_over_as_many_tokens(isa):
+    q, k, v, pk, pv = make(2, 2, 2, 30, None, 32, prefix=6)
+    joined = [torch.cat((p.expand(2, -1, -1, -1), t), 2) for p, t in ((pk, k), (pv, v))]
+    got = prefix_attention(q, k, v, pk, pv, window=9)
+    assert error(got, prefix_attention(q, *joined, window=9).double()) <= 1e-6
+
+
+def test_keys_of_a_static_cache(isa):
+    """Slots beyond those written hold anything; the mask hides them, or their place is after every query."""
+    q, k, v, pk, pv = make(2, 4, 2, 3, 40, 64, prefix=5)
+    written = torch.tensor([17, 17])
+    k[:, :, 17:] = 100.0
+    mask = torch.arange(40)[None] < written[:, None]
+    mask[1, :6] = False
+    positions = key_positions(mask, 14)
+    got = check([q, k, v, pk, pv], mask=positions)
+    short = prefix_attention(q, k[:, :, :17], v[:, :, :17], pk, pv, mask=mask[:, :17])
+    assert error(got, short.double()) <= 1e-6
+    check([q, k, v, pk, pv], mask=key_positions(torch.ones(2, 40), 14))
+
+
+def test_left_padded_rows_equal_unpadded_ones(isa):
+    q, k, v, pk, pv = make(1, 4, 2, 21, None, 64, prefix=8)
+    for window in (None, 11):
+        alone = prefix_attention(q, k, v, pk, pv, window=window)
+        padded = [torch.cat((torch.randn(1, t.shape[1], 10, 64), t), 2) for t in (q, k, v)]
+        mask = torch.arange(31)[None] >= 10
+        got = prefix_attention(*padded, pk, pv, mask=mask, window=window)[:, :, 10:]
+        assert error(got, alone.double()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_strides(isa, dtype):
+    q = torch.randn(2, 19, 6, 64).to(dtype).transpose(1, 2)
+    k = torch.randn(2, 19, 2, 64).to(dtype).transpose(1, 2)
+    v = torch.randn(2, 2, 64, 19).to(dtype).transpose(2, 3)
+    prefix = torch.randn(2, 2, 64, 2, 5).to(dtype).unbind(3)
+    check([q, k, v, *(p[0].transpose(1, 2) for p in prefix)])
+    check([q[:, :, ::2], k[:, :, 1::2][:, :, :10].expand(2, 2, -1, -1), v[:, :, 1:10]], causal=False)
+
+
+def test_a_prefix_of_another_dtype_is_used_in_that_of_q():
+    q, k, v, pk, pv = make(3, 4, 2, 10, None, 64, prefix=6, dtype=torch.bfloat16)
+    wide = [p.float().requires_grad_() for p in (pk, pv)]
+    q.requires_grad_()
+    out = prefix_attention(q, k, v, *wide)
+    assert torch.equal(out, prefix_attention(q, k, v, pk, pv))
+    into = torch.randn(out.shape)
+    out.backward(into.bfloat16())
+    theirs = [p.double().requires_grad_() for p in (pk, pv)]
+    right = torch.autograd.grad(exact(q, k, v, *theirs), theirs, into.bfloat16().double())
+    for mine, e in zip(wide, right, strict=True):
+        assert mine.grad.dtype == torch.float32 and error(mine.grad, e) <= 1e-2
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 4, 4), (2, 2, 1, 0, 5), (2, 2, 1, 0, 0)])
+def test_nothing_in_nothing_out(isa, shape):
+    for prefix in (None, 3):
+        check(make(*shape, 32, prefix=prefix))
+
+
+def test_without_keys_the_prefix_is_all_there_is(isa):
+    check(make(2, 2, 1, 5, 0, 32, prefix=4), causal=False)
+    check(make(2, 2, 1, 5, 0, 32), causal=False)
+
+
+def test_scale(isa):
+    for scale in (0.01, 1.0, 3.0, 0.0, -0.5):
+        check(make(1, 2, 2, 20, None, 64), scale=scale)
+
+
+def test_large_scores(isa):
+    q, k, v = make(1, 2, 2, 40, None, 64)
+    check([q * 30, k * 10, v], gradients=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_reach_those_that_see_them(isa, dtype, value):
+    for which in range(3):
+        tensors = make(1, 2, 1, 50, None, 64, dtype=dtype)
+        tensors[which][0, 0, 20, 3] = value
+        got, expected = prefix_attention(*tensors), exact(*tensors)
+        seen = expected.isfinite()
+        assert torch.equal(got[:, :, :20].isfinite(), seen[:, :, :20])
+        if math.isnan(value):
+            assert torch.equal(got.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_every_time(dtype):
+    threads = torch.get_num_threads()
+    tensors = [t.requires_grad_() for t in make(3, 6, 2, 150, None, 64, prefix=20, dtype=dtype)]
+    try:
+        torch.set_num_threads(2)
+        first = None
+        for _ in range(4):
+            out = prefix_attention(*tensors)
+            run = [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
+            first = first or run
+            assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_autocast():
+    q, k, v, pk, pv = make(2, 2, 1, 9, None, 32, prefix=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = prefix_attention(q, k, v, pk, pv)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, prefix_attention(*(t.bfloat16() for t in (q, k, v, pk, pv))))
+
+
+def test_float64_and_large_heads_take_plain_torch():
+    tensors = make(2, 4, 2, 9, None, 32, prefix=3)
+    wide = [t.double() for t in tensors]
+    assert error(prefix_attention(*wide), exact(*wide)) <= 1e-12
+    check(make(1, 2, 1, 9, None, 300))
+
+
+BAD = {
+    "q has dtype torch.int64": lambda a: a.update(q=a["q"].long()),
+    "v is torch.float64 on cpu; it must be torch.float32": lambda a: a.update(v=a["v"].double()),
+    "k has shape (2, 7, 32); it must be [batch, heads, tokens, head size]": lambda a: a.update(k=a["k"][:, 0]),
+    "k has 2 heads; their number must divide that of q, 3": lambda a: a.update(q=a["q"][:, :3]),
+    "k has shape (1, 2, 7, 32); its batch": lambda a: a.update(k=a["k"][:1]),
+    "v has shape (2, 2, 6, 32); it must be that of k": lambda a: a.update(v=a["v"][:, :, 1:]),
+    "k has 5 keys; causal attention needs at least the 7": lambda a: a.update(k=a["k"][:, :, 2:], v=a["v"][:, :, 2:]),
+    "prefix_v is a NoneType": lambda a: a.update(prefix_v=None),
+    "prefix_k has shape (1, 3, 32); it must be [2, P, 32]": lambda a: a.update(prefix_k=a["prefix_k"][:1]),
+    "prefix_v has shape (2, 2, 32); it must be that of prefix_k": lambda a: a.update(prefix_v=a["prefix_v"][:, 1:]),
+    "prefix_index is None; of 2 prefixes": lambda a: a.update(
+        prefix_k=torch.randn(2, 2, 3, 32), prefix_v=torch.randn(2, 2, 3, 32)
+    ),
+    "prefix_index is torch.int64 of shape (3,)": lambda a: a.update(prefix_index=torch.zeros(3, dtype=torch.int64)),
+    "prefix_index has [0, 1]; each must lie in [-1, 1)": lambda a: a.update(prefix_index=torch.tensor([0, 1])),
+    "prefix_lengths has [4]; each must lie in [0, 3]": lambda a: a.update(prefix_lengths=torch.tensor([4])),
+    "prefix_index is given without": lambda a: a.update(
+        prefix_k=None, prefix_v=None, prefix_index=torch.zeros(2, dtype=torch.int64)
+    ),
+    "mask is torch.bool of shape (2, 6)": lambda a: a.update(mask=torch.ones(2, 6, dtype=torch.bool)),
+    "mask is torch.float32 of shape (2, 7)": lambda a: a.update(mask=torch.ones(2, 7)),
+    "mask is torch.int64 of shape (2, 1, 1, 7)": lambda a: a.update(mask=torch.ones(2, 1, 1, 7, dtype=torch.int64)),
+    "window is 0": lambda a: a.update(window=0),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message):
+    arguments = dict(zip(("q", "k", "v", "prefix_k", "prefix_v"), make(2, 4, 2, 7, None, 32, prefix=3), strict=True))
+    BAD[message](arguments)
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+        prefix_attention(**arguments)
+    assert message in str(caught.value)
