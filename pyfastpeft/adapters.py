@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,43 +18,54 @@ if TYPE_CHECKING:
     from .nn.lora import LoraLayer, ModulesToSave
 
 BASE = "__base__"
-"""In ``adapter_names``: this row uses no adapter."""
+"""In ``adapter_names``: no adapter."""
+
+
+Names = str | Sequence[str]
+"""What one row uses: a name, ``"__base__"``, or several names at once."""
 
 
 class Rows:
-    """One adapter for each row of a batch.
+    """The adapters of each row of a batch.
 
     A layer may see more rows than the batch has, batch-major: the positions of a sequence, the beams of a row. Each
     row of the batch then stands for equally many consecutive rows.
 
     Args:
-        adapter_names: for each row of the batch a name in ``known``, or ``"__base__"``.
+        adapter_names: for each row of the batch a name in ``known``, ``"__base__"``, or a list of names.
         known: the model's adapters.
+
+    Attributes:
+        of_row: for each row its adapters, in the order of ``known``.
+        names: all adapters in use, in the order of ``known``.
 
     Raises:
         ValueError: an unknown name.
     """
 
-    def __init__(self, adapter_names: Sequence[str], known: Sequence[str]) -> None:
-        unknown = sorted({n for n in adapter_names if n != BASE and n not in known})
+    def __init__(self, adapter_names: Sequence[Names], known: Sequence[str]) -> None:
+        wanted = [{names} if isinstance(names, str) else set(names) for names in adapter_names]
+        used = set().union(*wanted)
+        unknown = sorted(n for n in used if n != BASE and n not in known)
         if unknown:
             raise ValueError(f"adapter_names holds {unknown}; the adapters of this model are {list(known)}")
-        self.names = tuple(n for n in known if n in adapter_names)
-        self.index = torch.tensor([self.names.index(n) if n != BASE else -1 for n in adapter_names])
+        self.of_row = tuple(tuple(n for n in known if n in row) for row in wanted)
+        self.names = tuple(n for n in known if n in used)
+        self._uses = torch.tensor([[n in row for n in self.names] for row in wanted], dtype=torch.bool)
         self._masks: dict[tuple, Tensor] = {}
 
     def mask(self, names: tuple[str, ...], ranks: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
-        """Float32 [rows, sum(ranks)]: one in the columns of the row's adapter, zero elsewhere."""
+        """Float32 [rows, sum(ranks)]: one in the columns of the row's adapters, zero elsewhere."""
         key = (names, ranks, rows)
         found = self._masks.get(key)
         if found is None:
-            batch = len(self.index)
+            batch = len(self.of_row)
             if batch == 0 or rows % batch:
                 raise ValueError(
                     f"adapter_names has {batch} names; it must have one a row, and a layer saw {rows} rows"
                 )
             slots = [self.names.index(n) for n, r in zip(names, ranks, strict=True) for _ in range(r)]
-            chosen = self.index.repeat_interleave(rows // batch).unsqueeze(1) == torch.tensor(slots)
+            chosen = self._uses[:, slots].repeat_interleave(rows // batch, dim=0)
             found = self._masks[key] = chosen.to(device, torch.float32)
         return found
 
@@ -72,12 +83,23 @@ class _Mode(threading.local):
         return _Mode, ()
 
 
+class Holder(Protocol):
+    """What depends on which adapters are active."""
+
+    _plan: Any
+    """What :meth:`plan` gave for the adapters that are active now."""
+
+    def plan(self, active: tuple[str, ...]) -> Any:
+        """What to do while ``active`` are the adapters; called once for a set of names."""
+
+
 class AdapterBank:
     """The adapters of one model and the layers that carry them.
 
     Attributes:
-        layers: path in the base model → layer.
+        layers: path in the base model → layer with LoRA.
         wrappers: path → module kept in a trainable copy an adapter (``modules_to_save``).
+        others: what other methods have in the model and want a plan for; the keys are the methods' own.
         active: names of the active adapters.
         frozen: names of the adapters that are for inference, active or not.
         mode: None: every row uses the active adapters; else the rows' own choice. Each thread has its own.
@@ -88,6 +110,7 @@ class AdapterBank:
     def __init__(self) -> None:
         self.layers: dict[str, LoraLayer] = {}
         self.wrappers: dict[str, ModulesToSave] = {}
+        self.others: dict[str, Holder] = {}
         self.active: tuple[str, ...] = ()
         self.frozen: frozenset[str] = frozenset()
         self._mode = _Mode()
@@ -117,7 +140,7 @@ class AdapterBank:
         """Each layer's plan for these adapters; built once, then exchanged by reference."""
         plans = self._plans.get(active)
         if plans is None:
-            holders = [*self.layers.values(), *self.wrappers.values()]
+            holders = [*self.layers.values(), *self.wrappers.values(), *self.others.values()]
             plans = self._plans[active] = [(h, h.plan(active)) for h in holders]
         return plans
 

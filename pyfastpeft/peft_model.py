@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import NO_ROWS, Rows
-from .hub.peft import check_tensors, read_config, read_tensors, write_adapter
+from .adapters import NO_ROWS, Names, Rows
+from .hub.files import check_tensors
+from .hub.peft import read_config, read_own, read_tensors, write_adapter
 from .integrations.deferred_logits import defer_logits
 from .integrations.forwards import remove
 from .integrations.fused_decoder import fuse_decoder
@@ -25,11 +25,12 @@ from .integrations.fused_layers import fuse_layers
 from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
 from .nn.linear4bit import Linear4bit
-from .nn.lora import LoraLayer
-from .ops import copy_tensors
-from .tuners.base import PeftConfig
-from .tuners.lora import PREFIX, LoraConfig, LoraModel, matches, resolved
+from .nn.lora import LoraLayer, LoraLinear
+from .tuners.adapted import AdaptedModel
+from .tuners.base import METHODS, PeftConfig
+from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
+from .tuners.modules import dequantize_model
 
 
 def get_peft_model(
@@ -59,12 +60,9 @@ def get_peft_model(
 
 
 def _check_config(config: PeftConfig) -> None:
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"peft_config is a {type(config).__name__}; it must be a LoraConfig")
-
-
-_SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-_KIND_FIELDS = ("use_dora", "lora_bias", "bias", "init_lora_weights")
+    if not isinstance(config, PeftConfig):
+        known = ", ".join(sorted(c.__name__ for c in METHODS.values()))
+        raise TypeError(f"peft_config is a {type(config).__name__}; it must be one of {known}")
 
 
 class _Forward:
@@ -97,7 +95,7 @@ class PeftModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.base_model = LoraModel(model)
+        self.base_model = AdaptedModel(model)
         if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         self.train(model.training)
@@ -114,7 +112,7 @@ class PeftModel(nn.Module):
     # What there is.
 
     @property
-    def peft_config(self) -> dict[str, LoraConfig]:
+    def peft_config(self) -> dict[str, PeftConfig]:
         """Adapter name → configuration."""
         return self.base_model.configs
 
@@ -129,7 +127,7 @@ class PeftModel(nn.Module):
         return active[0] if len(active) == 1 else active or None
 
     @property
-    def active_peft_config(self) -> LoraConfig:
+    def active_peft_config(self) -> PeftConfig:
         return self.peft_config[self._single("active_peft_config")]
 
     def _single(self, what: str) -> str:
@@ -155,12 +153,12 @@ class PeftModel(nn.Module):
 
     # Running.
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[Names] | None = None, **kwargs: Any) -> Any:
         """The base model's forward.
 
         Args:
-            adapter_names: for each row of the batch the adapter it uses (``"__base__"``: none). Default: every row uses
-                the active adapters. Works in training as well.
+            adapter_names: for each row of the batch the adapter it uses (``"__base__"``: none; a list of names:
+                several at once). Default: every row uses the active adapters. Works in training as well.
         """
         if adapter_names is None:
             if self.base_model.bank.mode is None:
@@ -170,14 +168,14 @@ class PeftModel(nn.Module):
         with self._mode(self._rows(adapter_names, args, kwargs)):
             return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapter_names: Sequence[Names] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; ``adapter_names`` as in :meth:`forward` (a row's beams use its adapter)."""
         if adapter_names is None:
             return self.base_model.model.generate(*args, **kwargs)
         with self._mode(self._rows(adapter_names, args, kwargs)):
             return self.base_model.model.generate(*args, **kwargs)
 
-    def _rows(self, adapter_names: Sequence[str], args: tuple, kwargs: dict) -> Rows:
+    def _rows(self, adapter_names: Sequence[Names], args: tuple, kwargs: dict) -> Rows:
         if isinstance(adapter_names, str):
             raise ValueError(
                 f"adapter_names is {adapter_names!r}; it must be a list, one name for each row of the batch"
@@ -217,7 +215,7 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, inside ``with``; merged adapters are taken out and merged again."""
-        if any(c.bias != "none" for c in self.peft_config.values()):
+        if any(isinstance(c, LoraConfig) and c.bias != "none" for c in self.peft_config.values()):
             warnings.warn(
                 "biases of the base model were trained (bias is not 'none'); they stay as trained", stacklevel=3
             )
@@ -249,7 +247,7 @@ class PeftModel(nn.Module):
             TypeError, ValueError: the argument at fault; the model is then as it was.
         """
         _check_config(peft_config)
-        config = resolved(peft_config, self.get_base_model())
+        config = self.base_model.resolved(peft_config)
         self.base_model.add(adapter_name, config, strict=True, autocast_adapter_dtype=autocast_adapter_dtype)
         self._prepare()
 
@@ -326,7 +324,7 @@ class PeftModel(nn.Module):
         Args:
             safe_merge: refuse a result that is not finite.
         """
-        names = self._known(list(self.active_adapters if adapter_names is None else adapter_names))
+        names = self._mergeable(adapter_names)
         done = []
         try:
             for layer in self._layers():
@@ -338,6 +336,14 @@ class PeftModel(nn.Module):
             raise
         finally:
             self.base_model.bank.refresh()
+
+    def _mergeable(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
+        names = self._known(list(self.active_adapters if adapter_names is None else adapter_names))
+        for name in names:
+            if not self.base_model.tuner_of(name).merges:
+                kind = self.peft_config[name].peft_type
+                raise ValueError(f"adapter {name!r} is {kind}, which cannot be merged into weights; merge others alone")
+        return names
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights of before :meth:`merge_adapter`, bit for bit."""
@@ -362,10 +368,17 @@ class PeftModel(nn.Module):
                 merged weights are quantized again, in the same format.
             dtype: with ``dequantize``; default: the dtype the model was quantized from.
         """
-        names = self._known(list(self.active_adapters if adapter_names is None else adapter_names))
+        names = self._mergeable(adapter_names)
         self.unmerge_adapter()
         remove(self.get_base_model())
-        return self.base_model.merge_and_unload(names, safe_merge, dequantize, dtype)
+        for layer in self._layers():
+            if dequantize and isinstance(layer, LoraLinear):
+                layer.merge_dense(names, safe_merge, dtype)
+            else:
+                layer.merge(names, safe_merge)
+        if dequantize:
+            dequantize_model(self.get_base_model(), dtype)
+        return self.base_model.unload(names)
 
     def unload(self) -> nn.Module:
         """The base model as it was, without adapters."""
@@ -399,8 +412,9 @@ class PeftModel(nn.Module):
             return
         for name in names:
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            tensors = get_peft_model_state_dict(self, name, save_embedding_layers)
-            write_adapter(folder, self._config_to_save(name), tensors)
+            tensors = self.base_model.state(name, save_embedding_layers)
+            own = self.base_model.tuner_of(name).own_state(name, self.peft_config[name])
+            write_adapter(folder, self._config_to_save(name), tensors, own)
 
     def _config_to_save(self, name: str) -> dict[str, Any]:
         base = self.get_base_model()
@@ -466,35 +480,48 @@ class PeftModel(nn.Module):
         config = read_config(model_id, **hub) if config is None else config
         _check_config(config)
         tensors, path = read_tensors(model_id, **hub)
+        if is_trainable:
+            tensors |= read_own(model_id, **hub)
         config = replace(config, inference_mode=not is_trainable)
         self._install(adapter_name, config, tensors, str(path), autocast_adapter_dtype)
 
     def _install(
-        self, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
+        self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
     ) -> None:
         """Validate ``tensors`` against ``config`` and the model, then attach and fill."""
         model = self.base_model
-        config = resolved(config, model.model)
-        expected = model.expected(config, strict=False)
-        optional = model.embeddings(config)
+        config = model.resolved(config)
+        tuner = model.tuner(config)
+        expected = model.expected(config, False, tensors)
+        optional = tuner.optional(config)
         check_tensors(tensors, expected, {k: tuple(t.shape) for k, t in optional.items()}, source)
         exists = name in self.peft_config
         if exists:
-            _check_same_layout(config, model, name, expected)
-            self.peft_config[name].inference_mode = config.inference_mode
+            held, live = self.peft_config[name], model.tensors(name)
+            if type(held) is not type(config):
+                raise ValueError(f"adapter {name!r} is {held.peft_type}, not {config.peft_type}; delete it first")
+            tuner.check_same_layout(name, held, config, {k: tuple(t.shape) for k, t in live.items()}, expected)
         else:
-            model.add(name, config, strict=False, empty=True, autocast_adapter_dtype=autocast_adapter_dtype)
+            model.add(name, config, strict=False, values=tensors, autocast_adapter_dtype=autocast_adapter_dtype)
+        live = model.tensors(name)
+        before = {key: t.detach().clone() for key, t in live.items()} if exists else {}
         try:
             with torch.no_grad():
-                for key, live in model.tensors(name).items():
-                    live.copy_(tensors[key])
-                for key, live in optional.items():
-                    if key in tensors and not torch.equal(live, tensors[key].to(live)):
-                        live.copy_(tensors[key])
+                for key, tensor in live.items():
+                    tensor.copy_(tensors[key])
+                tuner.filled(name, config, tensors)
+                for key, tensor in optional.items():
+                    if key in tensors and not torch.equal(tensor, tensors[key].to(tensor)):
+                        tensor.copy_(tensors[key])
         except BaseException:
+            with torch.no_grad():
+                for key, tensor in before.items():
+                    live[key].copy_(tensor)
             if not exists:
                 model.remove(name)
             raise
+        if exists:
+            held.inference_mode = config.inference_mode
         self._prepare()
 
     # Hot-swap.
@@ -503,7 +530,7 @@ class PeftModel(nn.Module):
         self,
         source: str | os.PathLike | Mapping[str, Tensor],
         adapter_name: str = "default",
-        config: LoraConfig | None = None,
+        config: PeftConfig | None = None,
         **hub: Any,
     ) -> None:
         """Replace the values of an adapter in place, while the model serves.
@@ -528,34 +555,7 @@ class PeftModel(nn.Module):
             label = str(path)
         else:
             tensors, label = source, "the state dict"
-        if not self._swap_alike(adapter_name, config, tensors):
-            _Swap(self, adapter_name, config, tensors, label).run()
-
-    def _swap_alike(self, name: str, config: LoraConfig | None, tensors: Mapping[str, Tensor]) -> bool:
-        """The common case at full speed: the same keys, shapes and scaling. False: another case, nothing is done."""
-        base, old = self.base_model, self.peft_config[name]
-        if name not in base.bank.layouts:
-            layers = [layer for layer in self._layers() if name in layer.r]
-            alike = not (old.changes_base or old.bias != "none")
-            alike = alike and all(layer.r[name] == len(layer._scale[name]) and not layer.merged for layer in layers)
-            live = base.tensors(name) if alike else {}
-            base.bank.layouts[name] = (live, list(live.values()), [t.shape for t in live.values()])
-        live, targets, shapes = base.bank.layouts[name]
-        if not live or tensors.keys() != live.keys():
-            return False
-        if config is not None and (
-            config.target_modules is None
-            or any(getattr(config, field) != getattr(old, field) for field in _SCALING_FIELDS + _KIND_FIELDS)
-        ):
-            return False
-        values = [tensors[key] for key in live]
-        if [v.shape for v in values] != shapes or not all(v.is_floating_point() for v in values):
-            return False
-        copy_tensors(targets, values)
-        base.bank.version += 1
-        if config is not None:
-            base.configs[name] = replace(config, inference_mode=old.inference_mode)
-        return True
+        self.base_model.swap(adapter_name, config, tensors, label)
 
 
 def get_peft_model_state_dict(
@@ -563,21 +563,7 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """An adapter's tensors under the keys of PEFT's files (without its name); they share the model's memory."""
     model._known([adapter_name])
-    base = model.base_model
-    held = base.tensors(adapter_name)
-    for path, layer in base.bank.layers.items():
-        if adapter_name in layer.r and layer.r[adapter_name] < len(layer._scale[adapter_name]):
-            # After a hot-swap to a smaller rank the rest is zero: what is saved is the adapter that was swapped in.
-            r = layer.r[adapter_name]
-            for suffix in layer.tensors(adapter_name):
-                key = f"{PREFIX}{path}.{suffix}"
-                if r == 0:
-                    del held[key]
-                elif suffix in ("lora_A.weight", "lora_embedding_A"):
-                    held[key] = held[key][:r]
-                elif suffix in ("lora_B.weight", "lora_embedding_B"):
-                    held[key] = held[key][:, :r]
-    return {k: t.detach() for k, t in (held | base.saved_embeddings(adapter_name, save_embedding_layers)).items()}
+    return model.base_model.state(adapter_name, save_embedding_layers)
 
 
 def set_peft_model_state_dict(
@@ -590,144 +576,6 @@ def set_peft_model_state_dict(
     """
     model._known([adapter_name])
     model._install(adapter_name, model.peft_config[adapter_name], peft_model_state_dict, "peft_model_state_dict", True)
-
-
-def _check_same_layout(
-    config: LoraConfig, model: LoraModel, name: str, expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """An adapter may take new values in place only where shapes and scalings stay."""
-    live = {k: tuple(t.shape) for k, t in model.tensors(name).items()}
-    for path, layer in model.bank.layers.items():
-        if name in layer.r:
-            r, alpha = config.rank_of(path), config.alpha_of(path)
-            if not math.isclose(alpha / (math.sqrt(r) if config.use_rslora else r), layer.scaling[name]):
-                raise ValueError(f"adapter {name!r} has another scaling; use hotswap_adapter, or delete it first")
-    if live != dict(expected):
-        raise ValueError(f"adapter {name!r} has other modules or ranks; use hotswap_adapter, or delete it first")
-
-
-class _Swap:
-    """One hot-swap: everything is worked out and checked in the constructor, and done by :meth:`run`."""
-
-    def __init__(
-        self, model: PeftModel, name: str, config: LoraConfig | None, tensors: Mapping[str, Tensor], source: str
-    ) -> None:
-        self.model, self.name = model, name
-        old = model.peft_config[name]
-        new = old if config is None else resolved(config, model.get_base_model())
-        for what in ("use_dora", "lora_bias"):
-            if getattr(old, what) != getattr(new, what):
-                raise ValueError(
-                    f"{what} is {getattr(new, what)} in {source}, {getattr(old, what)} in adapter {name!r}"
-                )
-        if old.changes_base or new.changes_base or old.bias != "none" or new.bias != "none":
-            raise ValueError(
-                f"adapter {name!r} cannot be replaced from {source}: init_lora_weights or bias ties one of the two to "
-                "other base weights; use load_adapter"
-            )
-        if any(name in layer.merged_adapters for layer in model._layers()):
-            raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
-        base = model.base_model
-        layers = {path: layer for path, layer in base.bank.layers.items() if name in layer.r}
-        live = {path: layer.tensors(name) for path, layer in layers.items()}
-        of_layers = {f"{PREFIX}{path}.{suffix}" for path, held in live.items() for suffix in held}
-        saved = {k: t for k, t in base.tensors(name).items() if k not in of_layers}
-        known = of_layers | saved.keys()
-        embeddings = base.embeddings(old)
-        extra = sorted(tensors.keys() - known - embeddings.keys())
-        if extra:
-            raise ValueError(f"{source} holds keys that adapter {name!r} does not have: {', '.join(extra[:5])}")
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.zeroed: list[Tensor] = []
-        self.ranks: dict[str, tuple[int, float, float]] = {}
-        for path, held in live.items():
-            self._plan_layer(path, layers[path], held, new, config is not None, tensors, source)
-        for key, tensor in saved.items():
-            if key not in tensors:
-                raise ValueError(f"{source} lacks the key {key}")
-            self._pair(key, tensor, tensors[key], source)
-        for key, tensor in embeddings.items():
-            if key in tensors and not torch.equal(tensor, tensors[key].to(tensor)):
-                raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")
-        self.config = self._new_config(old) if config is None else replace(new, inference_mode=old.inference_mode)
-
-    def _plan_layer(
-        self,
-        path: str,
-        layer: LoraLayer,
-        held: dict[str, Tensor],
-        new: LoraConfig,
-        given: bool,
-        tensors: Mapping[str, Tensor],
-        source: str,
-    ) -> None:
-        keys = {suffix: f"{PREFIX}{path}.{suffix}" for suffix in held}
-        missing = [key for key in keys.values() if key not in tensors]
-        if missing:
-            if len(missing) < len(keys) or (given and matches(new, path)):
-                raise ValueError(f"{source} lacks the key {missing[0]}")
-            self.zeroed += [t for suffix, t in held.items() if suffix != "lora_magnitude_vector"]
-            self.ranks[path] = (0, 0.0, layer.scaling[self.name])
-            return
-        a_key = next(key for suffix, key in keys.items() if suffix.startswith(("lora_A", "lora_embedding_A")))
-        r = tensors[a_key].shape[0] if tensors[a_key].dim() == 2 else 0
-        capacity = len(layer._scale[self.name])
-        wanted = new.rank_of(path) if given else r
-        if r > capacity:
-            raise ValueError(f"{source}: {a_key} has rank {r}; adapter {self.name!r} has room for rank {capacity}")
-        if r < 1 or r != wanted:
-            raise ValueError(f"{source}: {a_key} has shape {tuple(tensors[a_key].shape)}; its rank must be {wanted}")
-        for suffix, key in keys.items():
-            target = held[suffix]
-            if r < capacity and suffix.startswith(("lora_A", "lora_embedding_A")):
-                self.zeroed.append(target[r:])
-                target = target[:r]
-            elif r < capacity and suffix in ("lora_B.weight", "lora_embedding_B"):
-                self.zeroed.append(target[:, r:])
-                target = target[:, :r]
-            self._pair(key, target, tensors[key], source)
-        alpha = new.alpha_of(path)
-        self.ranks[path] = (r, alpha, alpha / math.sqrt(r) if new.use_rslora else alpha / r)
-
-    def _pair(self, key: str, target: Tensor, value: Tensor, source: str) -> None:
-        if value.shape != target.shape:
-            raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}; it must be {tuple(target.shape)}")
-        if not value.is_floating_point():
-            raise ValueError(f"{source}: {key} has dtype {value.dtype}; it must be floating point")
-        self.pairs.append((target, value))
-
-    def _new_config(self, old: LoraConfig) -> LoraConfig:
-        """The old configuration with the ranks and the modules that the tensors have."""
-        ranks = {path: r for path, (r, _, _) in self.ranks.items() if r}
-        if all(r == old.rank_of(path) for path, r in ranks.items()):
-            changed = replace(old)
-        elif len(set(ranks.values())) == 1:
-            changed = replace(old, r=next(iter(ranks.values())), rank_pattern={})
-        else:
-            changed = replace(old, rank_pattern={f"^{path}": r for path, r in ranks.items()})
-        if len(ranks) < len(self.ranks):
-            changed.target_modules = sorted(ranks)
-        return changed
-
-    @torch.no_grad()
-    def run(self) -> None:
-        bank = self.model.base_model.bank
-        if self.zeroed:
-            torch._foreach_zero_(self.zeroed)
-        copy_tensors([t for t, _ in self.pairs], [v for _, v in self.pairs])
-        rescaled = False
-        for path, (r, alpha, scaling) in self.ranks.items():
-            layer = bank.layers[path]
-            layer.r[self.name], layer.lora_alpha[self.name] = r, alpha
-            if layer.scaling[self.name] != scaling:
-                layer.set_scaling(self.name, scaling)
-                rescaled = True
-            if r == 0 and self.name in layer.lora_magnitude_vector:
-                layer.lora_magnitude_vector[self.name].weight.copy_(layer.norm(self.name))
-        self.model.base_model.configs[self.name] = self.config
-        bank.version += 1
-        if rescaled:
-            bank.refresh()
 
 
 when_imported("transformers.trainer", teach_trainer)

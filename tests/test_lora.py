@@ -401,6 +401,17 @@ class TestSeveralAdapters:
                 alone = model(ids[i : i + 1])
             torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
+    def test_a_row_may_use_several_adapters(self):
+        model = block("a", "b")
+        tiny.randomize(model)
+        ids = torch.randint(0, 20, (3, 4))
+        mixed = model(ids, adapter_names=[["a", "b"], "b", ["__base__"]])
+        for i, names in enumerate((["a", "b"], ["b"])):
+            model.set_adapter(names)
+            torch.testing.assert_close(mixed[i : i + 1], model(ids[i : i + 1]), rtol=1e-4, atol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(mixed[2:], model(ids[2:]), rtol=1e-4, atol=1e-5)
+
     def test_a_mixed_batch_trains_each_adapter_on_its_own_rows(self):
         model = block("a", "b")
         for parameter in model.parameters():

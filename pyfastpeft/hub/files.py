@@ -123,3 +123,31 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; it must be an object")
     return value
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Hold ``tensors`` against the keys and shapes of an adapter.
+
+    Raises:
+        ValueError: a key is missing or too many, or a shape or dtype is not the expected one.
+    """
+    missing = [k for k in expected if k not in tensors]
+    extra = [k for k in tensors if k not in expected and k not in optional]
+    if missing or extra:
+        parts = [f"{label}: {_listed(keys)}" for label, keys in (("missing", missing), ("not expected", extra)) if keys]
+        raise ValueError(f"{source} does not fit the adapter's configuration and this model. Keys {'; '.join(parts)}")
+    for key, tensor in tensors.items():
+        shape = expected.get(key, optional.get(key))
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{source}: {key} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{source}: {key} has dtype {tensor.dtype}; it must be floating point")
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

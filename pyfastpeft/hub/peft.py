@@ -15,6 +15,8 @@ from .files import atomic_write, load_safetensors, read_json, save_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+OWN_NAME = "pyfastpeft_encoder.safetensors"
+"""What PEFT does not keep and training needs to go on: the encoder of a soft prompt. PEFT never looks at it."""
 
 _CARD = """---
 base_model: {base}
@@ -83,40 +85,27 @@ def read_tensors(
     return load_safetensors(path), path
 
 
-def check_tensors(
+def read_own(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict[str, Tensor]:
+    """The tensors of the file beside PEFT's, or none where there is no such file."""
+    try:
+        path = locate(model_id, OWN_NAME, subfolder, **hub)
+    except FileNotFoundError:
+        return {}
+    return load_safetensors(path)
+
+
+def write_adapter(
+    folder: str | os.PathLike,
+    config: dict[str, Any],
     tensors: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
-    optional: Mapping[str, tuple[int, ...]],
-    source: str,
+    own: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Hold ``tensors`` against the keys and shapes of an adapter.
-
-    Raises:
-        ValueError: a key is missing or too many, or a shape or dtype is not the expected one.
-    """
-    missing = [k for k in expected if k not in tensors]
-    extra = [k for k in tensors if k not in expected and k not in optional]
-    if missing or extra:
-        parts = [f"{label}: {_listed(keys)}" for label, keys in (("missing", missing), ("not expected", extra)) if keys]
-        raise ValueError(f"{source} does not fit the adapter's configuration and this model. Keys {'; '.join(parts)}")
-    for key, tensor in tensors.items():
-        shape = expected.get(key, optional.get(key))
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{source}: {key} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{source}: {key} has dtype {tensor.dtype}; it must be floating point")
-
-
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-
-def write_adapter(folder: str | os.PathLike, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter folder; each file is whole at every moment, and the README is written only where there is none.
 
     Args:
         config: PEFT's keys, as :meth:`PeftConfig.to_dict` gives them.
         tensors: PEFT's keys; those that share memory are copied.
+        own: what :func:`read_own` reads; without any, a file of an earlier adapter is removed.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -130,7 +119,10 @@ def write_adapter(folder: str | os.PathLike, config: dict[str, Any], tensors: Ma
     # The configuration takes its name right after the weights, when both are on disk.
     with atomic_write(folder / CONFIG_NAME) as aside:
         aside.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        (folder / OWN_NAME).unlink(missing_ok=True)  # never beside weights that it does not belong to
         save_safetensors(apart, folder / WEIGHTS_NAME)
+        if own:
+            save_safetensors(own, folder / OWN_NAME)
     card = folder / "README.md"
     if not card.exists():
         base = json.dumps(config.get("base_model_name_or_path") or "")

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..nn.lora import LoraEmbedding, LoraLayer
-from .lora import PREFIX, LoraConfig, LoraModel
+from .adapted import AdaptedModel
+from .base import Tuner
+from .lora import LoraConfig
 
 
 def combine(
-    model: LoraModel, names: tuple[str, ...], weights: Sequence[float], combination_type: str, svd_rank: int | None
+    model: AdaptedModel, names: tuple[str, ...], weights: Sequence[float], combination_type: str, svd_rank: int | None
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """(configuration, tensors under PEFT's keys) of Σ weight · scaling · B A over ``names``; its own scaling is 1.
 
@@ -29,6 +31,8 @@ def combine(
         raise ValueError(f"combination_type is {combination_type!r}; it must be 'cat', 'svd' or 'linear'")
     configs = [model.configs[n] for n in names]
     for config, name in zip(configs, names, strict=True):
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"adapter {name!r} is {config.peft_type}; only LoRA adapters can be combined")
         if config.use_dora or config.lora_bias or config.modules_to_save:
             raise ValueError(f"adapter {name!r} has use_dora, lora_bias or modules_to_save, which cannot be combined")
     if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
@@ -62,8 +66,8 @@ def combine(
         if not isinstance(layer, LoraEmbedding):
             suffixes = ("lora_A.weight", "lora_B.weight")
         pad = rank - len(a)
-        tensors[f"{PREFIX}{path}.{suffixes[0]}"] = torch.nn.functional.pad(a, (0, 0, 0, pad))
-        tensors[f"{PREFIX}{path}.{suffixes[1]}"] = torch.nn.functional.pad(b, (0, pad))
+        tensors[f"{Tuner.PREFIX}{path}.{suffixes[0]}"] = torch.nn.functional.pad(a, (0, 0, 0, pad))
+        tensors[f"{Tuner.PREFIX}{path}.{suffixes[1]}"] = torch.nn.functional.pad(b, (0, pad))
     return config, tensors
 
 

@@ -1,0 +1,224 @@
+"""A base model with adapters of any methods in it: what all methods have in common."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import BASE, AdapterBank
+from ..nn.lora import LoraLayer, ModulesToSave
+from ..ops import copy_tensors
+from .base import PeftConfig, Tuner
+from .modules import HEADS, find_saved, put, trainable_copy, trainable_state
+
+
+class AdaptedModel(nn.Module):
+    """``model`` is the base model, changed in place; ``configs`` the adapters' configurations by name.
+
+    Names, modules trained whole and what trains when are dealt with here, all else by each method's :class:`Tuner`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.bank = AdapterBank()
+        self.configs: dict[str, PeftConfig] = {}
+        self._tuners: dict[type[Tuner], Tuner] = {}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def tuner(self, config: PeftConfig) -> Tuner:
+        kind = config.tuner()
+        if kind not in self._tuners:
+            self._tuners[kind] = kind(self.model, self.bank)
+        return self._tuners[kind]
+
+    def tuner_of(self, name: str) -> Tuner:
+        return self.tuner(self.configs[name])
+
+    def resolved(self, config: PeftConfig) -> PeftConfig:
+        """A copy of ``config`` for this model (:meth:`Tuner.resolved`), the task's head in ``modules_to_save``."""
+        config = copy.deepcopy(config)
+        heads = HEADS.get(config.task_type)
+        if heads is not None:
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+        return self.tuner(config).resolved(config)
+
+    def expected(
+        self, config: PeftConfig, strict: bool, values: Mapping[str, Tensor] | None
+    ) -> dict[str, tuple[int, ...]]:
+        """See :meth:`Tuner.expected`."""
+        tuner = self.tuner(config)
+        shapes = tuner.expected(config, strict, values)
+        for path, module in find_saved(config, self.model).items():
+            source = module.original_module if isinstance(module, ModulesToSave) else module
+            held = trainable_state(source)
+            shapes |= {f"{tuner.PREFIX}{path}.{key}": tuple(t.shape) for key, t in held.items()}
+        return shapes
+
+    def add(
+        self,
+        name: str,
+        config: PeftConfig,
+        *,
+        strict: bool,
+        values: Mapping[str, Tensor] | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Attach an adapter as :meth:`Tuner.attach` says; on any error the model is as it was."""
+        _check_name(name, self.configs)
+        tuner = self.tuner(config)
+        saved = find_saved(config, self.model)
+        try:
+            for path, module in saved.items():
+                self._keep(name, path, module)
+            tuner.attach(name, config, strict=strict, values=values, autocast_adapter_dtype=autocast_adapter_dtype)
+        except BaseException:
+            self._drop_saved(name)
+            raise
+        self.configs[name] = config
+        trained = [t for t in tuner.tensors(name, config).values() if isinstance(t, nn.Parameter)]
+        for wrapper in self.bank.wrappers.values():
+            if name in wrapper.modules_to_save:
+                trained += wrapper.modules_to_save[name].parameters()
+        self.bank.hold(name, trained)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; where it was the last on a module, the plain module stands there again."""
+        self.bank.release(name)
+        self.tuner_of(name).remove(name)
+        self._drop_saved(name)
+        self.bank.forget()
+        del self.configs[name]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The adapter's live parameters (and buffers of saved modules) under the keys of its files."""
+        return self.tuner_of(name).tensors(name, self.configs[name]) | self._saved(name)
+
+    def state(self, name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
+        """What ``adapter_model.safetensors`` gets."""
+        state = self.tuner_of(name).state(name, self.configs[name], save_embedding_layers) | self._saved(name)
+        return {key: t.detach() for key, t in state.items()}
+
+    def _saved(self, name: str) -> dict[str, Tensor]:
+        prefix = self.tuner_of(name).PREFIX
+        held = {}
+        for path, wrapper in self.bank.wrappers.items():
+            if name in wrapper.modules_to_save:
+                state = wrapper.modules_to_save[name].state_dict(keep_vars=True)
+                held |= {f"{prefix}{path}.{key}": t for key, t in state.items()}
+        return held
+
+    def _keep(self, name: str, path: str, module: nn.Module) -> None:
+        wrapper = module
+        if isinstance(module, LoraLayer):
+            raise ValueError(f"modules_to_save holds {path!r}, which carries LoRA of another adapter")
+        if not isinstance(module, ModulesToSave):
+            wrapper = ModulesToSave(module, self.bank).train(module.training)
+            put(self.model, path, wrapper)
+            self.bank.wrappers[path] = wrapper
+            self.bank.forget()
+        wrapper.modules_to_save[name] = trainable_copy(wrapper.original_module)
+
+    def _drop_saved(self, name: str) -> None:
+        for path, wrapper in list(self.bank.wrappers.items()):
+            if name in wrapper.modules_to_save:
+                del wrapper.modules_to_save[name]
+            if not wrapper.modules_to_save:
+                put(self.model, path, wrapper.original_module)
+                del self.bank.wrappers[path]
+        self.bank.forget()
+
+    # Hot-swap.
+
+    def swap(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor], source: str) -> None:
+        """See :meth:`PeftModel.hotswap_adapter`."""
+        old = self.configs[name]
+        if config is not None and type(config) is not type(old):
+            raise ValueError(f"{source} holds a {config.peft_type} adapter; adapter {name!r} is {old.peft_type}")
+        if self._swap_alike(name, config, values):
+            if config is not None:
+                self.configs[name] = replace(config, inference_mode=old.inference_mode)
+            return
+        new = None if config is None else self.resolved(config)
+        self.configs[name] = self.tuner_of(name).swap(name, old, new, self.tensors(name), values, source)
+        self.bank.version += 1
+
+    def _swap_alike(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor]) -> bool:
+        """The common case at full speed: the same keys, shapes and form. False: another case, nothing is done."""
+        tuner, old, layouts = self.tuner_of(name), self.configs[name], self.bank.layouts
+        if name not in layouts:
+            live = self.tensors(name) if tuner.swaps_alike(name, old, None) else {}
+            layouts[name] = (live, list(live.values()), [t.shape for t in live.values()])
+        live, targets, shapes = layouts[name]
+        if not live or values.keys() != live.keys():
+            return False
+        if config is not None and not tuner.swaps_alike(name, old, config):
+            return False
+        new = [values[key] for key in live]
+        if [v.shape for v in new] != shapes or not all(v.is_floating_point() for v in new):
+            return False
+        copy_tensors(targets, new)
+        self.bank.version += 1
+        return True
+
+    # Without adapters again.
+
+    def unload(self, names: tuple[str, ...]) -> nn.Module:
+        """The base model without any wrapper; modules kept by ``names`` stand in the place of the originals."""
+        tied = _tied(self.model)
+        for tuner in self._tuners.values():
+            tuner.unload()
+        for path, wrapper in self.bank.wrappers.items():
+            kept = wrapper.plan(names)
+            put(self.model, path, wrapper.original_module if kept is None else kept)
+        self.bank.wrappers.clear()
+        if tied and not _tied(self.model):
+            self.model.config.tie_word_embeddings = False
+        return self.model
+
+
+def _tied(model: nn.Module) -> bool:
+    if not (hasattr(model, "get_output_embeddings") and getattr(model.config, "tie_word_embeddings", False)):
+        return False
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return all(e is not None for e in ends) and ends[0].weight is ends[1].weight
+
+
+def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[^./\\\s]+", name)
+        or name == BASE
+        or hasattr(nn.ModuleDict, name)
+    ):
+        raise ValueError(
+            f"adapter_name is {name!r}; it must be a word without dots, slashes or spaces, and not {BASE!r} or "
+            "the name of a method of torch.nn.ModuleDict"
+        )
+    if name in taken:
+        raise ValueError(f"adapter_name is {name!r}, which this model has already; delete it first or choose another")
+
+
+def adapter_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The dtype of an adapter's parameters over a base of ``dtype``."""
+    if not dtype.is_floating_point:
+        return torch.float32
+    return torch.float32 if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,147 @@
+"""Hot-swap of a LoRA adapter where the new one differs in ranks, modules or scaling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..nn.lora import LoraLayer
+from ..ops import copy_tensors
+from .lora import LoraConfig, matches
+
+if TYPE_CHECKING:
+    from .lora import LoraTuner
+
+
+class Swap:
+    """One hot-swap: everything is worked out and checked in the constructor, and done by :meth:`run`."""
+
+    def __init__(
+        self,
+        tuner: LoraTuner,
+        name: str,
+        old: LoraConfig,
+        config: LoraConfig | None,
+        live: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        source: str,
+    ) -> None:
+        """Arguments as :meth:`Tuner.swap` has them."""
+        self.bank, self.prefix, self.name = tuner.bank, tuner.PREFIX, name
+        new = old if config is None else config
+        for what in ("use_dora", "lora_bias"):
+            if getattr(old, what) != getattr(new, what):
+                raise ValueError(
+                    f"{what} is {getattr(new, what)} in {source}, {getattr(old, what)} in adapter {name!r}"
+                )
+        if old.changes_base or new.changes_base or old.bias != "none" or new.bias != "none":
+            raise ValueError(
+                f"adapter {name!r} cannot be replaced from {source}: init_lora_weights or bias ties one of the two to "
+                "other base weights; use load_adapter"
+            )
+        layers = {path: layer for path, layer in self.bank.layers.items() if name in layer.r}
+        if any(name in layer.merged_adapters for layer in layers.values()):
+            raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
+        of_layers = {path: layer.tensors(name) for path, layer in layers.items()}
+        keys = {f"{tuner.PREFIX}{path}.{suffix}" for path, held in of_layers.items() for suffix in held}
+        saved = {k: t for k, t in live.items() if k not in keys}
+        known = keys | saved.keys()
+        embeddings = tuner.optional(old)
+        extra = sorted(tensors.keys() - known - embeddings.keys())
+        if extra:
+            raise ValueError(f"{source} holds keys that adapter {name!r} does not have: {', '.join(extra[:5])}")
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.zeroed: list[Tensor] = []
+        self.ranks: dict[str, tuple[int, float, float]] = {}
+        for path, held in of_layers.items():
+            self._plan_layer(path, layers[path], held, new, config is not None, tensors, source)
+        for key, tensor in saved.items():
+            if key not in tensors:
+                raise ValueError(f"{source} lacks the key {key}")
+            self._pair(key, tensor, tensors[key], source)
+        for key, tensor in embeddings.items():
+            if key in tensors and not torch.equal(tensor, tensors[key].to(tensor)):
+                raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")
+        self.config = self._new_config(old) if config is None else replace(new, inference_mode=old.inference_mode)
+
+    def _plan_layer(
+        self,
+        path: str,
+        layer: LoraLayer,
+        held: dict[str, Tensor],
+        new: LoraConfig,
+        given: bool,
+        tensors: Mapping[str, Tensor],
+        source: str,
+    ) -> None:
+        keys = {suffix: f"{self.prefix}{path}.{suffix}" for suffix in held}
+        missing = [key for key in keys.values() if key not in tensors]
+        if missing:
+            if len(missing) < len(keys) or (given and matches(new, path)):
+                raise ValueError(f"{source} lacks the key {missing[0]}")
+            self.zeroed += [t for suffix, t in held.items() if suffix != "lora_magnitude_vector"]
+            self.ranks[path] = (0, 0.0, layer.scaling[self.name])
+            return
+        a_key = next(key for suffix, key in keys.items() if suffix.startswith(("lora_A", "lora_embedding_A")))
+        r = tensors[a_key].shape[0] if tensors[a_key].dim() == 2 else 0
+        capacity = len(layer._scale[self.name])
+        wanted = new.rank_of(path) if given else r
+        if r > capacity:
+            raise ValueError(f"{source}: {a_key} has rank {r}; adapter {self.name!r} has room for rank {capacity}")
+        if r < 1 or r != wanted:
+            raise ValueError(f"{source}: {a_key} has shape {tuple(tensors[a_key].shape)}; its rank must be {wanted}")
+        for suffix, key in keys.items():
+            target = held[suffix]
+            if r < capacity and suffix.startswith(("lora_A", "lora_embedding_A")):
+                self.zeroed.append(target[r:])
+                target = target[:r]
+            elif r < capacity and suffix in ("lora_B.weight", "lora_embedding_B"):
+                self.zeroed.append(target[:, r:])
+                target = target[:, :r]
+            self._pair(key, target, tensors[key], source)
+        alpha = new.alpha_of(path)
+        self.ranks[path] = (r, alpha, alpha / math.sqrt(r) if new.use_rslora else alpha / r)
+
+    def _pair(self, key: str, target: Tensor, value: Tensor, source: str) -> None:
+        if value.shape != target.shape:
+            raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}; it must be {tuple(target.shape)}")
+        if not value.is_floating_point():
+            raise ValueError(f"{source}: {key} has dtype {value.dtype}; it must be floating point")
+        self.pairs.append((target, value))
+
+    def _new_config(self, old: LoraConfig) -> LoraConfig:
+        """The old configuration with the ranks and the modules that the tensors have."""
+        ranks = {path: r for path, (r, _, _) in self.ranks.items() if r}
+        if all(r == old.rank_of(path) for path, r in ranks.items()):
+            changed = replace(old)
+        elif len(set(ranks.values())) == 1:
+            changed = replace(old, r=next(iter(ranks.values())), rank_pattern={})
+        else:
+            changed = replace(old, rank_pattern={f"^{path}": r for path, r in ranks.items()})
+        if len(ranks) < len(self.ranks):
+            changed.target_modules = sorted(ranks)
+        return changed
+
+    @torch.no_grad()
+    def run(self) -> LoraConfig:
+        """Do it; returns the adapter's configuration from now on."""
+        if self.zeroed:
+            torch._foreach_zero_(self.zeroed)
+        copy_tensors([t for t, _ in self.pairs], [v for _, v in self.pairs])
+        rescaled = False
+        for path, (r, alpha, scaling) in self.ranks.items():
+            layer = self.bank.layers[path]
+            layer.r[self.name], layer.lora_alpha[self.name] = r, alpha
+            if layer.scaling[self.name] != scaling:
+                layer.set_scaling(self.name, scaling)
+                rescaled = True
+            if r == 0 and self.name in layer.lora_magnitude_vector:
+                layer.lora_magnitude_vector[self.name].weight.copy_(layer.norm(self.name))
+        if rescaled:
+            self.bank.refresh()
+        return self.config

@@ -1,0 +1,109 @@
+"""Walking a model that may have wrappers of adapters in it, and putting modules into it and back."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.linear4bit import Linear4bit
+from ..nn.lora import LoraLayer, ModulesToSave, dense
+from .base import PeftConfig, TaskType
+
+HEADS = {
+    TaskType.SEQ_CLS: ["classifier", "score"],
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+"""The modules that a task trains whole beside any adapter, where the model has them."""
+
+
+def ends_with(path: str, names: list[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the base model's own modules: a wrapped one is given as its wrapper, and not looked into."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            if id(child) not in seen:
+                seen.add(id(child))
+                child_path = f"{path}.{name}" if path else name
+                yield child_path, child
+                if not isinstance(child, (LoraLayer, ModulesToSave)):
+                    yield from walk(child, child_path)
+
+    yield from walk(model, prefix)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, LoraLayer) else module
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Let ``module`` stand at ``path`` in ``model``."""
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def find_saved(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """Path → module for every module of ``modules_to_save``; a head the task adds need not exist."""
+    wanted = config.modules_to_save or []
+    found = {path: m for path, m in modules_of(model) if ends_with(path, wanted)}
+    added = HEADS.get(config.task_type, [])
+    missing = [n for n in wanted if n not in added and not any(ends_with(path, [n]) for path in found)]
+    if missing:
+        names = sorted({path.rpartition(".")[2] for path, _ in modules_of(model)})
+        close = [c for n in missing for c in difflib.get_close_matches(n, names, n=3, cutoff=0.5)]
+        raise ValueError(f"modules_to_save {missing} match no module of the model. Close matches: {close}")
+    return found
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """A copy whose every parameter can train: 4-bit layers in it become full precision."""
+    if isinstance(module, Linear4bit):
+        return dense(module)
+    module = copy.deepcopy(module)
+    for path, child in list(module.named_modules()):
+        if isinstance(child, Linear4bit):
+            put(module, path, dense(child))
+    return module
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict that :func:`trainable_copy` would have, without making it."""
+    state = {}
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(child, Linear4bit):
+            state[f"{prefix}weight"] = torch.empty(child.out_features, child.in_features, device="meta")
+            if child.bias is not None:
+                state[f"{prefix}bias"] = child.bias
+        else:
+            own = {k: t for k, t in child._parameters.items() if t is not None}
+            own |= {
+                k: t for k, t in child._buffers.items() if t is not None and k not in child._non_persistent_buffers_set
+            }
+            state |= {prefix + k: t for k, t in own.items()}
+    return state
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace every :class:`Linear4bit` of ``model`` by an ``nn.Linear``, one at a time, and forget the quantization.
+
+    Args:
+        dtype: default: the one each weight was quantized from.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            put(model, path, dense(module, dtype))
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
