@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import nn, ops
 from .formats import Packed4bit, quantize_4bit
 from .integrations.on_import import when_imported
-from .tuners import LoraConfig, PeftConfig, TaskType
+from .tuners import BottleneckConfig, LoraConfig, PeftConfig, TaskType
 
 if TYPE_CHECKING:
     from .integrations.accelerate import accelerate
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .peft_model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = [
+    "BottleneckConfig",
     "FastPeftConfig",
     "LoraConfig",
     "Packed4bit",

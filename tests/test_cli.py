@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyfastpeft as fp
 from pyfastpeft.cli import main
+from pyfastpeft.cli.methods import METHODS
 from pyfastpeft.data import drug_qa
 
+TRAIN = ("train", "--model", "m", "--data", "d", "--output", "o")
 COMMANDS = ("info", "quantize", "train", "generate", "demo")
 
 
@@ -88,7 +90,10 @@ def test_info_reports_the_kernels_in_use(capsys):
         [],
         ["nonsense"],
         ["train", "--data", "x"],
-        ["train", "--model", "m", "--data", "d", "--output", "o", "--method", "dora"],
+        [*TRAIN, "--method", "dora"],
+        [*TRAIN, "--method", "bottleneck", "--r", "4"],
+        [*TRAIN, "--method", "lora", "--placement", "pfeiffer"],
+        [*TRAIN, "--method", "qlora", "--full-precision"],
         ["quantize", "m", "o", "--quant-type", "int3"],
         ["generate", "--model", "m", "--adapter", "no-separator"],
         ["generate", "--model", "m", "--adapter", "base=somewhere"],
@@ -184,6 +189,23 @@ def test_train_writes_a_folder_that_peft_loads(capsys, tmp_path, model_folder, d
     loaded = peft.PeftModel.from_pretrained(tiny_llama(), output)
     moved = [p for n, p in loaded.named_parameters() if "lora_B" in n]
     assert len(moved) == 4 and all(p.abs().sum() > 0 for p in moved)
+
+
+def test_an_option_of_another_method_is_refused_by_name(capsys):
+    code, _, err = run(capsys, *TRAIN, "--method", "bottleneck", "--r", "4")
+    assert code == 2 and "--r does not go with --method bottleneck; it is an option of qlora, lora" in err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_answers_and_loads(capsys, tmp_path, model_folder, data_file, method):
+    output = str(tmp_path / "adapter")
+    arguments = ["--model", model_folder, "--data", data_file, "--output", output, "--method", method]
+    result = run_json(capsys, "train", *arguments, "--epochs", "1", "--batch-size", "4", "--test", data_file)
+    assert result["steps"] == 2 and result["loss"] > 0 and result["trainable_parameters"] > 0
+    assert {"accuracy", "format_validity", "seconds_per_step", "peak_memory_bytes"} <= result.keys()
+    assert 0 <= result["accuracy"] <= 1 and 0 <= result["format_validity"] <= 1
+    options = ["--model", model_folder, "--adapter", f"a={output}", "--prompt", "p", "--max-new-tokens", "2"]
+    assert run_json(capsys, "generate", *options)["answers"][0]["adapter"] == "a"
 
 
 def test_train_resumes_from_its_checkpoint(capsys, tmp_path, model_folder, data_file):

@@ -593,3 +593,25 @@ def test_threads_change_nothing(served):
         assert all(torch.equal(r, results[0]) for r in results)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_bottleneck_in_use_is_left_to_the_layers(served):
+    peft_model = adapted(quantized(family("llama")))
+    peft_model.add_adapter("narrow", fp.BottleneckConfig(reduction_factor=4))
+    for name, parameter in peft_model.named_parameters():
+        if ".bottleneck." in name:
+            parameter.data.normal_(std=0.2)
+    plain = copy.deepcopy(peft_model)
+    remove(plain)
+    ids = inputs("llama")["input_ids"]
+    for active, serves in (("default", True), ("narrow", False), (["default", "narrow"], False), ("default", True)):
+        for model in (peft_model, plain):
+            model.set_adapter(active)
+        served.clear()
+        assert torch.equal(generate(peft_model, ids), generate(plain, ids))
+        assert any(served) is serves
+    for names, serves in ((["__base__"] * 3, True), (["narrow", "__base__", "default"], False)):
+        served.clear()
+        rows = {"adapter_names": names}
+        assert torch.equal(generate(peft_model, ids, **rows), generate(plain, ids, **rows))
+        assert any(served) is serves

@@ -20,7 +20,7 @@ from tiny import tiny_llama, tiny_tokenizer
 import pyfastpeft as fp
 from pyfastpeft.cli import main
 from pyfastpeft.cli.models import load_smollm2
-from pyfastpeft.data import drug_qa, score_drug_qa
+from pyfastpeft.data import drug_qa, score_answers
 from pyfastpeft.generation import answer
 from pyfastpeft.training import read_rows
 
@@ -100,7 +100,7 @@ def test_the_demo_learns_every_fact_and_leaves_folders_that_peft_loads(tmp_path)
     base, tokenizer = load_smollm2()
     dense = peft_base(base)
     model = peft.PeftModel.from_pretrained(dense, str(tmp_path / "demo" / "drug_qa"), adapter_name="facts")
-    assert score_drug_qa(answer(model, tokenizer, asked, 40), expected).accuracy >= 0.8
+    assert score_answers(answer(model, tokenizer, asked, 40), expected).accuracy >= 0.8
     model.load_adapter(str(tmp_path / "demo" / "pharmacist"), adapter_name="style")
     model.set_adapter("style")
     assert all(text.startswith("Please ask your pharmacist") for text in answer(model, tokenizer, asked, 20))

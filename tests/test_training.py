@@ -13,7 +13,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pyfastpeft as fp
-from pyfastpeft.data import drug_qa, score_drug_qa
+from pyfastpeft.data import drug_qa, score_answers
 from pyfastpeft.generation import answer
 from pyfastpeft.hub.files import load_safetensors
 from pyfastpeft.training import IGNORED, Collator, encode, load_dataset, prompt_ids, read_rows, train_adapter
@@ -307,4 +307,11 @@ def test_the_shipped_rows_are_whole():
     ],
 )
 def test_an_answer_is_scored_exactly(text, accuracy, validity):
-    assert score_drug_qa([text], ["Drug: a\nClass: b\nUse: c"]) == (accuracy, validity)
+    assert score_answers([text], ["Drug: a\nClass: b\nUse: c"]) == (accuracy, validity)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"), [("Paris", (1, 1)), ("Paris.", (0, 1)), ("Paris\nFrance", (1, 0)), ("", (0, 0))]
+)
+def test_an_answer_without_keys_is_right_if_its_first_line_is(text, score):
+    assert score_answers([text], ["Paris"]) == score

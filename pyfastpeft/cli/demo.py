@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..data import Score, drug_qa, score_drug_qa
+from ..data import drug_qa
 from .memory import peak_bytes
 from .models import load_smollm2
 
@@ -47,20 +47,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .. import LoraConfig, TaskType, get_peft_model
     from ..generation import answer
     from ..training import encode, load_dataset, read_objects, read_rows, train_adapter
-    from .progress import TrainingProgress, progress_bar
+    from .examine import examine
+    from .progress import TrainingProgress
 
     began = time.perf_counter()
     with console.status("loading SmolLM2-135M-Instruct"):
         base, tokenizer = load_smollm2()
     questions = read_rows(drug_qa("test_50"))
-    references = [messages[-1]["content"] for messages in questions]
-
-    def examine(title: str) -> Score:
-        with progress_bar(console) as progress:
-            task = progress.add_task(title, total=len(questions), note="")
-            asked = [messages[:-1] for messages in questions]
-            answers = answer(model, tokenizer, asked, 40, on_batch=lambda n: progress.advance(task, n))
-        return score_drug_qa(answers, references)
 
     def train(title: str, dataset: list, epochs: float, learning_rate: float) -> TrainingProgress:
         progress = TrainingProgress(console, title)
@@ -85,9 +78,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     set_seed(args.seed)
     model = get_peft_model(base, config, adapter_name=FACTS)
     trainable, total = model.get_nb_trainable_parameters()
-    before = examine("questions, before training")
+    before = examine(console, "questions, before training", model, tokenizer, questions)
     facts = train("learning the facts", load_dataset(drug_qa("train_50"), tokenizer), epochs=4, learning_rate=3e-3)
-    after = examine("questions, after training")
+    after = examine(console, "questions, after training", model, tokenizer, questions)
 
     model.add_adapter(STYLE, config)
     model.set_adapter(STYLE)

@@ -1,4 +1,4 @@
-"""Train a LoRA adapter on a JSONL file; the base model may be kept in 4 bits (QLoRA).
+"""Train an adapter on a JSONL file, by any method; the base model is kept in 4 bits or in full precision.
 
 A line of the file is an object with "messages" (which ends with the assistant), or with "prompt" and "completion".
 The loss is taken on the assistant's words only. The output is a PEFT folder.
@@ -6,6 +6,7 @@ The loss is taken on the assistant's words only. The output is a PEFT folder.
 examples:
   pyfastpeft train --model smollm2 --data train.jsonl --output adapter
   pyfastpeft train --model ./llama --data train.jsonl --output adapter --method lora --r 16 --target-modules all-linear
+  pyfastpeft train --model ./llama --data train.jsonl --output adapter --method bottleneck --test test.jsonl
   pyfastpeft train --model ./llama --data train.jsonl --output adapter --save-steps 100
   pyfastpeft train --model ./llama --data train.jsonl --output adapter --save-steps 100 --resume
 """
@@ -18,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from .memory import peak_bytes
+from .methods import add_method_arguments, chosen
 from .models import MODEL_HELP, add_quantization_arguments, load_model
 
 
@@ -26,21 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--data", required=True, help="JSONL file with the rows to learn")
     parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
-    parser.add_argument(
-        "--method", choices=("qlora", "lora"), default="qlora", help="LoRA over a 4-bit base or over full precision"
-    )
-    parser.add_argument("--r", type=int, default=8, help="rank of the adapter (default: %(default)s)")
-    parser.add_argument("--alpha", type=float, help="lora_alpha (default: 2 r)")
-    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout (default: %(default)s)")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="layers to adapt, or all-linear (default: the query and value projections)",
-    )
+    parser.add_argument("--test", help="JSONL file with rows to answer afterwards; the answers are scored")
+    add_method_arguments(parser)
     parser.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps instead")
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--schedule", default="linear", help="transformers' lr_scheduler_type (default: %(default)s)")
     parser.add_argument("--warmup", type=float, default=0.05, help="steps, or a share below 1 (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a step (default: %(default)s)")
@@ -56,21 +47,16 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train, save, report."""
     from transformers import set_seed
 
-    from .. import LoraConfig, TaskType, get_peft_model
+    from .. import get_peft_model
     from ..training import load_dataset, read_rows, train_adapter
+    from .examine import examine
     from .progress import TrainingProgress
 
+    method, config, quantized = chosen(args)
     read_rows(args.data)  # a fault in the data shows before the model is loaded
-    base, tokenizer = load_model(args, quantized=args.method == "qlora")
+    questions = read_rows(args.test) if args.test else []
+    base, tokenizer = load_model(args, quantized)
     dataset = load_dataset(args.data, tokenizer, args.max_length)
-    targets = args.target_modules
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=args.r,
-        lora_alpha=2 * args.r if args.alpha is None else args.alpha,
-        lora_dropout=args.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-    )
     set_seed(args.seed)  # the adapter's initial values are part of the run
     model = get_peft_model(base, config)
     trainable, total = model.get_nb_trainable_parameters()
@@ -83,7 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             output_dir=args.output,
             epochs=args.epochs,
             max_steps=args.max_steps,
-            learning_rate=args.lr,
+            learning_rate=method.learning_rate if args.lr is None else args.lr,
             lr_scheduler_type=args.schedule,
             warmup_steps=args.warmup,
             batch_size=args.batch_size,
@@ -110,5 +96,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"{result['steps']} steps, {result['seconds_per_step']:.2f} s/step, trainable parameters {trainable:,} of "
         f"{total:,}, peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB"
     )
+    if questions:
+        score = examine(console, "questions", model, tokenizer, questions)
+        result |= score._asdict()
+        console.print(f"of {len(questions)} answers {score.accuracy:.0%} exact, {score.format_validity:.0%} in form")
     console.print(f"adapter saved in {args.output}")
     return result

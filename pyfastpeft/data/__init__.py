@@ -1,12 +1,10 @@
-"""The rows shipped with the package (see drug_qa/README.md) and how an answer to them is scored."""
+"""The rows shipped with the package (see drug_qa/README.md) and how answers are scored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-_KEYS = ("Drug: ", "Class: ", "Use: ")
 
 
 def drug_qa(name: str) -> Path:
@@ -15,20 +13,28 @@ def drug_qa(name: str) -> Path:
 
 
 class Score(NamedTuple):
-    """Shares in [0, 1] of the answers that name the drug exactly, and that are exactly the three lines in order."""
+    """Shares in [0, 1] of the answers.
+
+    Attributes:
+        accuracy: those whose line for the reference's first key is the reference's first line.
+        format_validity: those that are exactly the reference's keys in order, a line each, with something after each.
+
+    The key of a line ends with its first ": "; those of a drug_qa row are "Drug: ", "Class: ", "Use: ".
+    """
 
     accuracy: float
     format_validity: float
 
 
-def score_drug_qa(answers: Sequence[str], references: Sequence[str]) -> Score:
+def score_answers(answers: Sequence[str], references: Sequence[str]) -> Score:
     """Score ``answers`` against the completions of their rows."""
     right = valid = 0
     for answer, reference in zip(answers, references, strict=True):
-        lines = answer.split("\n")
-        drug = next((line for line in lines if line.startswith("Drug:")), None)
-        right += drug == reference.split("\n")[0]
-        valid += len(lines) == 3 and all(
-            line.startswith(key) and len(line) > len(key) for line, key in zip(lines, _KEYS, strict=True)
+        lines, wanted = answer.split("\n"), reference.split("\n")
+        keys = [line[: line.find(": ") + 2] if ": " in line else "" for line in wanted]
+        first = next((line for line in lines if line.startswith(keys[0].rstrip())), None)
+        right += first == wanted[0]
+        valid += len(lines) == len(keys) and all(
+            line.startswith(key) and len(line) > len(key) for line, key in zip(lines, keys, strict=True)
         )
     return Score(right / len(answers), valid / len(answers))

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..adapters import AdapterBank
 from ..nn import Linear4bit
+from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear, stamp_of
 from ..ops import PackedLora
 from ..ops.backends import Backend, choose
@@ -229,6 +230,8 @@ class _Stack:
     def _linear(self, module: nn.Module, dtype: torch.dtype) -> tuple:
         look = self.lookups
         branch: tuple = (None, None, 1.0)
+        if type(module) is BottleneckLayer:
+            module = self._without_bottleneck(module)
         if type(module) is LoraLinear:
             branch = self._own_branch(module, dtype)
             module = look.module(module, "base_layer")
@@ -241,6 +244,15 @@ class _Stack:
         if packed is None or choose(packed) is not Backend.NATIVE:
             raise _Unsupported
         return (*packed.operands, bias, *branch, takes_int8(packed, look.get(vars(module), "compute")))
+
+    def _without_bottleneck(self, module: BottleneckLayer) -> nn.Module:
+        plan = self.lookups.get(vars(module), "_plan")
+        if module.bank not in self.banks:
+            self.banks.append(module.bank)
+        mode = module.bank.mode
+        if plan if mode is None else any(name in module.bottleneck for name in mode.names):
+            raise _Unsupported
+        return self.lookups.module(module, "base_layer")
 
     def _own_branch(self, module: LoraLinear, dtype: torch.dtype) -> tuple:
         look = self.lookups

@@ -336,10 +336,10 @@ class LoraTuner(Tuner):
         for path, module in targets.items():
             own = expected_tensors(base_of(module), config.rank_of(path), config.use_dora, config.lora_bias)
             shapes |= {f"{self.PREFIX}{path}.{suffix}": shape for suffix, shape in own.items()}
-        held = dict(self.model.named_parameters())
+        modules = {"": self.model, **dict(modules_of(self.model))}
         for name in _bias_names(config, self.model, targets):
-            bias = held[name] if name in held else held[name.replace(".base_layer.bias", ".bias")]
-            shapes[self.PREFIX + name] = tuple(bias.shape)
+            path = name.removesuffix("bias").removesuffix(".").removesuffix(".base_layer")
+            shapes[self.PREFIX + name] = tuple(base_of(modules[path]).bias.shape)
         return shapes
 
     def optional(self, config: LoraConfig) -> dict[str, Tensor]:

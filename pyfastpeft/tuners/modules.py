@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..nn.bottleneck import BottleneckLayer
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraLayer, ModulesToSave, dense
 from .base import PeftConfig, TaskType
@@ -26,7 +27,10 @@ def ends_with(path: str, names: list[str]) -> bool:
 
 
 def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the base model's own modules: a wrapped one is given as its wrapper, and not looked into."""
+    """(path, module) of the base model's own modules: a wrapped one is given as its wrapper, and not looked into.
+
+    A bottleneck is no wrapper here: what stands before it is given in its place.
+    """
     seen: set[int] = set()
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -34,6 +38,7 @@ def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
             if id(child) not in seen:
                 seen.add(id(child))
                 child_path = f"{path}.{name}" if path else name
+                child = child.base_layer if isinstance(child, BottleneckLayer) else child
                 yield child_path, child
                 if not isinstance(child, (LoraLayer, ModulesToSave)):
                     yield from walk(child, child_path)
@@ -46,9 +51,12 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Let ``module`` stand at ``path`` in ``model``."""
+    """Let ``module`` stand at ``path`` in ``model``; where a bottleneck stands, before it."""
     parent, _, attribute = path.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+    holder = model.get_submodule(parent)
+    if isinstance(getattr(holder, attribute), BottleneckLayer):
+        holder, attribute = getattr(holder, attribute), "base_layer"
+    setattr(holder, attribute, module)
 
 
 def find_saved(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,27 @@
+"""Asking a model the questions of a JSONL file and scoring what it says."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data import Score, score_answers
+from ..generation import answer
+from ..training import Messages
+from .progress import progress_bar
+
+_SPARE_TOKENS = 8  # an answer that does not end where it should is cut a little later
+
+
+def examine(
+    console: Console, title: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[Messages]
+) -> Score:
+    """Score the model's greedy answers against the last message of every row."""
+    references = [messages[-1]["content"] for messages in rows]
+    longest = max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"]))
+    with progress_bar(console) as progress:
+        task = progress.add_task(title, total=len(rows), note="")
+        asked = [messages[:-1] for messages in rows]
+        answers = answer(model, tokenizer, asked, longest + _SPARE_TOKENS, on_batch=lambda n: progress.advance(task, n))
+    return score_answers(answers, references)

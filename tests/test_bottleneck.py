@@ -1,0 +1,358 @@
+"""Bottleneck adapters: arithmetic, placement, several at once, rows that choose, files, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import ARCHITECTURES, dequantized, inputs, make, quantized
+from safetensors.torch import load_file
+from torch import nn
+
+import pyfastpeft as fp
+from pyfastpeft.tuners.bottleneck import ends_of_sublayers
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+
+
+def random_bottleneck(features=12, size=5, **kwargs):
+    module = fp.nn.Bottleneck(features, size, **kwargs)
+    for parameter in module.parameters():
+        parameter.data.normal_(std=0.3)
+    return module
+
+
+def reference(module, y):
+    """In float64, from the definition."""
+    down, up = module.down, module.up
+    inner = ACTIVATIONS[module.activation](y.double() @ down.weight.double().t() + down.bias.double())
+    return y.double() + inner @ up.weight.double().t() + up.bias.double()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(3, 7, 12), (1, 12), (0, 12), (12,)], ids=str)
+def test_a_bottleneck_computes_its_definition(activation, shape):
+    module, y = random_bottleneck(activation=activation), torch.randn(shape)
+    torch.testing.assert_close(module(y).double(), reference(module, y), rtol=1e-5, atol=1e-5)
+    out = module(y.bfloat16())
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.double(), reference(module, y), rtol=0.05, atol=0.05)
+
+
+def test_a_bottleneck_has_the_gradients_of_its_definition():
+    module, y = random_bottleneck(), torch.randn(4, 12, requires_grad=True)
+    inputs = [y, *module.parameters()]
+    grad = torch.randn(4, 12)
+    found = torch.autograd.grad(module(y), inputs, grad)
+    expected = torch.autograd.grad(reference(module, y), inputs, grad.double())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_bottleneck_is_the_identity_and_learns_from_the_first_step():
+    module, y = fp.nn.Bottleneck(12, 5), torch.randn(4, 12)
+    assert torch.equal(module(y), y)
+    module(y).square().sum().backward()
+    assert module.up.weight.grad.abs().sum() > 0 and module.down.weight.abs().sum() > 0
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="activation is 'swish'; it must be one of gelu, relu, silu, tanh"):
+        fp.nn.Bottleneck(12, 5, "swish")
+
+
+_ENDS = {
+    **dict.fromkeys(["llama", "qwen2", "qwen3", "mistral", "gemma"], ("self_attn.o_proj", "mlp.down_proj")),
+    "phi": ("self_attn.dense", "mlp.fc2"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "bert": ("attention.output.dense", "output.dense"),
+    "t5": ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_adapters_stand_at_the_ends_of_the_sublayers(architecture):
+    model = make(architecture)
+    attention, ffn = _ENDS[architecture][:-1], _ENDS[architecture][-1]
+    both, after_ffn = ends_of_sublayers(model, "houlsby"), ends_of_sublayers(model, "pfeiffer")
+    layers = 4 if architecture == "t5" else 2
+    assert len(after_ffn) == layers and all(path.endswith(ffn) for path in after_ffn)
+    assert set(after_ffn) < set(both)
+    rest = set(both) - set(after_ffn)
+    assert len(rest) == layers + 2 * (architecture == "t5")
+    assert all(path.endswith(attention) for path in rest)
+
+
+def config(**kwargs):
+    return fp.BottleneckConfig(**{"reduction_factor": 4} | kwargs)
+
+
+def randomize(model, std=0.2):
+    for name, parameter in model.named_parameters():
+        if ".bottleneck." in name or "lora_" in name:
+            parameter.data.normal_(std=std)
+
+
+def adapted(model, name="default", **kwargs):
+    model = fp.get_peft_model(model, config(**kwargs), adapter_name=name)
+    randomize(model)
+    return model.eval()
+
+
+def by_hooks(model, peft_model, name="default"):
+    """The plain ``model`` with the adapter's definition applied to the outputs of its modules."""
+    tensors = fp.get_peft_model_state_dict(peft_model, name)
+    activation = ACTIVATIONS[peft_model.peft_config[name].activation]
+    for path in {key.removeprefix("base_model.model.").partition(".bottleneck.")[0] for key in tensors}:
+        down, b, up, c = (
+            tensors[f"base_model.model.{path}.bottleneck.{k}"]
+            for k in ("down.weight", "down.bias", "up.weight", "up.bias")
+        )
+
+        def hook(module, args, y, down=down, b=b, up=up, c=c):
+            return y + F.linear(activation(F.linear(y, down, b)), up, c)
+
+        model.get_submodule(path).register_forward_hook(hook)
+    return model
+
+
+def logits(model, **kwargs):
+    with torch.no_grad():
+        return model(**kwargs).logits
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_computes_the_definition(architecture, placement):
+    model, batch = make(architecture), inputs(architecture)
+    plain, before = copy.deepcopy(model), logits(model, **batch)
+    peft_model = fp.get_peft_model(model, config(placement=placement)).eval()
+    torch.testing.assert_close(logits(peft_model, **batch), before, rtol=1e-5, atol=1e-5)
+    randomize(peft_model)
+    expected = logits(by_hooks(plain, peft_model), **batch)
+    assert (expected - before).abs().max() > 1e-3
+    torch.testing.assert_close(logits(peft_model, **batch), expected, rtol=1e-5, atol=1e-5)
+    with peft_model.disable_adapter():
+        torch.testing.assert_close(logits(peft_model, **batch), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "t5"])
+def test_only_the_adapter_trains_and_has_the_definitions_gradients(architecture):
+    model, batch = make(architecture), inputs(architecture)
+    plain = copy.deepcopy(model)
+    peft_model = adapted(model)
+    trained = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+    assert trained and all(".bottleneck.default." in n for n in trained)
+    peft_model.train()(**batch).loss.backward()
+
+    tensors = fp.get_peft_model_state_dict(peft_model)
+    leaves = {key: t.clone().requires_grad_() for key, t in tensors.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp, "get_peft_model_state_dict", lambda *_: leaves)
+        by_hooks(plain, peft_model)(**batch).loss.backward()
+    for name, parameter in trained.items():
+        expected = leaves[name.replace(".default", "")].grad
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_4_bit_base_computes_what_its_dense_twin_does():
+    model, batch = quantized(make()), inputs()
+    twin, peft_model = dequantized(model), adapted(model)
+    torch.testing.assert_close(
+        logits(peft_model, **batch), logits(by_hooks(twin, peft_model), **batch), rtol=1e-4, atol=1e-4
+    )
+    peft_model.train()(**batch).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in peft_model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant):
+    peft_model, batch = adapted(make()), inputs()
+    peft_model.train()(**batch).loss.backward()
+    expected = {n: p.grad.clone() for n, p in peft_model.named_parameters() if p.requires_grad}
+    peft_model.zero_grad()
+    peft_model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    peft_model.enable_input_require_grads()
+    rows = [["default"]] * 3
+    for names in (None, rows):
+        peft_model.zero_grad()
+        peft_model(**batch, adapter_names=names).loss.backward()
+        for name, parameter in peft_model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def several():
+    """Three bottleneck adapters and a LoRA on one model."""
+    peft_model = adapted(make(), "a")
+    peft_model.add_adapter("b", config(placement="pfeiffer", bottleneck_size=3, activation="tanh"))
+    peft_model.add_adapter("c", config(activation="relu"))
+    peft_model.add_adapter("lora", fp.LoraConfig(r=4, target_modules=["o_proj", "down_proj", "q_proj"]))
+    randomize(peft_model)
+    return peft_model.eval()
+
+
+def test_each_row_has_its_own_adapters():
+    peft_model, batch = several(), inputs(rows=6)
+    names = ["a", "__base__", "b", ["c", "lora"], "lora", "c"]
+    mixed = logits(peft_model, **batch, adapter_names=names)
+    for i, chosen in enumerate(names):
+        row = {key: t[i : i + 1] for key, t in batch.items()}
+        if chosen == "__base__":
+            with peft_model.disable_adapter():
+                alone = logits(peft_model, **row)
+        else:
+            peft_model.set_adapter(chosen)
+            alone = logits(peft_model, **row)
+        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_several_active_at_once_add_their_updates():
+    model, batch = make(), inputs()
+    plain = copy.deepcopy(model)
+    peft_model = adapted(model, "a")
+    peft_model.add_adapter("b", config(activation="tanh"))
+    randomize(peft_model)
+    peft_model.set_adapter(["a", "b"])
+
+    def hook(module, args, y, layer):
+        return layer.bottleneck["a"](y) + layer.bottleneck["b"](y) - y
+
+    for path in ends_of_sublayers(plain, "houlsby"):
+        layer = peft_model.get_base_model().get_submodule(path)
+        plain.get_submodule(path).register_forward_hook(partial(hook, layer=layer))
+    torch.testing.assert_close(logits(peft_model, **batch), logits(plain, **batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bottleneck_first", [True, False])
+def test_lora_on_the_same_modules_comes_and_goes(bottleneck_first):
+    model, batch = make(), inputs()
+    before = logits(model, **batch)
+    lora = fp.LoraConfig(r=4, target_modules=["o_proj", "down_proj"])
+    configs = {"b": config(), "l": lora} if bottleneck_first else {"l": lora, "b": config()}
+    first, second = configs
+    peft_model = fp.get_peft_model(model, configs[first], adapter_name=first)
+    peft_model.add_adapter(second, configs[second])
+    randomize(peft_model)
+    peft_model.eval().set_adapter(["l", "b"])
+    both = logits(peft_model, **batch)
+    alone = {}
+    for name in configs:
+        peft_model.set_adapter(name)
+        alone[name] = logits(peft_model, **batch)
+    assert all((both - other).abs().max() > 1e-3 for other in (before, *alone.values()))
+    peft_model.delete_adapter("b")
+    torch.testing.assert_close(logits(peft_model, **batch), alone["l"])
+    peft_model.delete_adapter("l")
+    assert all(type(m).__name__ not in ("BottleneckLayer", "LoraLinear") for m in model.modules())
+    torch.testing.assert_close(logits(model, **batch), before)
+
+
+def test_folders_hold_everything_and_load_again(tmp_path):
+    model, batch = make(), inputs()
+    base = copy.deepcopy(model)
+    peft_model = adapted(model, placement="pfeiffer", activation="silu", bottleneck_size=3)
+    expected = logits(peft_model, **batch)
+    peft_model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "BOTTLENECK" and saved["activation"] == "silu" and saved["bottleneck_size"] == 3
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors.keys() == {
+        f"base_model.model.model.layers.{i}.mlp.down_proj.bottleneck.{k}"
+        for i in range(2)
+        for k in ("down.weight", "down.bias", "up.weight", "up.bias")
+    }
+    for trainable in (False, True):
+        again = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=trainable)
+        assert torch.equal(logits(again.eval(), **batch), expected)
+        assert any(p.requires_grad for p in again.parameters()) is trainable
+    other = adapted(base)
+    with pytest.raises(ValueError, match="o_proj"):
+        fp.set_peft_model_state_dict(other, tensors)
+
+
+def test_a_hot_swap_takes_the_new_values(tmp_path):
+    peft_model, batch = adapted(make()), inputs()
+    other = adapted(copy.deepcopy(make()))
+    values = fp.get_peft_model_state_dict(other)
+    peft_model.hotswap_adapter(values)
+    assert all(torch.equal(t, values[k]) for k, t in fp.get_peft_model_state_dict(peft_model).items())
+    logits(peft_model, **batch)
+    with pytest.raises(ValueError, match="configuration"):
+        peft_model.hotswap_adapter(values, config=config(activation="tanh"))
+
+
+def test_generation_beside_other_adapters():
+    peft_model, ids = several(), inputs()["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    names = ["a", "lora", "__base__"]
+    mixed = peft_model.generate(input_ids=ids, adapter_names=names, **options)
+    for name, row, expected in zip(names, ids, mixed, strict=True):
+        if name == "__base__":
+            with peft_model.disable_adapter():
+                alone = peft_model.generate(input_ids=row[None], **options)
+        else:
+            peft_model.set_adapter(name)
+            alone = peft_model.generate(input_ids=row[None], **options)
+        assert torch.equal(alone[0], expected)
+
+
+def test_it_learns():
+    peft_model, batch = fp.get_peft_model(make(), config()).train(), inputs()
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=5e-2)
+    losses = []
+    for _ in range(40):
+        loss = peft_model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_bottleneck_cannot_be_merged(merge):
+    peft_model, batch = adapted(make()), inputs()
+    before = logits(peft_model, **batch)
+    with pytest.raises(ValueError, match=r"default.*BOTTLENECK|BOTTLENECK.*default"):
+        getattr(peft_model, merge)()
+    assert torch.equal(logits(peft_model, **batch), before)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"placement": "both"}, "placement is 'both'; it must be one of houlsby, pfeiffer"),
+        ({"reduction_factor": 0}, "reduction_factor is 0; it must be a number above 0"),
+        ({"bottleneck_size": 0}, "bottleneck_size is 0; it must be an integer of at least 1"),
+        ({"activation": "swish"}, "activation is 'swish'; it must be one of gelu, relu, silu, tanh"),
+        ({"target_modules": ["o_prj"]}, r"target_modules \['o_prj'\] matches no module of LlamaForCausalLM"),
+        ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens', a Embedding; a bottleneck goes after"),
+    ],
+    ids=str,
+)
+def test_a_bad_configuration_names_what_is_wrong(kwargs, message):
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        fp.get_peft_model(model, config(**kwargs))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_unknown_architecture_asks_for_the_projections():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.two(self.one(x))
+
+    with pytest.raises(ValueError, match=r"target_modules is None.*Odd.*name the projections"):
+        fp.get_peft_model(Odd(), config())
+    peft_model = adapted(Odd(), target_modules=["one"])
+    assert peft_model(torch.ones(2, 8)).shape == (2, 8)
