@@ -55,9 +55,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
-def _register_quantizer(_: Any) -> None:
+def _register(_: Any) -> None:
     importlib.import_module(".integrations.transformers", __name__)
+    importlib.import_module(".integrations.attention", __name__)
 
 
-# A model that this package quantized loads with nothing but `import pyfastpeft`.
-when_imported("transformers.modeling_utils", _register_quantizer)
+# A model that this package quantized, or that asks for its attention, loads with nothing but `import pyfastpeft`.
+when_imported("transformers.modeling_utils", _register)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,19 @@ BASE = "__base__"
 
 Names = str | Sequence[str]
 """What one row uses: a name, ``"__base__"``, or several names at once."""
+
+
+class Prefix(NamedTuple):
+    """Keys and values that a layer's queries see before those of their own row.
+
+    ``k`` and ``v`` are [slots, kv heads, length, dim]; ``index`` [batch] int64 names each row's slot (-1: none), None
+    the first slot for all; ``lengths`` [slots] int64 where slots are padded at the end.
+    """
+
+    k: Tensor
+    v: Tensor
+    index: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 class Rows:

@@ -11,7 +11,9 @@ import transformers as tf
 from architectures import VOCAB, inputs, make, quantized, randomize
 
 import pyfastpeft as fp
+from pyfastpeft.adapters import Prefix
 from pyfastpeft.integrations import fused_decoder
+from pyfastpeft.integrations.attention import use_fast_attention
 from pyfastpeft.integrations.forwards import remove
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -615,3 +617,23 @@ def test_a_bottleneck_in_use_is_left_to_the_layers(served):
         rows = {"adapter_names": names}
         assert torch.equal(generate(peft_model, ids, **rows), generate(plain, ids, **rows))
         assert any(served) is serves
+
+
+def test_layers_that_hold_a_prefix_attend_themselves(served):
+    class Held:
+        def current(self, batch):
+            return Prefix(k, v)
+
+    plain, fused = pair()
+    k, v = torch.randn(2, 1, 2, 3, 8)
+    ids = torch.randint(1, VOCAB, (2, 8))
+    for model in (plain, fused):
+        use_fast_attention(model, required=True)
+        without = logits_along(model, ids, [5, 1, 1, 1])
+        for layer in model.model.layers:
+            layer.self_attn._prefix = Held()
+    served.clear()
+    expected, got = (logits_along(model, ids, [5, 1, 1, 1]) for model in (plain, fused))
+    assert not any(served)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+    assert not torch.allclose(got, without, rtol=1e-2)

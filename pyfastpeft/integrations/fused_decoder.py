@@ -30,6 +30,7 @@ from ..nn.lora import LoraLinear, stamp_of
 from ..ops import PackedLora
 from ..ops.backends import Backend, choose
 from ..ops.linear_4bit import takes_int8
+from .attention import NAME as ATTENTION
 from .forwards import ModuleForward, install
 
 FEW_ROWS = 16
@@ -379,7 +380,8 @@ class _FewRows(ModuleForward):
             not (config.use_cache if use_cache is None else use_cache)
             or config.output_attentions
             or config.output_hidden_states
-            or config._attn_implementation not in ("sdpa", "eager")
+            or config._attn_implementation not in ("sdpa", "eager", ATTENTION)
+            or any("_prefix" in vars(layer.self_attn) for layer in model.layers)
             or torch.is_autocast_enabled("cpu")
         ):
             return None

@@ -1,0 +1,355 @@
+"""transformers' attention by :func:`~pyfastpeft.ops.prefix_attention`: ``attn_implementation="pyfastpeft"``.
+
+Importing this module registers the attention function and its mask function, so that after ``import pyfastpeft`` the
+name can be given to ``from_pretrained`` or ``set_attn_implementation``.
+
+The mask function never makes a mask of [queries, keys] where it knows the pattern. It gives None where every query sees
+all keys up to its own (or all keys there are), else one int32 number a key: *key positions* [batch, 1, window, keys],
+the place of the key counted from the first query, plus ``HIDDEN`` where it is padding. The query at t sees the keys at
+t and before. Keys that every query sees lie before all queries, so a mask that is not causal is of the same form; the
+third dimension is the sliding window, 1 where there is none, and takes no memory (its stride is 0). So a mask says all
+there is to say about the pattern, and no module's word is needed for it. Patterns of other kinds (packed sequences,
+chunks, whatever a model adds) are transformers' own bool masks.
+
+A prefix of keys and values, shared by the batch or chosen by row, comes from the attention module itself:
+``vars(module)["_prefix"].current(batch)`` gives a :class:`~pyfastpeft.adapters.Prefix` or None.
+
+What the operator does not compute goes to transformers' own functions with the prefix concatenated: dropout, masks of
+the caller's own and position biases to its sdpa attention; capped scores, attention sinks and ``output_attentions`` to
+the model's eager attention, which is its definition.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
+
+from ..adapters import Prefix
+from ..ops.backends import FLOATS, Backend, choose_attention
+from ..ops.prefix_attention import HIDDEN, prefix_attention
+
+NAME = "pyfastpeft"
+"""Of this attention, for ``attn_implementation``."""
+
+logger = logging.get_logger(__name__)
+
+_EAGER_ONLY = {"softcap": "caps its scores", "s_aux": "has attention sinks", "sinks": "has attention sinks"}
+_SPARSE = ("indices", "block_indices")  # of the keys a query sees
+_AND = and_masks(causal_mask_function).__code__
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of a forward, as transformers asks for it: None, key positions (see above), or transformers' bool mask.
+
+    ``attention_mask`` is bool [batch, keys seen so far] or None; offsets are the places of the first query and of the
+    first key in the sequence.
+    """
+    causal = mask_function is causal_mask_function and allow_is_causal_skip
+    full = mask_function is bidirectional_mask_function and bool(allow_is_bidirectional_skip)
+    window = None
+    # What may not be skipped is packed, or one token over a static cache.
+    if allow_is_causal_skip or q_length == 1 < kv_length:
+        window = _window(mask_function, use_vmap, allow_is_bidirectional_skip, config, local_size)
+    if not (causal or full or window):
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=bool(allow_is_bidirectional_skip),
+            use_vmap=use_vmap,
+            device=device,
+            config=config,
+            **kwargs,
+        )
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length]
+    if window is None and _nothing_hidden(padding, causal, q_length, kv_length, q_offset, kv_offset):
+        return None
+    places = torch.arange(kv_length, dtype=torch.int32, device=device)
+    places = places - kv_length if full else places + (kv_offset - q_offset)
+    places = places.to(torch.int32).view(1, 1, 1, kv_length)
+    if padding is not None:
+        places = torch.where(padding[:, None, None], places, places + HIDDEN)
+    return places.expand(batch_size, 1, window or 1, kv_length)
+
+
+def _window(
+    mask_function: Callable, use_vmap: bool, bidirectional: bool | None, config: Any, local_size: int | None
+) -> int | None:
+    """``local_size`` where ``mask_function`` is transformers' causal sliding window of it, and nothing on top.
+
+    By what surrounds the function: a compiler cannot look into it.
+    """
+    sliding = (
+        local_size is not None
+        and local_size > 1
+        and bidirectional is None
+        and not use_vmap
+        and mask_function.__code__ is _AND
+        and getattr(config, "sliding_window", None) == local_size
+        and getattr(config, "attention_chunk_size", None) is None
+    )
+    return local_size if sliding else None
+
+
+def _nothing_hidden(
+    padding: Tensor | None, causal: bool, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int
+) -> bool:
+    """Whether None says it all. To transformers that means: every key, where there is one query or the attention is not
+    causal; else to each query as many keys as its number, from the first on."""
+    values = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    if not values and (padding is not None or isinstance(q_offset, Tensor)):
+        return False
+    if not causal:
+        return padding is None or bool(padding.all())
+    q_offset = int(q_offset)
+    if kv_offset + kv_length == q_offset + q_length:
+        return (q_length == 1 or kv_length == q_length) and (padding is None or bool(padding.all()))
+    # The keys beyond the queries are room in a static cache.
+    return q_offset == kv_offset == 0 and q_length > 1 and (padding is None or bool(padding[:, :q_length].all()))
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, as transformers' models call it.
+
+    Args:
+        module: the attention layer; it may hold a prefix.
+        query: [batch, heads, queries, dim].
+        key, value: [batch, kv heads, keys, dim].
+        attention_mask: what :func:`attention_mask` made, or a mask that sdpa takes.
+
+    Returns:
+        [batch, queries, heads, dim], and the weights where ``output_attentions`` asks for them.
+
+    Raises:
+        ValueError: a layer that chooses keys by index, or a prefix where it cannot be placed: with a position bias, or
+            in a sliding window under a mask of another kind.
+    """
+    holder = vars(module).get("_prefix")
+    prefix: Prefix | None = None if holder is None else holder.current(query.shape[0])
+    causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if causal and key.shape[2] > query.shape[2] > 1:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    form = _form(attention_mask)
+    if (
+        dropout
+        or form is None
+        or choose_attention(query) is not Backend.NATIVE
+        or not (query.dtype == key.dtype == value.dtype)
+        or value.shape[3] != query.shape[3]
+        or any(kwargs.get(name) is not None for name in ("position_bias", *_EAGER_ONLY, *_SPARSE))
+        or kwargs.get("output_attentions")
+    ):
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        return _elsewhere(module, query, key, value, attention_mask, prefix, causal, kwargs)
+    window, mask = form
+    out = prefix_attention(
+        query,
+        key,
+        value,
+        None if prefix is None else prefix.k,
+        None if prefix is None else prefix.v,
+        causal=causal or (mask is not None and mask.dim() == 4),
+        scale=scaling,
+        mask=mask,
+        prefix_index=None if prefix is None else prefix.index,
+        window=window,
+        prefix_lengths=None if prefix is None else prefix.lengths,
+    )
+    return out.transpose(1, 2), None
+
+
+def _form(mask: Tensor | None) -> tuple[int | None, Tensor | None] | None:
+    """(window, the operator's mask), or None where the operator cannot take it."""
+    if mask is None:
+        return None, None
+    if mask.dtype == torch.int32:
+        return (mask.shape[2] if mask.shape[2] > 1 else None), mask[:, :, :1]
+    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
+        return None, mask[:, 0, 0]
+    return None
+
+
+def _elsewhere(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    prefix: Prefix | None,
+    causal: bool,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """What the operator does not compute, by transformers' own functions."""
+    layer = type(module).__name__
+    for name in _SPARSE:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f'{layer} chooses its keys by {name}, which attn_implementation "{NAME}" cannot; use "eager"'
+            )
+    reasons = [reason for name, reason in _EAGER_ONLY.items() if kwargs.get(name) is not None]
+    if reasons:
+        logger.warning_once(f'{layer} {reasons[0]}, which "{NAME}" attention leaves to transformers\' eager function.')
+    eager = bool(reasons or kwargs.get("output_attentions"))
+    if prefix is not None or eager or (mask is not None and mask.dtype == torch.int32):
+        key, value, mask = _dense(module, query, key, value, mask, prefix, causal, kwargs)
+        causal = causal and mask is None
+    if not eager:
+        return sdpa_attention_forward(module, query, key, value, mask, is_causal=causal, **kwargs)
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise ValueError(f'{layer} has no eager attention for what attn_implementation "{NAME}" cannot do here')
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return function(module, query, key, value, mask, **kwargs)
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    prefix: Prefix | None,
+    causal: bool,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values with the prefix in front, and the mask [batch or 1, 1, queries, keys] of all of them."""
+    batch, queries = query.shape[0], query.shape[2]
+    window, first = None, None
+    if mask is None and (causal or prefix is not None):
+        # To each query as many keys as its number, or all.
+        seen = (
+            torch.arange(queries, device=key.device)
+            if causal
+            else torch.full((queries,), key.shape[2], device=key.device)
+        )
+        mask = (torch.arange(key.shape[2], device=key.device) <= seen.unsqueeze(1))[None, None]
+    elif mask is not None and mask.dtype == torch.int32:
+        window, first = mask.shape[2], mask[:, :, :1].amin(-1, keepdim=True)
+        mask = _spread(mask, queries)
+    elif prefix is not None and _is_local(module, kwargs):
+        raise ValueError(
+            f"{type(module).__name__} sees a part of the sequence only, and attention_mask is {tuple(mask.shape)}; "
+            "with a prefix it must be [batch, keys], with one sequence a row"
+        )
+    if prefix is None:
+        return key, value, mask
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a position bias, which says nothing about a prefix")
+    count = prefix.k.shape[2]
+    index = torch.zeros(batch, dtype=torch.int64, device=key.device) if prefix.index is None else prefix.index
+    slot = index.clamp(min=0)
+    length = torch.full_like(slot, count) if prefix.lengths is None else prefix.lengths[slot]
+    length = length.masked_fill(index < 0, 0).view(batch, 1, 1, 1)
+    place = torch.arange(count, device=key.device)
+    seen = (place < length).expand(batch, 1, queries, count)
+    if window is not None and window > 1:
+        query_place = torch.arange(queries, device=key.device).view(1, 1, -1, 1)
+        seen = seen & (first - length + place > query_place - window)
+    if mask.dtype != torch.bool:
+        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
+    heads = mask.shape[1]
+    mask = torch.cat([seen.expand(batch, heads, queries, count), mask.expand(batch, heads, queries, -1)], -1)
+    return torch.cat([prefix.k[slot].to(key), key], 2), torch.cat([prefix.v[slot].to(value), value], 2), mask
+
+
+def _is_local(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    sizes = (
+        kwargs.get("sliding_window"),
+        getattr(module, "sliding_window", None),
+        getattr(getattr(module, "config", None), "attention_chunk_size", None),
+    )
+    return any(size is not None for size in sizes)
+
+
+def _spread(places: Tensor, queries: int) -> Tensor:
+    """Key positions as a bool mask [batch, 1, queries, keys]; made once for all layers."""
+    spread = getattr(places, "_spread", None)
+    if spread is None:
+        place = torch.arange(queries, device=places.device).view(1, 1, -1, 1)
+        spread = places[:, :, :1] <= place
+        if places.shape[2] > 1:
+            spread = spread & (places[:, :, :1] > place - places.shape[2])
+        if not torch.compiler.is_compiling():
+            places._spread = spread
+    return spread
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def use_fast_attention(model: nn.Module, required: bool = False) -> None:
+    """Let the transformers models in ``model`` use this attention, in place.
+
+    Left alone are models that use another attention than sdpa, that do not go through transformers' interface, or that
+    lie on a device or in a dtype for which there is no kernel.
+
+    Args:
+        required: what is to see a prefix uses this attention whatever it used before.
+
+    Raises:
+        ValueError: it is required, and the model's attention does not go through transformers' interface.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            models = [m for m in part.modules() if isinstance(m, PreTrainedModel)]
+            fixed = [type(m).__name__ for m in models if not m._can_set_attn_implementation()]
+            if required and fixed:
+                raise ValueError(f"{fixed[0]} has an attention of its own, which cannot be given a prefix")
+            if required or (not fixed and all(map(_gains, models))):
+                part.set_attn_implementation(NAME)
+            return
+
+
+def _gains(model: PreTrainedModel) -> bool:
+    return model.config._attn_implementation == "sdpa" and model.device.type == "cpu" and model.dtype in FLOATS

@@ -1,0 +1,456 @@
+"""attn_implementation="pyfastpeft" gives what transformers' own attention gives, with a prefix and without."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as tf
+from architectures import ARCHITECTURES, VOCAB, make
+from torch import nn
+
+from pyfastpeft.adapters import Prefix
+from pyfastpeft.integrations import attention
+
+CAUSAL = [name for name in ARCHITECTURES if name not in ("t5", "bert")]
+SLIDING = ["mistral-sliding", "qwen2-mixed", "gemma3"]
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "head_dim": 8,
+}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_CONFIGS = {
+    "mistral-sliding": lambda: tf.MistralConfig(**_SIZES, sliding_window=5),
+    "qwen2-mixed": lambda: tf.Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=4, layer_types=_MIXED),
+    "gemma3": lambda: tf.Gemma3TextConfig(**_SIZES, sliding_window=4, layer_types=_MIXED),
+    "gemma2": lambda: tf.Gemma2Config(**_SIZES, sliding_window=4, layer_types=_MIXED, attn_logit_softcapping=2.0),
+    "gpt-oss": lambda: tf.GptOssConfig(
+        **_SIZES, sliding_window=4, layer_types=_MIXED, num_local_experts=2, num_experts_per_tok=1
+    ),
+}
+
+
+def model_of(name, dtype=torch.float32):
+    if name in ARCHITECTURES:
+        model = make(name, dtype)
+    else:
+        model = tf.AutoModelForCausalLM.from_config(_CONFIGS[name]()).to(dtype).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data.add_(torch.randn_like(parameter) / 10)
+    if name != "bert":
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+    return model
+
+
+def pair(name="llama", dtype=torch.float32, reference=None):
+    """The same model with transformers' attention and with ours."""
+    plain = model_of(name, dtype)
+    ours = copy.deepcopy(plain)
+    if reference is not None:
+        plain.set_attn_implementation(reference)
+    ours.set_attn_implementation("pyfastpeft")
+    assert ours.config._attn_implementation == "pyfastpeft"
+    return plain, ours
+
+
+def ids_and_mask(rows=3, length=9, side="left"):
+    ids, mask = torch.randint(1, VOCAB, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+    for row, count in enumerate((0, 3, 1)[:rows]):
+        part = slice(0, count) if side == "left" else slice(length - count, length)
+        ids[row, part], mask[row, part] = 0, 0
+    return ids, mask
+
+
+def near(got, expected, tolerance=1e-5):
+    return torch.allclose(got, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("name", [*CAUSAL, *SLIDING])
+def test_logits_of_causal_models(name, side):
+    plain, ours = pair(name)
+    ids, mask = ids_and_mask(side=side)
+    mask = mask if side else None
+    with torch.no_grad():
+        expected, got = (m(input_ids=ids, attention_mask=mask).logits for m in (plain, ours))
+    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    assert near(got[seen], expected[seen])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
+def test_caps_and_sinks_are_left_to_the_models_own_attention(name):
+    plain, ours = pair(name, reference="eager")
+    ids, mask = ids_and_mask()
+    with torch.no_grad():
+        expected, got = (m(input_ids=ids, attention_mask=mask).logits for m in (plain, ours))
+    assert near(got[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_encoders_and_encoder_decoders(name):
+    plain, ours = pair(name)
+    ids, mask = ids_and_mask(side="right")
+    more = {} if name == "bert" else {"decoder_input_ids": ids[:, :5]}
+    for m in (None, mask):
+        with torch.no_grad():
+            expected, got = (model(input_ids=ids, attention_mask=m, **more).logits for model in (plain, ours))
+        assert near(got, expected)
+
+
+STRATEGIES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 8},
+    "static": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+}
+
+
+def generate(model, ids, mask, **kwargs):
+    torch.manual_seed(7)
+    options = {"max_new_tokens": 7, "do_sample": False} | kwargs
+    return model.generate(input_ids=ids, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", *SLIDING])
+def test_generation(name, strategy):
+    plain, ours = pair(name)
+    ids, mask = ids_and_mask()
+    if "lookup" in strategy:
+        ids, mask = torch.randint(1, 4, (1, 9)), torch.ones(1, 9, dtype=torch.long)
+    expected, got = (generate(m, ids, mask, **STRATEGIES[strategy]) for m in (plain, ours))
+    assert torch.equal(got, expected)
+
+
+def test_generation_with_an_assistant():
+    plain, ours = pair()
+    assistant = model_of("llama")
+    ids, mask = ids_and_mask(rows=1)
+    expected, got = (generate(m, ids, mask, assistant_model=assistant) for m in (plain, ours))
+    assert torch.equal(got, expected)
+
+
+def test_encoder_decoders_generate():
+    plain, ours = pair("t5")
+    ids, mask = ids_and_mask(side="right")
+    expected, got = (generate(m, ids, mask, num_beams=2) for m in (plain, ours))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding"])
+def test_packed_sequences_do_not_see_each_other(name):
+    plain, ours = pair(name)
+    ids = torch.randint(1, VOCAB, (1, 12))
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    with torch.no_grad():
+        expected, got = (m(input_ids=ids, position_ids=positions, use_cache=False).logits for m in (plain, ours))
+        alone = ours(input_ids=ids[:, 7:]).logits
+    assert near(got, expected) and near(got[:, 7:], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_masks_of_the_callers_own(dtype):
+    plain, ours = pair()
+    ids = torch.randint(1, VOCAB, (2, 6))
+    mask = (torch.rand(2, 1, 6, 6) < 0.5) | torch.eye(6, dtype=torch.bool)
+    if dtype is not torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+    with torch.no_grad():
+        expected, got = (m(input_ids=ids, attention_mask=mask).logits for m in (plain, ours))
+    assert near(got, expected)
+
+
+def test_dropout_in_training():
+    plain, ours = pair()
+    ids, mask = ids_and_mask()
+    for m in (plain, ours):
+        m.train()
+        for module in m.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+    results = []
+    for m in (plain, ours):
+        torch.manual_seed(3)
+        results.append(m(input_ids=ids, attention_mask=mask).logits[mask.bool()])
+    assert near(*results)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3"])
+def test_attention_weights_are_given_where_asked_for(name):
+    plain, ours = pair(name, reference="eager")
+    ids, mask = ids_and_mask(side="right")
+    with torch.no_grad():
+        expected, got = (m(input_ids=ids, attention_mask=mask, output_attentions=True) for m in (plain, ours))
+    assert near(got.logits, expected.logits)
+    assert all(near(a, b) for a, b in zip(got.attentions, expected.attentions, strict=True))
+
+
+def gradients(model, ids, mask, **kwargs):
+    model.zero_grad()
+    labels = ids.masked_fill(~mask.bool(), -100) if mask is not None else ids
+    model(input_ids=ids, attention_mask=mask, labels=labels, **kwargs).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-mixed"])
+def test_gradients(name, side, checkpointing):
+    plain, ours = pair(name)
+    ids, mask = ids_and_mask()
+    mask = mask if side else None
+    for m in (plain, ours):
+        m.train()
+    if checkpointing is not None:
+        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        ours.enable_input_require_grads()
+    for module in [*plain.modules(), *ours.modules()]:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected, got = (gradients(m, ids, mask) for m in (plain, ours))
+    assert got.keys() == expected.keys()
+    assert all(near(got[name], expected[name], 1e-4) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])
+def test_compiled_whole(name):
+    plain, ours = pair(name)
+    ids, mask = ids_and_mask()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for m in (mask, None):
+        with torch.no_grad():
+            expected, got = (
+                model(input_ids=ids, attention_mask=m, use_cache=False).logits for model in (plain, compiled)
+            )
+        assert near(got[mask.bool()] if m is not None else got, expected[mask.bool()] if m is not None else expected)
+    expected, got = gradients(plain, ids, mask), gradients(compiled, ids, mask, use_cache=False)
+    assert all(near(got[f"_orig_mod.{name}"], expected[name], 1e-4) for name in expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])
+def test_generation_compiled_over_a_static_cache(name):
+    plain, ours = pair(name)
+    ids, mask = ids_and_mask()
+    expected = generate(plain, ids, mask)
+    ours.forward = torch.compile(ours.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(generate(ours, ids, mask, cache_implementation="static"), expected)
+    torch._dynamo.reset()
+
+
+class Held:
+    """A prefix as an attention layer holds it."""
+
+    def __init__(self, *prefix):
+        self.prefix = Prefix(*prefix)
+
+    def current(self, batch):
+        assert self.prefix.index is None or len(self.prefix.index) == batch
+        return self.prefix
+
+
+LENGTH = 5
+
+
+def layers_of(model):
+    return [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+
+
+def prefixes_for(model, slots=1, length=LENGTH):
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (slots, heads, length, dim)
+    return [(torch.randn(shape).requires_grad_(), torch.randn(shape).requires_grad_()) for _ in layers_of(model)]
+
+
+def hold(model, prefixes, *more):
+    for layer, (k, v) in zip(layers_of(model), prefixes, strict=True):
+        layer._prefix = Held(k, v, *more)
+
+
+def cache_of(prefixes, rows, slot=0, length=LENGTH):
+    """The prefix as tokens that every row has seen, the way peft gives it to a model."""
+    cache = tf.DynamicCache()
+    for layer, (k, v) in enumerate(prefixes):
+        cache.update(*(t[slot : slot + 1, :, :length].expand(rows, -1, -1, -1) for t in (k, v)), layer)
+    return cache
+
+
+def positions_of(mask, length=LENGTH):
+    """Tokens begin behind the prefix; padding anywhere."""
+    return (mask.cumsum(1) - 1).clamp(min=0) + length
+
+
+def by_hand(plain, prefixes, ids, mask, slot=0, length=LENGTH):
+    """Logits over a cache that holds the prefix, row by row without padding, so that every position is as in peft."""
+    rows = []
+    for row in range(len(ids)):
+        own = ids[row, mask[row].bool()][None]
+        if length:
+            cache = {"past_key_values": cache_of(prefixes, 1, slot[row] if isinstance(slot, list) else slot, length)}
+        else:
+            cache = {}
+        positions = torch.arange(own.shape[1])[None] + length
+        logits = plain(
+            input_ids=own, position_ids=positions, attention_mask=torch.ones(1, length + own.shape[1]), **cache
+        ).logits
+        rows.append(logits[0])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi", "gemma", *SLIDING])
+def test_a_prefix_is_what_peft_puts_into_the_cache(name, side):
+    plain, ours = pair(name)
+    prefixes = prefixes_for(ours)
+    hold(ours, prefixes)
+    ids, mask = ids_and_mask(side=side)
+    with torch.no_grad():
+        got = ours(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)).logits[mask.bool()]
+        assert near(got, by_hand(plain, prefixes, ids, mask))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])
+def test_each_row_its_own_prefix_or_none(name):
+    plain, ours = pair(name)
+    prefixes = prefixes_for(ours, slots=2)
+    hold(ours, prefixes, torch.tensor([1, -1, 0]), torch.tensor([LENGTH, 2]))
+    ids, mask = ids_and_mask()
+    lengths = torch.tensor([2, 0, LENGTH])
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + lengths[:, None]
+    with torch.no_grad():
+        for dropout in (0.0, 1e-9):  # by the operator, and elsewhere
+            got = run_with_dropout(ours, dropout, input_ids=ids, attention_mask=mask, position_ids=positions).logits
+            for row, (slot, length) in enumerate([(1, 2), (0, 0), (0, LENGTH)]):
+                expected = by_hand(plain, prefixes, ids[row : row + 1], mask[row : row + 1], slot, length)
+                assert near(got[row, mask[row].bool()], expected)
+
+
+def run_with_dropout(model, dropout, **inputs):
+    """A forward that asks the attention for dropout, which transformers' own function then computes."""
+    for layer in layers_of(model):
+        layer.attention_dropout = dropout
+        layer.training = dropout > 0
+    return model(**inputs)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["operator", "elsewhere"])
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding"])
+def test_gradients_of_a_prefix(name, dropout, checkpointing):
+    plain, ours = pair(name)
+    prefixes = prefixes_for(ours)
+    hold(ours, prefixes)
+    ids, mask = ids_and_mask(side="right")
+    cotangent = torch.randn(int(mask.sum()), VOCAB)
+    parameters = [t for pair in prefixes for t in pair] + [plain.model.embed_tokens.weight]
+    expected = torch.autograd.grad(by_hand(plain, prefixes, ids, mask), parameters, cotangent)
+    if checkpointing is not None:
+        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    ours.train()
+    out = run_with_dropout(ours, dropout, input_ids=ids, attention_mask=mask, position_ids=positions_of(mask))
+    parameters[-1] = ours.model.embed_tokens.weight
+    for p in parameters:
+        p.grad = None
+    out.logits[mask.bool()].backward(cotangent)
+    assert all(near(p.grad, g, 1e-4) for p, g in zip(parameters, expected, strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["llama", *SLIDING])
+def test_generation_with_a_prefix(name, strategy):
+    plain, ours = pair(name)
+    prefixes = prefixes_for(ours)
+    hold(ours, prefixes)
+    if "sampling" in strategy or "lookup" in strategy:
+        ids, mask = torch.randint(1, 5, (1, 9)), torch.ones(1, 9, dtype=torch.long)
+    else:
+        ids, mask = ids_and_mask()
+    shift(ours)
+    got = generate(ours, ids, mask, **STRATEGIES[strategy])
+    for row in range(len(ids)):
+        own = ids[row, mask[row].bool()][None]
+        # The other strategies give what greedy decoding gives (transformers' own drop a cache they are given).
+        more = STRATEGIES[strategy] if strategy in ("beams", "sampling") else {}
+        expected = generate(
+            plain,
+            torch.cat([torch.zeros(1, LENGTH, dtype=torch.long), own], 1),
+            torch.ones(1, LENGTH + own.shape[1]),
+            past_key_values=cache_of(prefixes, more.get("num_beams", 1)),
+            **more,
+        )
+        assert torch.equal(got[row, ids.shape[1] :], expected[0, LENGTH + own.shape[1] :])
+
+
+def shift(model, length=LENGTH):
+    """Tokens begin behind the prefix, as the owner of a prefix sees to."""
+
+    def hook(_, args, kwargs):
+        return args, kwargs | {"position_ids": kwargs["position_ids"] + length}
+
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
+def test_a_prefix_under_caps_and_sinks(name):
+    plain, ours = pair(name, reference="eager")
+    prefixes = prefixes_for(ours)
+    hold(ours, prefixes)
+    ids, mask = ids_and_mask()
+    with torch.no_grad():
+        got = ours(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)).logits[mask.bool()]
+        assert near(got, by_hand(plain, prefixes, ids, mask))
+
+
+def test_a_prefix_that_cannot_be_placed_is_an_error():
+    ids = torch.randint(1, VOCAB, (1, 12))
+    _, sliding = pair("mistral-sliding")
+    hold(sliding, prefixes_for(sliding))
+    with pytest.raises(ValueError, match=r"MistralAttention sees a part.*attention_mask is \(1, 1, 12, 12\)"):
+        sliding(input_ids=ids, attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool))
+    _, biased = pair("t5")
+    layers = [module for module in biased.modules() if type(module).__name__ == "T5Attention"]
+    k = torch.zeros(1, 4, 2, 8)
+    for layer in layers:
+        layer._prefix = Held(k, k)
+    with pytest.raises(ValueError, match="T5Attention adds a position bias"):
+        biased(input_ids=ids, decoder_input_ids=ids)
+
+
+def test_masks_take_memory_for_the_keys_alone():
+    _, ours = pair("mistral-sliding")
+    ids, mask = ids_and_mask(rows=2, length=50)
+    made = attention.attention_mask(
+        batch_size=2, q_length=50, kv_length=50, attention_mask=mask.bool(), config=ours.config
+    )
+    assert made.dtype == torch.int32 and made.shape == (2, 1, 1, 50)
+    seen = []
+    for layer in layers_of(ours):
+        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    ours(input_ids=ids, attention_mask=mask)
+    assert all(m.untyped_storage().nbytes() == 2 * 50 * 4 for m in seen)
+
+
+def test_import_alone_registers_it_and_a_saved_model_does_not_name_it(tmp_path):
+    _, ours = pair()
+    ours.save_pretrained(tmp_path)
+    assert "pyfastpeft" not in (tmp_path / "config.json").read_text()
+    code = (
+        "import pyfastpeft, transformers; "
+        f"m = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, attn_implementation='pyfastpeft'); "
+        "import torch; print(m.config._attn_implementation, m(torch.ones(1, 3, dtype=torch.long)).logits.shape)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.startswith("pyfastpeft torch.Size"), result.stderr
