@@ -1,0 +1,100 @@
+"""nn.Attention: the layer of Llama, without transformers."""
+
+import pytest
+import torch
+import transformers as tf
+
+import pyfastpeft as fp
+from pyfastpeft.adapters import Prefix
+
+
+def pair(**changes):
+    """One layer of transformers' Llama, and ours with its weights."""
+    config = tf.LlamaConfig(
+        hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16, attn_implementation="eager"
+    )
+    llama = tf.models.llama.modeling_llama.LlamaAttention(config, 0)
+    ours = fp.nn.Attention(48, 4, 2, head_dim=16, **changes)
+    ours.load_state_dict(llama.state_dict())
+    rotary = tf.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    return llama, ours, lambda x, start=0: rotary(x, torch.arange(start, start + x.shape[1])[None])
+
+
+def causal_mask(mask, tokens):
+    batch, keys = mask.shape
+    seen = torch.arange(keys) <= torch.arange(keys - tokens, keys)[:, None]
+    seen = seen & mask[:, None, None].bool()
+    return torch.zeros(batch, 1, tokens, keys).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+def test_forward_and_gradients_are_those_of_transformers_layer():
+    llama, ours, rotary = pair()
+    x = torch.randn(3, 7, 48)
+    mask = torch.ones(3, 7)
+    mask[1, :3] = 0
+    cotangent = torch.randn(3, 7, 48) * mask[..., None]
+    results = []
+    for layer in (llama, ours):
+        own = x.clone().requires_grad_()
+        if layer is llama:
+            y, _ = layer(own, position_embeddings=rotary(x), attention_mask=causal_mask(mask, 7))
+        else:
+            y, _ = layer(own, rotary(x), mask=mask.long())
+        (y * cotangent).sum().backward()
+        results.append([(y * mask[..., None]), own.grad, *(p.grad for p in layer.parameters())])
+    for expected, got in zip(*results, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_past_keys_and_values_give_what_one_call_gives():
+    _, ours, rotary = pair()
+    x = torch.randn(2, 9, 48)
+    with torch.no_grad():
+        expected, (k, v) = ours(x, rotary(x))
+        past, parts, start = None, [], 0
+        for part in x.split([4, 1, 3, 1], 1):
+            y, past = ours(part, rotary(part, start), past)
+            parts.append(y)
+            start += part.shape[1]
+    assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-5)
+    assert torch.allclose(past[0], k, atol=1e-6) and torch.allclose(past[1], v, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_prefix_is_what_past_keys_would_be(causal, window):
+    _, ours, rotary = pair(causal=causal, window=window)
+    x = torch.randn(3, 6, 48)
+    k, v = torch.randn(2, 2, 5, 16)
+    with torch.no_grad():
+        past = (k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1))
+        expected, _ = ours(x, rotary(x, 5), past)
+        got, (new, _) = ours(x, rotary(x, 5), prefix=(k, v))
+        rows, _ = ours(x, rotary(x, 5), prefix=Prefix(k[None], v[None], torch.tensor([0, -1, 0])))
+        none, _ = ours(x, rotary(x, 5))
+    assert new.shape == (3, 2, 6, 16)
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.allclose(rows[::2], expected[::2], atol=1e-5) and torch.allclose(rows[1], none[1], atol=1e-5)
+
+
+def test_projections_may_be_4_bit():
+    _, exact, rotary = pair()
+    _, ours, _ = pair()
+    for name, layer in list(ours.named_children()):
+        setattr(ours, name, fp.nn.Linear4bit.from_linear(layer))
+        getattr(exact, name).weight.data = getattr(ours, name).dequantize()
+    x = torch.randn(2, 5, 48)
+    assert torch.allclose(ours(x, rotary(x))[0], exact(x, rotary(x))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((32, 4, 3), "num_kv_heads is 3; it must divide num_heads, 4"),
+        ((30, 4), "num_heads is 4; without a head_dim it must divide hidden_size, 30"),
+        ((32, 0), "num_heads is 0; it must be positive"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        fp.nn.Attention(*sizes)
