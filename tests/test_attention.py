@@ -146,6 +146,10 @@ def test_encoder_decoders_generate():
     ids, mask = ids_and_mask(side="right")
     expected, got = (generate(m, ids, mask, num_beams=2) for m in (plain, ours))
     assert torch.equal(got, expected)
+    for cache in (None, "static"):  # with more tokens before the first step than one
+        started = {"decoder_input_ids": ids[:, :4], "cache_implementation": cache}
+        expected, got = (generate(m, ids, mask, **started) for m in (plain, ours))
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-sliding"])

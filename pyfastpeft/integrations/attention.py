@@ -165,18 +165,23 @@ def attention_forward(
         query: [batch, heads, queries, dim].
         key, value: [batch, kv heads, keys, dim].
         attention_mask: what :func:`attention_mask` made, or a mask that sdpa takes.
+        kwargs: of these ``position_bias`` [batch or 1, heads, queries, keys] counts the prefix, if any, as keys in
+            front.
 
     Returns:
         [batch, queries, heads, dim], and the weights where ``output_attentions`` asks for them.
 
     Raises:
-        ValueError: a layer that chooses keys by index, or a prefix where it cannot be placed: with a position bias, or
-            in a sliding window under a mask of another kind.
+        ValueError: a layer that chooses keys by index, or a prefix where it cannot be placed: with a position bias that
+            leaves it out, or in a sliding window under a mask of another kind.
     """
     holder = vars(module).get("_prefix")
     prefix: Prefix | None = None if holder is None else holder.current(query.shape[0])
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    bias = kwargs.get("position_bias")
     if causal and key.shape[2] > query.shape[2] > 1:
+        if bias is not None:
+            kwargs["position_bias"] = bias[..., : bias.shape[3] - key.shape[2] + query.shape[2]]
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     form = _form(attention_mask)
     if (
@@ -185,7 +190,8 @@ def attention_forward(
         or choose_attention(query) is not Backend.NATIVE
         or not (query.dtype == key.dtype == value.dtype)
         or value.shape[3] != query.shape[3]
-        or any(kwargs.get(name) is not None for name in ("position_bias", *_EAGER_ONLY, *_SPARSE))
+        or bias is not None
+        or any(kwargs.get(name) is not None for name in (*_EAGER_ONLY, *_SPARSE))
         or kwargs.get("output_attentions")
     ):
         kwargs |= {"dropout": dropout, "scaling": scaling}
@@ -283,9 +289,10 @@ def _dense(
         )
     if prefix is None:
         return key, value, mask
-    if kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__} adds a position bias, which says nothing about a prefix")
     count = prefix.k.shape[2]
+    bias = kwargs.get("position_bias")
+    if bias is not None and bias.shape[3] != count + key.shape[2]:
+        raise ValueError(f"{type(module).__name__} adds a position bias, which says nothing about a prefix")
     index = torch.zeros(batch, dtype=torch.int64, device=key.device) if prefix.index is None else prefix.index
     slot = index.clamp(min=0)
     length = torch.full_like(slot, count) if prefix.lengths is None else prefix.lengths[slot]
