@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 from . import nn, ops
 from .formats import Packed4bit, quantize_4bit
 from .integrations.on_import import when_imported
-from .tuners import BottleneckConfig, LoraConfig, PeftConfig, TaskType
+from .tuners import (
+    BottleneckConfig,
+    DeepPromptConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+)
 
 if TYPE_CHECKING:
     from .integrations.accelerate import accelerate
@@ -16,11 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BottleneckConfig",
+    "DeepPromptConfig",
     "FastPeftConfig",
     "LoraConfig",
     "Packed4bit",
     "PeftConfig",
     "PeftModel",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "TaskType",
     "accelerate",
     "from_gguf",

@@ -12,17 +12,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .nn.lora import LoraLayer, ModulesToSave
 
 BASE = "__base__"
 """In ``adapter_names``: no adapter."""
-
-
-Names = str | Sequence[str]
-"""What one row uses: a name, ``"__base__"``, or several names at once."""
 
 
 class Prefix(NamedTuple):
@@ -36,6 +32,10 @@ class Prefix(NamedTuple):
     v: Tensor
     index: Tensor | None = None
     lengths: Tensor | None = None
+
+
+Names = str | Sequence[str]
+"""What one row uses: a name, ``"__base__"``, or several names at once."""
 
 
 class Rows:
@@ -88,9 +88,10 @@ NO_ROWS = Rows((), ())
 
 
 class _Mode(threading.local):
-    """The mode of the calling thread: requests that are served side by side choose their rows apart."""
+    """What is in force in the calling thread: requests that are served side by side choose their rows apart."""
 
     rows: Rows | None = None
+    run: Any = None
 
     def __reduce__(self) -> tuple:
         return _Mode, ()
@@ -115,7 +116,10 @@ class AdapterBank:
         others: what other methods have in the model and want a plan for; the keys are the methods' own.
         active: names of the active adapters.
         frozen: names of the adapters that are for inference, active or not.
+        prompts: adapter name → the parameters of a soft prompt.
         mode: None: every row uses the active adapters; else the rows' own choice. Each thread has its own.
+        run: what soft prompts have worked out for the forward that is running. Each thread has its own.
+        kept: what soft prompts keep from one forward to the next; forgotten whenever the structure changes.
         layouts: what a hot-swap works out once about an adapter; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
     """
@@ -124,10 +128,12 @@ class AdapterBank:
         self.layers: dict[str, LoraLayer] = {}
         self.wrappers: dict[str, ModulesToSave] = {}
         self.others: dict[str, Holder] = {}
+        self.prompts = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.frozen: frozenset[str] = frozenset()
         self._mode = _Mode()
         self.layouts: dict[str, Any] = {}
+        self.kept: dict[Any, Any] = {}
         self.version = 0
         self._plans: dict[tuple[str, ...], list] = {}
         self._trainable: dict[str, list[torch.nn.Parameter]] = {}
@@ -136,6 +142,18 @@ class AdapterBank:
     @property
     def mode(self) -> Rows | None:
         return self._mode.rows
+
+    @property
+    def run(self) -> Any:
+        return self._mode.run
+
+    @run.setter
+    def run(self, run: Any) -> None:
+        self._mode.run = run
+
+    def parameters(self, name: str) -> list[torch.nn.Parameter]:
+        """Those that :meth:`hold` was given."""
+        return self._trainable[name]
 
     def hold(self, name: str, parameters: list[torch.nn.Parameter]) -> None:
         """``parameters`` train exactly while ``name`` is active and not for inference."""
@@ -184,6 +202,7 @@ class AdapterBank:
         self.version += 1
         self._plans.clear()
         self.layouts.clear()
+        self.kept.clear()
 
     def _push(self, active: tuple[str, ...]) -> None:
         self.version += 1
@@ -192,10 +211,19 @@ class AdapterBank:
             holder.__dict__["_plan"] = plan
 
     @contextmanager
-    def using(self, mode: Rows) -> Iterator[None]:
+    def using(self, mode: Rows | None) -> Iterator[None]:
         """Run with ``mode`` in force."""
         before, self._mode.rows = self._mode.rows, mode
         try:
             yield
         finally:
             self._mode.rows = before
+
+    @contextmanager
+    def running(self, run: Any) -> Iterator[None]:
+        """With ``run`` as what soft prompts have worked out."""
+        before, self._mode.run = self._mode.run, run
+        try:
+            yield
+        finally:
+            self._mode.run = before

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import NO_ROWS, Names, Rows
-from .hub.files import check_tensors
+from .hub.files import check_tensors, save_safetensors
 from .hub.peft import read_config, read_own, read_tensors, write_adapter
 from .integrations.deferred_logits import defer_logits
 from .integrations.forwards import remove
@@ -31,6 +31,7 @@ from .tuners.base import METHODS, PeftConfig
 from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
 from .tuners.modules import dequantize_model
+from .tuners.soft_prompt import SoftPromptTuner
 
 
 def get_peft_model(
@@ -96,6 +97,7 @@ class PeftModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = AdaptedModel(model)
+        self.prompt_encoder = self.base_model.bank.prompts
         if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         self.train(model.training)
@@ -160,12 +162,11 @@ class PeftModel(nn.Module):
             adapter_names: for each row of the batch the adapter it uses (``"__base__"``: none; a list of names:
                 several at once). Default: every row uses the active adapters. Works in training as well.
         """
-        if adapter_names is None:
-            if self.base_model.bank.mode is None:
-                return self.base_model(*args, **kwargs)
-            with self._mode(self.base_model.bank.mode):
-                return self.base_model(*args, **kwargs)
-        with self._mode(self._rows(adapter_names, args, kwargs)):
+        bank = self.base_model.bank
+        mode = bank.mode if adapter_names is None else self._rows(adapter_names, args, kwargs)
+        if mode is None and not (bank.prompts and self.training):
+            return self.base_model(*args, **kwargs)
+        with self._mode(mode):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[Names] | None = None, **kwargs: Any) -> Any:
@@ -187,7 +188,7 @@ class PeftModel(nn.Module):
         return Rows(adapter_names, tuple(self.peft_config))
 
     @contextmanager
-    def _mode(self, mode: Rows) -> Iterator[None]:
+    def _mode(self, mode: Rows | None) -> Iterator[None]:
         """Run with ``mode``, and let what gradient checkpointing computes again run with it too."""
         bank = self.base_model.bank
         checkpointed = []
@@ -197,8 +198,10 @@ class PeftModel(nn.Module):
                     checkpointed.append((module, module._gradient_checkpointing_func))
 
         def bound(checkpoint: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+            run = bank.run
+
             def again(*inner: Any, **named: Any) -> Any:
-                with bank.using(mode):
+                with bank.using(mode), bank.running(run):
                     return function(*inner, **named)
 
             return checkpoint(again, *args, **kwargs)
@@ -523,6 +526,33 @@ class PeftModel(nn.Module):
         if exists:
             held.inference_mode = config.inference_mode
         self._prepare()
+
+    def export_prefix(self, path: str | os.PathLike, adapter_name: str | Sequence[str] | None = None) -> None:
+        """Write what a soft prompt comes to in this model, its keys and values in every layer, as one safetensors file.
+
+        The file serves without this library: its ``layers.<i>.key`` and ``layers.<i>.value`` [heads, length, dim] go
+        into a cache of transformers, in front of the text::
+
+            held = safetensors.torch.load_file(path)
+            pairs = [(held[f"layers.{i}.key"], held[f"layers.{i}.value"]) for i in range(len(held) // 2)]
+            cache = DynamicCache([tuple(t[None].repeat(batch, 1, 1, 1) for t in pair) for pair in pairs])
+            mask = torch.cat([torch.ones(batch, pairs[0][0].shape[1]), attention_mask], 1)
+            model(input_ids, attention_mask=mask, past_key_values=cache)  # "cache=" in newer versions
+
+        Args:
+            adapter_name: one adapter, or several used together (a prompt and the LoRA it works with). Default: the
+                active ones.
+
+        Raises:
+            ValueError: none of them is a soft prompt.
+        """
+        names = self.active_adapters if adapter_name is None else adapter_name
+        names = self._known([names] if isinstance(names, str) else list(names))
+        tuners = [self.base_model.tuner_of(name) for name in names]
+        tuner = next((t for t in tuners if isinstance(t, SoftPromptTuner)), None)
+        if tuner is None:
+            raise ValueError(f"adapter_name is {list(names)}, of which none is a soft prompt")
+        save_safetensors(tuner.export(names), path, {"format": "pt"})
 
     # Hot-swap.
 

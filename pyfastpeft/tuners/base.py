@@ -62,6 +62,8 @@ class PeftConfig:
     peft_type: ClassVar[str]
     ABSENT: ClassVar[dict[str, Any]] = {}
     """PEFT's keys for what this library does not have, with the values that mean "not used"."""
+    NOT_SAVED: ClassVar[frozenset[str]] = frozenset()
+    """Fields that PEFT does not know and that mean nothing once the adapter exists."""
 
     task_type: TaskType | str | None = None
     base_model_name_or_path: str | None = None
@@ -88,7 +90,7 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration under PEFT's keys, ready for JSON."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.NOT_SAVED}
         own = {k: sorted(v) if isinstance(v, set) else v for k, v in own.items()}
         return self.ABSENT | {"auto_mapping": None, "peft_type": self.peft_type, "peft_version": PEFT_VERSION} | own
 

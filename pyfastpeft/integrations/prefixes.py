@@ -1,0 +1,539 @@
+"""Soft prompts in a causal model: before every forward each attention layer gets its prefix of keys and values.
+
+A soft prompt comes first in the sequence, so what it is in a layer does not depend on what follows. It is worked out
+once at batch 1 (:class:`Source` says how), and the layers' attention reads it (:mod:`.attention`): rows never get
+longer, caches never hold it, logits are those of the text alone. The text stands after the prefix: its positions start
+at the length of its own row's prefix, padding on the left not counted.
+
+What depends on neither input nor training is kept: at inference a soft prompt costs nothing after its first use, until
+its parameters, or those of the other adapters on its row, change.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import operator
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
+from ..nn.lora import stamp_of
+from ..nn.prompt_encoder import SoftPrompt
+from . import attention
+
+_OFF = object()
+"""``bank.run`` while a soft prompt itself is worked out: no prefix."""
+
+
+IGNORED = -100
+"""The label of what is not learned."""
+_RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
+
+
+class Form(enum.Enum):
+    """What the rows of a soft prompt are; P virtual tokens, L layers."""
+
+    KEYS_VALUES = (
+        enum.auto()
+    )  # [P, L · 2 · heads · dim]: each layer's keys and values themselves, keys as after rotation
+    EMBEDDINGS = enum.auto()  # [P, hidden]: put in at the embedding
+    LAYER_INPUTS = enum.auto()  # [P, L · hidden]: put into every layer's input
+
+
+class KeyValueShape(NamedTuple):
+    """Of a model: how many layers, key/value heads a layer, and the size of a head."""
+
+    layers: int
+    heads: int
+    dim: int
+
+    @staticmethod
+    def of(config: Any) -> KeyValueShape:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return KeyValueShape(config.num_hidden_layers, heads, dim)
+
+
+class Source(NamedTuple):
+    """A soft prompt: its parameters, what they are, and the dropout on its keys and values in training."""
+
+    module: SoftPrompt
+    form: Form
+    dropout: float = 0.0
+
+
+class _Values(NamedTuple):
+    """What a soft prompt, or several, come to.
+
+    Attributes:
+        tensors: keys and values, layer by layer in turn, each [1, heads, length, dim].
+        last: the decoder's output [1, hidden] for the last virtual token, from which the model would go on; None where
+            there is none.
+    """
+
+    tensors: list[Tensor]
+    last: Tensor | None
+
+    @property
+    def records(self) -> bool:
+        """Whether a gradient would flow into them."""
+        return any(t.requires_grad for t in self.tensors)
+
+
+class _Run:
+    """The prefixes of one forward.
+
+    Attributes:
+        layers: the layers' prefixes.
+        shift: where the text starts: a number, or one a row [batch, 1].
+        last: as in :class:`_Values`, [batch or 1, 1, hidden].
+    """
+
+    def __init__(self, layers: list[Prefix], shift: int | Tensor, last: Tensor | None) -> None:
+        self.layers, self.shift, self.last = layers, shift, last
+
+
+class _LayerPrefix:
+    """``_prefix`` of one attention module."""
+
+    def __init__(self, prefixes: Prefixes, layer: int) -> None:
+        self.prefixes, self.layer = prefixes, layer
+
+    def current(self, batch: int) -> Prefix | None:
+        """The prefix of ``batch`` rows in the forward that is running."""
+        bank = self.prefixes.bank
+        run = bank.run
+        if run is _OFF:
+            return None
+        if run is None:
+            if bank.mode is None and any(name in self.prefixes.sources for name in bank.active):
+                raise RuntimeError(
+                    "a layer with a soft prompt runs outside its model's forward; where gradient checkpointing "
+                    "computes layers again, call the PeftModel, not the model inside it"
+                )
+            return None
+        return run.layers[self.layer]
+
+
+class _Asked(threading.local):
+    """Whether the forward that is running in this thread has a label for what follows the last virtual token."""
+
+    first = False
+
+    def __reduce__(self) -> tuple:
+        return _Asked, ()
+
+
+class Prefixes:
+    """The soft prompts of one causal model.
+
+    Attributes:
+        sources: adapter name → soft prompt.
+        attentions: each layer's attention module.
+        shape: of the keys and values.
+
+    Raises:
+        ValueError: soft prompts do not apply to the model; says why.
+    """
+
+    def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
+        self.model, self.bank = model, bank
+        self.sources: dict[str, Source] = {}
+        if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+            raise ValueError(f"a {type(model).__name__} is no causal model of transformers; soft prompts need one")
+        self.decoder = model.get_decoder()
+        self.attentions, self._blocks = _attentions(self.decoder)
+        if not all(getattr(module, "is_causal", True) for module in self.attentions):
+            raise ValueError(f"the attention of a {type(model).__name__} is not causal; soft prompts need one that is")
+        self.shape = KeyValueShape.of(self.decoder.config)
+        self._parameters = tuple(inspect.signature(type(self.decoder).forward).parameters)[1:]
+        if "position_ids" not in self._parameters:
+            raise ValueError(
+                f"a {type(model).__name__} takes no position_ids, so no text can stand after a soft prompt in it"
+            )
+        self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
+        self._checkpointing = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
+        self._handles: list[Any] = []
+        self._collecting: Any = None
+        self._asked = _Asked()
+        self._attention_before: str | None = None
+
+    # In the model and out of it.
+
+    def add(self, name: str, source: Source) -> None:
+        if not self._handles:
+            self._install()
+        self.sources[name] = source
+
+    def remove(self, name: str) -> None:
+        if self.sources.pop(name, None) is not None and not self.sources:
+            self.uninstall()
+
+    def _install(self) -> None:
+        before = self.model.config._attn_implementation
+        if before != attention.NAME:
+            if not self.model._can_set_attn_implementation():
+                raise ValueError(
+                    f"the attention of a {type(self.model).__name__} cannot be exchanged through transformers' "
+                    "interface, so it cannot take a prefix"
+                )
+            self.model.set_attn_implementation(attention.NAME)
+            self._attention_before = before
+        for i, module in enumerate(self.attentions):
+            vars(module)["_prefix"] = _LayerPrefix(self, i)
+        self._handles = [
+            self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after, always_call=True),
+        ]
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is not None and self.model is not self.decoder:
+            self._handles += [
+                self.model.register_forward_pre_hook(self._before_loss, with_kwargs=True),
+                self.model.register_forward_hook(self._after_loss, always_call=True),
+            ]
+
+    def uninstall(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.sources.clear()
+        for module in self.attentions:
+            vars(module).pop("_prefix", None)
+        if self._attention_before is not None:
+            self.model.set_attn_implementation(self._attention_before)
+            self._attention_before = None
+
+    # Around every forward of the decoder.
+
+    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self.bank.run is _OFF:
+            return None
+        rows = self._rows
+        if not any(name in self.sources for names in rows for name in names):
+            return None
+        if self.model.config._attn_implementation != attention.NAME:
+            raise ValueError(
+                f"the attention was changed to {self.model.config._attn_implementation!r}, which knows no prefix; soft "
+                f"prompts need {attention.NAME!r}"
+            )
+        kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        inputs = kwargs.get("inputs_embeds")
+        inputs = kwargs["input_ids"] if inputs is None else inputs
+        batch, length = inputs.shape[:2]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self.bank.run = run = self._run(rows, batch, past > 0)
+        kwargs["position_ids"] = self._positions(kwargs, inputs, length, past) + run.shift
+        if any(_reentrant(m) for m in self._checkpointing) and decoder.training and torch.is_grad_enabled():
+            self._collect(run)
+        return (), kwargs
+
+    def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
+        run = self.bank.run
+        if run is _OFF:
+            return None
+        self.bank.run = None
+        if self._collecting is not None:
+            self._collecting.remove()
+            self._collecting = None
+        if not self._asked.first or output is None:
+            return None
+        hidden = output[0]
+        hidden = torch.cat([run.last.expand(len(hidden), -1, -1), hidden], 1)
+        return _with_item(output, "last_hidden_state", 0, hidden)
+
+    # The first label. What a prompt at the embedding says next is the text's first token, and PEFT trains it to where
+    # that token has a label. The logits of the last virtual token are there for the loss alone.
+
+    def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        labels, rows = kwargs.get("labels"), self._rows
+        self._asked.first = False
+        if self.bank.run is _OFF or not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) % len(rows):
+            return None
+        last = [next((n for n in reversed(names) if n in self.sources), None) for names in rows]
+        ends = torch.tensor([n is not None and self.sources[n].form is Form.EMBEDDINGS for n in last])
+        ends = ends.repeat_interleave(len(labels) // len(rows)).to(labels.device)
+        if not ((labels[:, 0] != IGNORED) & ends).any():
+            return None
+        self._asked.first = True
+        labels = F.pad(labels, (1, 0), value=IGNORED)
+        labels[:, 1].masked_fill_(~ends, IGNORED)
+        return args, kwargs | {"labels": labels}
+
+    def _after_loss(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        if not self._asked.first or output is None:
+            return None
+        self._asked.first = False
+        at = 1 if isinstance(output, tuple) else "logits"
+        return _with_item(output, "logits", 1, output[at][:, 1:])
+
+    @property
+    def _rows(self) -> tuple[tuple[str, ...], ...]:
+        """The adapters of each row; one for all where rows do not choose."""
+        return (self.bank.active,) if self.bank.mode is None else self.bank.mode.of_row
+
+    @staticmethod
+    def _positions(kwargs: dict[str, Any], inputs: Tensor, length: int, past: int) -> Tensor:
+        """Of the text, from 0 on."""
+        given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            room = kwargs.get("cache", kwargs.get("past_key_values")) is not None  # beyond what is written
+            if len(mask) != len(inputs) or mask.shape[1] < past + length or (mask.shape[1] > length and not room):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}; it must be {(len(inputs), past + length)}: one "
+                    "number a token of the text, none for virtual tokens"
+                )
+            if given is None:
+                places = mask[:, : past + length].long().cumsum(1) - 1
+                return places.clamp(min=0)[:, past:]
+        if given is None:
+            given = torch.arange(past, past + length, device=inputs.device).unsqueeze(0)
+        return given
+
+    # What the prefixes are.
+
+    def _run(self, rows: Sequence[tuple[str, ...]], batch: int, decoding: bool) -> _Run:
+        """For rows that use the adapters ``rows`` (one: all use these); several consecutive ones of the batch each.
+
+        Args:
+            decoding: whether this goes on from a cache, for which the same prefixes were worked out before.
+        """
+        if batch % len(rows):
+            raise ValueError(f"adapter_names has {len(rows)} names; the batch has {batch} rows")
+        slots: dict[tuple[str, ...], int] = {}
+        index = []
+        for names in rows:
+            prompted = any(name in self.sources for name in names)
+            index.append(slots.setdefault(names, len(slots)) if prompted else -1)
+        values = [self._of_row(names, decoding) for names in slots]
+        runs = self.bank.kept.setdefault("runs", {})
+        held = runs.get((rows, batch))
+        if held is not None and all(map(operator.is_, held[0], values)):
+            return held[1]
+        run = self._stacked(values, index, batch)
+        if not any(v.records for v in values):
+            if len(runs) >= _RUNS_KEPT:
+                runs.pop(next(iter(runs)))
+            runs[rows, batch] = (values, run)
+        return run
+
+    @staticmethod
+    def _stacked(values: list[_Values], index: list[int], batch: int) -> _Run:
+        lengths = [v.tensors[0].shape[2] for v in values]
+        longest, device = max(lengths), values[0].tensors[0].device
+        if len(values) == 1:
+            both, last = values[0].tensors, values[0].last
+        else:
+            padded = [
+                [F.pad(t, (0, 0, 0, longest - n)) for t in v.tensors] for v, n in zip(values, lengths, strict=True)
+            ]
+            both = [torch.cat(parts) for parts in zip(*padded, strict=True)]
+            some = next((v.last for v in values if v.last is not None), None)
+            last = None if some is None else torch.cat([some if v.last is None else v.last for v in values])
+        pairs = list(zip(both[::2], both[1::2], strict=True))
+        last = None if last is None else last.unsqueeze(1)
+        if not any(index):
+            return _Run([Prefix(k, v) for k, v in pairs], longest, last)
+        slot_lengths = torch.tensor(lengths, device=device) if min(lengths) < longest else None
+        slot = torch.tensor(index, device=device).repeat_interleave(batch // len(index))
+        shift = torch.tensor([*lengths, 0], device=device)[slot].unsqueeze(1)
+        return _Run([Prefix(k, v, slot, slot_lengths) for k, v in pairs], shift, None if last is None else last[slot])
+
+    def _of_row(self, names: tuple[str, ...], decoding: bool) -> _Values:
+        """For a row that uses ``names``. Several soft prompts lie one after the other, each as it is alone."""
+        others = tuple(n for n in names if n not in self.sources)
+        parts = [self._of_prompt(n, others, decoding) for n in names if n in self.sources]
+        if len(parts) == 1:
+            return parts[0]
+        held = self.bank.kept.get(("joined", names))
+        if held is not None and all(map(operator.is_, held[0], parts)):
+            return held[1]
+        tensors = zip(*(part.tensors for part in parts), strict=True)
+        joined = _Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
+        if not joined.records:
+            self.bank.kept["joined", names] = (parts, joined)
+        return joined
+
+    def _of_prompt(self, name: str, others: tuple[str, ...], decoding: bool) -> _Values:
+        source = self.sources[name]
+        parameters = list(source.module.parameters())
+        if source.form is Form.KEYS_VALUES:
+            others = ()
+        for other in others:
+            parameters += self.bank.parameters(other)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return self._work_out(source, others)
+        # What trains may be written through .data, which leaves no trace: it is kept for one generation at most.
+        trusted = decoding or (self.bank.frozen.issuperset((name, *others)) and not self.decoder.training)
+        stamp, held = stamp_of(parameters), self.bank.kept.get((name, others))
+        if trusted and held is not None and stamp is not None and held[0] == stamp:
+            return held[1]
+        with torch.no_grad():
+            values = self._work_out(source, others)
+        self.bank.kept[name, others] = (stamp, values)
+        return values
+
+    def _work_out(self, source: Source, others: tuple[str, ...]) -> _Values:
+        rows = self.bank.mode and Rows((others,), others)
+        vectors = source.module().to(self.model.get_input_embeddings().weight.dtype)
+        if source.form is Form.KEYS_VALUES:
+            layers, heads, dim = self.shape
+            tensors = vectors.view(len(vectors), 2 * layers, 1, heads, dim).permute(1, 2, 3, 0, 4)
+            values = _Values(list(tensors.contiguous().unbind(0)), None)
+        elif source.form is Form.EMBEDDINGS:
+            values = self._computed(vectors, rows)
+        else:
+            inputs = vectors.view(len(vectors), len(self._blocks), -1).unbind(1)
+            values = _Values(self._computed(inputs[0], rows, inputs).tensors, None)
+        if source.dropout and self.decoder.training:
+            values = values._replace(tensors=[F.dropout(t, source.dropout) for t in values.tensors])
+        return values
+
+    def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> _Values:
+        """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
+        cache = DynamicCache()
+        positions = torch.arange(len(embeddings), device=embeddings.device)
+        handles = [
+            block.register_forward_pre_hook(partial(_replaced, x.unsqueeze(0)))
+            for block, x in zip(self._blocks, layer_inputs, strict=False)
+        ]
+        try:
+            with self.bank.using(rows), self.bank.running(_OFF), _without(self._checkpointing):
+                output = self.decoder(
+                    inputs_embeds=embeddings.unsqueeze(0),
+                    position_ids=positions.unsqueeze(0),
+                    use_cache=True,
+                    **{self._cache_name: cache},
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return _Values([t for layer in cache.layers for t in (layer.keys, layer.values)], output[0][:, -1])
+
+    def keys_values(self, ids: Tensor) -> Tensor:
+        """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
+        with torch.no_grad():
+            values = self._computed(self.model.get_input_embeddings()(ids), NO_ROWS)
+        return torch.cat(values.tensors).permute(2, 0, 1, 3).flatten(1)
+
+    @torch.no_grad()
+    def export(self, names: tuple[str, ...]) -> list[Tensor]:
+        """Keys and values, layer by layer in turn, each [heads, length, dim], of a row that uses ``names``."""
+        training = self.decoder.training
+        self.decoder.eval()
+        try:
+            with self.bank.using(Rows((names,), names)):
+                return [t[0] for t in self._of_row(names, False).tensors]
+        finally:
+            self.decoder.train(training)
+
+    def layer_inputs(self, ids: Tensor) -> Tensor:
+        """What the base model puts into its layers for the tokens ``ids`` [P]: [P, L · hidden]."""
+        seen: list[Tensor] = []
+        handles = [b.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for b in self._blocks]
+        try:
+            self.keys_values(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat(seen, 1)
+
+    # Gradients where layers run again under reentrant checkpointing, each in a backward of its own.
+
+    def _collect(self, run: _Run) -> None:
+        """Give layers copies that end their graphs; once all have run back, the sums go on from the prefixes."""
+        values = [t for prefix in run.layers for t in (prefix.k, prefix.v)]
+        if not any(t.requires_grad for t in values):
+            return
+        leaves = [t.detach().requires_grad_() for t in values]
+        run.layers = [
+            prefix._replace(k=k, v=v) for prefix, k, v in zip(run.layers, leaves[::2], leaves[1::2], strict=True)
+        ]
+        # The embedding's output is upstream of every layer, so its backward comes last; and it must require a gradient
+        # for these checkpoints to record anything.
+        embedding = self.model.get_input_embeddings()
+        self._collecting = embedding.register_forward_hook(lambda m, a, x: _Collect.apply(x, leaves, *values))
+
+
+class _Collect(torch.autograd.Function):
+    """x itself; in backward the gradients that ``leaves`` have gathered go to what they were copied from."""
+
+    @staticmethod
+    def forward(ctx, x, leaves, *values):  # noqa: ANN001
+        ctx.leaves = leaves
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        gathered = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return grad, None, *gathered
+
+
+def _with_item(output: Any, name: str, index: int, value: Any) -> Any:
+    """A model's output, a tuple or an object, with one item exchanged."""
+    if isinstance(output, tuple):
+        return (*output[:index], value, *output[index + 1 :])
+    output[name] = value
+    return output
+
+
+def _replaced(x: Tensor, module: nn.Module, args: tuple) -> tuple:
+    return (x, *args[1:])
+
+
+@contextmanager
+def _without(checkpointing: list[nn.Module]) -> Iterator[None]:
+    on = [m for m in checkpointing if m.gradient_checkpointing]
+    for module in on:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True
+
+
+def _reentrant(module: nn.Module) -> bool:
+    """Whether ``module`` runs again in a backward of its own."""
+    function = vars(module).get("_gradient_checkpointing_func") if module.gradient_checkpointing else None
+    while isinstance(function, partial):
+        if "use_reentrant" in function.keywords:
+            return bool(function.keywords["use_reentrant"])
+        function = function.args[0] if function.args else function.func
+    return function is not None
+
+
+def _attentions(decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The attention module of each layer, and the layer around each."""
+    found = {}
+    for path, module in decoder.named_modules():
+        if hasattr(module, "layer_idx") and "Attention" in type(module).__name__ and module.layer_idx not in found:
+            found[module.layer_idx] = (path, module)
+    count = decoder.config.num_hidden_layers
+    if sorted(found) != list(range(count)):
+        raise ValueError(
+            f"a {type(decoder).__name__} has attention in {len(found)} of its {count} layers; soft prompts need it in "
+            "every layer"
+        )
+    attentions, blocks = [], []
+    for i in range(count):
+        path, module = found[i]
+        attentions.append(module)
+        parts = path.split(".")
+        blocks.append(decoder.get_submodule(".".join(parts[: parts.index(str(i)) + 1])))
+    return attentions, blocks

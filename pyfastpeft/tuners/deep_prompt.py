@@ -1,0 +1,86 @@
+"""P-Tuning v2 (Liu et al. 2022): virtual tokens of their own in every layer.
+
+As the paper's text has it, vectors are put into every layer's input, and the layer's own norm and frozen projections
+make their keys and values. As the paper's code has it (``prefix=True``), keys and values themselves are learned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..nn.prompt_encoder import SoftPrompt
+from .base import register_method
+from .prefix import check_initial, initial_ids
+from .soft_prompt import SoftPromptConfig
+
+if TYPE_CHECKING:
+    from ..integrations.prefixes import Form, Prefixes
+
+
+@register_method
+@dataclass(kw_only=True)
+class DeepPromptConfig(SoftPromptConfig):
+    """Configuration of P-Tuning v2. PEFT does not have the method, so the files are for this library alone.
+
+    For classification give ``task_type`` ("SEQ_CLS", "TOKEN_CLS"): the model's head then trains along, as in the paper.
+
+    Attributes:
+        prefix: learn keys and values themselves.
+        prefix_dropout: on keys and values, in training.
+        prefix_init: "text" (what the model itself makes of a text, or of random tokens without one), "random" (standard
+            normal) or "zero".
+        prefix_init_text: that text.
+        tokenizer_name_or_path: of the tokenizer for it, or the tokenizer itself.
+    """
+
+    peft_type: ClassVar[str] = "DEEP_PROMPT_TUNING"
+    NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
+
+    prefix: bool = False
+    prefix_dropout: float = 0.0
+    prefix_init: str = "text"
+    prefix_init_text: str | None = None
+    tokenizer_name_or_path: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.prefix_dropout < 1:
+            raise ValueError(f"prefix_dropout is {self.prefix_dropout!r}; it must be at least 0 and below 1")
+        check_initial(self.prefix_init, self.prefix_init_text, self.tokenizer_name_or_path)
+
+    def form(self) -> Form:
+        from ..integrations.prefixes import Form
+
+        return Form.KEYS_VALUES if self.prefix else Form.LAYER_INPUTS
+
+    @property
+    def rows(self) -> int:
+        return self.num_virtual_tokens
+
+    @property
+    def width(self) -> int:
+        return self.num_layers * self.token_dim * (2 if self.prefix else 1)
+
+    @property
+    def dropout(self) -> float:
+        return self.prefix_dropout
+
+    def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
+        if self.prefix:
+            layers, heads, dim = prefixes.shape
+            self._expect(num_layers=layers, num_attention_heads=heads, token_dim=heads * dim)
+        else:
+            super().fill(model, prefixes)
+
+    @torch.no_grad()
+    def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
+        if self.prefix_init == "zero":
+            module.embedding.weight.zero_()
+        elif self.prefix_init == "text":
+            ids = initial_ids(self.prefix_init_text, self.tokenizer_name_or_path, model, self.num_virtual_tokens)
+            values = prefixes.keys_values(ids) if self.prefix else prefixes.layer_inputs(ids)
+            module.embedding.weight.copy_(values)

@@ -1,0 +1,103 @@
+"""Prefix Tuning (Li and Liang 2021): keys and values of every layer train, optionally through an MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..nn.prompt_encoder import PrefixEncoder, SoftPrompt
+from .base import register_method
+from .soft_prompt import SoftPromptConfig, check_count, random_ids, text_ids
+
+if TYPE_CHECKING:
+    from ..integrations.prefixes import Form, Prefixes
+
+
+@register_method
+@dataclass(kw_only=True)
+class PrefixTuningConfig(SoftPromptConfig):
+    """Configuration of Prefix Tuning; names are PEFT's but for the ``prefix_`` ones on initial values.
+
+    Attributes:
+        prefix_projection: train an MLP that makes the keys and values.
+        encoder_hidden_size: of that MLP; None: ``token_dim``.
+        init_weights: "zero": as ``prefix_init`` (PEFT's name for it).
+        prefix_init: "text" (what the model itself makes of a text, or of random tokens without one), "random" (standard
+            normal) or "zero". None: "text", and with a projection "random", which alone it can start from besides zero.
+        prefix_init_text: that text.
+        tokenizer_name_or_path: of the tokenizer for it, or the tokenizer itself.
+    """
+
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
+
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    init_weights: str | None = None
+    prefix_init: str | None = None
+    prefix_init_text: str | None = None
+    tokenizer_name_or_path: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder_hidden_size is not None:
+            check_count("encoder_hidden_size", self.encoder_hidden_size)
+        if self.init_weights not in (None, "zero"):
+            raise ValueError(f"init_weights is {self.init_weights!r}; it must be None or 'zero'")
+        if self.prefix_init is None:
+            given = "zero" if self.init_weights == "zero" else None
+            self.prefix_init = given or ("random" if self.prefix_projection else "text")
+        check_initial(self.prefix_init, self.prefix_init_text, self.tokenizer_name_or_path)
+        if self.prefix_projection and self.prefix_init == "text":
+            raise ValueError("prefix_init is 'text'; with prefix_projection it must be 'random' or 'zero'")
+
+    def form(self) -> Form:
+        from ..integrations.prefixes import Form
+
+        return Form.KEYS_VALUES
+
+    @property
+    def rows(self) -> int:
+        return self.num_virtual_tokens
+
+    @property
+    def width(self) -> int:
+        return self.num_layers * 2 * self.token_dim
+
+    def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
+        layers, heads, dim = prefixes.shape
+        own = model.config.get_text_config(decoder=True)
+        if (self.token_dim, self.num_attention_heads) == (own.hidden_size, own.num_attention_heads):
+            self.token_dim = self.num_attention_heads = None  # the queries' shape, as PEFT lets it be given
+        self._expect(num_layers=layers, num_attention_heads=heads, token_dim=heads * dim)
+        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+
+    def encoder(self) -> SoftPrompt | None:
+        if not self.prefix_projection:
+            return None
+        return PrefixEncoder(self.num_virtual_tokens, self.token_dim, self.encoder_hidden_size, self.width)
+
+    @torch.no_grad()
+    def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
+        if self.prefix_init == "zero":
+            last = module.transform[-1] if module.encodes else module.embedding
+            for parameter in last.parameters():
+                parameter.zero_()
+        elif self.prefix_init == "text":
+            ids = initial_ids(self.prefix_init_text, self.tokenizer_name_or_path, model, self.num_virtual_tokens)
+            module.embedding.weight.copy_(prefixes.keys_values(ids))
+
+
+def check_initial(init: str, text: str | None, tokenizer: Any) -> None:
+    if init not in ("text", "random", "zero"):
+        raise ValueError(f"prefix_init is {init!r}; it must be 'text', 'random' or 'zero'")
+    if text is not None and (init != "text" or tokenizer is None):
+        raise ValueError("prefix_init_text is given; it needs prefix_init 'text' and tokenizer_name_or_path")
+
+
+def initial_ids(text: str | None, tokenizer: Any, model: nn.Module, count: int) -> torch.Tensor:
+    ids = random_ids(model, count) if text is None else text_ids(text, tokenizer, count)
+    return ids.to(model.get_input_embeddings().weight.device)

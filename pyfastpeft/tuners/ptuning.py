@@ -1,0 +1,79 @@
+"""P-Tuning (Liu et al. 2021): an MLP or LSTM makes the vectors at the embedding, and trains with what it reads."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from ..nn.prompt_encoder import LstmEncoder, MlpEncoder, SoftPrompt
+from .base import register_method
+from .soft_prompt import SoftPromptConfig, check_count
+
+if TYPE_CHECKING:
+    from ..integrations.prefixes import Form, Prefixes
+
+
+class PromptEncoderReparameterizationType(str, enum.Enum):
+    """The kind of encoder."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@register_method
+@dataclass(kw_only=True)
+class PromptEncoderConfig(SoftPromptConfig):
+    """Configuration of P-Tuning; names and meaning are PEFT's.
+
+    Attributes:
+        encoder_reparameterization_type: "MLP" or "LSTM".
+        encoder_hidden_size: of the encoder; None: the model's.
+        encoder_num_layers, encoder_dropout: of the LSTM; the MLP has three layers and no dropout.
+    """
+
+    peft_type: ClassVar[str] = "P_TUNING"
+
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.encoder_reparameterization_type = PromptEncoderReparameterizationType(
+                self.encoder_reparameterization_type
+            )
+        except ValueError:
+            raise ValueError(
+                f"encoder_reparameterization_type is {self.encoder_reparameterization_type!r}; it must be 'MLP' or "
+                "'LSTM'"
+            ) from None
+        check_count("encoder_num_layers", self.encoder_num_layers)
+        if self.encoder_hidden_size is not None:
+            check_count("encoder_hidden_size", self.encoder_hidden_size)
+        if not 0 <= self.encoder_dropout < 1:
+            raise ValueError(f"encoder_dropout is {self.encoder_dropout!r}; it must be at least 0 and below 1")
+
+    def form(self) -> Form:
+        from ..integrations.prefixes import Form
+
+        return Form.EMBEDDINGS
+
+    @property
+    def width(self) -> int:
+        return self.token_dim
+
+    def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
+        super().fill(model, prefixes)
+        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+
+    def encoder(self) -> SoftPrompt | None:
+        if self.encoder_reparameterization_type is PromptEncoderReparameterizationType.MLP:
+            return MlpEncoder(self.rows, self.token_dim, self.encoder_hidden_size)
+        return LstmEncoder(
+            self.rows, self.token_dim, self.encoder_hidden_size, self.encoder_num_layers, self.encoder_dropout
+        )

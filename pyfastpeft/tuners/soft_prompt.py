@@ -1,0 +1,265 @@
+"""What the soft prompts have in common: virtual tokens, where they are put in, files."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import AdapterBank
+from ..nn.prompt_encoder import SoftPrompt
+from .base import PeftConfig, TaskType, Tuner
+
+if TYPE_CHECKING:
+    from ..integrations.prefixes import Form, Prefixes
+
+KEY = "prompt_embeddings"
+_ENCODER = "encoder."
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+
+@dataclass(kw_only=True)
+class SoftPromptConfig(PeftConfig):
+    """Fields of every soft prompt's configuration; names and meaning are PEFT's.
+
+    Attributes:
+        num_virtual_tokens: how many.
+        token_dim, num_attention_heads, num_layers, num_transformer_submodules: the model's shape; filled in when the
+            adapter is attached, and checked against the model where they are given.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    @classmethod
+    def tuner(cls) -> type[Tuner]:
+        return SoftPromptTuner
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_virtual_tokens", self.num_virtual_tokens)
+        for name in ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+
+    @property
+    def rows(self) -> int:
+        return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+    # What a method says.
+
+    @abstractmethod
+    def form(self) -> Form:
+        """What the virtual tokens are to the model."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Of one row of ``prompt_embeddings``."""
+
+    @property
+    def dropout(self) -> float:
+        """On keys and values, in training."""
+        return 0.0
+
+    def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
+        """Fill in and check what depends on the model."""
+        own = model.config.get_text_config(decoder=True)
+        layers, heads = prefixes.shape.layers, own.num_attention_heads
+        self._expect(num_layers=layers, num_attention_heads=heads, token_dim=own.hidden_size)
+
+    def _expect(self, **values: int) -> None:
+        """Fill in ``values`` where nothing is given.
+
+        Raises:
+            ValueError: something else is given.
+        """
+        asked = {name: getattr(self, name) for name in values}
+        if any(a is not None and a != values[name] for name, a in asked.items()):
+            listed = ", ".join(f"{name} is {a}, must be {values[name]}" for name, a in asked.items())
+            raise ValueError(f"the {self.peft_type} adapter is of another model: {listed}")
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def encoder(self) -> SoftPrompt | None:
+        """The module that makes the virtual tokens in training; None: they train themselves."""
+        return None
+
+    def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
+        """Give the parameters other first values than ``module`` was made with."""
+
+
+def text_ids(text: str, tokenizer: Any, count: int, **kwargs: Any) -> Tensor:
+    """``count`` token ids: the text's, cut off, or repeated until there are enough.
+
+    Args:
+        tokenizer: a tokenizer, or the name or path of one (``kwargs`` go to ``AutoTokenizer``).
+    """
+    if isinstance(tokenizer, str):
+        from transformers import AutoTokenizer
+
+        kwargs.pop("trust_remote_code", None)  # a checkpoint must not be able to run code
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **kwargs)
+    ids = tokenizer(text)["input_ids"]
+    if not ids:
+        raise ValueError(f"the initial text is {text!r}, which has no tokens")
+    return torch.tensor((ids * -(-count // len(ids)))[:count])
+
+
+def random_ids(model: nn.Module, count: int) -> Tensor:
+    return torch.randint(0, model.get_input_embeddings().num_embeddings, (count,))
+
+
+class SoftPromptTuner(Tuner):
+    """All soft prompts on one model."""
+
+    PREFIX = "base_model."
+
+    def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
+        super().__init__(model, bank)
+        self._prefixes: Prefixes | None = None
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """How the virtual tokens reach this model."""
+        if self._prefixes is None:
+            from ..integrations.prefixes import Prefixes
+
+            self._prefixes = Prefixes(self.model, self.bank)
+        return self._prefixes
+
+    def resolved(self, config: SoftPromptConfig) -> SoftPromptConfig:
+        submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+        config.num_transformer_submodules = config.num_transformer_submodules or submodules
+        config.fill(self.model, self.prefixes)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if context is not None and config.num_virtual_tokens >= context:
+            raise ValueError(
+                f"num_virtual_tokens is {config.num_virtual_tokens}; a {type(self.model).__name__} has a context of "
+                f"{context} tokens, of which some must be left for the text"
+            )
+        return config
+
+    def expected(
+        self, config: SoftPromptConfig, strict: bool, values: Mapping[str, Tensor] | None
+    ) -> dict[str, tuple[int, ...]]:
+        shapes = {KEY: (config.rows, config.width)}
+        if _with_encoder(values):
+            with torch.device("meta"):
+                encoder = config.encoder()
+            if encoder is not None:
+                shapes |= {_ENCODER + key: tuple(p.shape) for key, p in encoder.named_parameters()}
+        return shapes
+
+    def attach(
+        self,
+        name: str,
+        config: SoftPromptConfig,
+        *,
+        strict: bool,
+        values: Mapping[str, Tensor] | None,
+        autocast_adapter_dtype: bool,
+    ) -> None:
+        from ..integrations.prefixes import Source
+
+        module = config.encoder() if values is None or _with_encoder(values) else None
+        if module is None:
+            module = SoftPrompt(config.rows, config.width)
+        if values is None:
+            config.initialize(module, self.model, self.prefixes)
+        # In float32 whatever the model is in, as in PEFT.
+        module = module.to(self.model.get_input_embeddings().weight.device).train(self.model.training)
+        self.prefixes.add(name, Source(module, config.form(), config.dropout))
+        self.bank.prompts[name] = module
+        self.bank.forget()
+
+    def tensors(self, name: str, config: SoftPromptConfig) -> dict[str, Tensor]:
+        module = self.bank.prompts[name]
+        if not module.encodes:
+            return {KEY: module.embedding.weight}
+        return {_ENCODER + key: p for key, p in module.named_parameters()}
+
+    def filled(self, name: str, config: SoftPromptConfig, values: Mapping[str, Tensor]) -> None:
+        if self.bank.prompts[name].encodes:
+            made, saved = self._output(name), values[KEY].float()
+            if not torch.allclose(made, saved, rtol=1e-2, atol=1e-2 * float(saved.abs().max())):
+                raise ValueError(
+                    "the encoder beside the adapter does not belong to it: its output is not prompt_embeddings; remove "
+                    "the encoder's file to train the virtual tokens themselves"
+                )
+
+    @torch.no_grad()
+    def _output(self, name: str) -> Tensor:
+        module = self.bank.prompts[name]
+        training = module.training
+        try:
+            return module.eval()().float().cpu()
+        finally:
+            module.train(training)
+
+    def state(self, name: str, config: SoftPromptConfig, save_embedding_layers: bool | str) -> dict[str, Tensor]:
+        return {KEY: self._output(name)}
+
+    def own_state(self, name: str, config: SoftPromptConfig) -> dict[str, Tensor]:
+        return self.tensors(name, config) if self.bank.prompts[name].encodes else {}
+
+    def check_same_layout(
+        self, name: str, old: SoftPromptConfig, new: SoftPromptConfig, live: dict, expected: dict
+    ) -> None:
+        if self.bank.prompts[name].encodes:
+            expected = {key: shape for key, shape in expected.items() if key != KEY}
+        if live != expected:
+            raise ValueError(
+                f"adapter {name!r} has other shapes, or only one of the two has an encoder that trains; delete it first"
+            )
+
+    def swaps_alike(self, name: str, old: SoftPromptConfig, new: SoftPromptConfig | None) -> bool:
+        return not self.bank.prompts[name].encodes and (new is None or new.form() is old.form())
+
+    def swap(
+        self,
+        name: str,
+        old: SoftPromptConfig,
+        new: SoftPromptConfig | None,
+        live: dict[str, Tensor],
+        values: Mapping[str, Tensor],
+        source: str,
+    ) -> SoftPromptConfig:
+        if self.bank.prompts[name].encodes:
+            raise ValueError(
+                f"adapter {name!r} has an encoder that trains, so its virtual tokens cannot be replaced; load it with "
+                "is_trainable=False"
+            )
+        return super().swap(name, old, new, live, values, source)
+
+    def export(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """``layers.<i>.key`` and ``.value`` [heads, length, dim] of a row that uses ``names``."""
+        tensors = self.prefixes.export(names)
+        pairs = enumerate(zip(tensors[::2], tensors[1::2], strict=True))
+        return {f"layers.{i}.{what}": t for i, pair in pairs for what, t in zip(("key", "value"), pair, strict=True)}
+
+    def remove(self, name: str) -> None:
+        if name in self.bank.prompts:
+            self.prefixes.remove(name)
+            del self.bank.prompts[name]
+        self.bank.forget()
+
+    def unload(self) -> None:
+        if self._prefixes is not None:
+            self.prefixes.uninstall()
+        self.bank.prompts.clear()
+
+
+def _with_encoder(values: Mapping[str, Tensor] | None) -> bool:
+    return values is not None and any(key.startswith(_ENCODER) for key in values)

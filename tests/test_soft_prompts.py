@@ -1,0 +1,776 @@
+"""Soft prompts: what PEFT computes, with none of what it breaks on; any mix of methods in a batch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+
+import architectures as tiny
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+
+import pyfastpeft as fp
+
+CAUSAL = ["llama", "qwen2", "mistral", "gemma", "phi", "gpt2", "opt"]
+P = 5
+_SHARED = {"num_virtual_tokens": P, "task_type": "CAUSAL_LM"}
+_CONFIGS = {
+    "prompt": ("PromptTuningConfig", {}),
+    "ptuning": ("PromptEncoderConfig", {"encoder_hidden_size": 16}),
+    "ptuning_lstm": ("PromptEncoderConfig", {"encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"}),
+    "prefix": ("PrefixTuningConfig", {}),
+    "prefix_projection": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
+}
+PEFT_HAS = list(_CONFIGS)
+OURS = {
+    "deep": lambda: fp.DeepPromptConfig(**_SHARED),
+    "deep_prefix": lambda: fp.DeepPromptConfig(**_SHARED, prefix=True),
+}
+METHODS = [*PEFT_HAS, *OURS]
+
+
+def config(library, method: str, **kwargs):
+    if method in OURS:
+        return OURS[method]()
+    name, own = _CONFIGS[method]
+    if library is fp and method == "prefix":
+        own = own | {"prefix_init": "random"}
+    return getattr(library, name)(**_SHARED | own | kwargs)
+
+
+def ours(base, method: str, seed: int = 0, **kwargs) -> fp.PeftModel:
+    torch.manual_seed(seed)
+    return fp.get_peft_model(copy.deepcopy(base), config(fp, method, **kwargs))
+
+
+def pair(base, method: str):
+    """The same model with PEFT's adapter and with ours, from one seed."""
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config(peft, method))
+    own = ours(base, method)
+    for a, b in zip(theirs.prompt_encoder.parameters(), own.prompt_encoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+    return theirs, own
+
+
+def close(a, b, tol: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=tol)
+
+
+def of_text(logits, ids):
+    """PEFT's logits hold virtual tokens where the prompt is one of the embeddings."""
+    return logits[:, logits.shape[1] - ids.shape[1] :]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def llama() -> torch.nn.Module:
+    return tiny.make("llama")
+
+
+class TestAgainstPeft:
+    @pytest.mark.parametrize("architecture", CAUSAL)
+    @pytest.mark.parametrize("method", PEFT_HAS)
+    def test_logits_loss_and_gradients(self, architecture, method):
+        base = tiny.make(architecture)
+        theirs, own = pair(base, method)
+        x = tiny.inputs(architecture)
+        for training in (False, True):
+            a, b = theirs.train(training)(**x), own.train(training)(**x)
+            close(of_text(a.logits, x["input_ids"]), b.logits)
+            close(a.loss, b.loss)
+        a.loss.backward()
+        b.loss.backward()
+        for p, q in zip(theirs.prompt_encoder.parameters(), own.prompt_encoder.parameters(), strict=True):
+            close(q.grad, p.grad, 1e-4 * float(p.grad.abs().max()))
+        assert {n for n, p in own.named_parameters() if p.requires_grad} == {
+            n for n, p in theirs.named_parameters() if p.requires_grad
+        }
+
+    @pytest.mark.parametrize("architecture", CAUSAL)
+    @pytest.mark.parametrize("method", PEFT_HAS)
+    def test_twenty_steps_have_the_same_losses(self, architecture, method):
+        losses = []
+        batches = [tiny.inputs(architecture) for _ in range(4)]
+        for model in pair(tiny.make(architecture), method):
+            model.train()
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+            losses.append([])
+            for step in range(20):
+                loss = model(**batches[step % 4]).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[-1].append(loss.detach())
+        close(torch.stack(losses[1]), torch.stack(losses[0]), 1e-4)
+
+    @pytest.mark.parametrize("method", PEFT_HAS)
+    def test_a_sliding_window_counts_virtual_tokens_as_peft_does(self, method):
+        base = MistralForCausalLM(MistralConfig(**tiny._LLAMA, sliding_window=6)).eval()
+        theirs, own = pair(base, method)
+        x = tiny.inputs(length=9)
+        a, b = theirs.train()(**x), own.train()(**x)
+        close(of_text(a.logits, x["input_ids"]), b.logits)
+        a.loss.backward()
+        b.loss.backward()
+        for p, q in zip(theirs.prompt_encoder.parameters(), own.prompt_encoder.parameters(), strict=True):
+            close(q.grad, p.grad, 1e-4 * float(p.grad.abs().max()))
+
+    @pytest.mark.parametrize("method", PEFT_HAS)
+    def test_generation(self, method):
+        theirs, own = pair(llama(), method)
+        ids = expected = tiny.inputs()["input_ids"]
+        for _ in range(8):  # its generate() differs from its forward() in this version
+            following = theirs.eval()(input_ids=expected).logits[:, -1].argmax(-1, keepdim=True)
+            expected = torch.cat([expected, following], 1)
+        got = own.eval().generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=-1)
+        assert torch.equal(got, expected)
+
+    @pytest.mark.parametrize("method", PEFT_HAS)
+    @pytest.mark.parametrize("labels", ["all", "none of the first", "some"])
+    def test_the_first_label_trains_what_the_prompt_says_next(self, method, labels):
+        theirs, own = pair(llama(), method)
+        x = tiny.inputs()
+        x["labels"] = x["labels"].clone()
+        if labels != "all":
+            x["labels"][1 if labels == "some" else slice(None), 0] = -100
+        a, b = theirs.train()(**x), own.train()(**x)
+        close(a.loss, b.loss)
+        assert b.logits.shape[:2] == x["input_ids"].shape
+        assert own(**x, return_dict=False)[0].item() == pytest.approx(b.loss.item())
+
+    @pytest.mark.parametrize("init", ["RANDOM", "TEXT", "SAMPLE_VOCAB"])
+    def test_first_values_of_a_prompt(self, init, tmp_path):
+        tiny_tokenizer().save_pretrained(tmp_path)
+        kwargs = {"prompt_tuning_init": init}
+        if init == "TEXT":
+            kwargs |= {"prompt_tuning_init_text": "abc", "tokenizer_name_or_path": str(tmp_path)}
+        base = tiny_llama()
+        torch.manual_seed(0)
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.PromptTuningConfig(**_SHARED, **kwargs))
+        torch.manual_seed(0)
+        own = fp.get_peft_model(copy.deepcopy(base), fp.PromptTuningConfig(**_SHARED, **kwargs))
+        assert torch.equal(
+            own.prompt_encoder["default"].embedding.weight, theirs.prompt_encoder["default"].embedding.weight
+        )
+
+    @pytest.mark.parametrize("projection", [False, True])
+    def test_a_zero_prefix(self, projection):
+        theirs, own = (
+            library.get_peft_model(
+                llama(), library.PrefixTuningConfig(**_SHARED, prefix_projection=projection, init_weights="zero")
+            )
+            for library in (peft, fp)
+        )
+        for model in (theirs, own):
+            assert not model.prompt_encoder["default"].eval()(*[torch.arange(P)] * (model is theirs)).any()
+
+    def test_classification(self):
+        from transformers import LlamaConfig, LlamaForSequenceClassification
+
+        base = LlamaForSequenceClassification(LlamaConfig(**tiny._LLAMA, num_labels=3)).eval()
+        kwargs = {"num_virtual_tokens": P, "task_type": "SEQ_CLS"}
+        torch.manual_seed(0)
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.PromptTuningConfig(**kwargs))
+        torch.manual_seed(0)
+        own = fp.get_peft_model(copy.deepcopy(base), fp.PromptTuningConfig(**kwargs))
+        x = {"input_ids": torch.randint(1, tiny.VOCAB, (3, 6)), "labels": torch.tensor([0, 1, 2])}
+        a, b = theirs(**x), own(**x)
+        close(a.logits, b.logits)
+        b.loss.backward()
+        assert own.base_model.model.score.modules_to_save["default"].weight.grad.any()
+
+
+class TestFiles:
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+    @pytest.mark.parametrize("method", PEFT_HAS)
+    def test_folders_load_in_both_directions(self, architecture, method, tmp_path):
+        base = tiny.make(architecture)
+        theirs, own = pair(base, method)
+        for parameter in own.prompt_encoder.parameters():
+            parameter.data.add_(torch.randn_like(parameter) / 10)
+        ids = tiny.inputs(architecture)["input_ids"]
+        own.save_pretrained(tmp_path / "own")
+        theirs.save_pretrained(tmp_path / "theirs")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # PEFT warns about keys it does not know
+            read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "own").eval()
+        close(of_text(read(ids).logits, ids), own.eval()(ids).logits)
+        close(
+            fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs")(ids).logits,
+            of_text(theirs.eval()(ids).logits, ids),
+        )
+        close(fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "own")(ids).logits, own(ids).logits)
+        held = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("own", "theirs")}
+        assert {k: (t.shape, t.dtype) for k, t in held["own"].items()} == {
+            k: (t.shape, t.dtype) for k, t in held["theirs"].items()
+        }
+        configs = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("own", "theirs")]
+        assert configs[0].keys() == configs[1].keys()
+        for c in configs:
+            c.pop("auto_mapping")
+        assert configs[0] == configs[1]
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_training_goes_on_after_a_reload(self, method, tmp_path):
+        base = llama()
+        x = tiny.inputs()
+
+        def steps(model, n):
+            model.train()
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+            for _ in range(n):
+                model(**x).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        whole, first = ours(base, method), ours(base, method)
+        steps(whole, 4)
+        steps(first, 2)
+        first.save_pretrained(tmp_path)
+        second = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+        assert second.get_nb_trainable_parameters() == whole.get_nb_trainable_parameters()
+        steps(second, 2)
+        ids = x["input_ids"]
+        close(second.eval()(ids).logits, whole.eval()(ids).logits)
+
+    @pytest.mark.parametrize("method", ["ptuning", "prefix_projection"])
+    def test_without_the_encoder_the_virtual_tokens_train(self, method, tmp_path):
+        theirs, _ = pair(llama(), method)
+        theirs.save_pretrained(tmp_path)
+        model = fp.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+        assert [p.shape for p in model.parameters() if p.requires_grad] == [
+            load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape
+        ]
+        model(**tiny.inputs()).loss.backward()
+        assert model.prompt_encoder["default"].embedding.weight.grad.any()
+
+    def test_an_encoder_of_another_adapter_is_refused(self, tmp_path):
+        for name, seed in (("a", 0), ("b", 1)):
+            ours(llama(), "ptuning", seed).save_pretrained(tmp_path / name)
+        file = "pyfastpeft_encoder.safetensors"
+        (tmp_path / "a" / file).write_bytes((tmp_path / "b" / file).read_bytes())
+        with pytest.raises(ValueError, match="encoder beside the adapter does not belong to it"):
+            fp.PeftModel.from_pretrained(llama(), tmp_path / "a", is_trainable=True)
+        fp.PeftModel.from_pretrained(llama(), tmp_path / "a")
+
+    def test_saving_leaves_no_encoder_of_an_earlier_adapter(self, tmp_path):
+        ours(llama(), "ptuning").save_pretrained(tmp_path)
+        assert (tmp_path / "pyfastpeft_encoder.safetensors").exists()
+        ours(llama(), "prompt").save_pretrained(tmp_path)
+        assert not (tmp_path / "pyfastpeft_encoder.safetensors").exists()
+
+    def test_a_prefix_is_bit_equal_in_layout(self, tmp_path):
+        base = llama()
+        theirs, own = pair(base, "prefix")
+        e = own.prompt_encoder["default"].embedding.weight
+        expected = theirs.get_prompt(1)
+        own.export_prefix(tmp_path / "prefix.safetensors")
+        held = load_file(tmp_path / "prefix.safetensors")
+        for i, (k, v, *_) in enumerate(expected):
+            assert torch.equal(held[f"layers.{i}.key"], k[0])
+            assert torch.equal(held[f"layers.{i}.value"], v[0])
+            heads = base.config.num_key_value_heads
+            assert torch.equal(e.view(P, 2, 2, heads, -1)[:, i, 0].transpose(0, 1), k[0])
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+    def test_an_exported_prefix_serves_in_plain_transformers(self, method, architecture, tmp_path):
+        base = tiny.make(architecture)
+        own = ours(base, method).eval()
+        own.export_prefix(tmp_path / "prefix.safetensors")
+        held = load_file(tmp_path / "prefix.safetensors")
+        pairs = [(held[f"layers.{i}.key"], held[f"layers.{i}.value"]) for i in range(len(held) // 2)]
+        ids = tiny.inputs(architecture, rows=2)["input_ids"]
+        cache = DynamicCache([tuple(t[None].repeat(2, 1, 1, 1) for t in pair) for pair in pairs])
+        mask = torch.ones(2, P + ids.shape[1])
+        close(base(ids, attention_mask=mask, past_key_values=cache).logits, own(ids).logits)
+
+    def test_a_prompt_is_exported_with_the_lora_it_works_with(self, tmp_path):
+        base = llama()
+        own = ours(base, "prompt").eval()
+        own.add_adapter("lora", fp.LoraConfig())
+        tiny.randomize(own)
+        own.export_prefix(tmp_path / "both", ["default", "lora"])
+        own.export_prefix(tmp_path / "alone", "default")
+        both, alone = load_file(tmp_path / "both"), load_file(tmp_path / "alone")
+        assert torch.equal(both["layers.0.key"], alone["layers.0.key"])
+        assert not torch.equal(both["layers.1.key"], alone["layers.1.key"])
+        with pytest.raises(ValueError, match="none is a soft prompt"):
+            own.export_prefix(tmp_path / "none", "lora")
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_state_dicts_go_out_and_in(self, method):
+        a, b = ours(llama(), method, seed=1), ours(llama(), "prompt")
+        state = fp.get_peft_model_state_dict(a)
+        assert list(state) == ["prompt_embeddings"]
+        if a.prompt_encoder["default"].encodes:
+            with pytest.raises(ValueError, match="encoder"):
+                fp.set_peft_model_state_dict(a, state)
+        elif method == "prompt":
+            fp.set_peft_model_state_dict(b, state)
+            assert torch.equal(b.prompt_encoder["default"].embedding.weight, state["prompt_embeddings"])
+
+
+class TestWherePeftFails:
+    """FORMATS.md, section 2: each of these raises or is wrong in PEFT."""
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("kwargs", [{"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3}])
+    def test_generate(self, method, kwargs):
+        own = ours(llama(), method).eval()
+        ids = tiny.inputs()["input_ids"]
+        expected = own.generate(ids, max_new_tokens=6, do_sample=False)
+        got = own.generate(ids, max_new_tokens=6, do_sample=False, **kwargs)
+        if "num_beams" in kwargs:  # as good as greedy at least
+            assert (self.log_likelihood(own, got, ids) >= self.log_likelihood(own, expected, ids) - 1e-4).all()
+        else:
+            assert torch.equal(got, expected)
+
+    @staticmethod
+    def log_likelihood(model, whole, ids):
+        logp = model(whole).logits[:, ids.shape[1] - 1 : -1].log_softmax(-1)
+        return logp.gather(2, whole[:, ids.shape[1] :, None]).sum((1, 2))
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_static_cache_in_forward(self, method):
+        base = llama()
+        own = ours(base, method).eval()
+        ids = tiny.inputs()["input_ids"]
+        cache = StaticCache(config=base.config, max_cache_len=16)
+        first = own(ids[:, :4], past_key_values=cache, use_cache=True).logits
+        second = own(ids[:, 4:], past_key_values=cache, use_cache=True).logits
+        close(torch.cat([first, second], 1), own(ids).logits)
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+    def test_gradient_checkpointing(self, method, reentrant, architecture):
+        own = ours(tiny.make(architecture), method).train()
+        x = tiny.inputs(architecture)
+        expected = self.gradients(own, x)
+        own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        for a, b in zip(self.gradients(own, x), expected, strict=True):
+            close(a, b, 1e-5 * float(b.abs().max()))
+        for a, b in zip(self.gradients(own, x), expected, strict=True):
+            close(a, b, 1e-5 * float(b.abs().max()))
+
+    @staticmethod
+    def gradients(model, x):
+        model.zero_grad()
+        model(**x).loss.backward()
+        return [p.grad.clone() for p in model.prompt_encoder.parameters()]
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing_of_two_forwards_before_a_backward(self, reentrant):
+        own = ours(llama(), "prefix").train()
+        own.add_adapter("b", config(fp, "prompt"))
+        x, y = tiny.inputs(), tiny.inputs()
+        expected = []
+        for on in (False, True):
+            if on:
+                own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            own.set_adapter(["default", "b"])
+            own.zero_grad()
+            loss = own(**x, adapter_names=["default", "b", "__base__"]).loss + own(**y, adapter_names=["b"] * 3).loss
+            loss.backward()
+            expected.append([p.grad.clone() for p in own.prompt_encoder.parameters()])
+        for a, b in zip(*expected, strict=True):
+            close(a, b, 1e-5 * float(b.abs().max()))
+
+    def test_checkpointing_without_the_peft_model_around_it_says_so(self):
+        own = ours(llama(), "prefix").train()
+        own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = own.get_base_model()(**tiny.inputs()).loss
+        with pytest.raises(RuntimeError, match="call the PeftModel"):
+            loss.backward()
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("architecture", CAUSAL)
+    def test_a_left_padded_batch_equals_the_unpadded_rows(self, method, architecture):
+        own = ours(tiny.make(architecture), method).eval()
+        rows = [torch.randint(1, tiny.VOCAB, (1, n)) for n in (7, 4, 1)]
+        ids = torch.cat([torch.nn.functional.pad(row, (7 - row.shape[1], 0)) for row in rows])
+        mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), (7 - r.shape[1], 0)) for r in rows])
+        padded = own(ids, attention_mask=mask).logits
+        for i, row in enumerate(rows):
+            close(padded[i : i + 1, 7 - row.shape[1] :], own(row).logits)
+        got = own.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        for i, row in enumerate(rows):
+            alone = own.generate(input_ids=row, max_new_tokens=5, do_sample=False)
+            assert torch.equal(got[i, 7:], alone[0, row.shape[1] :])
+
+    def test_training_on_left_padded_rows_equals_the_unpadded_ones(self):
+        own = ours(llama(), "prompt").train()
+        row = torch.randint(1, tiny.VOCAB, (1, 4))
+        expected = self.gradients(own, {"input_ids": row, "labels": row.masked_fill(torch.arange(4) < 1, -100)})
+        pad = torch.nn.functional.pad
+        labels = pad(row, (3, 0), value=-100)
+        labels[:, 3] = -100
+        x = {"input_ids": pad(row, (3, 0)), "attention_mask": pad(torch.ones_like(row), (3, 0)), "labels": labels}
+        for a, b in zip(self.gradients(own, x), expected, strict=True):
+            close(a, b, 1e-5 * float(b.abs().max()))
+
+
+def mixed(base) -> fp.PeftModel:
+    """A model with one adapter of each kind."""
+    model = fp.get_peft_model(base, fp.LoraConfig(), adapter_name="lora")
+    for method in METHODS:
+        kwargs = {} if method in OURS else {"num_virtual_tokens": 3 + len(method) % 4}
+        model.add_adapter(method, config(fp, method, **kwargs))
+    model.add_adapter("bottleneck", fp.BottleneckConfig(reduction_factor=2))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "bottleneck" in name:
+            parameter.data.normal_(std=0.3)
+    return model.eval()
+
+
+ROWS = ["lora", "__base__", *METHODS, ["lora", "prefix"], ["prompt", "lora"], ["prefix", "deep"], "bottleneck"]
+ROWS += [["bottleneck", "ptuning"]]
+
+
+class TestRows:
+    def alone(self, model, row, run):
+        if row == "__base__":
+            with model.disable_adapter():
+                return run()
+        model.set_adapter(row)
+        return run()
+
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+    def test_each_row_is_as_with_its_adapters_alone(self, architecture):
+        model = mixed(tiny.make(architecture))
+        ids = torch.randint(1, tiny.VOCAB, (len(ROWS), 6))
+        got = model(ids, adapter_names=ROWS).logits
+        for i, row in enumerate(ROWS):
+            close(got[i : i + 1], self.alone(model, row, partial(model, ids[i : i + 1])).logits, 2e-5)
+
+    def test_generate_also_padded_and_with_beams(self):
+        model = mixed(llama())
+        ids = torch.randint(1, tiny.VOCAB, (len(ROWS), 6))
+        mask = torch.ones_like(ids)
+        for i in range(0, len(ROWS), 2):
+            ids[i, :2], mask[i, :2] = 0, 0
+        for kwargs in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+            kwargs |= {"max_new_tokens": 5, "do_sample": False}
+            got = model.generate(input_ids=ids, attention_mask=mask, adapter_names=ROWS, **kwargs)
+            for i, row in enumerate(ROWS):
+                own = ids[i : i + 1, (mask[i] == 0).sum() :]
+                alone = self.alone(model, row, partial(model.generate, own, **kwargs))
+                assert torch.equal(got[i, 6:][: alone.shape[1] - own.shape[1]], alone[0, own.shape[1] :]), (row, kwargs)
+
+    def test_a_mixed_batch_trains_each_adapter_on_its_own_rows(self):
+        model = mixed(llama()).train()
+        rows = ["lora", "prompt", ["lora", "prefix"], "prompt"]
+        ids = torch.randint(1, tiny.VOCAB, (4, 6))
+        labels = ids.clone()
+        model.set_adapter(["lora", "prompt", "prefix"])
+        summed = torch.zeros(())
+        for i, row in enumerate(rows):
+            logits = model(ids[i : i + 1], adapter_names=[row]).logits[:, :-1]
+            summed = summed + torch.nn.functional.cross_entropy(logits[0], labels[i, 1:], reduction="sum")
+        summed.backward()
+        expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        logits = model(ids, adapter_names=rows).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").backward()
+        assert any("lora" in n for n in expected) and any("prompt_encoder.prompt." in n for n in expected)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                close(parameter.grad, expected[name], 1e-4 * float(expected[name].abs().max()) + 1e-7)
+
+    def test_the_first_label_is_for_rows_that_end_with_a_prompt(self):
+        model = mixed(llama()).train()
+        ids = torch.randint(1, tiny.VOCAB, (3, 6))
+        rows = ["prompt", "prefix", "__base__"]
+        loss = model(ids, labels=ids, adapter_names=rows).loss
+        total, count = 0.0, 0
+        for i, row in enumerate(rows):
+            n = 6 if row == "prompt" else 5
+            total += n * model(ids[i : i + 1], labels=ids[i : i + 1], adapter_names=[row]).loss
+            count += n
+        close(loss, total / count)
+
+    def test_active_adapters_of_several_methods(self):
+        model = mixed(llama())
+        ids = tiny.inputs()["input_ids"]
+        model.set_adapter(["lora", "prefix", "prompt"])
+        close(model(ids).logits, model(ids, adapter_names=[["prompt", "prefix", "lora"]] * 3).logits)
+        assert model.active_adapters == ["lora", "prefix", "prompt"]
+
+
+class TestServing:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_hotswap(self, method, tmp_path):
+        a, b = (ours(llama(), method, seed) for seed in (1, 2))
+        for name, model in (("a", a), ("b", b)):
+            model.save_pretrained(tmp_path / name)
+        serving = fp.PeftModel.from_pretrained(llama(), tmp_path / "a")
+        ids = tiny.inputs()["input_ids"]
+        serving(ids)
+        parameter = serving.prompt_encoder["default"].embedding.weight
+        serving.hotswap_adapter(tmp_path / "b")
+        assert serving.prompt_encoder["default"].embedding.weight is parameter
+        expected = load_file(tmp_path / "b" / "adapter_model.safetensors")["prompt_embeddings"]
+        assert torch.equal(parameter, expected)
+        swapped = serving(ids).logits
+        serving.load_adapter(tmp_path / "b", "fresh")
+        serving.set_adapter("fresh")
+        assert torch.equal(serving(ids).logits, swapped)
+
+    def test_a_soft_prompt_is_worked_out_once(self, tmp_path, monkeypatch):
+        from pyfastpeft.integrations.prefixes import Prefixes
+
+        for name in ("a", "b"):
+            ours(llama(), "prompt", seed=len(name)).save_pretrained(tmp_path / name)
+        model = fp.PeftModel.from_pretrained(llama(), tmp_path / "a")
+        model.load_adapter(tmp_path / "b", "b")
+        counted = []
+        computed = Prefixes._computed
+        monkeypatch.setattr(Prefixes, "_computed", lambda self, *a: counted.append(1) or computed(self, *a))
+        ids = tiny.inputs()["input_ids"]
+        for name in ("default", "b", "default", "b"):
+            model.set_adapter(name)
+            model.generate(ids, max_new_tokens=3)
+            model(ids)
+        assert len(counted) == 2
+        with torch.no_grad():
+            model.prompt_encoder["b"].embedding.weight.mul_(2)
+        before = model(ids).logits
+        assert len(counted) == 3
+        model.load_adapter(tmp_path / "a", "c")
+        model.set_adapter("b")
+        close(model(ids).logits, before)
+
+    def test_a_prompt_follows_the_lora_on_its_row(self):
+        model = ours(llama(), "prompt").eval()
+        model.add_adapter("lora", fp.LoraConfig())
+        model.set_adapter(["default", "lora"], inference_mode=True)
+        ids = tiny.inputs()["input_ids"]
+        before = model(ids).logits
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        after = model(ids).logits
+        assert not torch.allclose(before, after)
+        names = [["default", "lora"]] * len(ids)
+        close(model(ids, adapter_names=names).logits, after)
+
+    def test_parameters_that_train_may_be_written_past_autograd(self):
+        model = ours(llama(), "prompt").eval()
+        ids = tiny.inputs()["input_ids"]
+        with torch.no_grad():
+            before = model(ids).logits
+            model.prompt_encoder["default"].embedding.weight.data.mul_(3)
+            assert not torch.allclose(model(ids).logits, before)
+
+    def test_disable_delete_and_unload_leave_the_model_as_it_was(self):
+        base = llama()
+        ids = tiny.inputs()["input_ids"]
+        plain = base(ids).logits
+        model = fp.get_peft_model(base, config(fp, "prefix"))
+        model.add_adapter("b", config(fp, "ptuning"))
+        with model.disable_adapter():
+            close(model(ids).logits, plain)
+        model.delete_adapter("default")
+        assert model.active_adapter == "b"
+        model.delete_adapter("b")
+        close(model(ids).logits, plain)
+        assert base.config._attn_implementation == "sdpa"
+        assert not any("_prefix" in vars(m) for m in base.modules())
+        assert not list(model.prompt_encoder.parameters())
+        model.add_adapter("c", config(fp, "prefix"))
+        model.set_adapter("c")
+        assert not torch.allclose(model(ids).logits, plain, atol=1e-3)
+        assert model.unload() is base
+        assert torch.equal(base(ids).logits, plain)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_on_a_4_bit_base_in_bf16(self, method):
+        base = tiny.quantized(tiny.make(dtype=torch.bfloat16))
+        own = ours(base, method).train()
+        dense = fp.get_peft_model(tiny.dequantized(base).float(), config(fp, method))
+        dense.prompt_encoder["default"].load_state_dict(own.prompt_encoder["default"].state_dict())
+        x = tiny.inputs()
+        loss, expected = own(**x).loss, dense.train()(**x).loss
+        assert loss.item() == pytest.approx(expected.item(), abs=3e-2)
+        loss.backward()
+        expected.backward()
+        for a, b in zip(own.prompt_encoder.parameters(), dense.prompt_encoder.parameters(), strict=True):
+            assert a.dtype == torch.float32
+            assert (a.grad - b.grad).norm() <= 0.1 * b.grad.norm()
+        assert own.eval().generate(x["input_ids"], max_new_tokens=4).shape == (3, 10)
+
+    def test_a_copy_is_a_model_of_its_own(self):
+        model = ours(llama(), "prompt").eval()
+        ids = tiny.inputs()["input_ids"]
+        expected = model(ids).logits
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight.zero_()
+        close(copied(ids).logits, expected)
+        assert not torch.allclose(model(ids).logits, expected, atol=1e-4)
+
+
+class TestDeepPrompts:
+    def test_vectors_go_through_each_layers_own_norm_and_projections(self):
+        base = llama()
+        own = ours(base, "deep").eval()
+        layers = base.config.num_hidden_layers
+        vectors = own.prompt_encoder["default"].embedding.weight.view(P, layers, -1)
+        vectors.data.normal_()
+        decoder = own.get_base_model().model
+        cos, sin = decoder.rotary_emb(vectors, torch.arange(P)[None])
+        names = own.base_model.tuner_of("default").prefixes
+        got = names.export(("default",))
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        for i, layer in enumerate(decoder.layers):
+            x = layer.input_layernorm(vectors[None, :, i])
+            k, v = (p(x).view(1, P, -1, 8).transpose(1, 2) for p in (layer.self_attn.k_proj, layer.self_attn.v_proj))
+            close(got[2 * i], apply_rotary_pos_emb(k, k, cos, sin)[1][0])
+            close(got[2 * i + 1], v[0])
+
+    @pytest.mark.parametrize("prefix", [False, True])
+    def test_first_values_are_those_of_a_text(self, prefix):
+        base = tiny_llama().eval()
+        tokenizer = tiny_tokenizer()
+        text = "a text"
+        kwargs = {"num_virtual_tokens": len(text), "prefix_init_text": text, "tokenizer_name_or_path": tokenizer}
+        deep = fp.DeepPromptConfig(**kwargs, prefix=prefix)
+        ids = torch.tensor(tokenizer(text)["input_ids"])
+        tail = torch.randint(0, 256, (1, 4))
+        expected = base(torch.cat([ids[None], tail], 1)).logits[:, len(ids) :]
+        close(fp.get_peft_model(copy.deepcopy(base), deep).eval()(tail).logits, expected)
+        plain = fp.PrefixTuningConfig(**kwargs)
+        close(fp.get_peft_model(copy.deepcopy(base), plain).eval()(tail).logits, expected)
+
+    def test_prefix_dropout_is_for_training(self):
+        base = llama()
+        own = fp.get_peft_model(base, fp.DeepPromptConfig(**_SHARED, prefix_dropout=0.5))
+        ids = tiny.inputs()["input_ids"]
+        assert torch.equal(own.eval()(ids).logits, own(ids).logits)
+        own.train()
+        assert not torch.equal(own(ids).logits, own(ids).logits)
+
+    def test_a_classification_head_trains_along(self, tmp_path):
+        from transformers import LlamaConfig, LlamaForSequenceClassification
+
+        base = LlamaForSequenceClassification(LlamaConfig(**tiny._LLAMA, num_labels=3)).eval()
+        own = fp.get_peft_model(copy.deepcopy(base), fp.DeepPromptConfig(num_virtual_tokens=P, task_type="SEQ_CLS"))
+        x = {"input_ids": torch.randint(1, tiny.VOCAB, (3, 6)), "labels": torch.tensor([0, 1, 2])}
+        optimizer = torch.optim.SGD([p for p in own.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(3):
+            own.train()(**x).loss.backward()
+            optimizer.step()
+        own.save_pretrained(tmp_path)
+        assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+            "prompt_embeddings",
+            "base_model.score.weight",
+        }
+        read = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        close(read(x["input_ids"]).logits, own.eval()(x["input_ids"]).logits)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("number", [0, -1, True, 2.5, None])
+    def test_no_virtual_tokens(self, number):
+        with pytest.raises(ValueError, match=r"num_virtual_tokens is .*must be an integer of at least 1"):
+            fp.PromptTuningConfig(num_virtual_tokens=number)
+
+    @pytest.mark.parametrize("method", ["prompt", "prefix"])
+    def test_more_than_the_context(self, method):
+        base = tiny.make("gpt2")
+        with pytest.raises(ValueError, match=r"num_virtual_tokens is 64; .* context of 64 tokens"):
+            fp.get_peft_model(base, config(fp, method, num_virtual_tokens=64))
+
+    def test_heads_that_do_not_divide(self):
+        with pytest.raises(ValueError, match="num_attention_heads is 3, must be 2"):
+            fp.get_peft_model(llama(), fp.PrefixTuningConfig(num_virtual_tokens=P, num_attention_heads=3))
+
+    def test_a_prefix_of_another_model(self, tmp_path):
+        ours(tiny.make("gpt2"), "prefix").save_pretrained(tmp_path)
+        base = llama()
+        message = "num_layers is 2, must be 2, num_attention_heads is 4, must be 2, token_dim is 32, must be 16"
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        with pytest.raises(ValueError, match="of another model: num_layers is 2, must be 3"):
+            fp.PeftModel.from_pretrained(
+                LlamaForCausalLM(LlamaConfig(**tiny._LLAMA | {"num_hidden_layers": 3})), tmp_path
+            )
+        own = ours(base, "prefix", seed=3)
+        values = {k: t.clone() for k, t in fp.get_peft_model_state_dict(own).items()}
+        values["prompt_embeddings"] = values["prompt_embeddings"][:, :-8]
+        with pytest.raises(ValueError, match=r"prompt_embeddings has shape \(5, 56\); it must be \(5, 64\)"):
+            own.hotswap_adapter(values)
+        settings = json.loads((tmp_path / "adapter_config.json").read_text()) | {"token_dim": 40}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=message.replace("is 32", "is 40")):
+            fp.PeftModel.from_pretrained(llama(), tmp_path)
+
+    def test_names_of_rows(self):
+        model = mixed(llama())
+        ids = tiny.inputs()["input_ids"]
+        with pytest.raises(ValueError, match="adapter_names has 2 names; the batch has 3 rows"):
+            model(ids, adapter_names=["prefix", "prompt"])
+        with pytest.raises(ValueError, match=r"adapter_names holds \['other'\]"):
+            model(ids, adapter_names=["prefix", ["prompt", "other"], "lora"])
+
+    @pytest.mark.parametrize("shape", [(3, 11), (3, 5), (2, 6)])
+    def test_a_mask_of_the_wrong_shape(self, shape):
+        with pytest.raises(ValueError, match=r"attention_mask has shape .* it must be \(3, 6\)"):
+            ours(llama(), "prompt")(tiny.inputs()["input_ids"], attention_mask=torch.ones(shape))
+
+    def test_a_model_that_is_no_transformers_model(self):
+        with pytest.raises(ValueError, match="no causal model of transformers"):
+            fp.get_peft_model(torch.nn.Linear(2, 2), config(fp, "prefix"))
+
+    def test_attention_exchanged_afterwards(self):
+        model = ours(llama(), "prefix")
+        model.get_base_model().set_attn_implementation("sdpa")
+        with pytest.raises(ValueError, match="attention was changed to 'sdpa'"):
+            model(tiny.inputs()["input_ids"])
+
+    def test_merging(self):
+        model = mixed(llama())
+        model.set_adapter(["lora", "prefix"])
+        with pytest.raises(ValueError, match="'prefix' is PREFIX_TUNING, which cannot be merged"):
+            model.merge_and_unload()
+        model.merge_adapter(["lora"])
+
+    def test_an_unknown_choice(self):
+        with pytest.raises(ValueError, match="prompt_tuning_init is 'x'"):
+            fp.PromptTuningConfig(num_virtual_tokens=P, prompt_tuning_init="x")
+        with pytest.raises(ValueError, match="tokenizer_name_or_path is None; prompt_tuning_init 'TEXT' needs it"):
+            fp.PromptTuningConfig(num_virtual_tokens=P, prompt_tuning_init="TEXT", prompt_tuning_init_text="a")
+        with pytest.raises(ValueError, match="encoder_reparameterization_type is 'x'"):
+            fp.PromptEncoderConfig(num_virtual_tokens=P, encoder_reparameterization_type="x")
+        with pytest.raises(ValueError, match="prefix_init is 'x'"):
+            fp.PrefixTuningConfig(num_virtual_tokens=P, prefix_init="x")
+        with pytest.raises(ValueError, match="prefix_init_text is given"):
+            fp.PrefixTuningConfig(num_virtual_tokens=P, prefix_init_text="x")
+        with pytest.raises(ValueError, match="prefix_dropout is 1"):
+            fp.DeepPromptConfig(num_virtual_tokens=P, prefix_dropout=1)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_an_error_leaves_the_model_as_it_was(self, method, tmp_path):
+        ours(llama(), method).save_pretrained(tmp_path)
+        (Path(tmp_path) / "adapter_model.safetensors").write_bytes(b"damaged")
+        base = llama()
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+            fp.PeftModel.from_pretrained(base, tmp_path)
+        assert base.config._attn_implementation == "sdpa"
+        assert all(p.requires_grad for p in base.parameters())
