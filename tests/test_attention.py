@@ -418,6 +418,19 @@ def test_a_prefix_under_caps_and_sinks(name):
         assert near(got, by_hand(plain, prefixes, ids, mask))
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(1, 6), (6, 6), (3, 8)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_the_operator_leaves_to_others_sees_the_same_keys(queries, keys, causal):
+    _, model = pair()
+    layer = layers_of(model)[0]
+    hold(model, [tuple(torch.randn(1, 2, LENGTH, 8) for _ in range(2)) for _ in layers_of(model)])
+    q, k, v = torch.randn(2, 4, queries, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
+    expected = attention.attention_forward(layer, q, k, v, None, is_causal=causal)[0]
+    asked = {"position_bias": torch.zeros(1, 4, queries, LENGTH + keys)}
+    got = attention.attention_forward(layer, q, k, v, None, is_causal=causal, **asked)[0]
+    assert near(got, expected)
+
+
 def test_a_prefix_that_cannot_be_placed_is_an_error():
     ids = torch.randint(1, VOCAB, (1, 12))
     _, sliding = pair("mistral-sliding")

@@ -272,13 +272,10 @@ def _dense(
     batch, queries = query.shape[0], query.shape[2]
     window, first = None, None
     if mask is None and (causal or prefix is not None):
-        # To each query as many keys as its number, or all.
-        seen = (
-            torch.arange(queries, device=key.device)
-            if causal
-            else torch.full((queries,), key.shape[2], device=key.device)
-        )
-        mask = (torch.arange(key.shape[2], device=key.device) <= seen.unsqueeze(1))[None, None]
+        # The last keys are the queries' own.
+        place = torch.arange(key.shape[2], device=key.device)
+        seen = place[key.shape[2] - queries :] if causal else place[-1:].expand(queries)
+        mask = (place <= seen.unsqueeze(1))[None, None]
     elif mask is not None and mask.dtype == torch.int32:
         window, first = mask.shape[2], mask[:, :, :1].amin(-1, keepdim=True)
         mask = _spread(mask, queries)
