@@ -11,7 +11,9 @@ import math
 import os
 import platform
 import random
+import resource
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -150,6 +152,14 @@ def last_level_cache() -> int:
         text = file.read_text().strip()
         sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
     return max(sizes)
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # there ru_maxrss begins with what the parent process held when it started this one
+        return round(int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def installed(package: str) -> bool:

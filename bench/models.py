@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .registry import DTYPES
+
 SIZES = {
     "135m": {
         "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -55,10 +57,10 @@ def _smollm2() -> nn.Module:
         return _random("135m")
 
 
-def load_dense(folder: str) -> nn.Module:
+def load_dense(folder: str, dtype: str = "bf16") -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
 
 
 def load_ours(folder: str) -> nn.Module:

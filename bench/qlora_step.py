@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -57,7 +56,7 @@ def child(args: argparse.Namespace) -> None:
     step = stepper(args.child, args.folder, args.batch, args.length)
     for _ in range(2):
         step()
-    print(json.dumps({"peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}))
+    print(json.dumps({"peak_mb": harness.peak_mb()}))
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict:

@@ -193,6 +193,14 @@ def test_qlora_step_trains_every_contender_to_the_same_loss(tmp_path):
     assert all(row["peak_mb"] > 0 for row in contenders.values())
 
 
+def test_soft_prompts_are_timed_beside_peft_and_switched(tmp_path):
+    options = ["--model", "tiny", "--bases", "nf4", "--methods", "ptuning,ptuning-v2", "--batch", "2", "--length", "8"]
+    result = run_bench("soft_prompts", tmp_path, *options, "--rounds", "1", "--threads", "1")["result"]
+    assert [(r["base"], r["method"]) for r in result["steps"]] == [("nf4", "ptuning"), ("nf4", "ptuning-v2")]
+    assert all(r["ours"]["us"] > 0 and r["peft"]["peak_mb"] > 0 and r["speedup"] > 0 for r in result["steps"])
+    assert [r["method"] for r in result["switches"]] == ["ptuning", "ptuning-v2"]
+
+
 def test_hotswap_reports_every_way_to_exchange_an_adapter(tmp_path):
     rows = run_bench("hotswap", tmp_path, "--model", "tiny", "--rounds", "1")["rows"]
     assert {"ours: set_adapter, r = 8 on q, v", "ours: hotswap from memory, r = 16 on all"} <= set(rows)

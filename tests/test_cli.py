@@ -93,6 +93,8 @@ def test_info_reports_the_kernels_in_use(capsys):
         [*TRAIN, "--method", "dora"],
         [*TRAIN, "--method", "bottleneck", "--r", "4"],
         [*TRAIN, "--method", "lora", "--placement", "pfeiffer"],
+        [*TRAIN, "--method", "ptuning", "--init-text", "text"],
+        [*TRAIN, "--method", "ptuning-v2", "--projection"],
         [*TRAIN, "--method", "qlora", "--full-precision"],
         ["quantize", "m", "o", "--quant-type", "int3"],
         ["generate", "--model", "m", "--adapter", "no-separator"],
@@ -123,6 +125,9 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         (["train", "--model", model_folder, "--data", "none.jsonl", "--output", output], "none.jsonl"),
         ([*train, "--r", "0"], "r is 0"),
         ([*train, "--target-modules", "q_prj"], "q_proj"),
+        ([*train, "--method", "prompt", "--virtual-tokens", "0"], "num_virtual_tokens is 0"),
+        ([*train, "--method", "prefix", "--init", "zero", "--init-text", "a"], "it needs --init text"),
+        ([*train, "--method", "bottleneck", "--reduction-factor", "0"], "reduction_factor is 0"),
         ([*train, "--resume"], "no checkpoint"),
         ([*train, "--max-length", "4"], "row 1"),
         (["generate", "--model", model_folder, "--adapter", f"a={tmp_path}", "--prompt", "p"], "adapter_config.json"),
@@ -196,6 +201,29 @@ def test_an_option_of_another_method_is_refused_by_name(capsys):
     assert code == 2 and "--r does not go with --method bottleneck; it is an option of qlora, lora" in err
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "fields"),
+    [
+        ("prompt", [], {"prompt_tuning_init": "TEXT", "num_virtual_tokens": 20}),
+        ("prompt", ["--init", "vocab", "--virtual-tokens", "5"], {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+        ("prompt", ["--init-text", "Speak"], {"prompt_tuning_init_text": "Speak"}),
+        ("ptuning", ["--encoder", "lstm", "--encoder-hidden-size", "8"], {"encoder_reparameterization_type": "LSTM"}),
+        ("prefix", ["--projection", "--encoder-hidden-size", "8"], {"prefix_projection": True}),
+        ("prefix", ["--init", "zero"], {"prefix_projection": False}),
+        ("ptuning-v2", ["--init", "random"], {"peft_type": "DEEP_PROMPT_TUNING"}),
+        ("bottleneck", ["--placement", "pfeiffer", "--activation", "relu"], {"placement": "pfeiffer"}),
+        ("bottleneck", ["--full-precision", "--reduction-factor", "8"], {"reduction_factor": 8}),
+        ("lora", ["--dropout", "0.1", "--alpha", "4"], {"lora_dropout": 0.1, "lora_alpha": 4}),
+    ],
+    ids=str,
+)
+def test_options_reach_the_configuration(capsys, tmp_path, model_folder, data_file, method, options, fields):
+    arguments = ["--model", model_folder, "--data", data_file, "--output", str(tmp_path), "--method", method]
+    run_json(capsys, "train", *arguments, "--max-steps", "1", "--batch-size", "1", *options)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {key: config[key] for key in fields} == fields
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_answers_and_loads(capsys, tmp_path, model_folder, data_file, method):
     output = str(tmp_path / "adapter")
@@ -208,8 +236,10 @@ def test_every_method_trains_answers_and_loads(capsys, tmp_path, model_folder, d
     assert run_json(capsys, "generate", *options)["answers"][0]["adapter"] == "a"
 
 
-def test_train_resumes_from_its_checkpoint(capsys, tmp_path, model_folder, data_file):
+@pytest.mark.parametrize("method", ["qlora", "ptuning", "prefix", "bottleneck"])
+def test_train_resumes_from_its_checkpoint(capsys, tmp_path, model_folder, data_file, method):
     arguments = ["train", "--model", model_folder, "--data", data_file, "--batch-size", "4", "--save-steps", "2"]
+    arguments += ["--method", method]
     whole = run_json(capsys, *arguments, "--output", str(tmp_path / "whole"), "--epochs", "2")
     run_json(capsys, *arguments, "--output", str(tmp_path / "cut"), "--epochs", "2", "--max-steps", "4")
     (tmp_path / "cut" / "checkpoint-4").rename(tmp_path / "checkpoint-4")

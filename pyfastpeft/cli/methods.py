@@ -17,7 +17,7 @@ class Method(NamedTuple):
 
     Attributes:
         about: what it is, in a few words.
-        config: makes the configuration from the values of ``options``.
+        config: makes the configuration, from the tokenizer and the values of ``options``.
         learning_rate: the default.
         options: command-line option (without dashes) → its default; any other method's option is refused.
         quantized: whether the base model is brought to 4 bits; None: unless --full-precision is given.
@@ -30,25 +30,102 @@ class Method(NamedTuple):
     quantized: bool | None = None
 
 
-def _lora(r: int, alpha: float | None, dropout: float, target_modules: list[str] | None) -> PeftConfig:
+def _lora(tokenizer: Any, r: int, alpha: float | None, dropout: float, target_modules: list[str] | None) -> PeftConfig:
     from .. import LoraConfig
 
     targets = "all-linear" if target_modules == ["all-linear"] else target_modules
     return LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
 
 
-def _bottleneck(**options: Any) -> PeftConfig:
+def _prompt(tokenizer: Any, virtual_tokens: int, init: str, init_text: str | None) -> PeftConfig:
+    from .. import PromptTuningConfig
+
+    init = {"vocab": "SAMPLE_VOCAB"}.get(init, init.upper())
+    start = _start("prompt_tuning_init", init, init_text, tokenizer)
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens, **start)
+
+
+def _ptuning(tokenizer: Any, virtual_tokens: int, encoder: str, encoder_hidden_size: int | None) -> PeftConfig:
+    from .. import PromptEncoderConfig
+
+    return PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=virtual_tokens,
+        encoder_reparameterization_type=encoder.upper(),
+        encoder_hidden_size=encoder_hidden_size,
+    )
+
+
+def _ptuning_v2(tokenizer: Any, virtual_tokens: int, init: str, init_text: str | None) -> PeftConfig:
+    from .. import DeepPromptConfig
+
+    start = _start("prefix_init", init, init_text, tokenizer)
+    return DeepPromptConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens, **start)
+
+
+def _prefix(
+    tokenizer: Any,
+    virtual_tokens: int,
+    init: str | None,
+    init_text: str | None,
+    projection: bool,
+    encoder_hidden_size: int | None,
+) -> PeftConfig:
+    from .. import PrefixTuningConfig
+
+    start = _start("prefix_init", init or ("random" if projection else "text"), init_text, tokenizer)
+    return PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=virtual_tokens,
+        prefix_projection=projection,
+        encoder_hidden_size=encoder_hidden_size,
+        **start,
+    )
+
+
+def _start(field: str, init: str, text: str | None, tokenizer: Any) -> dict[str, Any]:
+    """The fields of a configuration that say what a soft prompt starts from."""
+    if init.lower() == "text":
+        return {field: init, f"{field}_text": text or _TEXT, "tokenizer_name_or_path": tokenizer}
+    if text is not None:
+        raise ValueError(f"--init-text is given, and the adapter starts from {init.lower()}; it needs --init text")
+    return {field: init}
+
+
+def _bottleneck(tokenizer: Any, **options: Any) -> PeftConfig:
     from .. import BottleneckConfig
 
     return BottleneckConfig(task_type="CAUSAL_LM", **options)
 
 
 _LORA = {"r": 8, "alpha": None, "dropout": 0.0, "target_modules": None}
+_TEXT = "Answer the question with the facts that belong to it, exactly and in the form that was learned."
 METHODS: dict[str, Method] = {
-    "qlora": Method("LoRA over a 4-bit base", _lora, 2e-4, _LORA, True),
-    "lora": Method("LoRA over full precision", _lora, 2e-4, _LORA, False),
+    "qlora": Method("LoRA over a 4-bit base", _lora, 3e-3, _LORA, True),
+    "lora": Method("LoRA over full precision", _lora, 3e-3, _LORA, False),
+    "prompt": Method(
+        "vectors before the text", _prompt, 5e-2, {"virtual_tokens": 20, "init": "text", "init_text": None}
+    ),
+    "ptuning": Method(
+        "the same, from an encoder",
+        _ptuning,
+        1e-2,
+        {"virtual_tokens": 20, "encoder": "mlp", "encoder_hidden_size": None},
+    ),
+    "ptuning-v2": Method(
+        "vectors before every layer",
+        _ptuning_v2,
+        2e-2,
+        {"virtual_tokens": 20, "init": "text", "init_text": None},
+    ),
+    "prefix": Method(
+        "keys and values of every layer",
+        _prefix,
+        2e-2,
+        {"virtual_tokens": 20, "init": None, "init_text": None, "projection": False, "encoder_hidden_size": None},
+    ),
     "bottleneck": Method(
-        "adapters after attention and feed-forward",
+        "small networks after attention and feed-forward",
         _bottleneck,
         1e-3,
         {"placement": "houlsby", "reduction_factor": 16, "activation": "gelu", "target_modules": None},
@@ -70,6 +147,15 @@ _OPTIONS: dict[str, _Option] = {
         "layers to adapt, or all-linear; bottleneck: the projections that end a sublayer",
         {"nargs": "+", "metavar": "NAME"},
     ),
+    "virtual_tokens": _Option("how many", {"type": int}),
+    "init": _Option(
+        "what the model makes of a text, random numbers, zeros, or (prompt) tokens of the vocabulary",
+        {"choices": ("text", "random", "zero", "vocab")},
+    ),
+    "init_text": _Option("that text", {}),
+    "encoder": _Option("kind", {"choices": ("mlp", "lstm")}),
+    "encoder_hidden_size": _Option("of the encoder or projection; the model's width if not given", {"type": int}),
+    "projection": _Option("let an MLP make keys and values", {"action": "store_const", "const": True}),
     "placement": _Option(
         "after attention and feed-forward, or feed-forward alone", {"choices": ("houlsby", "pfeiffer")}
     ),
@@ -104,8 +190,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag(option), help=f"{text} ({owners})", **keywords)
 
 
-def chosen(args: argparse.Namespace) -> tuple[Method, PeftConfig, bool]:
-    """The method, its configuration, and whether the base model is in 4 bits.
+def chosen(args: argparse.Namespace) -> tuple[Method, dict[str, Any], bool]:
+    """The method, the values of its options, and whether the base model is in 4 bits.
 
     Ends the command (``args.error``) where an option does not go with the method.
     """
@@ -118,4 +204,4 @@ def chosen(args: argparse.Namespace) -> tuple[Method, PeftConfig, bool]:
     if args.full_precision and method.quantized:
         args.error(f"--full-precision does not go with --method {args.method}, {method.about}")
     quantized = not args.full_precision if method.quantized is None else method.quantized
-    return method, method.config(**method.options | given), quantized
+    return method, method.options | given, quantized

@@ -52,13 +52,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .examine import examine
     from .progress import TrainingProgress
 
-    method, config, quantized = chosen(args)
+    method, options, quantized = chosen(args)
     read_rows(args.data)  # a fault in the data shows before the model is loaded
     questions = read_rows(args.test) if args.test else []
     base, tokenizer = load_model(args, quantized)
     dataset = load_dataset(args.data, tokenizer, args.max_length)
     set_seed(args.seed)  # the adapter's initial values are part of the run
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, method.config(tokenizer, **options))
     trainable, total = model.get_nb_trainable_parameters()
     progress = TrainingProgress(console, "training")
     try:
