@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
@@ -32,7 +31,7 @@ from ..nn.lora import stamp_of
 from ..nn.prompt_encoder import SoftPrompt
 from . import attention
 
-_OFF = object()
+OFF = object()
 """``bank.run`` while a soft prompt itself is worked out: no prefix."""
 
 
@@ -66,14 +65,15 @@ class KeyValueShape(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A soft prompt: its parameters, what they are, and the dropout on its keys and values in training."""
+    """A soft prompt: its parameters, what they are, how many tokens, and the dropout on keys and values in training."""
 
     module: SoftPrompt
     form: Form
+    count: int
     dropout: float = 0.0
 
 
-class _Values(NamedTuple):
+class Values(NamedTuple):
     """What a soft prompt, or several, come to.
 
     Attributes:
@@ -97,7 +97,7 @@ class _Run:
     Attributes:
         layers: the layers' prefixes.
         shift: where the text starts: a number, or one a row [batch, 1].
-        last: as in :class:`_Values`, [batch or 1, 1, hidden].
+        last: as in :class:`Values`, [batch or 1, 1, hidden].
     """
 
     def __init__(self, layers: list[Prefix], shift: int | Tensor, last: Tensor | None) -> None:
@@ -114,7 +114,7 @@ class _LayerPrefix:
         """The prefix of ``batch`` rows in the forward that is running."""
         bank = self.prefixes.bank
         run = bank.run
-        if run is _OFF:
+        if run is OFF:
             return None
         if run is None:
             if bank.mode is None and any(name in self.prefixes.sources for name in bank.active):
@@ -139,6 +139,7 @@ class Prefixes:
     """The soft prompts of one causal model.
 
     Attributes:
+        seq2seq: whether the model is an encoder–decoder.
         sources: adapter name → soft prompt.
         attentions: each layer's attention module.
         shape: of the keys and values.
@@ -147,27 +148,30 @@ class Prefixes:
         ValueError: soft prompts do not apply to the model; says why.
     """
 
+    ATTENTION = attention.NAME
+
     def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
         self.model, self.bank = model, bank
+        self.seq2seq = bool(model.config.is_encoder_decoder)
         self.sources: dict[str, Source] = {}
-        if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
-            raise ValueError(f"a {type(model).__name__} is no causal model of transformers; soft prompts need one")
-        self.decoder = model.get_decoder()
-        self.attentions, self._blocks = _attentions(self.decoder)
-        if not all(getattr(module, "is_causal", True) for module in self.attentions):
-            raise ValueError(f"the attention of a {type(model).__name__} is not causal; soft prompts need one that is")
-        self.shape = KeyValueShape.of(self.decoder.config)
-        self._parameters = tuple(inspect.signature(type(self.decoder).forward).parameters)[1:]
-        if "position_ids" not in self._parameters:
-            raise ValueError(
-                f"a {type(model).__name__} takes no position_ids, so no text can stand after a soft prompt in it"
-            )
-        self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
+        self._find()
         self._checkpointing = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles: list[Any] = []
         self._collecting: Any = None
         self._asked = _Asked()
-        self._attention_before: str | None = None
+        self._attention_before: str = ""
+
+    def _find(self) -> None:
+        """Find out what there is in the model."""
+        self.decoder = self.model.get_decoder()
+        self.attentions, self._blocks = _attentions(self.decoder)
+        self.shape = KeyValueShape.of(self.decoder.config)
+        self._parameters = tuple(inspect.signature(type(self.decoder).forward).parameters)[1:]
+        if "position_ids" not in self._parameters:
+            raise ValueError(
+                f"a {type(self.model).__name__} takes no position_ids, so no text can stand after a soft prompt in it"
+            )
+        self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
 
     # In the model and out of it.
 
@@ -178,18 +182,10 @@ class Prefixes:
 
     def remove(self, name: str) -> None:
         if self.sources.pop(name, None) is not None and not self.sources:
-            self.uninstall()
+            self._uninstall()
 
     def _install(self) -> None:
-        before = self.model.config._attn_implementation
-        if before != attention.NAME:
-            if not self.model._can_set_attn_implementation():
-                raise ValueError(
-                    f"the attention of a {type(self.model).__name__} cannot be exchanged through transformers' "
-                    "interface, so it cannot take a prefix"
-                )
-            self.model.set_attn_implementation(attention.NAME)
-            self._attention_before = before
+        self._attention_before = self._set_attention()
         for i, module in enumerate(self.attentions):
             vars(module)["_prefix"] = _LayerPrefix(self, i)
         self._handles = [
@@ -203,31 +199,41 @@ class Prefixes:
                 self.model.register_forward_hook(self._after_loss, always_call=True),
             ]
 
+    def _set_attention(self, name: str | None = None) -> str:
+        """Let the model use that attention (default: one that knows prefixes). Returns which it used before."""
+        name, before = name or self.ATTENTION, self.model.config._attn_implementation
+        if before != name:
+            if not self.model._can_set_attn_implementation():
+                raise ValueError(
+                    f"the attention of a {type(self.model).__name__} cannot be exchanged through transformers' "
+                    "interface, so it cannot take a prefix"
+                )
+            self.model.set_attn_implementation(name)
+        return before
+
     def uninstall(self) -> None:
         """Leave the model as it was."""
+        self.sources.clear()
+        if self._handles:
+            self._uninstall()
+
+    def _uninstall(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.sources.clear()
         for module in self.attentions:
             vars(module).pop("_prefix", None)
-        if self._attention_before is not None:
-            self.model.set_attn_implementation(self._attention_before)
-            self._attention_before = None
+        self._set_attention(self._attention_before)
 
     # Around every forward of the decoder.
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if self.bank.run is _OFF:
+        if self.bank.run is OFF:
             return None
         rows = self._rows
         if not any(name in self.sources for names in rows for name in names):
             return None
-        if self.model.config._attn_implementation != attention.NAME:
-            raise ValueError(
-                f"the attention was changed to {self.model.config._attn_implementation!r}, which knows no prefix; soft "
-                f"prompts need {attention.NAME!r}"
-            )
+        self._check_attention()
         kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
         inputs = kwargs.get("inputs_embeds")
         inputs = kwargs["input_ids"] if inputs is None else inputs
@@ -236,13 +242,19 @@ class Prefixes:
         past = 0 if cache is None else int(cache.get_seq_length())
         self.bank.run = run = self._run(rows, batch, past > 0)
         kwargs["position_ids"] = self._positions(kwargs, inputs, length, past) + run.shift
-        if any(_reentrant(m) for m in self._checkpointing) and decoder.training and torch.is_grad_enabled():
-            self._collect(run)
+        self._collect(run)
         return (), kwargs
+
+    def _check_attention(self) -> None:
+        if self.model.config._attn_implementation != self.ATTENTION:
+            raise ValueError(
+                f"the attention was changed to {self.model.config._attn_implementation!r}, which knows no prefix; soft "
+                f"prompts need {self.ATTENTION!r}"
+            )
 
     def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
         run = self.bank.run
-        if run is _OFF:
+        if run is OFF:
             return None
         self.bank.run = None
         if self._collecting is not None:
@@ -260,7 +272,7 @@ class Prefixes:
     def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         labels, rows = kwargs.get("labels"), self._rows
         self._asked.first = False
-        if self.bank.run is _OFF or not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) % len(rows):
+        if self.bank.run is OFF or not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) % len(rows):
             return None
         last = [next((n for n in reversed(names) if n in self.sources), None) for names in rows]
         ends = torch.tensor([n is not None and self.sources[n].form is Form.EMBEDDINGS for n in last])
@@ -330,7 +342,7 @@ class Prefixes:
         return run
 
     @staticmethod
-    def _stacked(values: list[_Values], index: list[int], batch: int) -> _Run:
+    def _stacked(values: list[Values], index: list[int], batch: int) -> _Run:
         lengths = [v.tensors[0].shape[2] for v in values]
         longest, device = max(lengths), values[0].tensors[0].device
         if len(values) == 1:
@@ -351,7 +363,7 @@ class Prefixes:
         shift = torch.tensor([*lengths, 0], device=device)[slot].unsqueeze(1)
         return _Run([Prefix(k, v, slot, slot_lengths) for k, v in pairs], shift, None if last is None else last[slot])
 
-    def _of_row(self, names: tuple[str, ...], decoding: bool) -> _Values:
+    def _of_row(self, names: tuple[str, ...], decoding: bool) -> Values:
         """For a row that uses ``names``. Several soft prompts lie one after the other, each as it is alone."""
         others = tuple(n for n in names if n not in self.sources)
         parts = [self._of_prompt(n, others, decoding) for n in names if n in self.sources]
@@ -361,12 +373,12 @@ class Prefixes:
         if held is not None and all(map(operator.is_, held[0], parts)):
             return held[1]
         tensors = zip(*(part.tensors for part in parts), strict=True)
-        joined = _Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
+        joined = Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
         if not joined.records:
             self.bank.kept["joined", names] = (parts, joined)
         return joined
 
-    def _of_prompt(self, name: str, others: tuple[str, ...], decoding: bool) -> _Values:
+    def _of_prompt(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
         source = self.sources[name]
         parameters = list(source.module.parameters())
         if source.form is Form.KEYS_VALUES:
@@ -385,32 +397,36 @@ class Prefixes:
         self.bank.kept[name, others] = (stamp, values)
         return values
 
-    def _work_out(self, source: Source, others: tuple[str, ...]) -> _Values:
+    def _work_out(self, source: Source, others: tuple[str, ...]) -> Values:
         rows = self.bank.mode and Rows((others,), others)
         vectors = source.module().to(self.model.get_input_embeddings().weight.dtype)
         if source.form is Form.KEYS_VALUES:
             layers, heads, dim = self.shape
             tensors = vectors.view(len(vectors), 2 * layers, 1, heads, dim).permute(1, 2, 3, 0, 4)
-            values = _Values(list(tensors.contiguous().unbind(0)), None)
+            values = Values(self._in_layers(list(tensors.contiguous().unbind(0))), None)
         elif source.form is Form.EMBEDDINGS:
             values = self._computed(vectors, rows)
         else:
             inputs = vectors.view(len(vectors), len(self._blocks), -1).unbind(1)
-            values = _Values(self._computed(inputs[0], rows, inputs).tensors, None)
+            values = Values(self._computed(inputs[0], rows, inputs).tensors, None)
         if source.dropout and self.decoder.training:
             values = values._replace(tensors=[F.dropout(t, source.dropout) for t in values.tensors])
         return values
 
-    def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> _Values:
+    def _in_layers(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Keys and values as the layers read them, from those of a file."""
+        return tensors
+
+    def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
         cache = DynamicCache()
         positions = torch.arange(len(embeddings), device=embeddings.device)
         handles = [
-            block.register_forward_pre_hook(partial(_replaced, x.unsqueeze(0)))
+            block.register_forward_pre_hook(partial(replaced, x.unsqueeze(0)))
             for block, x in zip(self._blocks, layer_inputs, strict=False)
         ]
         try:
-            with self.bank.using(rows), self.bank.running(_OFF), _without(self._checkpointing):
+            with self.bank.using(rows), self.bank.running(OFF), without_checkpointing(self._checkpointing):
                 output = self.decoder(
                     inputs_embeds=embeddings.unsqueeze(0),
                     position_ids=positions.unsqueeze(0),
@@ -420,7 +436,7 @@ class Prefixes:
         finally:
             for handle in handles:
                 handle.remove()
-        return _Values([t for layer in cache.layers for t in (layer.keys, layer.values)], output[0][:, -1])
+        return Values([t for layer in cache.layers for t in (layer.keys, layer.values)], output[0][:, -1])
 
     def keys_values(self, ids: Tensor) -> Tensor:
         """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
@@ -454,6 +470,8 @@ class Prefixes:
 
     def _collect(self, run: _Run) -> None:
         """Give layers copies that end their graphs; once all have run back, the sums go on from the prefixes."""
+        if not (any(map(_reentrant, self._checkpointing)) and self.decoder.training and torch.is_grad_enabled()):
+            return
         values = [t for prefix in run.layers for t in (prefix.k, prefix.v)]
         if not any(t.requires_grad for t in values):
             return
@@ -463,7 +481,7 @@ class Prefixes:
         ]
         # The embedding's output is upstream of every layer, so its backward comes last; and it must require a gradient
         # for these checkpoints to record anything.
-        embedding = self.model.get_input_embeddings()
+        embedding = self.decoder.get_input_embeddings()
         self._collecting = embedding.register_forward_hook(lambda m, a, x: _Collect.apply(x, leaves, *values))
 
 
@@ -492,12 +510,12 @@ def _with_item(output: Any, name: str, index: int, value: Any) -> Any:
     return output
 
 
-def _replaced(x: Tensor, module: nn.Module, args: tuple) -> tuple:
+def replaced(x: Tensor, module: nn.Module, args: tuple) -> tuple:
     return (x, *args[1:])
 
 
 @contextmanager
-def _without(checkpointing: list[nn.Module]) -> Iterator[None]:
+def without_checkpointing(checkpointing: list[nn.Module]) -> Iterator[None]:
     on = [m for m in checkpointing if m.gradient_checkpointing]
     for module in on:
         module.gradient_checkpointing = False

@@ -70,6 +70,8 @@ class DeepPromptConfig(SoftPromptConfig):
         return self.prefix_dropout
 
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
+        if prefixes.seq2seq:
+            raise ValueError(f"P-Tuning v2 does not apply to an encoder–decoder, and a {type(model).__name__} is one")
         if self.prefix:
             layers, heads, dim = prefixes.shape
             self._expect(num_layers=layers, num_attention_heads=heads, token_dim=heads * dim)

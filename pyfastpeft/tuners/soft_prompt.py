@@ -64,6 +64,13 @@ class SoftPromptConfig(PeftConfig):
         """What the virtual tokens are to the model."""
 
     @property
+    def at_embedding(self) -> bool:
+        """Whether the virtual tokens are put in at the embedding alone."""
+        from ..integrations.prefixes import Form
+
+        return self.form() is Form.EMBEDDINGS
+
+    @property
     @abstractmethod
     def width(self) -> int:
         """Of one row of ``prompt_embeddings``."""
@@ -134,14 +141,13 @@ class SoftPromptTuner(Tuner):
     def prefixes(self) -> Prefixes:
         """How the virtual tokens reach this model."""
         if self._prefixes is None:
-            from ..integrations.prefixes import Prefixes
+            from ..integrations.bidirectional import prefixes_of
 
-            self._prefixes = Prefixes(self.model, self.bank)
+            self._prefixes = prefixes_of(self.model, self.bank)
         return self._prefixes
 
     def resolved(self, config: SoftPromptConfig) -> SoftPromptConfig:
-        submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
-        config.num_transformer_submodules = config.num_transformer_submodules or submodules
+        self._resolve_submodules(config)
         config.fill(self.model, self.prefixes)
         context = getattr(self.model.config, "max_position_embeddings", None)
         if context is not None and config.num_virtual_tokens >= context:
@@ -150,6 +156,17 @@ class SoftPromptTuner(Tuner):
                 f"{context} tokens, of which some must be left for the text"
             )
         return config
+
+    def _resolve_submodules(self, config: SoftPromptConfig) -> None:
+        """An encoder–decoder has two, of which those that classify use one."""
+        kind, seq2seq = type(self.model).__name__, self.prefixes.seq2seq
+        if config.task_type == TaskType.SEQ_2_SEQ_LM and not seq2seq:
+            raise ValueError(f"task_type is 'SEQ_2_SEQ_LM', but a {kind} is no encoder–decoder")
+        both = seq2seq and (config.task_type in (None, TaskType.SEQ_2_SEQ_LM) or not config.at_embedding)
+        asked = config.num_transformer_submodules = config.num_transformer_submodules or 1 + both
+        allowed = (1, 2) if seq2seq and config.at_embedding else (1 + seq2seq,)
+        if asked not in allowed:
+            raise ValueError(f"num_transformer_submodules is {asked}; for a {kind} it must be {allowed[-1]}")
 
     def expected(
         self, config: SoftPromptConfig, strict: bool, values: Mapping[str, Tensor] | None
@@ -180,7 +197,7 @@ class SoftPromptTuner(Tuner):
             config.initialize(module, self.model, self.prefixes)
         # In float32 whatever the model is in, as in PEFT.
         module = module.to(self.model.get_input_embeddings().weight.device).train(self.model.training)
-        self.prefixes.add(name, Source(module, config.form(), config.dropout))
+        self.prefixes.add(name, Source(module, config.form(), config.num_virtual_tokens, config.dropout))
         self.bank.prompts[name] = module
         self.bank.forget()
 

@@ -1,0 +1,349 @@
+"""Soft prompts in encoders and encoder–decoders.
+
+Vectors at the embedding go in front of each row's own tokens (:mod:`.prompt_tokens`); in an encoder–decoder in front of
+the encoder's. Keys and values are seen by an encoder's self-attention, and in an encoder–decoder by the decoder's. As
+in PEFT they take the first positions and the row's tokens follow: learned positions move up, and T5's relative bias
+covers the prefix.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from ..adapters import NO_ROWS, AdapterBank, Rows
+from . import attention
+from .forwards import ModuleForward
+from .prefixes import OFF, Form, KeyValueShape, Prefixes, Source, Values, replaced, without_checkpointing
+from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
+
+Room = Callable[[int], "tuple[int, Tensor | None] | None"]
+"""For a batch of so many rows: the length of the prefix, and int64 [batch] where a row has less of it than that; None:
+there is none."""
+
+
+def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
+    """The soft prompts of ``model``.
+
+    Raises:
+        ValueError: soft prompts do not apply to the model; says why.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"a {type(model).__name__} is no model of transformers; soft prompts need one")
+    causal = not model.config.is_encoder_decoder and all(m.is_causal for m in _attentions(model.get_decoder()))
+    return (Prefixes if causal else BidirectionalPrefixes)(model, bank)
+
+
+def _attentions(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(vars(m).get("is_causal"), bool)]
+
+
+def by_row(make: Callable[[int], Tensor], lengths: Tensor) -> Tensor:
+    """[batch, …]: ``make(length)`` [batch or 1, …] for each row's own length."""
+    different, which = lengths.unique(return_inverse=True)
+    made = [make(length) for length in different.tolist()]
+    made = [m.expand(len(lengths), *m.shape[1:]) for m in made]
+    return torch.stack(made)[which, torch.arange(len(lengths), device=lengths.device)]
+
+
+class MovedPositions(ModuleForward):
+    """Of a module that embeds positions: those of the tokens start behind the prefix."""
+
+    _STARTS = ("cache_length", "past_key_values_length")
+
+    def __init__(self, module: nn.Module, room: Room) -> None:
+        super().__init__(module)
+        self.room = room
+        self._signature = inspect.signature(type(module).forward.__get__(module))
+        self._start = next((n for n in self._STARTS if n in self._signature.parameters), None)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        names = inspect.signature(type(module).forward).parameters
+        return any(n in names for n in (*cls._STARTS, "position_ids"))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        named = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        inputs = next(v for n, v in named.items() if n.startswith("input") and v is not None)
+        batch, tokens = (inputs.shape if isinstance(inputs, Tensor) else inputs)[:2]
+        room = self.room(batch)
+        if room is None:
+            return self.own(*args, **kwargs)
+        length, lengths = room
+        if lengths is None:
+            return self._behind(length, named, tokens)
+        return by_row(lambda length: self._behind(length, named, tokens), lengths)
+
+    def _behind(self, length: int, named: dict[str, Any], tokens: int) -> Tensor:
+        positions = named.get("position_ids")
+        count = getattr(self.module, "create_position_ids_from_inputs_embeds", None)
+        if positions is None and count is not None and named.get("input_ids") is None:
+            positions = count(named["inputs_embeds"], self.module.padding_idx)  # RoBERTa forgets the start here
+        if positions is not None:
+            return self.own(**named | {"position_ids": positions + length})
+        if self._start is not None:
+            return self.own(**named | {self._start: named.get(self._start, 0) + length})
+        device = next(self.module.parameters()).device
+        return self.own(**named | {"position_ids": torch.arange(length, length + tokens, device=device).unsqueeze(0)})
+
+
+class _Call(threading.local):
+    """How many rows the calling thread's call has."""
+
+    batch = 0
+
+    def __reduce__(self) -> tuple:
+        return _Call, ()
+
+
+class RelativeBias(ModuleForward):
+    """Of an attention that adds a relative position bias (T5's): in front of the bias [batch or 1, heads, queries,
+    keys] comes the prefix's."""
+
+    def __init__(self, module: nn.Module, room: Room) -> None:
+        super().__init__(module)
+        self.room = room
+        self._call = _Call()
+        module.compute_bias = self.compute_bias
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._call.batch = len(hidden_states)
+        return self.own(hidden_states, *args, **kwargs)
+
+    def compute_bias(
+        self, query_length: int, key_length: int, device: torch.device | None = None, past_seen_tokens: int | Tensor = 0
+    ) -> Tensor:
+        compute = type(self.module).compute_bias
+        bias = compute(self.module, query_length, key_length, device, past_seen_tokens)
+        room = self.room(self._call.batch)
+        if room is None:
+            return bias
+        longest, lengths = room
+
+        def of_prefix(length: int) -> Tensor:
+            made = compute(self.module, query_length, length, device, past_seen_tokens + length)
+            return nn.functional.pad(made, (0, longest - length))
+
+        front = of_prefix(longest) if lengths is None else by_row(of_prefix, lengths)
+        return torch.cat([front, bias.expand(len(front), -1, -1, -1)], 3)
+
+
+class _Recorder(threading.local):
+    """Where the calling thread puts the keys and values that attention layers see."""
+
+    held: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
+
+
+_RECORDED = "pyfastpeft_recorded"
+_recorder = _Recorder()
+
+
+def _recorded_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The attention function that can give away what a layer's keys and values are: not every encoder fills a cache."""
+    if _recorder.held is not None:
+        _recorder.held[module] = (key, value)
+    return attention.attention_forward(module, query, key, value, *args, **kwargs)
+
+
+AttentionInterface.register(_RECORDED, _recorded_attention)
+AttentionMaskInterface.register(_RECORDED, attention.attention_mask)
+
+
+class BidirectionalPrefixes(Prefixes):
+    """The soft prompts of one model that is no plain causal decoder.
+
+    Attributes:
+        tokens: adapter name → soft prompt, of those at the embedding; all others are in ``sources``.
+    """
+
+    ATTENTION = _RECORDED
+
+    def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
+        self.tokens: dict[str, Source] = {}
+        super().__init__(model, bank)
+
+    def _find(self) -> None:
+        self.decoder = self.model.get_decoder() if self.seq2seq else self.model
+        self.attentions = [m for m in _attentions(self.decoder) if m.is_causal or not self.seq2seq]
+        paths = {m: path for path, m in self.decoder.named_modules()}
+        self._blocks = [_block_of(self.decoder, paths[m]) for m in self.attentions]
+        config = self.decoder.config
+        heads = config.get_text_config(decoder=True).num_attention_heads
+        dim = getattr(config, "d_kv", None) or config.hidden_size // heads
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        # Of an encoder–decoder PEFT counts the encoder's layers.
+        self.shape = KeyValueShape(getattr(self.model.config, "num_hidden_layers", layers), heads, dim)
+        if len(self.attentions) != layers:
+            raise ValueError(
+                f"a {type(self.decoder).__name__} has attention in {len(self.attentions)} of its {layers} layers; soft "
+                "prompts need it in every layer"
+            )
+        self._biased = [m for m in self.attentions if getattr(m, "has_relative_attention_bias", False)]
+        named = (
+            m for n, m in self.decoder.named_modules() if n.rpartition(".")[2] in ("embed_positions", "embeddings")
+        )
+        self._places = [m for m in named if MovedPositions.fits(m)]
+
+    def _slots(self) -> list[int]:
+        """For each layer which one's keys and values of a file it reads.
+
+        PEFT lays out those of an encoder–decoder in fours and uses the first two of each.
+        """
+        step = 2 if self.seq2seq else 1
+        return [step * i % self.shape.layers for i in range(len(self.attentions))]
+
+    # In the model and out of it.
+
+    def add(self, name: str, source: Source) -> None:
+        if source.form is not Form.EMBEDDINGS:
+            super().add(name, source)
+            return
+        if not self.tokens:
+            self._install_tokens()
+        self.tokens[name] = source
+
+    def remove(self, name: str) -> None:
+        if self.tokens.pop(name, None) is None:
+            super().remove(name)
+        elif not self.tokens:
+            self._uninstall_tokens()
+
+    def uninstall(self) -> None:
+        super().uninstall()
+        self.tokens.clear()
+        self._uninstall_tokens()
+
+    def _install(self) -> None:
+        if not self.attentions or not (self._biased or self._places):
+            raise ValueError(f"how a {type(self.model).__name__} places its tokens is not known, so it takes no prefix")
+        super()._install()
+        for module in self._biased:
+            module.forward = RelativeBias(module, self._room)
+        for module in self._places:
+            module.forward = MovedPositions(module, self._room)
+
+    def _uninstall(self) -> None:
+        super()._uninstall()
+        for module in (*self._biased, *self._places):
+            for name in ("forward", "compute_bias"):
+                vars(module).pop(name, None)
+
+    def _ends(self) -> dict[nn.Module, type]:
+        if self.seq2seq:
+            return {self.model.get_encoder(): EncoderForward, self.decoder: DecoderForward}
+        return {self.model: EncoderModelForward}
+
+    def _install_tokens(self) -> None:
+        for module in self._ends():
+            if "inputs_embeds" not in inspect.signature(type(module).forward).parameters:
+                raise ValueError(f"a {type(module).__name__} takes no inputs_embeds, so no soft prompt can go in front")
+        for module, forward in self._ends().items():
+            module.forward = forward(module, self._tokens)
+
+    def _uninstall_tokens(self) -> None:
+        for module in self._ends():
+            vars(module).pop("forward", None)
+
+    # Tokens.
+
+    def _tokens(self, batch: int) -> Tokens | None:
+        """What goes in front of ``batch`` rows at the embedding."""
+        rows = self._rows
+        if self.bank.run is OFF or not any(name in self.tokens for names in rows for name in names):
+            return None
+        slots: dict[tuple[str, ...], int] = {}
+        index = []
+        for names in rows:
+            own = tuple(name for name in names if name in self.tokens)
+            index.append(slots.setdefault(own, len(slots)) if own else -1)
+        vectors = [torch.cat([self._vectors(name) for name in names]) for names in slots]
+        if not any(index):
+            return Tokens(vectors[0].unsqueeze(0))
+        lengths = torch.tensor([len(v) for v in vectors], device=vectors[0].device)
+        slot = torch.tensor(index, device=lengths.device).repeat_interleave(batch // len(index))
+        return Tokens(pad_sequence(vectors, batch_first=True), slot, lengths)
+
+    def _vectors(self, name: str) -> Tensor:
+        source = self.tokens[name]
+        return source.module()[: source.count]  # a second part is for the decoder, and PEFT does not use it
+
+    # Keys and values.
+
+    def _before_loss(self, *_: Any) -> None:
+        """No label is learned at a prompt."""
+
+    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        rows = self._rows
+        if self.bank.run is OFF or not any(name in self.sources for names in rows for name in names):
+            return
+        self._check_attention()
+        inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
+        batch = next(len(x) for x in inputs if x is not None)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        self.bank.run = self._run(rows, batch, cache is not None and int(cache.get_seq_length()) > 0)
+        self._collect(self.bank.run)
+
+    def _room(self, batch: int) -> tuple[int, Tensor | None] | None:
+        run = self.bank.run
+        if run is None or run is OFF:
+            return None
+        length = run.layers[0].k.shape[2]
+        if not isinstance(run.shift, Tensor):
+            return length, None
+        return length, run.shift.squeeze(1)
+
+    def _in_layers(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[2 * slot + i] for slot in self._slots() for i in (0, 1)]
+
+    def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
+        handles = [
+            block.register_forward_pre_hook(partial(replaced, x.unsqueeze(0)))
+            for block, x in zip(self._blocks, layer_inputs, strict=False)
+        ]
+        stack = self.decoder if self.seq2seq else self.model.base_model
+        attention_before = self._set_attention()
+        _recorder.held = held = {}
+        try:
+            with self.bank.using(rows), self.bank.running(OFF), without_checkpointing(self._checkpointing):
+                stack(inputs_embeds=embeddings.unsqueeze(0), use_cache=False)
+        finally:
+            _recorder.held = None
+            self._set_attention(attention_before)
+            for handle in handles:
+                handle.remove()
+        return Values([t for module in self.attentions for t in held[module]], None)
+
+    def export(self, names: tuple[str, ...]) -> list[Tensor]:
+        at_embedding = [name for name in names if name in self.tokens]
+        if at_embedding:
+            raise ValueError(
+                f"adapter {at_embedding[0]!r} is a prompt at the embedding of a {type(self.model).__name__}, where its "
+                "keys and values depend on the text; there is no prefix to export"
+            )
+        return super().export(names)
+
+    def keys_values(self, ids: Tensor) -> Tensor:
+        """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
+        with torch.no_grad():
+            made = self._computed(self.decoder.get_input_embeddings()(ids), NO_ROWS).tensors
+        slots = self._slots()
+        # What no layer reads is as of the layer of that number.
+        readers = [slots.index(i) if i in slots else min(i, len(slots) - 1) for i in range(self.shape.layers)]
+        return torch.cat([made[2 * r + i] for r in readers for i in (0, 1)]).permute(2, 0, 1, 3).flatten(1)
+
+
+def _block_of(stack: nn.Module, path: str) -> nn.Module:
+    """The layer of ``stack`` that the module at ``path`` is in: the outermost member of a list."""
+    parts = path.split(".")
+    end = next(i for i, part in enumerate(parts) if part.isdigit())
+    return stack.get_submodule(".".join(parts[: end + 1]))

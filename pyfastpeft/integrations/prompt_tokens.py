@@ -1,0 +1,213 @@
+"""Soft prompts as tokens: for models whose tokens see those that follow them (encoders, encoder–decoders).
+
+There a prompt's hidden states depend on the row, so no keys and values can stand for it; its vectors run in front of
+each row's own tokens, as in PEFT. Two things are different. A row is laid out as its prompt, its tokens from the first
+visible one on, and then, hidden, what is left: so rows with prompts of different lengths, and rows padded on the left,
+come out as each would alone. And outputs have one entry a real token, none for the prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .forwards import ModuleForward
+
+
+class Tokens(NamedTuple):
+    """What goes in front of the rows of a batch.
+
+    ``vectors`` are [slots, length, dim]; ``index`` [batch] int64 names each row's slot (-1: none), None the first slot
+    for all; ``lengths`` [slots] int64 where slots are padded at the end.
+    """
+
+    vectors: Tensor
+    index: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def of_rows(self, batch: int) -> Tensor:
+        """[batch, length, dim]."""
+        if self.index is None:
+            return self.vectors[:1].expand(batch, -1, -1)
+        return self.vectors[self.index.clamp(min=0)]
+
+    def length_of_rows(self, batch: int) -> Tensor:
+        """[batch] int64."""
+        device = self.vectors.device
+        index = torch.zeros(batch, dtype=torch.int64, device=device) if self.index is None else self.index
+        if self.lengths is None:
+            lengths = torch.full_like(index, self.vectors.shape[1])
+        else:
+            lengths = self.lengths[index.clamp(min=0)]
+        return lengths.masked_fill(index < 0, 0)
+
+
+Source = Callable[[int], Tokens | None]
+"""The tokens for a batch of so many rows; None: none in any row."""
+
+
+class Layout:
+    """Where the prompt's and the row's own tokens go.
+
+    Args:
+        tokens: the prompts.
+        batch, length: of the rows' own tokens.
+        mask: [batch, length], nonzero where visible; None: all are.
+    """
+
+    def __init__(self, tokens: Tokens, batch: int, length: int, mask: Tensor | None) -> None:
+        if mask is not None and mask.shape != (batch, length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; with a soft prompt it must be [batch, tokens], "
+                f"{(batch, length)}"
+            )
+        self.room, self.length = tokens.vectors.shape[1], length
+        self.plain = tokens.index is None and tokens.lengths is None
+        hidden = mask is not None and (torch.compiler.is_compiling() or not bool(mask[:, :1].all()))
+        if self.plain and not hidden:
+            self.mask = None if mask is None else torch.cat([mask.new_ones(batch, self.room), mask], 1)
+            return
+        self.plain = False
+        device = tokens.vectors.device
+        mask = torch.ones(batch, length, dtype=torch.int64, device=device) if mask is None else mask
+        prompt = torch.arange(self.room, device=device) < tokens.length_of_rows(batch).unsqueeze(1)
+        first = (mask != 0).to(torch.int64).argmax(1, keepdim=True)
+        own = torch.arange(length, device=device) >= first
+        last = torch.cat([~prompt, ~own], 1)
+        # Everything keeps its order, but what is hidden at the front goes to the end.
+        self.take = last.to(torch.uint8).argsort(dim=1, stable=True)
+        self.place = self.take.argsort(dim=1)[:, self.room :]
+        self.mask = torch.cat([prompt.to(mask.dtype), mask], 1).gather(1, self.take)
+
+    def insert(self, prompt: Tensor, own: Tensor) -> Tensor:
+        """[batch, prompt + own, …] from the two."""
+        both = torch.cat([prompt, own], 1)
+        return both if self.plain else both.gather(1, _like(self.take, both))
+
+    def own(self, both: Tensor) -> Tensor:
+        """The entries of the rows' own tokens, in their order."""
+        return both[:, self.room :] if self.plain else both.gather(1, _like(self.place, both))
+
+    def where(self, positions: Tensor) -> Tensor:
+        """Where the row's own tokens at ``positions`` [batch] are; what is none goes beyond the end."""
+        if self.plain:
+            moved = positions + self.room
+        else:
+            moved = self.place.gather(1, positions.clamp(0, self.length - 1).unsqueeze(1)).squeeze(1)
+        none = (positions < 0) | (positions >= self.length)
+        return moved.masked_fill(none, self.room + self.length)
+
+
+def _like(index: Tensor, values: Tensor) -> Tensor:
+    index = index.view(*index.shape, *[1] * (values.dim() - 2))
+    return index.expand(-1, -1, *values.shape[2:])
+
+
+class _Prompted(ModuleForward):
+    """A forward that knows its arguments by name, and shows its class's signature to those who inspect it."""
+
+    def __init__(self, module: nn.Module, source: Source) -> None:
+        super().__init__(module)
+        self.source = source
+        bound = type(module).forward.__get__(module)
+        self.__signature__ = inspect.signature(bound)
+        self._rest = next((p.name for p in self.__signature__.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        named = dict(self.__signature__.bind_partial(*args, **kwargs).arguments)
+        return named | named.pop(self._rest, {})
+
+
+def _with_prompt(module: nn.Module, source: Source, named: dict[str, Any]) -> Layout | None:
+    """Put the prompts into the arguments ``named`` of ``module``; None where no row has one."""
+    embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
+    given = ids if embeds is None else embeds
+    if given is None:
+        return None
+    batch, length = given.shape[:2]
+    tokens = source(batch)
+    if tokens is None:
+        return None
+    layout = Layout(tokens, batch, length, named.get("attention_mask"))
+    embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
+    named["input_ids"] = None
+    named["inputs_embeds"] = layout.insert(tokens.of_rows(batch).to(embeds.dtype), embeds)
+    named["attention_mask"] = layout.mask
+    if named.get("token_type_ids") is not None:
+        types = named["token_type_ids"].expand(batch, length)
+        named["token_type_ids"] = layout.insert(types.new_zeros(batch, layout.room), types)
+    if named.get("position_ids") is not None:
+        warnings.warn("position_ids are ignored: with a soft prompt in front, positions are counted anew", stacklevel=4)
+        named["position_ids"] = None
+    return layout
+
+
+class EncoderModelForward(_Prompted):
+    """Of a whole model that is an encoder, with or without a head."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = self.named(args, kwargs)
+        layout = _with_prompt(self.module, self.source, named)
+        if layout is None:
+            return self.own(*args, **kwargs)
+        self._move_labels(named, layout)
+        return self._own_tokens(self.own(**named), layout)
+
+    def _move_labels(self, named: dict[str, Any], layout: Layout) -> None:
+        labels = named.get("labels")
+        batch = len(named["inputs_embeds"])
+        if labels is not None and labels.shape == (batch, layout.length) and not labels.is_floating_point():
+            named["labels"] = layout.insert(labels.new_full((batch, layout.room), -100), labels)
+        for name in ("start_positions", "end_positions"):
+            if named.get(name) is not None:
+                named[name] = layout.where(named[name].view(batch))
+
+    def _own_tokens(self, output: Any, layout: Layout) -> Any:
+        """``output`` without the entries of the prompt."""
+        if isinstance(output, Tensor):
+            every = layout.room + layout.length
+            of_tokens = output.dim() == 3 and output.shape[1] == every
+            return layout.own(output) if of_tokens else output
+        if isinstance(output, Mapping):
+            for name, value in output.items():
+                if name in ("start_logits", "end_logits"):
+                    output[name] = layout.own(value)
+                elif value is not None:
+                    output[name] = self._own_tokens(value, layout)
+            return output
+        if isinstance(output, tuple):
+            return tuple(self._own_tokens(value, layout) for value in output)
+        return output
+
+
+class EncoderForward(_Prompted):
+    """Of the encoder of an encoder–decoder: its output has the prompt's entries, which the decoder sees."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = self.named(args, kwargs)
+        if _with_prompt(self.module, self.source, named) is None:
+            return self.own(*args, **kwargs)
+        return self.own(**named)
+
+
+class DecoderForward(_Prompted):
+    """Of the decoder that sees such an encoder's output: widens the mask of what it sees.
+
+    The encoder's output says whether the prompt is in it: it may have been computed before.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = self.named(args, kwargs)
+        seen, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
+        tokens = None if seen is None else self.source(len(seen))
+        if tokens is None:
+            return self.own(*args, **kwargs)
+        length = seen.shape[1] - tokens.vectors.shape[1]
+        if mask is None or (mask.dim() == 2 and mask.shape[1] == length):
+            named["encoder_attention_mask"] = Layout(tokens, len(seen), length, mask).mask
+        return self.own(**named)

@@ -1,0 +1,524 @@
+"""Soft prompts on encoders, on encoder–decoders and under task heads: the numbers and the files of real peft."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import architectures as tiny
+import peft
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+from torch import nn
+
+import pyfastpeft as fp
+
+N = 3  # virtual tokens
+_BERT = tiny._BERT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_BART = {
+    "vocab_size": tiny.VOCAB,
+    "d_model": 32,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "scale_embedding": True,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_LLAMA, _GPT2 = tiny._LLAMA, tiny._GPT2
+_T5 = tiny._T5 | {"num_layers": 4, "num_decoder_layers": 4, "decoder_start_token_id": 0, "pad_token_id": 0}
+_HEAD = {"num_labels": 3}
+MODELS = {
+    "bert SEQ_CLS": lambda: tf.BertForSequenceClassification(tf.BertConfig(**_BERT, **_HEAD)),
+    "bert TOKEN_CLS": lambda: tf.BertForTokenClassification(tf.BertConfig(**_BERT, **_HEAD)),
+    "bert QUESTION_ANS": lambda: tf.BertForQuestionAnswering(tf.BertConfig(**_BERT)),
+    "bert FEATURE_EXTRACTION": lambda: tf.BertModel(tf.BertConfig(**_BERT)),
+    "roberta SEQ_CLS": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**_BERT, **_HEAD)),
+    "t5 SEQ_2_SEQ_LM": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)),
+    "bart SEQ_2_SEQ_LM": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_BART)),
+}
+HEADS = {
+    "llama SEQ_CLS": lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**_LLAMA, **_HEAD)),
+    "llama TOKEN_CLS": lambda: tf.LlamaForTokenClassification(tf.LlamaConfig(**_LLAMA, **_HEAD)),
+    "gpt2 SEQ_CLS": lambda: tf.GPT2ForSequenceClassification(tf.GPT2Config(**_GPT2, **_HEAD)),
+    "gpt2 TOKEN_CLS": lambda: tf.GPT2ForTokenClassification(tf.GPT2Config(**_GPT2, **_HEAD)),
+}
+SEQ2SEQ = [name for name in MODELS if "SEQ_2_SEQ" in name]
+ENCODERS = [name for name in MODELS if name not in SEQ2SEQ]
+TOKEN_METHODS = {
+    "prompt": ("PromptTuningConfig", {}),
+    "ptuning": ("PromptEncoderConfig", {"encoder_hidden_size": 16}),
+    "ptuning_lstm": (
+        "PromptEncoderConfig",
+        {"encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM", "encoder_num_layers": 1},
+    ),
+}
+PREFIX_METHODS = {
+    "prefix": ("PrefixTuningConfig", {}),
+    "prefix_projection": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
+}
+METHODS = TOKEN_METHODS | PREFIX_METHODS
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def make(name: str) -> nn.Module:
+    model = (MODELS | HEADS)[name]().eval()
+    if not name.startswith("t5"):
+        for parameter in model.parameters():
+            parameter.data.mul_(3)  # so that attention attends
+    return model
+
+
+def task_of(name: str) -> str:
+    return name.split()[1]
+
+
+def config(library, name: str, method: str, **kwargs):
+    kind, own = METHODS[method]
+    if library is fp and kind == "PrefixTuningConfig":
+        own = own | {"prefix_init": "random"}
+    return getattr(library, kind)(task_type=task_of(name), num_virtual_tokens=N, **own, **kwargs)
+
+
+def pair(name: str, method: str, seed: int):
+    """The same new adapter, here and in peft, from the same random state."""
+    base, models = make(name), []
+    for library in (fp, peft):
+        torch.manual_seed(seed)
+        models.append(library.get_peft_model(copy.deepcopy(base), config(library, name, method)).eval())
+    return models
+
+
+def batch_of(name: str, pad: str | None = "right") -> dict[str, torch.Tensor]:
+    """Two rows of 6 and 4 tokens."""
+    ids = torch.randint(3, tiny.VOCAB, (2, 6))
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    if pad == "right":
+        mask[1, 4:] = 0
+    elif pad == "left":
+        mask[1, :2] = 0
+    ids = torch.where(mask.bool(), ids, 1 if name.startswith(("bart", "roberta")) else 0)
+    own = {
+        "SEQ_CLS": lambda: {"labels": torch.tensor([0, 2])},
+        "TOKEN_CLS": lambda: {"labels": torch.randint(0, 3, (2, 6)).masked_fill(mask == 0, -100)},
+        "QUESTION_ANS": lambda: {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])},
+        "FEATURE_EXTRACTION": dict,
+        "SEQ_2_SEQ_LM": lambda: {"labels": torch.randint(3, tiny.VOCAB, (2, 5))},
+    }
+    return {"input_ids": ids, "attention_mask": mask, **own[task_of(name)]()}
+
+
+def for_peft(name: str, method: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """peft counts the virtual tokens of an encoder in labels and positions; here only real tokens count."""
+    batch = dict(batch)
+    if method in TOKEN_METHODS and task_of(name) == "TOKEN_CLS":
+        labels = batch["labels"]
+        batch["labels"] = torch.cat([labels.new_full((len(labels), N), -100), labels], 1)
+    for key in ("start_positions", "end_positions"):
+        if method in TOKEN_METHODS and key in batch:
+            batch[key] = batch[key] + N
+    return batch
+
+
+def outputs_of(output, length: int) -> dict[str, torch.Tensor]:
+    names = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+    held = {k: output[k] for k in names if k in output}
+    return {k: v[:, -length:] if v.dim() > 1 and v.shape[1] == length + N else v for k, v in held.items()}
+
+
+def loss_of(output) -> torch.Tensor:
+    if output.get("loss") is not None:
+        return output.loss
+    return sum((v * torch.linspace(-1, 1, v.shape[-1])).sum() for v in outputs_of(output, 6).values())
+
+
+def assert_same_outputs(a, b, length: int = 6) -> None:
+    a, b = outputs_of(a, length), outputs_of(b, length)
+    assert a and a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], rtol=0, atol=1e-5 * max(1.0, b[key].abs().max().item()), msg=key)
+
+
+def trained(model) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def pef_works(name: str, method: str) -> bool:
+    """Whether peft can run this at all (transformers 5.24)."""
+    return method in TOKEN_METHODS or task_of(name) in ("FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")
+
+
+CASES = [(n, m) for n in MODELS for m in METHODS if pef_works(n, m)]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+class TestLikePeft:
+    def test_outputs_and_gradients_are_those_of_peft(self, name, method, seed):
+        ours, theirs = pair(name, method, seed)
+        own, others = trained(ours), trained(theirs)
+        assert [p.shape for p in own.values()] == [p.shape for p in others.values()]
+        for (a, p), (b, q) in zip(own.items(), others.items(), strict=True):
+            assert torch.equal(p, q), (a, b)
+        batch = batch_of(name)
+        a, b = ours(**batch), theirs(**for_peft(name, method, batch))
+        assert_same_outputs(a, b)
+        loss_of(a).backward()
+        loss_of(b).backward()
+        for (key, p), q in zip(own.items(), others.values(), strict=True):
+            if q.grad is None:
+                assert p.grad is None or not p.grad.any(), key
+            else:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4 * q.grad.abs().max().item(), msg=key)
+
+    def test_training_gives_the_loss_curve_of_peft(self, name, method, seed):
+        if task_of(name) == "FEATURE_EXTRACTION":
+            pytest.skip("has no loss of its own")
+        ours, theirs = pair(name, method, seed)
+        batch = batch_of(name)
+        curves = [tiny.loss_curve(m.train(), b) for m, b in ((ours, batch), (theirs, for_peft(name, method, batch)))]
+        assert curves[0][-1] < curves[0][0]
+        torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
+
+    def test_folders_load_in_both_directions_bit_for_bit(self, name, method, seed, tmp_path):
+        base = make(name)
+        ours, theirs = pair(name, method, seed)
+        for model in (ours, theirs):
+            for parameter in trained(model).values():
+                parameter.data.add_(torch.randn_like(parameter) / 3)
+        for model, folder in ((ours, tmp_path / "ours"), (theirs, tmp_path / "theirs")):
+            model.save_pretrained(folder)
+        files = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+        assert {k: v.shape for k, v in files[0].items()} == {k: v.shape for k, v in files[1].items()}
+        configs = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+        for key in ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules", "task_type"):
+            assert configs[0][key] == configs[1][key], key
+        batch = batch_of(name)
+        for source, held in (("ours", files[0]), ("theirs", files[1])):
+            a = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / source)
+            b = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / source).eval()
+            for model, state in ((a, fp.get_peft_model_state_dict(a)), (b, peft.get_peft_model_state_dict(b))):
+                assert state.keys() == held.keys()
+                assert all(torch.equal(state[k], held[k]) for k in held), type(model)
+            with torch.no_grad():
+                assert_same_outputs(a(**batch), b(**for_peft(name, method, batch)))
+
+
+ALL_CASES = [(n, m) for n in MODELS for m in METHODS]
+
+
+def adapted(name: str, methods: dict[str, str], seed: int = 0):
+    """A model with one adapter a name, of that method; every one matters."""
+    torch.manual_seed(seed)
+    model = make(name)
+    for adapter, method in methods.items():
+        if isinstance(model, fp.PeftModel):
+            model.add_adapter(adapter, config(fp, name, method))
+        else:
+            model = fp.get_peft_model(model, config(fp, name, method), adapter)
+    return model.eval()
+
+
+def lone(row: int, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A row without its padding."""
+    one = {k: v[row : row + 1] for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
+    keep = one.pop("attention_mask").bool()[0]
+    if one.get("labels") is not None and one["labels"].shape[1:] == keep.shape:
+        one["labels"] = one["labels"][:, keep]
+    return one | {"input_ids": one["input_ids"][:, keep]}
+
+
+@pytest.mark.parametrize(("name", "method"), [c for c in ALL_CASES if c[1] in TOKEN_METHODS or c[0].startswith("t5")])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_a_padded_batch_equals_the_rows_alone(name, method, pad):
+    model = adapted(name, {"a": method})
+    batch = batch_of(name, pad)
+    batch = {k: v for k, v in batch.items() if "positions" not in k}
+    out = outputs_of(model(**batch), 6)
+    for row in range(2):
+        one = lone(row, batch)
+        length = one["input_ids"].shape[1]
+        visible = batch["attention_mask"][row].bool()
+        for key, value in outputs_of(model(**one), length).items():
+            expected = out[key][row]
+            if task_of(name) != "SEQ_2_SEQ_LM" and expected.shape[:1] == visible.shape and key != "pooler_output":
+                expected = expected[visible]
+            torch.testing.assert_close(value[0], expected, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+class TestGenerate:
+    KWARGS = (
+        {},
+        {"num_beams": 3},
+        {"do_sample": True},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+    )
+
+    def greedy(self, model, batch, new: int = 6) -> torch.Tensor:
+        """The tokens by one forward each: peft's own generate loses a prefix with transformers 5.24's caches."""
+        config = model.get_base_model().config
+        out = torch.full((len(batch["input_ids"]), 1), config.decoder_start_token_id)
+        for _ in range(new):
+            logits = model(**batch, decoder_input_ids=out).logits[:, -1]
+            logits[:, config.eos_token_id] = -torch.inf
+            out = torch.cat([out, logits.argmax(-1, keepdim=True)], 1)
+        return out
+
+    @pytest.mark.parametrize("method", TOKEN_METHODS)
+    def test_prompts_generate_what_peft_generates(self, name, method, seed):
+        models = pair(name, method, seed)
+        batch = batch_of(name)
+        del batch["labels"]
+        for kwargs in self.KWARGS:
+            told = []
+            for model in models:
+                torch.manual_seed(seed)
+                told.append(model.generate(**batch, max_new_tokens=6, min_new_tokens=6, **kwargs))
+            assert torch.equal(*told), kwargs
+
+    @pytest.mark.parametrize("method", PREFIX_METHODS)
+    @torch.no_grad()
+    def test_a_prefix_generates_what_peft_computes(self, name, method, seed):
+        ours, theirs = pair(name, method, seed)
+        for model in (ours, theirs):
+            for parameter in trained(model).values():
+                torch.manual_seed(seed)
+                parameter.data.add_(torch.randn_like(parameter))
+        batch = batch_of(name)
+        del batch["labels"]
+        expected = self.greedy(theirs, batch)
+        for kwargs in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+            assert torch.equal(ours.generate(**batch, max_new_tokens=6, min_new_tokens=6, **kwargs), expected), kwargs
+        sampled = []
+        for kwargs in ({}, {"use_cache": False}):
+            torch.manual_seed(seed)
+            sampled.append(ours.generate(**batch, max_new_tokens=6, num_beams=2, do_sample=True, **kwargs))
+        assert torch.equal(*sampled)
+
+    def test_rows_generate_as_each_alone(self, name):
+        model = adapted(name, {"a": "prompt", "b": "prefix", "c": "prefix"})
+        batch = batch_of(name)
+        del batch["labels"]
+        for names in (["a", "b"], ["b", "c"], ["c", "__base__"], [["a", "b"], "a"]):
+            for kwargs in ({}, {"num_beams": 2}):
+                kwargs = kwargs | {"max_new_tokens": 5, "min_new_tokens": 5}
+                out = model.generate(**batch, adapter_names=names, **kwargs)
+                for row, one in enumerate(names):
+                    alone = model.generate(**lone(row, batch), adapter_names=[one], **kwargs)
+                    assert torch.equal(out[row], alone[0]), (names, row)
+
+
+@pytest.mark.parametrize("name", MODELS)
+class TestRows:
+    @torch.no_grad()
+    def test_each_row_equals_its_adapters_alone(self, name):
+        model = adapted(name, {"a": "prompt", "b": "ptuning", "c": "prefix", "d": "prefix_projection"})
+        model.add_adapter("long", fp.PromptTuningConfig(task_type=task_of(name), num_virtual_tokens=5))
+        model.add_adapter("lora", fp.LoraConfig(task_type=task_of(name), r=4))
+        tiny.randomize(model)
+        batch = {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in batch_of(name).items() if "positions" not in k}
+        for names in (
+            ["a", "b", "c", "__base__"],
+            ["long", "a", "d", "lora"],
+            [["a", "c"], ["lora", "long"], "b", "c"],
+        ):
+            out = outputs_of(model(**batch, adapter_names=names), 6)
+            for row, one in enumerate(names):
+                alone = {k: v[row : row + 1] for k, v in batch.items()}
+                for key, value in outputs_of(model(**alone, adapter_names=[one]), 6).items():
+                    torch.testing.assert_close(out[key][row], value[0], rtol=1e-4, atol=1e-5, msg=f"{key} {one}")
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("method", METHODS)
+    def test_disabled_and_unloaded_is_the_base_model(self, name, method):
+        base = make(name)
+        batch = batch_of(name)
+        expected = outputs_of(base(**batch), 6)
+        model = fp.get_peft_model(base, config(fp, name, method)).eval()
+        changed = outputs_of(model(**batch), 6)
+        assert any(not torch.equal(changed[k], expected[k]) for k in expected)
+        with model.disable_adapter():
+            assert_same_outputs(model(**batch), expected)
+        assert_same_outputs(model.unload()(**batch), expected)
+        assert all("forward" not in vars(m) and "_prefix" not in vars(m) for m in base.modules())
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_gradient_checkpointing_changes_nothing(self, name, method):
+        model = adapted(name, {"a": method}).train()
+        batch, gradients = batch_of(name), []
+        for reentrant in (None, False, True):
+            if reentrant is not None:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.zero_grad()
+            loss_of(model(**batch)).backward()
+            gradients.append([p.grad.clone() for p in trained(model).values() if p.grad is not None])
+        for other in gradients[1:]:
+            for a, b in zip(gradients[0], other, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("method", METHODS)
+class TestHeadsOfCausalModels:
+    def test_outputs_are_those_of_peft(self, name, method, seed):
+        ours, theirs = pair(name, method, seed)
+        if method in PREFIX_METHODS:  # peft cannot run it with transformers 5.24, but can load what it saves
+            return
+        batch = batch_of(name, pad=None)
+        assert_same_outputs(ours(**batch), theirs(**for_peft(name, method, batch)))
+
+    def test_folders_load_in_both_directions_bit_for_bit(self, name, method, seed, tmp_path):
+        ours, theirs = pair(name, method, seed)
+        held = []
+        for model, folder in ((ours, tmp_path / "ours"), (theirs, tmp_path / "theirs")):
+            model.save_pretrained(folder)
+            held.append(load_file(folder / "adapter_model.safetensors"))
+        assert held[0].keys() == held[1].keys()
+        for key, value in held[0].items():
+            torch.testing.assert_close(value, held[1][key], rtol=0, atol=1e-6, msg=key)
+        base = make(name)
+        a = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs")
+        b = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+        for state, file in ((fp.get_peft_model_state_dict(a), held[1]), (peft.get_peft_model_state_dict(b), held[0])):
+            assert all(torch.equal(state[k], file[k]) for k in file)
+
+    def test_a_padded_batch_equals_the_rows_alone(self, name, method):
+        model = adapted(name, {"a": method})
+        for pad in ("left", "right"):
+            batch = batch_of(name, pad)
+            out = model(**batch).logits
+            for row in range(2):
+                one = model(**lone(row, batch)).logits[0]
+                expected = out[row] if task_of(name) == "SEQ_CLS" else out[row][batch["attention_mask"][row].bool()]
+                torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+DEEP = {"vectors": {}, "keys and values": {"prefix": True}}
+
+
+def deep(name: str, **kwargs) -> fp.DeepPromptConfig:
+    return fp.DeepPromptConfig(task_type=task_of(name), num_virtual_tokens=N, **kwargs)
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@pytest.mark.parametrize("name", ENCODERS)
+class TestDeepPromptsOnEncoders:
+    def test_keys_and_values_are_the_layers_own(self, name, kind):
+        base = make(name)
+        vectors = fp.get_peft_model(copy.deepcopy(base), deep(name, **DEEP[kind], prefix_init="random")).eval()
+        given = fp.get_peft_model(copy.deepcopy(base), config(fp, name, "prefix")).eval()
+        made = fp.get_peft_model_state_dict(vectors)["prompt_embeddings"]
+        if kind == "vectors":
+            attentions = [m for m in base.modules() if type(m).__name__.endswith("SelfAttention")]
+            inputs = made.view(N, len(attentions), -1).unbind(1)
+            made = torch.cat([f(x) for a, x in zip(attentions, inputs, strict=True) for f in (a.key, a.value)], 1)
+        state = fp.get_peft_model_state_dict(given) | {"prompt_embeddings": made.detach()}
+        fp.set_peft_model_state_dict(given, state)
+        batch = batch_of(name)
+        assert_same_outputs(vectors(**batch), given(**batch))
+
+    def test_it_trains_with_its_head_and_is_saved_with_it(self, name, kind, tmp_path):
+        base = make(name)
+        model = fp.get_peft_model(copy.deepcopy(base), deep(name, **DEEP[kind], prefix_dropout=0.1)).train()
+        batch = batch_of(name)
+        loss = loss_of(model(**batch))
+        loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in trained(model).values())
+        if task_of(name) != "FEATURE_EXTRACTION":
+            curve = tiny.loss_curve(model, batch)
+            assert curve[-3:].mean() < curve[:3].mean()
+            assert any("modules_to_save" in key for key in trained(model))
+        model.save_pretrained(tmp_path)
+        again = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        with torch.no_grad():
+            assert_same_outputs(model.eval()(**batch), again(**batch))
+
+    def test_it_starts_from_what_the_model_makes_of_a_text(self, name, kind):
+        class Tokenizer:
+            name_or_path = "tokens"
+
+            def __call__(self, text):
+                return {"input_ids": [ord(c) % 40 + 3 for c in text]}
+
+        text = {"prefix_init_text": "abc", "tokenizer_name_or_path": Tokenizer()}
+        made = []
+        for own in ({}, {"prefix": True}):
+            model = fp.get_peft_model(make_same(name), deep(name, **own, **text)).eval()
+            made.append(outputs_of(model(**batch_same(name)), 6))
+        plain = fp.PrefixTuningConfig(task_type=task_of(name), num_virtual_tokens=N, **text)
+        made.append(outputs_of(fp.get_peft_model(make_same(name), plain).eval()(**batch_same(name)), 6))
+        for other in made[1:]:
+            for key, value in made[0].items():
+                torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-5)
+
+
+def make_same(name: str) -> nn.Module:
+    torch.manual_seed(1)
+    return make(name)
+
+
+def batch_same(name: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    return batch_of(name)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("name", "asked", "match"),
+        [
+            ("t5 SEQ_2_SEQ_LM", fp.DeepPromptConfig(num_virtual_tokens=2), "does not apply to an encoder–decoder"),
+            (
+                "bart SEQ_2_SEQ_LM",
+                fp.DeepPromptConfig(num_virtual_tokens=2, prefix=True),
+                "does not apply to an encoder–decoder",
+            ),
+            (
+                "bert SEQ_CLS",
+                fp.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_2_SEQ_LM"),
+                "task_type is 'SEQ_2_SEQ_LM', but a BertForSequenceClassification is no encoder–decoder",
+            ),
+            (
+                "t5 SEQ_2_SEQ_LM",
+                fp.PrefixTuningConfig(num_virtual_tokens=2, num_transformer_submodules=1),
+                "num_transformer_submodules is 1; for a T5ForConditionalGeneration it must be 2",
+            ),
+            (
+                "bert SEQ_CLS",
+                fp.PromptTuningConfig(num_virtual_tokens=2, num_transformer_submodules=2),
+                "num_transformer_submodules is 2; for a BertForSequenceClassification it must be 1",
+            ),
+            ("bert SEQ_CLS", fp.PrefixTuningConfig(num_virtual_tokens=2, num_layers=3), "num_layers is 3, must be 2"),
+            ("bert SEQ_CLS", fp.PromptTuningConfig(num_virtual_tokens=64), "context of 64 tokens"),
+        ],
+    )
+    def test_where_a_method_does_not_apply(self, name, asked, match):
+        model = make(name)
+        before = {n: p.requires_grad for n, p in model.named_parameters()}
+        with pytest.raises(ValueError, match=match):
+            fp.get_peft_model(model, asked)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+        assert all("forward" not in vars(m) for m in model.modules())
+
+    def test_models_that_take_no_soft_prompt(self):
+        shared = tf.AlbertModel(tf.AlbertConfig(**_BERT, embedding_size=32))
+        with pytest.raises(ValueError, match="attention in 1 of its 2 layers"):
+            fp.get_peft_model(shared, fp.PrefixTuningConfig(num_virtual_tokens=2))
+        own = tf.DebertaV2Model(tf.DebertaV2Config(**_BERT))
+        with pytest.raises(ValueError, match="DebertaV2Model"):
+            fp.get_peft_model(own, fp.PrefixTuningConfig(num_virtual_tokens=2))
+
+    def test_a_mask_of_the_wrong_shape(self):
+        model = adapted("bert SEQ_CLS", {"a": "prompt"})
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 9\).*\(2, 6\)"):
+            model(input_ids=torch.ones(2, 6, dtype=torch.int64), attention_mask=torch.ones(2, 9))
