@@ -29,6 +29,7 @@ OPERATORS = [
     "csrc/model_ops.cpp",
     "csrc/decoder_ops.cpp",
     "csrc/copy_ops.cpp",
+    "csrc/attention_ops.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/decoder.cpp",
 ]

@@ -31,6 +31,10 @@ struct F32 {
   static V::F fma(V::F acc, W w, X x) { return V::fma(w, x, acc); }
   static void store_row(Elem* dst, V::F v) { V::store(dst, v); }
   static void store_steps(Elem* dst, const V::F* columns) { V::store(dst, columns[0]); }
+  // A group's lanes side by side.
+  static void store_lanes(Elem* dst, const V::F* lanes) {
+    for (int v = 0; v < V::kGroupVecs; ++v) V::store(dst + v * V::kLanes, lanes[v]);
+  }
   // kLanes pairs of bf16, as the steps that they are, `stride` elements apart.
   static void store_pairs(Elem* dst, const uint16_t* pairs, int64_t stride) {
     V::store(dst, V::first_of_pairs(pairs));
@@ -57,6 +61,7 @@ struct BF16 {
   static V::F fma(V::F acc, W w, X x) { return V::fma_pair(acc, w, x); }
   static void store_row(Elem* dst, V::F v) { V::store_bf16(dst, v); }
   static void store_steps(Elem* dst, const V::F* columns) { V::store_pair(dst, columns[0], columns[1]); }
+  static void store_lanes(Elem* dst, const V::F* lanes) { V::store_two(dst, lanes[0], lanes[1]); }
   static void interleave(const void* even, const void* odd, Elem* dst) { V::interleave_rows(even, odd, dst); }
   static void store_pairs(Elem* dst, const uint16_t* pairs, int64_t) { copy_bytes(dst, pairs, V::kLanes * 4); }
 };
@@ -1109,13 +1114,17 @@ void dequantize(const uint8_t* codes, const float* scale, const float* zero, int
 
 #include "attention.h"
 
+#include "prefix_attention.h"
+
 Kernels make_kernels(const char* name) {
   Kernels kernels{};
   kernels.name = name;
   kernels.f32 = Algorithm<F32>::table();
 #ifdef PF_BF16
   kernels.bf16 = Algorithm<BF16>::table();
+  kernels.attention_bf16 = Attention<BF16>::table();
 #endif
+  kernels.attention_f32 = Attention<F32>::table();
   kernels.dots = dots;
   kernels.to_float = to_float;
   kernels.pack_pairs = pack_pairs;

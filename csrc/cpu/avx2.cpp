@@ -29,6 +29,8 @@ struct V {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  // x where a <= b, else y.
+  static F where_le(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
   // 2^n for n in [-127, 128] (0 and infinity at the ends), given n + 1.5 * 2^23: n is in the low bits.
   static F pow2(F shifted) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);

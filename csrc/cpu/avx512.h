@@ -22,6 +22,8 @@ struct V {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F abs(F a) { return _mm512_abs_ps(a); }
+  // x where a <= b, else y.
+  static F where_le(F a, F b, F x, F y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), y, x); }
   // 2^n for n in [-127, 128] (0 and infinity at the ends), given n + 1.5 * 2^23: n is in the low bits.
   static F pow2(F shifted) {
     const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
@@ -139,6 +141,10 @@ struct V {
     return (__m512bh)_mm512_set1_epi32(both);
   }
   static F fma_pair(F acc, Pair w, Pair x) { return _mm512_dpbf16_ps(acc, w, x); }
+  // One after the other; subnormals become zero.
+  static void store_two(uint16_t* p, F first, F second) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
   // Lane i of `even` and of `odd` side by side.
   static void store_pair(uint16_t* p, F even, F odd) {
     const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));

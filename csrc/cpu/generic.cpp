@@ -29,6 +29,8 @@ struct V {
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
   static F abs(F a) { return (F)((C)a & 0x7FFFFFFFu); }
+  // x where a <= b, else y.
+  static F where_le(F a, F b, F x, F y) { return a <= b ? x : y; }
   // 2^n for n in [-127, 128] (0 and infinity at the ends), given n + 1.5 * 2^23: n is in the low bits.
   static F pow2(F shifted) { return (F)(((C)shifted << 23) + 0x3F800000u); }
   static bool any_nan(F a) { return a[0] != a[0] || a[1] != a[1] || a[2] != a[2] || a[3] != a[3]; }

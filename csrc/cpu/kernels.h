@@ -103,6 +103,48 @@ struct AttendArgs {
   void* out;            // as q
 };
 
+struct AttentionArgs {
+  const void *q, *k, *v;  // [batch, heads, tokens, dim]; k, v [batch, kv_heads, length, dim]; dim contiguous
+  int dtype;
+  int64_t batch, heads, kv_heads, tokens, length, dim;
+  int64_t q_strides[3], k_strides[3], v_strides[3];  // of batch, heads and tokens, in elements
+  const void *prefix_k, *prefix_v;                   // [slots, kv_heads, prefix_length, dim], or null
+  int64_t slots, prefix_length;
+  int64_t prefix_k_strides[3], prefix_v_strides[3];
+  const int64_t* prefix_index;    // [batch] or null: slot 0
+  const int64_t* prefix_lengths;  // [slots] or null
+  const int32_t* positions;       // [batch, length] places of the keys, or null: the last `tokens` are the queries' own
+  bool causal;
+  int64_t window;  // 0: none
+  float scale;
+  void* out;               // [batch, heads, tokens, dim]
+  int64_t out_strides[3];  // of batch, heads and tokens
+  float* lse;              // [batch, kv_heads, tokens, heads / kv_heads] log2 of the sum of 2^(score * log2 e)
+};
+
+struct AttentionBackwardArgs {
+  AttentionArgs forward;
+  const void* dout;  // [batch, heads, tokens, dim], dim contiguous
+  int64_t dout_strides[3];
+  void *dq, *dk, *dv;            // dq as out; dk, dv [batch, length, kv_heads, dim]
+  float *prefix_dk, *prefix_dv;  // [batch, kv_heads, prefix_length, dim], of each row's own prefix
+  // Into how many units the keys of one batch row and head are split. With more than one, `dq_parts` holds chunks *
+  // part_size floats, and sum_parts makes dq of them.
+  int64_t chunks;
+  float* dq_parts;
+};
+
+// Attention with a prefix in one arithmetic.
+struct AttentionKernels {
+  int64_t (*forward_blocks)(const AttentionArgs&);
+  void (*forward)(const AttentionArgs&, int64_t unit);  // units: forward_blocks * batch * kv_heads
+  int64_t (*most_chunks)(const AttentionArgs&);
+  int64_t (*part_size)(const AttentionArgs&);
+  int64_t (*query_groups)(const AttentionArgs&);
+  void (*backward)(const AttentionBackwardArgs&, int64_t unit);   // units: chunks * batch * kv_heads
+  void (*sum_parts)(const AttentionBackwardArgs&, int64_t unit);  // units: batch * kv_heads * query_groups
+};
+
 // One arithmetic: float32 FMA, or bf16 pairs into float32.
 struct Arithmetic {
   int64_t group_lanes;  // lanes of a panel
@@ -133,7 +175,8 @@ struct Arithmetic {
 struct Kernels {
   const char* name;
   Arithmetic f32;
-  Arithmetic bf16;  // gemv null where the instruction set has no bf16 products
+  Arithmetic bf16;                                 // gemv null where the instruction set has no bf16 products
+  AttentionKernels attention_f32, attention_bf16;  // forward null where there are no bf16 products
   Int8 int8;
   // s[m, r] = x[m] . a[r] for few rows; x float32 [rows, K].
   void (*dots)(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1);

@@ -27,6 +27,8 @@ struct V {
   static F min(F a, F b) { return vminnmq_f32(a, b); }
   static F max(F a, F b) { return vmaxnmq_f32(a, b); }
   static F abs(F a) { return vabsq_f32(a); }
+  // x where a <= b, else y.
+  static F where_le(F a, F b, F x, F y) { return vbslq_f32(vcleq_f32(a, b), x, y); }
   // 2^n for n in [-127, 128] (0 and infinity at the ends), given n + 1.5 * 2^23: n is in the low bits.
   static F pow2(F shifted) {
     const uint32x4_t exponent = vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23);

@@ -7,10 +7,13 @@ summed over the batch inside. Forward saves its inputs, the result and one float
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
+from .backends import Backend, choose_attention
 
 HIDDEN = 2**30
 """Added to the position of a key that nobody sees."""
@@ -83,10 +86,15 @@ def prefix_attention(
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window is {window!r}; it must be None or a positive integer")
     positions = None if mask is None else _positions(mask, batch, keys, tokens)
-    how = (causal, dim**-0.5 if scale is None else float(scale), window)
+    scale = dim**-0.5 if scale is None else float(scale)
     selection = (prefix_index, prefix_lengths, positions)
-    with torch.autocast(q.device.type, enabled=False):  # q, k and v are in its dtype; the inside is in float32
-        return reference.attention(q, k, v, prefix_k, prefix_v, *selection, *how)
+    if choose_attention(q) is Backend.REFERENCE:
+        with torch.autocast(q.device.type, enabled=False):  # q, k and v are in its dtype; the inside is in float32
+            return reference.attention(q, k, v, prefix_k, prefix_v, *selection, causal, scale, window)
+    rest = (*selection, causal, scale, window or 0)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, prefix_k, prefix_v)):
+        return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, *rest)
+    return _forward(q, k, v, prefix_k, prefix_v, rest)[0].transpose(1, 2)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -160,3 +168,53 @@ def _positions(mask: Tensor, batch: int, keys: int, tokens: int) -> Tensor:
             f"nonzero where a key is visible, or int32 key positions of shape {(batch, 1, 1, keys)}"
         )
     return key_positions(mask, keys - tokens)[:, 0, 0]
+
+
+def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, rest: tuple
+) -> tuple[Tensor, Tensor]:
+    """The result [B, T, H, D] and what the sum of each query's weights was, as a logarithm."""
+    prefix_k, prefix_v = _as(prefix_k, q.dtype), _as(prefix_v, q.dtype)
+    return torch.ops.pyfastpeft.prefix_attention.default(q, k, v, prefix_k, prefix_v, *rest)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, index, lengths, positions, causal, scale, window):  # noqa: ANN001
+        rest = (index, lengths, positions, causal, scale, window)
+        out, lse = _forward(q, k, v, prefix_k, prefix_v, rest)
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, index, lengths, positions, out, lse)
+        ctx.rest = rest[3:]
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, dout):  # noqa: ANN001
+        q, k, v, prefix_k, prefix_v, index, lengths, positions, out, lse = ctx.saved_tensors
+        dq, dk, dv, *dprefix = torch.ops.pyfastpeft.prefix_attention_backward.default(
+            dout.to(q.dtype), q, k, v, _as(prefix_k, q.dtype), _as(prefix_v, q.dtype), index, lengths, positions,
+            *ctx.rest, out, lse,
+        )  # fmt: skip
+        dprefix = (None, None) if prefix_k is None else (d.to(prefix_k.dtype) for d in dprefix)
+        return *(d.transpose(1, 2) for d in (dq, dk, dv)), *dprefix, *([None] * 6)
+
+
+@torch.library.register_fake("pyfastpeft::prefix_attention")
+def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = q.shape
+    kv_heads = k.shape[1]
+    lse = q.new_empty((batch, kv_heads, tokens * (heads // kv_heads)), dtype=torch.float32)
+    return q.new_empty((batch, tokens, heads, dim)), lse
+
+
+@torch.library.register_fake("pyfastpeft::prefix_attention_backward")
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    batch, heads, tokens, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    dk, dv = (q.new_empty((batch, keys, kv_heads, dim)) for _ in range(2))
+    shape = (0, kv_heads, 0, dim) if prefix_k is None else prefix_k.shape
+    dprefix = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return q.new_empty((batch, tokens, heads, dim)), dk, dv, *dprefix

@@ -93,6 +93,12 @@ def backward(
     return dx, da, db
 
 
+def _check_range(name: str, t: Tensor, least: int, most: int) -> None:
+    for value in t.tolist():
+        if not least <= value <= most:
+            raise ValueError(f"{name} has {value}; each must lie in [{least}, {most}]")
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -122,13 +128,11 @@ def attention(
     if prefix_k is not None:
         length = prefix_k.shape[2]
         index = torch.zeros(batch, dtype=torch.int64, device=q.device) if prefix_index is None else prefix_index
-        if len(index) and not -1 <= int(index.min()) <= int(index.max()) < len(prefix_k):
-            raise ValueError(f"prefix_index has {index.tolist()}; each must lie in [-1, {len(prefix_k)})")
+        _check_range("prefix_index", index, -1, len(prefix_k) - 1)
         row = index.clamp(min=0)
         lengths = torch.full_like(row, length)
         if prefix_lengths is not None:
-            if len(prefix_lengths) and not 0 <= int(prefix_lengths.min()) <= int(prefix_lengths.max()) <= length:
-                raise ValueError(f"prefix_lengths has {prefix_lengths.tolist()}; each must lie in [0, {length}]")
+            _check_range("prefix_lengths", prefix_lengths, 0, length)
             lengths = prefix_lengths[row]
         first = torch.zeros_like(row)
         if keys > 0:

@@ -1,0 +1,632 @@
+// Attention with a prefix, both directions, over the vocabulary `V`. Included by algorithm.h, after elementwise.h.
+//
+// A unit works for the heads that share one head of keys in one batch row: its rows are queries, [token][head of the
+// group]. Rows are the lanes of all vectors, kGroupLanes a group, and keys are broadcast, so that a running maximum or
+// sum is a vector and nothing is reduced across lanes:
+//
+//   scores [key][row] = K [key][dim] · Q        (Q as a panel: dim runs over steps)
+//   out    [dim][row] = Vᵀ [dim][key] · P       (P as a panel: keys run over steps)
+//
+// A row's keys are its prefix and then the tokens', in tiles of kTileKeys; which of a tile's keys a group sees is a
+// range, so that a triangle costs what it holds. Probabilities are 2^(s - max): scores carry scale · log2(e).
+
+PF_INLINE V::F negative(V::F v) { return V::mul(v, V::set1(-1.0f)); }
+
+// 2^x for x <= 0 or little more, to the precision of the arithmetic; 0 below -126, NaN stays.
+template <int kStep>
+PF_INLINE V::F exp2(V::F x) {
+  x = V::max(V::set1(-127.0f), x);                       // second operand: where a NaN passes
+  const V::F shifted = V::add(x, V::set1(12582912.0f));  // + 1.5 * 2^23 rounds to an integer
+  const V::F r = V::add(x, negative(V::add(shifted, V::set1(-12582912.0f))));
+  V::F p;
+  if constexpr (kStep == 1) {  // 8e-8 relative
+    p = V::fma(V::set1(1.3276471e-3f), r, V::set1(9.675542e-3f));
+    p = V::fma(p, r, V::set1(5.550713e-2f));
+    p = V::fma(p, r, V::set1(2.402212e-1f));
+    p = V::fma(p, r, V::set1(6.9314694e-1f));
+    p = V::fma(p, r, V::set1(1.0000001f));
+  } else {  // 3e-6, to be rounded to bf16
+    p = V::fma(V::set1(9.570101e-3f), r, V::set1(5.5917863e-2f));
+    p = V::fma(p, r, V::set1(2.4024744e-1f));
+    p = V::fma(p, r, V::set1(6.931218e-1f));
+    p = V::fma(p, r, V::set1(9.999993e-1f));
+  }
+  return V::mul(p, V::pow2(shifted));
+}
+
+template <class A>
+struct Attention {
+  using E = typename A::Elem;
+  using F = V::F;
+  static constexpr int kStep = A::kStep, kVecs = V::kGroupVecs;
+  static constexpr int64_t kTileKeys = 96;
+  static constexpr int64_t kQueryRows = 192;  // of a unit of the forward pass
+  static constexpr int64_t kSuper = 4;        // groups whose rows are contracted at once in the backward pass
+  static constexpr int64_t kRow = 256 + 64 / sizeof(E);  // elements between rows to broadcast from
+  static constexpr int64_t kPanelStep = kGroupLanes * kStep;
+  static constexpr float kLeast = -3e38f;  // a running maximum of nothing: finite, so that differences are
+  static_assert(kGroupLanes % (16 * kStep) == 0 && kTileKeys % kStep == 0 && kSuper * kGroupLanes <= 256);
+
+  static int64_t padded(int64_t dim) { return ceil_div(dim, kGroupLanes) * kGroupLanes; }
+
+  // Hands out parts of the thread's scratch.
+  struct Memory {
+    char* next;
+    template <class T>
+    T* take(int64_t n) {
+      T* taken = reinterpret_cast<T*>(next);
+      next += (n * sizeof(T) + 63) / 64 * 64;
+      return taken;
+    }
+  };
+
+  // ---- packing ----
+
+  // n rows as elements of the arithmetic, zeros up to padded(dim); at(r) is null for a row of zeros.
+  template <class At>
+  static void gather(const At& at, int64_t n, int dtype, int64_t dim, E* dst, int64_t ld) {
+    const int64_t wide = padded(dim);
+    const bool same = dtype == (sizeof(E) == 4 ? kFloat32 : kBFloat16);
+    for (int64_t r = 0; r < n; ++r, dst += ld) {
+      const char* row = at(r);
+      char* to = reinterpret_cast<char*>(dst);
+      if (row == nullptr) {
+        __builtin_memset(to, 0, wide * sizeof(E));
+      } else if (same) {
+        const int64_t bytes = dim * sizeof(E);
+        int64_t i = 0;
+        for (; i + 64 <= bytes; i += 64) copy_bytes(to + i, row + i, 64);
+        if (i < bytes) copy_bytes(to + i, row + i, bytes - i);
+        if (dim < wide) __builtin_memset(to + bytes, 0, (wide - dim) * sizeof(E));
+      } else {
+        with_dtype(
+            dtype, PF_BODY(int D) {
+              int64_t i = 0;
+              for (; i < dim; i += kLanes) A::store_row(dst + i, load_part<D>(row, i, dim));
+              if (i < wide) __builtin_memset(to + i * sizeof(E), 0, (wide - i) * sizeof(E));
+            });
+      }
+    }
+  }
+
+  // kGroupLanes gathered rows as the lanes of a panel whose steps run over dim.
+  static void pack_lanes(const E* rows, int64_t dim, E* panel) {
+    const int64_t words = padded(dim) / kStep;
+    const float* from = reinterpret_cast<const float*>(rows);  // a step is a word, whatever it holds
+    alignas(64) float square[16 * 16];
+    for (int64_t lane = 0; lane < kGroupLanes; lane += 16)
+      for (int64_t step = 0; step * kStep < dim; step += 16) {
+        V::transpose16(from + lane * words + step, words, square);
+        for (int i = 0; i < 16; ++i)
+          for (int v = 0; v < kTileVecs; ++v)
+            V::store(reinterpret_cast<float*>(panel + (step + i) * kPanelStep) + lane + v * kLanes,
+                     V::load(square + i * 16 + v * kLanes));
+      }
+  }
+
+  // n gathered rows as steps, lanes running over dim: [group of lanes, `group` apart][step, `step` apart][lane].
+  static void pack_steps(const E* rows, int64_t ld, int64_t n, int64_t dim, E* dst, int64_t group, int64_t step) {
+    for (int64_t r = 0; r < n; r += kStep, dst += step)
+      for (int64_t i = 0; i < dim; i += kGroupLanes)
+        if constexpr (kStep == 2)
+          A::interleave(rows + r * ld + i, rows + (r + 1) * ld + i, dst + i / kGroupLanes * group);
+        else
+          copy_bytes(dst + i / kGroupLanes * group, rows + r * ld + i, kGroupLanes * sizeof(E));
+  }
+
+  // ---- products ----
+
+  // c[r][lane] = sum over steps of x[r] * panel: times *factor (kNew), or added to c, times factor[lane] if there is
+  // one.
+  template <int MR, int64_t kStride, bool kNew>
+  static void micro(const E* x, int64_t x_step, const E* panel, int64_t steps, float* c, int64_t ldc,
+                    const float* factor) {
+    F acc[MR][kVecs];
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = kNew ? V::zero() : V::load(c + r * ldc + v * kLanes);
+    if (!kNew && factor != nullptr)
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = V::mul(acc[r][v], V::load(factor + v * kLanes));
+    for (int64_t s = 0; s < steps; ++s, x += x_step, panel += kPanelStep) {
+      typename A::W w[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) w[v] = A::load(panel + v * kLanes * kStep);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const typename A::X xb = A::broadcast(x + r * kStride);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = A::fma(acc[r][v], w[v], xb);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        V::store(c + r * ldc + v * kLanes, kNew ? V::mul(acc[r][v], V::set1(*factor)) : acc[r][v]);
+  }
+
+  using Micro = void (*)(const E*, int64_t, const E*, int64_t, float*, int64_t, const float*);
+  template <int64_t kStride, bool kNew, int... R>
+  static Micro pick(int rows, IntList<R...>) {
+    static constexpr Micro kMicros[] = {micro<R + 1, kStride, kNew>...};
+    return kMicros[rows - 1];
+  }
+
+  template <int64_t kStride, bool kNew>
+  static void multiply(const E* x, int64_t x_step, int64_t rows, const E* panel, int64_t steps, float* c, int64_t ldc,
+                       const float* factor) {
+    Algorithm<A>::row_blocks(rows, [&](int64_t r0, int n) {
+      pick<kStride, kNew>(n, MakeInts<V::kMicroRows>{})(x + r0 * kStride, x_step, panel, steps, c + r0 * ldc, ldc,
+                                                        factor);
+    });
+  }
+
+  // ---- which keys there are, and who sees them ----
+
+  struct Unit {
+    const AttentionArgs& g;
+    int64_t b, kv_head, group, rows, prefix, keys;
+    int64_t slot = 0;
+    float first = 0.0f;  // the place of the first visible key
+
+    Unit(const AttentionArgs& g, int64_t b, int64_t kv_head)
+        : g(g), b(b), kv_head(kv_head), group(g.heads / g.kv_heads), rows(g.tokens * group), prefix(0), keys(0) {
+      if (g.prefix_k != nullptr) slot = g.prefix_index == nullptr ? 0 : g.prefix_index[b];
+      if (g.prefix_k != nullptr && slot >= 0) {
+        prefix = g.prefix_lengths == nullptr ? g.prefix_length : g.prefix_lengths[slot];
+        for (int64_t s = 0; s < g.length; ++s)
+          if (place(s) < kShownBelow) {
+            first = place(s);
+            break;
+          }
+      }
+      keys = prefix + g.length;
+    }
+
+    float place(int64_t s) const {
+      return static_cast<float>(g.positions == nullptr ? s - (g.length - g.tokens) : g.positions[b * g.length + s]);
+    }
+    // Row r of a tensor [batch, heads, tokens, dim] of queries.
+    const char* query(const void* base, const int64_t* strides, int64_t r) const {
+      return static_cast<const char*>(base) +
+             (b * strides[0] + (kv_head * group + r % group) * strides[1] + r / group * strides[2]) *
+                 dtype_size(g.dtype);
+    }
+    const char* key(const void* tokens, const int64_t* strides, const void* of_prefix, const int64_t* prefix_strides,
+                    int64_t j) const {
+      const int size = dtype_size(g.dtype);
+      if (j < prefix)
+        return static_cast<const char*>(of_prefix) +
+               (slot * prefix_strides[0] + kv_head * prefix_strides[1] + j * prefix_strides[2]) * size;
+      return static_cast<const char*>(tokens) +
+             (b * strides[0] + kv_head * strides[1] + (j - prefix) * strides[2]) * size;
+    }
+  };
+
+  static constexpr float kShownBelow = 268435456.0f;  // 2^28: a hidden key's place is further by 2^30
+
+  // The bounds of rows [r0, r0 + n): a key is seen whose place is at most `upper` and more than `lower`.
+  struct Bounds {
+    float upper_most, upper_least, lower_most, lower_least;
+    void set(const Unit& u, int64_t r0, int64_t n) {
+      const float first = static_cast<float>(r0 / u.group), last = static_cast<float>((r0 + n - 1) / u.group);
+      const float window = static_cast<float>(u.g.window);
+      upper_least = u.g.causal ? first : kShownBelow;
+      upper_most = u.g.causal ? last : kShownBelow;
+      lower_least = u.g.window > 0 ? first - window : kLeast;
+      lower_most = u.g.window > 0 ? last - window : kLeast;
+    }
+  };
+
+  // The same by lane, rows from `end` on as the last one.
+  static void lane_bounds(const Unit& u, int64_t r0, int64_t end, float* upper, float* lower) {
+    for (int64_t i = 0; i < kGroupLanes; ++i) {
+      const float token = static_cast<float>(min64(r0 + i, end - 1) / u.group);
+      upper[i] = u.g.causal ? token : kShownBelow;
+      lower[i] = u.g.window > 0 ? token - static_cast<float>(u.g.window) : kLeast;
+    }
+  }
+
+  // The places of a tile's keys. A prefix lies before everything, whatever its place is for a window.
+  struct Places {
+    alignas(64) float above[kTileKeys], below[kTileKeys];  // compared with the upper and the lower bound
+
+    void set(const Unit& u, int64_t j0, int64_t n) {
+      for (int64_t i = 0; i < kTileKeys; ++i) {
+        const int64_t j = j0 + i;
+        if (i >= n) {
+          above[i] = below[i] = -kLeast;
+        } else if (j < u.prefix) {
+          above[i] = kLeast;
+          below[i] = u.first - static_cast<float>(u.prefix - j);
+        } else {
+          above[i] = below[i] = u.place(j - u.prefix);
+        }
+      }
+    }
+    bool seen(int64_t i, const Bounds& by) const { return above[i] <= by.upper_most && below[i] > by.lower_least; }
+    // Keys [lo, hi) that any of the rows sees, in whole steps.
+    void range(const Bounds& by, int64_t& lo, int64_t& hi) const {
+      while (lo < hi && !seen(lo, by)) ++lo;
+      while (hi > lo && !seen(hi - 1, by)) --hi;
+      lo = lo / kStep * kStep;
+      hi = ceil_div(hi, kStep) * kStep;
+    }
+    bool all_seen(int64_t lo, int64_t hi, const Bounds& by) const {
+      bool all = true;
+      for (int64_t i = lo; i < hi; ++i) all &= above[i] <= by.upper_least && below[i] > by.lower_most;
+      return all;
+    }
+    // The scores of key i with lanes from v * kLanes on, -infinity where it is not seen.
+    F masked(F score, int64_t i, const float* upper, const float* lower, bool window) const {
+      const F low = V::set1(-__builtin_inff());
+      score = V::where_le(V::set1(above[i]), V::load(upper), score, low);
+      return window ? V::where_le(V::set1(below[i]), V::load(lower), low, score) : score;
+    }
+  };
+
+  // [dim][lane] of one group to the rows of a tensor of queries, times `scale`.
+  static void store_rows(const Unit& u, const float* columns, int64_t r0, int64_t end, float scale, void* out,
+                         const int64_t* strides) {
+    alignas(64) float square[16 * 16];
+    const int64_t dim = u.g.dim;
+    const int size = dtype_size(u.g.dtype);
+    const F by = V::set1(scale);
+    for (int64_t d = 0; d < dim; d += 16)
+      for (int64_t lane = 0; lane < min64(kGroupLanes, end - r0); lane += 16) {
+        V::transpose16(columns + d * kGroupLanes + lane, kGroupLanes, square);
+        for (int i = 0; i < 16 * 16; i += kLanes) V::store(square + i, V::mul(V::load(square + i), by));
+        for (int64_t i = 0; i < min64(16, end - r0 - lane); ++i)
+          from_float(square + i * 16, const_cast<char*>(u.query(out, strides, r0 + lane + i)) + d * size, u.g.dtype,
+                     min64(16, dim - d));
+      }
+  }
+
+  // ---- forward ----
+
+  static int64_t forward_blocks(const AttentionArgs& g) {
+    return ceil_div(g.tokens * (g.heads / g.kv_heads), kQueryRows);
+  }
+
+  static void forward(const AttentionArgs& g, int64_t unit) {
+    const int64_t heads = g.batch * g.kv_heads;
+    const int64_t block = g.causal ? forward_blocks(g) - 1 - unit / heads : unit / heads;  // the longest first
+    const Unit u(g, unit % heads / g.kv_heads, unit % g.kv_heads);
+    const int64_t row0 = block * kQueryRows, row1 = min64(u.rows, row0 + kQueryRows);
+    const int64_t groups = ceil_div(row1 - row0, kGroupLanes), wide = padded(g.dim);
+    const int64_t tall = ceil_div(g.dim, 16) * 16;  // of [dim][lane], which are transposed by sixteens
+    const int64_t panel = wide * kGroupLanes, steps = ceil_div(g.dim, kStep);
+    constexpr int64_t kMost = kQueryRows / kGroupLanes;
+    Memory m{static_cast<char*>(scratch(0, kMost * panel * sizeof(E) + kMost * tall * kGroupLanes * 4 +
+                                               kMost * kGroupLanes * 16 + kTileKeys * (kRow + 2 * wide) * sizeof(E) +
+                                               kTileKeys * kGroupLanes * (4 + sizeof(E)) + 4096))};
+    E* q = m.template take<E>(kMost * panel);
+    float* out = m.template take<float>(kMost * tall * kGroupLanes);
+    float *most = m.template take<float>(kMost * kGroupLanes), *sum = m.template take<float>(kMost * kGroupLanes);
+    float *upper = m.template take<float>(kMost * kGroupLanes), *lower = m.template take<float>(kMost * kGroupLanes);
+    E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(kTileKeys * wide);
+    E* rows = m.template take<E>((kTileKeys > kGroupLanes ? kTileKeys : kGroupLanes) * wide);
+    float* scores = m.template take<float>(kTileKeys * kGroupLanes);
+    E* weights = m.template take<E>(kTileKeys * kGroupLanes);
+    Bounds bounds[kMost], all;
+    all.set(u, row0, row1 - row0);
+
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t r0 = row0 + i * kGroupLanes, n = min64(kGroupLanes, row1 - r0);
+      gather([&](int64_t r) { return r < n ? u.query(g.q, g.q_strides, r0 + r) : nullptr; }, kGroupLanes, g.dtype,
+             g.dim, rows, wide);
+      pack_lanes(rows, g.dim, q + i * panel);
+      bounds[i].set(u, r0, n);
+      lane_bounds(u, r0, row1, upper + i * kGroupLanes, lower + i * kGroupLanes);
+    }
+    __builtin_memset(out, 0, groups * tall * kGroupLanes * sizeof(float));
+    for (int64_t i = 0; i < groups * kGroupLanes; ++i) most[i] = kLeast, sum[i] = 0.0f;
+
+    const float scale = g.scale * 1.44269504f;
+    Places places;
+    for (int64_t j0 = 0; j0 < u.keys; j0 += kTileKeys) {
+      const int64_t n = min64(kTileKeys, u.keys - j0);
+      places.set(u, j0, n);
+      int64_t first = 0, end = n;
+      places.range(all, first, end);
+      if (first >= end) continue;
+      const auto at = [&](const void* tokens, const int64_t* strides, const void* prefix, const int64_t* of_prefix) {
+        return [&u, j0, first, n, tokens, strides, prefix, of_prefix](int64_t i) -> const char* {
+          return first + i < n ? u.key(tokens, strides, prefix, of_prefix, j0 + first + i) : nullptr;
+        };
+      };
+      gather(at(g.k, g.k_strides, g.prefix_k, g.prefix_k_strides), end - first, g.dtype, g.dim, keys + first * kRow,
+             kRow);
+      gather(at(g.v, g.v_strides, g.prefix_v, g.prefix_v_strides), end - first, g.dtype, g.dim, rows, wide);
+      pack_steps(rows, wide, end - first, g.dim, values + first * wide, kPanelStep, wide * kStep);
+      for (int64_t i = 0; i < groups; ++i) {
+        int64_t lo = first, hi = end;
+        places.range(bounds[i], lo, hi);
+        if (lo >= hi) continue;
+        multiply<kRow, true>(keys + lo * kRow, kStep, hi - lo, q + i * panel, steps, scores, kGroupLanes, &scale);
+        alignas(64) float factor[kGroupLanes];
+        softmax(places, lo, hi, places.all_seen(lo, hi, bounds[i]), g.window > 0, upper + i * kGroupLanes,
+                lower + i * kGroupLanes, scores, most + i * kGroupLanes, sum + i * kGroupLanes, factor, weights);
+        multiply<kStep, false>(values + lo * wide, wide * kStep, g.dim, weights, (hi - lo) / kStep,
+                               out + i * tall * kGroupLanes, kGroupLanes, factor);
+      }
+    }
+
+    float* lse = g.lse + (u.b * g.kv_heads + u.kv_head) * u.rows;
+    for (int64_t i = 0; i < groups; ++i) {
+      float* columns = out + i * tall * kGroupLanes;
+      alignas(64) float inverse[kGroupLanes];
+      for (int64_t lane = 0; lane < kGroupLanes; ++lane) {
+        const float total = sum[i * kGroupLanes + lane];
+        const int64_t r = row0 + i * kGroupLanes + lane;
+        inverse[lane] = total == 0.0f ? 0.0f : 1.0f / total;
+        if (r < row1) lse[r] = total == 0.0f ? __builtin_inff() : most[i * kGroupLanes + lane] + __builtin_log2f(total);
+      }
+      for (int64_t d = 0; d < g.dim; ++d)
+        for (int v = 0; v < kVecs; ++v) {
+          float* at = columns + d * kGroupLanes + v * kLanes;
+          V::store(at, V::mul(V::load(at), V::load(inverse + v * kLanes)));
+        }
+      store_rows(u, columns, row0 + i * kGroupLanes, row1, 1.0f, g.out, g.out_strides);
+    }
+  }
+
+  // Scores of keys [lo, hi) into weights as a panel; brings the running maximum and sum up to date. `factor` is what
+  // sums so far must be multiplied with.
+  static void softmax(const Places& places, int64_t lo, int64_t hi, bool all_seen, bool window, const float* upper,
+                      const float* lower, float* scores, float* most, float* sum, float* factor, E* weights) {
+    F peak[kVecs], total[kVecs], shift[kVecs];
+    for (int v = 0; v < kVecs; ++v) peak[v] = V::load(most + v * kLanes);
+    for (int64_t j = lo; j < hi; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        float* at = scores + (j - lo) * kGroupLanes + v * kLanes;
+        F s = V::load(at);
+        if (!all_seen) {
+          s = places.masked(s, j, upper + v * kLanes, lower + v * kLanes, window);
+          V::store(at, s);
+        }
+        peak[v] = V::max(s, peak[v]);  // of a NaN and a number, the number
+      }
+    for (int v = 0; v < kVecs; ++v) {
+      shift[v] = negative(peak[v]);
+      const F f = exp2<kStep>(V::add(V::load(most + v * kLanes), shift[v]));
+      V::store(factor + v * kLanes, f);
+      total[v] = V::mul(V::load(sum + v * kLanes), f);
+      V::store(most + v * kLanes, peak[v]);
+    }
+    for (int64_t j = 0; j < hi - lo; j += kStep)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        F p[kStep];
+        for (int s = 0; s < kStep; ++s) {
+          p[s] = exp2<kStep>(V::add(V::load(scores + (j + s) * kGroupLanes + v * kLanes), shift[v]));
+          total[v] = V::add(total[v], p[s]);
+        }
+        A::store_steps(weights + j * kGroupLanes + v * kLanes * kStep, p);
+      }
+    for (int v = 0; v < kVecs; ++v) V::store(sum + v * kLanes, total[v]);
+  }
+
+  // ---- backward ----
+
+  // Of one batch row and one head of keys: what all its tiles of keys read of the queries. A unit takes the keys of one
+  // chunk, so its gradient of the queries is a part of theirs.
+  static void backward(const AttentionBackwardArgs& a, int64_t unit) {
+    const AttentionArgs& g = a.forward;
+    const int64_t heads = g.batch * g.kv_heads, chunk = a.chunks - 1 - unit / heads, head = unit % heads;
+    const Unit u(g, head / g.kv_heads, head % g.kv_heads);
+    const int64_t groups = ceil_div(u.rows, kGroupLanes), wide = padded(g.dim), tall = ceil_div(g.dim, 16) * 16;
+    const int64_t panel = wide * kGroupLanes, steps = ceil_div(g.dim, kStep);
+    const int64_t lanes = groups * kGroupLanes, side = groups * panel;
+    const int64_t tiles = ceil_div(u.keys, kTileKeys);
+    const int64_t tile0 = tiles * chunk / a.chunks, tile1 = tiles * (chunk + 1) / a.chunks;
+    const int64_t row_buffer = (kTileKeys > kGroupLanes ? kTileKeys : kGroupLanes) * wide;
+    Memory m{static_cast<char*>(scratch(
+        0,
+        (4 * side + row_buffer + kTileKeys * (4 * kRow + wide + kGroupLanes)) * sizeof(E) +
+            (lanes * 4 + (a.chunks > 1 ? 0 : groups * tall * kGroupLanes) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 +
+            8192))};
+    E *q = m.template take<E>(side), *dout = m.template take<E>(side);
+    E *q_steps = m.template take<E>(side), *dout_steps = m.template take<E>(side);
+    E* rows = m.template take<E>(row_buffer);
+    float *lse = m.template take<float>(lanes), *delta = m.template take<float>(lanes);
+    float *upper = m.template take<float>(lanes), *lower = m.template take<float>(lanes);
+    E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(kTileKeys * kRow);
+    E* key_steps = m.template take<E>(kTileKeys * wide);
+    E *weights = m.template take<E>(kTileKeys * kRow), *dscores = m.template take<E>(kTileKeys * kRow);
+    E* dscore_steps = m.template take<E>(kTileKeys * kGroupLanes);
+    float* scores = m.template take<float>(kTileKeys * kGroupLanes);
+    float* dweights = m.template take<float>(kTileKeys * kGroupLanes);
+    float *dk = m.template take<float>(kTileKeys * wide), *dv = m.template take<float>(kTileKeys * wide);
+    const int64_t dq_size = groups * tall * kGroupLanes;
+    float* dq = a.chunks > 1 ? a.dq_parts + (chunk * heads + head) * dq_size : m.template take<float>(dq_size);
+    __builtin_memset(dq, 0, dq_size * sizeof(float));
+
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t r0 = i * kGroupLanes, n = min64(kGroupLanes, u.rows - r0);
+      const auto at = [&](const void* base, const int64_t* strides) {
+        return [&u, base, strides, r0, n](int64_t r) { return r < n ? u.query(base, strides, r0 + r) : nullptr; };
+      };
+      gather(at(g.q, g.q_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
+      pack_lanes(rows, g.dim, q + i * panel);
+      pack_steps(rows, wide, kGroupLanes, g.dim, q_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
+                 kPanelStep);
+      gather(at(a.dout, a.dout_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
+      pack_lanes(rows, g.dim, dout + i * panel);
+      pack_steps(rows, wide, kGroupLanes, g.dim, dout_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
+                 kPanelStep);
+      const float* row_lse = g.lse + head * u.rows + r0;
+      for (int64_t r = 0; r < kGroupLanes; ++r) {
+        // Rows that are not there, like those that see nothing, have weights of zero.
+        lse[r0 + r] = r < n ? row_lse[r] : __builtin_inff();
+        delta[r0 + r] =
+            r < n ? dot(u.query(g.out, g.out_strides, r0 + r), u.query(a.dout, a.dout_strides, r0 + r), g.dtype, g.dim)
+                  : 0.0f;
+      }
+      lane_bounds(u, r0, u.rows, upper + r0, lower + r0);
+    }
+
+    const float scale = g.scale * 1.44269504f, one = 1.0f;
+    Places places;
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      const int64_t j0 = tile * kTileKeys, n = min64(kTileKeys, u.keys - j0);
+      places.set(u, j0, n);
+      const auto at = [&](const void* tokens, const int64_t* strides, const void* prefix, const int64_t* of_prefix) {
+        return [&u, j0, n, tokens, strides, prefix, of_prefix](int64_t i) -> const char* {
+          return i < n ? u.key(tokens, strides, prefix, of_prefix, j0 + i) : nullptr;
+        };
+      };
+      const int64_t end = ceil_div(n, kStep) * kStep;
+      gather(at(g.k, g.k_strides, g.prefix_k, g.prefix_k_strides), end, g.dtype, g.dim, keys, kRow);
+      gather(at(g.v, g.v_strides, g.prefix_v, g.prefix_v_strides), end, g.dtype, g.dim, values, kRow);
+      pack_steps(keys, kRow, end, g.dim, key_steps, kPanelStep, wide * kStep);
+      __builtin_memset(dk, 0, end * wide * sizeof(float));
+      __builtin_memset(dv, 0, end * wide * sizeof(float));
+      for (int64_t super = 0; super < groups; super += kSuper) {
+        const int64_t count = min64(kSuper, groups - super);
+        int64_t lo[kSuper], hi[kSuper], least = end, most = 0;
+        for (int64_t s = 0; s < count; ++s) {
+          const int64_t i = super + s, r0 = i * kGroupLanes;
+          Bounds bounds;
+          bounds.set(u, r0, min64(kGroupLanes, u.rows - r0));
+          lo[s] = 0, hi[s] = n;
+          places.range(bounds, lo[s], hi[s]);
+          if (lo[s] >= hi[s]) continue;
+          least = min64(least, lo[s]);
+          most = hi[s] > most ? hi[s] : most;
+          const int64_t seen = hi[s] - lo[s];
+          multiply<kRow, true>(keys + lo[s] * kRow, kStep, seen, q + i * panel, steps, scores, kGroupLanes, &scale);
+          multiply<kRow, true>(values + lo[s] * kRow, kStep, seen, dout + i * panel, steps, dweights, kGroupLanes,
+                               &one);
+          score_gradients(places, lo[s], hi[s], places.all_seen(lo[s], hi[s], bounds), g.window > 0, upper + r0,
+                          lower + r0, lse + r0, delta + r0, scores, dweights, weights + s * kGroupLanes,
+                          dscores + s * kGroupLanes, dscore_steps);
+          multiply<kStep, false>(key_steps + lo[s] * wide, wide * kStep, g.dim, dscore_steps, seen / kStep,
+                                 dq + i * tall * kGroupLanes, kGroupLanes, nullptr);
+        }
+        for (int64_t s = 0; s < count; ++s)
+          for (int64_t j = least; j < most; ++j)
+            if (j < lo[s] || j >= hi[s]) {
+              __builtin_memset(weights + j * kRow + s * kGroupLanes, 0, kGroupLanes * sizeof(E));
+              __builtin_memset(dscores + j * kRow + s * kGroupLanes, 0, kGroupLanes * sizeof(E));
+            }
+        if (least >= most) continue;
+        Algorithm<A>::row_blocks(most - least, [&](int64_t k0, int nk) {
+          k0 += least;
+          int64_t from = 0, to = count;  // groups that see any of these keys
+          while (from < to && (lo[from] >= k0 + nk || hi[from] <= k0)) ++from;
+          while (to > from && (lo[to - 1] >= k0 + nk || hi[to - 1] <= k0)) --to;
+          const int64_t contraction = (to - from) * kGroupLanes / kStep;
+          const auto add = pick<kRow, false>(nk, MakeInts<V::kMicroRows>{});
+          for (int64_t d = 0; d < g.dim; d += kGroupLanes) {
+            const int64_t at = d * lanes + (super + from) * kGroupLanes * kGroupLanes;
+            const int64_t x = k0 * kRow + from * kGroupLanes, c = k0 * wide + d;
+            add(weights + x, kStep, dout_steps + at, contraction, dv + c, wide, nullptr);
+            add(dscores + x, kStep, q_steps + at, contraction, dk + c, wide, nullptr);
+          }
+        });
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t j = j0 + i;
+        if (j < u.prefix) {
+          const int64_t row = (head * g.prefix_length + j) * g.dim;
+          store_scaled<kFloat32>(dk + i * wide, g.scale, a.prefix_dk + row, g.dim);
+          store_scaled<kFloat32>(dv + i * wide, 1.0f, a.prefix_dv + row, g.dim);
+        } else {
+          const int64_t row = ((u.b * g.length + j - u.prefix) * g.kv_heads + u.kv_head) * g.dim;
+          with_dtype(
+              g.dtype, PF_BODY(int D) {
+                constexpr int kSize = D == kFloat32 ? 4 : 2;
+                store_scaled<D>(dk + i * wide, g.scale, static_cast<char*>(a.dk) + row * kSize, g.dim);
+                store_scaled<D>(dv + i * wide, 1.0f, static_cast<char*>(a.dv) + row * kSize, g.dim);
+              });
+        }
+      }
+    }
+    if (a.chunks > 1) return;
+    for (int64_t i = 0; i < groups; ++i)
+      store_rows(u, dq + i * tall * kGroupLanes, i * kGroupLanes, u.rows, g.scale, a.dq, g.out_strides);
+  }
+
+  static float dot(const char* x, const char* y, int dtype, int64_t n) {
+    F sum = V::zero();
+    with_dtype(
+        dtype, PF_BODY(int D) {
+          for (int64_t i = 0; i < n; i += kLanes) sum = V::fma(load_part<D>(x, i, n), load_part<D>(y, i, n), sum);
+        });
+    return V::reduce(sum);
+  }
+
+  template <int D>
+  static void store_scaled(const float* src, float scale, void* dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes)
+      store_part<D>(static_cast<char*>(dst), i, n, V::mul(V::load(src + i), V::set1(scale)));
+  }
+
+  // Scores and the gradients of the weights, of keys [lo, hi), into weights and the gradients of the scores: as rows to
+  // broadcast from, and the latter as a panel too.
+  static void score_gradients(const Places& places, int64_t lo, int64_t hi, bool all_seen, bool window,
+                              const float* upper, const float* lower, const float* lse, const float* delta,
+                              const float* scores, const float* dweights, E* weights, E* dscores, E* dscore_steps) {
+    F minus_lse[kVecs], minus_delta[kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      minus_lse[v] = negative(V::load(lse + v * kLanes));
+      minus_delta[v] = negative(V::load(delta + v * kLanes));
+    }
+    for (int64_t j = lo; j < hi; j += kStep) {
+      F p[kStep][kVecs], d[kStep][kVecs];
+#pragma GCC unroll 2
+      for (int s = 0; s < kStep; ++s)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          const int64_t at = (j + s - lo) * kGroupLanes + v * kLanes;
+          F score = V::load(scores + at);
+          if (!all_seen) score = places.masked(score, j + s, upper + v * kLanes, lower + v * kLanes, window);
+          p[s][v] = exp2<kStep>(V::add(score, minus_lse[v]));
+          d[s][v] = V::mul(p[s][v], V::add(V::load(dweights + at), minus_delta[v]));
+        }
+#pragma GCC unroll 2
+      for (int s = 0; s < kStep; ++s) {
+        A::store_lanes(weights + (j + s) * kRow, p[s]);
+        A::store_lanes(dscores + (j + s) * kRow, d[s]);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        F column[kStep];
+        for (int s = 0; s < kStep; ++s) column[s] = d[s][v];
+        A::store_steps(dscore_steps + (j - lo) * kGroupLanes + v * kLanes * kStep, column);
+      }
+    }
+  }
+
+  // The queries' gradient from its parts, group `unit` of all batch rows and heads of keys.
+  static void sum_parts(const AttentionBackwardArgs& a, int64_t unit) {
+    const AttentionArgs& g = a.forward;
+    const int64_t groups = query_groups(g), head = unit / groups, i = unit % groups, heads = g.batch * g.kv_heads;
+    const Unit u(g, head / g.kv_heads, head % g.kv_heads);
+    const int64_t size = ceil_div(g.dim, 16) * 16 * kGroupLanes;
+    float* sum = a.dq_parts + unit * size;
+    for (int64_t chunk = 1; chunk < a.chunks; ++chunk) {
+      const float* part = a.dq_parts + (chunk * heads * groups + unit) * size;
+      for (int64_t at = 0; at < size; at += kLanes) V::store(sum + at, V::add(V::load(sum + at), V::load(part + at)));
+    }
+    store_rows(u, sum, i * kGroupLanes, u.rows, g.scale, a.dq, g.out_strides);
+  }
+
+  static int64_t query_groups(const AttentionArgs& g) {
+    return ceil_div(g.tokens * (g.heads / g.kv_heads), kGroupLanes);
+  }
+  static int64_t part_size(const AttentionArgs& g) {
+    return g.batch * g.kv_heads * query_groups(g) * ceil_div(g.dim, 16) * 16 * kGroupLanes;
+  }
+  static int64_t most_chunks(const AttentionArgs& g) { return ceil_div(g.prefix_length + g.length, kTileKeys); }
+
+  static AttentionKernels table() {
+    return {forward_blocks, forward, most_chunks, part_size, query_groups, backward, sum_parts};
+  }
+};
