@@ -18,7 +18,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Static
 
 import pyfastpeft as fp
 
-CAUSAL = ["llama", "qwen2", "mistral", "gemma", "phi", "gpt2", "opt"]
+CAUSAL = ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt2", "opt"]
 P = 5
 _SHARED = {"num_virtual_tokens": P, "task_type": "CAUSAL_LM"}
 _CONFIGS = {
@@ -351,6 +351,32 @@ class TestWherePeftFails:
         ids = torch.randint(0, 256, (3, 5))
         expected = base.generate(torch.cat([text, ids], 1), **GREEDY, **kwargs)[:, 6:]
         assert torch.equal(fp.get_peft_model(base, made).eval().generate(ids, **GREEDY, **kwargs), expected)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_assisted_generation_is_greedy_generation(self, method):
+        own, assistant = ours(llama(), method).eval(), llama()
+        ids = tiny.inputs(rows=1)["input_ids"]
+        assert torch.equal(own.generate(ids, **GREEDY, assistant_model=assistant), own.generate(ids, **GREEDY))
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_sampling_draws_from_the_models_distribution(self, method):
+        own = ours(llama(), method).eval()
+        ids = tiny.inputs(rows=1)["input_ids"]
+        p = own(ids).logits[0, -1].softmax(-1)
+        drawn = own.generate(ids.expand(4000, -1), max_new_tokens=1, do_sample=True, top_k=0, eos_token_id=-1)[:, -1]
+        assert (torch.bincount(drawn, minlength=tiny.VOCAB) / 4000 - p).abs().max() < 0.03
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_compiled(self, method):
+        own = ours(llama(), method).eval()
+        x = tiny.inputs()
+        compiled = torch.compile(own, backend="eager")
+        with torch.no_grad():
+            close(compiled(**x).logits, own(**x).logits)
+        compiled(**x).loss.backward()
+        got = [p.grad.clone() for p in own.prompt_encoder.parameters()]
+        for a, b in zip(got, self.gradients(own, x), strict=True):
+            close(a, b, 1e-4 * float(b.abs().max()))
 
     @pytest.mark.parametrize("method", METHODS)
     def test_a_static_cache_in_forward(self, method):

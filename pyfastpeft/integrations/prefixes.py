@@ -112,6 +112,10 @@ class _LayerPrefix:
 
     def current(self, batch: int) -> Prefix | None:
         """The prefix of ``batch`` rows in the forward that is running."""
+        # A compiler takes what it finds in this thread's run for good.
+        return _of_run(self, batch) if torch.compiler.is_compiling() else self._current(batch)
+
+    def _current(self, batch: int) -> Prefix | None:
         bank = self.prefixes.bank
         run = bank.run
         if run is OFF:
@@ -124,6 +128,11 @@ class _LayerPrefix:
                 )
             return None
         return run.layers[self.layer]
+
+
+@torch.compiler.disable
+def _of_run(layer: _LayerPrefix, batch: int) -> Prefix | None:
+    return layer._current(batch)
 
 
 class _Asked(threading.local):
@@ -227,6 +236,7 @@ class Prefixes:
 
     # Around every forward of the decoder.
 
+    @torch.compiler.disable
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if self.bank.run is OFF:
             return None
@@ -252,6 +262,7 @@ class Prefixes:
                 f"prompts need {self.ATTENTION!r}"
             )
 
+    @torch.compiler.disable
     def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
         run = self.bank.run
         if run is OFF:
@@ -269,6 +280,7 @@ class Prefixes:
     # The first label. What a prompt at the embedding says next is the text's first token, and PEFT trains it to where
     # that token has a label. The logits of the last virtual token are there for the loss alone.
 
+    @torch.compiler.disable
     def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         labels, rows = kwargs.get("labels"), self._rows
         self._asked.first = False
@@ -284,6 +296,7 @@ class Prefixes:
         labels[:, 1].masked_fill_(~ends, IGNORED)
         return args, kwargs | {"labels": labels}
 
+    @torch.compiler.disable
     def _after_loss(self, model: nn.Module, args: tuple, output: Any) -> Any:
         if not self._asked.first or output is None:
             return None
