@@ -92,18 +92,6 @@ struct Call {
     const bool pairs = args.dtype == pf::kBFloat16 && kernels.attention_bf16.forward != nullptr;
     kernel = pairs ? &kernels.attention_bf16 : &kernels.attention_f32;
   }
-
-  static const int64_t* numbers(OptTensor& t, int64_t n, int64_t least, int64_t most, const char* name) {
-    if (!t.has_value()) return nullptr;
-    t = torch::stable::contiguous(*t);
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->dim() == 1 && t->size(0) == n, name, " must be int64 [",
-                    n, "]");
-    const int64_t* data = t->const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < n; ++i)
-      STD_TORCH_CHECK(data[i] >= least && data[i] <= most, name, " has ", data[i], "; each must lie in [", least, ", ",
-                      most, "]");
-    return data;
-  }
 };
 
 std::tuple<Tensor, Tensor> prefix_attention(Tensor q, Tensor k, Tensor v, OptTensor prefix_k, OptTensor prefix_v,

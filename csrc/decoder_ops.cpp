@@ -105,8 +105,19 @@ void set_cache(const Tensor& t, const pf::Decoder& d, int64_t batch, int64_t len
   for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
 }
 
+void set_prefix(const Tensor& t, const pf::Decoder& d, int64_t slots, int64_t length, const char* name,
+                const void*& data, int64_t* strides) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == slots && t.size(1) == d.kv_heads && t.size(2) == length &&
+                      t.size(3) == d.dim && t.stride(3) == 1 && dtype_of(t, name) == d.dtype,
+                  name, " must be [", slots, ", ", d.kv_heads, ", ", length, ", ", d.dim,
+                  "] in the dtype of x, its last dimension contiguous");
+  data = t.const_data_ptr();
+  for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
+}
+
 Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor mask, std::vector<Tensor> keys,
-                       std::vector<Tensor> values, int64_t past) {
+                       std::vector<Tensor> values, int64_t past, std::vector<Tensor> prefix_keys,
+                       std::vector<Tensor> prefix_values, OptTensor prefix_index, OptTensor prefix_lengths) {
   kernels();
   const std::shared_ptr<Stack> stack = find_stack(id);
   pf::Decoder d = stack->shape;
@@ -128,6 +139,18 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
     STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length && mask->is_contiguous() &&
                         mask->element_size() == 1,
                     "mask must be contiguous bool [", batch, ", ", length, "]");
+  STD_TORCH_CHECK(prefix_keys.size() == prefix_values.size() && (prefix_keys.empty() || prefix_keys.size() == layers),
+                  "prefix_keys and prefix_values must be one a layer or none");
+  const int64_t slots = prefix_keys.empty() ? 0 : prefix_keys[0].size(0);
+  int64_t prefix_length = prefix_keys.empty() ? 0 : prefix_keys[0].size(2);
+  const int64_t whole_prefix = prefix_length;
+  const int64_t* lengths = numbers(prefix_lengths, slots, 0, prefix_length, "prefix_lengths");
+  const int64_t* index = numbers(prefix_index, batch, -1, slots - 1, "prefix_index");
+  if (index == nullptr) {
+    STD_TORCH_CHECK(slots <= 1, "prefix_index must pick one of several prefixes a row");
+    if (lengths != nullptr) prefix_length = lengths[0];
+    lengths = nullptr;
+  }
   d.norm = vector_data(stack->norm, d.hidden, d.dtype, "norm");
   std::vector<BranchTensors> branches;
   std::vector<Bias> biases;
@@ -145,6 +168,11 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
     }
     set_cache(keys[i], d, batch, length, "keys", layer.keys, layer.key_strides);
     set_cache(values[i], d, batch, length, "values", layer.values, layer.value_strides);
+    if (slots > 0) {
+      set_prefix(prefix_keys[i], d, slots, whole_prefix, "prefix_keys", layer.prefix_keys, layer.prefix_key_strides);
+      set_prefix(prefix_values[i], d, slots, whole_prefix, "prefix_values", layer.prefix_values,
+                 layer.prefix_value_strides);
+    }
     for (int p = 0; p < pf::kProjections; ++p) {
       const HeldLinear& held = stack->linears[i * pf::kProjections + p];
       branches.emplace_back(held.lora_a, held.lora_b, std::nullopt, held.scaling, batch * tokens, std::nullopt, 0.0,
@@ -160,7 +188,10 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
                             mask.has_value() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
                             batch,
                             tokens,
-                            past};
+                            past,
+                            prefix_length,
+                            index,
+                            lengths};
   void* out = y.mutable_data_ptr();
   pf::with_team([&](pf::ParallelFor parallel) { pf::decoder_forward(d, in, out, parallel); });
   return y;
@@ -179,7 +210,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("free_decoder(int stack) -> ()");
   m.def(
       "decoder_forward(int stack, Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!)[] keys, "
-      "Tensor(b!)[] values, int past) -> Tensor");
+      "Tensor(b!)[] values, int past, Tensor[] prefix_keys, Tensor[] prefix_values, Tensor? prefix_index, "
+      "Tensor? prefix_lengths) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {

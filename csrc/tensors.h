@@ -63,6 +63,19 @@ inline pf::Matrix matrix(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1)};
 }
 
+// The n numbers of an index, each checked; null where there is none.
+inline const int64_t* numbers(OptTensor& t, int64_t n, int64_t least, int64_t most, const char* name) {
+  if (!t.has_value()) return nullptr;
+  t = torch::stable::contiguous(*t);
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->dim() == 1 && t->size(0) == n, name, " must be int64 [", n,
+                  "]");
+  const int64_t* data = t->const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i)
+    STD_TORCH_CHECK(data[i] >= least && data[i] <= most, name, " has ", data[i], "; each must lie in [", least, ", ",
+                    most, "]");
+  return data;
+}
+
 inline void parallel(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
   if (n <= grain) return body(ctx, 0, n);
   torch::stable::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { body(ctx, b, e); });

@@ -206,6 +206,13 @@ def test_hotswap_reports_every_way_to_exchange_an_adapter(tmp_path):
     assert {"ours: set_adapter, r = 8 on q, v", "ours: hotswap from memory, r = 16 on all"} <= set(rows)
 
 
+def test_prefix_decode_counts_the_prefix_once(tmp_path):
+    sizes = ("--model", "tiny", "--rows", "3", "--prefix", "8", "--tokens", "2", "--rounds", "1", "--threads", "1")
+    contenders = run_bench("prefix_decode", tmp_path, *sizes)["result"]["contenders"]
+    assert set(contenders) == {"ours_nf4", "ours_nf4_repeated", "ours_bf16", "bf16_repeated"}
+    assert all(row["tokens_per_s"] > 0 for row in contenders.values())
+
+
 def test_decode_counts_tokens_or_names_who_is_absent(tmp_path):
     result = run_bench("decode", tmp_path, "--model", "tiny", "--tokens", "3", "--rounds", "1", "--threads", "1")[
         "result"

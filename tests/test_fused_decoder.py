@@ -506,7 +506,7 @@ def test_stacks_die_with_their_model():
     x = torch.zeros(1, 1, 32)
     for number in numbers:
         with pytest.raises(RuntimeError, match="stack is"):
-            torch.ops.pyfastpeft.decoder_forward(number, x, x, x, None, [], [], 0)
+            torch.ops.pyfastpeft.decoder_forward(number, x, x, x, None, [], [], 0, [], [], None, None)
 
 
 def test_a_compiled_model_is_compiled_from_transformers_own_forward():
@@ -569,7 +569,10 @@ def test_the_operator_refuses_what_does_not_fit():
     forward = torch.ops.pyfastpeft.decoder_forward
     x, angle = torch.zeros(1, 1, 32), torch.zeros(1, 1, 8)
     room = [torch.zeros(1, 2, 4, 8) for _ in range(2)]
-    forward(number, x, angle, angle, None, room, room, 3)
+    prefix = [torch.zeros(2, 2, 3, 8) for _ in range(2)]
+    none, index = ([], [], None, None), torch.tensor([1])
+    forward(number, x, angle, angle, None, room, room, 3, *none)
+    forward(number, x, angle, angle, None, room, room, 3, prefix, prefix, index, None)
     for args, words in [
         ((x, angle, angle, None, room, room, 4), "keys must be"),
         ((x, angle, angle, None, room[:1], room, 0), "one a layer"),
@@ -580,7 +583,17 @@ def test_the_operator_refuses_what_does_not_fit():
         ((x, angle, angle, None, [t.half() for t in room], room, 0), "keys must be"),
     ]:
         with pytest.raises(RuntimeError, match=words):
-            forward(number, *args)
+            forward(number, *args, *none)
+    for args, words in [
+        ((prefix, prefix[:1], index, None), "one a layer or none"),
+        ((prefix, prefix, None, None), "prefix_index must pick one"),
+        ((prefix, prefix, index + 1, None), r"prefix_index has 2; each must lie in \[-1, 1\]"),
+        ((prefix, prefix, index, torch.tensor([1, 4])), r"prefix_lengths has 4; each must lie in \[0, 3\]"),
+        ((prefix, [t[:, :, :2] for t in prefix], index, None), r"prefix_values must be \[2, 2, 3, 8\]"),
+        (([t.half() for t in prefix], prefix, index, None), "prefix_keys must be"),
+    ]:
+        with pytest.raises(RuntimeError, match=words):
+            forward(number, x, angle, angle, None, room, room, 3, *args)
 
 
 def test_threads_change_nothing(served):
@@ -619,21 +632,84 @@ def test_a_bottleneck_in_use_is_left_to_the_layers(served):
         assert any(served) is serves
 
 
-def test_layers_that_hold_a_prefix_attend_themselves(served):
-    class Held:
-        def current(self, batch):
-            return Prefix(k, v)
+class Held:
+    """A prefix as an attention layer holds it."""
 
-    plain, fused = pair()
-    k, v = torch.randn(2, 1, 2, 3, 8)
-    ids = torch.randint(1, VOCAB, (2, 8))
-    for model in (plain, fused):
+    def __init__(self, *prefix):
+        self.prefix = Prefix(*prefix)
+
+    def current(self, batch):
+        return self.prefix
+
+
+PREFIXES = {
+    "shared": (1, 5, None, None),
+    "shared, of two parts": (1, 128, None, None),
+    "shared, padded": (1, 9, None, [4]),
+    "nothing of it": (1, 9, None, [0]),
+    "by row": (2, 6, [1, -1, 0], None),
+    "by row, padded": (3, 6, [2, 2, 0], [6, 1, 3]),
+}
+
+
+def hold(models, kind, dtype=torch.float32):
+    slots, length, index, lengths = PREFIXES[kind]
+    numbers = [None if n is None else torch.tensor(n) for n in (index, lengths)]
+    for layers in zip(*(model.model.layers for model in models), strict=True):
+        heads, dim = models[0].config.num_key_value_heads, layers[0].self_attn.head_dim
+        k, v = torch.randn(2, slots, heads, length, dim).to(dtype)
+        for layer in layers:
+            layer.self_attn._prefix = Held(k, v, *numbers)
+    for model in models:
         use_fast_attention(model, required=True)
-        without = logits_along(model, ids, [5, 1, 1, 1])
-        for layer in model.model.layers:
-            layer.self_attn._prefix = Held()
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_with_a_prefix(isa, name, kind, served):
+    plain, fused = pair(name)
+    hold((plain, fused), kind)
+    ids, mask = torch.randint(1, VOCAB, (3, 19)), torch.ones(3, 19, dtype=torch.long)
+    mask[0, :7], mask[2, :2] = 0, 0
+    for m in (None, mask):
+        served.clear()
+        expected, got = (logits_along(model, ids, [14, 1, 1, 2, 1], m) for model in (plain, fused))
+        assert served == [False] + [True] * 4
+        assert torch.allclose(got[:, 14:], expected[:, 14:], rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["shared, of two parts", "by row"])
+def test_sixteen_bits_err_no_more_behind_a_prefix(isa, kind, dtype, served):
+    plain, fused = pair(dtype=dtype)
+    exact = copy.deepcopy(plain).float()
+    hold((plain, fused, exact), kind, dtype)
+    ids = torch.randint(1, VOCAB, (3, 14))
+    expected, unfused, got = (logits_along(m, ids, [6] + [1] * 8).float() for m in (exact, plain, fused))
+    assert served.count(True) == 8
+    assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
+
+
+def test_a_prefix_may_come_and_go(served):
+    plain, fused = pair()
+    ids = torch.randint(1, VOCAB, (3, 8))
+
+    def check():
+        expected, got = (logits_along(model, ids, [5, 1, 1, 1]) for model in (plain, fused))
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        return got
+
+    without = check()
+    hold((plain, fused), "shared")
+    assert not torch.allclose(check(), without, rtol=1e-2)
+    hold((plain, fused), "by row")
+    check()
+    for model in (plain, fused):
+        del model.model.layers[1].self_attn._prefix  # some layers only: these attend themselves
     served.clear()
-    expected, got = (logits_along(model, ids, [5, 1, 1, 1]) for model in (plain, fused))
+    check()
     assert not any(served)
-    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
-    assert not torch.allclose(got, without, rtol=1e-2)
+    for model in (plain, fused):
+        for layer in model.model.layers:
+            vars(layer.self_attn).pop("_prefix", None)
+    assert torch.allclose(check(), without, rtol=1e-5)

@@ -1,10 +1,12 @@
 // Attention of few queries over a cache of keys and values, over the vocabulary `V`. Included by algorithm.h, after
 // elementwise.h.
 
-// Sums over the keys [key0, length) of weights[row][key] * v[key], columns [col0, col0 + 2 vectors), for MB rows.
+// Sums over the keys [key0, length) of weights[row][key] * v[key], columns [col0, col0 + 2 vectors), for MB rows; times
+// the row's factor, and added to the row of `others` [MB, dim] where there is one.
 template <int D, int MB>
 PF_INLINE void weighted_values(const float* weights, int64_t ldw, const char* v, int64_t ldv, int64_t key0,
-                               int64_t length, int64_t col0, int64_t dim, const float* factor, char* const* out) {
+                               int64_t length, int64_t col0, int64_t dim, const float* factor, const float* others,
+                               char* const* out) {
   constexpr MakeInts<MB> rows{};
   constexpr MakeInts<2> vecs{};
   V::F acc[MB][2];
@@ -20,14 +22,19 @@ PF_INLINE void weighted_values(const float* weights, int64_t ldw, const char* v,
       rows, PF_BODY(int M) {
         each(
             vecs, PF_BODY(int U) {
-              if (col0 + U * kLanes < dim)
-                store_part<D>(out[M], col0 + U * kLanes, dim, V::mul(acc[M][U], V::set1(factor[M])));
+              const int64_t col = col0 + U * kLanes;
+              if (col >= dim) return;
+              V::F sum = V::mul(acc[M][U], V::set1(factor[M]));
+              if (others != nullptr)
+                sum = V::add(sum, load_part<kFloat32>(reinterpret_cast<const char*>(others + M * dim), col, dim));
+              store_part<D>(out[M], col, dim, sum);
             });
       });
 }
 
-// Scores of keys [key0, end) into exp(score - their maximum), zero for hidden and later keys; returns their sum.
-inline float softmax_row(float* scores, int64_t key0, int64_t end, int64_t padded, const uint8_t* mask) {
+// Scores of keys [key0, end) into exp(score - their maximum), zero for hidden and later keys; returns their sum, and
+// the maximum (of nothing: -inf) in *peak.
+inline float softmax_row(float* scores, int64_t key0, int64_t end, int64_t padded, const uint8_t* mask, float* peak) {
   const float lowest = -__builtin_inff();
   int64_t first = key0 / kLanes * kLanes;
   for (int64_t i = first; i < key0; ++i) scores[i] = lowest;
@@ -37,8 +44,8 @@ inline float softmax_row(float* scores, int64_t key0, int64_t end, int64_t padde
       if (mask[i] == 0) scores[i] = lowest;
   V::F most = V::set1(lowest);
   for (int64_t i = first; i < padded; i += kLanes) most = V::max(most, V::load(scores + i));
-  const float peak = V::reduce_max(most);
-  const V::F shift = V::set1(peak == lowest ? 0.0f : -peak);
+  *peak = V::reduce_max(most);
+  const V::F shift = V::set1(*peak == lowest ? 0.0f : -*peak);
   V::F sum = V::zero();
   for (int64_t i = first; i < padded; i += kLanes) {
     const V::F weight = exp(V::add(V::load(scores + i), shift));
@@ -48,14 +55,43 @@ inline float softmax_row(float* scores, int64_t key0, int64_t end, int64_t padde
   return V::reduce(sum);
 }
 
+PF_INLINE float exp_of(float x) { return V::reduce_max(exp(V::set1(x))); }
+
+// Joins what a row got from its own keys, whose exp(score - peak) sum to `sum`, with its results from other keys, of
+// which the first is `other`: shares [dim] is what those contribute. Returns the factor of the own keys' weights.
+template <int D>
+float join(const AttendArgs& g, const char* other, const float* lse, float sum, float peak, float* shares) {
+  constexpr float kLn2 = 0.69314718f, kNothing = __builtin_inff();
+  float most = sum == 0.0f ? -kNothing : peak;
+  for (int64_t i = 0; i < g.others; ++i) {
+    const float log = lse[i * g.other_lse_strides[2]];
+    if (log != kNothing && log * kLn2 > most) most = log * kLn2;
+  }
+  const auto weight = [&](float log) { return log == kNothing ? 0.0f : exp_of(log * kLn2 - most); };
+  const float own = sum == 0.0f ? 0.0f : exp_of(peak - most);
+  float total = sum * own;
+  for (int64_t i = 0; i < g.others; ++i) total += weight(lse[i * g.other_lse_strides[2]]);
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  for (int64_t i = 0; i < g.others; ++i) {
+    const V::F share = V::set1(weight(lse[i * g.other_lse_strides[2]]) * inverse);
+    const char* row = other + i * g.other_stride * dtype_size(D);
+    for (int64_t col = 0; col < g.dim; col += kLanes) {
+      char* to = reinterpret_cast<char*>(shares);
+      const V::F before = i == 0 ? V::zero() : load_part<kFloat32>(to, col, g.dim);
+      store_part<kFloat32>(to, col, g.dim, V::fma(load_part<D>(row, col, g.dim), share, before));
+    }
+  }
+  return own * inverse;
+}
+
 // A unit is one head of keys of one batch row, with the queries of all heads that share it. A query that sees no key
 // gets zeros.
 void attend(const AttendArgs& g, int64_t unit0, int64_t unit1) {
   const int64_t group = g.heads / g.kv_heads, rows = g.tokens * group;
   const int64_t padded = ceil_div(g.length, kTile) * kTile;
   const int size = dtype_size(g.dtype);
-  float* scores = static_cast<float*>(scratch(0, (rows * (padded + g.dim + 1)) * sizeof(float)));
-  float *q = scores + rows * padded, *factor = q + rows * g.dim;
+  float* scores = static_cast<float*>(scratch(0, (rows * (padded + 2 * g.dim + 1)) * sizeof(float)));
+  float *q = scores + rows * padded, *shares = q + rows * g.dim, *factor = shares + rows * g.dim;
   with_dtype(
       g.dtype, PF_BODY(int D) {
         for (int64_t unit = unit0; unit < unit1; ++unit) {
@@ -81,8 +117,14 @@ void attend(const AttendArgs& g, int64_t unit0, int64_t unit1) {
           dots(q, g.dim, rows, keys, scores, key0, g.length);
           for (int64_t r = 0; r < rows; ++r) {
             const int64_t end = g.length - g.tokens + r / group + 1;
-            const float sum = softmax_row(scores + r * padded, key0, end, padded, mask);
-            factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+            float peak;
+            const float sum = softmax_row(scores + r * padded, key0, end, padded, mask, &peak);
+            if (g.others > 0) {
+              const float* lse = g.other_lse + b * g.other_lse_strides[0] + kv_head * g.other_lse_strides[1] + r;
+              factor[r] = join<D>(g, static_cast<const char*>(g.other) + at(r), lse, sum, peak, shares + r * g.dim);
+            } else {
+              factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+            }
           }
           const char* values = head(g.v, g.v_strides);
           const int64_t ldv = g.v_strides[2] * size;
@@ -92,7 +134,7 @@ void attend(const AttendArgs& g, int64_t unit0, int64_t unit1) {
               char* out[MB];
               for (int m = 0; m < MB; ++m) out[m] = static_cast<char*>(g.out) + at(r + m);
               weighted_values<D, MB>(scores + r * padded, padded, values, ldv, key0, g.length, col, g.dim, factor + r,
-                                     out);
+                                     g.others > 0 ? shares + r * g.dim : nullptr, out);
               r += MB;
             };
             while (r + 4 <= rows) step.template operator()<4>();

@@ -24,6 +24,9 @@ struct DecoderLayer {
   // are written behind the `past` ones.
   void *keys, *values;
   int64_t key_strides[3], value_strides[3];
+  // [slots, kv_heads, prefix_length, dim], the last dimension contiguous: seen before the row's own.
+  const void *prefix_keys, *prefix_values;
+  int64_t prefix_key_strides[3], prefix_value_strides[3];
 };
 
 struct Decoder {
@@ -40,6 +43,9 @@ struct DecoderInput {
   int64_t angle_stride;  // as in RopeArgs
   const uint8_t* mask;   // [batch, past + tokens], 0: hidden; or null
   int64_t batch, tokens, past;
+  int64_t prefix_length;          // 0: none
+  const int64_t* prefix_index;    // [batch] the slot of each row, -1: none; or null: all rows share slot 0
+  const int64_t* prefix_lengths;  // [slots] or null, with prefix_index only
 };
 
 // y [batch, tokens, hidden].

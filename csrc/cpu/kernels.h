@@ -101,6 +101,13 @@ struct AttendArgs {
   float scale;
   const uint8_t* mask;  // [batch, length], 0: hidden; or null
   void* out;            // as q
+  // Results of the same queries from other keys, to be joined to these: as q, and log2 of the sum of their exp(score),
+  // infinity where there was none.
+  int64_t others = 0;
+  const void* other = nullptr;
+  int64_t other_stride = 0;           // of results, in elements
+  const float* other_lse = nullptr;   // rows [tokens, heads / kv_heads] are contiguous
+  int64_t other_lse_strides[3] = {};  // of batch, kv_heads and results
 };
 
 struct AttentionArgs {

@@ -28,7 +28,7 @@ from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear, stamp_of
 from ..ops import PackedLora
-from ..ops.backends import Backend, choose
+from ..ops.backends import Backend, choose, choose_attention
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
 from .forwards import ModuleForward, install
@@ -130,6 +130,7 @@ class _Stack:
         self.lookups = _Lookups()
         self.number: int | None = None
         self.banks: list[AdapterBank] = []
+        self._attentions: list[dict] = []  # what each layer's attention holds, a prefix among it
         self._copied: list[Tensor] = []  # of these the stack holds copies
         self._model = weakref.ref(model)
         self._watched = True  # peft's layers change without notice
@@ -160,6 +161,23 @@ class _Stack:
         if self.number is not None:
             self._noticed, self._cache = noticed, weakref.ref(cache)
         return True
+
+    def prefix(self, batch: int) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None] | None:
+        """What the operator takes of the layers' prefixes; None where they are not of one kind."""
+        holders = [state["_prefix"] for state in self._attentions if "_prefix" in state]
+        held = [prefix for holder in holders if (prefix := holder.current(batch)) is not None]
+        if not held:
+            return [], [], None, None
+        first = held[0]
+        if (
+            len(held) != len(self._attentions)
+            or choose_attention(first.k) is not Backend.NATIVE
+            or any(
+                p.index is not first.index or p.lengths is not first.lengths or p.k.shape != first.k.shape for p in held
+            )
+        ):
+            return None
+        return [p.k.to(self.dtype) for p in held], [p.v.to(self.dtype) for p in held], first.index, first.lengths
 
     def _modes_now(self) -> list:
         return [bank.mode for bank in self.banks]
@@ -201,6 +219,7 @@ class _Stack:
                 raise _Unsupported
             if attention.attention_dropout and look.get(vars(attention), "training"):
                 raise _Unsupported
+            self._attentions.append(vars(attention))
             norms += (norm(layer, "input_layernorm"), norm(layer, "post_attention_layernorm"))
             if family == "Qwen3":
                 head_norms += (norm(attention, "q_norm"), norm(attention, "k_norm"))
@@ -381,7 +400,6 @@ class _FewRows(ModuleForward):
             or config.output_attentions
             or config.output_hidden_states
             or config._attn_implementation not in ("sdpa", "eager", ATTENTION)
-            or any("_prefix" in vars(layer.self_attn) for layer in model.layers)
             or torch.is_autocast_enabled("cpu")
         ):
             return None
@@ -409,6 +427,9 @@ class _FewRows(ModuleForward):
             return None
         if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
             return None
+        prefix = stack.prefix(batch)
+        if prefix is None:
+            return None
         if position_ids is None:
             position_ids = torch.arange(past, length).unsqueeze(0)
         cos, sin = model.rotary_emb(x, position_ids=position_ids)
@@ -427,7 +448,7 @@ class _FewRows(ModuleForward):
                     return None
                 growing = self._caches[cache] = _Growing(layers, shape, x.dtype)
             keys, values = growing.keys, growing.values
-        y = torch.ops.pyfastpeft.decoder_forward.default(stack.number, x, cos, sin, mask, keys, values, past)
+        y = torch.ops.pyfastpeft.decoder_forward.default(stack.number, x, cos, sin, mask, keys, values, past, *prefix)
         if kind is StaticLayer:
             for layer in layers:
                 if hasattr(layer, "cumulative_length"):  # older versions count what is not zero

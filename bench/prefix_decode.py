@@ -1,0 +1,172 @@
+"""Greedy decoding of several rows behind one shared prefix, tokens a second: ours beside a prefix in every row's cache.
+
+    python -m bench.prefix_decode --model smollm2 --threads 2
+    python -m bench.prefix_decode --model 1.1b --tokens 16
+
+``ours_nf4`` and ``ours_bf16`` are a PeftModel with Prefix Tuning, which holds the prefix once; the others get it as a
+cache with a copy for every row, which is what transformers (and peft's prefix tuning) has. All go through
+transformers' generate; what is timed are the tokens after the first.
+``prefix_mib`` is what the keys and values of the prefix take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from . import harness, models
+
+PROMPT = 8
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _share(model: nn.Module, length: int) -> nn.Module:
+    import pyfastpeft as fp
+
+    return fp.get_peft_model(model, fp.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length))
+
+
+def _repeat(model: nn.Module, prefix: Pairs, rows: int) -> Callable[[], dict]:
+    """The prefix in a cache, for every row."""
+    from transformers import DynamicCache
+
+    def cache() -> dict:
+        filled = DynamicCache(config=model.config)
+        for layer, pair in enumerate(prefix):
+            filled.update(*(t.expand(rows, -1, -1, -1) for t in pair), layer)
+        return {"past_key_values": filled}
+
+    return cache
+
+
+def _accelerated(folder: str) -> nn.Module:
+    import pyfastpeft as fp
+
+    return fp.accelerate(models.load_ours(folder))
+
+
+# Name to (whether the prefix is shared, the model in a folder).
+CONTENDERS: dict[str, tuple[bool, Callable[[str], nn.Module]]] = {
+    "ours_nf4": (True, _accelerated),
+    "ours_nf4_repeated": (False, _accelerated),
+    "ours_bf16": (True, models.load_dense),
+    "bf16_repeated": (False, models.load_dense),
+}
+
+
+def _prefix_of(model: nn.Module, length: int) -> Pairs:
+    """Keys and values [1, heads, length, dim] of some text, layer by layer."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    ids = torch.randint(1, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache)
+    return [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+
+
+def _generate(
+    model: nn.Module, more: Callable[[], dict], rows: int, length: int, shared: bool
+) -> Callable[[int], float]:
+    """Seconds that so many tokens took after the first, and with it the prompt."""
+    model.eval()
+    model.generation_config.eos_token_id = None
+    prompt = torch.arange(1, PROMPT + 1).expand(rows, -1)
+    seen = PROMPT if shared else PROMPT + length
+    ids = prompt if shared else torch.cat((torch.zeros(rows, length, dtype=torch.long), prompt), 1)
+    mask = torch.ones(rows, seen, dtype=torch.long)
+
+    def call(tokens: int) -> float:
+        with torch.inference_mode():
+            given = more()
+            started = _Times()
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=tokens + 1, min_new_tokens=tokens + 1,
+                do_sample=False, pad_token_id=0, stopping_criteria=[started], **given,
+            )  # fmt: skip
+        assert out.shape[1] == seen + tokens + 1
+        return started.times[-1] - started.times[0]
+
+    return call
+
+
+class _Times:
+    """A stopping criterion that never stops and notes when it is asked, which is after every token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def measure(args: argparse.Namespace, console: Console) -> dict:
+    """Tokens a second, all rows together, of every contender."""
+    torch.set_num_threads(args.threads)
+    calls, sizes = {}, {}
+    with models.checkpoint(args.model) as folder:
+        prefix = _prefix_of(models.load_dense(folder), args.prefix)
+        once = sum(t.numel() * t.element_size() for pair in prefix for t in pair) / 2**20
+        for name, (shared, load) in CONTENDERS.items():
+            if not harness.matches(name, args.only):
+                continue
+            model = load(folder)
+            more = dict if shared else _repeat(model, prefix, args.rows)
+            if shared:
+                model = _share(model, args.prefix)
+            sizes[name] = once if shared else once * args.rows
+            calls[name] = _generate(model, more, args.rows, args.prefix, shared)
+            calls[name](2)
+        timings = {name: harness.Timing() for name in calls}
+        with harness.Load() as load:
+            for _ in range(args.rounds):
+                for name, call in calls.items():
+                    time.sleep(harness.SETTLE_S)
+                    timings[name].samples.append(call(args.tokens) / args.tokens)
+    rows = {
+        name: timing.as_dict()
+        | {
+            "tokens_per_s": round(args.rows / timing.median, 2),
+            "prefix_mib": round(sizes[name], 1),
+            "samples_us": [round(s * 1e6) for s in timing.samples],
+        }
+        for name, timing in timings.items()
+    }
+    table = Table(title=f"{args.model}, {args.rows} rows behind {args.prefix} tokens, {args.threads} thread(s)")
+    for column in ("contender", "tokens a second", "spread", "prefix, MiB"):
+        table.add_column(column)
+    for name, row in rows.items():
+        table.add_row(name, f"{row['tokens_per_s']:.1f}", f"±{100 * row['spread']:.0f}%", f"{row['prefix_mib']:.1f}")
+    console.print(table)
+    return {
+        "model": args.model, "tokens": args.tokens, "rows": args.rows, "prefix": args.prefix, "threads": args.threads,
+        "other_load_cores": round(load.cores, 2), "contenders": rows,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=models.NAMES, default="smollm2")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--prefix", type=int, default=512, help="tokens in the prefix")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", type=harness.split, default="*")
+    parser.add_argument("--out", default="prefix_decode", help="name in bench/results, or a path ending in .json")
+    args = parser.parse_args()
+    console = Console()
+    result = measure(args, console)
+    path = harness.write(args.out, {"machine": harness.machine(), "result": result})
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
