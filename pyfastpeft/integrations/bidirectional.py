@@ -40,7 +40,9 @@ def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} is no model of transformers; soft prompts need one")
-    causal = not model.config.is_encoder_decoder and all(m.is_causal for m in _attentions(model.get_decoder()))
+    known = _attentions(model.get_decoder())
+    causal = all(m.is_causal for m in known) if known else model.can_generate()
+    causal = causal and not model.config.is_encoder_decoder
     return (Prefixes if causal else BidirectionalPrefixes)(model, bank)
 
 
@@ -183,11 +185,7 @@ class BidirectionalPrefixes(Prefixes):
         layers = config.get_text_config(decoder=True).num_hidden_layers
         # Of an encoder–decoder PEFT counts the encoder's layers.
         self.shape = KeyValueShape(getattr(self.model.config, "num_hidden_layers", layers), heads, dim)
-        if len(self.attentions) != layers:
-            raise ValueError(
-                f"a {type(self.decoder).__name__} has attention in {len(self.attentions)} of its {layers} layers; soft "
-                "prompts need it in every layer"
-            )
+        self._whole = len(self.attentions) == layers
         self._biased = [m for m in self.attentions if getattr(m, "has_relative_attention_bias", False)]
         named = (
             m for n, m in self.decoder.named_modules() if n.rpartition(".")[2] in ("embed_positions", "embeddings")
@@ -205,17 +203,17 @@ class BidirectionalPrefixes(Prefixes):
     # In the model and out of it.
 
     def add(self, name: str, source: Source) -> None:
-        if source.form is not Form.EMBEDDINGS:
+        if source.form is Form.EMBEDDINGS:
+            self.tokens[name] = source
+        else:
             super().add(name, source)
-            return
-        if not self.tokens:
+        if self.tokens or not self.seq2seq:
             self._install_tokens()
-        self.tokens[name] = source
 
     def remove(self, name: str) -> None:
         if self.tokens.pop(name, None) is None:
             super().remove(name)
-        elif not self.tokens:
+        if not self.tokens and (self.seq2seq or not self.sources):
             self._uninstall_tokens()
 
     def uninstall(self) -> None:
@@ -223,9 +221,20 @@ class BidirectionalPrefixes(Prefixes):
         self.tokens.clear()
         self._uninstall_tokens()
 
+    def check(self, form: Form) -> None:
+        for module in self._ends() if form is Form.EMBEDDINGS or not self.seq2seq else ():
+            if "inputs_embeds" not in inspect.signature(type(module).forward).parameters:
+                raise ValueError(f"a {type(module).__name__} takes no inputs_embeds, so no soft prompt can go in front")
+        if form is Form.EMBEDDINGS:
+            return
+        super().check(form)
+        kind = type(self.decoder).__name__
+        if not self._whole:
+            raise ValueError(f"a {kind} has no attention of its own in each layer that could be given a prefix")
+        if not (self._biased or self._places):
+            raise ValueError(f"how a {kind} counts its positions is not known, so it takes no prefix")
+
     def _install(self) -> None:
-        if not self.attentions or not (self._biased or self._places):
-            raise ValueError(f"how a {type(self.model).__name__} places its tokens is not known, so it takes no prefix")
         super()._install()
         for module in self._biased:
             module.forward = RelativeBias(module, self._room)
@@ -244,9 +253,6 @@ class BidirectionalPrefixes(Prefixes):
         return {self.model: EncoderModelForward}
 
     def _install_tokens(self) -> None:
-        for module in self._ends():
-            if "inputs_embeds" not in inspect.signature(type(module).forward).parameters:
-                raise ValueError(f"a {type(module).__name__} takes no inputs_embeds, so no soft prompt can go in front")
         for module, forward in self._ends().items():
             module.forward = forward(module, self._tokens)
 
@@ -257,10 +263,13 @@ class BidirectionalPrefixes(Prefixes):
     # Tokens.
 
     def _tokens(self, batch: int) -> Tokens | None:
-        """What goes in front of ``batch`` rows at the embedding."""
+        """What goes in front of ``batch`` rows at the embedding: none, where they have keys and values alone."""
         rows = self._rows
-        if self.bank.run is OFF or not any(name in self.tokens for names in rows for name in names):
+        used = {name for names in rows for name in names}
+        if self.bank.run is OFF or used.isdisjoint([*self.tokens, *self.sources]):
             return None
+        if used.isdisjoint(self.tokens):
+            return Tokens(self.model.get_input_embeddings().weight[:0].unsqueeze(0))
         slots: dict[tuple[str, ...], int] = {}
         index = []
         for names in rows:
@@ -310,6 +319,8 @@ class BidirectionalPrefixes(Prefixes):
             block.register_forward_pre_hook(partial(replaced, x.unsqueeze(0)))
             for block, x in zip(self._blocks, layer_inputs, strict=False)
         ]
+        if layer_inputs:  # then what is at the embedding does not matter
+            embeddings = embeddings.new_zeros(len(embeddings), self.decoder.get_input_embeddings().weight.shape[1])
         stack = self.decoder if self.seq2seq else self.model.base_model
         attention_before = self._set_attention()
         _recorder.held = held = {}
@@ -330,7 +341,7 @@ class BidirectionalPrefixes(Prefixes):
                 f"adapter {at_embedding[0]!r} is a prompt at the embedding of a {type(self.model).__name__}, where its "
                 "keys and values depend on the text; there is no prefix to export"
             )
-        return super().export(names)
+        return [t.clone() for t in super().export(names)]  # layers may read the same ones
 
     def keys_values(self, ids: Tensor) -> Tensor:
         """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""

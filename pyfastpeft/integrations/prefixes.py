@@ -182,6 +182,18 @@ class Prefixes:
             )
         self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
 
+    def check(self, form: Form) -> None:
+        """Whether the model can take soft prompts of that form.
+
+        Raises:
+            ValueError: it cannot; says why.
+        """
+        if self.model.config._attn_implementation != self.ATTENTION and not self.model._can_set_attn_implementation():
+            raise ValueError(
+                f"the attention of a {type(self.model).__name__} cannot be exchanged through transformers' interface, "
+                "so it cannot take a prefix"
+            )
+
     # In the model and out of it.
 
     def add(self, name: str, source: Source) -> None:
@@ -212,11 +224,6 @@ class Prefixes:
         """Let the model use that attention (default: one that knows prefixes). Returns which it used before."""
         name, before = name or self.ATTENTION, self.model.config._attn_implementation
         if before != name:
-            if not self.model._can_set_attn_implementation():
-                raise ValueError(
-                    f"the attention of a {type(self.model).__name__} cannot be exchanged through transformers' "
-                    "interface, so it cannot take a prefix"
-                )
             self.model.set_attn_implementation(name)
         return before
 

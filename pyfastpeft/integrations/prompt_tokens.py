@@ -3,7 +3,8 @@
 There a prompt's hidden states depend on the row, so no keys and values can stand for it; its vectors run in front of
 each row's own tokens, as in PEFT. Two things are different. A row is laid out as its prompt, its tokens from the first
 visible one on, and then, hidden, what is left: so rows with prompts of different lengths, and rows padded on the left,
-come out as each would alone. And outputs have one entry a real token, none for the prompt.
+come out as each would alone (in an encoder also where the prompt is all keys and values, and has no tokens). And
+outputs have one entry a real token, none for the prompt.
 """
 
 from __future__ import annotations
@@ -133,7 +134,12 @@ def _with_prompt(module: nn.Module, source: Source, named: dict[str, Any]) -> La
     tokens = source(batch)
     if tokens is None:
         return None
-    layout = Layout(tokens, batch, length, named.get("attention_mask"))
+    mask, none = named.get("attention_mask"), tokens.vectors.shape[1] == 0
+    if none and (mask is None or mask.dim() != 2):
+        return None
+    layout = Layout(tokens, batch, length, mask)
+    if none and layout.plain:
+        return None
     embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
     named["input_ids"] = None
     named["inputs_embeds"] = layout.insert(tokens.of_rows(batch).to(embeds.dtype), embeds)

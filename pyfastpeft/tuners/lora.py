@@ -215,7 +215,7 @@ def matches(config: LoraConfig, path: str) -> bool:
                 return False
         elif ends_with(path, excluded):
             return False
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ()):
+    if any(re.match(rf".*{name}($|\..*)", path) for name in config.modules_to_save or ()):
         return False
     if isinstance(config.target_modules, str):
         return re.fullmatch(config.target_modules, path) is not None

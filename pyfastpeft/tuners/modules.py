@@ -60,11 +60,14 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def find_saved(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """Path → module for every module of ``modules_to_save``; a head the task adds need not exist."""
+    """Path → module for every module of ``modules_to_save``; a head the task adds need not exist.
+
+    As in PEFT a path need only end so: DistilBERT's ``pre_classifier`` belongs to its ``classifier``.
+    """
     wanted = config.modules_to_save or []
-    found = {path: m for path, m in modules_of(model) if ends_with(path, wanted)}
+    found = {path: m for path, m in modules_of(model) if path.endswith(tuple(wanted))}
     added = HEADS.get(config.task_type, [])
-    missing = [n for n in wanted if n not in added and not any(ends_with(path, [n]) for path in found)]
+    missing = [n for n in wanted if n not in added and not any(path.endswith(n) for path in found)]
     if missing:
         names = sorted({path.rpartition(".")[2] for path, _ in modules_of(model)})
         close = [c for n in missing for c in difflib.get_close_matches(n, names, n=3, cutoff=0.5)]

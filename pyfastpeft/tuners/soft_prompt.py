@@ -84,7 +84,8 @@ class SoftPromptConfig(PeftConfig):
         """Fill in and check what depends on the model."""
         own = model.config.get_text_config(decoder=True)
         layers, heads = prefixes.shape.layers, own.num_attention_heads
-        self._expect(num_layers=layers, num_attention_heads=heads, token_dim=own.hidden_size)
+        width = model.get_input_embeddings().weight.shape[1] if self.at_embedding else own.hidden_size
+        self._expect(num_layers=layers, num_attention_heads=heads, token_dim=width)
 
     def _expect(self, **values: int) -> None:
         """Fill in ``values`` where nothing is given.
@@ -147,6 +148,7 @@ class SoftPromptTuner(Tuner):
         return self._prefixes
 
     def resolved(self, config: SoftPromptConfig) -> SoftPromptConfig:
+        self.prefixes.check(config.form())
         self._resolve_submodules(config)
         config.fill(self.model, self.prefixes)
         context = getattr(self.model.config, "max_position_embeddings", None)
