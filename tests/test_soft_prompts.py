@@ -12,9 +12,10 @@ import architectures as tiny
 import peft
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import pyfastpeft as fp
 
@@ -35,6 +36,20 @@ OURS = {
 }
 METHODS = [*PEFT_HAS, *OURS]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+
+_WINDOW = tiny._LLAMA | {"sliding_window": 6}
+OTHERS = {
+    "capped scores, window": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_WINDOW, head_dim=8)),
+    "scaled embedding, window": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**_WINDOW, head_dim=8)),
+    "window in some layers": lambda: tf.Qwen2ForCausalLM(
+        tf.Qwen2Config(**_WINDOW, use_sliding_window=True, max_window_layers=1)
+    ),
+    "sinks, experts": lambda: tf.GptOssForCausalLM(
+        tf.GptOssConfig(**_WINDOW, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    ),
+    "one projection": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**tiny._LLAMA)),
+    "no rotation in some layers": lambda: tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**tiny._LLAMA)),
+}
 
 
 def config(library, method: str, **kwargs):
@@ -119,7 +134,7 @@ class TestAgainstPeft:
 
     @pytest.mark.parametrize("method", PEFT_HAS)
     def test_a_sliding_window_counts_virtual_tokens_as_peft_does(self, method):
-        base = MistralForCausalLM(MistralConfig(**tiny._LLAMA, sliding_window=6)).eval()
+        base = tf.MistralForCausalLM(tf.MistralConfig(**tiny._LLAMA, sliding_window=6)).eval()
         theirs, own = pair(base, method)
         x = tiny.inputs(length=9)
         a, b = theirs.train()(**x), own.train()(**x)
@@ -128,6 +143,21 @@ class TestAgainstPeft:
         b.loss.backward()
         for p, q in zip(theirs.prompt_encoder.parameters(), own.prompt_encoder.parameters(), strict=True):
             close(q.grad, p.grad, 1e-4 * float(p.grad.abs().max()))
+
+    @pytest.mark.parametrize("method", ["prompt", "prefix"])
+    @pytest.mark.parametrize("kind", OTHERS)
+    def test_other_architectures(self, kind, method):
+        theirs, own = pair(OTHERS[kind]().eval(), method)
+        x = tiny.inputs(length=9)
+        a, b = theirs.train()(**x), own.train()(**x)
+        close(of_text(a.logits, x["input_ids"]), b.logits)
+        a.loss.backward()
+        b.loss.backward()
+        for p, q in zip(theirs.prompt_encoder.parameters(), own.prompt_encoder.parameters(), strict=True):
+            close(q.grad, p.grad, 1e-4 * float(p.grad.abs().max()))
+        own.eval()
+        ids = x["input_ids"]
+        assert torch.equal(own.generate(ids, **GREEDY), own.generate(ids, **GREEDY, use_cache=False))
 
     @pytest.mark.parametrize("method", PEFT_HAS)
     def test_generation(self, method):
@@ -179,9 +209,7 @@ class TestAgainstPeft:
             assert not model.prompt_encoder["default"].eval()(*[torch.arange(P)] * (model is theirs)).any()
 
     def test_classification(self):
-        from transformers import LlamaConfig, LlamaForSequenceClassification
-
-        base = LlamaForSequenceClassification(LlamaConfig(**tiny._LLAMA, num_labels=3)).eval()
+        base = tf.LlamaForSequenceClassification(tf.LlamaConfig(**tiny._LLAMA, num_labels=3)).eval()
         kwargs = {"num_virtual_tokens": P, "task_type": "SEQ_CLS"}
         torch.manual_seed(0)
         theirs = peft.get_peft_model(copy.deepcopy(base), peft.PromptTuningConfig(**kwargs))
@@ -603,6 +631,17 @@ class TestServing:
         names = [["default", "lora"]] * len(ids)
         close(model(ids, adapter_names=names).logits, after)
 
+    def test_what_inference_kept_serves_beside_what_trains(self):
+        model = ours(llama(), "prefix").eval()
+        model.set_adapter("default", inference_mode=True)
+        ids = tiny.inputs()["input_ids"]
+        with torch.inference_mode():
+            model(ids)
+        model.add_adapter("lora", fp.LoraConfig())
+        model.set_adapter(["default", "lora"])
+        model(ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n)
+
     def test_parameters_that_train_may_be_written_past_autograd(self):
         model = ours(llama(), "prompt").eval()
         ids = tiny.inputs()["input_ids"]
@@ -618,7 +657,7 @@ class TestServing:
         model = fp.get_peft_model(base, config(fp, "prefix"))
         model.add_adapter("b", config(fp, "ptuning"))
         with model.disable_adapter():
-            close(model(ids).logits, plain)
+            close(model(ids, labels=ids).logits, plain)
         model.delete_adapter("default")
         assert model.active_adapter == "b"
         model.delete_adapter("b")
@@ -701,9 +740,7 @@ class TestDeepPrompts:
         assert not torch.equal(own(ids).logits, own(ids).logits)
 
     def test_a_classification_head_trains_along(self, tmp_path):
-        from transformers import LlamaConfig, LlamaForSequenceClassification
-
-        base = LlamaForSequenceClassification(LlamaConfig(**tiny._LLAMA, num_labels=3)).eval()
+        base = tf.LlamaForSequenceClassification(tf.LlamaConfig(**tiny._LLAMA, num_labels=3)).eval()
         own = fp.get_peft_model(copy.deepcopy(base), fp.DeepPromptConfig(num_virtual_tokens=P, task_type="SEQ_CLS"))
         x = {"input_ids": torch.randint(1, tiny.VOCAB, (3, 6)), "labels": torch.tensor([0, 1, 2])}
         optimizer = torch.optim.SGD([p for p in own.parameters() if p.requires_grad], lr=0.5)
@@ -738,13 +775,10 @@ class TestBadInput:
     def test_a_prefix_of_another_model(self, tmp_path):
         ours(tiny.make("gpt2"), "prefix").save_pretrained(tmp_path)
         base = llama()
+        longer = tf.LlamaForCausalLM(tf.LlamaConfig(**tiny._LLAMA | {"num_hidden_layers": 3}))
         message = "num_layers is 2, must be 2, num_attention_heads is 4, must be 2, token_dim is 32, must be 16"
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         with pytest.raises(ValueError, match="of another model: num_layers is 2, must be 3"):
-            fp.PeftModel.from_pretrained(
-                LlamaForCausalLM(LlamaConfig(**tiny._LLAMA | {"num_hidden_layers": 3})), tmp_path
-            )
+            fp.PeftModel.from_pretrained(longer, tmp_path)
         own = ours(base, "prefix", seed=3)
         values = {k: t.clone() for k, t in fp.get_peft_model_state_dict(own).items()}
         values["prompt_embeddings"] = values["prompt_embeddings"][:, :-8]

@@ -291,7 +291,9 @@ class Prefixes:
     def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         labels, rows = kwargs.get("labels"), self._rows
         self._asked.first = False
-        if self.bank.run is OFF or not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) % len(rows):
+        if self.bank.run is OFF or not rows or not isinstance(labels, Tensor) or labels.dim() != 2:
+            return None
+        if len(labels) % len(rows):
             return None
         last = [next((n for n in reversed(names) if n in self.sources), None) for names in rows]
         ends = torch.tensor([n is not None and self.sources[n].form is Form.EMBEDDINGS for n in last])
@@ -412,7 +414,7 @@ class Prefixes:
         stamp, held = stamp_of(parameters), self.bank.kept.get((name, others))
         if trusted and held is not None and stamp is not None and held[0] == stamp:
             return held[1]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = self._work_out(source, others)
         self.bank.kept[name, others] = (stamp, values)
         return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ class SoftPromptConfig(PeftConfig):
         for name in ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+
+    def __deepcopy__(self, memo: dict) -> SoftPromptConfig:
+        return copy.copy(self)  # the tokenizer that it may hold is large, and nothing in it is changed in place
 
     @property
     def rows(self) -> int:
