@@ -154,7 +154,10 @@ def _with_prompt(module: nn.Module, source: Source, named: dict[str, Any]) -> La
 
 
 class EncoderModelForward(_Prompted):
-    """Of a whole model that is an encoder, with or without a head."""
+    """Of a whole model that is an encoder, with or without a head.
+
+    Labels and positions count the real tokens, as outputs do; attention weights alone count the prompt's as well.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = self.named(args, kwargs)
