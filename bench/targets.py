@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import decode, harness, hotswap, linear, qlora_step, quantize
+from . import decode, harness, hotswap, linear, qlora_step, quantize, soft_prompts
 from .linear import Result
 from .registry import REGISTRY, Case, Weight
 
@@ -297,6 +297,27 @@ def quantizing(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
             yield Row(f"{what}, 7e9 parameters", r["seconds_for_7e9"], "≤", 60, "s")
 
 
+def _soft_prompts(model: str) -> Callable:
+    def section(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
+        torch.set_num_threads(2)
+        options = argparse.Namespace(
+            model=model, bases=soft_prompts.BASES, methods=soft_prompts.METHODS, batch=8, length=64, virtual=20,
+            threads=2, rounds=max(3, args.rounds // 3),
+        )  # fmt: skip
+        result = soft_prompts.measure(options, Console(quiet=True))
+        keep.append(result)
+        for row in result["steps"]:
+            if "peft" in row:
+                what = f"step of {row['method']} over {row['base']}, {model}"
+                target = 1.7 if row["method"] in ("prompt", "ptuning") else 1.4
+                yield Row(f"{what}: speed over peft", row["speedup"], "≥", target, "×")
+                yield Row("its peak memory", row["memory_ratio"], "≤", 0.6, "×")
+        for row in result["switches"]:
+            yield Row(f"switching between two adapters of {row['method']}", row["us"] / 1e3, "≤", 1.0, "ms")
+
+    return section
+
+
 def swap(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
     torch.set_num_threads(2)
     rows = hotswap.measure("135m", 3 * args.rounds, Console(quiet=True))
@@ -321,6 +342,8 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, list[dict]], Iterator[Row]]] =
     "decode_1b": _decoding("1.1b", 16, 2.5, 0.6),
     "quantize": quantizing,
     "swap": swap,
+    "soft_prompts": _soft_prompts("135m"),
+    "soft_prompts_1b": _soft_prompts("1.1b"),
 }
 
 

@@ -289,6 +289,7 @@ def test_a_hot_swap_takes_the_new_values(tmp_path):
 
 def test_generation_beside_other_adapters():
     peft_model, ids = several(), inputs()["input_ids"]
+    peft_model.generation_config.eos_token_id = None
     options = {"max_new_tokens": 4, "do_sample": False}
     names = ["a", "lora", "__base__"]
     mixed = peft_model.generate(input_ids=ids, adapter_names=names, **options)
