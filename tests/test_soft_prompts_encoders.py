@@ -628,6 +628,42 @@ class TestLivesOfAdapters:
         assert any(not torch.equal(v, outputs_of(expected, 6)[k]) for k, v in outputs_of(other(**batch), 6).items())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_way_to_call_gives_the_same(name, method):
+    model = adapted(name, {"a": method})
+    # RoBERTa itself counts padding another way where it is given embeddings.
+    batch = batch_of(name, None if name.startswith("roberta") else "right")
+    expected = model(**batch, output_hidden_states=True)
+    assert all(h.shape[1] == 6 for h in expected.hidden_states)
+    ids, mask = batch.pop("input_ids"), batch.pop("attention_mask")
+    types = torch.zeros_like(ids)
+    embeds = model.get_base_model().get_input_embeddings()(ids)
+    assert_same_outputs(model(ids, mask, **batch), expected)
+    assert_same_outputs(model(ids, mask, types, **batch), expected)
+    assert_same_outputs(model(inputs_embeds=embeds, attention_mask=mask, **batch), expected)
+    assert_same_outputs(model(ids, mask.bool(), **batch), expected)
+    told = model(ids, mask, **batch, return_dict=False)
+    for value, other in zip(told, (v for k, v in expected.items() if k != "hidden_states"), strict=False):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", SEQ2SEQ)
+@torch.no_grad()
+def test_an_encoders_output_can_be_given(name, method):
+    model, batch = adapted(name, {"a": method}), batch_of(name)
+    expected = model(**batch)
+    ids, mask = batch.pop("input_ids"), batch["attention_mask"]
+    held = model.get_base_model().get_encoder()(input_ids=ids, attention_mask=mask)
+    assert_same_outputs(model(encoder_outputs=held, **batch), expected)
+    seen = torch.ones(2, 5, dtype=torch.int64)
+    seen[1, 3:] = 0
+    cut = model(encoder_outputs=held, **batch, decoder_attention_mask=seen).logits
+    torch.testing.assert_close(cut[seen.bool()], expected.logits[seen.bool()], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("library", [fp, peft])
 @pytest.mark.parametrize("kind", ["LoraConfig", "PromptTuningConfig"])
 def test_every_module_whose_name_ends_like_a_head_is_saved(library, kind, tmp_path):

@@ -156,7 +156,8 @@ def _with_prompt(module: nn.Module, source: Source, named: dict[str, Any]) -> La
 class EncoderModelForward(_Prompted):
     """Of a whole model that is an encoder, with or without a head.
 
-    Labels and positions count the real tokens, as outputs do; attention weights alone count the prompt's as well.
+    Labels and positions count the real tokens, as outputs do; attention weights alone count the prompt's as well. Token
+    types are 0 for the prompt and as given for the row (PEFT drops those of question answering and feature extraction).
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,14 +180,13 @@ class EncoderModelForward(_Prompted):
     def _own_tokens(self, output: Any, layout: Layout) -> Any:
         """``output`` without the entries of the prompt."""
         if isinstance(output, Tensor):
-            every = layout.room + layout.length
-            of_tokens = output.dim() == 3 and output.shape[1] == every
+            spans = "start_positions" in self.__signature__.parameters  # then the logits are [batch, tokens]
+            of_tokens = output.dim() == 3 or (spans and output.dim() == 2)
+            of_tokens = of_tokens and output.shape[1] == layout.room + layout.length
             return layout.own(output) if of_tokens else output
         if isinstance(output, Mapping):
             for name, value in output.items():
-                if name in ("start_logits", "end_logits"):
-                    output[name] = layout.own(value)
-                elif value is not None:
+                if value is not None:
                     output[name] = self._own_tokens(value, layout)
             return output
         if isinstance(output, tuple):
