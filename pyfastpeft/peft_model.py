@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .adapters import NO_ROWS, Names, Rows
 from .hub.files import check_tensors, save_safetensors
 from .hub.peft import read_config, read_own, read_tensors, write_adapter
+from .integrations.attention import use_fast_attention
 from .integrations.deferred_logits import defer_logits
 from .integrations.forwards import remove
 from .integrations.fused_decoder import fuse_decoder
@@ -271,6 +272,7 @@ class PeftModel(nn.Module):
 
     def _prepare(self) -> None:
         """Work out now what switching to each adapter needs, so that no request waits for it."""
+        use_fast_attention(self.get_base_model())
         fuse_layers(self.get_base_model())
         fuse_decoder(self.get_base_model())
         defer_logits(self.get_base_model())
@@ -381,13 +383,18 @@ class PeftModel(nn.Module):
                 layer.merge(names, safe_merge)
         if dequantize:
             dequantize_model(self.get_base_model(), dtype)
-        return self.base_model.unload(names)
+        return self._unloaded(names)
 
     def unload(self) -> nn.Module:
         """The base model as it was, without adapters."""
         self.unmerge_adapter()
         remove(self.get_base_model())
-        return self.base_model.unload(())
+        return self._unloaded(())
+
+    def _unloaded(self, names: tuple[str, ...]) -> nn.Module:
+        model = self.base_model.unload(names)
+        use_fast_attention(model, False)
+        return model
 
     # Files.
 

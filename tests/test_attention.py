@@ -10,6 +10,7 @@ import transformers as tf
 from architectures import ARCHITECTURES, VOCAB, make
 from torch import nn
 
+import pyfastpeft as fp
 from pyfastpeft.adapters import Prefix
 from pyfastpeft.integrations import attention
 
@@ -471,3 +472,30 @@ def test_import_alone_registers_it_and_a_saved_model_does_not_name_it(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.startswith("pyfastpeft torch.Size"), result.stderr
+
+
+def test_accelerate_and_get_peft_model_use_it_and_give_the_models_own_back(tmp_path):
+    ids = torch.randint(1, VOCAB, (2, 6))
+    plain = model_of("llama")
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+    fast = fp.accelerate(copy.deepcopy(plain))
+    assert fast.config._attn_implementation == "pyfastpeft"
+    with torch.no_grad():
+        assert near(fast(input_ids=ids).logits, expected)
+    model = fp.get_peft_model(copy.deepcopy(plain), fp.LoraConfig())
+    assert model.config._attn_implementation == "pyfastpeft"
+    for again in (copy.deepcopy(model).unload(), model.merge_and_unload()):
+        assert again.config._attn_implementation == "sdpa"
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("chosen", ["eager", "pyfastpeft", "float64"])
+def test_an_attention_that_was_chosen_stays(chosen):
+    model = model_of("llama", torch.float64 if chosen == "float64" else torch.float32)
+    before = "sdpa" if chosen == "float64" else chosen
+    model.set_attn_implementation(before)
+    peft_model = fp.get_peft_model(fp.accelerate(model), fp.LoraConfig())
+    assert model.config._attn_implementation == before
+    assert peft_model.unload().config._attn_implementation == before

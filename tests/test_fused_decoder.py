@@ -13,7 +13,6 @@ from architectures import VOCAB, inputs, make, quantized, randomize
 import pyfastpeft as fp
 from pyfastpeft.adapters import Prefix
 from pyfastpeft.integrations import fused_decoder
-from pyfastpeft.integrations.attention import use_fast_attention
 from pyfastpeft.integrations.forwards import remove
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -661,7 +660,7 @@ def hold(models, kind, dtype=torch.float32):
         for layer in layers:
             layer.self_attn._prefix = Held(k, v, *numbers)
     for model in models:
-        use_fast_attention(model, required=True)
+        model.set_attn_implementation("pyfastpeft")
 
 
 @pytest.mark.parametrize("kind", PREFIXES)

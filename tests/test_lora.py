@@ -64,7 +64,7 @@ class TestLikePeft:
         tiny.copy_adapters(ours, theirs)
         batch = tiny.inputs()
         a, b = ours(**batch), theirs(**batch)
-        assert relative(a.logits, b.logits) < 1e-6
+        assert relative(a.logits, b.logits) < 1e-5
         a.loss.backward()
         b.loss.backward()
         trained = [n for n, p in own.items() if p.requires_grad]
@@ -86,7 +86,7 @@ class TestLikePeft:
         tiny.randomize(ours)
         tiny.copy_adapters(ours, theirs)
         batch = tiny.inputs(architecture)
-        assert relative(ours(**batch).logits, theirs(**batch).logits) < 1e-6
+        assert relative(ours(**batch).logits, theirs(**batch).logits) < 1e-5
 
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_training_from_the_same_seed_gives_the_loss_curve_of_peft(self, architecture, seed):
@@ -113,6 +113,7 @@ class TestLikePeft:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_adapters_over_a_16_bit_base_are_float32(self, dtype, seed):
         ours, theirs = pair(tiny.make(dtype=dtype), seed)
+        ours.get_base_model().set_attn_implementation("sdpa")  # as theirs, to the bit
         tiny.randomize(ours)
         tiny.copy_adapters(ours, theirs)
         batch = tiny.inputs()
@@ -127,6 +128,7 @@ class TestLikePeft:
 
     def test_autocast_gives_the_outputs_of_peft(self, seed):
         ours, theirs = pair(tiny.make(), seed)
+        ours.get_base_model().set_attn_implementation("sdpa")  # as theirs, to the bit
         tiny.randomize(ours)
         tiny.copy_adapters(ours, theirs)
         batch = tiny.inputs()
@@ -449,7 +451,7 @@ class TestSeveralAdapters:
         tiny.copy_adapters(ours, theirs)
         ids = tiny.inputs()["input_ids"]
         names = ["other", "__base__", "default"]
-        assert relative(ours(ids, adapter_names=names).logits, theirs(input_ids=ids, adapter_names=names).logits) < 1e-6
+        assert relative(ours(ids, adapter_names=names).logits, theirs(input_ids=ids, adapter_names=names).logits) < 1e-5
 
     @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
     @pytest.mark.filterwarnings("ignore")

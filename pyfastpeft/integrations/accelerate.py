@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..nn import Linear4bit
+from .attention import use_fast_attention
 from .deferred_logits import defer_logits
 from .fused_decoder import fuse_decoder
 from .fused_layers import fuse_layers
@@ -17,8 +18,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     layer. Under a peft LoRA layer it is the base layer that is replaced: forward, training and saving the adapter go on
     as before, but peft cannot merge into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that).
     Forward hooks of a replaced layer move to the new one. What is between the linear layers is fused as well
-    (:mod:`.fused_layers`), in training the head's logits are computed when something reads them
-    (:mod:`.deferred_logits`), and in generation all layers run as one operator (:mod:`.fused_decoder`).
+    (:mod:`.fused_layers`), attention goes through this library's operator (:mod:`.attention`), in training the head's
+    logits are computed when something reads them (:mod:`.deferred_logits`), and in generation all layers run as one
+    operator (:mod:`.fused_decoder`).
 
     Returns:
         ``model`` itself, unless it is such a layer.
@@ -32,6 +34,7 @@ def accelerate(model: nn.Module) -> nn.Module:
                 if child not in replaced:
                     replaced[child] = _replacement(child)
                 parent._modules[name] = replaced[child]
+    use_fast_attention(model)
     fuse_layers(model)
     defer_logits(model)
     fuse_decoder(model)

@@ -15,8 +15,8 @@ A prefix of keys and values, shared by the batch or chosen by row, comes from th
 ``vars(module)["_prefix"].current(batch)`` gives a :class:`~pyfastpeft.adapters.Prefix` or None.
 
 What the operator does not compute goes to transformers' own functions with the prefix concatenated: dropout, masks of
-the caller's own and position biases to its sdpa attention; capped scores, attention sinks and ``output_attentions`` to
-the model's eager attention, which is its definition.
+the caller's own and position biases to its sdpa attention, and single queries without a prefix as well; capped scores,
+attention sinks and ``output_attentions`` to the model's eager attention, which is its definition.
 """
 
 from __future__ import annotations
@@ -187,6 +187,7 @@ def attention_forward(
     if (
         dropout
         or form is None
+        or (prefix is None and query.shape[2] == 1)  # which torch computes as fast
         or choose_attention(query) is not Backend.NATIVE
         or not (query.dtype == key.dtype == value.dtype)
         or value.shape[3] != query.shape[3]
@@ -332,28 +333,31 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
 
 
-def use_fast_attention(model: nn.Module, required: bool = False) -> None:
-    """Let the transformers models in ``model`` use this attention, in place.
+def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
+    """Let the transformers models inside ``model`` use this attention for sdpa, or sdpa again where they did.
 
-    Left alone are models that use another attention than sdpa, that do not go through transformers' interface, or that
-    lie on a device or in a dtype for which there is no kernel.
-
-    Args:
-        required: what is to see a prefix uses this attention whatever it used before.
-
-    Raises:
-        ValueError: it is required, and the model's attention does not go through transformers' interface.
+    Left alone are models that do not go through transformers' interface, or that lie on a device or in a dtype for
+    which there is no kernel.
     """
     for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            models = [m for m in part.modules() if isinstance(m, PreTrainedModel)]
-            fixed = [type(m).__name__ for m in models if not m._can_set_attn_implementation()]
-            if required and fixed:
-                raise ValueError(f"{fixed[0]} has an attention of its own, which cannot be given a prefix")
-            if required or (not fixed and all(map(_gains, models))):
-                part.set_attn_implementation(NAME)
-            return
+        if not isinstance(part, PreTrainedModel):
+            continue
+        if not fast:
+            if vars(part).pop(_SWITCHED, False) and part.config._attn_implementation == NAME:
+                part.set_attn_implementation("sdpa")
+        elif all(_gains(m) for m in part.modules() if isinstance(m, PreTrainedModel)):
+            part.set_attn_implementation(NAME)
+            vars(part)[_SWITCHED] = True
+        return
+
+
+_SWITCHED = "_uses_fast_attention"
 
 
 def _gains(model: PreTrainedModel) -> bool:
-    return model.config._attn_implementation == "sdpa" and model.device.type == "cpu" and model.dtype in FLOATS
+    return (
+        model.config._attn_implementation == "sdpa"
+        and model._can_set_attn_implementation()
+        and model.device.type == "cpu"
+        and model.dtype in FLOATS
+    )

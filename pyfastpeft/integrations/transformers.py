@@ -218,7 +218,10 @@ class FastPeftQuantizer(HfQuantizer):
         ]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .attention import use_fast_attention  # not while transformers is still importing itself
+
         remove(model)
+        use_fast_attention(model, False)
         for name, layer in list(model.named_modules()):
             if not isinstance(layer, Linear4bit):
                 continue
