@@ -499,3 +499,20 @@ def test_an_attention_that_was_chosen_stays(chosen):
     peft_model = fp.get_peft_model(fp.accelerate(model), fp.LoraConfig())
     assert model.config._attn_implementation == before
     assert peft_model.unload().config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])
+def test_a_prefix_in_compiled_code(name):
+    plain, ours = pair(name)
+    prefixes = prefixes_for(ours)
+    hold(ours, prefixes)
+    ids, mask = ids_and_mask()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    got = compiled(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)).logits[mask.bool()]
+    expected = by_hand(plain, prefixes, ids, mask)
+    cotangent = torch.randn_like(got)
+    leaves = [t for pair in prefixes for t in pair]
+    assert near(got, expected)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, cotangent) for out in (got, expected)), strict=True):
+        assert near(a, b, 1e-4)
+    torch._dynamo.reset()
