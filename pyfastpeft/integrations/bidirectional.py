@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 from ..adapters import NO_ROWS, AdapterBank, Rows
 from . import attention
 from .forwards import ModuleForward
-from .prefixes import OFF, Form, KeyValueShape, Prefixes, Source, Values, replaced, without_checkpointing
+from .prefixes import OFF, Form, KeyValueShape, Prefixes, Source, Values, fed, without_checkpointing
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
 
 Room = Callable[[int], "tuple[int, Tensor | None] | None"]
@@ -315,23 +314,22 @@ class BidirectionalPrefixes(Prefixes):
         return [tensors[2 * slot + i] for slot in self._slots() for i in (0, 1)]
 
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
-        handles = [
-            block.register_forward_pre_hook(partial(replaced, x.unsqueeze(0)))
-            for block, x in zip(self._blocks, layer_inputs, strict=False)
-        ]
         if layer_inputs:  # then what is at the embedding does not matter
             embeddings = embeddings.new_zeros(len(embeddings), self.decoder.get_input_embeddings().weight.shape[1])
         stack = self.decoder if self.seq2seq else self.model.base_model
         attention_before = self._set_attention()
         _recorder.held = held = {}
         try:
-            with self.bank.using(rows), self.bank.running(OFF), without_checkpointing(self._checkpointing):
+            with (
+                self.bank.using(rows),
+                self.bank.running(OFF),
+                without_checkpointing(self._checkpointing),
+                fed(self._blocks, layer_inputs),
+            ):
                 stack(inputs_embeds=embeddings.unsqueeze(0), use_cache=False)
         finally:
             _recorder.held = None
             self._set_attention(attention_before)
-            for handle in handles:
-                handle.remove()
         return Values([t for module in self.attentions for t in held[module]], None)
 
     def export(self, names: tuple[str, ...]) -> list[Tensor]:

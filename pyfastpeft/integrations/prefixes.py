@@ -443,21 +443,18 @@ class Prefixes:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
         cache = DynamicCache()
         positions = torch.arange(len(embeddings), device=embeddings.device)
-        handles = [
-            block.register_forward_pre_hook(partial(replaced, x.unsqueeze(0)))
-            for block, x in zip(self._blocks, layer_inputs, strict=False)
-        ]
-        try:
-            with self.bank.using(rows), self.bank.running(OFF), without_checkpointing(self._checkpointing):
-                output = self.decoder(
-                    inputs_embeds=embeddings.unsqueeze(0),
-                    position_ids=positions.unsqueeze(0),
-                    use_cache=True,
-                    **{self._cache_name: cache},
-                )
-        finally:
-            for handle in handles:
-                handle.remove()
+        with (
+            self.bank.using(rows),
+            self.bank.running(OFF),
+            without_checkpointing(self._checkpointing),
+            fed(self._blocks, layer_inputs),
+        ):
+            output = self.decoder(
+                inputs_embeds=embeddings.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=True,
+                **{self._cache_name: cache},
+            )
         return Values([t for layer in cache.layers for t in (layer.keys, layer.values)], output[0][:, -1])
 
     def keys_values(self, ids: Tensor) -> Tensor:
@@ -532,8 +529,24 @@ def _with_item(output: Any, name: str, index: int, value: Any) -> Any:
     return output
 
 
-def replaced(x: Tensor, module: nn.Module, args: tuple) -> tuple:
-    return (x, *args[1:])
+@contextmanager
+def fed(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Let each of ``blocks`` get its ``inputs`` [length, hidden] in place of what comes to it; none: leave them alone.
+
+    In this thread: others may be running the model.
+    """
+    thread = threading.get_ident()
+
+    def exchanged(x: Tensor, module: nn.Module, args: tuple) -> tuple | None:
+        return (x.unsqueeze(0), *args[1:]) if threading.get_ident() == thread else None
+
+    pairs = zip(blocks, inputs, strict=True) if inputs else ()
+    handles = [block.register_forward_pre_hook(partial(exchanged, x)) for block, x in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
