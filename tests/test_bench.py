@@ -206,6 +206,13 @@ def test_hotswap_reports_every_way_to_exchange_an_adapter(tmp_path):
     assert {"ours: set_adapter, r = 8 on q, v", "ours: hotswap from memory, r = 16 on all"} <= set(rows)
 
 
+def test_attention_is_timed_beside_torch_and_its_floor(tmp_path):
+    options = ("--shapes", "2x16", "--dtypes", "fp32", "--rounds", "1", "--threads", "1")
+    rows = run_bench("attention", tmp_path, *options)["result"]["rows"]
+    assert [(r["prefix"], r["passes"]) for r in rows] == [(p, d) for p in (0, 20) for d in ("forward", "both")]
+    assert all(r["speedup"] > 0 and r["over_floor"] > 0 for r in rows)
+
+
 def test_prefix_decode_counts_the_prefix_once(tmp_path):
     sizes = ("--model", "tiny", "--rows", "3", "--prefix", "8", "--tokens", "2", "--rounds", "1", "--threads", "1")
     contenders = run_bench("prefix_decode", tmp_path, *sizes)["result"]["contenders"]
