@@ -32,6 +32,7 @@ OPERATORS = [
     "csrc/attention_ops.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/decoder.cpp",
+    "csrc/cpu/attention_forward.cpp",
 ]
 # -ffp-contract=off: formats are reproduced to the bit; fused multiply-adds are written where they are meant.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]

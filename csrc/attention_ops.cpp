@@ -3,6 +3,7 @@
 #include <atomic>
 #include <tuple>
 
+#include "cpu/attention_forward.h"
 #include "tensors.h"
 
 namespace {
@@ -19,6 +20,11 @@ void each_unit(int64_t units, const Body& body) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), units);
   if (threads <= 1) return work(0, 1);
   torch::stable::parallel_for(0, threads, 1, work);
+}
+
+// A ParallelFor of such units, `grain` items each.
+void as_they_come(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
+  each_unit((n + grain - 1) / grain, [&](int64_t unit) { body(ctx, unit * grain, std::min(n, (unit + 1) * grain)); });
 }
 
 // `t` [a, b, c, dim], its last dimension contiguous.
@@ -89,23 +95,22 @@ struct Call {
     args.causal = causal;
     args.window = window;
     args.scale = static_cast<float>(scale);
-    const bool pairs = args.dtype == pf::kBFloat16 && kernels.attention_bf16.forward != nullptr;
-    kernel = pairs ? &kernels.attention_bf16 : &kernels.attention_f32;
+    kernel = &kernels.attention(args.dtype);
   }
 };
 
 std::tuple<Tensor, Tensor> prefix_attention(Tensor q, Tensor k, Tensor v, OptTensor prefix_k, OptTensor prefix_v,
                                             OptTensor index, OptTensor lengths, OptTensor positions, bool causal,
-                                            double scale, int64_t window) {
+                                            double scale, int64_t window, bool need_lse) {
   Call call(q, k, v, prefix_k, prefix_v, index, lengths, positions, causal, scale, window);
   pf::AttentionArgs& g = call.args;
   Tensor out = torch::stable::new_empty(q, {g.batch, g.tokens, g.heads, g.dim});
-  Tensor lse = torch::stable::new_empty(q, {g.batch, g.kv_heads, g.tokens * (g.heads / g.kv_heads)}, ScalarType::Float);
+  const int64_t queries = g.tokens * (g.heads / g.kv_heads);
+  Tensor lse = new_matrix(need_lse ? g.batch * g.kv_heads : 0, queries, pf::kFloat32);
   g.out = out.mutable_data_ptr();
-  g.lse = static_cast<float*>(lse.mutable_data_ptr());
   set_transposed(g, g.heads, g.tokens, g.out_strides);
-  const int64_t units = call.kernel->forward_blocks(g) * g.batch * g.kv_heads;
-  each_unit(units, [&](int64_t unit) { call.kernel->forward(g, unit); });
+  if (need_lse) g.lse = static_cast<float*>(lse.mutable_data_ptr());
+  pf::attention_forward(g, as_they_come);
   return {out, lse};
 }
 
@@ -173,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   "Tensor? positions, bool causal, float scale, int window"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
-  m.def("prefix_attention(" PF_ATTENTION ") -> (Tensor, Tensor)");
+  m.def("prefix_attention(" PF_ATTENTION ", bool need_lse) -> (Tensor, Tensor)");
   m.def("prefix_attention_backward(Tensor dout, " PF_ATTENTION
         ", Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

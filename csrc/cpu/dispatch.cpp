@@ -88,7 +88,7 @@ Registry& registry() {
 }
 
 struct Scratch {
-  static constexpr int kSlots = 9;
+  static constexpr int kSlots = 10;
   void* data[kSlots] = {};
   int64_t size[kSlots] = {};
   ~Scratch() {

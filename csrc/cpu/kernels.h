@@ -90,25 +90,7 @@ struct CrossEntropyArgs {
   void* gradient;         // [rows, cols], contiguous, in the dtype of logits
 };
 
-struct AttendArgs {
-  const void* q;      // [batch, tokens, heads, dim]
-  const void *k, *v;  // [batch, kv_heads, length, dim], the last dimension contiguous
-  int dtype;
-  int64_t tokens, heads, kv_heads, dim;
-  int64_t length;        // of keys; the last `tokens` are the queries' own, and hidden from earlier queries
-  int64_t k_strides[3];  // of batch, heads and keys, in elements
-  int64_t v_strides[3];
-  float scale;
-  const uint8_t* mask;  // [batch, length], 0: hidden; or null
-  void* out;            // as q
-  // Results of the same queries from other keys, to be joined to these: as q, and log2 of the sum of their exp(score),
-  // infinity where there was none.
-  int64_t others = 0;
-  const void* other = nullptr;
-  int64_t other_stride = 0;           // of results, in elements
-  const float* other_lse = nullptr;   // rows [tokens, heads / kv_heads] are contiguous
-  int64_t other_lse_strides[3] = {};  // of batch, kv_heads and results
-};
+constexpr int32_t kHiddenKey = 1 << 30;  // is added to the place of a key that nobody sees
 
 struct AttentionArgs {
   const void *q, *k, *v;  // [batch, heads, tokens, dim]; k, v [batch, kv_heads, length, dim]; dim contiguous
@@ -120,13 +102,23 @@ struct AttentionArgs {
   int64_t prefix_k_strides[3], prefix_v_strides[3];
   const int64_t* prefix_index;    // [batch] or null: slot 0
   const int64_t* prefix_lengths;  // [slots] or null
-  const int32_t* positions;       // [batch, length] places of the keys, or null: the last `tokens` are the queries' own
+  const int32_t* positions;       // [batch, length] the keys' places, counted from the first query's; or null: the last
+                                  // `tokens` are the queries' own
   bool causal;
   int64_t window;  // 0: none
   float scale;
   void* out;               // [batch, heads, tokens, dim]
   int64_t out_strides[3];  // of batch, heads and tokens
   float* lse;              // [batch, kv_heads, tokens, heads / kv_heads] log2 of the sum of 2^(score * log2 e)
+};
+
+// Results of the same queries from other keys, to be joined to those at hand.
+struct OtherKeys {
+  int64_t results = 0;
+  const void* out = nullptr;   // with the strides of the result
+  int64_t out_stride = 0;      // from one to the next, in elements
+  const float* lse = nullptr;  // rows [tokens, heads / kv_heads] are contiguous
+  int64_t lse_strides[3];      // of batch, kv_heads and results
 };
 
 struct AttentionBackwardArgs {
@@ -184,6 +176,9 @@ struct Kernels {
   Arithmetic f32;
   Arithmetic bf16;                                 // gemv null where the instruction set has no bf16 products
   AttentionKernels attention_f32, attention_bf16;  // forward null where there are no bf16 products
+  PF_INLINE const AttentionKernels& attention(int dtype) const {
+    return dtype == kBFloat16 && attention_bf16.forward != nullptr ? attention_bf16 : attention_f32;
+  }
   Int8 int8;
   // s[m, r] = x[m] . a[r] for few rows; x float32 [rows, K].
   void (*dots)(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1);
@@ -206,11 +201,13 @@ struct Kernels {
                           int64_t row1);
   void (*rope)(const RopeArgs&, int64_t token0, int64_t token1);  // tokens counted over the batch
   void (*cross_entropy)(const CrossEntropyArgs&, int64_t row0, int64_t row1);
-  void (*attend)(const AttendArgs&, int64_t unit0, int64_t unit1);  // units are batch rows times kv_heads
+  // Attention for few queries, at the speed of reading the keys: those of the prefix where there is one, else the
+  // tokens. Units are batch rows times kv_heads. lse may be null.
+  void (*attend)(const AttentionArgs&, const OtherKeys&, int64_t unit0, int64_t unit1);
 };
 
 // Grow-only scratch of the calling thread, 64-byte aligned; `slot` keeps concurrent uses apart.
 void* scratch(int slot, int64_t bytes);
-constexpr int kDecoderScratch = 8;  // the decoder's slot; kernels use 0 and 1, linear.cpp those between
+constexpr int kDecoderScratch = 8, kAttendScratch = 9;  // kernels use 0 and 1, linear.cpp those between
 
 }  // namespace pf

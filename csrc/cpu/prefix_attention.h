@@ -356,7 +356,7 @@ struct Attention {
       }
     }
 
-    float* lse = g.lse + (u.b * g.kv_heads + u.kv_head) * u.rows;
+    float* lse = g.lse == nullptr ? nullptr : g.lse + (u.b * g.kv_heads + u.kv_head) * u.rows;
     for (int64_t i = 0; i < groups; ++i) {
       float* columns = out + i * tall * kGroupLanes;
       alignas(64) float inverse[kGroupLanes];
@@ -364,7 +364,8 @@ struct Attention {
         const float total = sum[i * kGroupLanes + lane];
         const int64_t r = row0 + i * kGroupLanes + lane;
         inverse[lane] = total == 0.0f ? 0.0f : 1.0f / total;
-        if (r < row1) lse[r] = total == 0.0f ? __builtin_inff() : most[i * kGroupLanes + lane] + __builtin_log2f(total);
+        if (lse != nullptr && r < row1)
+          lse[r] = total == 0.0f ? __builtin_inff() : most[i * kGroupLanes + lane] + __builtin_log2f(total);
       }
       for (int64_t d = 0; d < g.dim; ++d)
         for (int v = 0; v < kVecs; ++v) {

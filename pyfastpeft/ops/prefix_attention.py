@@ -94,7 +94,7 @@ def prefix_attention(
     rest = (*selection, causal, scale, window or 0)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, prefix_k, prefix_v)):
         return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, *rest)
-    return _forward(q, k, v, prefix_k, prefix_v, rest)[0].transpose(1, 2)
+    return _forward(q, k, v, prefix_k, prefix_v, rest, False)[0].transpose(1, 2)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -175,18 +175,18 @@ def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, rest: tuple
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, rest: tuple, need_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The result [B, T, H, D] and what the sum of each query's weights was, as a logarithm."""
+    """The result [B, T, H, D], and for the backward pass the logarithm of the sum of each query's weights."""
     prefix_k, prefix_v = _as(prefix_k, q.dtype), _as(prefix_v, q.dtype)
-    return torch.ops.pyfastpeft.prefix_attention.default(q, k, v, prefix_k, prefix_v, *rest)
+    return torch.ops.pyfastpeft.prefix_attention.default(q, k, v, prefix_k, prefix_v, *rest, need_lse)
 
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, prefix_k, prefix_v, index, lengths, positions, causal, scale, window):  # noqa: ANN001
         rest = (index, lengths, positions, causal, scale, window)
-        out, lse = _forward(q, k, v, prefix_k, prefix_v, rest)
+        out, lse = _forward(q, k, v, prefix_k, prefix_v, rest, True)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, index, lengths, positions, out, lse)
         ctx.rest = rest[3:]
         return out.transpose(1, 2)
@@ -205,8 +205,8 @@ class _PrefixAttention(torch.autograd.Function):
 @torch.library.register_fake("pyfastpeft::prefix_attention")
 def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
-    kv_heads = k.shape[1]
-    lse = q.new_empty((batch, kv_heads, tokens * (heads // kv_heads)), dtype=torch.float32)
+    kv_heads, need_lse = k.shape[1], rest[-1]
+    lse = q.new_empty((batch * kv_heads if need_lse else 0, tokens * (heads // kv_heads)), dtype=torch.float32)
     return q.new_empty((batch, tokens, heads, dim)), lse
 
 

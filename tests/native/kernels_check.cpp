@@ -251,18 +251,31 @@ void check_attention(const pf::Kernels& k, int64_t dim) {
           false,
           q.data()},
          0, batch * tokens);
-  std::vector<uint8_t> mask(batch * length, 1);
-  mask[length] = 0;
-  pf::AttendArgs args{q.data(), keys.data(), values.data(), pf::kFloat32, tokens, heads, kv_heads, dim, length};
+  std::vector<int32_t> positions(batch * length);
+  for (int64_t i = 0; i < batch * length; ++i) positions[i] = static_cast<int32_t>(i % length - (length - tokens));
+  positions[length] += pf::kHiddenKey;
+  pf::AttentionArgs args{q.data(), keys.data(), values.data(), pf::kFloat32, batch,
+                         heads,    kv_heads,    tokens,        length,       dim};
   for (int64_t* strides : {args.k_strides, args.v_strides}) {
     strides[0] = kv_heads * length * dim;
     strides[1] = length * dim;
     strides[2] = dim;
   }
+  for (int64_t* strides : {args.q_strides, args.out_strides}) {
+    strides[0] = tokens * token;
+    strides[1] = dim;
+    strides[2] = token;
+  }
   args.scale = 0.3f;
-  args.mask = mask.data();
+  args.causal = true;
+  args.positions = positions.data();
   args.out = out.data();
-  k.attend(args, 0, batch * kv_heads);
+  std::vector<float> lse(batch * heads * tokens), by_lanes(x.size());
+  k.attend(args, {}, 0, batch * kv_heads);
+  args.out = by_lanes.data();
+  args.lse = lse.data();
+  for (int64_t unit = 0; unit < k.attention_f32.forward_blocks(args) * batch * kv_heads; ++unit)
+    k.attention_f32.forward(args, unit);
   std::vector<double> q64(q.size()), out64(out.size());
   for (int64_t row = 0; row < batch * tokens * heads; ++row)
     for (int64_t i = 0; i < dim; ++i) {
@@ -285,6 +298,7 @@ void check_attention(const pf::Kernels& k, int64_t dim) {
     for (int64_t i = 0; i < dim; ++i) out64[row * dim + i] /= total;
   }
   expect(error(out.data(), out64) < 1e-5, what);
+  expect(error(by_lanes.data(), out64) < 1e-5, "queries as lanes, " + what);
 }
 
 }  // namespace

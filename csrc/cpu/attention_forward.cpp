@@ -1,0 +1,85 @@
+#include "attention_forward.h"
+
+#include "dispatch.h"
+
+namespace pf {
+namespace {
+
+constexpr int64_t kFewQueries = 8;  // of one head of keys; from here on kernels with queries as lanes are faster
+
+int64_t queries(const AttentionArgs& g) { return g.tokens * (g.heads / g.kv_heads); }
+
+void attend_many(const AttentionArgs& g, ParallelFor parallel) {
+  const AttentionKernels& kernel = kernels()->attention(g.dtype);
+  const int64_t units = kernel.forward_blocks(g) * g.batch * g.kv_heads;
+  run(parallel, units, (g.prefix_length + g.length) * g.dim * queries(g) * g.batch * g.kv_heads / (units + 1),
+      [&](int64_t u0, int64_t u1) {
+        for (int64_t unit = u0; unit < u1; ++unit) kernel.forward(g, unit);
+      });
+}
+
+// Attention of all queries to the prefix alone, in the thread's scratch.
+OtherKeys attend_prefix(const AttentionArgs& g, ParallelFor parallel) {
+  // Where the rows share a prefix and lie side by side, their queries are one row of a batch: it is read once.
+  const bool shared = g.prefix_index == nullptr && g.prefix_lengths == nullptr &&
+                      (g.batch == 1 || g.q_strides[0] == g.tokens * g.q_strides[2]);
+  // A shared one in two halves, that two threads have equal parts.
+  const int64_t pieces = shared && g.prefix_length % 2 == 0 && g.prefix_length >= 128 ? 2 : 1;
+  const int64_t rows = queries(g), result = g.batch * g.tokens * g.heads * g.dim;
+  const int64_t bytes = pieces * result * dtype_size(g.dtype);
+  char* memory = static_cast<char*>(
+      scratch(kAttendScratch, (bytes + 63) / 64 * 64 + pieces * g.batch * g.kv_heads * rows * sizeof(float)));
+  float* lse = reinterpret_cast<float*>(memory + (bytes + 63) / 64 * 64);
+  AttentionArgs a = g;
+  a.k = a.v = nullptr;
+  a.length = 0;
+  a.positions = nullptr;
+  a.causal = false;
+  a.window = 0;
+  a.out = memory;
+  a.lse = lse;
+  if (shared) {
+    a.batch = pieces;
+    a.tokens = g.batch * g.tokens;
+    a.length = g.prefix_length / pieces;
+    a.q_strides[0] = 0;
+    a.out_strides[0] = result;
+    a.k = g.prefix_k;
+    a.v = g.prefix_v;
+    std::copy_n(g.prefix_k_strides, 3, a.k_strides);
+    std::copy_n(g.prefix_v_strides, 3, a.v_strides);
+    a.k_strides[0] = a.length * a.k_strides[2];
+    a.v_strides[0] = a.length * a.v_strides[2];
+    a.prefix_k = a.prefix_v = nullptr;
+  }
+  if (queries(a) <= kFewQueries)
+    run(parallel, a.batch * a.kv_heads, g.prefix_length / pieces * g.dim * queries(a),
+        [&](int64_t u0, int64_t u1) { kernels()->attend(a, {}, u0, u1); });
+  else
+    attend_many(a, parallel);
+  return {pieces,
+          memory,
+          result,
+          lse,
+          {shared ? rows : g.kv_heads * rows, shared ? g.batch * rows : rows, g.batch * g.kv_heads * rows}};
+}
+
+// Whether reading the keys is what takes the time, and not arithmetic.
+bool few_queries(const AttentionArgs& g) {
+  const bool prefix = g.prefix_k != nullptr && g.prefix_length > 0;
+  return queries(g) <= kFewQueries && g.lse == nullptr && !(prefix && g.window > 0);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionArgs& g, ParallelFor parallel) {
+  if (!few_queries(g)) return attend_many(g, parallel);
+  OtherKeys prefix;
+  if (g.prefix_k != nullptr && g.prefix_length > 0) prefix = attend_prefix(g, parallel);
+  AttentionArgs own = g;
+  own.prefix_k = own.prefix_v = nullptr;
+  run(parallel, g.batch * g.kv_heads, g.length * g.dim * queries(g),
+      [&](int64_t u0, int64_t u1) { kernels()->attend(own, prefix, u0, u1); });
+}
+
+}  // namespace pf
