@@ -316,6 +316,16 @@ def test_it_learns():
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_it_compiles_as_one_graph_and_switches():
+    peft_model, batch = adapted(make(), "a"), {"input_ids": inputs()["input_ids"], "use_cache": False}
+    peft_model.add_adapter("b", config())
+    randomize(peft_model)
+    compiled = torch.compile(peft_model.eval(), fullgraph=True, backend="aot_eager")
+    for name in ("a", "b", "a"):
+        peft_model.set_adapter(name)
+        torch.testing.assert_close(logits(compiled, **batch), logits(peft_model, **batch), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_a_bottleneck_cannot_be_merged(merge):
     peft_model, batch = adapted(make()), inputs()

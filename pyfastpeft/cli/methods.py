@@ -115,13 +115,13 @@ METHODS: dict[str, Method] = {
     "ptuning-v2": Method(
         "vectors before every layer",
         _ptuning_v2,
-        2e-2,
+        2e-1,
         {"virtual_tokens": 20, "init": "text", "init_text": None},
     ),
     "prefix": Method(
         "keys and values of every layer",
         _prefix,
-        2e-2,
+        1e-1,
         {"virtual_tokens": 20, "init": None, "init_text": None, "projection": False, "encoder_hidden_size": None},
     ),
     "bottleneck": Method(
