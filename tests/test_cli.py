@@ -219,7 +219,9 @@ def test_an_option_of_another_method_is_refused_by_name(capsys):
 )
 def test_options_reach_the_configuration(capsys, tmp_path, model_folder, data_file, method, options, fields):
     arguments = ["--model", model_folder, "--data", data_file, "--output", str(tmp_path), "--method", method]
-    run_json(capsys, "train", *arguments, "--max-steps", "1", "--batch-size", "1", *options)
+    result = run_json(capsys, "train", *arguments, "--max-steps", "1", "--batch-size", "1", *options)
+    encoded = "--projection" in options or "lstm" in options
+    assert result["learning_rate"] == (1e-3 if encoded else METHODS[method].learning_rate)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {key: config[key] for key in fields} == fields
 

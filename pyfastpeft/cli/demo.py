@@ -59,6 +59,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .progress import TrainingProgress
 
     method = METHODS[args.method]
+    # In so few steps, LoRA learns more on all linear layers.
+    options = method.options | ({"target_modules": ["all-linear"]} if args.method == "qlora" else {})
     began = time.perf_counter()
     with console.status("loading SmolLM2-135M-Instruct"):
         base, tokenizer = load_smollm2()
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 pad_token_id=tokenizer.pad_token_id,
                 output_dir=args.output,
                 epochs=epochs,
-                learning_rate=method.learning_rate,
+                learning_rate=method.rate(options),
                 warmup_steps=0.05,
                 batch_size=8,
                 seed=args.seed,
@@ -83,8 +85,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             progress.stop()
         return progress
 
-    # In so few steps, LoRA learns more on all linear layers.
-    options = method.options | ({"target_modules": ["all-linear"]} if args.method == "qlora" else {})
     config = method.config(tokenizer, **options)
     set_seed(args.seed)
     model = get_peft_model(base, config, adapter_name=FACTS)

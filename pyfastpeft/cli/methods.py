@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..nn.bottleneck import ACTIVATIONS
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from .. import PeftConfig
 
 
-class Method(NamedTuple):
+@dataclass(frozen=True)
+class Method:
     """One row of the table.
 
     Attributes:
@@ -21,6 +23,7 @@ class Method(NamedTuple):
         learning_rate: the default.
         options: command-line option (without dashes) → its default; any other method's option is refused.
         quantized: whether the base model is brought to 4 bits; None: unless --full-precision is given.
+        slower: (option, value) → the default learning rate with it.
     """
 
     about: str
@@ -28,6 +31,17 @@ class Method(NamedTuple):
     learning_rate: float
     options: dict[str, Any]
     quantized: bool | None = None
+    slower: dict[tuple[str, Any], float] = field(default_factory=dict)
+
+    def rate(self, options: dict[str, Any]) -> float:
+        """The default learning rate with ``options``."""
+        return next((rate for (name, value), rate in self.slower.items() if options[name] == value), self.learning_rate)
+
+    @property
+    def rates(self) -> str:
+        """The default learning rates, for the help text."""
+        slower = (f" ({flag(name)} {value}: {rate:g})" for (name, value), rate in self.slower.items())
+        return f"{self.learning_rate:g}" + "".join(slower).replace(" True", "")
 
 
 def _lora(tokenizer: Any, r: int, alpha: float | None, dropout: float, target_modules: list[str] | None) -> PeftConfig:
@@ -111,6 +125,7 @@ METHODS: dict[str, Method] = {
         _ptuning,
         1e-2,
         {"virtual_tokens": 20, "encoder": "mlp", "encoder_hidden_size": None},
+        slower={("encoder", "lstm"): 1e-3},
     ),
     "ptuning-v2": Method(
         "vectors before every layer",
@@ -123,6 +138,7 @@ METHODS: dict[str, Method] = {
         _prefix,
         1e-1,
         {"virtual_tokens": 20, "init": None, "init_text": None, "projection": False, "encoder_hidden_size": None},
+        slower={("projection", True): 1e-3},
     ),
     "bottleneck": Method(
         "small networks after attention and feed-forward",
@@ -177,7 +193,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         default="qlora",
         help="; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + " (default: %(default)s)",
     )
-    rates = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
+    rates = ", ".join(f"{name} {method.rates}" for name, method in METHODS.items())
     parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
     parser.add_argument("--full-precision", action="store_true", help="do not bring the base model to 4 bits")
     group = parser.add_argument_group("options of the methods")

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     questions = read_rows(args.test) if args.test else []
     base, tokenizer = load_model(args, quantized)
     dataset = load_dataset(args.data, tokenizer, args.max_length)
+    rate = method.rate(options) if args.lr is None else args.lr
     set_seed(args.seed)  # the adapter's initial values are part of the run
     model = get_peft_model(base, method.config(tokenizer, **options))
     trainable, total = model.get_nb_trainable_parameters()
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             output_dir=args.output,
             epochs=args.epochs,
             max_steps=args.max_steps,
-            learning_rate=method.learning_rate if args.lr is None else args.lr,
+            learning_rate=rate,
             lr_scheduler_type=args.schedule,
             warmup_steps=args.warmup,
             batch_size=args.batch_size,
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     result = {
         "output": args.output,
         "rows": len(dataset),
+        "learning_rate": rate,
         "steps": output.global_step,
         "loss": progress.losses[-1] if progress.losses else None,
         "trainable_parameters": trainable,
