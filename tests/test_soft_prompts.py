@@ -520,8 +520,9 @@ class TestRows:
         for i, row in enumerate(ROWS):
             close(got[i : i + 1], self.alone(model, row, partial(model, ids[i : i + 1])).logits, 2e-5)
 
-    def test_generate_also_padded_and_with_beams(self):
-        model = mixed(llama())
+    @pytest.mark.parametrize("bits", [32, 4])
+    def test_generate_also_padded_and_with_beams(self, bits):
+        model = mixed(llama() if bits == 32 else tiny.quantized(llama()))
         ids = torch.randint(1, tiny.VOCAB, (len(ROWS), 6))
         mask = torch.ones_like(ids)
         for i in range(0, len(ROWS), 2):
@@ -631,6 +632,21 @@ class TestServing:
         model.load_adapter(tmp_path / "a", "c")
         model.set_adapter("b")
         close(model(ids).logits, before)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_what_is_kept_follows_the_base_model(self, method):
+        model = ours(llama(), method).eval()
+        model.set_adapter("default", inference_mode=True)
+        ids = tiny.inputs()["input_ids"]
+        base = model.get_base_model()
+        doubled = {key: t * 2 for key, t in base.state_dict().items()}
+        before = model(ids).logits
+        for change in (base.double, base.float, lambda: base.load_state_dict(doubled)):
+            change()
+            after = model(ids).logits
+            model.base_model.bank.kept.clear()
+            assert torch.equal(model(ids).logits, after)
+        assert not torch.allclose(after, before, atol=1e-3)
 
     def test_a_prompt_follows_the_lora_on_its_row(self):
         model = ours(llama(), "prompt").eval()

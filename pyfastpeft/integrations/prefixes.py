@@ -411,7 +411,9 @@ class Prefixes:
             return self._work_out(source, others)
         # What trains may be written through .data, which leaves no trace: it is kept for one generation at most.
         trusted = decoding or (self.bank.frozen.issuperset((name, *others)) and not self.decoder.training)
-        stamp, held = stamp_of(parameters), self.bank.kept.get((name, others))
+        # The embedding stands for the model, which may be moved, cast or loaded anew.
+        stamp = stamp_of([*parameters, self.model.get_input_embeddings().weight])
+        held = self.bank.kept.get((name, others))
         if trusted and held is not None and stamp is not None and held[0] == stamp:
             return held[1]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
