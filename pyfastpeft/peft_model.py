@@ -574,7 +574,8 @@ class PeftModel(nn.Module):
 
         Parameters stay the same objects, so compiled code and optimizers stay valid; the base weights are not touched.
         The new adapter may lack some of the modules (they become zero) and may have smaller ranks (the rest is zero);
-        its scaling is its own. Everything is validated first: after an error nothing has changed.
+        its scaling is its own. A soft prompt that is for inference may get another number of virtual tokens. Everything
+        is validated first: after an error nothing has changed.
 
         Args:
             source: a PEFT folder or hub repository, or the tensors themselves under PEFT's keys.

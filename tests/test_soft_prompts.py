@@ -609,6 +609,28 @@ class TestServing:
         serving.set_adapter("fresh")
         assert torch.equal(serving(ids).logits, swapped)
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_hotswap_to_another_number_of_virtual_tokens(self, method, tmp_path):
+        short = {} if method in OURS else {"num_virtual_tokens": 3}
+        ours(llama(), method).save_pretrained(tmp_path / "a")
+        small = fp.get_peft_model(llama(), config(fp, method, **short) if short else OURS[method]())
+        values = {k: t[:3].clone() for k, t in fp.get_peft_model_state_dict(small).items()}
+        serving = fp.PeftModel.from_pretrained(llama(), tmp_path / "a")
+        ids = tiny.inputs()["input_ids"]
+        five = serving(ids).logits
+        serving.hotswap_adapter(values)
+        three = serving(ids).logits
+        serving.save_pretrained(tmp_path / "three")
+        assert not torch.allclose(three, five)
+        assert serving.peft_config["default"].num_virtual_tokens == 3
+        read = fp.PeftModel.from_pretrained(copy.deepcopy(serving.unload()), tmp_path / "three")
+        close(read(ids).logits, three)
+        read.hotswap_adapter(tmp_path / "a")
+        close(read(ids).logits, five)
+        trained = fp.PeftModel.from_pretrained(read.unload(), tmp_path / "three", is_trainable=True)
+        with pytest.raises(ValueError, match=r"prompt_embeddings has shape \(5, .*must be \(3, "):
+            trained.hotswap_adapter(tmp_path / "a")
+
     def test_a_soft_prompt_is_worked_out_once(self, tmp_path, monkeypatch):
         from pyfastpeft.integrations.prefixes import Prefixes
 

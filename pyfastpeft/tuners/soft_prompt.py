@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank
+from ..hub.files import check_tensors
 from ..nn.prompt_encoder import SoftPrompt
 from .base import PeftConfig, TaskType, Tuner
 
@@ -194,8 +195,6 @@ class SoftPromptTuner(Tuner):
         values: Mapping[str, Tensor] | None,
         autocast_adapter_dtype: bool,
     ) -> None:
-        from ..integrations.prefixes import Source
-
         module = config.encoder() if values is None or _with_encoder(values) else None
         if module is None:
             module = SoftPrompt(config.rows, config.width)
@@ -203,8 +202,19 @@ class SoftPromptTuner(Tuner):
             config.initialize(module, self.model, self.prefixes)
         # In float32 whatever the model is in, as in PEFT.
         module = module.to(self.model.get_input_embeddings().weight.device).train(self.model.training)
-        self.prefixes.add(name, Source(module, config.form(), config.num_virtual_tokens, config.dropout))
         self.bank.prompts[name] = module
+        try:
+            self._put(name, config)
+        except BaseException:
+            self.remove(name)
+            raise
+
+    def _put(self, name: str, config: SoftPromptConfig) -> None:
+        """Let the model read the adapter's parameters."""
+        from ..integrations.prefixes import Source
+
+        source = Source(self.bank.prompts[name], config.form(), config.num_virtual_tokens, config.dropout)
+        self.prefixes.add(name, source)
         self.bank.forget()
 
     def tensors(self, name: str, config: SoftPromptConfig) -> dict[str, Tensor]:
@@ -259,12 +269,31 @@ class SoftPromptTuner(Tuner):
         values: Mapping[str, Tensor],
         source: str,
     ) -> SoftPromptConfig:
+        """Another number of virtual tokens, for adapters that are for inference."""
         if self.bank.prompts[name].encodes:
             raise ValueError(
                 f"adapter {name!r} has an encoder that trains, so its virtual tokens cannot be replaced; load it with "
                 "is_trainable=False"
             )
-        return super().swap(name, old, new, live, values, source)
+        shapes = {key: tuple(t.shape) for key, t in live.items()}
+        count = len(values[KEY]) if KEY in values and values[KEY].dim() == 2 else old.rows
+        if old.inference_mode:
+            shapes[KEY] = (count, *shapes[KEY][1:])
+        check_tensors(values, shapes, {}, source)
+        tokens = count * old.num_virtual_tokens // old.rows
+        config = replace(old if new is None else new, num_virtual_tokens=tokens, inference_mode=old.inference_mode)
+        if config.rows != count or config.form() is not old.form():
+            return super().swap(name, old, new, live, values, source)
+        self.resolved(config)
+        with torch.no_grad():
+            for key, tensor in live.items():
+                if key == KEY:
+                    tensor.data = values[key].to(tensor, copy=True)
+                else:
+                    tensor.copy_(values[key])
+        self.bank.prompts[name].embedding.num_embeddings = count
+        self._put(name, config)
+        return config
 
     def export(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """``layers.<i>.key`` and ``.value`` [heads, length, dim] of a row that uses ``names``."""
