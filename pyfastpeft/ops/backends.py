@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from ..formats import Packed4bit
+from .triton_kernels import why_not
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that the compiled operators take."""
 
 
 class Backend(enum.Enum):
-    """``NATIVE``: the compiled operators. ``REFERENCE``: plain torch, any device, any shape."""
+    """``NATIVE``: the compiled operators. ``TRITON``: kernels for GPUs. ``REFERENCE``: plain torch, any device."""
 
     NATIVE = "native"
+    TRITON = "triton"
     REFERENCE = "reference"
 
 
@@ -36,10 +38,21 @@ _FORCED = _forced()
 
 
 def choose(w: Packed4bit) -> Backend:
-    """The backend for ``w``: native for CPU weights in tiles, else the reference (dequantize, then a dense product)."""
-    if _FORCED is not None and not (_FORCED is Backend.NATIVE and w.layout != "tiles"):
+    """The backend for ``w``.
+
+    Native for CPU weights in tiles, Triton for weights on a GPU that it compiles for, else the reference (dequantize,
+    then a dense product). ``PYFASTPEFT_BACKEND`` forces one; ``native`` only where it can serve.
+
+    Raises:
+        RuntimeError: Triton is forced and cannot serve; it says why.
+    """
+    if _FORCED is Backend.TRITON and (why := why_not(w.device)) is not None:
+        raise RuntimeError(f"PYFASTPEFT_BACKEND is 'triton', and {why}")
+    if _FORCED in (Backend.TRITON, Backend.REFERENCE):
         return _FORCED
-    return Backend.NATIVE if w.layout == "tiles" else Backend.REFERENCE
+    if w.layout == "tiles":
+        return Backend.NATIVE
+    return Backend.TRITON if w.device.type == "cuda" and why_not(w.device) is None else Backend.REFERENCE
 
 
 _MOST_HEAD_SIZE = 256
@@ -50,4 +63,4 @@ def choose_attention(q: Tensor) -> Backend:
     """The backend for attention with queries ``q`` [..., D]."""
     if q.device.type != "cpu" or q.dtype not in FLOATS or q.shape[-1] > _MOST_HEAD_SIZE:
         return Backend.REFERENCE
-    return _FORCED or Backend.NATIVE
+    return Backend.REFERENCE if _FORCED is Backend.REFERENCE else Backend.NATIVE

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..formats import Packed4bit
-from . import reference
+from . import reference, triton_kernels
 from .backends import FLOATS, Backend, choose
 
 
@@ -139,10 +139,10 @@ def linear_4bit(
         if isinstance(scaling, Tensor):
             row_scale, scaling = scaling.float(), 1.0
         if dropout > 0.0:
-            seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     backend = choose(w)
     weight = w.operands
-    if backend is Backend.REFERENCE:
+    if backend is not Backend.NATIVE:
         weight = (*weight[:5], w, n, w.blocksize)
     if needs_grad(x, bias, lora):
         if compute is not None:
@@ -196,6 +196,8 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
         raise ValueError(f"x is on {x.device}; it must be on the device of w, {w.device}")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS):
         raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be floating, shape ({n},)")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias is on {bias.device}; it must be on x's device, {x.device}")
     return n, k
 
 
@@ -227,9 +229,12 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
         )
 
 
+_IN_PYTHON = {Backend.REFERENCE: reference, Backend.TRITON: triton_kernels}
+
+
 def _forward(backend: Backend, x: Tensor, bias: Tensor | None, branch: tuple, weight: tuple) -> tuple[Tensor, Tensor]:
-    if backend is Backend.REFERENCE:
-        return reference.forward(x, weight[5], bias, *branch)
+    if backend is not Backend.NATIVE:
+        return _IN_PYTHON[backend].forward(x, weight[5], bias, *branch)
     return torch.ops.pyfastpeft.linear_4bit.default(x, *weight, bias, *branch)
 
 
@@ -251,10 +256,10 @@ class _Linear4bit(torch.autograd.Function):
         need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
         branch = (a, b, row_scale, scaling, seed, dropout)
         dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
-        if backend is Backend.REFERENCE:
-            dx, da, db = reference.backward(dy, x, s, meta[0], *branch, need_x, need_a, need_b)
+        dy = dy.to(x_dtype)
+        if backend is not Backend.NATIVE:
+            dx, da, db = _IN_PYTHON[backend].backward(dy, x, s, meta[0], *branch, need_x, need_a, need_b)
         else:
-            dy = dy.to(x_dtype)
             dx, ds = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, *held, *meta, *branch, need_x)
             dx = dx if need_x else None
             da = db = None

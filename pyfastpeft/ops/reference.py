@@ -25,16 +25,15 @@ def _mix32(h: Tensor) -> Tensor:
 def keep_mask(rows: int, columns: int, seed: Tensor, dropout: float) -> Tensor:
     """Bool [rows, columns]: which elements survive dropout; the same function of (seed, row, column) as csrc's."""
     low, high = seed & _MASK32, (seed >> 32) & _MASK32
-    row = _mix32((torch.arange(rows).unsqueeze(1) + low) & _MASK32) ^ high
-    column = (torch.arange(columns) * 0x9E3779B9) & _MASK32
+    row = _mix32((torch.arange(rows, device=seed.device).unsqueeze(1) + low) & _MASK32) ^ high
+    column = (torch.arange(columns, device=seed.device) * 0x9E3779B9) & _MASK32
     return _mix32((column + row) & _MASK32) >= round(dropout * 2**32)
 
 
 def _dropped(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     if seed is None:
         return x
-    keep = keep_mask(*x.shape, seed, dropout).to(x.device)
-    return torch.where(keep, x / (1 - dropout), torch.zeros_like(x))
+    return torch.where(keep_mask(*x.shape, seed, dropout), x / (1 - dropout), torch.zeros_like(x))
 
 
 def _scaled(s: Tensor, row_scale: Tensor | None, scaling: float) -> Tensor:

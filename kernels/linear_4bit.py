@@ -1,0 +1,684 @@
+"""``linear_4bit`` in Triton: y = x · Wᵀ + bias + (S ∘ f) · Bᵀ with S = dropout(x) · Aᵀ, W [N, K] in 4 bits.
+
+Three kernels, each a sweep over one dimension with float32 accumulators in registers:
+
+    _forward     y [M, N], over K. S accumulates in the same sweep, one more product a step, unless it is given.
+    _input_grad  dx [M, K] = dy · W + dropout(dS · A), over N.
+    _project     reads P [M, C] once for P · Q and Pᵀ · T, Q and T of R columns: of dy, dS and dB together; of x, dA,
+                 and S where the sweep cannot have it (dropout is to be hashed once an element; R is large).
+
+W is read as it lies in storage (bitsandbytes' order: the flattened matrix, two codes to a byte, the high nibble first,
+one scale a block of consecutive elements), so a row of odd length may start in the middle of a byte, and a block may
+straddle rows. A tile of W is decoded once, in float32, and rounded to x's dtype. The factors of the branch are rounded
+to x's dtype where they meet x or dy; S and dS stay float32 beside float16, which could not hold their range.
+Offsets that grow with a matrix are 64-bit. Sums are ordered: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SWEEP_RANK = 32
+"""The largest rank whose S fits into registers beside the accumulator of the forward sweep."""
+_RANKS = 64
+"""Columns of Q and T that a program of ``_project`` takes, and of S that ``_branch`` takes at a time."""
+_CHUNK = 512
+"""Rows of P that a program of ``_project`` takes: the partial sums are then small beside P."""
+_PROGRAMS = 512
+"""Programs that a product should have, to fill any GPU; few rows get them by splitting the sweep."""
+
+
+# ---- the code table --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def lookup_asm(table: tuple[float, ...]) -> str:
+    """PTX from four bytes of codes ($4) to four words ($0 to $3), each the float16 values of a byte's two codes, the
+    high nibble's first.
+
+    A byte permutation looks four codes up among eight bytes, so the table lies there as the low and the high bytes of
+    codes 0 to 7 and of 8 to 15; bit 3 of a code chooses between the two.
+    """
+    halves = torch.tensor(table, dtype=torch.float16).view(torch.uint8).view(16, 2)
+    lines = [
+        ".reg .b32 index, upper, mask, below, above, low, high;",
+        "and.b32 index, $4, 0x77777777;",
+        "shr.b32 upper, $4, 3;",
+        "and.b32 upper, upper, 0x11111111;",
+    ]
+    for first in (0, 2):
+        lines.append("prmt.b32 mask, 0x0000ff00, 0, upper;")
+        for name, part in (("low", halves[:, 0]), ("high", halves[:, 1])):
+            words = [f"0x{int.from_bytes(bytes(part[i : i + 4].tolist()), 'little'):08x}" for i in range(0, 16, 4)]
+            lines += [
+                f"prmt.b32 below, {words[0]}, {words[1]}, index;",
+                f"prmt.b32 above, {words[2]}, {words[3]}, index;",
+                f"lop3.b32 {name}, mask, above, below, 0xca;",
+            ]
+        lines += [
+            f"prmt.b32 ${first}, low, high, 0x4051;",
+            f"prmt.b32 ${first + 1}, low, high, 0x6273;",
+            "shr.b32 index, index, 16;",
+            "shr.b32 upper, upper, 16;",
+        ]
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.jit
+def _lookup(code, TABLE: tl.constexpr):
+    """TABLE[code] in float32, by selections."""
+    odd = code % 2 == 1
+    w = tl.where(odd, TABLE[1], TABLE[0])
+    for i in tl.static_range(1, 8):
+        w = tl.where(code // 2 == i, tl.where(odd, TABLE[2 * i + 1], TABLE[2 * i]), w)
+    return w
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _decode(
+    codes,  # uint8 [ceil(N * K / 2)]
+    scale,  # float32 [blocks]; uint8 when double-quantized
+    zero,  # float32 [blocks], or None
+    absmax2,  # float32 [ceil(blocks / 256)] when double-quantized, else None
+    offset,  # float32 [1] likewise
+    dynamic_map,  # float32 [256] likewise
+    rows,  # int64 [ROWS], of W
+    k0,
+    N,
+    K,
+    row_bytes,  # K // 2
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    GROUP: tl.constexpr,  # columns of a tile's row that share a scale; 1 where K is odd
+    TABLE: tl.constexpr,  # the value of each code
+    ASM: tl.constexpr,  # lookup_asm(TABLE), or None: selections
+):
+    """W[rows, k0 : k0 + COLUMNS] in float32, zero outside the matrix."""
+    inside = (rows < N)[:, None]
+    if GROUP > 1:
+        pair = k0 // 2 + tl.arange(0, COLUMNS // 2)
+        at = codes + rows[:, None] * row_bytes + pair[None, :]
+        byte = tl.load(at, mask=inside & (pair < row_bytes)[None, :], other=0)
+        if ASM is not None:
+            both = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [byte], dtype=tl.uint32, is_pure=True, pack=4)
+            first = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+            second = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+            w = tl.interleave(first, second)
+        else:
+            w = tl.interleave(_lookup(byte >> 4, TABLE), _lookup(byte & 15, TABLE))
+    else:
+        k = k0 + tl.arange(0, COLUMNS)
+        element = rows[:, None] * K + k[None, :]
+        byte = tl.load(codes + element // 2, mask=inside & (k < K)[None, :], other=0)
+        w = _lookup(tl.where(element % 2 == 0, byte >> 4, byte & 15), TABLE)
+    k = k0 + tl.arange(0, COLUMNS // GROUP) * GROUP
+    inside = inside & (k < K)[None, :]
+    block = (rows[:, None] * K + k[None, :]) // BLOCKSIZE
+    if absmax2 is None:
+        s = tl.load(scale + block, mask=inside, other=0.0)
+    else:
+        s = tl.load(dynamic_map + tl.load(scale + block, mask=inside, other=0))
+        s = s * tl.load(absmax2 + block // 256, mask=inside, other=0.0) + tl.load(offset)
+        s = tl.where(inside, s, 0.0)
+    w = tl.reshape(w, (ROWS, COLUMNS // GROUP, GROUP)) * s[:, :, None]
+    if zero is not None:
+        w += tl.load(zero + block, mask=inside, other=0.0)[:, :, None]
+    return tl.reshape(w, (ROWS, COLUMNS))
+
+
+@triton.jit
+def _scaled(s, factor, factor_stride, scaling, rows, ranks, M, R):
+    """s [rows, ranks] ∘ f, f = scaling · row_scale."""
+    if factor is not None:
+        at = factor + rows.to(tl.int64)[:, None] * factor_stride + ranks[None, :]
+        s = s * tl.load(at, mask=(rows < M)[:, None] & (ranks < R)[None, :], other=0.0)
+    return s * scaling
+
+
+@triton.jit
+def _beside(t, like: tl.constexpr):
+    """A factor of a product with S or dS: in bfloat16 beside bfloat16, else in float32 (see the module)."""
+    return t.to(tl.bfloat16 if like == tl.bfloat16 else tl.float32)
+
+
+@triton.jit
+def _branch(
+    s,  # float32 [M, R]
+    factor,
+    factor_stride,
+    scaling,
+    other,  # of element (rank, column) at rank_stride, column_stride
+    rank_stride,
+    column_stride,
+    rows,
+    columns,
+    M,
+    C,
+    R,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LIKE: tl.constexpr,
+):
+    """(s ∘ f)[rows] · other[:, columns], float32 [BM, BC]."""
+    acc = tl.zeros((BM, BC), tl.float32)
+    for r0 in tl.range(0, R, RANK, num_stages=1):  # short: its operands in flight would only take shared memory
+        ranks = r0 + tl.arange(0, RANK)
+        at = s + rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        part = tl.load(at, mask=(rows < M)[:, None] & (ranks < R)[None, :], other=0.0)
+        part = _scaled(part, factor, factor_stride, scaling, rows, ranks, M, R)
+        at = other + ranks.to(tl.int64)[:, None] * rank_stride + columns.to(tl.int64)[None, :] * column_stride
+        right = tl.load(at, mask=(ranks < R)[:, None] & (columns < C)[None, :], other=0.0)
+        acc = tl.dot(_beside(part, LIKE), _beside(right, LIKE), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _mix32(h):
+    """A 32-bit integer hash with good avalanche, the CPU operator's."""
+    h = (h ^ (h >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    h = (h ^ (h >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _kept(seed, threshold, rows, columns):
+    """Which elements (rows, columns) survive dropout: a hash of their place and the seed (int64 [1])."""
+    seed = tl.load(seed)
+    row = _mix32(rows.to(tl.uint32) + seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32)
+    column = columns.to(tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32)
+    return _mix32(column[None, :] + row[:, None]).to(tl.int64) >= threshold
+
+
+@triton.jit
+def _block_of(M, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's block (row, column): eight row blocks after one another share a column block, for the L2 cache."""
+    WIDTH: tl.constexpr = 8
+    program = tl.program_id(0)
+    row_blocks, column_blocks = tl.cdiv(M, ROWS), tl.cdiv(C, COLUMNS)
+    first = program // (WIDTH * column_blocks) * WIDTH
+    width = tl.minimum(row_blocks - first, WIDTH)
+    within = program % (WIDTH * column_blocks)
+    return first + within % width, within // width
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward(
+    x,  # [M, K], columns side by side
+    y,  # [M, N]; float32 [splits, M, N] where the sweep is split, and the sum over splits is y
+    codes,
+    scale,
+    zero,
+    absmax2,
+    offset,
+    dynamic_map,
+    bias,  # [N], or None
+    a,  # [R, K], columns side by side, or None: no branch, or S is given
+    b,  # [N, R], or None: no branch
+    s,  # float32 [M, R], read; where `a` is given it is written, [splits, M, R]
+    factor,  # float32 [M, R] at factor_stride, or None
+    scaling,
+    M,
+    N,
+    K,
+    R,
+    row_bytes,
+    x_stride,
+    a_stride,
+    b_stride,
+    b_column_stride,
+    factor_stride,
+    span,  # columns of a split, a multiple of BK
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TABLE: tl.constexpr,
+    ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row_block, column_block = _block_of(M, N, BM, BN)
+    split = tl.program_id(1)
+    rows = row_block * BM + tl.arange(0, BM)
+    columns = column_block * BN + tl.arange(0, BN)
+    ranks = tl.arange(0, RANK)
+    x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+    acc = tl.zeros((BM, BN), tl.float32)
+    sums = tl.zeros((BM, RANK), tl.float32)
+    for k0 in range(split * span, tl.minimum(split * span + span, K), BK):
+        k = k0 + tl.arange(0, BK)
+        x_tile = tl.load(x_rows + k[None, :], mask=(rows < M)[:, None] & (k < K)[None, :], other=0.0)
+        w = _decode(
+            codes, scale, zero, absmax2, offset, dynamic_map, columns.to(tl.int64), k0, N, K, row_bytes,
+            BN, BK, BLOCKSIZE, GROUP, TABLE, ASM,
+        )  # fmt: skip
+        acc = tl.dot(x_tile, tl.trans(w.to(x_tile.dtype)), acc, input_precision=PRECISION)
+        if a is not None:
+            a_at = a + ranks.to(tl.int64)[:, None] * a_stride + k[None, :]
+            a_tile = tl.load(a_at, mask=(ranks < R)[:, None] & (k < K)[None, :], other=0.0).to(x_tile.dtype)
+            sums = tl.dot(x_tile, tl.trans(a_tile), sums, input_precision=PRECISION)
+    if a is not None:
+        if column_block == 0:
+            s_at = s + (split.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
+            tl.store(s_at, sums, mask=(rows < M)[:, None] & (ranks < R)[None, :])
+        sums = _scaled(sums, factor, factor_stride, scaling, rows, ranks, M, R)
+        at = b + columns.to(tl.int64)[None, :] * b_stride + ranks[:, None] * b_column_stride
+        right = tl.load(at, mask=(ranks < R)[:, None] & (columns < N)[None, :], other=0.0)
+        like: tl.constexpr = x.dtype.element_ty
+        acc = tl.dot(_beside(sums, like), _beside(right, like), acc, input_precision=PRECISION)
+    if split == 0:  # what is added once
+        if a is None and b is not None:
+            acc += _branch(
+                s, factor, factor_stride, scaling, b, b_column_stride, b_stride, rows, columns, M, N, R,
+                BM, BN, RANK, PRECISION, x.dtype.element_ty,
+            )  # fmt: skip
+        if bias is not None:
+            acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    at = y + (split.to(tl.int64) * M + rows[:, None]) * N + columns[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def _input_grad(
+    dy,  # [M, N], columns side by side
+    dx,  # [M, K]
+    codes,
+    scale,
+    zero,
+    absmax2,
+    offset,
+    dynamic_map,
+    ds,  # float32 [M, R], or None: no branch
+    a,  # [R, K]
+    seed,  # int64 [1], or None: no dropout
+    threshold,
+    keep_scale,
+    M,
+    N,
+    K,
+    R,
+    row_bytes,
+    dy_stride,
+    a_stride,
+    a_column_stride,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TABLE: tl.constexpr,
+    ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row_block, column_block = _block_of(M, K, BM, BK)
+    rows = row_block * BM + tl.arange(0, BM)
+    k0 = column_block * BK
+    columns = k0 + tl.arange(0, BK)
+    dy_rows = dy + rows.to(tl.int64)[:, None] * dy_stride
+    acc = tl.zeros((BM, BK), tl.float32)
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        dy_tile = tl.load(dy_rows + n[None, :], mask=(rows < M)[:, None] & (n < N)[None, :], other=0.0)
+        w = _decode(
+            codes, scale, zero, absmax2, offset, dynamic_map, n.to(tl.int64), k0, N, K, row_bytes,
+            BN, BK, BLOCKSIZE, GROUP, TABLE, ASM,
+        )  # fmt: skip
+        acc = tl.dot(dy_tile, w.to(dy_tile.dtype), acc, input_precision=PRECISION)
+    if ds is not None:
+        part = _branch(
+            ds, None, 0, 1.0, a, a_stride, a_column_stride, rows, columns, M, K, R,
+            BM, BK, RANK, PRECISION, dy.dtype.element_ty,
+        )  # fmt: skip
+        if seed is not None:
+            part = tl.where(_kept(seed, threshold, rows, columns), part * keep_scale, 0.0)
+        acc += part
+    at = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    tl.store(at, acc.to(dx.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])
+
+
+@triton.jit
+def _project(
+    p,  # [M, C], columns side by side
+    q,  # [C, R], or None
+    t,  # float32 [M, R], or None
+    pq,  # float32 [column blocks, M, R]: (P · Q) ∘ f, a part a column block
+    pt,  # float32 [chunks, C, R]: Pᵀ · (T ∘ f), a part a chunk of rows
+    factor,  # float32 [M, R] at factor_stride, or None
+    scaling,
+    seed,  # int64 [1], or None: no dropout; of P
+    threshold,
+    M,
+    C,
+    R,
+    p_stride,
+    q_stride,
+    q_column_stride,
+    factor_stride,
+    CHUNK: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    like: tl.constexpr = p.dtype.element_ty
+    column_block, chunk = tl.program_id(0), tl.program_id(1)
+    columns = column_block * BC + tl.arange(0, BC)
+    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    if q is not None:
+        q_at = q + columns.to(tl.int64)[:, None] * q_stride + ranks.to(tl.int64)[None, :] * q_column_stride
+        q_tile = tl.load(q_at, mask=(columns < C)[:, None] & (ranks < R)[None, :], other=0.0).to(like)
+    acc = tl.zeros((BC, RANK), tl.float32)
+    for m0 in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, M), BM):
+        rows = m0 + tl.arange(0, BM)
+        p_at = p + rows.to(tl.int64)[:, None] * p_stride + columns[None, :]
+        tile = tl.load(p_at, mask=(rows < M)[:, None] & (columns < C)[None, :], other=0.0)
+        if seed is not None:
+            tile = tl.where(_kept(seed, threshold, rows, columns), tile, 0.0)
+        inside = (rows < M)[:, None] & (ranks < R)[None, :]
+        if q is not None:
+            part = tl.dot(tile, q_tile, input_precision=PRECISION)
+            part = _scaled(part, factor, factor_stride, scaling, rows, ranks, M, R)
+            pq_at = pq + (column_block.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
+            tl.store(pq_at, part, mask=inside)
+        if t is not None:
+            t_tile = tl.load(t + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=inside, other=0.0)
+            t_tile = _scaled(t_tile, factor, factor_stride, scaling, rows, ranks, M, R)
+            acc = tl.dot(_beside(tl.trans(tile), like), _beside(t_tile, like), acc, input_precision=PRECISION)
+    if t is not None:
+        pt_at = pt + (chunk.to(tl.int64) * C + columns[:, None]) * R + ranks[None, :]
+        tl.store(pt_at, acc, mask=(columns < C)[:, None] & (ranks < R)[None, :])
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """How a product of M rows is cut.
+
+    Attributes:
+        rows, columns: of the block that a program computes.
+        depth: of one step of its sweep.
+        warps, stages: of a program.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def tiles(m: int, plain: bool) -> Tiles:
+    """The cut for ``m`` rows; ``plain``: where no tensor core (float32) or no whole byte (K odd) helps.
+
+    A program decodes its part of W for itself, so blocks are as high as ``m`` asks for, up to what registers hold.
+    Few rows leave narrow blocks, deep steps and many stages: that keeps the most of W in flight.
+    """
+    rows = min(max(16, triton.next_power_of_2(m)), 128)
+    if plain:
+        return Tiles(min(rows, 32), 32, 32, 4, 2)
+    if rows <= 32:
+        return Tiles(rows, 32, 128, 4, 5)
+    if rows == 64:
+        return Tiles(rows, 64, 64, 4, 4)
+    return Tiles(rows, 128, 64, 8, 3)
+
+
+def splits(m: int, n: int, k: int, cut: Tiles) -> int:
+    """Into how many parts the sweep over k is split, each of four steps at least."""
+    programs = triton.cdiv(m, cut.rows) * triton.cdiv(n, cut.columns)
+    return max(1, min(_PROGRAMS // programs, k // (4 * cut.depth)))
+
+
+class Weight(NamedTuple):
+    """W [N, K] in storage order: see ``_decode`` for the tensors. ``table``: the value of each code."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    absmax2: Tensor | None
+    offset: Tensor | None
+    dynamic_map: Tensor | None
+    table: tuple[float, ...]
+    n: int
+    k: int
+    blocksize: int
+
+    def arguments(self, columns: int, like: torch.dtype) -> dict:
+        """Of the kernels, for tiles of ``columns`` columns decoded to ``like``."""
+        group = math.gcd(self.k, self.blocksize, columns)
+        asm = lookup_asm(self.table) if like != torch.float32 and torch.version.hip is None else None
+        tensors = {name: getattr(self, name) for name in self._fields[:6]}
+        sizes = {"N": self.n, "K": self.k, "row_bytes": self.k // 2}
+        return tensors | sizes | {"BLOCKSIZE": self.blocksize, "GROUP": group, "TABLE": self.table, "ASM": asm}
+
+
+class Branch(NamedTuple):
+    """The LoRA branch: A [R, K], B [N, R], f = scaling · row_scale (float32 [R] or [M, R]), dropout with its seed
+    (int64 [1], on the device)."""
+
+    a: Tensor
+    b: Tensor
+    row_scale: Tensor | None
+    scaling: float
+    seed: Tensor | None
+    dropout: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def factor_stride(self) -> int:
+        return 0 if self.row_scale is None or self.row_scale.dim() == 1 else self.rank
+
+    @property
+    def dropping(self) -> dict:
+        return {"seed": self.seed, "threshold": round(self.dropout * 2**32)}
+
+
+_NO_BRANCH = (
+    dict.fromkeys(("a", "b", "s", "factor"))
+    | {"scaling": 1.0, "R": 0}
+    | dict.fromkeys(("a_stride", "b_stride", "b_column_stride", "factor_stride"), 0)
+)
+
+
+def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) -> tuple[Tensor, Tensor]:
+    """(y [M, N] in x's dtype, S float32 [M, R], R = 0 without a branch)."""
+    x = _with_contiguous_columns(x)
+    (m, k), n = x.shape, w.n
+    cut = tiles(m, x.dtype == torch.float32 or k % 2 == 1)
+    span = triton.cdiv(triton.cdiv(k, splits(m, n, k, cut)), cut.depth) * cut.depth if m and n else k
+    parts = triton.cdiv(k, span)
+    y = x.new_empty((parts, m, n), dtype=x.dtype if parts == 1 else torch.float32)
+    if branch is None:
+        s, arguments = x.new_empty((1, m, 0), dtype=torch.float32), _NO_BRANCH
+    else:
+        sweeps = branch.seed is None and branch.rank <= _SWEEP_RANK
+        a = _with_contiguous_columns(branch.a)
+        if sweeps:
+            s = x.new_empty((parts, m, branch.rank), dtype=torch.float32)
+        else:
+            s = _projected(x, q=a.t(), dropping=branch.dropping)[0][None] * (1 / (1 - branch.dropout))
+        arguments = {
+            "a": a if sweeps else None,
+            "b": branch.b,
+            "s": s,
+            "factor": branch.row_scale,
+            "scaling": branch.scaling,
+            "R": branch.rank,
+            "a_stride": a.stride(0),
+            "b_stride": branch.b.stride(0),
+            "b_column_stride": branch.b.stride(1),
+            "factor_stride": branch.factor_stride,
+        }
+    if y.numel() > 0:
+        _forward[(triton.cdiv(m, cut.rows) * triton.cdiv(n, cut.columns), parts)](
+            x=x,
+            y=y,
+            bias=None if bias is None else bias.contiguous(),
+            M=m,
+            x_stride=x.stride(0),
+            span=span,
+            BM=cut.rows,
+            BN=cut.columns,
+            BK=cut.depth,
+            RANK=_rank_block(arguments["R"]),
+            PRECISION=_precision(x.dtype),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+            **w.arguments(cut.depth, x.dtype),
+            **arguments,
+        )
+    return _summed(y).to(x.dtype), _summed(s)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    w: Weight,
+    branch: Branch | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx [M, K] in dy's dtype, dA float32 [R, K], dB float32 [N, R]), None where not needed.
+
+    Args:
+        dy: [M, N].
+        x, s: what ``forward`` took and gave; needed for dA and dB.
+    """
+    dy = _with_contiguous_columns(dy)
+    da = db = ds = None
+    if branch is not None:
+        ds, db = _projected(
+            dy,
+            q=branch.b if need_x or need_a else None,
+            t=s if need_b else None,
+            branch=branch,
+        )
+        if need_a:
+            _, da = _projected(_with_contiguous_columns(x), t=ds, dropping=branch.dropping)
+            da = da.t() * (1 / (1 - branch.dropout))
+    return (_dx(dy, w, branch, ds) if need_x else None), da, db
+
+
+def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None) -> Tensor:
+    m, k = dy.shape[0], w.k
+    dx = dy.new_empty((m, k))
+    if dx.numel() == 0:
+        return dx
+    if branch is None:
+        arguments = dict.fromkeys(("ds", "a", "seed"))
+        arguments |= {"threshold": 0, "keep_scale": 1.0, "R": 0, "a_stride": 0, "a_column_stride": 0}
+    else:
+        arguments = branch.dropping | {
+            "ds": ds,
+            "a": branch.a,
+            "keep_scale": 1 / (1 - branch.dropout),
+            "R": branch.rank,
+            "a_stride": branch.a.stride(0),
+            "a_column_stride": branch.a.stride(1),
+        }
+    cut = tiles(m, dy.dtype == torch.float32 or k % 2 == 1)
+    _input_grad[(triton.cdiv(m, cut.rows) * triton.cdiv(k, cut.columns),)](
+        dy=dy,
+        dx=dx,
+        M=m,
+        dy_stride=dy.stride(0),
+        BM=cut.rows,
+        BN=cut.depth,
+        BK=cut.columns,
+        RANK=_rank_block(arguments["R"]),
+        PRECISION=_precision(dy.dtype),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        **w.arguments(cut.columns, dy.dtype),
+        **arguments,
+    )
+    return dx
+
+
+def _projected(
+    p: Tensor,
+    q: Tensor | None = None,
+    t: Tensor | None = None,
+    branch: Branch | None = None,
+    dropping: dict | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """((P · Q) ∘ f [M, R], Pᵀ · (T ∘ f) [C, R]) in float32, None without Q or T; f is ``branch``'s, 1 without.
+
+    With ``dropping`` elements of P are dropped; those that survive are not scaled.
+    """
+    if q is None and t is None:
+        return None, None
+    (m, c), r = p.shape, t.shape[1] if q is None else q.shape[1]
+    rank = _rank_block(r)
+    columns = 32 if p.dtype == torch.float32 else 128 if rank <= 32 else 64
+    column_blocks, chunks = max(triton.cdiv(c, columns), 1), max(triton.cdiv(m, _CHUNK), 1)
+    pq = None if q is None else p.new_empty((column_blocks, m, r), dtype=torch.float32)
+    pt = None if t is None else p.new_empty((chunks, c, r), dtype=torch.float32)
+    if p.numel() == 0:
+        return (None if q is None else pq.sum(0).zero_()), (None if t is None else pt.sum(0).zero_())
+    _project[(column_blocks, chunks, triton.cdiv(r, rank))](
+        p=p,
+        q=q,
+        t=t,
+        pq=pq,
+        pt=pt,
+        factor=None if branch is None else branch.row_scale,
+        scaling=1.0 if branch is None else branch.scaling,
+        M=m,
+        C=c,
+        R=r,
+        p_stride=p.stride(0),
+        q_stride=0 if q is None else q.stride(0),
+        q_column_stride=0 if q is None else q.stride(1),
+        factor_stride=0 if branch is None else branch.factor_stride,
+        CHUNK=_CHUNK,
+        BM=min(max(16, triton.next_power_of_2(m)), 32),
+        BC=columns,
+        RANK=rank,
+        PRECISION=_precision(p.dtype),
+        num_warps=4,
+        num_stages=3,
+        **(dropping or {"seed": None, "threshold": 0}),
+    )
+    return _summed(pq), _summed(pt)
+
+
+def _summed(parts: Tensor | None) -> Tensor | None:
+    return None if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _with_contiguous_columns(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _rank_block(rank: int) -> int:
+    return min(max(16, triton.next_power_of_2(rank)), _RANKS)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products of float32: tf32 carries what float16 does, in float32's range."""
+    return "ieee" if dtype == torch.float32 else "tf32"

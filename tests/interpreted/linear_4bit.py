@@ -1,0 +1,153 @@
+"""``linear_4bit`` by its Triton kernels in Triton's interpreter: see test_triton_interpreted.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import repair
+import torch
+from test_linear_4bit import DTYPES, FORWARD, QUANT_TYPES, adapter, check_gradients, error, float64, packed_weight, pick
+
+import pyfastpeft as fp
+from pyfastpeft.formats import FORMATS
+from pyfastpeft.ops import BankView, Lora, linear_4bit
+from pyfastpeft.ops.backends import Backend, choose
+from pyfastpeft.ops.triton_kernels import _kernels
+
+kernels = _kernels("linear_4bit")
+# (M, N, K): less than a tile, a tile's tails, blocks that straddle rows, rows that start in the middle of a byte.
+SHAPES = [(1, 5, 32), (5, 33, 96), (17, 40, 35), (3, 70, 130), (33, 16, 64), (2, 1, 7)]
+
+
+def test_the_kernels_serve_here():
+    assert choose(packed_weight(16, 32)) is Backend.TRITON
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_the_byte_permutations_are_the_code_table(quant_type):
+    table = FORMATS[quant_type].table
+    words = torch.arange(256, dtype=torch.uint8).view(torch.uint32).numpy()
+    out = repair.run_ptx(kernels.lookup_asm(tuple(table.tolist())), words, 4)
+    for i, word in enumerate(out):
+        byte = torch.arange(i, 256, 4)
+        pair = torch.from_numpy(word.copy()).view(torch.float16).view(-1, 2)
+        assert torch.equal(pair, table.half()[torch.stack([byte >> 4, byte & 15], 1)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_and_gradients_match_float64(shape, dtype):
+    m, n, k = shape
+    for rank in (0, pick([3, 4, 17])):
+        bias = pick([None, torch.randn(n), torch.randn(n).to(dtype)])
+        scaling = pick([2.0, torch.rand(rank) + 0.5, torch.randn(m, rank)]) if rank else 1.0
+        check_gradients(dtype, m, n, k, rank, pick([torch.float32, torch.bfloat16]), bias, scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_blocks_of_every_kind(dtype):
+    """Rows, columns, steps and ranks beyond one block; S is then computed before the sweep."""
+    shape = (140, 150, 150) if dtype == torch.bfloat16 else (70, 40, 70)
+    check_gradients(dtype, *shape, 70, dtype, None, 0.5)
+    check_gradients(dtype, *shape, 16, dtype, None, 0.5)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_blocksize_and_double_quantization(quant_type, double_quant):
+    for blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        n, k = pick([(40, 96), (9, 544), (300, 33)])
+        w = fp.quantize_4bit(torch.randn(n, k), quant_type, blocksize, double_quant)
+        x = torch.randn(3, k).to(torch.bfloat16)
+        assert error(linear_4bit(x, w), float64(x, w)) <= FORWARD[x.dtype], w
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_drops_what_the_definition_drops_in_both_directions(dtype):
+    check_gradients(dtype, 17, 40, pick([35, 96]), 4, torch.float32, None, 2.0, pick([0.1, 0.5]))
+
+
+def test_rows_of_mixed_adapters_match_each_alone():
+    n, k, r = 24, 64, 3
+    w = packed_weight(n, k)
+    a, b, scaling = torch.randn(3, r, k), torch.randn(3, n, r), torch.tensor([0.5, 1.0, 2.0])
+    x, rows = torch.randn(5, k), torch.tensor([0, 2, -1, 0, 2])
+    y = linear_4bit(x, w, None, BankView(a, b, scaling, rows))
+    for i, slot in enumerate(rows.tolist()):
+        lora = None if slot < 0 else (a[slot], b[slot], float(scaling[slot]))
+        assert error(y[i : i + 1], float64(x[i : i + 1], w, None, lora)) <= 1e-5
+
+
+@pytest.mark.parametrize("needed", ["x", "a", "b", "x b"])
+def test_only_the_gradients_asked_for_are_computed(needed):
+    n, k, m = 33, 48, 9
+    w, (a, b) = packed_weight(n, k), adapter(n, k, 4)
+    tensors = {"x": torch.randn(m, k), "a": a, "b": b}
+    wanted = [tensors[name].requires_grad_() for name in needed.split()]
+    lora, dy = (a, b, 1.5), torch.randn(m, n)
+    got = torch.autograd.grad(linear_4bit(tensors["x"], w, None, lora), wanted, dy)
+    expected = torch.autograd.grad(float64(tensors["x"], w, None, lora), wanted, dy.double())
+    for mine, theirs in zip(got, expected, strict=True):
+        assert error(mine, theirs) <= 1e-5
+
+
+def test_strides_are_followed():
+    n, k = 40, 48
+    w, (a, b) = packed_weight(n, k), adapter(n, k, 5)
+    strided = Lora(a.t().contiguous().t(), b.t().contiguous().t(), 0.5)
+    wide = torch.randn(20, 2 * k + 3)
+    for x in (wide[:9, 1 : k + 1], wide[::2, :k], wide[:9, : 2 * k : 2], torch.randn(1, k).expand(6, k)):
+        assert torch.equal(linear_4bit(x, w, None, strided), linear_4bit(x.contiguous(), w, None, (a, b, 0.5)))
+    x = torch.randn(6, k, requires_grad=True)
+    dy = torch.randn(n, 6).t()
+    got = torch.autograd.grad(linear_4bit(x, w, None, strided), x, dy)[0]
+    assert error(got, torch.autograd.grad(float64(x, w, None, strided), x, dy.double())[0]) <= 1e-5
+    total = linear_4bit(x, w).sum()  # dy is one element expanded
+    assert error(torch.autograd.grad(total, x)[0], torch.autograd.grad(float64(x, w).sum(), x)[0]) <= 1e-5
+
+
+def test_rows_may_lie_further_apart_than_32_bits_count():
+    w = packed_weight(16, 32)
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16)[:].as_strided((2, 32), (2**31 + 16, 1))
+    far.copy_(torch.randn(2, 32))
+    assert torch.equal(linear_4bit(far, w), linear_4bit(far.contiguous(), w))
+
+
+def test_no_rows():
+    w, (a, b) = packed_weight(24, 64), adapter(24, 64, 4)
+    x = torch.randn(0, 64, requires_grad=True)
+    a.requires_grad_(), b.requires_grad_()
+    y = linear_4bit(x, w, None, (a, b, 1.0))
+    dx, da, db = torch.autograd.grad(y, (x, a, b), torch.randn(0, 24))
+    assert y.shape == (0, 24) and dx.shape == (0, 64)
+    assert da.shape == a.shape and db.shape == b.shape and not da.any() and not db.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_inf_stay_in_their_row_and_are_never_lost(dtype):
+    m, n, k = 4, 33, 96
+    w = packed_weight(n, k)
+    lora = pick([None, (*adapter(n, k, 3), 1.0)])
+    x = torch.randn(m, k).to(dtype)
+    clean = linear_4bit(x, w, None, lora)
+    for value in (math.nan, math.inf, -math.inf):
+        dirty = x.clone()
+        dirty[1, int(torch.randint(k, ()))] = value
+        y = linear_4bit(dirty, w, None, lora)
+        assert not y[1][~float64(dirty, w, None, lora)[1].isfinite()].isfinite().any()
+        others = torch.arange(m) != 1
+        assert torch.equal(y[others], clean[others])
+    weight = torch.randn(n, k)
+    weight[17, 40] = math.nan
+    y = linear_4bit(x, fp.quantize_4bit(weight, "nf4", 32))
+    assert y[:, 17].isnan().all() and y[:, torch.arange(n) != 17].isfinite().all()
+
+
+def test_a_branch_that_half_precision_could_not_hold():
+    """S and dS beyond 65504 on their way to results within."""
+    n, k = 24, 64
+    w = fp.quantize_4bit(torch.zeros(n, k))
+    a, b = torch.full((4, k), 100.0), torch.full((n, 4), 1e-4)
+    x = torch.full((3, k), 100.0, dtype=torch.float16)
+    assert error(linear_4bit(x, w, None, (a, b, 1.0)), float64(x, w, None, (a, b, 1.0))) <= FORWARD[x.dtype]

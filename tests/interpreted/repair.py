@@ -1,0 +1,113 @@
+"""Makes Triton's interpreter right about bfloat16, and lets it run the inline PTX of these kernels.
+
+As it ships (3.6 to 3.9), the interpreter keeps bfloat16 as uint16 and computes with those bits, and truncates where it
+converts float32. Import this after setting TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder = interpreter.InterpreterBuilder
+Handle = interpreter.TensorHandle
+
+
+def widened(t):
+    """A bfloat16 handle as float32; any other as it is."""
+    if t.dtype.scalar != tl.bfloat16:
+        return t
+    return Handle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def rounded(values):
+    """float32 to the bits of bfloat16, to nearest even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FFF), nearest)
+
+
+def prmt(a, b, selector):
+    """PTX's byte permutation, in its default mode."""
+    source = b.astype(np.uint64) << 32 | a
+    out = np.zeros_like(selector)
+    for i in range(4):
+        nibble = selector >> np.uint32(4 * i) & np.uint32(15)
+        byte = source >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)
+        sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
+        out |= np.where(nibble & np.uint32(8), sign, byte).astype(np.uint32) << np.uint32(8 * i)
+    return out
+
+
+def lop3(a, b, c, table):
+    out = np.zeros_like(a)
+    for i in range(8):
+        if int(table[0]) >> i & 1:
+            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return out
+
+
+INSTRUCTIONS = {
+    "and": lambda a, b: a & b,
+    "shr": lambda a, b: a >> b,
+    "prmt": prmt,
+    "lop3": lop3,
+}
+
+
+def run_ptx(text, word, outputs):
+    """The registers $0 to $outputs-1 after the PTX ``text``, its next operand being ``word`` (uint32 [n])."""
+    registers = {f"${outputs}": word}
+    for statement in text.strip("{ }").split(";"):
+        if not statement.strip() or statement.strip().startswith(".reg"):
+            continue
+        name, operands = re.fullmatch(r"\s*(\w+)\.b32 (.+)", statement).groups()
+        into, *given = operands.split(", ")
+        values = [registers[g] if g in registers else np.full_like(word, int(g, 0)) for g in given]
+        registers[into] = INSTRUCTIONS[name](*values)
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+_dot, _cast, _binary = Builder.create_dot, Builder.cast_impl, Builder.binary_op
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def dot(self, a, b, d, *rest):
+    return _dot(self, widened(a), widened(b), d, *rest)
+
+
+def cast(self, src, dst):
+    if src.dtype.scalar == tl.float32 and dst.scalar == tl.bfloat16:
+        return Handle(rounded(src.data), tl.bfloat16)
+    return _cast(self, src if dst.scalar.is_floating() else widened(src), dst)
+
+
+def binary(self, a, b, operation):
+    if a.dtype.scalar != tl.bfloat16:
+        return _binary(self, a, b, operation)
+    out = _binary(self, widened(a), widened(b), operation)
+    return out if out.data.dtype == np.bool_ else Handle(rounded(out.data), tl.bfloat16)
+
+
+def inline_asm(self, text, constraints, values, types, pure, pack):
+    """A statement over four bytes packed in a word, giving a word for each."""
+    assert pack == 4 and constraints == "=r,=r,=r,=r,r", "only what the kernels use is repaired"
+    (codes,) = values
+    words = np.ascontiguousarray(codes.data).reshape(-1, 4).view(np.uint32).reshape(-1)
+    out = np.stack(run_ptx(text, words, 4), axis=1).reshape(codes.data.shape)
+    # Stands for the builder's operation, which is asked for its results.
+    return type("Result", (), {"get_result": lambda self, i: Handle(out, types[0].scalar)})()
+
+
+def patch_tensor(tensor, scope):
+    _patch_tensor(tensor, scope)
+    # A scalar is an array of one element, which NumPy 2.4 no longer takes for a number.
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = patch_tensor
+Builder.create_dot, Builder.cast_impl, Builder.binary_op = dot, cast, binary
+Builder.create_inline_asm = inline_asm

@@ -1,0 +1,66 @@
+"""Every launch of the Triton kernels compiled for GPUs that need not be here, and held to a budget."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMPILED = Path(__file__).parent / "compiled"
+TARGETS = ["cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942"]
+# What must be in a kernel (one of each row) and what must not, as beginnings of an instruction's name.
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
+WIDE_LOADS = ("LDGSTS.E.BYPASS.128", "LDG.E.128", "UTMALDG", "global_load_dwordx4", "buffer_load_dwordx4")
+ASYNCHRONOUS = ("LDGSTS", "UTMALDG")
+SPILLS = ("LDL", "STL", "scratch_load", "scratch_store")
+
+
+def why_not(target):
+    """Why nothing can be compiled for ``target`` here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    tools = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin"
+    needed = ["ptxas", "nvdisasm", "cuobjdump"] if target.startswith("cuda") else []
+    missing = [tool for tool in needed if not (tools / tool).exists()]
+    return f"triton came without {', '.join(missing)}" if missing else None
+
+
+def complaints(facts, budget, target):
+    name, instructions = facts["name"], facts["instructions"]
+
+    def has(*beginnings):
+        return any(instruction.startswith(beginnings) for instruction in instructions)
+
+    plain = name.startswith("float32") and target.startswith("cuda")
+    if facts["stack"] or has(*SPILLS):
+        yield f"{name} spills {facts['stack']} bytes"
+    if facts["registers"] > budget["registers"].get(name, {}).get(target, 0):
+        yield f"{name} takes {facts['registers']} registers"
+    if facts["shared"] > budget["shared"][target]:
+        yield f"{name} takes {facts['shared']} bytes of shared memory"
+    if not plain and not has(*TENSOR_CORES):
+        yield f"{name} uses no tensor core"
+    if "odd" not in name and not has(*WIDE_LOADS):
+        yield f"{name} never loads 16 bytes at once"
+    if target.startswith("cuda") and not has(*ASYNCHRONOUS):
+        yield f"{name} copies nothing asynchronously"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("operator", sorted(p.stem for p in COMPILED.glob("*.py")))
+def test_kernels_keep_to_their_budget(operator, target, tmp_path):
+    if (why := why_not(target)) is not None:
+        pytest.skip(why)
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(COMPILED / f"{operator}.py"), target]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    budget = json.loads((COMPILED / f"{operator}.json").read_text())
+    launches = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {facts["name"] for facts in launches} == set(budget["registers"])
+    wrong = [complaint for facts in launches for complaint in complaints(facts, budget, target)]
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,23 @@
+"""Every Triton kernel in Triton's interpreter: what it computes, with no GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKS = Path(__file__).parent / "interpreted"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("checks", sorted(p.stem for p in CHECKS.glob("*.py") if p.stem != "repair"))
+def test_kernels_compute_what_they_promise(checks):
+    """In a process of its own: triton decides when it is imported whether it interprets or compiles."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYFASTPEFT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+    # The checks share helpers with the tests beside this file.
+    environment["PYTHONPATH"] = os.pathsep.join([str(CHECKS.parent), str(CHECKS), *sys.path])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CHECKS / f"{checks}.py")]
+    done = subprocess.run(command, env=environment, cwd=CHECKS.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
