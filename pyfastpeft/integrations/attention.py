@@ -15,8 +15,8 @@ A prefix of keys and values, shared by the batch or chosen by row, comes from th
 ``vars(module)["_prefix"].current(batch)`` gives a :class:`~pyfastpeft.adapters.Prefix` or None.
 
 What the operator does not compute goes to transformers' own functions with the prefix concatenated: dropout, masks of
-the caller's own and position biases to its sdpa attention, and single queries without a prefix as well; capped scores,
-attention sinks and ``output_attentions`` to the model's eager attention, which is its definition.
+the caller's own and position biases to its sdpa attention; capped scores, attention sinks and ``output_attentions`` to
+the model's eager attention, which is its definition.
 """
 
 from __future__ import annotations
@@ -187,7 +187,6 @@ def attention_forward(
     if (
         dropout
         or form is None
-        or (prefix is None and query.shape[2] == 1)  # which torch computes as fast
         or choose_attention(query) is not Backend.NATIVE
         or not (query.dtype == key.dtype == value.dtype)
         or value.shape[3] != query.shape[3]
