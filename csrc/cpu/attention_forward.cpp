@@ -22,7 +22,7 @@ void attend_many(const AttentionArgs& g, ParallelFor parallel) {
 OtherKeys attend_prefix(const AttentionArgs& g, ParallelFor parallel) {
   // Where the rows share a prefix and lie side by side, their queries are one row of a batch: it is read once.
   const bool shared = g.prefix_index == nullptr && g.prefix_lengths == nullptr &&
-                      (g.batch == 1 || g.q_strides[0] == g.tokens * g.q_strides[2]);
+                      (g.batch == 1 || g.tokens == 1 || g.q_strides[0] == g.tokens * g.q_strides[2]);
   // A shared one in two halves, that two threads have equal parts.
   const int64_t pieces = shared && g.prefix_length % 2 == 0 && g.prefix_length >= 128 ? 2 : 1;
   const int64_t rows = queries(g), result = g.batch * g.tokens * g.heads * g.dim;
@@ -43,6 +43,7 @@ OtherKeys attend_prefix(const AttentionArgs& g, ParallelFor parallel) {
     a.tokens = g.batch * g.tokens;
     a.length = g.prefix_length / pieces;
     a.q_strides[0] = 0;
+    if (g.tokens == 1) a.q_strides[2] = g.q_strides[0];
     a.out_strides[0] = result;
     a.k = g.prefix_k;
     a.v = g.prefix_v;
