@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import decode, harness, hotswap, linear, prefix_decode, qlora_step, quantize, soft_prompts
+from . import attention, decode, harness, hotswap, linear, prefix_decode, qlora_step, quantize, soft_prompts
 from .linear import Result
 from .registry import REGISTRY, Case, Weight
 
@@ -305,6 +305,22 @@ def _prefix_decoding(model: str, tokens: int) -> Callable:
     return section
 
 
+def attention_alone(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
+    shapes = [(1, 128), (8, 128), (4, 256), (1, 512), (8, 512), (1, 2048)]
+    options = argparse.Namespace(
+        shapes=shapes, prefix=[0, 20], dtypes=["bf16", "fp32"], heads=9, kv_heads=3, head_size=64, threads=2,
+        rounds=args.rounds, budget=0.5,
+    )  # fmt: skip
+    result = attention.measure(options, Console(quiet=True))
+    keep.append(result)
+    for row in result["rows"]:
+        passes = "forward" if row["passes"] == "forward" else "forward and backward"
+        behind = f", behind {row['prefix']} tokens" if row["prefix"] else ""
+        what = f"attention of {row['batch']} × {row['tokens']} in {row['dtype']}{behind}, {passes}: speed over sdpa"
+        note = f"{row['over_floor']:.1f} times the floor"
+        yield Row(what, row["speedup"], "≥", 1.3 if row["prefix"] else 1.0, "×", note)
+
+
 def quantizing(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
     records = quantize.measure(2, (4096, 4096), max(3, args.rounds // 2))
     keep += records
@@ -360,6 +376,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, list[dict]], Iterator[Row]]] =
     "decode_1b": _decoding("1.1b", 16, 2.5, 0.6),
     "prefix_decode": _prefix_decoding("smollm2", 16),
     "prefix_decode_1b": _prefix_decoding("1.1b", 8),
+    "attention": attention_alone,
     "quantize": quantizing,
     "swap": swap,
     "soft_prompts": _soft_prompts("135m"),
