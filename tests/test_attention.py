@@ -516,3 +516,33 @@ def test_a_prefix_in_compiled_code(name):
     for a, b in zip(*(torch.autograd.grad(out, leaves, cotangent) for out in (got, expected)), strict=True):
         assert near(a, b, 1e-4)
     torch._dynamo.reset()
+
+
+def test_a_model_that_works_on_its_masks_is_left_alone():
+    model = tf.AutoModelForCausalLM.from_config(tf.DogeConfig(**_SIZES, sliding_window=4))
+    assert fp.accelerate(model).config._attn_implementation == "sdpa"
+
+
+def test_models_without_sdpa_need_not_say_whether_they_are_causal():
+    config = tf.BigBirdPegasusConfig(
+        vocab_size=VOCAB, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, is_decoder=True
+    )
+    plain = tf.BigBirdPegasusForCausalLM(config).eval()
+    ours = copy.deepcopy(plain)
+    ours.set_attn_implementation("pyfastpeft")
+    ids = torch.randint(1, VOCAB, (2, 7))
+    with torch.no_grad():
+        assert near(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+        assert not ours.model.decoder.layers[0].self_attn.is_causal  # which is not so
+
+
+def test_a_mask_of_the_callers_own_over_a_prefix_within_the_window():
+    plain, ours = pair("mistral")  # its window is longer than prefix and text
+    prefixes = prefixes_for(ours)
+    hold(ours, prefixes)
+    ids = torch.randint(1, VOCAB, (2, 6))
+    ones = torch.ones_like(ids)
+    mask = torch.ones(6, 6).tril().bool().expand(2, 1, 6, 6)
+    with torch.no_grad():
+        got = ours(input_ids=ids, attention_mask=mask, position_ids=positions_of(ones)).logits
+        assert near(got.flatten(0, 1), by_hand(plain, prefixes, ids, ones))

@@ -3,13 +3,13 @@
 Importing this module registers the attention function and its mask function, so that after ``import pyfastpeft`` the
 name can be given to ``from_pretrained`` or ``set_attn_implementation``.
 
-The mask function never makes a mask of [queries, keys] where it knows the pattern. It gives None where every query sees
-all keys up to its own (or all keys there are), else one int32 number a key: *key positions* [batch, 1, window, keys],
-the place of the key counted from the first query, plus ``HIDDEN`` where it is padding. The query at t sees the keys at
-t and before. Keys that every query sees lie before all queries, so a mask that is not causal is of the same form; the
-third dimension is the sliding window, 1 where there is none, and takes no memory (its stride is 0). So a mask says all
-there is to say about the pattern, and no module's word is needed for it. Patterns of other kinds (packed sequences,
-chunks, whatever a model adds) are transformers' own bool masks.
+The mask function never makes a mask of [queries, keys] where it knows the pattern. It gives None where a single query
+sees every key, else one int32 number a key: *key positions* [batch, 1, window, keys], the place of the key counted from
+the first query, plus ``HIDDEN`` where it is padding. The query at t sees the keys at t and before. Keys that every
+query sees lie before all queries, so a mask that is not causal is of the same form; the third dimension is the sliding
+window, 1 where there is none, and takes no memory (its stride is 0). So a mask says all there is to say about the
+pattern, and no module's word is needed for it. Patterns of other kinds (packed sequences, chunks, whatever a model
+adds) are transformers' own bool masks.
 
 A prefix of keys and values, shared by the batch or chosen by row, comes from the attention module itself:
 ``vars(module)["_prefix"].current(batch)`` gives a :class:`~pyfastpeft.adapters.Prefix` or None.
@@ -21,6 +21,9 @@ the model's eager attention, which is its definition.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -101,7 +104,7 @@ def attention_mask(
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
-    if window is None and _nothing_hidden(padding, causal, q_length, kv_length, q_offset, kv_offset):
+    if window is None and _sees_all(padding, causal, q_length, kv_length, q_offset, kv_offset):
         return None
     places = torch.arange(kv_length, dtype=torch.int32, device=device)
     places = places - kv_length if full else places + (kv_offset - q_offset)
@@ -130,21 +133,22 @@ def _window(
     return local_size if sliding else None
 
 
-def _nothing_hidden(
+def _sees_all(
     padding: Tensor | None, causal: bool, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int
 ) -> bool:
-    """Whether None says it all. To transformers that means: every key, where there is one query or the attention is not
-    causal; else to each query as many keys as its number, from the first on."""
-    values = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-    if not values and (padding is not None or isinstance(q_offset, Tensor)):
+    """Whether there is one query, which sees every key.
+
+    Of more queries None would leave it to the module whether they are causal, and models that have no sdpa attention
+    need not have their word for it right.
+    """
+    if q_length != 1:
         return False
-    if not causal:
-        return padding is None or bool(padding.all())
-    q_offset = int(q_offset)
-    if kv_offset + kv_length == q_offset + q_length:
-        return (q_length == 1 or kv_length == q_length) and (padding is None or bool(padding.all()))
-    # The keys beyond the queries are room in a static cache.
-    return q_offset == kv_offset == 0 and q_length > 1 and (padding is None or bool(padding[:, :q_length].all()))
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing may depend on values
+        if padding is not None or isinstance(q_offset, Tensor):
+            return False
+    elif padding is not None and not padding.all():
+        return False
+    return not causal or kv_offset + kv_length == int(q_offset) + 1
 
 
 def attention_forward(
@@ -279,7 +283,7 @@ def _dense(
     elif mask is not None and mask.dtype == torch.int32:
         window, first = mask.shape[2], mask[:, :, :1].amin(-1, keepdim=True)
         mask = _spread(mask, queries)
-    elif prefix is not None and _is_local(module, kwargs):
+    elif prefix is not None and _reach(module, kwargs) < prefix.k.shape[2] + key.shape[2]:
         raise ValueError(
             f"{type(module).__name__} sees a part of the sequence only, and attention_mask is {tuple(mask.shape)}; "
             "with a prefix it must be [batch, keys], with one sequence a row"
@@ -306,13 +310,14 @@ def _dense(
     return torch.cat([prefix.k[slot].to(key), key], 2), torch.cat([prefix.v[slot].to(value), value], 2), mask
 
 
-def _is_local(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+def _reach(module: nn.Module, kwargs: dict[str, Any]) -> float:
+    """How many keys the layer's queries see at most."""
     sizes = (
         kwargs.get("sliding_window"),
         getattr(module, "sliding_window", None),
         getattr(getattr(module, "config", None), "attention_chunk_size", None),
     )
-    return any(size is not None for size in sizes)
+    return min((size for size in sizes if size is not None), default=math.inf)
 
 
 def _spread(places: Tensor, queries: int) -> Tensor:
@@ -335,8 +340,8 @@ AttentionMaskInterface.register(NAME, attention_mask)
 def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
     """Let the transformers models inside ``model`` use this attention for sdpa, or sdpa again where they did.
 
-    Left alone are models that do not go through transformers' interface, or that lie on a device or in a dtype for
-    which there is no kernel.
+    Left alone are models that do not go through transformers' interface or work on their masks themselves, or that lie
+    on a device or in a dtype for which there is no kernel.
     """
     for part in model.modules():
         if not isinstance(part, PreTrainedModel):
@@ -357,6 +362,13 @@ def _gains(model: PreTrainedModel) -> bool:
     return (
         model.config._attn_implementation == "sdpa"
         and model._can_set_attn_implementation()
+        and not _reads_masks(type(model))
         and model.device.type == "cpu"
         and model.dtype in FLOATS
     )
+
+
+@functools.cache
+def _reads_masks(kind: type[PreTrainedModel]) -> bool:
+    """Whether a model does more with masks than to hand them on: it insists on whole ones."""
+    return "allow_is_causal_skip" in inspect.getsource(sys.modules[kind.__module__])
