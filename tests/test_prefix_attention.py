@@ -63,6 +63,10 @@ def error(got, expected, least=1e-30):
     return float((got.detach().double() - expected.detach()).norm() / size)
 
 
+def together(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
 def make(batch=2, heads=4, kv_heads=2, tokens=7, keys=None, dim=32, prefix=None, slots=None, dtype=torch.float32):
     """q, k, v, and with ``prefix`` a pair of prefixes, of ``slots`` or shared."""
     keys = tokens if keys is None else keys
@@ -86,11 +90,12 @@ def check(tensors, gradients=True, **how):
         into = torch.randn(expected.shape).to(dtype)
         mine = torch.autograd.grad(got, ours, into)
         right = torch.autograd.grad(expected, theirs, into.double(), allow_unused=True, materialize_grads=True)
-        # Some are differences that vanish: the gradient of the queries where there is one key.
+        assert error(together(mine), together(right)) <= 2 * TOLERANCE[dtype]
+        # Some are differences that vanish, as that of the queries where one key has all the weight.
         least = 0.1 * max((float(e.square().mean().sqrt()) for e in right if e.numel()), default=0.0)
         for g, e, t in zip(mine, right, tensors, strict=True):
             assert g.dtype == t.dtype
-            assert error(g, e, least) <= 2 * TOLERANCE[dtype]
+            assert error(g, e, least) <= (1e-4 if dtype == torch.float32 else 0.1)
     return got
 
 
