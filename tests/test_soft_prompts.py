@@ -475,14 +475,29 @@ class TestWherePeftFails:
             alone = own.generate(input_ids=row, **GREEDY)
             assert torch.equal(got[i, 7:], alone[0, row.shape[1] :])
 
-    def test_training_on_left_padded_rows_equals_the_unpadded_ones(self):
-        own = ours(llama(), "prompt").train()
-        row = torch.randint(1, tiny.VOCAB, (1, 4))
-        expected = self.gradients(own, {"input_ids": row, "labels": row.masked_fill(torch.arange(4) < 1, -100)})
+    @pytest.mark.parametrize("method", METHODS)
+    def test_training_on_left_padded_rows_equals_the_unpadded_ones(self, method):
+        own = ours(llama(), method).train()
+        rows = [torch.randint(1, tiny.VOCAB, (1, n)) for n in (7, 4, 2)]
         pad = torch.nn.functional.pad
-        labels = pad(row, (3, 0), value=-100)
-        labels[:, 3] = -100
-        x = {"input_ids": pad(row, (3, 0)), "attention_mask": pad(torch.ones_like(row), (3, 0)), "labels": labels}
+        firsts = method == "prompt" or "ptuning" in method  # where the prompt says what comes first
+        own.zero_grad()
+        total, count = torch.zeros(()), 0
+        for row in rows:
+            n = row.shape[1] - 1 + firsts
+            total, count = total + n * own(row, labels=row).loss, count + n
+        (total / count).backward()
+        expected = [p.grad.clone() for p in own.prompt_encoder.parameters()]
+        width = [7 - row.shape[1] for row in rows]
+        labels = [pad(row, (w, 0), value=-100) for row, w in zip(rows, width, strict=True)]
+        if not firsts:
+            for row, w in zip(labels, width, strict=True):
+                row[:, w] = -100
+        x = {
+            "input_ids": torch.cat([pad(row, (w, 0)) for row, w in zip(rows, width, strict=True)]),
+            "attention_mask": torch.cat([pad(torch.ones_like(r), (w, 0)) for r, w in zip(rows, width, strict=True)]),
+            "labels": torch.cat(labels),
+        }
         for a, b in zip(self.gradients(own, x), expected, strict=True):
             close(a, b, 1e-5 * float(b.abs().max()))
 

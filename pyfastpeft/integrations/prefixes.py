@@ -136,9 +136,9 @@ def _of_run(layer: _LayerPrefix, batch: int) -> Prefix | None:
 
 
 class _Asked(threading.local):
-    """Whether the forward that is running in this thread has a label for what follows the last virtual token."""
+    """Where the texts begin [batch], if this thread's forward has labels for their first tokens."""
 
-    first = False
+    first: Tensor | None = None
 
     def __reduce__(self) -> tuple:
         return _Asked, ()
@@ -278,19 +278,23 @@ class Prefixes:
         if self._collecting is not None:
             self._collecting.remove()
             self._collecting = None
-        if not self._asked.first or output is None:
+        first = self._asked.first
+        if first is None or output is None:
             return None
         hidden = output[0]
         hidden = torch.cat([run.last.expand(len(hidden), -1, -1), hidden], 1)
+        before_text = torch.arange(hidden.shape[1], device=hidden.device) == first.unsqueeze(1)
+        hidden = torch.where(before_text.unsqueeze(2), run.last, hidden)
         return _with_item(output, "last_hidden_state", 0, hidden)
 
     # The first label. What a prompt at the embedding says next is the text's first token, and PEFT trains it to where
-    # that token has a label. The logits of the last virtual token are there for the loss alone.
+    # that token has a label. The logits of the last virtual token are there for the loss alone, in front of all others,
+    # or where the padding on the left ends.
 
     @torch.compiler.disable
     def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         labels, rows = kwargs.get("labels"), self._rows
-        self._asked.first = False
+        self._asked.first = None
         if self.bank.run is OFF or not rows or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
         if len(labels) % len(rows):
@@ -298,18 +302,21 @@ class Prefixes:
         last = [next((n for n in reversed(names) if n in self.sources), None) for names in rows]
         ends = torch.tensor([n is not None and self.sources[n].form is Form.EMBEDDINGS for n in last])
         ends = ends.repeat_interleave(len(labels) // len(rows)).to(labels.device)
-        if not ((labels[:, 0] != IGNORED) & ends).any():
+        first, mask = torch.zeros_like(labels[:, 0]), kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == labels.shape:
+            first = torch.where(ends, (mask != 0).int().argmax(1), first)
+        if not ((labels.gather(1, first.unsqueeze(1)).squeeze(1) != IGNORED) & ends).any():
             return None
-        self._asked.first = True
+        self._asked.first = first
         labels = F.pad(labels, (1, 0), value=IGNORED)
         labels[:, 1].masked_fill_(~ends, IGNORED)
         return args, kwargs | {"labels": labels}
 
     @torch.compiler.disable
     def _after_loss(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        if not self._asked.first or output is None:
+        if self._asked.first is None or output is None:
             return None
-        self._asked.first = False
+        self._asked.first = None
         at = 1 if isinstance(output, tuple) else "logits"
         return _with_item(output, "logits", 1, output[at][:, 1:])
 
