@@ -11,9 +11,7 @@ import math
 import os
 import platform
 import random
-import resource
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -156,10 +154,9 @@ def last_level_cache() -> int:
 
 def peak_mb() -> float:
     """Peak resident memory of this process."""
-    status = Path("/proc/self/status")
-    if status.exists():  # there ru_maxrss begins with what the parent process held when it started this one
-        return round(int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+    from pyfastpeft.cli.memory import peak_resident
+
+    return round(peak_resident() / 2**20, 1)
 
 
 def installed(package: str) -> bool:

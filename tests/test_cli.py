@@ -204,7 +204,7 @@ def test_an_option_of_another_method_is_refused_by_name(capsys):
 @pytest.mark.parametrize(
     ("method", "options", "fields"),
     [
-        ("prompt", [], {"prompt_tuning_init": "TEXT", "num_virtual_tokens": 20}),
+        ("prompt", [], {"prompt_tuning_init": "TEXT", "num_virtual_tokens": 100}),
         ("prompt", ["--init", "vocab", "--virtual-tokens", "5"], {"prompt_tuning_init": "SAMPLE_VOCAB"}),
         ("prompt", ["--init-text", "Speak"], {"prompt_tuning_init_text": "Speak"}),
         ("ptuning", ["--encoder", "lstm", "--encoder-hidden-size", "8"], {"encoder_reparameterization_type": "LSTM"}),

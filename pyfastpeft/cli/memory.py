@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
 
+def peak_resident() -> int:
+    """Largest resident set so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # there ru_maxrss begins with what the parent process held when it started this one
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_bytes() -> int:
-    """Largest resident set so far; on a GPU the largest allocation there instead."""
+    """:func:`peak_resident`; on a GPU the largest allocation there instead."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident()

@@ -118,7 +118,7 @@ METHODS: dict[str, Method] = {
     "qlora": Method("LoRA over a 4-bit base", _lora, 3e-3, _LORA, True),
     "lora": Method("LoRA over full precision", _lora, 3e-3, _LORA, False),
     "prompt": Method(
-        "vectors before the text", _prompt, 5e-2, {"virtual_tokens": 20, "init": "text", "init_text": None}
+        "vectors before the text", _prompt, 1e-1, {"virtual_tokens": 100, "init": "text", "init_text": None}
     ),
     "ptuning": Method(
         "the same, from an encoder",
