@@ -12,8 +12,9 @@ import torch
 def peak_resident() -> int:
     """Largest resident set so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # there ru_maxrss begins with what the parent process held when it started this one
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    peak = status.read_text().partition("VmHWM:")[2] if status.exists() else ""
+    if peak:  # where there is that, ru_maxrss begins with what the parent process held when it started this one
+        return int(peak.split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
