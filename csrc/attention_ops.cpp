@@ -143,9 +143,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   a.prefix_dv = static_cast<float*>(row_dv.mutable_data_ptr());
 
   const int64_t heads = g.batch * g.kv_heads, threads = torch::stable::get_num_threads();
-  // Several units a thread, so that none has to wait long for the last one.
+  // Several units a thread, so that none has to wait long for the last one; each with work for longer than it takes to
+  // wake a thread, and to add its part.
+  constexpr int64_t kPairs = int64_t{1} << 17;  // of a query and a key
+  const int64_t pairs = g.tokens * (g.heads / g.kv_heads) * (g.prefix_length + g.length);
   a.chunks = threads == 1 || heads == 0 ? 1 : (4 * threads + heads - 1) / heads;
-  a.chunks = std::max<int64_t>(1, std::min(a.chunks, kernel.most_chunks(g)));
+  a.chunks = std::max<int64_t>(1, std::min({a.chunks, kernel.most_chunks(g), pairs / kPairs}));
   Tensor parts = new_matrix(a.chunks > 1 ? a.chunks : 0, kernel.part_size(g), pf::kFloat32);
   a.dq_parts = static_cast<float*>(parts.mutable_data_ptr());
   each_unit(a.chunks * heads, [&](int64_t unit) { kernel.backward(a, unit); });
@@ -157,14 +160,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     const int64_t row = g.prefix_length * g.dim;
     float *to_k = static_cast<float*>(prefix_dk.mutable_data_ptr()),
           *to_v = static_cast<float*>(prefix_dv.mutable_data_ptr());
-    each_unit(g.kv_heads, [&](int64_t head) {
+    pf::run(as_they_come, g.kv_heads, g.batch * row, [&](int64_t head0, int64_t head1) {
       for (int64_t b = 0; b < g.batch; ++b) {
         const int64_t slot = g.prefix_index == nullptr ? 0 : g.prefix_index[b];
         if (slot < 0) continue;
         const int64_t n = (g.prefix_lengths == nullptr ? g.prefix_length : g.prefix_lengths[slot]) * g.dim;
-        const int64_t to = (slot * g.kv_heads + head) * row, from = (b * g.kv_heads + head) * row;
-        for (int64_t i = 0; i < n; ++i) to_k[to + i] += a.prefix_dk[from + i];
-        for (int64_t i = 0; i < n; ++i) to_v[to + i] += a.prefix_dv[from + i];
+        for (int64_t head = head0; head < head1; ++head) {
+          const int64_t to = (slot * g.kv_heads + head) * row, from = (b * g.kv_heads + head) * row;
+          for (int64_t i = 0; i < n; ++i) to_k[to + i] += a.prefix_dk[from + i];
+          for (int64_t i = 0; i < n; ++i) to_v[to + i] += a.prefix_dv[from + i];
+        }
       }
     });
   }
