@@ -1,6 +1,6 @@
 """``linear_4bit`` in Triton: y = x · Wᵀ + bias + (S ∘ f) · Bᵀ with S = dropout(x) · Aᵀ, W [N, K] in 4 bits.
 
-Three kernels, each a sweep over one dimension with float32 accumulators in registers:
+Four kernels, each a sweep over one dimension with float32 accumulators in registers:
 
     _forward     y [M, N], over K. S accumulates in the same sweep, one more product a step, unless it is given.
     _input_grad  dx [M, K] = dy · W + dropout(dS · A), over N.
@@ -31,6 +31,8 @@ _RANKS = 64
 """Columns of Q and T that a program of ``_project`` takes, and of S that ``_branch`` takes at a time."""
 _CHUNK = 512
 """Rows of P that a program of ``_project`` takes: the partial sums are then small beside P."""
+_SPAN = 1024
+"""Columns of x that a program of ``_slot_sums`` takes."""
 _PROGRAMS = 512
 """Programs that a product should have, to fill any GPU; few rows get them by splitting the sweep."""
 
@@ -186,6 +188,12 @@ def _branch(
 
 
 @triton.jit
+def _next_slot(named, after, slots):
+    """The least slot in ``named`` beyond ``after``; ``slots`` where there is none."""
+    return tl.min(tl.where((named > after) & (named < slots), named, slots))
+
+
+@triton.jit
 def _mix32(h):
     """A 32-bit integer hash with good avalanche, the CPU operator's."""
     h = (h ^ (h >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
@@ -233,6 +241,9 @@ def _forward(
     s,  # float32 [M, R], read; where `a` is given it is written, [splits, M, R]
     factor,  # float32 [M, R] at factor_stride, or None
     scaling,
+    slot_of,  # int64 [M], or None; with it `b` is [slots, N, R] and `factor` float32 [slots]
+    slots,
+    b_slot_stride,
     M,
     N,
     K,
@@ -284,7 +295,17 @@ def _forward(
         like: tl.constexpr = x.dtype.element_ty
         acc = tl.dot(_beside(sums, like), _beside(right, like), acc, input_precision=PRECISION)
     if split == 0:  # what is added once
-        if a is None and b is not None:
+        if slot_of is not None:
+            named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+            slot = _next_slot(named, -1, slots)
+            while slot < slots:
+                acc += _branch(
+                    s, None, 0, tl.load(factor + slot), b + slot * b_slot_stride, b_column_stride, b_stride,
+                    tl.where(named == slot, rows, M), columns, M, N, R,
+                    BM, BN, RANK, PRECISION, x.dtype.element_ty,
+                )  # fmt: skip
+                slot = _next_slot(named, slot, slots)
+        elif a is None and b is not None:
             acc += _branch(
                 s, factor, factor_stride, scaling, b, b_column_stride, b_stride, rows, columns, M, N, R,
                 BM, BN, RANK, PRECISION, x.dtype.element_ty,
@@ -407,6 +428,47 @@ def _project(
         tl.store(pt_at, acc, mask=(columns < C)[:, None] & (ranks < R)[None, :])
 
 
+@triton.jit
+def _slot_sums(
+    x,  # [M, K], columns side by side
+    a,  # [slots, R, K]
+    slot_of,  # int64 [M]
+    s,  # float32 [parts, M, R]: a part a span of columns; rows without a slot stay unwritten
+    slots,
+    M,
+    K,
+    R,
+    x_stride,
+    a_slot_stride,
+    a_stride,
+    a_column_stride,
+    SPAN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    part = tl.program_id(1)
+    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+    slot = _next_slot(named, -1, slots)
+    while slot < slots:
+        here = (named == slot)[:, None]
+        sums = tl.zeros((BM, RANK), tl.float32)
+        for k0 in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), BK):
+            k = k0 + tl.arange(0, BK)
+            x_at = x + rows.to(tl.int64)[:, None] * x_stride + k[None, :]
+            x_tile = tl.load(x_at, mask=here & (k < K)[None, :], other=0.0)
+            a_at = a + slot * a_slot_stride + ranks.to(tl.int64)[:, None] * a_stride
+            a_at += k.to(tl.int64)[None, :] * a_column_stride
+            a_tile = tl.load(a_at, mask=(ranks < R)[:, None] & (k < K)[None, :], other=0.0).to(x_tile.dtype)
+            sums = tl.dot(x_tile, tl.trans(a_tile), sums, input_precision=PRECISION)
+        s_at = s + (part.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
+        tl.store(s_at, sums, mask=here & (ranks < R)[None, :])
+        slot = _next_slot(named, slot, slots)
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
@@ -495,43 +557,116 @@ class Branch(NamedTuple):
         return {"seed": self.seed, "threshold": round(self.dropout * 2**32)}
 
 
-_NO_BRANCH = (
-    dict.fromkeys(("a", "b", "s", "factor"))
-    | {"scaling": 1.0, "R": 0}
-    | dict.fromkeys(("a_stride", "b_stride", "b_column_stride", "factor_stride"), 0)
-)
+class Slots(NamedTuple):
+    """Adapters in slots, for inference: a [slots, R, K], b [slots, N, R], scaling float32 [slots]; rows int64 [M], the
+    slot of each row, any other number being none."""
+
+    a: Tensor
+    b: Tensor
+    scaling: Tensor
+    rows: Tensor
+
+
+_NO_BRANCH = dict.fromkeys(("a", "b", "s", "factor", "slot_of")) | {"scaling": 1.0}
+_NO_BRANCH |= dict.fromkeys(("R", "slots", "b_slot_stride", "a_stride", "b_stride", "b_column_stride"), 0)
+_NO_BRANCH |= {"factor_stride": 0}
 
 
 def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, S float32 [M, R], R = 0 without a branch)."""
     x = _with_contiguous_columns(x)
+    cut, parts, span = _split(x, w)
+    if branch is None:
+        return _product(x, w, bias, cut, parts, span), x.new_empty((x.shape[0], 0), dtype=torch.float32)
+    sweeps = branch.seed is None and branch.rank <= _SWEEP_RANK
+    a = _with_contiguous_columns(branch.a)
+    if sweeps:
+        s = x.new_empty((parts, x.shape[0], branch.rank), dtype=torch.float32)
+    else:
+        s = _projected(x, q=a.t(), dropping=branch.dropping)[0][None] * (1 / (1 - branch.dropout))
+    y = _product(
+        x,
+        w,
+        bias,
+        cut,
+        parts,
+        span,
+        a=a if sweeps else None,
+        b=branch.b,
+        s=s,
+        factor=branch.row_scale,
+        scaling=branch.scaling,
+        R=branch.rank,
+        a_stride=a.stride(0),
+        b_stride=branch.b.stride(0),
+        b_column_stride=branch.b.stride(1),
+        factor_stride=branch.factor_stride,
+    )
+    return y, _summed(s)
+
+
+def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Tensor:
+    """y [M, N] in x's dtype, each row of x with the adapter in its slot."""
+    x = _with_contiguous_columns(x)
+    (m, k), (slots, r, _) = x.shape, lora.a.shape
+    rank = _rank_block(r)
+    s = x.new_empty((triton.cdiv(k, _SPAN), m, r), dtype=torch.float32)
+    if s.numel() > 0:
+        height = min(max(16, triton.next_power_of_2(m)), 32)
+        _slot_sums[(triton.cdiv(m, height), len(s), triton.cdiv(r, rank))](
+            x=x,
+            a=lora.a,
+            slot_of=lora.rows,
+            s=s,
+            slots=slots,
+            M=m,
+            K=k,
+            R=r,
+            x_stride=x.stride(0),
+            a_slot_stride=lora.a.stride(0),
+            a_stride=lora.a.stride(1),
+            a_column_stride=lora.a.stride(2),
+            SPAN=_SPAN,
+            BM=height,
+            BK=64,
+            RANK=rank,
+            PRECISION=_precision(x.dtype),
+            num_warps=4,
+            num_stages=3,
+        )
+    return _product(
+        x,
+        w,
+        bias,
+        *_split(x, w),
+        b=lora.b,
+        s=_summed(s),
+        factor=lora.scaling,
+        slot_of=lora.rows,
+        slots=slots,
+        R=r,
+        b_slot_stride=lora.b.stride(0),
+        b_stride=lora.b.stride(1),
+        b_column_stride=lora.b.stride(2),
+    )
+
+
+def _split(x: Tensor, w: Weight) -> tuple[Tiles, int, int]:
+    """(tiles of x · Wᵀ, parts of the sweep, columns of a part)."""
     (m, k), n = x.shape, w.n
     cut = tiles(m, x.dtype == torch.float32 or k % 2 == 1)
     span = triton.cdiv(triton.cdiv(k, splits(m, n, k, cut)), cut.depth) * cut.depth if m and n else k
-    parts = triton.cdiv(k, span)
+    return cut, triton.cdiv(k, span), span
+
+
+def _product(
+    x: Tensor, w: Weight, bias: Tensor | None, cut: Tiles, parts: int, span: int, **lora: Tensor | float | None
+) -> Tensor:
+    """Launches ``_forward`` and adds its parts."""
+    m, n = x.shape[0], w.n
     y = x.new_empty((parts, m, n), dtype=x.dtype if parts == 1 else torch.float32)
-    if branch is None:
-        s, arguments = x.new_empty((1, m, 0), dtype=torch.float32), _NO_BRANCH
-    else:
-        sweeps = branch.seed is None and branch.rank <= _SWEEP_RANK
-        a = _with_contiguous_columns(branch.a)
-        if sweeps:
-            s = x.new_empty((parts, m, branch.rank), dtype=torch.float32)
-        else:
-            s = _projected(x, q=a.t(), dropping=branch.dropping)[0][None] * (1 / (1 - branch.dropout))
-        arguments = {
-            "a": a if sweeps else None,
-            "b": branch.b,
-            "s": s,
-            "factor": branch.row_scale,
-            "scaling": branch.scaling,
-            "R": branch.rank,
-            "a_stride": a.stride(0),
-            "b_stride": branch.b.stride(0),
-            "b_column_stride": branch.b.stride(1),
-            "factor_stride": branch.factor_stride,
-        }
     if y.numel() > 0:
+        lora = _NO_BRANCH | lora
         _forward[(triton.cdiv(m, cut.rows) * triton.cdiv(n, cut.columns), parts)](
             x=x,
             y=y,
@@ -542,14 +677,14 @@ def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) ->
             BM=cut.rows,
             BN=cut.columns,
             BK=cut.depth,
-            RANK=_rank_block(arguments["R"]),
+            RANK=_rank_block(lora["R"]),
             PRECISION=_precision(x.dtype),
             num_warps=cut.warps,
             num_stages=cut.stages,
             **w.arguments(cut.depth, x.dtype),
-            **arguments,
+            **lora,
         )
-    return _summed(y).to(x.dtype), _summed(s)
+    return _summed(y).to(x.dtype)
 
 
 def backward(

@@ -126,13 +126,19 @@ def linear_4bit(
     if torch.is_autocast_enabled(w.device.type):
         x = x.to(torch.get_autocast_dtype(w.device.type))
     x2 = x if x.dim() == 2 else x.reshape(-1, k)
+    if isinstance(lora, BankView):
+        _check_bank(lora, x2, n, k)
+        if choose(w) is Backend.TRITON and not needs_grad(x, bias, lora):
+            y = triton_kernels.forward_slots(x2, w, bias, *lora)
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+        lora = lora.stacked()
     a = b = row_scale = seed = None
     scaling, dropout = 1.0, 0.0
     if lora is not None:
         if type(lora) is PackedLora:
             a, b, scaling = lora.a, lora.b, lora.scaling
         else:
-            a, b, scaling, dropout = _as_lora(lora, x2)
+            a, b, scaling, dropout = _as_lora(lora)
         # What pack_lora has looked at needs no second look, only whether it belongs here.
         if type(lora) is not PackedLora or isinstance(scaling, Tensor) or lora.shape != w.shape:
             _check_lora(x2, a, b, scaling, dropout, n, k)
@@ -201,16 +207,26 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
     return n, k
 
 
-def _as_lora(lora: Lora | BankView | tuple, x: Tensor) -> Lora:
+def _as_lora(lora: Lora | tuple) -> Lora:
     if isinstance(lora, Lora):
         return lora
-    if isinstance(lora, BankView):
-        if lora.rows.shape != (x.shape[0],):
-            raise ValueError(f"rows of the bank has shape {tuple(lora.rows.shape)}; it must be ({x.shape[0]},)")
-        return lora.stacked()
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"lora is {type(lora).__name__}; it must be None, (A, B, scaling), a Lora or a BankView")
     return Lora(*lora)
+
+
+def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
+    slots, r = bank.a.shape[:2] if bank.a.dim() == 3 else (0, 0)
+    shapes = {"a": (slots, r, k), "b": (slots, n, r), "scaling": (slots,), "rows": (x.shape[0],)}
+    for name, shape in shapes.items():
+        t = getattr(bank, name)
+        if t.shape != shape:
+            raise ValueError(f"{name} of the bank has shape {tuple(t.shape)}; it must be {shape}")
+        if t.device != x.device:
+            raise ValueError(f"{name} of the bank is on {t.device}; it must be on x's device, {x.device}")
+    if bank.a.dtype not in FLOATS or bank.b.dtype not in FLOATS or r < 1:
+        what = f"are {bank.a.dtype} and {bank.b.dtype} of rank {r}"
+        raise ValueError(f"a and b of the bank {what}; they must be floating point, of rank 1 at least")
 
 
 def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, n: int, k: int) -> None:

@@ -90,6 +90,15 @@ def forward(x: Tensor, w: Packed4bit, bias: Tensor | None, *branch: Tensor | flo
         return kernels.forward(x, weight, bias, lora)
 
 
+def forward_slots(x: Tensor, w: Packed4bit, bias: Tensor | None, *bank: Tensor) -> Tensor:
+    """y [M, N] in x's dtype; ``bank``: a, b, scaling and rows of a :class:`linear_4bit.BankView`."""
+    a, b, scaling, rows = bank
+    kernels, weight, _ = _operands(w, None, None, None, 1.0, None, 0.0)
+    lora = kernels.Slots(a, b, scaling.float().contiguous(), rows.contiguous())
+    with _on(x.device):
+        return kernels.forward_slots(x, weight, bias, lora)
+
+
 def backward(
     dy: Tensor, x: Tensor | None, s: Tensor | None, w: Packed4bit, *rest: Tensor | float | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -3,8 +3,8 @@ test_triton_compiled.py, in its own process, which holds it to linear_4bit.json.
 
     python linear_4bit.py cuda:90        (or hip:gfx942)
 
-The launches are the operator's own: its host code runs on tensors without data, and each kernel is compiled with the
-arguments, sizes and tiles that it would have been launched with.
+The launches are the operator's own: its host code runs on tensors without data, before a GPU of which there is only the
+name, and each kernel is compiled and not run.
 """
 
 from __future__ import annotations
@@ -16,23 +16,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
 
 from pyfastpeft.formats import FORMATS
 from pyfastpeft.ops.triton_kernels import _kernels
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.uint8: "*u8",
-    torch.int64: "*i64",
-}
 kernels = _kernels("linear_4bit")
 
 
@@ -75,52 +69,47 @@ def cases() -> dict:
         "many rows, lora 16, nested": lambda: forward(4096, weight("nf4", n, k, nested=True), bf16, branch(16, n, k)),
         "many rows, lora 64, fp16": lambda: forward(4096, weight("fp4", n, k), torch.float16, branch(64, n, k)),
         "odd rows": lambda: forward(4096, weight("nf4", 255, 333), bf16, branch(16, 255, 333)),
+        "16 rows, mixed adapters": lambda: kernels.forward_slots(
+            empty(16, k, dtype=bf16),
+            weight("nf4", n, k),
+            None,
+            kernels.Slots(empty(8, 16, k), empty(8, n, 16), empty(8), empty(16, dtype=torch.int64)),
+        ),
         "float32": lambda: forward(4096, weight("nf4", n, k), torch.float32, branch(16, n, k)),
         "training": lambda: backward(4096, weight("nf4", n, k, nested=True), bf16, branch(16, n, k, 0.1)),
         "training, fp16, rank 64": lambda: backward(4096, weight("nf4", n, k), torch.float16, branch(64, n, k)),
     }
 
 
-def launches() -> dict[str, tuple]:
-    """Every launch that the calls make, as name: (kernel, its arguments)."""
-    seen: dict[str, tuple] = {}
+def launches(target: GPUTarget) -> dict[str, CompiledKernel]:
+    """Every launch that the calls make, by name, compiled by Triton's own launcher for ``target``."""
+    gpu = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    triton.runtime.driver.set_active(gpu)
+    done: dict[str, CompiledKernel] = {}
     case = ""
 
-    class Recorder:
+    class Compiler:
         def __init__(self, kernel):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return lambda **given: seen.setdefault(self.name(given), (self.kernel, given))
+            return self.compile
 
-        def name(self, given: dict) -> str:
-            which = "+".join(key for key in ("q", "t", "seed") if given.get(key) is not None)
-            return f"{case}: {self.kernel.fn.__name__}" + (f" {which}" if which else "")
+        def compile(self, **given):
+            which = "+".join(key for key in ("q", "t", "seed", "slot_of") if given.get(key) is not None)
+            name = f"{case}: {self.kernel.fn.__name__}" + (f" {which}" if which else "")
+            done[name] = self.kernel.run(grid=(1,), warmup=True, **given)
 
-    for kernel in ("_forward", "_input_grad", "_project"):
-        setattr(kernels, kernel, Recorder(getattr(kernels, kernel)))
-    for case, call in cases().items():  # noqa: B007 (the recorder reads it)
+    for name, kernel in vars(kernels).copy().items():
+        if isinstance(kernel, triton.JITFunction) and name in ("_forward", "_input_grad", "_project", "_slot_sums"):
+            setattr(kernels, name, Compiler(kernel))
+    for case, call in cases().items():  # noqa: B007 (named in compile)
         call()
-    return seen
-
-
-def compiled(kernel, given: dict, target: GPUTarget):
-    """``kernel`` as a launch with these arguments would compile it, tensors aligned to 16 bytes."""
-    options = {key: given[key] for key in ("num_warps", "num_stages")}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-        elif parameter.is_constexpr or value is None or (value == 1 and isinstance(value, int)):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=options)
+    return done
 
 
 def run(*command: str | Path) -> str:
@@ -156,8 +145,7 @@ def main(target: str) -> None:
     if backend == "hip":
         torch.version.hip = "stands in"
     gpu = GPUTarget(backend, int(chip) if backend == "cuda" else chip, 32 if backend == "cuda" else 64)
-    for name, (kernel, given) in launches().items():
-        out = compiled(kernel, given, gpu)
+    for name, out in launches(gpu).items():
         facts = sass_facts(out.asm["cubin"]) if backend == "cuda" else amdgcn_facts(out.asm["amdgcn"])
         print(json.dumps({"name": name, "shared": out.metadata.shared} | facts), flush=True)
 

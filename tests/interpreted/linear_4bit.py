@@ -68,15 +68,31 @@ def test_dropout_drops_what_the_definition_drops_in_both_directions(dtype):
     check_gradients(dtype, 17, 40, pick([35, 96]), 4, torch.float32, None, 2.0, pick([0.1, 0.5]))
 
 
-def test_rows_of_mixed_adapters_match_each_alone():
-    n, k, r = 24, 64, 3
-    w = packed_weight(n, k)
-    a, b, scaling = torch.randn(3, r, k), torch.randn(3, n, r), torch.tensor([0.5, 1.0, 2.0])
-    x, rows = torch.randn(5, k), torch.tensor([0, 2, -1, 0, 2])
-    y = linear_4bit(x, w, None, BankView(a, b, scaling, rows))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 24, 64, 3), (40, 33, 35, 4), (3, 16, 1100, 70)], ids=str)
+def test_rows_of_mixed_adapters_match_each_alone(shape, dtype):
+    m, n, k, r = shape
+    w, bias, slots = packed_weight(n, k), pick([None, torch.randn(n)]), 5
+    a, b = torch.randn(slots, r, k) * k**-0.5, torch.randn(slots, n, r) * r**-0.5
+    scaling, rows = torch.tensor([0.5, 1.0, 2.0, math.nan, 3.0]), torch.randint(-1, 3, (m,))
+    rows[0] = 4
+    bank = pick([(a, b), (a.mT.contiguous().mT, b.mT.contiguous().mT)])
+    y = linear_4bit(x := torch.randn(m, k).to(dtype), w, bias, BankView(*bank, scaling, rows))
     for i, slot in enumerate(rows.tolist()):
         lora = None if slot < 0 else (a[slot], b[slot], float(scaling[slot]))
-        assert error(y[i : i + 1], float64(x[i : i + 1], w, None, lora)) <= 1e-5
+        assert error(y[i : i + 1], float64(x[i : i + 1], w, bias, lora), r) <= FORWARD[dtype]
+
+
+def test_mixed_adapters_train():
+    n, k, r = 24, 64, 3
+    w, x = packed_weight(n, k), torch.randn(5, k, requires_grad=True)
+    a, b = torch.randn(3, r, k, requires_grad=True), torch.randn(3, n, r, requires_grad=True)
+    scaling, rows, dy = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0, 2, -1, 0, 2]), torch.randn(5, n)
+    got = torch.autograd.grad(linear_4bit(x, w, None, BankView(a, b, scaling, rows)), (x, a, b), dy)
+    alone = [(a[s], b[s], float(scaling[s])) if s >= 0 else None for s in rows.tolist()]
+    y = torch.cat([float64(x[i : i + 1], w, None, lora) for i, lora in enumerate(alone)])
+    for mine, theirs in zip(got, torch.autograd.grad(y, (x, a, b), dy.double()), strict=True):
+        assert error(mine, theirs) <= 1e-5
 
 
 @pytest.mark.parametrize("needed", ["x", "a", "b", "x b"])
