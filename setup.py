@@ -26,6 +26,7 @@ MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platfo
 KERNELS = [str(CPU / name) for name in ("dispatch.cpp", "generic.cpp", *ISA_FLAGS.get(MACHINE, {}))]
 OPERATORS = [
     "csrc/ops.cpp",
+    "csrc/held_ops.cpp",
     "csrc/model_ops.cpp",
     "csrc/decoder_ops.cpp",
     "csrc/copy_ops.cpp",

@@ -27,7 +27,14 @@ void stream(char* into, const char* from, int64_t n) {
   std::memcpy(into, from, n);
 }
 
-// Whether every pair is contiguous, of one dtype and of one size; if one is not, nothing is copied.
+bool alike(const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() != b.scalar_type() || a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d)) return false;
+  return a.is_contiguous() && b.is_contiguous();
+}
+
+// Whether every pair is contiguous, of one dtype and of one shape; if one is not, nothing is copied.
 bool copy_tensors(std::vector<Tensor> into, std::vector<Tensor> from) {
   const size_t count = into.size();
   STD_TORCH_CHECK(from.size() == count, "from has ", from.size(), " tensors; it must have ", count);
@@ -40,9 +47,7 @@ bool copy_tensors(std::vector<Tensor> into, std::vector<Tensor> from) {
   pieces.reserve(count);
   int64_t total = 0;
   for (size_t i = 0; i < count; ++i) {
-    if (into[i].scalar_type() != from[i].scalar_type() || into[i].numel() != from[i].numel() ||
-        !into[i].is_contiguous() || !from[i].is_contiguous())
-      return false;
+    if (!alike(into[i], from[i])) return false;
     const int64_t size = into[i].numel() * static_cast<int64_t>(into[i].element_size());
     pieces.push_back({static_cast<char*>(into[i].mutable_data_ptr()),
                       static_cast<const char*>(from[i].const_data_ptr()), total, total + size});

@@ -15,8 +15,7 @@ namespace {
 using namespace pf::tensors;
 
 struct HeldLinear {
-  std::vector<Tensor> packed;  // keeps the weight's memory, to which nobody else can give another place
-  pf::Weight w;
+  std::shared_ptr<const HeldWeight> weight;
   OptTensor bias, lora_a, lora_b;
   double scaling;
   bool int8;
@@ -68,25 +67,17 @@ void add_decoder_linear(int64_t id, Tensor codes, Tensor scale, OptTensor zero, 
                         OptTensor lora_b, double scaling, bool int8) {
   const std::shared_ptr<Stack> stack = find_stack(id);
   pf::Decoder& d = stack->shape;
-  HeldLinear linear{{codes, scale},
-                    weight(codes, scale, zero, absmax2, offset, format, n, blocksize),
-                    bias,
-                    lora_a,
-                    lora_b,
-                    scaling,
-                    int8};
-  for (const OptTensor& t : {zero, absmax2, offset})
-    if (t.has_value()) linear.packed.push_back(*t);
+  auto held = std::make_shared<const HeldWeight>(codes, scale, zero, absmax2, offset, format, n, blocksize);
   const size_t which = stack->linears.size() % pf::kProjections;
   if (d.intermediate == 0 && which == pf::kGate) d.intermediate = n;
   const int64_t q = d.heads * d.dim, kv = d.kv_heads * d.dim, wide = d.intermediate;
   const int64_t outs[] = {q, kv, kv, d.hidden, wide, wide, d.hidden},
                 ins[] = {d.hidden, d.hidden, d.hidden, q, d.hidden, d.hidden, wide};
-  STD_TORCH_CHECK(stack->linears.size() < stack->norms.size() / 2 * pf::kProjections && n == outs[which] &&
-                      linear.w.k == ins[which],
-                  "projection ", which, " of a layer is (", n, ", ", linear.w.k, "); it must be (", outs[which], ", ",
-                  ins[which], ")");
-  stack->linears.push_back(std::move(linear));
+  STD_TORCH_CHECK(
+      stack->linears.size() < stack->norms.size() / 2 * pf::kProjections && n == outs[which] && held->k() == ins[which],
+      "projection ", which, " of a layer is (", n, ", ", held->k(), "); it must be (", outs[which], ", ", ins[which],
+      ")");
+  stack->linears.push_back({std::move(held), bias, lora_a, lora_b, scaling, int8});
 }
 
 const void* vector_data(const Tensor& t, int64_t n, int dtype, const char* name) {
@@ -175,10 +166,10 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
     }
     for (int p = 0; p < pf::kProjections; ++p) {
       const HeldLinear& held = stack->linears[i * pf::kProjections + p];
-      branches.emplace_back(held.lora_a, held.lora_b, std::nullopt, held.scaling, batch * tokens, std::nullopt, 0.0,
-                            held.w);
-      biases.emplace_back(held.bias, held.w.n);
-      layer.linear[p] = {held.w, biases.back().data, branches.back().branch, held.int8};
+      const pf::Weight w = held.weight->now();
+      branches.emplace_back(held.lora_a, held.lora_b, std::nullopt, held.scaling, batch * tokens, std::nullopt, 0.0, w);
+      biases.emplace_back(held.bias, w.n);
+      layer.linear[p] = {w, biases.back().data, branches.back().branch, held.int8};
     }
   }
   const pf::DecoderInput in{x.const_data_ptr(),

@@ -47,6 +47,37 @@ inline pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTens
   return w;
 }
 
+// A packed weight that was checked once and is used many times.
+class HeldWeight {
+ public:
+  HeldWeight(Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset, int64_t format, int64_t n,
+             int64_t blocksize)
+      : checked_(pf::tensors::weight(codes, scale, zero, absmax2, offset, format, n, blocksize)),
+        codes_(std::move(codes)),
+        scale_(std::move(scale)),
+        zero_(std::move(zero)),
+        absmax2_(std::move(absmax2)) {}
+
+  int64_t n() const { return checked_.n; }
+  int64_t k() const { return checked_.k; }
+
+  // Where it lies now: sharing a tensor with another process moves its memory.
+  pf::Weight now() const {
+    pf::Weight w = checked_;
+    w.codes = codes_.const_data_ptr<uint8_t>();
+    if (w.scale != nullptr) w.scale = scale_.const_data_ptr<float>();
+    if (w.scale8 != nullptr) w.scale8 = scale_.const_data_ptr<uint8_t>();
+    if (zero_.has_value()) w.zero = zero_->const_data_ptr<float>();
+    if (absmax2_.has_value()) w.scale2 = absmax2_->const_data_ptr<float>();
+    return w;
+  }
+
+ private:
+  pf::Weight checked_;
+  Tensor codes_, scale_;
+  OptTensor zero_, absmax2_;
+};
+
 // A matrix [rows, cols] packed by pack_pairs.
 inline pf::Matrix packed_matrix(const Tensor& t, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16 && t.dim() == 4 && t.is_contiguous() &&
@@ -55,6 +86,30 @@ inline pf::Matrix packed_matrix(const Tensor& t, int64_t rows, int64_t cols) {
                   "a packed lora factor must be contiguous bfloat16 [ceil(rows / 16), columns / 2, 16, 2]");
   return {t.const_data_ptr(), pf::kBFloat16, rows, cols, 0, true};
 }
+
+// A packed adapter over a weight [n, k] that was checked once and is used many times.
+class HeldBranch {
+ public:
+  HeldBranch(Tensor a, Tensor b, int64_t n, int64_t k) : a_(std::move(a)), b_(std::move(b)) {
+    STD_TORCH_CHECK(b_.dim() == 4, "a packed lora factor must have four dimensions");
+    const int64_t rank = b_.size(1) * 2;
+    checked_.a = packed_matrix(a_, rank, k);
+    checked_.b = packed_matrix(b_, n, rank);
+  }
+
+  pf::Branch now(double scaling, const pf::Weight& w) const {
+    STD_TORCH_CHECK(checked_.a.cols == w.k && checked_.b.rows == w.n, "the branch must be one over this weight");
+    pf::Branch branch = checked_;
+    branch.a.data = a_.const_data_ptr();
+    branch.b.data = b_.const_data_ptr();
+    branch.scaling = static_cast<float>(scaling);
+    return branch;
+  }
+
+ private:
+  Tensor a_, b_;
+  pf::Branch checked_;
+};
 
 inline void set_factor(pf::Branch& branch, const OptTensor& row_scale, double scaling, int64_t rows, int64_t rank,
                        const OptTensor& seed, double dropout) {
@@ -110,7 +165,7 @@ struct Bias {
 
   Bias(const OptTensor& bias, int64_t n) {
     if (!bias.has_value()) return;
-    STD_TORCH_CHECK(bias->numel() == n, "bias must be [N]");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == n, "bias must be [N]");
     held = torch::stable::contiguous(*bias);
     if (held->scalar_type() == ScalarType::Float) {
       data = held->const_data_ptr<float>();

@@ -159,6 +159,7 @@ Tensor pack_tiles(Tensor codes, int64_t n, int64_t k) {
   pf::advise_huge_pages(dst, tiles * 8 * k);
   torch::stable::parallel_for(0, tiles, kFlatGrain / (k * pf::kTile) + 1,
                               [&](int64_t t0, int64_t t1) { pf::pack_tiles(in, n, k, dst, t0, t1); });
+  pf::move_to_huge_pages(dst, tiles * 8 * k);
   return out;
 }
 
@@ -197,6 +198,7 @@ Tensor pack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   pf::advise_huge_pages(dst, out.numel() * size);
   torch::stable::parallel_for(0, w.tiles(), kFlatGrain / (w.segments() * pf::kTile) + 1,
                               [&](int64_t t0, int64_t t1) { pf::pack_scales(in, size, w, dst, t0, t1); });
+  pf::move_to_huge_pages(dst, out.numel() * size);
   return out;
 }
 
@@ -211,6 +213,11 @@ Tensor unpack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   torch::stable::parallel_for(0, blocks, kFlatGrain,
                               [&](int64_t b0, int64_t b1) { pf::unpack_scales(in, size, w, dst, b0, b1); });
   return out;
+}
+
+// Where the system can, moves the memory of t, which must be dense, onto large pages.
+void large_pages(Tensor t) {
+  pf::move_to_huge_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
 }
 
 std::vector<std::string> available_isas() {
@@ -254,6 +261,7 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def("unpack_tiles(Tensor codes, int n, int k) -> Tensor");
   m.def("pack_scales(Tensor scale, int n, int k, int blocksize) -> Tensor");
   m.def("unpack_scales(Tensor scale, int n, int k, int blocksize) -> Tensor");
+  m.def("large_pages(Tensor t) -> ()");
   m.def("set_dynamic_map(Tensor map) -> ()");
   m.def("available_isas() -> str[]");
   m.def("isa() -> str");
@@ -272,6 +280,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("unpack_tiles", TORCH_BOX(&unpack_tiles));
   m.impl("pack_scales", TORCH_BOX(&pack_scales));
   m.impl("unpack_scales", TORCH_BOX(&unpack_scales));
+  m.impl("large_pages", TORCH_BOX(&large_pages));
   m.impl("set_dynamic_map", TORCH_BOX(&set_dynamic_map));
 }
 

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 
@@ -45,17 +46,23 @@ inline Tensor with_contiguous_columns(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// A new contiguous [rows, cols] tensor on the CPU, straight from the allocator: the dispatcher's way takes three times
-// as long, which a call of a few microseconds feels.
-inline Tensor new_matrix(int64_t rows, int64_t cols, int dtype) {
+// A new contiguous tensor on the CPU, straight from the allocator: the dispatcher's way takes three times as long,
+// which a call of a few microseconds feels.
+inline Tensor new_dense(const int64_t* sizes, int64_t dims, int dtype) {
   const int32_t code = dtype == pf::kFloat32    ? aoti_torch_dtype_float32()
                        : dtype == pf::kBFloat16 ? aoti_torch_dtype_bfloat16()
                                                 : aoti_torch_dtype_float16();
-  const int64_t sizes[] = {rows, cols}, strides[] = {cols > 1 ? cols : 1, 1};
+  std::vector<int64_t> strides(dims);
+  for (int64_t d = dims, stride = 1; d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = stride;
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(dims, sizes, strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+inline Tensor new_matrix(int64_t rows, int64_t cols, int dtype) {
+  const int64_t sizes[] = {rows, cols};
+  return new_dense(sizes, 2, dtype);
 }
 
 inline pf::Matrix matrix(const Tensor& t, const char* name) {

@@ -1,7 +1,9 @@
 """The fused operator under every instruction set: against float64 on the same dequantized weights, both directions."""
 
+import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -799,3 +801,80 @@ def test_a_bank_refuses_a_wrong_number_of_rows():
     bank = BankView(torch.ones(2, 4, 64), torch.ones(2, 24, 4), torch.ones(2), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="rows of the bank has shape \\(2,\\); it must be \\(3,\\)"):
         linear_4bit(torch.ones(3, 64), w, None, bank)
+
+
+# ---- inference over what is held -------------------------------------------------------------------------------------
+
+
+def test_the_short_way_gives_what_the_long_way_gives(isa):
+    for n, k in [(33, 96), (100, 64), (257, 160)]:
+        w = packed_weight(n, k)
+        for dtype in DTYPES:
+            for shape in [(k,), (0, k), (1, k), (5, k), (2, 3, k), (40, k)]:
+                x, bias = torch.randn(*shape).to(dtype), pick([None, torch.randn(n), torch.randn(n).bfloat16()])
+                packed = pack_lora(*adapter(n, k, pick([1, 4, 16, 40])), 2.0)
+                for lora in (None, packed, packed._replace(scaling=torch.full((len(packed.a),), 2.0))):
+                    with torch.no_grad():
+                        short = linear_4bit(x, w, bias, lora)
+                    assert torch.equal(short, linear_4bit(x, w, bias, lora))
+
+
+def test_the_short_way_takes_any_strides(isa):
+    w = packed_weight(40, 64)
+    wide = torch.randn(12, 128)
+    with torch.no_grad():
+        for x in (wide[:, :64], wide[::2, ::2], wide.t()[:64].t(), wide[:, None, :64], wide[:, :64].expand(3, 12, 64)):
+            assert torch.equal(linear_4bit(x, w), linear_4bit(x.contiguous(), w))
+
+
+def test_an_adapter_over_another_weight_is_refused_the_short_way_too():
+    w, packed = packed_weight(40, 64), pack_lora(*adapter(40, 96, 4), 1.0)
+    with torch.no_grad(), pytest.raises(ValueError, match="K = 64"):
+        linear_4bit(torch.randn(2, 64).bfloat16(), w, None, packed)
+
+
+def test_what_is_held_lives_as_long_as_its_owner_and_no_longer():
+    import gc
+
+    w, x = packed_weight(40, 64), torch.randn(2, 64).bfloat16()
+    packed = pack_lora(*adapter(40, 64, 4), 1.0)
+    number, branch = int(w.held), int(packed.held)
+    with torch.no_grad():
+        expected = linear_4bit(x, w, None, packed)
+        for pair in ((w, packed), copy.deepcopy((w, packed)), pickle.loads(pickle.dumps((w, packed)))):
+            assert torch.equal(linear_4bit(x, pair[0], None, pair[1]), expected)
+        del pair
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.copy(w.held)
+    del w, packed
+    gc.collect()
+    call = torch.ops.pyfastpeft.linear_4bit_held.default
+    with pytest.raises(RuntimeError, match="weight is"):
+        call(x, number, None, 0, 1.0, False)
+    other = packed_weight(40, 64).held
+    with pytest.raises(RuntimeError, match="branch is"):
+        call(x, other, None, branch, 1.0, False)
+
+
+def test_a_held_weight_may_move_into_shared_memory():
+    w, x = packed_weight(40, 64), torch.randn(2, 64)
+    with torch.no_grad():
+        expected = linear_4bit(x, w)
+        w.codes.share_memory_()
+        w.scale.share_memory_()
+        assert torch.equal(linear_4bit(x, w), expected)
+
+
+def test_large_pages_change_no_value():
+    from pyfastpeft.ops import large_pages
+
+    for t in (
+        torch.randn(0),
+        torch.randn(3),
+        torch.randn(1 << 20),
+        torch.randn(64, 64).t(),
+        torch.randn(3, device="meta"),
+    ):
+        before = t.clone()
+        large_pages(t)
+        assert t.is_meta or torch.equal(t, before)

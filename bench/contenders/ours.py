@@ -66,17 +66,13 @@ contender("ours_nf4_dq", "ours", lora=True, trains=True)(functools.partial(_laye
 contender("ours_nf4_bf16_adapter", "ours", lora=True, over="ours_nf4", trains=True)(
     functools.partial(_layer, quant_type="nf4", adapter=torch.bfloat16)
 )
-variants("ours_{quant_type}_int8", "ours", [{"quant_type": q} for q in ("nf4", "int4")], tier="int8", lora=True)(
-    functools.partial(_layer, pack=True, compute="int8")
-)
 
 
-@contender("ours_nf4_packed", "ours", lora=True, over="ours_nf4")
-def _packed_adapters(p: Problem) -> Layer:
+def _serving(p: Problem, quant_type: str, **how: str) -> Layer:
     """One adapter, or several side by side with a scale a row, as a model that serves holds them."""
     if p.adapters == 1:
-        return _layer(p, "nf4", pack=True)
-    packed, bank = _packed(p, "nf4"), _bank(p)
+        return _layer(p, quant_type, pack=True, **how)
+    packed, bank = _packed(p, quant_type), _bank(p)
     side_by_side = fp.ops.pack_lora(*bank._replace(rows=_routed(1, p.adapters)).stacked()[:2])
 
     @functools.cache
@@ -84,10 +80,16 @@ def _packed_adapters(p: Problem) -> Layer:
         return side_by_side._replace(scaling=bank._replace(rows=_routed(rows, p.adapters)).stacked().scaling)
 
     return Layer(
-        lambda x: fp.ops.linear_4bit(x, packed, None, branch(len(x))),
+        lambda x: fp.ops.linear_4bit(x, packed, None, branch(len(x)), **how),
         packed.nbytes,
         lambda: p.adapted(packed.dequantize(torch.float64)),
     )
+
+
+contender("ours_nf4_packed", "ours", lora=True, over="ours_nf4")(functools.partial(_serving, quant_type="nf4"))
+variants("ours_{quant_type}_int8", "ours", [{"quant_type": q} for q in ("nf4", "int4")], tier="int8", lora=True)(
+    functools.partial(_serving, compute="int8")
+)
 
 
 @contender("ours_nf4_module", "ours")

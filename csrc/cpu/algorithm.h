@@ -78,7 +78,7 @@ constexpr int64_t kLateRows = 160;  // up to here scales are cheaper on the sums
 // Few rows stream codes and scales once, slower than memory delivers them: asked for this far ahead (bytes), across the
 // end of a tile, the time becomes the larger of arithmetic and memory, not their sum (4096 x 4096, 4 rows: 345 us for
 // 880).
-constexpr int64_t kCodesAhead = 8192, kScalesAhead = 1024, kFactorAhead = 4096;
+constexpr int64_t kCodesAhead = 8192, kScalesAhead = 1024;
 
 // Calls body.operator()<I>() for each I, everything inlined.
 #define PF_BODY(index) [&]<index>() __attribute__((always_inline))
@@ -613,9 +613,11 @@ struct Algorithm {
       }
   }
 
-  // MB rows of x times a tile's panel of `steps`, in kParts independent chains a row.
+  // MB rows of x times a tile's panel of `steps`, in kParts independent chains a row. What lies kCodesAhead further is
+  // asked for, up to `end` and then from `next` on.
   template <int MB>
-  static void dots_rows(const E* x, int64_t ldx, const E* panel, int64_t steps, float* out) {
+  static void dots_rows(const E* x, int64_t ldx, const E* panel, int64_t steps, const char* end, const char* next,
+                        float* out) {
     constexpr int kParts = MB >= 8 ? 1 : 8 / MB;
     constexpr MakeInts<MB> rows{};
     constexpr MakeInts<kParts> parts{};
@@ -624,7 +626,8 @@ struct Algorithm {
       each(rows, PF_BODY(int M) { each(parts, PF_BODY(int P) { part[M][P] = V::zero(); }); });
       const auto step = [&]<int P>(int64_t s) __attribute__((always_inline)) {
         const E* at = panel + (s * kTileVecs + u) * kLanes * kStep;
-        __builtin_prefetch(reinterpret_cast<const char*>(at) + kFactorAhead);
+        const char* ahead = reinterpret_cast<const char*>(at) + kCodesAhead;
+        __builtin_prefetch(ahead < end ? ahead : next + (ahead - end));
         const typename A::W w = A::load(at);
         each(rows, PF_BODY(int M) { part[M][P] = A::fma(part[M][P], w, A::broadcast(x + M * ldx + s * kStep)); });
       };
@@ -644,6 +647,8 @@ struct Algorithm {
   static void dots_packed(const GemvArgs& g, const Matrix& p, float* out, int64_t tile0, int64_t tile1) {
     E* made = static_cast<E*>(scratch(0, kBlock * kTile * sizeof(E)));
     alignas(64) float sums[16][kTile];
+    const char* end = reinterpret_cast<const char*>(p.pairs(tile1, 0));
+    const char* next = reinterpret_cast<const char*>(g.w.codes);
     for (int64_t tile = tile0; tile < tile1; ++tile) {
       __builtin_memset(sums, 0, sizeof(sums));
       for (int64_t col0 = 0; col0 < p.cols; col0 += kBlock) {
@@ -651,8 +656,9 @@ struct Algorithm {
         const E* panel = tile_panel(p, tile, col0, n, made);
         const E* x = static_cast<const E*>(g.x) + col0;
         int64_t m = 0;
-        for (; m + 4 <= g.rows; m += 4) dots_rows<4>(x + m * g.ldx, g.ldx, panel, steps, sums[m]);
-        for (; m < g.rows; ++m) dots_rows<1>(x + m * g.ldx, g.ldx, panel, steps, sums[m]);
+        for (; m + 4 <= g.rows; m += 4) dots_rows<4>(x + m * g.ldx, g.ldx, panel, steps, end, next, sums[m]);
+        for (; m + 2 <= g.rows; m += 2) dots_rows<2>(x + m * g.ldx, g.ldx, panel, steps, end, next, sums[m]);
+        for (; m < g.rows; ++m) dots_rows<1>(x + m * g.ldx, g.ldx, panel, steps, end, next, sums[m]);
       }
       const int64_t lanes = min64(kTile, p.rows - tile * kTile);
       for (int64_t m = 0; m < g.rows; ++m) copy_bytes(out + m * p.rows + tile * kTile, sums[m], lanes * sizeof(float));
@@ -672,23 +678,40 @@ struct Algorithm {
     const uint8_t* codes = g.w.codes + tile * g.w.k * (kTile / 2);
     const E* x = static_cast<const E*>(g.x) + row0 * g.ldx;
     F acc[MB][kTileVecs], part[MB][kTileVecs][kParts];
-    each(rows, PF_BODY(int M) { each(vecs, PF_BODY(int U) { acc[M][U] = V::zero(); }); });
-    // The branch first: its sums run while the first codes are still on their way.
-    const int64_t rank = b == nullptr ? 0 : ceil_div(g.lora_b.cols, kStep) * kStep;
-    const E* s_rows = static_cast<const E*>(g.s) + row0 * rank;
-    for (int64_t r = 0; r < rank; r += kStep)
-      each(
-          vecs, PF_BODY(int U) {
-            const typename A::W w = A::load(b + r * kTile + U * kLanes * kStep);
-            each(rows, PF_BODY(int M) { acc[M][U] = A::fma(acc[M][U], w, A::broadcast(s_rows + M * rank + r)); });
-          });
-    const int64_t segments = g.w.segments(), groups = g.w.segment / kGroupColumns;
-    for (int64_t s = 0; s < segments; ++s) {
-      __builtin_prefetch(reinterpret_cast<const char*>(scales + s * kTile) + kScalesAhead);
+    const auto clear = [&]() __attribute__((always_inline)) {
       each(
           rows, PF_BODY(int M) {
             each(vecs, PF_BODY(int U) { each(parts, PF_BODY(int P) { part[M][U][P] = V::zero(); }); });
           });
+    };
+    const auto joined = [&]<int M, int U>() __attribute__((always_inline)) {
+      F sum = part[M][U][0];
+      if constexpr (kParts == 2) sum = V::add(sum, part[M][U][1]);
+      if constexpr (kParts == 4) sum = V::add(V::add(sum, part[M][U][1]), V::add(part[M][U][2], part[M][U][3]));
+      return sum;
+    };
+    // The branch first: its sums run while the first codes are still on their way.
+    clear();
+    const int64_t rank = b == nullptr ? 0 : ceil_div(g.lora_b.cols, kStep) * kStep;
+    const E* s_rows = static_cast<const E*>(g.s) + row0 * rank;
+    const auto branch_step = [&]<int P>(int64_t r) __attribute__((always_inline)) {
+      each(
+          vecs, PF_BODY(int U) {
+            const typename A::W w = A::load(b + r * kTile + U * kLanes * kStep);
+            each(
+                rows,
+                PF_BODY(int M) { part[M][U][P] = A::fma(part[M][U][P], w, A::broadcast(s_rows + M * rank + r)); });
+          });
+    };
+    int64_t r = 0;
+    for (; r + kParts * kStep <= rank; r += kParts * kStep)
+      each(parts, PF_BODY(int P) { branch_step.template operator()<P>(r + P * kStep); });
+    for (; r < rank; r += kStep) branch_step.template operator()<0>(r);
+    each(rows, PF_BODY(int M) { each(vecs, PF_BODY(int U) { acc[M][U] = joined.template operator()<M, U>(); }); });
+    const int64_t segments = g.w.segments(), groups = g.w.segment / kGroupColumns;
+    for (int64_t s = 0; s < segments; ++s) {
+      __builtin_prefetch(reinterpret_cast<const char*>(scales + s * kTile) + kScalesAhead);
+      clear();
       for (int64_t group = 0; group < groups; ++group, codes += 64, x += kGroupColumns) {
         __builtin_prefetch(codes + kCodesAhead);
         each(
@@ -709,10 +732,7 @@ struct Algorithm {
           rows, PF_BODY(int M) {
             each(
                 vecs, PF_BODY(int U) {
-                  F sum = part[M][U][0];
-                  if constexpr (kParts == 2) sum = V::add(sum, part[M][U][1]);
-                  if constexpr (kParts == 4)
-                    sum = V::add(V::add(sum, part[M][U][1]), V::add(part[M][U][2], part[M][U][3]));
+                  const F sum = joined.template operator()<M, U>();
                   acc[M][U] = V::fma(sum, V::load(scales + s * kTile + U * kLanes), acc[M][U]);
                   if (zeros != nullptr)
                     acc[M][U] = V::fma(V::load(zeros + s * kTile + U * kLanes),

@@ -34,7 +34,8 @@ Kernels generic_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();
 Kernels avx512_bf16_kernels();
-Int8 avx512_vnni_int8();
+Int8 avx512_int8();
+Int8 avx512_bf16_int8();
 #elif defined(__aarch64__)
 Kernels neon_kernels();
 #endif
@@ -66,12 +67,13 @@ struct Registry {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const auto with_int8 = [](Kernels k) {
-      k.int8 = __builtin_cpu_supports("avx512vnni") ? avx512_vnni_int8() : avx2_kernels().int8;
+    const auto with_int8 = [](Kernels k, Int8 (*vnni)()) {
+      k.int8 = __builtin_cpu_supports("avx512vnni") ? vnni() : avx2_kernels().int8;
       return k;
     };
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(with_int8(avx512_bf16_kernels()));
-    if (avx512) add(with_int8(avx512_kernels()));
+    // Every CPU with bf16 products has VNNI.
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(with_int8(avx512_bf16_kernels(), avx512_bf16_int8));
+    if (avx512) add(with_int8(avx512_kernels(), avx512_int8));
     if (avx2) add(avx2_kernels());
 #elif defined(__aarch64__)
     add(neon_kernels());

@@ -32,7 +32,8 @@ struct Int8Args {
   const ByteRow* x;  // [blocks][rows]
   int64_t rows;
   const float* bias;  // [N] or null
-  const float* s;     // [rows, R] scaled, or null
+  PackedRows s;       // [rows, R] scaled; data null without a branch
+  bool s_is_bf16;     // its arithmetic
   Matrix lora_b;      // [N, R]
   void* y;            // [rows, N]
   int y_dtype;

@@ -201,21 +201,37 @@ struct Part {
   float* sums(int64_t group) const { return c + group * rows * kByteLanes; }
 };
 
-// Sums start at the bias and the branch. `b` has room for B of one tile.
-inline void open_sums(const Part& part, float* b) {
+// Adds the branch, in the arithmetic A that made g.s. `made` has room for a block of B of one tile.
+template <class A>
+void add_branch(const Part& part, void* made) {
+  using Exact = Algorithm<A>;
   const Int8Args& g = part.g;
-  const int64_t rank = g.s == nullptr ? 0 : g.lora_b.cols;
+  for (int64_t i = 0; i < part.groups(); ++i)
+    for (int t = 0; t < kByteGroupTiles; ++t)
+      for (int64_t col0 = 0; col0 < g.s.cols; col0 += Exact::kBlock) {
+        const int64_t n = min64(Exact::kBlock, g.s.cols - col0), tile = part.tile(i, t);
+        if (col0 == 0 && tile + 1 < g.w.tiles()) Exact::prefetch_b(g.lora_b, tile);
+        const typename Exact::E* panel =
+            Exact::tile_panel(g.lora_b, tile, col0, n, static_cast<typename Exact::E*>(made));
+        Exact::multiply(Exact::packed_block(g.s, col0 / Exact::kBlock) + part.row0 * Exact::kStride, part.rows, panel,
+                        n, 1, part.sums(i) + t * kTile, kByteLanes);
+      }
+}
+
+// Sums start at the bias and the branch.
+inline void open_sums(const Part& part, void* made) {
+  const Int8Args& g = part.g;
   for (int64_t i = 0; i < part.groups(); ++i) {
     const int64_t n0 = part.tile(i, 0) * kTile;
-    float* c = part.sums(i);
     alignas(64) float bias[kByteLanes] = {};
     if (g.bias != nullptr) copy_bytes(bias, g.bias + n0, min64(kByteLanes, g.w.n - n0) * sizeof(float));
-    for (int64_t r = 0; r < part.rows; ++r) copy_bytes(c + r * kByteLanes, bias, sizeof(bias));
-    for (int t = 0; t < kByteGroupTiles && rank > 0; ++t) {
-      Algorithm<F32>::pack_lanes_t(g.lora_b, part.tile(i, t) * kTile, 0, rank, b, 0, kTileVecs);
-      outer(g.s + part.row0 * rank, rank, b, rank, 0, part.rows, c + t * kTile);
-    }
+    for (int64_t r = 0; r < part.rows; ++r) copy_bytes(part.sums(i) + r * kByteLanes, bias, sizeof(bias));
   }
+  if (g.s.data == nullptr) return;
+#ifdef PF_BF16
+  if (g.s_is_bf16) return add_branch<BF16>(part, made);
+#endif
+  add_branch<F32>(part, made);
 }
 
 // Adds the columns of one ByteRow block, from col0 on. `panel` holds one group decoded; null where the rows are few:
@@ -278,13 +294,12 @@ inline void byte_product(const Int8Args& g, int64_t tile0, int64_t tile1) {
   const bool few = g.rows <= B::kFewRows;
   const int64_t part_tiles = (few ? 1 : kPartGroups) * kByteGroupTiles, part_rows = min64(g.rows, kRowChunk);
   float* c = static_cast<float*>(scratch(0, part_tiles * kTile * part_rows * sizeof(float)));
-  const int64_t rank = g.s == nullptr ? 0 : g.lora_b.cols, panel_bytes = kByteBlock * kByteLanes;
-  uint8_t* panel = static_cast<uint8_t*>(scratch(1, panel_bytes + ceil_div(rank, 16) * 16 * kTile * sizeof(float)));
-  float* b = reinterpret_cast<float*>(panel + panel_bytes);
+  constexpr int64_t kPanelBytes = kByteBlock * kByteLanes;
+  uint8_t* panel = static_cast<uint8_t*>(scratch(1, kPanelBytes + Algorithm<F32>::kBlock * kTile * sizeof(float)));
   for (int64_t row0 = 0; row0 < g.rows; row0 += kRowChunk)
     for (int64_t t0 = tile0; t0 < tile1; t0 += part_tiles) {
       const Part part{g, row0, min64(kRowChunk, g.rows - row0), t0, min64(part_tiles, tile1 - t0), c};
-      open_sums(part, b);
+      open_sums(part, panel + kPanelBytes);
       for (int64_t col0 = 0; col0 < g.w.k; col0 += kByteBlock) multiply_block(part, table, col0, few ? nullptr : panel);
       store_sums(part);
     }

@@ -14,13 +14,6 @@ struct Dropout {
   float scale = 1.0f;  // 1 / (1 - p)
 };
 
-// Broadcast-side operand of a product: rows in the arithmetic's element type, in blocks of `kBlock` columns:
-// [block][row][row stride]. See Layout in algorithm.h.
-struct PackedRows {
-  const void* data = nullptr;
-  int64_t rows = 0, cols = 0;
-};
-
 struct GemvArgs {  // y[m, tile rows] for rows <= 16
   Weight w;
   const void* x;  // [rows, K] in the arithmetic's element type, contiguous columns

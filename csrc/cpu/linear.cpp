@@ -92,11 +92,12 @@ FewRows few_rows(const Kernels& k, const Arithmetic& arith, const Matrix& x, boo
 }
 
 // s [rows, R] = x A^T for few rows.
-void few_rows_sums(const Kernels& k, const Arithmetic& arith, const FewRows& few, const Matrix& x, const Branch& branch,
-                   float* s, ParallelFor parallel) {
+void few_rows_sums(const Kernels& k, const Arithmetic& arith, const Weight& w, const FewRows& few, const Matrix& x,
+                   const Branch& branch, float* s, ParallelFor parallel) {
   const int64_t rank = branch.rank();
   if (branch.a.packed) {
     GemvArgs args{};
+    args.w = w;
     args.x = few.x;
     args.ldx = few.ldx;
     args.rows = x.rows;
@@ -132,6 +133,14 @@ void scale_sums(const float* s, int64_t rows, const Branch& branch, float* out) 
     for (int64_t i = 0; i < rank; ++i) out[r * rank + i] = s[r * rank + i] * factor[r * branch.row_scale_ld + i];
 }
 
+// s * factor, packed.
+PackedRows pack_scaled(const Arithmetic& arith, const float* s, int64_t rows, const Branch& branch,
+                       ParallelFor parallel) {
+  const int64_t rank = branch.rank();
+  const Matrix sums{s, kFloat32, rows, rank, rank};
+  return pack_rows(arith, sums, branch_factor(branch, rows, rank), branch.row_scale_ld, {}, kSlotS, parallel);
+}
+
 void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
                       void* y, int y_dtype, float* s, ParallelFor parallel) {
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
@@ -145,8 +154,9 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
     args.xsum = sums;
   }
   if (rank > 0) {
-    for (int64_t i = 0; i < std::min<int64_t>(8 * w.k, 4096); i += 64) __builtin_prefetch(w.codes + i);
-    few_rows_sums(k, arith, few, x, branch, s, parallel);
+    const char* b = branch.b.row(0);
+    for (int64_t i = 0; i < 512; i += 64) __builtin_prefetch(b + i);  // for the first tile, which nothing comes before
+    few_rows_sums(k, arith, w, few, x, branch, s, parallel);
     const int64_t count = x.rows * rank;
     float* scaled = static_cast<float*>(scratch(kSlotS, 2 * (count + x.rows) * sizeof(float)));
     scale_sums(s, x.rows, branch, scaled);
@@ -163,14 +173,14 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
                     float* s, ParallelFor parallel) {
   if (x.rows == 0 || w.n == 0) return;
   const Kernels& k = *kernels();
+  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, x.rows * branch.rank() * sizeof(float)));
   if (is_few(x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   const int64_t rank = branch.rank();
   GemmArgs args{w, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
   if (rank > 0) {
     many_rows_sums(arith, x, args.x, branch, s, parallel);
-    const Matrix sm{s, kFloat32, x.rows, rank, rank};
-    args.s = pack_rows(arith, sm, branch_factor(branch, x.rows, rank), branch.row_scale_ld, {}, kSlotS, parallel);
+    args.s = pack_scaled(arith, s, x.rows, branch, parallel);
   }
   constexpr int64_t kPair = 2;  // keep groups of two tiles together
   run(parallel, (w.tiles() + kPair - 1) / kPair, grain_of(kPair * kTile * w.k * x.rows),
@@ -181,21 +191,23 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
                          int y_dtype, ParallelFor parallel) {
   if (x.rows == 0 || w.n == 0) return;
   const Kernels& k = *kernels();
+  const Arithmetic& arith = arithmetic_for(k, x.dtype);
+  // One row or two take what reading the weight takes: rounding them would only cost.
+  if (&arith == &k.bf16 && x.rows <= 2) return linear_forward(w, x, bias, branch, y, y_dtype, nullptr, parallel);
   const int64_t rank = branch.rank();
-  float* s = nullptr;
+  Int8Args args{w, nullptr, x.rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
   if (rank > 0) {
-    const Arithmetic& arith = arithmetic_for(k, x.dtype);
-    s = static_cast<float*>(scratch(kSlotS, x.rows * rank * sizeof(float)));
+    float* s = static_cast<float*>(scratch(kSlotDs, x.rows * rank * sizeof(float)));
     if (is_few(x, branch))
-      few_rows_sums(k, arith, few_rows(k, arith, x, !branch.a.packed), x, branch, s, parallel);
+      few_rows_sums(k, arith, w, few_rows(k, arith, x, !branch.a.packed), x, branch, s, parallel);
     else
       many_rows_sums(arith, x, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), branch, s, parallel);
-    scale_sums(s, x.rows, branch, s);
+    args.s = pack_scaled(arith, s, x.rows, branch, parallel);
   }
   const int64_t blocks = (x.cols + kByteBlock - 1) / kByteBlock, group = k.int8.group_tiles;
   ByteRow* bytes = static_cast<ByteRow*>(scratch(kSlotX, blocks * x.rows * sizeof(ByteRow)));
   run(parallel, x.rows, grain_of(x.cols * 4), [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, bytes, r0, r1); });
-  const Int8Args args{w, bytes, x.rows, bias, s, branch.b, y, y_dtype, w.n};
+  args.x = bytes;
   run(parallel, (w.tiles() + group - 1) / group, grain_of(group * kTile * w.k * ((x.rows + 7) / 8)),
       [&](int64_t g0, int64_t g1) { k.int8.product(args, g0 * group, std::min(g1 * group, w.tiles())); });
 }

@@ -19,7 +19,7 @@ struct Branch {
   int64_t rank() const { return a.data == nullptr ? 0 : a.rows; }
 };
 
-// y [x.rows, N] in y_dtype; s [x.rows, R] float32 = dropout(x) A^T.
+// y [x.rows, N] in y_dtype; s [x.rows, R] float32 = dropout(x) A^T, null where nobody wants it.
 void linear_forward(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
                     float* s, ParallelFor parallel);
 // The same y with x rounded to 8 bits on its way into W; the branch is exact.

@@ -40,6 +40,13 @@ struct Matrix {
   }
 };
 
+// Broadcast-side operand of a product: rows in the arithmetic's element type, in blocks of `kBlock` columns:
+// [block][row][row stride]. See Layout in algorithm.h.
+struct PackedRows {
+  const void* data = nullptr;
+  int64_t rows = 0, cols = 0;
+};
+
 struct Weight {
   const uint8_t* codes;   // [tiles][K / 8][64]
   const float* scale;     // [tiles][segments][16], or null when double-quantized

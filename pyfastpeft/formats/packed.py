@@ -7,6 +7,7 @@ a tile, padded with zeros. A matrix on the CPU is kept in tiles only; every way 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .codes import Format, check_blocksize, get_format, pack_nibbles, unpack_nibbles
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
+from .held import HeldWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,14 @@ class Packed4bit:
         rows = self.shape[0] if self.shape else 1
         operands = (self.codes, self.scale, self.zero, *nested, self.format.id, rows, self.blocksize)
         object.__setattr__(self, "operands", operands)
+
+    @functools.cached_property
+    def held(self) -> HeldWeight:
+        """This weight, in tiles, as compiled inference takes it: checked once."""
+        return HeldWeight(torch.ops.pyfastpeft.hold_weight.default(*self.operands))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "held"}
 
     @property
     def format(self) -> Format:
@@ -104,7 +114,10 @@ class Packed4bit:
         return self.rows().map_bytes(lambda t: t.to(device)).prepared()
 
     def clone(self) -> Packed4bit:
-        return self.map_bytes(torch.clone)
+        return self.map_bytes(_copy)
+
+    def __deepcopy__(self, memo: dict) -> Packed4bit:
+        return memo.setdefault(id(self), self.clone())
 
     def prepared(self) -> Packed4bit:
         """The layout the kernels of this device read; ``self`` where it already is."""
@@ -162,6 +175,13 @@ class Packed4bit:
         codes = unpack_nibbles(rows.codes, math.prod(self.shape))
         flat = self.format.dequantize(codes, rows.block_scales(), rows.zero, self.blocksize)
         return flat.view(self.shape).to(dtype)
+
+
+def _copy(t: Tensor) -> Tensor:
+    copy = t.clone()
+    if t.is_cpu:
+        torch.ops.pyfastpeft.large_pages.default(copy)
+    return copy
 
 
 def quantize_4bit(

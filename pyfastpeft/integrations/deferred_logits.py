@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from ..ops import cross_entropy_with_gradient, dense_linear
+from ..ops import cross_entropy_with_gradient, dense_linear, large_pages
 from ..ops.backends import FLOATS
 from .forwards import ModuleForward, install, remove
 
@@ -260,3 +260,4 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
         remove(model, _DeferringForward)
     elif isinstance(head, nn.Linear):
         install(head, _DeferringForward)
+        large_pages(head.weight.data)

@@ -304,7 +304,7 @@ class LoraLayer(nn.Module):
             return Lora(a, b, scaling, dropout)
         tensors = [t for name in names for t in self.factors(name)]
         packed = self._cached(names, ("packed", names), tensors, lambda: pack_lora(a, b))
-        return PackedLora(a, b, scaling, packed.a_pairs, packed.b_pairs, packed.shape)
+        return PackedLora(a, b, scaling, *packed[3:])
 
     def _column_scale(self, names: tuple[str, ...], scale: Tensor, mode: Rows | None, x: Tensor, rows: int) -> Tensor:
         """The factor of each column [R], or of each row's columns [rows, R]."""

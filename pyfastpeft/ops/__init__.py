@@ -2,7 +2,7 @@
 
 from . import library as library  # loads the compiled operators
 from .backends import Backend
-from .copy import copy_tensors
+from .copy import copy_alike, copy_tensors, large_pages
 from .cross_entropy import cross_entropy_with_gradient
 from .dense import dense_linear
 from .elementwise import rms_norm, rope, swiglu
@@ -15,10 +15,12 @@ __all__ = [
     "BankView",
     "Lora",
     "PackedLora",
+    "copy_alike",
     "copy_tensors",
     "cross_entropy_with_gradient",
     "dense_linear",
     "key_positions",
+    "large_pages",
     "linear_4bit",
     "pack_lora",
     "prefix_attention",

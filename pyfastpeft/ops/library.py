@@ -39,6 +39,11 @@ def _(m: Tensor) -> Tensor:
     return m.new_empty(((rows + 15) // 16, (cols + 1) // 2, 16, 2), dtype=torch.bfloat16)
 
 
+@torch.library.register_fake("pyfastpeft::large_pages")
+def _(t: Tensor) -> None:
+    return None
+
+
 @torch.library.register_fake("pyfastpeft::pack_tiles")
 def _(codes: Tensor, n: int, k: int) -> Tensor:
     return codes.new_empty(((n + 15) // 16, 8 * k))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..formats import Packed4bit
+from ..formats.held import HeldBranch
 from . import reference, triton_kernels
 from .backends import FLOATS, Backend, choose
 
@@ -43,6 +44,7 @@ class PackedLora(NamedTuple):
         a, b, scaling: as in :class:`Lora`.
         a_pairs, b_pairs: bfloat16 [ceil(rows / 16), ceil(columns / 2), 16, 2] of A and of B.
         shape: (N, K).
+        held: as compiled inference takes the pairs.
     """
 
     a: Tensor
@@ -51,6 +53,17 @@ class PackedLora(NamedTuple):
     a_pairs: Tensor
     b_pairs: Tensor
     shape: tuple[int, int]
+    held: HeldBranch
+
+    def __reduce__(self) -> tuple:
+        return _hold, self[:-1]
+
+
+def _hold(
+    a: Tensor, b: Tensor, scaling: float | Tensor, a_pairs: Tensor, b_pairs: Tensor, shape: tuple[int, int]
+) -> PackedLora:
+    held = HeldBranch(torch.ops.pyfastpeft.hold_branch.default(a_pairs, b_pairs, *shape))
+    return PackedLora(a, b, scaling, a_pairs, b_pairs, shape, held)
 
 
 def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora:
@@ -66,7 +79,7 @@ def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora
     if a.shape[0] < 1 or a.shape[0] != b.shape[1]:
         raise ValueError(f"lora A is {tuple(a.shape)}, B {tuple(b.shape)}; they must be [r, K] and [N, r], r >= 1")
     pack = torch.ops.pyfastpeft.pack_pairs.default
-    return PackedLora(a, b, scaling, pack(a.detach()), pack(b.detach()), (b.shape[0], a.shape[1]))
+    return _hold(a, b, scaling, pack(a.detach()), pack(b.detach()), (b.shape[0], a.shape[1]))
 
 
 class BankView(NamedTuple):
@@ -112,7 +125,8 @@ def linear_4bit(
             with one slot number a row of x (rows counted over all leading dimensions).
         compute: None for the exact product; ``"int8"`` allows x and the weight to be rounded to 8 bits on their way
             into it (relative error up to 7e-3; the LoRA branch and the bias stay exact), for inference only. Where
-            there is no such kernel (blocks longer than 256, other devices), the product is exact.
+            there is no such kernel (blocks longer than 256, other devices), or nothing to gain by it (one row or two in
+            bfloat16, on CPUs with bf16 products), the product is exact.
 
     Returns:
         [..., N] in x's dtype. Products accumulate in float32. Differentiable in x, bias, A and B.
@@ -120,6 +134,10 @@ def linear_4bit(
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
+    if not torch.is_grad_enabled():
+        y = _inference(x, w, bias, lora, compute)
+        if y is not None:
+            return y
     n, k = _check(x, w, bias)
     if compute is not None:
         check_compute(compute)
@@ -165,6 +183,29 @@ def linear_4bit(
         else:
             y = _forward(backend, x2, bias, branch, weight)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def _inference(
+    x: Tensor, w: Packed4bit, bias: Tensor | None, lora: AnyLora | None, compute: str | None
+) -> Tensor | None:
+    """The shortest way to the kernels; None where this is not a call for it, or there is an error to be found."""
+    if type(x) is not Tensor or type(w) is not Packed4bit or compute not in (None, "int8"):
+        return None
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+        return None
+    branch, scaling = 0, 1.0
+    if lora is not None:
+        if type(lora) is not PackedLora or type(lora.scaling) is not float or x.dtype is not torch.bfloat16:
+            return None
+        branch, scaling = lora.held, lora.scaling
+    if choose(w) is not Backend.NATIVE:
+        return None
+    try:
+        return torch.ops.pyfastpeft.linear_4bit_held.default(
+            x, w.held, bias, branch, scaling, compute is not None and takes_int8(w, compute)
+        )
+    except RuntimeError:  # the long way says what it is
+        return None
 
 
 def needs_grad(x: Tensor, bias: Tensor | None, lora: AnyLora | None) -> bool:

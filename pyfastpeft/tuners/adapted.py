@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import BASE, AdapterBank
 from ..nn.lora import LoraLayer, ModulesToSave
-from ..ops import copy_tensors
+from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
 from .modules import HEADS, find_saved, put, trainable_copy, trainable_state
 
@@ -173,9 +173,10 @@ class AdaptedModel(nn.Module):
         if config is not None and not tuner.swaps_alike(name, old, config):
             return False
         new = [values[key] for key in live]
-        if [v.shape for v in new] != shapes or not all(v.is_floating_point() for v in new):
-            return False
-        copy_tensors(targets, new)
+        if not copy_alike(targets, new):
+            if [v.shape for v in new] != shapes or not all(v.is_floating_point() for v in new):
+                return False
+            copy_tensors(targets, new)
         self.bank.version += 1
         return True
 

@@ -1,0 +1,122 @@
+// Inference over weights and adapters that are held: they are checked once and named by a number, so that a call passes
+// what changes only. (Each tensor that passes through the dispatcher takes a tenth of a microsecond, and many times
+// that where its few cache lines must come from memory, as in a model.)
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "operands.h"
+
+namespace {
+
+using namespace pf::tensors;
+
+// Things under small numbers, which are given again after a release.
+template <class T>
+class Numbered {
+ public:
+  int64_t add(std::shared_ptr<const T> thing) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (free_.empty()) {
+      things_.push_back(std::move(thing));
+      return static_cast<int64_t>(things_.size());
+    }
+    const int64_t number = free_.back();
+    free_.pop_back();
+    things_[number - 1] = std::move(thing);
+    return number;
+  }
+  std::shared_ptr<const T> find(int64_t number, const char* what) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    STD_TORCH_CHECK(holds(number), what, " is ", number, "; it must be held and not released");
+    return things_[number - 1];
+  }
+  void release(int64_t number) {
+    std::shared_ptr<const T> last;  // freed after the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!holds(number)) return;
+    last.swap(things_[number - 1]);
+    free_.push_back(number);
+  }
+
+ private:
+  bool holds(int64_t number) const {
+    return number > 0 && number <= static_cast<int64_t>(things_.size()) && things_[number - 1] != nullptr;
+  }
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<const T>> things_;
+  std::vector<int64_t> free_;
+};
+
+Numbered<HeldWeight> weights;
+Numbered<HeldBranch> branches;
+
+int64_t hold_weight(Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset, int64_t format,
+                    int64_t n, int64_t blocksize) {
+  return weights.add(std::make_shared<const HeldWeight>(codes, scale, zero, absmax2, offset, format, n, blocksize));
+}
+void release_weight(int64_t number) { weights.release(number); }
+
+int64_t hold_branch(Tensor a_pairs, Tensor b_pairs, int64_t n, int64_t k) {
+  return branches.add(std::make_shared<const HeldBranch>(a_pairs, b_pairs, n, k));
+}
+void release_branch(int64_t number) { branches.release(number); }
+
+// x [.., K] as a matrix of its rows, and y [.., N] for it.
+struct Rows {
+  Tensor x, y;
+  pf::Matrix matrix;
+
+  Rows(const Tensor& given, const pf::Weight& w) : x(given) {
+    const int64_t dims = x.dim();
+    STD_TORCH_CHECK(dims > 0 && x.size(dims - 1) == w.k, "x must be [.., K = ", w.k, "]");
+    const int dtype = dtype_of(x, "x");
+    if (dims == 2)
+      x = with_contiguous_columns(x);
+    else if (!x.is_contiguous())
+      x = torch::stable::contiguous(x);
+    std::vector<int64_t> sizes(dims);
+    int64_t rows = 1;
+    for (int64_t d = 0; d + 1 < dims; ++d) rows *= sizes[d] = x.size(d);
+    sizes[dims - 1] = w.n;
+    y = new_dense(sizes.data(), dims, dtype);
+    matrix = {x.const_data_ptr(), dtype, rows, w.k, dims == 2 && rows > 1 ? x.stride(0) : w.k};
+  }
+};
+
+Tensor linear_4bit_held(Tensor x, int64_t weight, OptTensor bias, int64_t branch, double scaling, bool int8) {
+  kernels();
+  const pf::Weight w = weights.find(weight, "weight")->now();
+  const pf::Branch lora = branch == 0 ? pf::Branch{} : branches.find(branch, "branch")->now(scaling, w);
+  const Rows rows(x, w);
+  const Bias bias_data(bias, w.n);
+  void* y = rows.y.mutable_data_ptr();
+  if (int8)
+    pf::linear_forward_int8(w, rows.matrix, bias_data.data, lora, y, rows.matrix.dtype, parallel);
+  else
+    pf::linear_forward(w, rows.matrix, bias_data.data, lora, y, rows.matrix.dtype, nullptr, parallel);
+  return rows.y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
+  m.def(
+      "hold_weight(Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, int format, int n, "
+      "int blocksize) -> int");
+  m.def("release_weight(int weight) -> ()");
+  m.def("hold_branch(Tensor a_pairs, Tensor b_pairs, int n, int k) -> int");
+  m.def("release_branch(int branch) -> ()");
+  m.def("linear_4bit_held(Tensor x, int weight, Tensor? bias, int branch, float scaling, bool int8) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
+  m.impl("hold_weight", TORCH_BOX(&hold_weight));
+  m.impl("hold_branch", TORCH_BOX(&hold_branch));
+  m.impl("linear_4bit_held", TORCH_BOX(&linear_4bit_held));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
+  m.impl("release_weight", TORCH_BOX(&release_weight));
+  m.impl("release_branch", TORCH_BOX(&release_branch));
+}
