@@ -5,7 +5,7 @@ Four kernels, each a sweep over one dimension with float32 accumulators in regis
     _forward     y [M, N], over K. S accumulates in the same sweep, one more product a step, unless it is given.
     _input_grad  dx [M, K] = dy · W + dropout(dS · A), over N.
     _project     reads P [M, C] once for P · Q and Pᵀ · T, Q and T of R columns: of dy, dS and dB together; of x, dA,
-                 and S where the sweep cannot have it (dropout is to be hashed once an element; R is large).
+                 and S where the sweep does not take it (few rows; a large R; dropout, hashed once an element).
 
 W is read as it lies in storage (bitsandbytes' order: the flattened matrix, two codes to a byte, the high nibble first,
 one scale a block of consecutive elements), so a row of odd length may start in the middle of a byte, and a block may
@@ -27,6 +27,8 @@ from torch import Tensor
 
 _SWEEP_RANK = 32
 """The largest rank whose S fits into registers beside the accumulator of the forward sweep."""
+_SWEEP_ROWS = 128
+"""The least height of a block whose sweep takes S along; in a lower one every warp would decode the whole tile of W."""
 _RANKS = 64
 """Columns of Q and T that a program of ``_project`` takes, and of S that ``_branch`` takes at a time."""
 _CHUNK = 512
@@ -578,7 +580,7 @@ def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) ->
     cut, parts, span = _split(x, w)
     if branch is None:
         return _product(x, w, bias, cut, parts, span), x.new_empty((x.shape[0], 0), dtype=torch.float32)
-    sweeps = branch.seed is None and branch.rank <= _SWEEP_RANK
+    sweeps = branch.seed is None and branch.rank <= _SWEEP_RANK and cut.rows >= _SWEEP_ROWS
     a = _with_contiguous_columns(branch.a)
     if sweeps:
         s = x.new_empty((parts, x.shape[0], branch.rank), dtype=torch.float32)
@@ -769,7 +771,8 @@ def _projected(
         return None, None
     (m, c), r = p.shape, t.shape[1] if q is None else q.shape[1]
     rank = _rank_block(r)
-    columns = 32 if p.dtype == torch.float32 else 128 if rank <= 32 else 64
+    # Rows that begin anywhere are loaded element by element, each with an address in registers.
+    columns = 32 if p.dtype == torch.float32 else 128 if rank <= 32 and p.stride(0) % 8 == 0 else 64
     column_blocks, chunks = max(triton.cdiv(c, columns), 1), max(triton.cdiv(m, _CHUNK), 1)
     pq = None if q is None else p.new_empty((column_blocks, m, r), dtype=torch.float32)
     pt = None if t is None else p.new_empty((chunks, c, r), dtype=torch.float32)

@@ -16,8 +16,9 @@ from pyfastpeft.ops.backends import Backend, choose
 from pyfastpeft.ops.triton_kernels import _kernels
 
 kernels = _kernels("linear_4bit")
-# (M, N, K): less than a tile, a tile's tails, blocks that straddle rows, rows that start in the middle of a byte.
-SHAPES = [(1, 5, 32), (5, 33, 96), (17, 40, 35), (3, 70, 130), (33, 16, 64), (2, 1, 7)]
+# (M, N, K): less than a tile, a tile's tails, blocks that straddle rows, rows that start in the middle of a byte, a
+# sweep in parts.
+SHAPES = [(1, 5, 32), (5, 33, 96), (17, 40, 35), (3, 70, 130), (70, 16, 640), (2, 1, 7)]
 
 
 def test_the_kernels_serve_here():
