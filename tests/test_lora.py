@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
+from pyfastpeft.integrations.fused_layers import fuse_layers
 
 VARIANTS = {
     "plain": {},
@@ -114,6 +115,7 @@ class TestLikePeft:
     def test_adapters_over_a_16_bit_base_are_float32(self, dtype, seed):
         ours, theirs = pair(tiny.make(dtype=dtype), seed)
         ours.get_base_model().set_attn_implementation("sdpa")  # as theirs, to the bit
+        fuse_layers(ours.get_base_model(), fuse=False)
         tiny.randomize(ours)
         tiny.copy_adapters(ours, theirs)
         batch = tiny.inputs()
