@@ -9,6 +9,7 @@ import transformers as tf
 from torch import nn
 
 import pyfastpeft as fp
+from pyfastpeft.integrations.fused_layers import fuse_layers
 
 VOCAB = 64
 _LLAMA = {
@@ -128,3 +129,10 @@ def copy_adapters(source: nn.Module, target: nn.Module) -> None:
     for name, parameter in target.named_parameters():
         if parameter.is_floating_point():
             parameter.data.copy_(values[name].data)
+
+
+def use_plain_layers(model: nn.Module) -> None:
+    """What is not an adapter runs as transformers has it, so that a comparison with peft is of the adapters alone."""
+    base = model.get_base_model()
+    base.set_attn_implementation("sdpa")
+    fuse_layers(base, fuse=False)

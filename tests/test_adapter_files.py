@@ -63,7 +63,8 @@ class TestRoundTrip:
         model.save_pretrained(tmp_path)
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
         batch = tiny.inputs()
-        assert relative(theirs(**batch).logits, model(**batch).logits) < 1e-5
+        tiny.use_plain_layers(model)
+        assert relative(theirs(**batch).logits, model(**batch).logits) < 1e-6
         written = load_file(tmp_path / "adapter_model.safetensors")
         read = peft.get_peft_model_state_dict(theirs)
         assert written.keys() == read.keys()
@@ -75,7 +76,8 @@ class TestRoundTrip:
         theirs.save_pretrained(tmp_path)
         model = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
         batch = tiny.inputs()
-        assert relative(model(**batch).logits, theirs(**batch).logits) < 1e-5
+        tiny.use_plain_layers(model)
+        assert relative(model(**batch).logits, theirs(**batch).logits) < 1e-6
         written = load_file(tmp_path / "adapter_model.safetensors")
         read = fp.get_peft_model_state_dict(model)
         assert written.keys() == read.keys()
