@@ -96,7 +96,8 @@ class TestLikePeft:
             tiny.make(architecture), seed, target_modules="all-linear", task_type=tiny.TASKS[architecture]
         )
         batch = tiny.inputs(architecture)
-        curves = [tiny.loss_curve(model.train(), batch) for model in (ours, theirs)]
+        # At 1e-2, twenty steps of T5 multiply a rounding by a thousand.
+        curves = [tiny.loss_curve(model.train(), batch, rate=3e-3) for model in (ours, theirs)]
         assert curves[0][-1] < 0.97 * curves[0][0]
         torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
 
