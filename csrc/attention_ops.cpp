@@ -162,9 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
           *to_v = static_cast<float*>(prefix_dv.mutable_data_ptr());
     pf::run(as_they_come, g.kv_heads, g.batch * row, [&](int64_t head0, int64_t head1) {
       for (int64_t b = 0; b < g.batch; ++b) {
-        const int64_t slot = g.prefix_index == nullptr ? 0 : g.prefix_index[b];
-        if (slot < 0) continue;
-        const int64_t n = (g.prefix_lengths == nullptr ? g.prefix_length : g.prefix_lengths[slot]) * g.dim;
+        const int64_t slot = g.prefix_slot(b), n = g.prefix_keys(slot) * g.dim;
         for (int64_t head = head0; head < head1; ++head) {
           const int64_t to = (slot * g.kv_heads + head) * row, from = (b * g.kv_heads + head) * row;
           for (int64_t i = 0; i < n; ++i) to_k[to + i] += a.prefix_dk[from + i];

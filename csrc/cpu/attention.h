@@ -104,8 +104,8 @@ void attend(const AttentionArgs& g, const OtherKeys& others, int64_t unit0, int6
           const int64_t b = unit / g.kv_heads, kv_head = unit % g.kv_heads;
           int64_t keys = g.length, block = b;  // which of the blocks of keys and values
           if (of_prefix) {
-            block = g.prefix_index == nullptr ? 0 : g.prefix_index[b];
-            keys = block < 0 ? 0 : g.prefix_lengths == nullptr ? g.prefix_length : g.prefix_lengths[block];
+            block = g.prefix_slot(b);
+            keys = g.prefix_keys(block);
           }
           const auto head = [&](const void* base, const int64_t* strides) {
             return static_cast<const char*>(base) + (block * strides[0] + kv_head * strides[1]) * size;

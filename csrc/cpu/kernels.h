@@ -103,6 +103,14 @@ struct AttentionArgs {
   void* out;               // [batch, heads, tokens, dim]
   int64_t out_strides[3];  // of batch, heads and tokens
   float* lse;              // [batch, kv_heads, tokens, heads / kv_heads] log2 of the sum of 2^(score * log2 e)
+
+  // Of the prefix that a row sees, -1 where it has none.
+  PF_INLINE int64_t prefix_slot(int64_t row) const {
+    return prefix_k == nullptr ? -1 : prefix_index == nullptr ? 0 : prefix_index[row];
+  }
+  PF_INLINE int64_t prefix_keys(int64_t slot) const {
+    return slot < 0 ? 0 : prefix_lengths == nullptr ? prefix_length : prefix_lengths[slot];
+  }
 };
 
 // Results of the same queries from other keys, to be joined to those at hand.

@@ -169,22 +169,23 @@ struct Attention {
 
   struct Unit {
     const AttentionArgs& g;
-    int64_t b, kv_head, group, rows, prefix, keys;
-    int64_t slot = 0;
+    int64_t b, kv_head, group, rows, slot, prefix, keys;
     float first = 0.0f;  // the place of the first visible key
 
     Unit(const AttentionArgs& g, int64_t b, int64_t kv_head)
-        : g(g), b(b), kv_head(kv_head), group(g.heads / g.kv_heads), rows(g.tokens * group), prefix(0), keys(0) {
-      if (g.prefix_k != nullptr) slot = g.prefix_index == nullptr ? 0 : g.prefix_index[b];
-      if (g.prefix_k != nullptr && slot >= 0) {
-        prefix = g.prefix_lengths == nullptr ? g.prefix_length : g.prefix_lengths[slot];
-        for (int64_t s = 0; s < g.length; ++s)
-          if (place(s) < kShownBelow) {
-            first = place(s);
-            break;
-          }
-      }
-      keys = prefix + g.length;
+        : g(g),
+          b(b),
+          kv_head(kv_head),
+          group(g.heads / g.kv_heads),
+          rows(g.tokens * group),
+          slot(g.prefix_slot(b)),
+          prefix(g.prefix_keys(slot)),
+          keys(prefix + g.length) {
+      for (int64_t s = 0; s < g.length && prefix > 0; ++s)
+        if (place(s) < kShownBelow) {
+          first = place(s);
+          break;
+        }
     }
 
     float place(int64_t s) const {
