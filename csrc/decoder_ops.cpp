@@ -133,15 +133,10 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
   STD_TORCH_CHECK(prefix_keys.size() == prefix_values.size() && (prefix_keys.empty() || prefix_keys.size() == layers),
                   "prefix_keys and prefix_values must be one a layer or none");
   const int64_t slots = prefix_keys.empty() ? 0 : prefix_keys[0].size(0);
-  int64_t prefix_length = prefix_keys.empty() ? 0 : prefix_keys[0].size(2);
-  const int64_t whole_prefix = prefix_length;
+  const int64_t prefix_length = prefix_keys.empty() ? 0 : prefix_keys[0].size(2);
   const int64_t* lengths = numbers(prefix_lengths, slots, 0, prefix_length, "prefix_lengths");
   const int64_t* index = numbers(prefix_index, batch, -1, slots - 1, "prefix_index");
-  if (index == nullptr) {
-    STD_TORCH_CHECK(slots <= 1, "prefix_index must pick one of several prefixes a row");
-    if (lengths != nullptr) prefix_length = lengths[0];
-    lengths = nullptr;
-  }
+  STD_TORCH_CHECK(index != nullptr || slots <= 1, "prefix_index must pick one of several prefixes a row");
   d.norm = vector_data(stack->norm, d.hidden, d.dtype, "norm");
   std::vector<BranchTensors> branches;
   std::vector<Bias> biases;
@@ -160,8 +155,8 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
     set_cache(keys[i], d, batch, length, "keys", layer.keys, layer.key_strides);
     set_cache(values[i], d, batch, length, "values", layer.values, layer.value_strides);
     if (slots > 0) {
-      set_prefix(prefix_keys[i], d, slots, whole_prefix, "prefix_keys", layer.prefix_keys, layer.prefix_key_strides);
-      set_prefix(prefix_values[i], d, slots, whole_prefix, "prefix_values", layer.prefix_values,
+      set_prefix(prefix_keys[i], d, slots, prefix_length, "prefix_keys", layer.prefix_keys, layer.prefix_key_strides);
+      set_prefix(prefix_values[i], d, slots, prefix_length, "prefix_values", layer.prefix_values,
                  layer.prefix_value_strides);
     }
     for (int p = 0; p < pf::kProjections; ++p) {

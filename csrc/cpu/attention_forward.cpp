@@ -21,8 +21,8 @@ void attend_many(const AttentionArgs& g, ParallelFor parallel) {
 // Attention of all queries to the prefix alone, in the thread's scratch.
 OtherKeys attend_prefix(const AttentionArgs& g, ParallelFor parallel) {
   // Where the rows share a prefix and lie side by side, their queries are one row of a batch: it is read once.
-  const bool shared = g.prefix_index == nullptr && g.prefix_lengths == nullptr &&
-                      (g.batch == 1 || g.tokens == 1 || g.q_strides[0] == g.tokens * g.q_strides[2]);
+  const bool shared =
+      g.prefix_index == nullptr && (g.batch == 1 || g.tokens == 1 || g.q_strides[0] == g.tokens * g.q_strides[2]);
   // A shared one in two halves, that two threads have equal parts.
   const int64_t pieces = shared && g.prefix_length % 2 == 0 && g.prefix_length >= 128 ? 2 : 1;
   const int64_t rows = queries(g), result = g.batch * g.tokens * g.heads * g.dim;
@@ -67,20 +67,22 @@ OtherKeys attend_prefix(const AttentionArgs& g, ParallelFor parallel) {
 
 // Whether reading the keys is what takes the time, and not arithmetic.
 bool few_queries(const AttentionArgs& g) {
-  const bool prefix = g.prefix_k != nullptr && g.prefix_length > 0;
-  return queries(g) <= kFewQueries && g.lse == nullptr && !(prefix && g.window > 0);
+  return queries(g) <= kFewQueries && g.lse == nullptr && !(g.prefix_length > 0 && g.window > 0);
 }
 
 }  // namespace
 
-void attention_forward(const AttentionArgs& g, ParallelFor parallel) {
+void attention_forward(AttentionArgs g, ParallelFor parallel) {
+  if (g.prefix_index == nullptr) {  // the one prefix of all rows, of which nothing is padding any more
+    g.prefix_length = g.prefix_keys(g.prefix_slot(0));
+    g.prefix_lengths = nullptr;
+  }
   if (!few_queries(g)) return attend_many(g, parallel);
   OtherKeys prefix;
-  if (g.prefix_k != nullptr && g.prefix_length > 0) prefix = attend_prefix(g, parallel);
-  AttentionArgs own = g;
-  own.prefix_k = own.prefix_v = nullptr;
+  if (g.prefix_length > 0) prefix = attend_prefix(g, parallel);
+  g.prefix_k = g.prefix_v = nullptr;
   run(parallel, g.batch * g.kv_heads, g.length * g.dim * queries(g),
-      [&](int64_t u0, int64_t u1) { kernels()->attend(own, prefix, u0, u1); });
+      [&](int64_t u0, int64_t u1) { kernels()->attend(g, prefix, u0, u1); });
 }
 
 }  // namespace pf

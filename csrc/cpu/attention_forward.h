@@ -6,8 +6,6 @@
 
 namespace pf {
 
-struct AttentionArgs;
-
 // body(begin, end) over [0, n), on more threads than one where there is work for them.
 template <class Body>
 void run(ParallelFor parallel, int64_t n, int64_t work_per_item, const Body& body) {
@@ -18,6 +16,6 @@ void run(ParallelFor parallel, int64_t n, int64_t work_per_item, const Body& bod
 
 // With few queries, as in decoding, reading the keys is what takes the time: kernels of their own, and a prefix that
 // all rows share is read once for all of them.
-void attention_forward(const AttentionArgs& g, ParallelFor parallel);
+void attention_forward(AttentionArgs g, ParallelFor parallel);
 
 }  // namespace pf

@@ -45,7 +45,7 @@ struct DecoderInput {
   int64_t batch, tokens, past;
   int64_t prefix_length;          // 0: none
   const int64_t* prefix_index;    // [batch] the slot of each row, -1: none; or null: all rows share slot 0
-  const int64_t* prefix_lengths;  // [slots] or null, with prefix_index only
+  const int64_t* prefix_lengths;  // [slots] or null
 };
 
 // y [batch, tokens, hidden].
