@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     const int64_t row = g.prefix_length * g.dim;
     float *to_k = static_cast<float*>(prefix_dk.mutable_data_ptr()),
           *to_v = static_cast<float*>(prefix_dv.mutable_data_ptr());
-    pf::run(as_they_come, g.kv_heads, g.batch * row, [&](int64_t head0, int64_t head1) {
+    pf::run(as_they_come, g.kv_heads, pf::cache_grain(g.batch * row), [&](int64_t head0, int64_t head1) {
       for (int64_t b = 0; b < g.batch; ++b) {
         const int64_t slot = g.prefix_slot(b), n = g.prefix_keys(slot) * g.dim;
         for (int64_t head = head0; head < head1; ++head) {

@@ -12,7 +12,8 @@ int64_t queries(const AttentionArgs& g) { return g.tokens * (g.heads / g.kv_head
 void attend_many(const AttentionArgs& g, ParallelFor parallel) {
   const AttentionKernels& kernel = kernels()->attention(g.dtype);
   const int64_t units = kernel.forward_blocks(g) * g.batch * g.kv_heads;
-  run(parallel, units, (g.prefix_length + g.length) * g.dim * queries(g) * g.batch * g.kv_heads / (units + 1),
+  run(parallel, units,
+      cache_grain((g.prefix_length + g.length) * g.dim * queries(g) * g.batch * g.kv_heads / (units + 1)),
       [&](int64_t u0, int64_t u1) {
         for (int64_t unit = u0; unit < u1; ++unit) kernel.forward(g, unit);
       });
@@ -54,7 +55,7 @@ OtherKeys attend_prefix(const AttentionArgs& g, ParallelFor parallel) {
     a.prefix_k = a.prefix_v = nullptr;
   }
   if (queries(a) <= kFewQueries)
-    run(parallel, a.batch * a.kv_heads, g.prefix_length / pieces * g.dim * queries(a),
+    run(parallel, a.batch * a.kv_heads, cache_grain(g.prefix_length / pieces * g.dim * queries(a)),
         [&](int64_t u0, int64_t u1) { kernels()->attend(a, {}, u0, u1); });
   else
     attend_many(a, parallel);
@@ -81,7 +82,7 @@ void attention_forward(AttentionArgs g, ParallelFor parallel) {
   OtherKeys prefix;
   if (g.prefix_length > 0) prefix = attend_prefix(g, parallel);
   g.prefix_k = g.prefix_v = nullptr;
-  run(parallel, g.batch * g.kv_heads, g.length * g.dim * queries(g),
+  run(parallel, g.batch * g.kv_heads, cache_grain(g.length * g.dim * queries(g)),
       [&](int64_t u0, int64_t u1) { kernels()->attend(g, prefix, u0, u1); });
 }
 

@@ -145,7 +145,8 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
     project(layer.linear[kGate], normed, gate);
     project(layer.linear[kUp], normed, up);
     const Matrix gates = rows_of(gate, m, d.intermediate), ups = rows_of(up, m, d.intermediate);
-    run(parallel, m, d.intermediate * 16, [&](int64_t r0, int64_t r1) { k.swiglu(gates, ups, gate, r0, r1); });
+    run(parallel, m, cache_grain(d.intermediate * 16),
+        [&](int64_t r0, int64_t r1) { k.swiglu(gates, ups, gate, r0, r1); });
     project(layer.linear[kDown], gate, added);
     adds = true;
   }

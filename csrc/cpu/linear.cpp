@@ -23,12 +23,6 @@ bool threads_sleep() {
 const int64_t kThreadWork = int64_t{1} << (threads_sleep() ? 23 : 19);
 constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple of
 
-template <class Body>
-void run(ParallelFor parallel, int64_t n, int64_t grain, const Body& body) {
-  parallel(n, std::max<int64_t>(grain, 1), const_cast<Body*>(&body),
-           [](void* ctx, int64_t b, int64_t e) { (*static_cast<const Body*>(ctx))(b, e); });
-}
-
 int64_t grain_of(int64_t work_per_item) { return kThreadWork / std::max<int64_t>(work_per_item, 1); }
 
 const Arithmetic& arithmetic_for(const Kernels& k, int dtype) {

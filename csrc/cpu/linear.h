@@ -7,6 +7,13 @@ namespace pf {
 // Runs body(ctx, begin, end) over [0, n) in chunks of at least `grain`.
 using ParallelFor = void (*)(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t));
 
+// body(begin, end) over [0, n) in such chunks.
+template <class Body>
+void run(ParallelFor parallel, int64_t n, int64_t grain, const Body& body) {
+  parallel(n, grain > 1 ? grain : 1, const_cast<Body*>(&body),
+           [](void* ctx, int64_t b, int64_t e) { (*static_cast<const Body*>(ctx))(b, e); });
+}
+
 // The LoRA branch: ((dropout(x) A^T) * factor) B^T, factor = scaling * row_scale.
 struct Branch {
   Matrix a;                          // [R, K]; data null without a branch
