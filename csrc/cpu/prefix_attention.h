@@ -45,7 +45,8 @@ struct Attention {
   static constexpr int64_t kRow = 256 + 64 / sizeof(E);  // elements between rows to broadcast from
   static constexpr int64_t kPanelStep = kGroupLanes * kStep;
   static constexpr float kLeast = -3e38f;  // a running maximum of nothing: finite, so that differences are
-  static_assert(kGroupLanes % (16 * kStep) == 0 && kTileKeys % kStep == 0 && kSuper * kGroupLanes <= 256);
+  static_assert(kGroupLanes % (16 * kStep) == 0 && kTileKeys % kStep == 0 && kTileKeys >= kGroupLanes &&
+                kSuper * kGroupLanes <= 256);
 
   static int64_t padded(int64_t dim) { return ceil_div(dim, kGroupLanes) * kGroupLanes; }
 
@@ -310,7 +311,7 @@ struct Attention {
     float *most = m.template take<float>(kMost * kGroupLanes), *sum = m.template take<float>(kMost * kGroupLanes);
     float *upper = m.template take<float>(kMost * kGroupLanes), *lower = m.template take<float>(kMost * kGroupLanes);
     E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(kTileKeys * wide);
-    E* rows = m.template take<E>((kTileKeys > kGroupLanes ? kTileKeys : kGroupLanes) * wide);
+    E* rows = m.template take<E>(kTileKeys * wide);
     float* scores = m.template take<float>(kTileKeys * kGroupLanes);
     E* weights = m.template take<E>(kTileKeys * kGroupLanes);
     Bounds bounds[kMost], all;
@@ -427,15 +428,14 @@ struct Attention {
     const int64_t lanes = groups * kGroupLanes, side = groups * panel;
     const int64_t tiles = ceil_div(u.keys, kTileKeys);
     const int64_t tile0 = tiles * chunk / a.chunks, tile1 = tiles * (chunk + 1) / a.chunks;
-    const int64_t row_buffer = (kTileKeys > kGroupLanes ? kTileKeys : kGroupLanes) * wide;
     Memory m{static_cast<char*>(scratch(
         0,
-        (4 * side + row_buffer + kTileKeys * (4 * kRow + wide + kGroupLanes)) * sizeof(E) +
+        (4 * side + kTileKeys * (4 * kRow + 2 * wide + kGroupLanes)) * sizeof(E) +
             (lanes * 4 + (a.chunks > 1 ? 0 : groups * tall * kGroupLanes) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 +
             8192))};
     E *q = m.template take<E>(side), *dout = m.template take<E>(side);
     E *q_steps = m.template take<E>(side), *dout_steps = m.template take<E>(side);
-    E* rows = m.template take<E>(row_buffer);
+    E* rows = m.template take<E>(kTileKeys * wide);
     float *lse = m.template take<float>(lanes), *delta = m.template take<float>(lanes);
     float *upper = m.template take<float>(lanes), *lower = m.template take<float>(lanes);
     E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(kTileKeys * kRow);
