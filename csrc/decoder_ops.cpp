@@ -1,12 +1,11 @@
 // The decoder stack as operators. A stack is built once and named by a number; it holds its tensors, and reads where
 // their memory lies at every call. One call then computes a token, without a dispatch or a check a layer.
 #include <algorithm>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "cpu/decoder.h"
+#include "numbered.h"
 #include "operands.h"
 #include "team.h"
 
@@ -29,16 +28,7 @@ struct Stack {
   std::vector<HeldLinear> linears;  // kProjections a layer
 };
 
-std::mutex stacks_mutex;
-std::map<int64_t, std::shared_ptr<Stack>> stacks;
-int64_t next_stack = 1;
-
-std::shared_ptr<Stack> find_stack(int64_t stack) {
-  const std::lock_guard<std::mutex> lock(stacks_mutex);
-  const auto found = stacks.find(stack);
-  STD_TORCH_CHECK(found != stacks.end(), "stack is ", stack, "; it must come from new_decoder and not be freed");
-  return found->second;
-}
+Numbered<Stack> stacks;
 
 int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> head_norms, int64_t heads,
                     int64_t kv_heads, int64_t dim, double eps, double scale) {
@@ -52,20 +42,15 @@ int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> 
   stack->norm = norm;
   stack->norms = std::move(norms);
   stack->head_norms = std::move(head_norms);
-  const std::lock_guard<std::mutex> lock(stacks_mutex);
-  stacks[next_stack] = std::move(stack);
-  return next_stack++;
+  return stacks.add(std::move(stack));
 }
 
-void free_decoder(int64_t stack) {
-  const std::lock_guard<std::mutex> lock(stacks_mutex);
-  stacks.erase(stack);
-}
+void free_decoder(int64_t stack) { stacks.release(stack); }
 
 void add_decoder_linear(int64_t id, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
                         int64_t format, int64_t n, int64_t blocksize, OptTensor bias, OptTensor lora_a,
                         OptTensor lora_b, double scaling, bool int8) {
-  const std::shared_ptr<Stack> stack = find_stack(id);
+  const std::shared_ptr<Stack> stack = stacks.find(id, "stack");
   pf::Decoder& d = stack->shape;
   auto held = std::make_shared<const HeldWeight>(codes, scale, zero, absmax2, offset, format, n, blocksize);
   const size_t which = stack->linears.size() % pf::kProjections;
@@ -86,23 +71,14 @@ const void* vector_data(const Tensor& t, int64_t n, int dtype, const char* name)
   return t.const_data_ptr();
 }
 
-void set_cache(const Tensor& t, const pf::Decoder& d, int64_t batch, int64_t length, const char* name, void*& data,
-               int64_t* strides) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(1) == d.kv_heads && t.size(2) >= length &&
-                      t.size(3) == d.dim && t.stride(3) == 1 && dtype_of(t, name) == d.dtype,
-                  name, " must be [", batch, ", ", d.kv_heads, ", ", length, " or more, ", d.dim,
+// The strides of keys or values [rows, kv_heads, length, dim]; of a cache, `length` is the least.
+void set_strides(const Tensor& t, const pf::Decoder& d, int64_t rows, int64_t length, bool cache, const char* name,
+                 int64_t* strides) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == rows && t.size(1) == d.kv_heads &&
+                      (cache ? t.size(2) >= length : t.size(2) == length) && t.size(3) == d.dim && t.stride(3) == 1 &&
+                      dtype_of(t, name) == d.dtype,
+                  name, " must be [", rows, ", ", d.kv_heads, ", ", length, cache ? " or more, " : ", ", d.dim,
                   "] in the dtype of x, its last dimension contiguous");
-  data = t.mutable_data_ptr();
-  for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
-}
-
-void set_prefix(const Tensor& t, const pf::Decoder& d, int64_t slots, int64_t length, const char* name,
-                const void*& data, int64_t* strides) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == slots && t.size(1) == d.kv_heads && t.size(2) == length &&
-                      t.size(3) == d.dim && t.stride(3) == 1 && dtype_of(t, name) == d.dtype,
-                  name, " must be [", slots, ", ", d.kv_heads, ", ", length, ", ", d.dim,
-                  "] in the dtype of x, its last dimension contiguous");
-  data = t.const_data_ptr();
   for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
 }
 
@@ -110,7 +86,7 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
                        std::vector<Tensor> values, int64_t past, std::vector<Tensor> prefix_keys,
                        std::vector<Tensor> prefix_values, OptTensor prefix_index, OptTensor prefix_lengths) {
   kernels();
-  const std::shared_ptr<Stack> stack = find_stack(id);
+  const std::shared_ptr<Stack> stack = stacks.find(id, "stack");
   pf::Decoder d = stack->shape;
   const size_t layers = stack->norms.size() / 2;
   STD_TORCH_CHECK(stack->linears.size() == layers * pf::kProjections, "the stack misses linear layers");
@@ -152,12 +128,15 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
       layer.q_norm = vector_data(stack->head_norms[2 * i], d.dim, d.dtype, "query norm");
       layer.k_norm = vector_data(stack->head_norms[2 * i + 1], d.dim, d.dtype, "key norm");
     }
-    set_cache(keys[i], d, batch, length, "keys", layer.keys, layer.key_strides);
-    set_cache(values[i], d, batch, length, "values", layer.values, layer.value_strides);
+    set_strides(keys[i], d, batch, length, true, "keys", layer.key_strides);
+    set_strides(values[i], d, batch, length, true, "values", layer.value_strides);
+    layer.keys = keys[i].mutable_data_ptr();
+    layer.values = values[i].mutable_data_ptr();
     if (slots > 0) {
-      set_prefix(prefix_keys[i], d, slots, prefix_length, "prefix_keys", layer.prefix_keys, layer.prefix_key_strides);
-      set_prefix(prefix_values[i], d, slots, prefix_length, "prefix_values", layer.prefix_values,
-                 layer.prefix_value_strides);
+      set_strides(prefix_keys[i], d, slots, prefix_length, false, "prefix_keys", layer.prefix_key_strides);
+      set_strides(prefix_values[i], d, slots, prefix_length, false, "prefix_values", layer.prefix_value_strides);
+      layer.prefix_keys = prefix_keys[i].const_data_ptr();
+      layer.prefix_values = prefix_values[i].const_data_ptr();
     }
     for (int p = 0; p < pf::kProjections; ++p) {
       const HeldLinear& held = stack->linears[i * pf::kProjections + p];
