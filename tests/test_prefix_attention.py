@@ -114,7 +114,9 @@ def test_result_and_gradients(isa, dtype, causal):
 def test_a_prefix_that_the_batch_shares(isa, dtype):
     for prefix, tokens, dim in [(1, 5, 64), (20, 33, 64), (100, 128, 32), (0, 4, 32), (7, 1, 48)]:
         for causal in (True, False):
-            check(make(3, 6, 2, tokens, None, dim, prefix=prefix, dtype=dtype), causal=causal)
+            tensors = make(3, 6, 2, tokens, None, dim, prefix=prefix, dtype=dtype)
+            check(tensors, causal=causal)
+            check(tensors, causal=causal, prefix_lengths=torch.tensor([prefix // 2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -220,6 +222,8 @@ def test_decoding_behind_prefixes(isa, dtype):
         for how in ({}, {"mask": mask}, {"mask": positions}, {"causal": False}, {"window": 10}):
             check(shared[:3], gradients=False, **how)
             check(shared, gradients=False, **how)
+            for length in (prefix // 2, 0):
+                check(shared, gradients=False, prefix_lengths=torch.tensor([length]), **how)
             check(slots, gradients=False, prefix_index=index, prefix_lengths=lengths, **how)
 
 
