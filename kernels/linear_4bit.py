@@ -551,12 +551,18 @@ class Branch(NamedTuple):
         return self.a.shape[0]
 
     @property
-    def factor_stride(self) -> int:
-        return 0 if self.row_scale is None or self.row_scale.dim() == 1 else self.rank
+    def factor(self) -> dict:
+        """f, as the kernels take it."""
+        stride = 0 if self.row_scale is None or self.row_scale.dim() == 1 else self.rank
+        return {"factor": self.row_scale, "factor_stride": stride, "scaling": self.scaling}
 
     @property
     def dropping(self) -> dict:
         return {"seed": self.seed, "threshold": round(self.dropout * 2**32)}
+
+    @property
+    def keep_scale(self) -> float:
+        return 1 / (1 - self.dropout)
 
 
 class Slots(NamedTuple):
@@ -585,7 +591,7 @@ def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) ->
     if sweeps:
         s = x.new_empty((parts, x.shape[0], branch.rank), dtype=torch.float32)
     else:
-        s = _projected(x, q=a.t(), dropping=branch.dropping)[0][None] * (1 / (1 - branch.dropout))
+        s = _projected(x, q=a.t(), scaling=branch.keep_scale, **branch.dropping)[0][None]
     y = _product(
         x,
         w,
@@ -596,13 +602,11 @@ def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) ->
         a=a if sweeps else None,
         b=branch.b,
         s=s,
-        factor=branch.row_scale,
-        scaling=branch.scaling,
         R=branch.rank,
         a_stride=a.stride(0),
         b_stride=branch.b.stride(0),
         b_column_stride=branch.b.stride(1),
-        factor_stride=branch.factor_stride,
+        **branch.factor,
     )
     return y, _summed(s)
 
@@ -712,11 +716,11 @@ def backward(
             dy,
             q=branch.b if need_x or need_a else None,
             t=s if need_b else None,
-            branch=branch,
+            **branch.factor,
         )
         if need_a:
-            _, da = _projected(_with_contiguous_columns(x), t=ds, dropping=branch.dropping)
-            da = da.t() * (1 / (1 - branch.dropout))
+            x = _with_contiguous_columns(x)
+            da = _projected(x, t=ds, scaling=branch.keep_scale, **branch.dropping)[1].t()
     return (_dx(dy, w, branch, ds) if need_x else None), da, db
 
 
@@ -732,7 +736,7 @@ def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None) -> Tens
         arguments = branch.dropping | {
             "ds": ds,
             "a": branch.a,
-            "keep_scale": 1 / (1 - branch.dropout),
+            "keep_scale": branch.keep_scale,
             "R": branch.rank,
             "a_stride": branch.a.stride(0),
             "a_column_stride": branch.a.stride(1),
@@ -760,12 +764,15 @@ def _projected(
     p: Tensor,
     q: Tensor | None = None,
     t: Tensor | None = None,
-    branch: Branch | None = None,
-    dropping: dict | None = None,
+    factor: Tensor | None = None,
+    factor_stride: int = 0,
+    scaling: float = 1.0,
+    seed: Tensor | None = None,
+    threshold: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """((P · Q) ∘ f [M, R], Pᵀ · (T ∘ f) [C, R]) in float32, None without Q or T; f is ``branch``'s, 1 without.
+    """((P · Q) ∘ f [M, R], Pᵀ · (T ∘ f) [C, R]) in float32, None without Q or T; f = scaling · factor.
 
-    With ``dropping`` elements of P are dropped; those that survive are not scaled.
+    With a ``seed`` elements of P are dropped; what makes up for that is to be in ``scaling``.
     """
     if q is None and t is None:
         return None, None
@@ -777,22 +784,24 @@ def _projected(
     pq = None if q is None else p.new_empty((column_blocks, m, r), dtype=torch.float32)
     pt = None if t is None else p.new_empty((chunks, c, r), dtype=torch.float32)
     if p.numel() == 0:
-        return (None if q is None else pq.sum(0).zero_()), (None if t is None else pt.sum(0).zero_())
+        return (None if q is None else pq[0].zero_()), (None if t is None else pt[0].zero_())
     _project[(column_blocks, chunks, triton.cdiv(r, rank))](
         p=p,
         q=q,
         t=t,
         pq=pq,
         pt=pt,
-        factor=None if branch is None else branch.row_scale,
-        scaling=1.0 if branch is None else branch.scaling,
+        factor=factor,
+        scaling=scaling,
+        seed=seed,
+        threshold=threshold,
         M=m,
         C=c,
         R=r,
         p_stride=p.stride(0),
         q_stride=0 if q is None else q.stride(0),
         q_column_stride=0 if q is None else q.stride(1),
-        factor_stride=0 if branch is None else branch.factor_stride,
+        factor_stride=factor_stride,
         CHUNK=_CHUNK,
         BM=min(max(16, triton.next_power_of_2(m)), 32),
         BC=columns,
@@ -800,7 +809,6 @@ def _projected(
         PRECISION=_precision(p.dtype),
         num_warps=4,
         num_stages=3,
-        **(dropping or {"seed": None, "threshold": 0}),
     )
     return _summed(pq), _summed(pt)
 
