@@ -64,39 +64,40 @@ def _table(quant_type: str) -> tuple[float, ...]:
     return tuple(get_format(quant_type).table.tolist())
 
 
-def _operands(
-    w: Packed4bit,
+def _weight(w: Packed4bit) -> tuple:
+    w = w.rows()
+    nested = (None, None, None) if w.nested is None else (w.nested.absmax2, w.nested.offset, _dynamic_map(w.device))
+    table = _table(w.quant_type)
+    return _kernels("linear_4bit").Weight(w.codes, w.scale, w.zero, *nested, table, *w.shape, w.blocksize)
+
+
+def _branch(
     a: Tensor | None,
     b: Tensor | None,
     row_scale: Tensor | None,
     scaling: float,
     seed: Tensor | None,
     dropout: float,
-) -> tuple:
-    kernels = _kernels("linear_4bit")
-    w = w.rows()
-    nested = (None, None, None) if w.nested is None else (w.nested.absmax2, w.nested.offset, _dynamic_map(w.device))
-    weight = kernels.Weight(w.codes, w.scale, w.zero, *nested, _table(w.quant_type), *w.shape, w.blocksize)
+) -> tuple | None:
     if a is None:
-        return kernels, weight, None
+        return None
     row_scale = None if row_scale is None else row_scale.contiguous()
-    return kernels, weight, kernels.Branch(a, b, row_scale, scaling, seed, dropout)
+    return _kernels("linear_4bit").Branch(a, b, row_scale, scaling, seed, dropout)
 
 
 def forward(x: Tensor, w: Packed4bit, bias: Tensor | None, *branch: Tensor | float | None) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, S [M, R] float32; R = 0 without a branch)."""
-    kernels, weight, lora = _operands(w, *branch)
     with _on(x.device):
-        return kernels.forward(x, weight, bias, lora)
+        return _kernels("linear_4bit").forward(x, _weight(w), bias, _branch(*branch))
 
 
 def forward_slots(x: Tensor, w: Packed4bit, bias: Tensor | None, *bank: Tensor) -> Tensor:
     """y [M, N] in x's dtype; ``bank``: a, b, scaling and rows of a :class:`linear_4bit.BankView`."""
     a, b, scaling, rows = bank
-    kernels, weight, _ = _operands(w, None, None, None, 1.0, None, 0.0)
+    kernels = _kernels("linear_4bit")
     lora = kernels.Slots(a, b, scaling.float().contiguous(), rows.contiguous())
     with _on(x.device):
-        return kernels.forward_slots(x, weight, bias, lora)
+        return kernels.forward_slots(x, _weight(w), bias, lora)
 
 
 def backward(
@@ -104,7 +105,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB), None where not needed."""
     *branch, need_x, need_a, need_b = rest
-    kernels, weight, lora = _operands(w, *branch)
+    lora = _branch(*branch)
     with _on(dy.device):
-        dx, da, db = kernels.backward(dy, x, s, weight, lora, need_x, need_a, need_b)
+        dx, da, db = _kernels("linear_4bit").backward(dy, x, s, _weight(w), lora, need_x, need_a, need_b)
     return dx, None if da is None else da.to(lora.a.dtype), None if db is None else db.to(lora.b.dtype)
