@@ -18,7 +18,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import pyfastpeft as fp
@@ -104,10 +103,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
                         timings[key] = harness.interleave(calls, args.rounds, budget_s=args.budget)
                         problems[key] = problem
     limits = harness.best_limits([before, harness.limits(args.threads)])
-    rows = []
-    table = Table(title=f"{args.heads} heads over {args.kv_heads} of {args.head_size}, {args.threads} thread(s)")
-    for column in ("dtype", "batch × tokens", "prefix", "passes", "ours", "sdpa", "times as fast", "over the floor"):
-        table.add_column(column)
+    rows, lines = [], []
     for key, timed in timings.items():
         dtype, batch, tokens, prefix, passes = key
         ours, theirs = timed["ours"], timed["sdpa"]
@@ -126,11 +122,12 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
                 "over_floor": round(ours.median / floor, 2),
             }
         )
-        table.add_row(
-            dtype, f"{batch} × {tokens}", str(prefix), passes, f"{ours.median * 1e6:.0f} µs",
-            f"{theirs.median * 1e6:.0f} µs", f"{speedup:.2f}", f"{ours.median / floor:.2f}",
-        )  # fmt: skip
-    console.print(table)
+        times = (f"{timing.median * 1e6:.0f} µs" for timing in (ours, theirs))
+        ratios = (f"{speedup:.2f}", f"{ours.median / floor:.2f}")
+        lines.append((dtype, f"{batch} × {tokens}", str(prefix), passes, *times, *ratios))
+    title = f"{args.heads} heads over {args.kv_heads} of {args.head_size}, {args.threads} thread(s)"
+    columns = ("dtype", "batch × tokens", "prefix", "passes", "ours", "sdpa", "times as fast", "over the floor")
+    console.print(harness.table(title, columns, lines))
     return {
         "heads": args.heads, "kv_heads": args.kv_heads, "head_size": args.head_size, "threads": args.threads,
         "limits": limits, "other_load_cores": round(load.cores, 2), "rows": rows,
@@ -150,10 +147,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.0, help="seconds a line")
     parser.add_argument("--out", default="attention", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
-    console = Console()
-    result = measure(args, console)
-    path = harness.write(args.out, {"machine": harness.machine(), "result": result})
-    console.print(f"written: {path}")
+    harness.run(measure, args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from . import harness, models
@@ -65,15 +64,9 @@ def _llama_cpp(folder: str, threads: int) -> Callable[[int], None]:
     return call
 
 
-def _accelerated(model: nn.Module) -> nn.Module:
-    import pyfastpeft as fp
-
-    return fp.accelerate(model)
-
-
 # Name to (packages it needs, folder and threads to what decodes so many tokens).
 CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str, int], Callable[[int], None]]]] = {
-    "ours_nf4": ((), lambda folder, _: _generate(_accelerated(models.load_ours(folder)))),
+    "ours_nf4": ((), lambda folder, _: _generate(models.accelerated_ours(folder))),
     "ours_nf4_lora": ((), lambda folder, _: _generate(models.adapted_ours(folder))),
     "bf16": ((), lambda folder, _: _generate(models.load_dense(folder))),
     "peft_bf16_lora": (("peft",), lambda folder, _: _generate(models.peft_over(models.load_dense(folder)))),
@@ -111,12 +104,9 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
         | {"tokens_per_s": round(1 / timing.median, 2), "samples_us": [round(s * 1e6) for s in timing.samples]}
         for name, timing in timings.items()
     }
-    table = Table(title=f"Decoding {args.model}, {args.threads} thread(s), {args.tokens} tokens")
-    for column in ("contender", "tokens a second", "spread"):
-        table.add_column(column)
-    for name, row in rows.items():
-        table.add_row(name, f"{row['tokens_per_s']:.1f}", f"±{100 * row['spread']:.0f}%")
-    console.print(table)
+    title = f"Decoding {args.model}, {args.threads} thread(s), {args.tokens} tokens"
+    lines = ((name, f"{row['tokens_per_s']:.1f}", harness.spread(row)) for name, row in rows.items())
+    console.print(harness.table(title, ("contender", "tokens a second", "spread"), lines))
     return {
         "model": args.model, "tokens": args.tokens, "threads": args.threads, "rank": models.LORA["r"],
         "other_load_cores": round(load.cores, 2), "contenders": rows, "absent": absent,
@@ -132,10 +122,7 @@ def main() -> None:
     parser.add_argument("--only", type=harness.split, default="*")
     parser.add_argument("--out", default="decode", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
-    console = Console()
-    result = measure(args, console)
-    path = harness.write(args.out, {"machine": harness.machine(), "result": result})
-    console.print(f"written: {path}")
+    harness.run(measure, args)
 
 
 if __name__ == "__main__":

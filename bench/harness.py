@@ -1,7 +1,8 @@
-"""What every benchmark shares: interleaved timing, the machine's limits, results on disk."""
+"""What every benchmark shares: interleaved timing, the machine's limits, tables, results on disk."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.metadata
 import importlib.util
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("peft", "bitsandbytes", "torchao", "onnxruntime", "openvino", "llama-cpp-python")
@@ -196,6 +199,27 @@ def write(name: str, payload: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(payload, indent=1) + "\n")
     return path
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    out = Table(title=title)
+    for column in columns:
+        out.add_column(column)
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def spread(row: dict) -> str:
+    """Of a row that holds ``Timing.as_dict()``, for a table."""
+    return f"±{100 * row['spread']:.0f}%"
+
+
+def run(measure: Callable[[argparse.Namespace, Console], dict], args: argparse.Namespace) -> None:
+    """Measure, and write what was found to ``args.out``."""
+    console = Console()
+    path = write(args.out, {"machine": machine(), "result": measure(args, console)})
+    console.print(f"written: {path}")
 
 
 def ints(text: str) -> list[int]:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 
 from . import harness, models
@@ -98,12 +97,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     console = Console()
     rows = measure(args.model, args.rounds, console)
-    table = Table(title="Exchanging an adapter")
-    for column in ("what", "ms", "best ms"):
-        table.add_column(column)
-    for name, row in rows.items():
-        table.add_row(name, f"{row['us'] / 1e3:.2f} ±{100 * row['spread']:.0f}%", f"{row['us_best'] / 1e3:.2f}")
-    console.print(table)
+    lines = (
+        (name, f"{row['us'] / 1e3:.2f} {harness.spread(row)}", f"{row['us_best'] / 1e3:.2f}")
+        for name, row in rows.items()
+    )
+    console.print(harness.table("Exchanging an adapter", ("what", "ms", "best ms"), lines))
     path = harness.write(args.out, {"machine": harness.machine(), "threads": args.threads, "rows": rows})
     console.print(f"written: {path}")
 

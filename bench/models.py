@@ -81,6 +81,12 @@ def load_bnb(folder: str) -> nn.Module:
     )
 
 
+def accelerated_ours(folder: str) -> nn.Module:
+    import pyfastpeft as fp
+
+    return fp.accelerate(load_ours(folder))
+
+
 def adapted_ours(folder: str) -> nn.Module:
     import pyfastpeft as fp
 

@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from . import harness, models
@@ -45,16 +44,10 @@ def _repeat(model: nn.Module, prefix: Pairs, rows: int) -> Callable[[], dict]:
     return cache
 
 
-def _accelerated(folder: str) -> nn.Module:
-    import pyfastpeft as fp
-
-    return fp.accelerate(models.load_ours(folder))
-
-
 # Name to (whether the prefix is shared, the model in a folder).
 CONTENDERS: dict[str, tuple[bool, Callable[[str], nn.Module]]] = {
-    "ours_nf4": (True, _accelerated),
-    "ours_nf4_repeated": (False, _accelerated),
+    "ours_nf4": (True, models.accelerated_ours),
+    "ours_nf4_repeated": (False, models.accelerated_ours),
     "ours_bf16": (True, models.load_dense),
     "bf16_repeated": (False, models.load_dense),
 }
@@ -139,12 +132,12 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
         }
         for name, timing in timings.items()
     }
-    table = Table(title=f"{args.model}, {args.rows} rows behind {args.prefix} tokens, {args.threads} thread(s)")
-    for column in ("contender", "tokens a second", "spread", "prefix, MiB"):
-        table.add_column(column)
-    for name, row in rows.items():
-        table.add_row(name, f"{row['tokens_per_s']:.1f}", f"±{100 * row['spread']:.0f}%", f"{row['prefix_mib']:.1f}")
-    console.print(table)
+    title = f"{args.model}, {args.rows} rows behind {args.prefix} tokens, {args.threads} thread(s)"
+    lines = (
+        (name, f"{row['tokens_per_s']:.1f}", harness.spread(row), f"{row['prefix_mib']:.1f}")
+        for name, row in rows.items()
+    )
+    console.print(harness.table(title, ("contender", "tokens a second", "spread", "prefix, MiB"), lines))
     return {
         "model": args.model, "tokens": args.tokens, "rows": args.rows, "prefix": args.prefix, "threads": args.threads,
         "other_load_cores": round(load.cores, 2), "contenders": rows,
@@ -162,10 +155,7 @@ def main() -> None:
     parser.add_argument("--only", type=harness.split, default="*")
     parser.add_argument("--out", default="prefix_decode", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
-    console = Console()
-    result = measure(args, console)
-    path = harness.write(args.out, {"machine": harness.machine(), "result": result})
-    console.print(f"written: {path}")
+    harness.run(measure, args)
 
 
 if __name__ == "__main__":

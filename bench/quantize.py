@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import pyfastpeft as fp
 
@@ -78,14 +77,13 @@ def main() -> None:
     for threads in args.threads:
         part = measure(threads, args.shape[0], args.rounds)
         records += part
-        table = Table(title=f"{threads} thread(s)")
-        for column in ("what", "format", "dtype", "ms", "GB/s", "s for 7e9", "against bitsandbytes"):
-            table.add_column(column)
+        lines = []
         for r in part:
             ratio = "" if r["speedup"] is None else f"{r['speedup']:.1f}×"
             cells = (f"{r['us'] / 1e3:.1f}", f"{r['gb_s']:.1f}", f"{r['seconds_for_7e9']:.1f}", ratio)
-            table.add_row(r["name"], r["format"], r["dtype"], *cells)
-        console.print(table)
+            lines.append((r["name"], r["format"], r["dtype"], *cells))
+        columns = ("what", "format", "dtype", "ms", "GB/s", "s for 7e9", "against bitsandbytes")
+        console.print(harness.table(f"{threads} thread(s)", columns, lines))
     path = harness.write(args.out, {"machine": harness.machine(), "records": records})
     console.print(f"written: {path}")
 
