@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from . import harness, models
+from . import harness, models, training
 
 METHODS = ("prompt", "ptuning", "prefix", "ptuning-v2")
 BASES = ("bf16", "fp32", "nf4")
@@ -57,54 +52,22 @@ def peft(folder: str, base: str, method: str, virtual: int) -> nn.Module:
 CONTENDERS = {"ours": ours, "peft": peft}
 
 
-def stepper(model: nn.Module, batch: int, length: int) -> Callable[[], float]:
-    """A function that trains one step and returns its loss."""
-    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
-    tokens = torch.randint(0, 500, (batch, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(tokens)
-
-    def step() -> float:
-        loss = model(input_ids=tokens, attention_mask=mask, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss)
-
-    return step
-
-
-def peak_mb(name: str, folder: str, base: str, method: str, args: argparse.Namespace) -> float:
-    """Peak resident memory of two steps in a fresh process."""
-    command = [sys.executable, "-m", __spec__.name, "--child", name, "--folder", folder, f"--bases={base}"]
-    command += [f"--methods={method}", f"--batch={args.batch}", f"--length={args.length}"]
-    command += [f"--virtual={args.virtual}", f"--threads={args.threads}"]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(out.splitlines()[-1])["peak_mb"]
-
-
-def child(args: argparse.Namespace) -> None:
-    model = CONTENDERS[args.child](args.folder, *args.bases, *args.methods, args.virtual)
-    step = stepper(model, args.batch, args.length)
-    for _ in range(2):
-        step()
-    print(json.dumps({"peak_mb": harness.peak_mb()}))
+def stepper(name: str, folder: str, base: str, method: str, args: argparse.Namespace) -> Callable[[], float]:
+    model, tokens = CONTENDERS[name](folder, base, method, args.virtual), training.tokens_of(args.batch, args.length)
+    return training.stepper(model, 1e-3, input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens)
 
 
 def steps(folder: str, base: str, method: str, args: argparse.Namespace) -> dict:
     """Ours and peft, and what ours is of peft."""
     names = [n for n in CONTENDERS if n == "ours" or _has_peft(base)]
-    peaks = {name: peak_mb(name, folder, base, method, args) for name in names}
+    options = [f"--bases={base}", f"--methods={method}", f"--virtual={args.virtual}"]
+    options += [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
+    peaks = {name: training.peak_mb(__spec__.name, name, folder, *options) for name in names}
     calls = {}
     for name in names:
-        calls[name] = stepper(CONTENDERS[name](folder, base, method, args.virtual), args.batch, args.length)
+        calls[name] = stepper(name, folder, base, method, args)
         calls[name]()
-    timings = {name: harness.Timing() for name in names}
-    with harness.Load() as load:
-        for _ in range(args.rounds):
-            for name, step in calls.items():
-                start = time.perf_counter()
-                step()
-                timings[name].samples.append(time.perf_counter() - start)
+    timings, load = training.in_turn(calls, args.rounds)
     row = {name: timings[name].as_dict() | {"peak_mb": peaks[name]} for name in names}
     if "peft" in names:
         row["speedup"] = round(timings["peft"].ratio(timings["ours"]), 3)
@@ -142,6 +105,13 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
                 rows.append(steps(folder, base, method, args))
                 console.print(_line(rows[-1]))
         switches = [switch(folder, method, args.virtual, 10 * args.rounds) for method in args.methods]
+    size = f"{args.batch} × {args.length}, {args.virtual} virtual tokens"
+    title = f"Training step, {args.model}, {size}, {args.threads} threads"
+    columns = ("base", "method", "s a step", "peak MB", "speed against peft", "memory against peft")
+    lines = ((row["base"], row["method"], *training.cells(row["ours"], row)) for row in rows)
+    console.print(harness.table(title, columns, lines))
+    for row in switches:
+        console.print(f"switching between two adapters of {row['method']}: {row['us'] / 1e3:.3f} ms")
     return {
         "model": args.model, "batch": args.batch, "length": args.length, "virtual_tokens": args.virtual,
         "threads": args.threads, "steps": rows, "switches": switches,
@@ -164,33 +134,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", default="soft_prompts", help="name in bench/results, or a path ending in .json")
-    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    training.add_child_arguments(parser, CONTENDERS)
     args = parser.parse_args()
     for name, given, known in (("--bases", args.bases, BASES), ("--methods", args.methods, METHODS)):
         if unknown := set(given) - set(known):
             parser.error(f"{name} has {', '.join(sorted(unknown))}; it must be among {', '.join(known)}")
     torch.set_num_threads(args.threads)
     if args.child:
-        child(args)
+        training.child(stepper(args.child, args.folder, *args.bases, *args.methods, args))
         return
-    console = Console()
-    result = measure(args, console)
-    size = f"{args.batch} × {args.length}, {args.virtual} virtual tokens"
-    table = Table(title=f"Training step, {args.model}, {size}, {args.threads} threads")
-    for column in ("base", "method", "s a step", "peak MB", "speed against peft", "memory against peft"):
-        table.add_column(column)
-    nan = float("nan")
-    for row in result["steps"]:
-        mine = row["ours"]
-        cells = (f"{mine['us'] / 1e6:.2f} ±{100 * mine['spread']:.0f}%", f"{mine['peak_mb']:.0f}")
-        ratios = (f"{row.get('speedup', nan):.2f}×", f"{row.get('memory_ratio', nan):.2f}×")
-        table.add_row(row["base"], row["method"], *cells, *ratios)
-    console.print(table)
-    for row in result["switches"]:
-        console.print(f"switching between two adapters of {row['method']}: {row['us'] / 1e3:.3f} ms")
-    path = harness.write(args.out, {"machine": harness.machine(), "result": result})
-    console.print(f"written: {path}")
+    harness.run(measure, args)
 
 
 if __name__ == "__main__":

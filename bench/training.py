@@ -1,0 +1,72 @@
+"""What the benchmarks of training steps share: a step, steps in turn, and the peak memory of one on its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import harness
+
+
+def tokens_of(batch: int, length: int) -> Tensor:
+    return torch.randint(0, 500, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def stepper(model: nn.Module, rate: float, **inputs: Tensor) -> Callable[[], float]:
+    """A function that trains one step on ``inputs`` with AdamW and returns its loss."""
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=rate)
+
+    def step() -> float:
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def in_turn(steps: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, harness.Timing], harness.Load]:
+    """The time of each step in every round, and what else kept the cores busy meanwhile."""
+    timings = {name: harness.Timing() for name in steps}
+    with harness.Load() as load:
+        for _ in range(rounds):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                timings[name].samples.append(time.perf_counter() - start)
+    return timings, load
+
+
+def cells(timed: dict, compared: dict) -> tuple[str, str, str, str]:
+    """Of a table: time and memory of a step, and its speed and memory against peft's where that was measured."""
+    ratios = (f"{compared.get(key, math.nan):.2f}×" for key in ("speedup", "memory_ratio"))
+    return f"{timed['us'] / 1e6:.2f} {harness.spread(timed)}", f"{timed['peak_mb']:.0f}", *ratios
+
+
+def add_child_arguments(parser: argparse.ArgumentParser, contenders: dict[str, Callable]) -> None:
+    """What :func:`peak_mb` gives to the process that it starts."""
+    parser.add_argument("--child", choices=contenders, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+
+
+def peak_mb(module: str, name: str, folder: str, *options: str) -> float:
+    """Peak resident memory of two steps of a contender in a fresh process, which runs ``module``."""
+    command = [sys.executable, "-m", module, "--child", name, "--folder", folder, *options]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])["peak_mb"]
+
+
+def child(step: Callable[[], object]) -> None:
+    """What that process does."""
+    for _ in range(2):
+        step()
+    print(json.dumps({"peak_mb": harness.peak_mb()}))
