@@ -9,6 +9,7 @@ import transformers as tf
 from torch import nn
 
 import pyfastpeft as fp
+from pyfastpeft.adapters import Prefix
 from pyfastpeft.integrations.fused_layers import fuse_layers
 
 VOCAB = 64
@@ -77,13 +78,15 @@ def inputs(architecture: str = "llama", rows: int = 3, length: int = 6) -> dict[
     return {"input_ids": ids, "labels": labels}
 
 
-def loss_curve(model: nn.Module, batch: dict[str, torch.Tensor], steps: int = 20, rate: float = 1e-2) -> torch.Tensor:
-    """The loss of each step of a training run on one batch with AdamW."""
+def loss_curve(
+    model: nn.Module, *batches: dict[str, torch.Tensor], steps: int = 20, rate: float = 1e-2
+) -> torch.Tensor:
+    """The loss of each step of a training run with AdamW on one batch after another, over and over."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
         optimizer.zero_grad()
-        loss = model(**batch).loss
+        loss = model(**batches[step % len(batches)]).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -119,7 +122,7 @@ def randomize(model: nn.Module, std: float = 0.2) -> None:
     for name, parameter in model.named_parameters():
         if "lora_magnitude_vector" in name:
             parameter.data.mul_(1 + std * torch.rand_like(parameter))
-        elif "lora_" in name or "modules_to_save" in name:
+        elif any(part in name for part in ("lora_", ".bottleneck.", "modules_to_save")):
             parameter.data.normal_(std=std)
 
 
@@ -136,3 +139,14 @@ def use_plain_layers(model: nn.Module) -> None:
     base = model.get_base_model()
     base.set_attn_implementation("sdpa")
     fuse_layers(base, fuse=False)
+
+
+class HeldPrefix:
+    """A prefix as an attention layer holds it."""
+
+    def __init__(self, *prefix) -> None:
+        self.prefix = Prefix(*prefix)
+
+    def current(self, batch: int) -> Prefix:
+        assert self.prefix.index is None or len(self.prefix.index) == batch
+        return self.prefix

@@ -7,11 +7,10 @@ import sys
 import pytest
 import torch
 import transformers as tf
-from architectures import ARCHITECTURES, VOCAB, make
+from architectures import ARCHITECTURES, VOCAB, HeldPrefix, make
 from torch import nn
 
 import pyfastpeft as fp
-from pyfastpeft.adapters import Prefix
 from pyfastpeft.integrations import attention
 
 CAUSAL = [name for name in ARCHITECTURES if name not in ("t5", "bert")]
@@ -254,17 +253,6 @@ def test_generation_compiled_over_a_static_cache(name):
     torch._dynamo.reset()
 
 
-class Held:
-    """A prefix as an attention layer holds it."""
-
-    def __init__(self, *prefix):
-        self.prefix = Prefix(*prefix)
-
-    def current(self, batch):
-        assert self.prefix.index is None or len(self.prefix.index) == batch
-        return self.prefix
-
-
 LENGTH = 5
 
 
@@ -282,7 +270,7 @@ def prefixes_for(model, slots=1, length=LENGTH):
 
 def hold(model, prefixes, *more):
     for layer, (k, v) in zip(layers_of(model), prefixes, strict=True):
-        layer._prefix = Held(k, v, *more)
+        layer._prefix = HeldPrefix(k, v, *more)
 
 
 def cache_of(prefixes, rows, slot=0, length=LENGTH):
@@ -442,7 +430,7 @@ def test_a_prefix_that_cannot_be_placed_is_an_error():
     layers = [module for module in biased.modules() if type(module).__name__ == "T5Attention"]
     k = torch.zeros(1, 4, 2, 8)
     for layer in layers:
-        layer._prefix = Held(k, k)
+        layer._prefix = HeldPrefix(k, k)
     with pytest.raises(ValueError, match="T5Attention adds a position bias"):
         biased(input_ids=ids, decoder_input_ids=ids)
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES, dequantized, inputs, make, quantized
+from architectures import ARCHITECTURES, dequantized, inputs, loss_curve, make, quantized, randomize
 from safetensors.torch import load_file
 from torch import nn
 
@@ -90,12 +90,6 @@ def test_adapters_stand_at_the_ends_of_the_sublayers(architecture):
 
 def config(**kwargs):
     return fp.BottleneckConfig(**{"reduction_factor": 4} | kwargs)
-
-
-def randomize(model, std=0.2):
-    for name, parameter in model.named_parameters():
-        if ".bottleneck." in name or "lora_" in name:
-            parameter.data.normal_(std=std)
 
 
 def adapted(model, name="default", **kwargs):
@@ -304,15 +298,7 @@ def test_generation_beside_other_adapters():
 
 
 def test_it_learns():
-    peft_model, batch = fp.get_peft_model(make(), config()).train(), inputs()
-    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=5e-2)
-    losses = []
-    for _ in range(40):
-        loss = peft_model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+    losses = loss_curve(fp.get_peft_model(make(), config()).train(), inputs(), steps=40, rate=5e-2)
     assert losses[-1] < losses[0] - 0.1
 
 

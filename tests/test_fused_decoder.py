@@ -8,10 +8,9 @@ import pickle
 import pytest
 import torch
 import transformers as tf
-from architectures import VOCAB, inputs, make, quantized, randomize
+from architectures import VOCAB, HeldPrefix, inputs, make, quantized, randomize
 
 import pyfastpeft as fp
-from pyfastpeft.adapters import Prefix
 from pyfastpeft.integrations import fused_decoder
 from pyfastpeft.integrations.forwards import remove
 
@@ -613,9 +612,7 @@ def test_threads_change_nothing(served):
 def test_a_bottleneck_in_use_is_left_to_the_layers(served):
     peft_model = adapted(quantized(family("llama")))
     peft_model.add_adapter("narrow", fp.BottleneckConfig(reduction_factor=4))
-    for name, parameter in peft_model.named_parameters():
-        if ".bottleneck." in name:
-            parameter.data.normal_(std=0.2)
+    randomize(peft_model)
     plain = copy.deepcopy(peft_model)
     remove(plain)
     ids = inputs("llama")["input_ids"]
@@ -630,16 +627,6 @@ def test_a_bottleneck_in_use_is_left_to_the_layers(served):
         rows = {"adapter_names": names}
         assert torch.equal(generate(peft_model, ids, **rows), generate(plain, ids, **rows))
         assert any(served) is serves
-
-
-class Held:
-    """A prefix as an attention layer holds it."""
-
-    def __init__(self, *prefix):
-        self.prefix = Prefix(*prefix)
-
-    def current(self, batch):
-        return self.prefix
 
 
 PREFIXES = {
@@ -659,7 +646,7 @@ def hold(models, kind, dtype=torch.float32):
         heads, dim = models[0].config.num_key_value_heads, layers[0].self_attn.head_dim
         k, v = torch.randn(2, slots, heads, length, dim).to(dtype)
         for layer in layers:
-            layer.self_attn._prefix = Held(k, v, *numbers)
+            layer.self_attn._prefix = HeldPrefix(k, v, *numbers)
     for model in models:
         model.set_attn_implementation("pyfastpeft")
 

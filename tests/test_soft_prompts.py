@@ -86,6 +86,18 @@ def of_text(logits, ids):
     return logits[:, logits.shape[1] - ids.shape[1] :]
 
 
+def assert_same(theirs, own, x) -> None:
+    """Logits and loss in both modes, and gradients."""
+    for training in (False, True):
+        a, b = theirs.train(training)(**x), own.train(training)(**x)
+        close(of_text(a.logits, x["input_ids"]), b.logits)
+        close(a.loss, b.loss)
+    a.loss.backward()
+    b.loss.backward()
+    for p, q in zip(theirs.prompt_encoder.parameters(), own.prompt_encoder.parameters(), strict=True):
+        close(q.grad, p.grad, 1e-4 * float(p.grad.abs().max()))
+
+
 @pytest.fixture(autouse=True)
 def _quiet():
     with warnings.catch_warnings():
@@ -103,15 +115,7 @@ class TestAgainstPeft:
     def test_logits_loss_and_gradients(self, architecture, method):
         base = tiny.make(architecture)
         theirs, own = pair(base, method)
-        x = tiny.inputs(architecture)
-        for training in (False, True):
-            a, b = theirs.train(training)(**x), own.train(training)(**x)
-            close(of_text(a.logits, x["input_ids"]), b.logits)
-            close(a.loss, b.loss)
-        a.loss.backward()
-        b.loss.backward()
-        for p, q in zip(theirs.prompt_encoder.parameters(), own.prompt_encoder.parameters(), strict=True):
-            close(q.grad, p.grad, 1e-4 * float(p.grad.abs().max()))
+        assert_same(theirs, own, tiny.inputs(architecture))
         assert {n for n, p in own.named_parameters() if p.requires_grad} == {
             n for n, p in theirs.named_parameters() if p.requires_grad
         }
@@ -119,43 +123,23 @@ class TestAgainstPeft:
     @pytest.mark.parametrize("architecture", CAUSAL)
     @pytest.mark.parametrize("method", PEFT_HAS)
     def test_twenty_steps_have_the_same_losses(self, architecture, method):
-        losses = []
         batches = [tiny.inputs(architecture) for _ in range(4)]
-        for model in pair(tiny.make(architecture), method):
-            model.train()
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-            losses.append([])
-            for step in range(20):
-                loss = model(**batches[step % 4]).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses[-1].append(loss.detach())
-        close(torch.stack(losses[1]), torch.stack(losses[0]), 1e-4)
+        models = pair(tiny.make(architecture), method)
+        theirs, own = (tiny.loss_curve(model.train(), *batches, rate=3e-3) for model in models)
+        close(own, theirs, 1e-4)
 
     @pytest.mark.parametrize("method", PEFT_HAS)
     def test_a_sliding_window_counts_virtual_tokens_as_peft_does(self, method):
         base = tf.MistralForCausalLM(tf.MistralConfig(**tiny._LLAMA, sliding_window=6)).eval()
         theirs, own = pair(base, method)
-        x = tiny.inputs(length=9)
-        a, b = theirs.train()(**x), own.train()(**x)
-        close(of_text(a.logits, x["input_ids"]), b.logits)
-        a.loss.backward()
-        b.loss.backward()
-        for p, q in zip(theirs.prompt_encoder.parameters(), own.prompt_encoder.parameters(), strict=True):
-            close(q.grad, p.grad, 1e-4 * float(p.grad.abs().max()))
+        assert_same(theirs, own, tiny.inputs(length=9))
 
     @pytest.mark.parametrize("method", ["prompt", "prefix"])
     @pytest.mark.parametrize("kind", OTHERS)
     def test_other_architectures(self, kind, method):
         theirs, own = pair(OTHERS[kind]().eval(), method)
         x = tiny.inputs(length=9)
-        a, b = theirs.train()(**x), own.train()(**x)
-        close(of_text(a.logits, x["input_ids"]), b.logits)
-        a.loss.backward()
-        b.loss.backward()
-        for p, q in zip(theirs.prompt_encoder.parameters(), own.prompt_encoder.parameters(), strict=True):
-            close(q.grad, p.grad, 1e-4 * float(p.grad.abs().max()))
+        assert_same(theirs, own, x)
         own.eval()
         ids = x["input_ids"]
         assert torch.equal(own.generate(ids, **GREEDY), own.generate(ids, **GREEDY, use_cache=False))
