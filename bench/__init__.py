@@ -1,8 +1,9 @@
-"""The benchmarks: every figure that README.md states comes from a command here.
+"""The benchmarks: most figures that README.md states come from a command here; it names those of the others.
 
-In the repository's root: ``python -m bench.linear``, ``bench.targets``, ``bench.qlora_step``, ``bench.soft_prompts``,
-``bench.decode``, ``bench.hotswap``, ``bench.quantize``; ``python -m bench`` makes the report. Installed, the folder is
-``pyfastpeft.bench``, and ``pyfastpeft bench`` makes the report.
+In the repository's root: ``python -m bench.linear``, ``bench.attention``, ``bench.qlora_step``, ``bench.soft_prompts``,
+``bench.decode``, ``bench.prefix_decode``, ``bench.hotswap``, ``bench.quantize``; ``bench.targets`` holds it all against
+targets, and ``python -m bench`` makes the report. Installed, the folder is ``pyfastpeft.bench``, and
+``pyfastpeft bench`` makes the report.
 """
 
 import os

@@ -6,7 +6,7 @@
 ``ours_nf4`` and ``ours_bf16`` are a PeftModel with Prefix Tuning, which holds the prefix once; the others get it as a
 cache with a copy for every row, which is what transformers (and peft's prefix tuning) has. All go through
 transformers' generate; what is timed are the tokens after the first.
-``prefix_mib`` is what the keys and values of the prefix take.
+``prefix_mib`` is what the keys and values of the prefix take by their shape: once where it is shared.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The promises on speed and memory, measured on this machine and held against their targets.
 
-    python -m bench.targets            # everything, about twenty minutes
+    python -m bench.targets            # everything
     python -m bench.targets --only lora,small
 
 Every figure is a ratio or a time from interleaved rounds in one process; peak memory comes from a process each. A speed

@@ -213,7 +213,7 @@ def test_attention_is_timed_beside_torch_and_its_floor(tmp_path):
     assert all(r["speedup"] > 0 and r["over_floor"] > 0 for r in rows)
 
 
-def test_prefix_decode_counts_the_prefix_once(tmp_path):
+def test_prefix_decode_counts_tokens_beside_a_copy_a_row(tmp_path):
     sizes = ("--model", "tiny", "--rows", "3", "--prefix", "8", "--tokens", "2", "--rounds", "1", "--threads", "1")
     contenders = run_bench("prefix_decode", tmp_path, *sizes)["result"]["contenders"]
     assert set(contenders) == {"ours_nf4", "ours_nf4_repeated", "ours_bf16", "bf16_repeated"}
