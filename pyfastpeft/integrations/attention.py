@@ -46,6 +46,7 @@ from transformers.utils import logging
 from ..adapters import Prefix
 from ..ops.backends import FLOATS, Backend, choose_attention
 from ..ops.prefix_attention import HIDDEN, prefix_attention
+from ..ops.reference import prefix_rows, sees_keys, sees_prefix
 
 NAME = "pyfastpeft"
 """Of this attention, for ``attn_implementation``."""
@@ -273,17 +274,15 @@ def _dense(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values with the prefix in front, and the mask [batch or 1, 1, queries, keys] of all of them."""
-    batch, queries = query.shape[0], query.shape[2]
-    window, first = None, None
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    window = None
+    positions = torch.arange(queries - keys, queries, device=key.device).unsqueeze(0)  # the last keys are the queries'
     if mask is None and (causal or prefix is not None):
-        # The last keys are the queries' own.
-        place = torch.arange(key.shape[2], device=key.device)
-        seen = place[key.shape[2] - queries :] if causal else place[-1:].expand(queries)
-        mask = (place <= seen.unsqueeze(1))[None, None]
+        mask = sees_keys(positions, queries, causal, None).unsqueeze(1)
     elif mask is not None and mask.dtype == torch.int32:
-        window, first = mask.shape[2], mask[:, :, :1].amin(-1, keepdim=True)
-        mask = _spread(mask, queries)
-    elif prefix is not None and _reach(module, kwargs) < prefix.k.shape[2] + key.shape[2]:
+        window, places = _form(mask)
+        positions, mask = places[:, 0, 0], _spread(mask, queries)
+    elif prefix is not None and _reach(module, kwargs) < prefix.k.shape[2] + keys:
         raise ValueError(
             f"{type(module).__name__} sees a part of the sequence only, and attention_mask is {tuple(mask.shape)}; "
             "with a prefix it must be [batch, keys], with one sequence a row"
@@ -292,17 +291,10 @@ def _dense(
         return key, value, mask
     count = prefix.k.shape[2]
     bias = kwargs.get("position_bias")
-    if bias is not None and bias.shape[3] != count + key.shape[2]:
+    if bias is not None and bias.shape[3] != count + keys:
         raise ValueError(f"{type(module).__name__} adds a position bias, which says nothing about a prefix")
-    index = torch.zeros(batch, dtype=torch.int64, device=key.device) if prefix.index is None else prefix.index
-    slot = index.clamp(min=0)
-    length = torch.full_like(slot, count) if prefix.lengths is None else prefix.lengths[slot]
-    length = length.masked_fill(index < 0, 0).view(batch, 1, 1, 1)
-    place = torch.arange(count, device=key.device)
-    seen = (place < length).expand(batch, 1, queries, count)
-    if window is not None and window > 1:
-        query_place = torch.arange(queries, device=key.device).view(1, 1, -1, 1)
-        seen = seen & (first - length + place > query_place - window)
+    slot, lengths = prefix_rows(batch, count, prefix.index, prefix.lengths, key.device)
+    seen = sees_prefix(count, lengths, positions, queries, window).unsqueeze(1)
     if mask.dtype != torch.bool:
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
     heads = mask.shape[1]
@@ -324,10 +316,8 @@ def _spread(places: Tensor, queries: int) -> Tensor:
     """Key positions as a bool mask [batch, 1, queries, keys]; made once for all layers."""
     spread = getattr(places, "_spread", None)
     if spread is None:
-        place = torch.arange(queries, device=places.device).view(1, 1, -1, 1)
-        spread = places[:, :, :1] <= place
-        if places.shape[2] > 1:
-            spread = spread & (places[:, :, :1] > place - places.shape[2])
+        window, positions = _form(places)
+        spread = sees_keys(positions[:, 0, 0], queries, True, window).unsqueeze(1)
         if not torch.compiler.is_compiling():
             places._spread = spread
     return spread

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.reference import prefix_rows
 from .forwards import ModuleForward
 
 
@@ -39,13 +40,7 @@ class Tokens(NamedTuple):
 
     def length_of_rows(self, batch: int) -> Tensor:
         """[batch] int64."""
-        device = self.vectors.device
-        index = torch.zeros(batch, dtype=torch.int64, device=device) if self.index is None else self.index
-        if self.lengths is None:
-            lengths = torch.full_like(index, self.vectors.shape[1])
-        else:
-            lengths = self.lengths[index.clamp(min=0)]
-        return lengths.masked_fill(index < 0, 0)
+        return prefix_rows(batch, self.vectors.shape[1], self.index, self.lengths, self.vectors.device)[1]
 
 
 Source = Callable[[int], Tokens | None]

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..formats import Packed4bit
 
 _MASK32 = 0xFFFFFFFF
-HIDDEN_FROM = 2**29
-"""Positions from here on are those of hidden keys."""
+HIDDEN = 2**30
+"""Added to the position of a key that nobody sees."""
 
 
 def _mix32(h: Tensor) -> Tensor:
@@ -98,6 +98,50 @@ def _check_range(name: str, t: Tensor, least: int, most: int) -> None:
             raise ValueError(f"{name} has {value}; each must lie in [{least}, {most}]")
 
 
+def prefix_rows(
+    batch: int, length: int, index: Tensor | None, lengths: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which of the prefixes each row reads, and how much of it: int64 [batch] both.
+
+    Args:
+        length: of the prefixes, padding included.
+        index: int64 [batch], -1 for none (a length of 0); None: all rows read the first.
+        lengths: int64 [prefixes], without padding; None: there is none.
+    """
+    index = torch.zeros(batch, dtype=torch.int64, device=device) if index is None else index
+    row = index.clamp(min=0)
+    own = torch.full_like(row, length) if lengths is None else lengths[row]
+    return row, own.masked_fill(index < 0, 0)
+
+
+def sees_keys(positions: Tensor, tokens: int, causal: bool, window: int | None) -> Tensor:
+    """Bool [B, T, S]: which of the keys at ``positions`` [B, S] each query sees."""
+    query = torch.arange(tokens, device=positions.device)[:, None]
+    places = positions[:, None, :]
+    seen = (places < HIDDEN // 2).expand(-1, tokens, -1)
+    if causal:
+        seen = seen & (places <= query)
+    return seen if window is None else seen & (places > query - window)
+
+
+def sees_prefix(length: int, lengths: Tensor, positions: Tensor, tokens: int, window: int | None) -> Tensor:
+    """Bool [B, T, length]: which tokens of its row's prefix, ``lengths`` [B] long, each query sees.
+
+    A prefix lies right before the first visible key of its row; ``positions`` [B or 1, S] are those of the keys.
+    """
+    j = torch.arange(length, device=lengths.device)
+    seen = (j < lengths[:, None])[:, None, :].expand(-1, tokens, -1)
+    if window is None:
+        return seen
+    first = torch.zeros_like(lengths)
+    if positions.shape[1] > 0:
+        shown = positions < HIDDEN // 2
+        at = shown.to(torch.uint8).argmax(1, keepdim=True)
+        first = torch.where(shown.any(1), positions.gather(1, at)[:, 0], first)
+    query = torch.arange(tokens, device=lengths.device)[:, None]
+    return seen & ((first - lengths)[:, None, None] + j > query - window)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -116,36 +160,21 @@ def attention(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, tokens, dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    query = torch.arange(tokens, device=q.device)[:, None]
     if positions is None:
         positions = torch.arange(tokens - keys, tokens, device=q.device).expand(batch, keys)
-    shown = positions < HIDDEN_FROM
-    places, visible = positions[:, None, :], shown[:, None, :].expand(batch, tokens, keys)
-    if causal:
-        visible = visible & (places <= query)
+    visible = sees_keys(positions, tokens, causal, window)
     k, v = k.to(wide), v.to(wide)
     if prefix_k is not None:
         length = prefix_k.shape[2]
-        index = torch.zeros(batch, dtype=torch.int64, device=q.device) if prefix_index is None else prefix_index
-        _check_range("prefix_index", index, -1, len(prefix_k) - 1)
-        row = index.clamp(min=0)
-        lengths = torch.full_like(row, length)
+        if prefix_index is not None:
+            _check_range("prefix_index", prefix_index, -1, len(prefix_k) - 1)
         if prefix_lengths is not None:
             _check_range("prefix_lengths", prefix_lengths, 0, length)
-            lengths = prefix_lengths[row]
-        first = torch.zeros_like(row)
-        if keys > 0:
-            at = shown.to(torch.uint8).argmax(1, keepdim=True)
-            first = torch.where(shown.any(1), positions.gather(1, at)[:, 0], first)
-        j = torch.arange(length, device=q.device)
-        there = (j < lengths[:, None]) & (index >= 0)[:, None]
-        places = torch.cat(((first - lengths)[:, None, None] + j, places), -1)
-        visible = torch.cat((there[:, None, :].expand(batch, tokens, length), visible), -1)
+        row, lengths = prefix_rows(batch, length, prefix_index, prefix_lengths, q.device)
+        visible = torch.cat((sees_prefix(length, lengths, positions, tokens, window), visible), -1)
         # Rows of the prefix as q's dtype holds them.
         k = torch.cat((prefix_k.to(q.dtype).to(wide)[row], k), 2)
         v = torch.cat((prefix_v.to(q.dtype).to(wide)[row], v), 2)
-    if window is not None:
-        visible = visible & (places > query - window)
     visible = visible[:, None, None]
     blind = ~visible.any(-1, keepdim=True)
     grouped = q.to(wide).reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
