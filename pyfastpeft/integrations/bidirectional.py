@@ -23,7 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 from ..adapters import NO_ROWS, AdapterBank, Rows
 from . import attention
 from .forwards import ModuleForward
-from .prefixes import OFF, Form, KeyValueShape, Prefixes, Source, Values, fed, without_checkpointing
+from .prefixes import OFF, Form, KeyValueShape, Prefixes, Source, Values, block_of, fed, without_checkpointing
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
 
 Room = Callable[[int], "tuple[int, Tensor | None] | None"]
@@ -177,7 +177,7 @@ class BidirectionalPrefixes(Prefixes):
         self.decoder = self.model.get_decoder() if self.seq2seq else self.model
         self.attentions = [m for m in _attentions(self.decoder) if m.is_causal or not self.seq2seq]
         paths = {m: path for path, m in self.decoder.named_modules()}
-        self._blocks = [_block_of(self.decoder, paths[m]) for m in self.attentions]
+        self._blocks = [block_of(self.decoder, paths[m]) for m in self.attentions]
         config = self.decoder.config
         heads = config.get_text_config(decoder=True).num_attention_heads
         dim = getattr(config, "d_kv", None) or config.hidden_size // heads
@@ -349,10 +349,3 @@ class BidirectionalPrefixes(Prefixes):
         # What no layer reads is as of the layer of that number.
         readers = [slots.index(i) if i in slots else min(i, len(slots) - 1) for i in range(self.shape.layers)]
         return torch.cat([made[2 * r + i] for r in readers for i in (0, 1)]).permute(2, 0, 1, 3).flatten(1)
-
-
-def _block_of(stack: nn.Module, path: str) -> nn.Module:
-    """The layer of ``stack`` that the module at ``path`` is in: the outermost member of a list."""
-    parts = path.split(".")
-    end = next(i for i, part in enumerate(parts) if part.isdigit())
-    return stack.get_submodule(".".join(parts[: end + 1]))

@@ -34,20 +34,22 @@ from . import attention
 OFF = object()
 """``bank.run`` while a soft prompt itself is worked out: no prefix."""
 
-
 IGNORED = -100
 """The label of what is not learned."""
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
 
 
 class Form(enum.Enum):
-    """What the rows of a soft prompt are; P virtual tokens, L layers."""
+    """What the rows of a soft prompt are; P virtual tokens, L layers.
 
-    KEYS_VALUES = (
-        enum.auto()
-    )  # [P, L · 2 · heads · dim]: each layer's keys and values themselves, keys as after rotation
-    EMBEDDINGS = enum.auto()  # [P, hidden]: put in at the embedding
-    LAYER_INPUTS = enum.auto()  # [P, L · hidden]: put into every layer's input
+    ``KEYS_VALUES``: [P, L · 2 · heads · dim], each layer's keys and values themselves, keys as after rotation.
+    ``EMBEDDINGS``: [P, hidden], put in at the embedding. ``LAYER_INPUTS``: [P, L · hidden], put into every layer's
+    input.
+    """
+
+    KEYS_VALUES = enum.auto()
+    EMBEDDINGS = enum.auto()
+    LAYER_INPUTS = enum.auto()
 
 
 class KeyValueShape(NamedTuple):
@@ -592,10 +594,12 @@ def _attentions(decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
             f"a {type(decoder).__name__} has attention in {len(found)} of its {count} layers; soft prompts need it in "
             "every layer"
         )
-    attentions, blocks = [], []
-    for i in range(count):
-        path, module = found[i]
-        attentions.append(module)
-        parts = path.split(".")
-        blocks.append(decoder.get_submodule(".".join(parts[: parts.index(str(i)) + 1])))
-    return attentions, blocks
+    paths, attentions = zip(*(found[i] for i in range(count)), strict=True)
+    return list(attentions), [block_of(decoder, path) for path in paths]
+
+
+def block_of(stack: nn.Module, path: str) -> nn.Module:
+    """The layer of ``stack`` that the module at ``path`` is in: the outermost member of a list."""
+    parts = path.split(".")
+    end = next(i for i, part in enumerate(parts) if part.isdigit())
+    return stack.get_submodule(".".join(parts[: end + 1]))
