@@ -23,7 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 from ..adapters import NO_ROWS, AdapterBank, Rows
 from . import attention
 from .forwards import ModuleForward
-from .prefixes import OFF, Form, KeyValueShape, Prefixes, Source, Values, block_of, fed, without_checkpointing
+from .prefixes import OFF, Form, KeyValueShape, Prefixes, Source, Values, block_of, distinct, past_of
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
 
 Room = Callable[[int], "tuple[int, Tensor | None] | None"]
@@ -269,12 +269,8 @@ class BidirectionalPrefixes(Prefixes):
             return None
         if used.isdisjoint(self.tokens):
             return Tokens(self.model.get_input_embeddings().weight[:0].unsqueeze(0))
-        slots: dict[tuple[str, ...], int] = {}
-        index = []
-        for names in rows:
-            own = tuple(name for name in names if name in self.tokens)
-            index.append(slots.setdefault(own, len(slots)) if own else -1)
-        vectors = [torch.cat([self._vectors(name) for name in names]) for names in slots]
+        different, index = distinct(tuple(name for name in names if name in self.tokens) for names in rows)
+        vectors = [torch.cat([self._vectors(name) for name in names]) for names in different]
         if not any(index):
             return Tokens(vectors[0].unsqueeze(0))
         lengths = torch.tensor([len(v) for v in vectors], device=vectors[0].device)
@@ -297,8 +293,7 @@ class BidirectionalPrefixes(Prefixes):
         self._check_attention()
         inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
         batch = next(len(x) for x in inputs if x is not None)
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        self.bank.run = self._run(rows, batch, cache is not None and int(cache.get_seq_length()) > 0)
+        self.bank.run = self._run(rows, batch, bool(past_of(kwargs)))
         self._collect(self.bank.run)
 
     def _room(self, batch: int) -> tuple[int, Tensor | None] | None:
@@ -320,12 +315,7 @@ class BidirectionalPrefixes(Prefixes):
         attention_before = self._set_attention()
         _recorder.held = held = {}
         try:
-            with (
-                self.bank.using(rows),
-                self.bank.running(OFF),
-                without_checkpointing(self._checkpointing),
-                fed(self._blocks, layer_inputs),
-            ):
+            with self._bare(rows, layer_inputs):
                 stack(inputs_embeds=embeddings.unsqueeze(0), use_cache=False)
         finally:
             _recorder.held = None

@@ -15,7 +15,7 @@ import enum
 import inspect
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -256,11 +256,9 @@ class Prefixes:
         kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
         inputs = kwargs.get("inputs_embeds")
         inputs = kwargs["input_ids"] if inputs is None else inputs
-        batch, length = inputs.shape[:2]
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        past = 0 if cache is None else int(cache.get_seq_length())
-        self.bank.run = run = self._run(rows, batch, past > 0)
-        kwargs["position_ids"] = self._positions(kwargs, inputs, length, past) + run.shift
+        past = past_of(kwargs)
+        self.bank.run = run = self._run(rows, len(inputs), bool(past))
+        kwargs["position_ids"] = self._positions(kwargs, inputs, past) + run.shift
         self._collect(run)
         return (), kwargs
 
@@ -328,11 +326,12 @@ class Prefixes:
         return (self.bank.active,) if self.bank.mode is None else self.bank.mode.of_row
 
     @staticmethod
-    def _positions(kwargs: dict[str, Any], inputs: Tensor, length: int, past: int) -> Tensor:
+    def _positions(kwargs: dict[str, Any], inputs: Tensor, past: int | None) -> Tensor:
         """Of the text, from 0 on."""
+        room = past is not None  # beyond what is written
+        past, length = past or 0, inputs.shape[1]
         given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            room = kwargs.get("cache", kwargs.get("past_key_values")) is not None  # beyond what is written
             if len(mask) != len(inputs) or mask.shape[1] < past + length or (mask.shape[1] > length and not room):
                 raise ValueError(
                     f"attention_mask has shape {tuple(mask.shape)}; it must be {(len(inputs), past + length)}: one "
@@ -355,12 +354,8 @@ class Prefixes:
         """
         if batch % len(rows):
             raise ValueError(f"adapter_names has {len(rows)} names; the batch has {batch} rows")
-        slots: dict[tuple[str, ...], int] = {}
-        index = []
-        for names in rows:
-            prompted = any(name in self.sources for name in names)
-            index.append(slots.setdefault(names, len(slots)) if prompted else -1)
-        values = [self._of_row(names, decoding) for names in slots]
+        different, index = distinct(names if any(n in self.sources for n in names) else () for names in rows)
+        values = [self._of_row(names, decoding) for names in different]
         runs = self.bank.kept.setdefault("runs", {})
         held = runs.get((rows, batch))
         if held is not None and all(map(operator.is_, held[0], values)):
@@ -454,12 +449,7 @@ class Prefixes:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
         cache = DynamicCache()
         positions = torch.arange(len(embeddings), device=embeddings.device)
-        with (
-            self.bank.using(rows),
-            self.bank.running(OFF),
-            without_checkpointing(self._checkpointing),
-            fed(self._blocks, layer_inputs),
-        ):
+        with self._bare(rows, layer_inputs):
             output = self.decoder(
                 inputs_embeds=embeddings.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
@@ -467,6 +457,17 @@ class Prefixes:
                 **{self._cache_name: cache},
             )
         return Values([t for layer in cache.layers for t in (layer.keys, layer.values)], output[0][:, -1])
+
+    @contextmanager
+    def _bare(self, rows: Rows | None, layer_inputs: Sequence[Tensor]) -> Iterator[None]:
+        """The model without prefixes, with the adapters that ``rows`` says, its layers fed with ``layer_inputs``."""
+        with (
+            self.bank.using(rows),
+            self.bank.running(OFF),
+            _without_checkpointing(self._checkpointing),
+            _fed(self._blocks, layer_inputs),
+        ):
+            yield
 
     def keys_values(self, ids: Tensor) -> Tensor:
         """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
@@ -532,6 +533,19 @@ class _Collect(torch.autograd.Function):
         return grad, None, *gathered
 
 
+def past_of(kwargs: dict[str, Any]) -> int | None:
+    """How many tokens the cache among a decoder's arguments holds; None: there is no cache."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    return None if cache is None else int(cache.get_seq_length())
+
+
+def distinct(rows: Iterable[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], list[int]]:
+    """The different ones among ``rows``, and for each row which of them it is: -1 for an empty one."""
+    slots: dict[tuple[str, ...], int] = {}
+    index = [slots.setdefault(names, len(slots)) if names else -1 for names in rows]
+    return list(slots), index
+
+
 def _with_item(output: Any, name: str, index: int, value: Any) -> Any:
     """A model's output, a tuple or an object, with one item exchanged."""
     if isinstance(output, tuple):
@@ -541,7 +555,7 @@ def _with_item(output: Any, name: str, index: int, value: Any) -> Any:
 
 
 @contextmanager
-def fed(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]:
+def _fed(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]:
     """Let each of ``blocks`` get its ``inputs`` [length, hidden] in place of what comes to it; none: leave them alone.
 
     In this thread: others may be running the model.
@@ -561,7 +575,7 @@ def fed(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]
 
 
 @contextmanager
-def without_checkpointing(checkpointing: list[nn.Module]) -> Iterator[None]:
+def _without_checkpointing(checkpointing: list[nn.Module]) -> Iterator[None]:
     on = [m for m in checkpointing if m.gradient_checkpointing]
     for module in on:
         module.gradient_checkpointing = False
