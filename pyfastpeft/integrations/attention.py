@@ -202,18 +202,19 @@ def attention_forward(
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return _elsewhere(module, query, key, value, attention_mask, prefix, causal, kwargs)
     window, mask = form
+    prefix_k, prefix_v, index, lengths = prefix or (None,) * 4
     out = prefix_attention(
         query,
         key,
         value,
-        None if prefix is None else prefix.k,
-        None if prefix is None else prefix.v,
+        prefix_k,
+        prefix_v,
         causal=causal or (mask is not None and mask.dim() == 4),
         scale=scaling,
         mask=mask,
-        prefix_index=None if prefix is None else prefix.index,
+        prefix_index=index,
         window=window,
-        prefix_lengths=None if prefix is None else prefix.lengths,
+        prefix_lengths=lengths,
     )
     return out.transpose(1, 2), None
 

@@ -129,7 +129,7 @@ class _Stack:
     def __init__(self, model: nn.Module) -> None:
         self.lookups = _Lookups()
         self.number: int | None = None
-        self.banks: list[AdapterBank] = []
+        self.banks: set[AdapterBank] = set()
         self._attentions: list[dict] = []  # what each layer's attention holds, a prefix among it
         self._copied: list[Tensor] = []  # of these the stack holds copies
         self._model = weakref.ref(model)
@@ -267,8 +267,7 @@ class _Stack:
 
     def _without_bottleneck(self, module: BottleneckLayer) -> nn.Module:
         plan = self.lookups.get(vars(module), "_plan")
-        if module.bank not in self.banks:
-            self.banks.append(module.bank)
+        self.banks.add(module.bank)
         mode = module.bank.mode
         if plan if mode is None else any(name in module.bottleneck for name in mode.names):
             raise _Unsupported
@@ -276,8 +275,7 @@ class _Stack:
 
     def _own_branch(self, module: LoraLinear, dtype: torch.dtype) -> tuple:
         look = self.lookups
-        if module.bank not in self.banks:
-            self.banks.append(module.bank)
+        self.banks.add(module.bank)
         mode, plan = module.bank.mode, look.get(vars(module), "_plan")
         if mode is not None and mode.names:
             raise _Unsupported
