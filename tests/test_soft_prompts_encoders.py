@@ -690,3 +690,20 @@ def test_all_linear_leaves_such_heads_to_be_trained_whole():
         "classifier",
         "pre_classifier",
     }
+
+
+@pytest.mark.parametrize("name", ["bert FEATURE_EXTRACTION", "t5 SEQ_2_SEQ_LM"])
+def test_a_prefix_in_compiled_code(name, seed):
+    own, _ = pair(name, "prefix", seed)
+    batch = batch_of(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(own, backend="eager")
+    with torch.no_grad():
+        assert_same_outputs(compiled(**batch), own(**batch))
+    gradients = []
+    for model in (compiled, own):
+        own.zero_grad()
+        loss_of(model(**batch)).backward()
+        gradients.append([p.grad for p in trained(own).values()])
+    for p, q in zip(*gradients, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4 * q.abs().max().item())

@@ -26,9 +26,9 @@ from .forwards import ModuleForward
 from .prefixes import OFF, Form, KeyValueShape, Prefixes, Source, Values, block_of, distinct, past_of
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
 
-Room = Callable[[int], "tuple[int, Tensor | None] | None"]
-"""For a batch of so many rows: the length of the prefix, and int64 [batch] where a row has less of it than that; None:
-there is none."""
+Room = Callable[[], "tuple[int, Tensor | None] | None"]
+"""In the forward that is running: the length of the prefix, and int64 [batch] where a row has less of it than that;
+None: there is none."""
 
 
 def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
@@ -75,11 +75,11 @@ class MovedPositions(ModuleForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         named = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        inputs = next(v for n, v in named.items() if n.startswith("input") and v is not None)
-        batch, tokens = (inputs.shape if isinstance(inputs, Tensor) else inputs)[:2]
-        room = self.room(batch)
+        room = self.room()
         if room is None:
             return self.own(*args, **kwargs)
+        inputs = next(v for n, v in named.items() if n.startswith("input") and v is not None)
+        tokens = (inputs.shape if isinstance(inputs, Tensor) else inputs)[1]
         length, lengths = room
         if lengths is None:
             return self._behind(length, named, tokens)
@@ -98,35 +98,19 @@ class MovedPositions(ModuleForward):
         return self.own(**named | {"position_ids": torch.arange(length, length + tokens, device=device).unsqueeze(0)})
 
 
-class _Call(threading.local):
-    """How many rows the calling thread's call has."""
-
-    batch = 0
-
-    def __reduce__(self) -> tuple:
-        return _Call, ()
-
-
-class RelativeBias(ModuleForward):
-    """Of an attention that adds a relative position bias (T5's): in front of the bias [batch or 1, heads, queries,
-    keys] comes the prefix's."""
+class RelativeBias:
+    """``compute_bias`` of an attention that adds a relative position bias (T5's): in front of the bias [batch or 1,
+    heads, queries, keys] comes the prefix's."""
 
     def __init__(self, module: nn.Module, room: Room) -> None:
-        super().__init__(module)
-        self.room = room
-        self._call = _Call()
-        module.compute_bias = self.compute_bias
+        self.module, self.room = module, room
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._call.batch = len(hidden_states)
-        return self.own(hidden_states, *args, **kwargs)
-
-    def compute_bias(
+    def __call__(
         self, query_length: int, key_length: int, device: torch.device | None = None, past_seen_tokens: int | Tensor = 0
     ) -> Tensor:
         compute = type(self.module).compute_bias
         bias = compute(self.module, query_length, key_length, device, past_seen_tokens)
-        room = self.room(self._call.batch)
+        room = self.room()
         if room is None:
             return bias
         longest, lengths = room
@@ -236,7 +220,7 @@ class BidirectionalPrefixes(Prefixes):
     def _install(self) -> None:
         super()._install()
         for module in self._biased:
-            module.forward = RelativeBias(module, self._room)
+            module.compute_bias = RelativeBias(module, self._room)
         for module in self._places:
             module.forward = MovedPositions(module, self._room)
 
@@ -286,6 +270,7 @@ class BidirectionalPrefixes(Prefixes):
     def _before_loss(self, *_: Any) -> None:
         """No label is learned at a prompt."""
 
+    @torch.compiler.disable
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         rows = self._rows
         if self.bank.run is OFF or not any(name in self.sources for names in rows for name in names):
@@ -296,7 +281,8 @@ class BidirectionalPrefixes(Prefixes):
         self.bank.run = self._run(rows, batch, bool(past_of(kwargs)))
         self._collect(self.bank.run)
 
-    def _room(self, batch: int) -> tuple[int, Tensor | None] | None:
+    @torch.compiler.disable
+    def _room(self) -> tuple[int, Tensor | None] | None:
         run = self.bank.run
         if run is None or run is OFF:
             return None
