@@ -559,7 +559,7 @@ class PeftModel(nn.Module):
         tuner = next((t for t in tuners if isinstance(t, SoftPromptTuner)), None)
         if tuner is None:
             raise ValueError(f"adapter_name is {list(names)}, of which none is a soft prompt")
-        save_safetensors(tuner.export(names), path, {"format": "pt"})
+        save_safetensors(tuner.export(names), path)
 
     # Hot-swap.
 
