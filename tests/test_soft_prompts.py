@@ -842,6 +842,16 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message.replace("is 32", "is 40")):
             fp.PeftModel.from_pretrained(llama(), tmp_path)
 
+    def test_values_of_another_form_whose_shapes_agree(self, tmp_path):
+        ours(llama(), "deep_prefix").save_pretrained(tmp_path)
+        own = ours(llama(), "deep")
+        before = {k: t.clone() for k, t in fp.get_peft_model_state_dict(own).items()}
+        with pytest.raises(ValueError, match="'default' has virtual tokens of another form"):
+            own.load_adapter(tmp_path, "default")
+        with pytest.raises(ValueError, match="configurations differ in form"):
+            own.hotswap_adapter(tmp_path)
+        assert torch.equal(fp.get_peft_model_state_dict(own)["prompt_embeddings"], before["prompt_embeddings"])
+
     def test_names_of_rows(self):
         model = mixed(llama())
         ids = tiny.inputs()["input_ids"]

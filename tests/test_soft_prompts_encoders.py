@@ -541,6 +541,20 @@ class TestBadInput:
         assert {n: p.requires_grad for n, p in model.named_parameters()} == before
         assert all("forward" not in vars(m) for m in model.modules())
 
+    def test_values_for_another_number_of_submodules(self, tmp_path):
+        name = "t5 SEQ_2_SEQ_LM"
+        base = make(name)
+        own = {"num_virtual_tokens": 2 * N, "num_transformer_submodules": 1}
+        fp.get_peft_model(copy.deepcopy(base), fp.PromptTuningConfig(**own)).save_pretrained(tmp_path)
+        model = fp.get_peft_model(base, config(fp, name, "prompt")).eval()
+        batch = batch_of(name)
+        expected = model(**batch)
+        with pytest.raises(ValueError, match="'default' has virtual tokens of another form"):
+            model.load_adapter(tmp_path, "default")
+        with pytest.raises(ValueError, match="configurations differ in form"):
+            model.hotswap_adapter(tmp_path)
+        assert_same_outputs(model(**batch), expected)
+
     def test_models_that_take_no_soft_prompt(self):
         shared = tf.AlbertModel(tf.AlbertConfig(**_BERT, embedding_size=32))
         own = tf.DebertaV2Model(tf.DebertaV2Config(**_BERT))

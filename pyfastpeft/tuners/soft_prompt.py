@@ -256,9 +256,11 @@ class SoftPromptTuner(Tuner):
             raise ValueError(
                 f"adapter {name!r} has other shapes, or only one of the two has an encoder that trains; delete it first"
             )
+        if not _reads_alike(old, new):
+            raise ValueError(f"adapter {name!r} has virtual tokens of another form; delete it first")
 
     def swaps_alike(self, name: str, old: SoftPromptConfig, new: SoftPromptConfig | None) -> bool:
-        return not self.bank.prompts[name].encodes and (new is None or new.form() is old.form())
+        return not self.bank.prompts[name].encodes and (new is None or _reads_alike(old, new))
 
     def swap(
         self,
@@ -315,3 +317,8 @@ class SoftPromptTuner(Tuner):
 
 def _with_encoder(values: Mapping[str, Tensor] | None) -> bool:
     return values is not None and any(key.startswith(_ENCODER) for key in values)
+
+
+def _reads_alike(a: SoftPromptConfig, b: SoftPromptConfig) -> bool:
+    """Whether equal numbers mean the same to both: shapes may agree by chance."""
+    return (a.form(), a.num_virtual_tokens) == (b.form(), b.num_virtual_tokens)
