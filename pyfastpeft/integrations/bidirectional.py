@@ -21,9 +21,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..adapters import NO_ROWS, AdapterBank, Rows
+from ..nn.prompt_encoder import Form
 from . import attention
 from .forwards import ModuleForward
-from .prefixes import OFF, Form, KeyValueShape, Prefixes, Source, Values, block_of, distinct, past_of
+from .prefixes import OFF, KeyValueShape, Prefixes, Source, Values, block_of, distinct, past_of
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
 
 Room = Callable[[], "tuple[int, Tensor | None] | None"]

@@ -11,7 +11,6 @@ its parameters, or those of the other adapters on its row, change.
 
 from __future__ import annotations
 
-import enum
 import inspect
 import operator
 import threading
@@ -28,7 +27,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ..nn.lora import stamp_of
-from ..nn.prompt_encoder import SoftPrompt
+from ..nn.prompt_encoder import Form, SoftPrompt
 from . import attention
 
 OFF = object()
@@ -37,19 +36,6 @@ OFF = object()
 IGNORED = -100
 """The label of what is not learned."""
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
-
-
-class Form(enum.Enum):
-    """What the rows of a soft prompt are; P virtual tokens, L layers.
-
-    ``KEYS_VALUES``: [P, L · 2 · heads · dim], each layer's keys and values themselves, keys as after rotation.
-    ``EMBEDDINGS``: [P, hidden], put in at the embedding. ``LAYER_INPUTS``: [P, L · hidden], put into every layer's
-    input.
-    """
-
-    KEYS_VALUES = enum.auto()
-    EMBEDDINGS = enum.auto()
-    LAYER_INPUTS = enum.auto()
 
 
 class KeyValueShape(NamedTuple):

@@ -6,7 +6,23 @@ same seed gives the same values.
 
 from __future__ import annotations
 
+import enum
+
 from torch import Tensor, nn
+
+
+class Form(enum.Enum):
+    """What the rows of a soft prompt are; P virtual tokens, L layers.
+
+    Attributes:
+        KEYS_VALUES: [P, L · 2 · heads · dim], each layer's keys and values themselves, keys as after rotation.
+        EMBEDDINGS: [P, hidden], put in at the embedding.
+        LAYER_INPUTS: [P, L · hidden], put into every layer's input.
+    """
+
+    KEYS_VALUES = enum.auto()
+    EMBEDDINGS = enum.auto()
+    LAYER_INPUTS = enum.auto()
 
 
 class SoftPrompt(nn.Module):

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..nn.prompt_encoder import SoftPrompt
+from ..nn.prompt_encoder import Form, SoftPrompt
 from .base import register_method
 from .prefix import check_initial, initial_ids
 from .soft_prompt import SoftPromptConfig
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Form, Prefixes
+    from ..integrations.prefixes import Prefixes
 
 
 @register_method
@@ -52,9 +52,8 @@ class DeepPromptConfig(SoftPromptConfig):
             raise ValueError(f"prefix_dropout is {self.prefix_dropout!r}; it must be at least 0 and below 1")
         check_initial(self.prefix_init, self.prefix_init_text, self.tokenizer_name_or_path)
 
+    @property
     def form(self) -> Form:
-        from ..integrations.prefixes import Form
-
         return Form.KEYS_VALUES if self.prefix else Form.LAYER_INPUTS
 
     @property

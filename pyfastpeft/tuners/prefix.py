@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..nn.prompt_encoder import PrefixEncoder, SoftPrompt
+from ..nn.prompt_encoder import Form, PrefixEncoder, SoftPrompt
 from .base import register_method
 from .soft_prompt import SoftPromptConfig, check_count, random_ids, text_ids
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Form, Prefixes
+    from ..integrations.prefixes import Prefixes
 
 
 @register_method
@@ -32,6 +32,7 @@ class PrefixTuningConfig(SoftPromptConfig):
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    form: ClassVar[Form] = Form.KEYS_VALUES
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
 
     prefix_projection: bool = False
@@ -53,11 +54,6 @@ class PrefixTuningConfig(SoftPromptConfig):
         check_initial(self.prefix_init, self.prefix_init_text, self.tokenizer_name_or_path)
         if self.prefix_projection and self.prefix_init == "text":
             raise ValueError("prefix_init is 'text'; with prefix_projection it must be 'random' or 'zero'")
-
-    def form(self) -> Form:
-        from ..integrations.prefixes import Form
-
-        return Form.KEYS_VALUES
 
     @property
     def rows(self) -> int:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..nn.prompt_encoder import SoftPrompt
+from ..nn.prompt_encoder import Form, SoftPrompt
 from .base import register_method
 from .soft_prompt import SoftPromptConfig, random_ids, text_ids
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Form, Prefixes
+    from ..integrations.prefixes import Prefixes
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -38,6 +38,7 @@ class PromptTuningConfig(SoftPromptConfig):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    form: ClassVar[Form] = Form.EMBEDDINGS
 
     prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
@@ -67,11 +68,6 @@ class PromptTuningConfig(SoftPromptConfig):
             # PEFT wants a name beside a text, and does not use it when it loads an adapter.
             values["tokenizer_name_or_path"] = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         return values
-
-    def form(self) -> Form:
-        from ..integrations.prefixes import Form
-
-        return Form.EMBEDDINGS
 
     @property
     def width(self) -> int:

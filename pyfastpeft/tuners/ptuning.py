@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from ..nn.prompt_encoder import LstmEncoder, MlpEncoder, SoftPrompt
+from ..nn.prompt_encoder import Form, LstmEncoder, MlpEncoder, SoftPrompt
 from .base import register_method
 from .soft_prompt import SoftPromptConfig, check_count
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Form, Prefixes
+    from ..integrations.prefixes import Prefixes
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):
@@ -35,6 +35,7 @@ class PromptEncoderConfig(SoftPromptConfig):
     """
 
     peft_type: ClassVar[str] = "P_TUNING"
+    form: ClassVar[Form] = Form.EMBEDDINGS
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
     encoder_hidden_size: int | None = None
@@ -57,11 +58,6 @@ class PromptEncoderConfig(SoftPromptConfig):
             check_count("encoder_hidden_size", self.encoder_hidden_size)
         if not 0 <= self.encoder_dropout < 1:
             raise ValueError(f"encoder_dropout is {self.encoder_dropout!r}; it must be at least 0 and below 1")
-
-    def form(self) -> Form:
-        from ..integrations.prefixes import Form
-
-        return Form.EMBEDDINGS
 
     @property
     def width(self) -> int:

@@ -6,18 +6,18 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..hub.files import check_tensors
-from ..nn.prompt_encoder import SoftPrompt
+from ..nn.prompt_encoder import Form, SoftPrompt
 from .base import PeftConfig, TaskType, Tuner
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Form, Prefixes
+    from ..integrations.prefixes import Prefixes
 
 KEY = "prompt_embeddings"
 _ENCODER = "encoder."
@@ -37,6 +37,9 @@ class SoftPromptConfig(PeftConfig):
         token_dim, num_attention_heads, num_layers, num_transformer_submodules: the model's shape; filled in when the
             adapter is attached, and checked against the model where they are given.
     """
+
+    form: ClassVar[Form]
+    """What the virtual tokens are to the model."""
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -64,16 +67,10 @@ class SoftPromptConfig(PeftConfig):
 
     # What a method says.
 
-    @abstractmethod
-    def form(self) -> Form:
-        """What the virtual tokens are to the model."""
-
     @property
     def at_embedding(self) -> bool:
         """Whether the virtual tokens are put in at the embedding alone."""
-        from ..integrations.prefixes import Form
-
-        return self.form() is Form.EMBEDDINGS
+        return self.form is Form.EMBEDDINGS
 
     @property
     @abstractmethod
@@ -153,7 +150,7 @@ class SoftPromptTuner(Tuner):
         return self._prefixes
 
     def resolved(self, config: SoftPromptConfig) -> SoftPromptConfig:
-        self.prefixes.check(config.form())
+        self.prefixes.check(config.form)
         self._resolve_submodules(config)
         config.fill(self.model, self.prefixes)
         context = getattr(self.model.config, "max_position_embeddings", None)
@@ -213,7 +210,7 @@ class SoftPromptTuner(Tuner):
         """Let the model read the adapter's parameters."""
         from ..integrations.prefixes import Source
 
-        source = Source(self.bank.prompts[name], config.form(), config.num_virtual_tokens, config.dropout)
+        source = Source(self.bank.prompts[name], config.form, config.num_virtual_tokens, config.dropout)
         self.prefixes.add(name, source)
         self.bank.forget()
 
@@ -284,7 +281,7 @@ class SoftPromptTuner(Tuner):
         check_tensors(values, shapes, {}, source)
         tokens = count * old.num_virtual_tokens // old.rows
         config = replace(old if new is None else new, num_virtual_tokens=tokens, inference_mode=old.inference_mode)
-        if config.rows != count or config.form() is not old.form():
+        if config.rows != count or config.form is not old.form:
             return super().swap(name, old, new, live, values, source)
         self.resolved(config)
         with torch.no_grad():
@@ -321,4 +318,4 @@ def _with_encoder(values: Mapping[str, Tensor] | None) -> bool:
 
 def _reads_alike(a: SoftPromptConfig, b: SoftPromptConfig) -> bool:
     """Whether equal numbers mean the same to both: shapes may agree by chance."""
-    return (a.form(), a.num_virtual_tokens) == (b.form(), b.num_virtual_tokens)
+    return (a.form, a.num_virtual_tokens) == (b.form, b.num_virtual_tokens)
