@@ -92,6 +92,12 @@ def config(**kwargs):
     return fp.BottleneckConfig(**{"reduction_factor": 4} | kwargs)
 
 
+@pytest.mark.parametrize(("kwargs", "size"), [({}, 8), ({"reduction_factor": 100}, 1), ({"bottleneck_size": 5}, 5)])
+def test_the_size_is_the_width_over_the_reduction_factor(kwargs, size):
+    state = fp.get_peft_model_state_dict(fp.get_peft_model(make(), config(**kwargs)))
+    assert {t.shape for key, t in state.items() if "down.weight" in key} == {(size, 32)}
+
+
 def adapted(model, name="default", **kwargs):
     model = fp.get_peft_model(model, config(**kwargs), adapter_name=name)
     randomize(model)
@@ -179,6 +185,23 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
         for name, parameter in peft_model.named_parameters():
             if parameter.requires_grad:
                 torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [config, fp.LoraConfig])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_a_left_padded_batch_equals_the_unpadded_rows(architecture, kind):
+    peft_model = fp.get_peft_model(make(architecture), kind())
+    randomize(peft_model.eval())
+    ids, mask = inputs(architecture)["input_ids"], torch.ones(3, 6, dtype=torch.int64)
+    mask[1, :2], mask[2, :5] = 0, 0
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # which transformers works out in generate alone
+    padded = logits(peft_model, input_ids=ids, attention_mask=mask, position_ids=positions)
+    generated = peft_model.generate(input_ids=ids, attention_mask=mask, **options)
+    for i, start in enumerate((0, 2, 5)):
+        row = ids[i : i + 1, start:]
+        torch.testing.assert_close(padded[i : i + 1, start:], logits(peft_model, input_ids=row), rtol=1e-4, atol=1e-5)
+        assert torch.equal(generated[i, start:], peft_model.generate(input_ids=row, **options)[0])
 
 
 def several():

@@ -193,6 +193,27 @@ class TestAgainstPeft:
         for model in (theirs, own):
             assert not model.prompt_encoder["default"].eval()(*[torch.arange(P)] * (model is theirs)).any()
 
+    def test_a_prefix_starts_from_what_the_model_makes_of_some_tokens(self):
+        base = llama()
+        drawn = ours(base, "prefix", prefix_init=None).prompt_encoder["default"].embedding.weight.view(P, 2, 2, 16)
+        first = base.model.layers[0]
+        values = first.self_attn.v_proj(first.input_layernorm(base.model.embed_tokens.weight))
+        distances = (drawn[:, 0, 1, None] - values).abs().amax(-1)
+        close(distances.min(1).values, torch.zeros(P))
+
+    @pytest.mark.parametrize("kind", [fp.PrefixTuningConfig, fp.DeepPromptConfig])
+    def test_a_prefix_starts_from_zero_on_request(self, kind):
+        own = fp.get_peft_model(llama(), kind(**_SHARED, prefix_init="zero"))
+        assert not own.prompt_encoder["default"].embedding.weight.any()
+
+    @pytest.mark.parametrize("method", ["prompt", "ptuning", "ptuning_lstm"])
+    def test_virtual_tokens_run_once_for_the_whole_batch(self, method):
+        own, x, seen = ours(llama(), method).train(), tiny.inputs(), []
+        layer = own.get_base_model().model.layers[0]
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2]))
+        own(**x).loss.backward()
+        assert seen == [(1, P), (3, 6)]
+
     def test_classification(self):
         base = tf.LlamaForSequenceClassification(tf.LlamaConfig(**tiny._LLAMA, num_labels=3)).eval()
         kwargs = {"num_virtual_tokens": P, "task_type": "SEQ_CLS"}
@@ -208,7 +229,7 @@ class TestAgainstPeft:
 
 
 class TestFiles:
-    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+    @pytest.mark.parametrize("architecture", CAUSAL)
     @pytest.mark.parametrize("method", PEFT_HAS)
     def test_folders_load_in_both_directions(self, architecture, method, tmp_path):
         base = tiny.make(architecture)
@@ -859,6 +880,10 @@ class TestBadInput:
             model(ids, adapter_names=["prefix", "prompt"])
         with pytest.raises(ValueError, match=r"adapter_names holds \['other'\]"):
             model(ids, adapter_names=["prefix", ["prompt", "other"], "lora"])
+        with pytest.raises(ValueError, match="adapter_names has 4 names; the batch has 3 rows"):
+            model.generate(ids, adapter_names=["prefix"] * 4)
+        with pytest.raises(ValueError, match=r"adapter_names holds \['other'\]"):
+            model.generate(input_ids=ids, adapter_names=["prefix", "prompt", "other"])
 
     @pytest.mark.parametrize("shape", [(3, 11), (3, 5), (2, 6)])
     def test_a_mask_of_the_wrong_shape(self, shape):
