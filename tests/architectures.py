@@ -78,6 +78,19 @@ def inputs(architecture: str = "llama", rows: int = 3, length: int = 6) -> dict[
     return {"input_ids": ids, "labels": labels}
 
 
+def smooth(model: nn.Module) -> nn.Module:
+    """``model`` with GELU for every ReLU, in place.
+
+    Where an input of a ReLU is zero within a rounding, two right computations may have gradients that differ by
+    percents, and loss curves that part: about one run of T5 in fifty.
+    """
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.GELU())
+    return model
+
+
 def loss_curve(
     model: nn.Module, *batches: dict[str, torch.Tensor], steps: int = 20, rate: float = 1e-2
 ) -> torch.Tensor:

@@ -94,9 +94,9 @@ def config(library, name: str, method: str, **kwargs):
     return getattr(library, kind)(task_type=task_of(name), num_virtual_tokens=N, **own, **kwargs)
 
 
-def pair(name: str, method: str, seed: int):
+def pair(name: str, method: str, seed: int, base: nn.Module | None = None):
     """The same new adapter, here and in peft, from the same random state."""
-    base, models = make(name), []
+    base, models = base or make(name), []
     for library in (fp, peft):
         torch.manual_seed(seed)
         models.append(library.get_peft_model(copy.deepcopy(base), config(library, name, method)).eval())
@@ -188,9 +188,12 @@ class TestLikePeft:
     def test_training_gives_the_loss_curve_of_peft(self, name, method, seed):
         if task_of(name) == "FEATURE_EXTRACTION":
             pytest.skip("has no loss of its own")
-        ours, theirs = pair(name, method, seed)
+        ours, theirs = pair(name, method, seed, tiny.smooth(make(name)))
         batch = batch_of(name)
-        curves = [tiny.loss_curve(m.train(), b) for m, b in ((ours, batch), (theirs, for_peft(name, method, batch)))]
+        # At 1e-2, twenty steps of P-Tuning's encoder on RoBERTa can multiply a rounding by a hundred.
+        rate = 3e-3 if method.startswith("ptuning") else 1e-2
+        batches = ((ours, batch), (theirs, for_peft(name, method, batch)))
+        curves = [tiny.loss_curve(m.train(), b, rate=rate) for m, b in batches]
         assert curves[0][-1] < curves[0][0]
         torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
 
