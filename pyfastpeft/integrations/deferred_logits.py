@@ -61,6 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if differentiates:
                 (d_hidden[chunk],) = torch.autograd.grad(logits, part, d_logits)
+            del logits, d_logits  # before the next chunk's come to lie beside them
         ctx.save_for_backward(d_hidden)
         return total
 
