@@ -13,10 +13,16 @@
 
 inline void copy_bytes(void* dst, const void* src, int64_t n) { __builtin_memcpy(dst, src, n); }
 
+// Instructions that multiply matrices of several rows (amx.h), where there are any.
+struct NoTiles {
+  static constexpr int kRows = 1;
+};
+
 // Arithmetic in float32: one column a step.
 struct F32 {
   using Elem = float;
   static constexpr int kStep = 1;
+  using Tiles = NoTiles;
   using W = V::F;
   using Table = V::T;
   static Table table(const float* t) { return V::table(t); }
@@ -47,6 +53,11 @@ struct F32 {
 struct BF16 {
   using Elem = uint16_t;
   static constexpr int kStep = 2;
+#ifdef PF_TILES
+  using Tiles = AmxTiles;
+#else
+  using Tiles = NoTiles;
+#endif
   using W = V::Pair;
   using Table = V::PairTable;
   static Table table(const float* t) { return V::pair_table(t); }
@@ -240,9 +251,12 @@ struct Algorithm {
   static constexpr int kBlock = 512 / sizeof(E);
   static constexpr int kStride = kBlock + 64 / sizeof(E);
   static constexpr int64_t kGroupPanel = static_cast<int64_t>(kBlock) * kGroupLanes;  // elements of one group's block
+  using Tiles = typename A::Tiles;
+  static constexpr bool kHasTiles = Tiles::kRows > 1;
 
+  // Tiles also read what follows the last rows, and ignore it.
   static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
-    return ceil_div(cols, kBlock) * rows * kStride * sizeof(E);
+    return (ceil_div(cols, kBlock) * rows + Tiles::kRows - 1) * kStride * sizeof(E);
   }
   static int64_t panels_bytes(int64_t lanes, int64_t contraction) {
     return ceil_div(contraction, kBlock) * ceil_div(lanes, kGroupLanes) * kGroupPanel * sizeof(E);
@@ -464,17 +478,49 @@ struct Algorithm {
     }
   }
 
-  // c[rows][tiles * 16] += x rows * panels of `tiles` tiles, groups of kGroupTiles (the last may hold fewer).
+  // c[rows][tiles * 16] += x rows * panels of `tiles` tiles, groups of kGroupTiles (the last may hold fewer). With
+  // tiles, the caller holds them.
   static void multiply(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t tiles, float* c,
                        int64_t ldc) {
-    const int64_t steps = ceil_div(contraction, kStep);
+    int64_t done = 0;
+    if constexpr (kHasTiles) {
+      done = contraction / Tiles::kColumns * Tiles::kColumns;
+      if (done > 0)
+        for (int64_t t = 0; t < tiles; t += kGroupTiles) {
+          const E* panel = panels + t / kGroupTiles * kGroupPanel;
+          if (tiles - t >= kGroupTiles)
+            multiply_tiles<kGroupTiles>(x, rows, panel, done, c + t * kTile, ldc);
+          else
+            multiply_tiles<1>(x, rows, panel, done, c + t * kTile, ldc);
+        }
+      if (done == contraction) return;
+    }
+    const int64_t steps = ceil_div(contraction - done, kStep);
     row_blocks(rows, [&](int64_t r0, int n) {
       const Micro whole = pick<V::kGroupVecs>(n), single = pick<kTileVecs>(n);
       for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-        const Micro kernel = tiles - t >= kGroupTiles ? whole : single;
-        kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, c + r0 * ldc + t * kTile, ldc);
+        const bool all = tiles - t >= kGroupTiles;
+        const E* panel = panels + t / kGroupTiles * kGroupPanel + done * (all ? kGroupLanes : kTile);
+        (all ? whole : single)(x + r0 * kStride + done, panel, steps, c + r0 * ldc + t * kTile, ldc);
       }
     });
+  }
+
+  // The same for one group of L tiles and whole steps of the instructions. The last rows go through whole tiles, too.
+  template <int L>
+  static void multiply_tiles(const E* x, int64_t rows, const E* panel, int64_t contraction, float* c, int64_t ldc) {
+    constexpr int64_t kRows = Tiles::kRows;
+    const int64_t steps = contraction / Tiles::kColumns;
+    int64_t r = 0;
+    for (; r + 2 * kRows <= rows; r += 2 * kRows)
+      Tiles::template add<2, L>(x + r * kStride, kStride, panel, steps, c + r * ldc, ldc);
+    alignas(64) float part[kRows * L * kTile];
+    for (; r < rows; r += kRows) {
+      const int64_t n = min64(kRows, rows - r), bytes = L * kTile * sizeof(float);
+      for (int64_t i = 0; i < n; ++i) copy_bytes(part + i * L * kTile, c + (r + i) * ldc, bytes);
+      Tiles::template add<1, L>(x + r * kStride, kStride, panel, steps, part, L * kTile);
+      for (int64_t i = 0; i < n; ++i) copy_bytes(c + (r + i) * ldc, part + i * L * kTile, bytes);
+    }
   }
 
   // The same for panels without scales: `scales` [tiles][`segments` of them and room][16], `tile_stride` floats a tile.
@@ -784,7 +830,8 @@ struct Algorithm {
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     float* c = static_cast<float*>(scratch(1, kRowChunk * kPanelTiles * kTile * sizeof(float)));
     const int64_t count = ceil_div(tile1 - tile0, kPanelTiles);
-    const bool late = kStep == 2 && g.w.zero == nullptr && g.x.rows <= kLateRows;
+    const bool late = kStep == 2 && !kHasTiles && g.w.zero == nullptr && g.x.rows <= kLateRows;
+    [[maybe_unused]] const Tiles held;
     constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
     alignas(64) float scales[kGroupTiles * kScaleStride];
     for (int64_t row0 = 0; row0 < g.x.rows; row0 += kRowChunk) {
@@ -842,6 +889,7 @@ struct Algorithm {
   // ---- backward ----
 
   static void dx(const DxArgs& g, int64_t col0, int64_t col1) {
+    [[maybe_unused]] const Tiles held;
     const int64_t groups = ceil_div(g.rows, kGroupLanes), rank = g.ds == nullptr ? 0 : g.lora_a.rows;
     const int64_t chunk_groups = kRowChunk / kGroupLanes;
     E* wt = static_cast<E*>(scratch(0, kColumnChunk * kStride * sizeof(E)));
@@ -907,6 +955,7 @@ struct Algorithm {
   // ---- the branch's small products ----
 
   static void rows_times_t(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1) {
+    [[maybe_unused]] const Tiles held;
     const int64_t tiles = ceil_div(p.rows, kTile), ldc = tiles * kTile;
     E* panels = static_cast<E*>(scratch(0, ceil_div(tiles, kGroupTiles) * kGroupPanel * sizeof(E)));
     float* c = static_cast<float*>(scratch(1, (row1 - row0) * ldc * sizeof(float)));
@@ -926,6 +975,7 @@ struct Algorithm {
 
   static void rows_times(const PackedRows& x, const Matrix& p, const Dropout& d, float* out, bool transposed,
                          int64_t row0, int64_t row1, int64_t lane0, int64_t lane1) {
+    [[maybe_unused]] const Tiles held;
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     const int64_t rows = row1 - row0;
     float* c = static_cast<float*>(scratch(1, rows * kGroupLanes * sizeof(float)));
