@@ -82,9 +82,7 @@ constexpr int kLanes = V::kLanes;
 constexpr int kTileVecs = kTile / kLanes;
 constexpr int kGroupTiles = V::kGroupVecs / kTileVecs;
 constexpr int kGroupLanes = V::kGroupVecs * kLanes;
-constexpr int kPanelTiles = 8;      // output tiles that share a block of x while it is in the second-level cache
 constexpr int64_t kRowChunk = 512;  // rows whose float32 results stay in cache together
-constexpr int64_t kColumnChunk = 128;
 constexpr int64_t kLateRows = 160;  // up to here scales are cheaper on the sums (3 %) than on every decoded weight
 // Few rows stream codes and scales once, slower than memory delivers them: asked for this far ahead (bytes), across the
 // end of a tile, the time becomes the larger of arithmetic and memory, not their sum (4096 x 4096, 4 rows: 345 us for
@@ -253,6 +251,11 @@ struct Algorithm {
   static constexpr int64_t kGroupPanel = static_cast<int64_t>(kBlock) * kGroupLanes;  // elements of one group's block
   using Tiles = typename A::Tiles;
   static constexpr bool kHasTiles = Tiles::kRows > 1;
+  // Outputs that share a block of x, or of dy, while it is in the second-level cache, in tiles of a forward and columns
+  // of a backward pass. Instructions on tiles are so fast that fetching the block anew shows (4096 x 4096, 512 rows, a
+  // quarter of them: 1.3 times the time).
+  static constexpr int kPanelTiles = kHasTiles ? 32 : 8;
+  static constexpr int64_t kColumnChunk = kPanelTiles * kTile;
 
   // Tiles also read what follows the last rows, and ignore it.
   static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
@@ -478,8 +481,8 @@ struct Algorithm {
     }
   }
 
-  // c[rows][tiles * 16] += x rows * panels of `tiles` tiles, groups of kGroupTiles (the last may hold fewer). With
-  // tiles, the caller holds them.
+  // c[group][rows][ldc] += x rows * panels of `tiles` tiles, groups of kGroupTiles (the last may hold fewer). Where
+  // there are instructions on tiles, the caller holds them.
   static void multiply(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t tiles, float* c,
                        int64_t ldc) {
     int64_t done = 0;
@@ -489,9 +492,9 @@ struct Algorithm {
         for (int64_t t = 0; t < tiles; t += kGroupTiles) {
           const E* panel = panels + t / kGroupTiles * kGroupPanel;
           if (tiles - t >= kGroupTiles)
-            multiply_tiles<kGroupTiles>(x, rows, panel, done, c + t * kTile, ldc);
+            multiply_tiles<kGroupTiles>(x, rows, panel, done, c + t / kGroupTiles * rows * ldc, ldc);
           else
-            multiply_tiles<1>(x, rows, panel, done, c + t * kTile, ldc);
+            multiply_tiles<1>(x, rows, panel, done, c + t / kGroupTiles * rows * ldc, ldc);
         }
       if (done == contraction) return;
     }
@@ -501,7 +504,7 @@ struct Algorithm {
       for (int64_t t = 0; t < tiles; t += kGroupTiles) {
         const bool all = tiles - t >= kGroupTiles;
         const E* panel = panels + t / kGroupTiles * kGroupPanel + done * (all ? kGroupLanes : kTile);
-        (all ? whole : single)(x + r0 * kStride + done, panel, steps, c + r0 * ldc + t * kTile, ldc);
+        (all ? whole : single)(x + r0 * kStride + done, panel, steps, c + (t / kGroupTiles * rows + r0) * ldc, ldc);
       }
     });
   }
@@ -511,14 +514,13 @@ struct Algorithm {
   static void multiply_tiles(const E* x, int64_t rows, const E* panel, int64_t contraction, float* c, int64_t ldc) {
     constexpr int64_t kRows = Tiles::kRows;
     const int64_t steps = contraction / Tiles::kColumns;
-    int64_t r = 0;
-    for (; r + 2 * kRows <= rows; r += 2 * kRows)
-      Tiles::template add<2, L>(x + r * kStride, kStride, panel, steps, c + r * ldc, ldc);
+    int64_t r = rows / (2 * kRows) * (2 * kRows);
+    if (r > 0) Tiles::template add<2, L>(x, kStride, r, panel, steps, c, ldc);
     alignas(64) float part[kRows * L * kTile];
     for (; r < rows; r += kRows) {
       const int64_t n = min64(kRows, rows - r), bytes = L * kTile * sizeof(float);
       for (int64_t i = 0; i < n; ++i) copy_bytes(part + i * L * kTile, c + (r + i) * ldc, bytes);
-      Tiles::template add<1, L>(x + r * kStride, kStride, panel, steps, part, L * kTile);
+      Tiles::template add<1, L>(x + r * kStride, kStride, kRows, panel, steps, part, L * kTile);
       for (int64_t i = 0; i < n; ++i) copy_bytes(c + (r + i) * ldc, part + i * L * kTile, bytes);
     }
   }
@@ -532,7 +534,7 @@ struct Algorithm {
       for (int64_t t = 0; t < tiles; t += kGroupTiles) {
         const MicroLate kernel = tiles - t >= kGroupTiles ? whole : single;
         kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, segments, scales + t * tile_stride,
-               tile_stride, c + r0 * ldc + t * kTile, ldc);
+               tile_stride, c + (t / kGroupTiles * rows + r0) * ldc, ldc);
       }
     });
   }
@@ -841,15 +843,17 @@ struct Algorithm {
         const int64_t units = ceil_div(tile1 - tile0, kGroupTiles);
         const int64_t t0 = tile0 + units * p / count * kGroupTiles;
         const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
-        const int64_t ldc = (t1 - t0) * kTile, n0 = t0 * kTile, lanes = min64(ldc, g.w.n - n0);
-        for (int64_t r = 0; r < rows; ++r) {
-          __builtin_memset(c + r * ldc, 0, ldc * sizeof(float));
-          if (g.bias != nullptr) copy_bytes(c + r * ldc, g.bias + n0, lanes * sizeof(float));
-        }
-        // body(first tile, tiles, columns of c) for each group: its panel of a block stays in the first-level cache.
+        // body(first tile, tiles, sums) for each group: its panel of a block stays in the first-level cache.
         const auto groups = [&](const auto& body) {
-          for (int64_t t = t0; t < t1; t += kGroupTiles) body(t, min64(kGroupTiles, t1 - t), c + (t - t0) * kTile);
+          for (int64_t t = t0; t < t1; t += kGroupTiles)
+            body(t, min64(kGroupTiles, t1 - t), c + (t - t0) * kTile * rows);
         };
+        groups([&](int64_t t, int64_t, float* out) {
+          alignas(64) float bias[kGroupLanes] = {};
+          if (g.bias != nullptr)
+            copy_bytes(bias, g.bias + t * kTile, min64(kGroupLanes, g.w.n - t * kTile) * sizeof(float));
+          for (int64_t r = 0; r < rows; ++r) copy_bytes(out + r * kGroupLanes, bias, sizeof(bias));
+        });
         const auto vecs_of = [](int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; };
         for (int64_t col0 = 0; col0 < k; col0 += kBlock) {
           const int64_t n = min64(kBlock, k - col0), segments = n > g.w.segment ? n / g.w.segment : 1;
@@ -866,9 +870,9 @@ struct Algorithm {
               }
             }
             if (late)
-              multiply_late(x, rows, panel, n, segments, scales, kScaleStride, tiles, out, ldc);
+              multiply_late(x, rows, panel, n, segments, scales, kScaleStride, tiles, out, kGroupLanes);
             else
-              multiply(x, rows, panel, n, tiles, out, ldc);
+              multiply(x, rows, panel, n, tiles, out, kGroupLanes);
           });
         }
         for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
@@ -876,12 +880,14 @@ struct Algorithm {
           groups([&](int64_t t, int64_t tiles, float* out) {
             for (int64_t i = 0; i < tiles; ++i)
               pack_lanes_t(g.lora_b, (t + i) * kTile, col0, n, panel, i * kTileVecs, vecs_of(tiles));
-            multiply(packed_block(g.s, col0 / kBlock) + row0 * kStride, rows, panel, n, tiles, out, ldc);
+            multiply(packed_block(g.s, col0 / kBlock) + row0 * kStride, rows, panel, n, tiles, out, kGroupLanes);
           });
         }
-        const int size = dtype_size(g.y_dtype);
         for (int64_t r = 0; r < rows; ++r)
-          from_float(c + r * ldc, static_cast<char*>(g.y) + ((row0 + r) * g.ldy + n0) * size, g.y_dtype, lanes);
+          groups([&](int64_t t, int64_t, const float* sums) {
+            char* y = static_cast<char*>(g.y) + ((row0 + r) * g.ldy + t * kTile) * dtype_size(g.y_dtype);
+            from_float(sums + r * kGroupLanes, y, g.y_dtype, min64(kGroupLanes, g.w.n - t * kTile));
+          });
       }
     }
   }
@@ -895,15 +901,21 @@ struct Algorithm {
     E* wt = static_cast<E*>(scratch(0, kColumnChunk * kStride * sizeof(E)));
     float* c = static_cast<float*>(scratch(1, kColumnChunk * kRowChunk * sizeof(float)));
     for (int64_t g0 = 0; g0 < groups; g0 += chunk_groups) {
-      const int64_t ngroups = min64(chunk_groups, groups - g0), ldc = ngroups * kGroupLanes;
-      const int64_t rows = min64(ldc, g.rows - g0 * kGroupLanes);
+      const int64_t ngroups = min64(chunk_groups, groups - g0);
       const auto accumulate = [&](const void* panels, int64_t block, int64_t contraction, int64_t cols) {
         const E* p = static_cast<const E*>(panels) + (block * groups + g0) * kGroupPanel;
-        multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, ldc);
+        multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, kGroupLanes);
+      };
+      // body(first row, rows, sums) for each group.
+      const auto each_group = [&](int64_t cols, const auto& body) {
+        for (int64_t i = 0; i < ngroups; ++i) {
+          const int64_t row0 = (g0 + i) * kGroupLanes;
+          body(row0, min64(kGroupLanes, g.rows - row0), c + i * cols * kGroupLanes);
+        }
       };
       for (int64_t k0 = col0; k0 < col1; k0 += kColumnChunk) {
         const int64_t cols = min64(kColumnChunk, col1 - k0);
-        __builtin_memset(c, 0, cols * ldc * sizeof(float));
+        __builtin_memset(c, 0, cols * ngroups * kGroupLanes * sizeof(float));
         for (int64_t r = 0; r < rank; r += kBlock) {
           const int64_t n = min64(kBlock, rank - r);
           Matrix part = g.lora_a;
@@ -915,13 +927,18 @@ struct Algorithm {
           pack_rows_t(shifted, nullptr, 0, wt, 0, cols);
           accumulate(g.ds, r / kBlock, n, cols);
         }
-        if (rank != 0 && g.dropout.threshold != 0) drop_transposed(g.dropout, g0 * kGroupLanes, rows, k0, cols, c, ldc);
+        if (rank != 0 && g.dropout.threshold != 0)
+          each_group(cols, [&](int64_t row0, int64_t rows, float* sums) {
+            drop_transposed(g.dropout, row0, rows, k0, cols, sums, kGroupLanes);
+          });
         for (int64_t n0 = 0; n0 < g.w.tiles() * kTile; n0 += kBlock) {
           const int64_t tile0 = n0 / kTile, tile1 = min64(g.w.tiles(), tile0 + kBlock / kTile);
           decode_transposed(g.w, tile0, tile1, k0, cols, wt);
           accumulate(g.dy, n0 / kBlock, min64((tile1 - tile0) * kTile, g.w.n - n0), cols);
         }
-        store_transposed(c, ldc, cols, rows, g.dx, g.dx_dtype, g.lddx, g0 * kGroupLanes, k0);
+        each_group(cols, [&](int64_t row0, int64_t rows, const float* sums) {
+          store_transposed(sums, kGroupLanes, cols, rows, g.dx, g.dx_dtype, g.lddx, row0, k0);
+        });
       }
     }
   }
@@ -956,10 +973,10 @@ struct Algorithm {
 
   static void rows_times_t(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1) {
     [[maybe_unused]] const Tiles held;
-    const int64_t tiles = ceil_div(p.rows, kTile), ldc = tiles * kTile;
-    E* panels = static_cast<E*>(scratch(0, ceil_div(tiles, kGroupTiles) * kGroupPanel * sizeof(E)));
-    float* c = static_cast<float*>(scratch(1, (row1 - row0) * ldc * sizeof(float)));
-    __builtin_memset(c, 0, (row1 - row0) * ldc * sizeof(float));
+    const int64_t tiles = ceil_div(p.rows, kTile), groups = ceil_div(tiles, kGroupTiles), rows = row1 - row0;
+    E* panels = static_cast<E*>(scratch(0, groups * kGroupPanel * sizeof(E)));
+    float* c = static_cast<float*>(scratch(1, rows * groups * kGroupLanes * sizeof(float)));
+    __builtin_memset(c, 0, rows * groups * kGroupLanes * sizeof(float));
     for (int64_t col0 = 0; col0 < p.cols; col0 += kBlock) {
       const int64_t n = min64(kBlock, p.cols - col0);
       for (int64_t t = 0; t < tiles; ++t) {
@@ -967,10 +984,11 @@ struct Algorithm {
         pack_lanes_t(p, t * kTile, col0, n, panels + t / kGroupTiles * kGroupPanel, t % kGroupTiles * kTileVecs,
                      whole ? V::kGroupVecs : kTileVecs);
       }
-      multiply(packed_block(x, col0 / kBlock) + row0 * kStride, row1 - row0, panels, n, tiles, c, ldc);
+      multiply(packed_block(x, col0 / kBlock) + row0 * kStride, rows, panels, n, tiles, c, kGroupLanes);
     }
-    for (int64_t r = row0; r < row1; ++r)
-      copy_bytes(reinterpret_cast<char*>(out + r * p.rows), reinterpret_cast<char*>(c + (r - row0) * ldc), p.rows * 4);
+    for (int64_t lane = 0; lane < p.rows; lane += kGroupLanes, c += rows * kGroupLanes)
+      for (int64_t r = 0; r < rows; ++r)
+        copy_bytes(out + (row0 + r) * p.rows + lane, c + r * kGroupLanes, min64(kGroupLanes, p.rows - lane) * 4);
   }
 
   static void rows_times(const PackedRows& x, const Matrix& p, const Dropout& d, float* out, bool transposed,
