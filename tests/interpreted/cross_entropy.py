@@ -14,6 +14,7 @@ from test_cross_entropy import (  # noqa: F401
     test_what_is_not_finite_shows_in_its_row_alone,
 )
 
+from pyfastpeft.integrations import deferred_logits
 from pyfastpeft.ops import cross_entropy_with_gradient
 from pyfastpeft.ops.triton_kernels import _kernels
 
@@ -40,3 +41,13 @@ def test_the_maximum_may_lie_in_any_step_and_nothing_before_it(top, monkeypatch)
 def test_the_loss_of_a_label_that_is_no_class_is_nan():
     losses, _ = cross_entropy_with_gradient(torch.randn(3, 5), torch.tensor([5, 1, -1]))
     assert losses.isnan().tolist() == [True, False, True]
+
+
+def test_a_head_and_its_loss_a_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr(deferred_logits, "_CHUNK_LOGITS", 50 * 7)
+    hidden, head, labels = torch.randn(23, 16, requires_grad=True), torch.randn(50, 16), torch.randint(50, (23,))
+    loss = deferred_logits.chunked_cross_entropy(hidden, labels, lambda h: h @ head.t(), 50)
+    exact = torch.nn.functional.cross_entropy(hidden.double() @ head.double().t(), labels, reduction="sum")
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    for mine, theirs in zip(torch.autograd.grad(loss, hidden), torch.autograd.grad(exact, hidden), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
