@@ -45,6 +45,10 @@ def complaints(facts, budget, target):
         yield f"{name} takes {facts['registers']} registers"
     if facts["shared"] > TARGETS[target]:
         yield f"{name} takes {facts['shared']} bytes of shared memory"
+    for wanted, rows in ((True, budget.get("has", {})), (False, budget.get("has not", {}))):
+        for beginnings, patterns in rows.items():
+            if any(fnmatch.fnmatch(name, p) for p in patterns) and has(*beginnings.split("|")) != wanted:
+                yield f"{name} {'has no' if wanted else 'has'} {beginnings}"
     cuda = target.startswith("cuda")
     for what, beginnings in (HAS | HAS_ON_CUDA if cuda else HAS).items():
         lacks = ["float32*"] if what == "tensor cores" and cuda else []

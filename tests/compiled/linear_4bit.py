@@ -38,6 +38,10 @@ def cases() -> dict[str, Callable]:
         x, s = empty(m, w.k, dtype=dtype), empty(m, lora.rank)
         kernels.backward(empty(m, w.n, dtype=dtype), x, s, w, lora, True, True, True)
 
+    def mixed(m: int) -> None:
+        slots = kernels.Slots(empty(8, 16, k), empty(8, n, 16), empty(8), empty(m, dtype=torch.int64))
+        kernels.forward_slots(empty(m, k, dtype=bf16), weight("nf4", n, k), None, slots)
+
     n, k, bf16 = 4096, 4096, torch.bfloat16
     return {
         "one row": lambda: forward(1, weight("nf4", n, k), bf16),
@@ -48,12 +52,8 @@ def cases() -> dict[str, Callable]:
         "many rows, lora 16, nested": lambda: forward(4096, weight("nf4", n, k, nested=True), bf16, branch(16, n, k)),
         "many rows, lora 64, fp16": lambda: forward(4096, weight("fp4", n, k), torch.float16, branch(64, n, k)),
         "odd rows": lambda: forward(4096, weight("nf4", 255, 333), bf16, branch(16, 255, 333)),
-        "16 rows, mixed adapters": lambda: kernels.forward_slots(
-            empty(16, k, dtype=bf16),
-            weight("nf4", n, k),
-            None,
-            kernels.Slots(empty(8, 16, k), empty(8, n, 16), empty(8), empty(16, dtype=torch.int64)),
-        ),
+        "16 rows, mixed adapters": lambda: mixed(16),
+        "many rows, mixed adapters": lambda: mixed(4096),
         "float32": lambda: forward(4096, weight("nf4", n, k), torch.float32, branch(16, n, k)),
         "training": lambda: backward(4096, weight("nf4", n, k, nested=True), bf16, branch(16, n, k, 0.1)),
         "training, fp16, rank 64": lambda: backward(4096, weight("nf4", n, k), torch.float16, branch(64, n, k)),
@@ -61,4 +61,4 @@ def cases() -> dict[str, Callable]:
 
 
 if __name__ == "__main__":
-    main(cases(), ("q", "t", "seed", "slot_of"))
+    main(cases(), ("q", "t", "seed", "slot_of", "order"))
