@@ -37,6 +37,11 @@ def _forced() -> Backend | None:
 _FORCED = _forced()
 
 
+def _check_forced(device: torch.device) -> None:
+    if _FORCED is Backend.TRITON and (why := why_not(device)) is not None:
+        raise RuntimeError(f"PYFASTPEFT_BACKEND is 'triton', and {why}")
+
+
 def choose(w: Packed4bit) -> Backend:
     """The backend for ``w``.
 
@@ -46,8 +51,7 @@ def choose(w: Packed4bit) -> Backend:
     Raises:
         RuntimeError: Triton is forced and cannot serve; it says why.
     """
-    if _FORCED is Backend.TRITON and (why := why_not(w.device)) is not None:
-        raise RuntimeError(f"PYFASTPEFT_BACKEND is 'triton', and {why}")
+    _check_forced(w.device)
     if _FORCED in (Backend.TRITON, Backend.REFERENCE):
         return _FORCED
     if w.layout == "tiles":
@@ -60,7 +64,20 @@ _MOST_HEAD_SIZE = 256
 
 
 def choose_attention(q: Tensor) -> Backend:
-    """The backend for attention with queries ``q`` [..., D]."""
-    if q.device.type != "cpu" or q.dtype not in FLOATS or q.shape[-1] > _MOST_HEAD_SIZE:
+    """The backend for attention with queries ``q`` [..., D], by device as for weights; the reference for float64 and
+    large heads.
+
+    Raises:
+        RuntimeError: as ``choose``.
+    """
+    _check_forced(q.device)
+    if q.dtype not in FLOATS or q.shape[-1] > _MOST_HEAD_SIZE or _FORCED is Backend.REFERENCE:
         return Backend.REFERENCE
-    return Backend.REFERENCE if _FORCED is Backend.REFERENCE else Backend.NATIVE
+    if q.device.type in triton_devices():
+        return Backend.TRITON if why_not(q.device) is None else Backend.REFERENCE
+    return Backend.NATIVE if q.device.type == "cpu" else Backend.REFERENCE
+
+
+def triton_devices() -> list[str]:
+    """The types of device whose operators are Triton kernels: GPUs, and the CPU where it is forced."""
+    return ["cuda", "cpu"] if _FORCED is Backend.TRITON else ["cuda"]

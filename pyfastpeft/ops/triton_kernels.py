@@ -1,4 +1,4 @@
-"""The operators by Triton kernels, with the signatures of :mod:`reference`. The first call imports triton."""
+"""The operators by Triton kernels. The first call imports triton."""
 
 from __future__ import annotations
 
@@ -109,3 +109,34 @@ def backward(
     with _on(dy.device):
         dx, da, db = _kernels("linear_4bit").backward(dy, x, s, _weight(w), lora, need_x, need_a, need_b)
     return dx, None if da is None else da.to(lora.a.dtype), None if db is None else db.to(lora.b.dtype)
+
+
+def _attention(selection: tuple, *tensors: Tensor | None) -> tuple:
+    index, lengths, positions, causal, scale, window = selection
+    index, lengths, positions = (None if t is None else t.contiguous() for t in (index, lengths, positions))
+    return _kernels("prefix_attention").Call(*tensors, index, lengths, positions, causal, scale, window or None)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Tensor | float | None
+) -> tuple[Tensor, Tensor]:
+    """The operator ``prefix_attention``."""
+    *selection, need_lse = rest
+    with _on(q.device):
+        return _kernels("prefix_attention").forward(_attention(selection, q, k, v, prefix_k, prefix_v), need_lse)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    *rest: Tensor | float | None,
+) -> tuple[Tensor, ...]:
+    """The operator ``prefix_attention_backward``."""
+    *selection, out, lse = rest
+    call = _attention(selection, q, k, v, prefix_k, prefix_v)
+    with _on(q.device):
+        return _kernels("prefix_attention").backward(call, dout, out, lse)
