@@ -62,7 +62,7 @@ def choose(w: Packed4bit) -> Backend:
 
 
 def choose_plain(device: torch.device) -> Backend:
-    """The backend for operators over plain tensors on ``device``: norms, activations, losses, quantization.
+    """The backend for operators over plain tensors on ``device``: norms, activations, losses, attention, quantization.
 
     Native on a CPU, Triton on a GPU that it compiles for, else the reference.
 
@@ -82,10 +82,14 @@ _MOST_HEAD_SIZE = 256
 
 
 def choose_attention(q: Tensor) -> Backend:
-    """The backend for attention with queries ``q`` [..., D]."""
-    if q.device.type != "cpu" or q.dtype not in FLOATS or q.shape[-1] > _MOST_HEAD_SIZE:
-        return Backend.REFERENCE
-    return Backend.REFERENCE if _FORCED is Backend.REFERENCE else Backend.NATIVE
+    """The backend for attention with queries ``q`` [..., D]: as for plain tensors, but for float64 and large heads,
+    which only the reference has.
+
+    Raises:
+        RuntimeError: as ``choose``.
+    """
+    chosen = choose_plain(q.device)
+    return chosen if q.dtype in FLOATS and q.shape[-1] <= _MOST_HEAD_SIZE else Backend.REFERENCE
 
 
 def triton_devices() -> list[str]:

@@ -1,4 +1,4 @@
-"""The operators by Triton kernels, with the signatures of :mod:`reference`. The first call imports triton."""
+"""The operators by Triton kernels. The first call imports triton."""
 
 from __future__ import annotations
 
@@ -151,3 +151,34 @@ def dequantize_4bit(
 @functools.cache
 def _table_on(format: int, device: torch.device) -> Tensor:
     return format_of(format).table.to(device)
+
+
+def _attention(selection: tuple, *tensors: Tensor | None) -> tuple:
+    index, lengths, positions, causal, scale, window = selection
+    index, lengths, positions = (None if t is None else t.contiguous() for t in (index, lengths, positions))
+    return _kernels("prefix_attention").Call(*tensors, index, lengths, positions, causal, scale, window or None)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Tensor | float | None
+) -> tuple[Tensor, Tensor]:
+    """The operator ``prefix_attention``."""
+    *selection, need_lse = rest
+    with _on(q.device):
+        return _kernels("prefix_attention").forward(_attention(selection, q, k, v, prefix_k, prefix_v), need_lse)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    *rest: Tensor | float | None,
+) -> tuple[Tensor, ...]:
+    """The operator ``prefix_attention_backward``."""
+    *selection, out, lse = rest
+    call = _attention(selection, q, k, v, prefix_k, prefix_v)
+    with _on(q.device):
+        return _kernels("prefix_attention").backward(call, dout, out, lse)
