@@ -515,6 +515,22 @@ def tiles(m: int, plain: bool) -> Tiles:
     return Tiles(rows, 128, 64, 8, 3)
 
 
+def formula(x: Tensor, w: Weight) -> Tiles:
+    """``tiles`` for the rows of x or of dy."""
+    return tiles(x.shape[0], x.dtype == torch.float32 or w.k % 2 == 1)
+
+
+def around(cut: Tiles) -> list[Tiles]:
+    """What is worth trying beside a cut: its columns, depth or warps halved or doubled, a stage less or more."""
+    halved_or_doubled = [
+        cut._replace(**{name: size})
+        for name, least, most in (("columns", 32, 256), ("depth", 32, 256), ("warps", 2, 16))
+        for size in (getattr(cut, name) // 2, getattr(cut, name) * 2)
+        if least <= size <= most
+    ]
+    return halved_or_doubled + [cut._replace(stages=n) for n in (cut.stages - 1, cut.stages + 1) if n > 1]
+
+
 def splits(m: int, n: int, k: int, cut: Tiles) -> int:
     """Into how many parts the sweep over k is split, each of four steps at least."""
     programs = triton.cdiv(m, cut.rows) * triton.cdiv(n, cut.columns)
@@ -589,10 +605,12 @@ _NO_BRANCH |= dict.fromkeys(("R", "slots", "b_slot_stride", "a_stride", "b_strid
 _NO_BRANCH |= {"factor_stride": 0}
 
 
-def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) -> tuple[Tensor, Tensor]:
-    """(y [M, N] in x's dtype, S float32 [M, R], R = 0 without a branch)."""
+def forward(
+    x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None, cut: Tiles | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N] in x's dtype, S float32 [M, R], R = 0 without a branch); ``cut``: instead of the formula's."""
     x = _with_contiguous_columns(x)
-    cut, parts, span = _split(x, w)
+    cut, parts, span = _split(x, w, cut)
     if branch is None:
         return _product(x, w, bias, cut, parts, span), x.new_empty((x.shape[0], 0), dtype=torch.float32)
     sweeps = branch.seed is None and branch.rank <= _SWEEP_RANK and cut.rows >= _SWEEP_ROWS
@@ -674,10 +692,10 @@ def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Ten
     )
 
 
-def _split(x: Tensor, w: Weight) -> tuple[Tiles, int, int]:
+def _split(x: Tensor, w: Weight, cut: Tiles | None = None) -> tuple[Tiles, int, int]:
     """(tiles of x · Wᵀ, parts of the sweep, columns of a part)."""
     (m, k), n = x.shape, w.n
-    cut = tiles(m, x.dtype == torch.float32 or k % 2 == 1)
+    cut = cut or formula(x, w)
     span = triton.cdiv(triton.cdiv(k, splits(m, n, k, cut)), cut.depth) * cut.depth if m and n else k
     return cut, triton.cdiv(k, span), span
 
@@ -719,12 +737,14 @@ def backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
+    cut: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx [M, K] in dy's dtype, dA float32 [R, K], dB float32 [N, R]), None where not needed.
 
     Args:
         dy: [M, N].
         x, s: what ``forward`` took and gave; needed for dA and dB.
+        cut: of dx's product, instead of the formula's.
     """
     dy = _with_contiguous_columns(dy)
     da = db = ds = None
@@ -738,10 +758,10 @@ def backward(
         if need_a:
             x = _with_contiguous_columns(x)
             da = _projected(x, t=ds, scaling=branch.keep_scale, **branch.dropping)[1].t()
-    return (_dx(dy, w, branch, ds) if need_x else None), da, db
+    return (_dx(dy, w, branch, ds, cut or formula(dy, w)) if need_x else None), da, db
 
 
-def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None) -> Tensor:
+def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None, cut: Tiles) -> Tensor:
     m, k = dy.shape[0], w.k
     dx = dy.new_empty((m, k))
     if dx.numel() == 0:
@@ -758,7 +778,6 @@ def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None) -> Tens
             "a_stride": branch.a.stride(0),
             "a_column_stride": branch.a.stride(1),
         }
-    cut = tiles(m, dy.dtype == torch.float32 or k % 2 == 1)
     _input_grad[(triton.cdiv(m, cut.rows) * triton.cdiv(k, cut.columns),)](
         dy=dy,
         dx=dx,

@@ -54,6 +54,13 @@ def test_several_blocks_of_every_kind(dtype):
     check_gradients(dtype, *shape, 16, dtype, None, 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_cut_that_tuning_tries_computes_the_same(dtype, monkeypatch):
+    for cut in kernels.around(kernels.tiles(5, dtype == torch.float32)):
+        monkeypatch.setattr(kernels, "formula", lambda x, w: cut)  # noqa: B023
+        check_gradients(dtype, 5, 70, 140, 4, dtype, None, 0.5)
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_every_blocksize_and_double_quantization(quant_type, double_quant):
