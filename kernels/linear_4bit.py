@@ -158,6 +158,7 @@ def _beside(t, like: tl.constexpr):
 
 @triton.jit
 def _branch(
+    acc,  # float32 [BM, BC]
     s,  # float32 [M, R]
     factor,
     factor_stride,
@@ -170,14 +171,11 @@ def _branch(
     M,
     C,
     R,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     LIKE: tl.constexpr,
 ):
-    """(s ∘ f)[rows] · other[:, columns], float32 [BM, BC]."""
-    acc = tl.zeros((BM, BC), tl.float32)
+    """acc + (s ∘ f)[rows] · other[:, columns]."""
     for r0 in tl.range(0, R, RANK, num_stages=1):  # short: its operands in flight would only take shared memory
         ranks = r0 + tl.arange(0, RANK)
         at = s + rows.to(tl.int64)[:, None] * R + ranks[None, :]
@@ -190,9 +188,16 @@ def _branch(
 
 
 @triton.jit
+def _slots_of(slot_of, rows, M, slots):
+    """The slot of each row, int32; ``slots`` where it has none."""
+    named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+    return tl.where((named >= 0) & (named < slots), named, slots).to(tl.int32)
+
+
+@triton.jit
 def _next_slot(named, after, slots):
     """The least slot in ``named`` beyond ``after``; ``slots`` where there is none."""
-    return tl.min(tl.where((named > after) & (named < slots), named, slots))
+    return tl.min(tl.where(named > after, named, slots))
 
 
 @triton.jit
@@ -306,19 +311,19 @@ def _forward(
         acc = tl.dot(_beside(sums, like), _beside(right, like), acc, input_precision=PRECISION)
     if split == 0:  # what is added once
         if slot_of is not None:
-            named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+            named = _slots_of(slot_of, rows, M, slots)
             slot = _next_slot(named, -1, slots)
             while slot < slots:
-                acc += _branch(
-                    s, None, 0, tl.load(factor + slot), b + slot * b_slot_stride, b_column_stride, b_stride,
-                    tl.where(named == slot, rows, M), columns, M, N, R,
-                    BM, BN, RANK, PRECISION, x.dtype.element_ty,
+                acc = _branch(
+                    acc, s, None, 0, tl.load(factor + slot), b + slot.to(tl.int64) * b_slot_stride,
+                    b_column_stride, b_stride, tl.where(named == slot, rows, M), columns, M, N, R,
+                    RANK, PRECISION, x.dtype.element_ty,
                 )  # fmt: skip
                 slot = _next_slot(named, slot, slots)
         elif a is None and b is not None:
-            acc += _branch(
-                s, factor, factor_stride, scaling, b, b_column_stride, b_stride, rows, columns, M, N, R,
-                BM, BN, RANK, PRECISION, x.dtype.element_ty,
+            acc = _branch(
+                acc, s, factor, factor_stride, scaling, b, b_column_stride, b_stride, rows, columns, M, N, R,
+                RANK, PRECISION, x.dtype.element_ty,
             )  # fmt: skip
         if bias is not None:
             acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -375,12 +380,11 @@ def _input_grad(
         acc = tl.dot(dy_tile, w.to(dy_tile.dtype), acc, input_precision=PRECISION)
     if ds is not None:
         part = _branch(
-            ds, None, 0, 1.0, a, a_stride, a_column_stride, rows, columns, M, K, R,
-            BM, BK, RANK, PRECISION, dy.dtype.element_ty,
+            acc if seed is None else tl.zeros((BM, BK), tl.float32), ds, None, 0, 1.0, a, a_stride, a_column_stride,
+            rows, columns, M, K, R, RANK, PRECISION, dy.dtype.element_ty,
         )  # fmt: skip
-        if seed is not None:
-            part = tl.where(_kept(seed, threshold, rows, columns), part * keep_scale, 0.0)
-        acc += part
+        kept = None if seed is None else _kept(seed, threshold, rows, columns)
+        acc = part if seed is None else acc + tl.where(kept, part * keep_scale, 0.0)
     at = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]
     tl.store(at, acc.to(dx.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])
 
@@ -462,7 +466,7 @@ def _slot_sums(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+    named = _slots_of(slot_of, rows, M, slots)
     x_rows = x + _places(order, rows, M)[:, None] * x_stride
     slot = _next_slot(named, -1, slots)
     while slot < slots:
@@ -471,7 +475,7 @@ def _slot_sums(
         for k0 in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), BK):
             k = k0 + tl.arange(0, BK)
             x_tile = tl.load(x_rows + k[None, :], mask=here & (k < K)[None, :], other=0.0)
-            a_at = a + slot * a_slot_stride + ranks.to(tl.int64)[:, None] * a_stride
+            a_at = a + slot.to(tl.int64) * a_slot_stride + ranks.to(tl.int64)[:, None] * a_stride
             a_at += k.to(tl.int64)[None, :] * a_column_stride
             a_tile = tl.load(a_at, mask=(ranks < R)[:, None] & (k < K)[None, :], other=0.0).to(x_tile.dtype)
             sums = tl.dot(x_tile, tl.trans(a_tile), sums, input_precision=PRECISION)
