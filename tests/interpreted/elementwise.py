@@ -32,8 +32,8 @@ kernels = _kernels("elementwise")
 
 
 @pytest.fixture
-def isa():
-    """Of the tests of the CPU's kernels."""
+def device():
+    """Of the operator's tests: no instruction set."""
 
 
 def test_the_kernels_serve_here():
