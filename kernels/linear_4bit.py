@@ -314,11 +314,11 @@ def _forward(
             named = _slots_of(slot_of, rows, M, slots)
             slot = _next_slot(named, -1, slots)
             while slot < slots:
-                acc = _branch(
-                    acc, s, None, 0, tl.load(factor + slot), b + slot.to(tl.int64) * b_slot_stride,
-                    b_column_stride, b_stride, tl.where(named == slot, rows, M), columns, M, N, R,
-                    RANK, PRECISION, x.dtype.element_ty,
+                added = _branch(
+                    acc, s, None, 0, tl.load(factor + slot), b + slot.to(tl.int64) * b_slot_stride, b_column_stride,
+                    b_stride, rows, columns, M, N, R, RANK, PRECISION, x.dtype.element_ty,
                 )  # fmt: skip
+                acc = tl.where((named == slot)[:, None], added, acc)  # what is not finite stays in its rows
                 slot = _next_slot(named, slot, slots)
         elif a is None and b is not None:
             acc = _branch(

@@ -91,6 +91,20 @@ def test_rows_of_mixed_adapters_match_each_alone(shape, dtype):
         assert error(y[i : i + 1], float64(x[i : i + 1], w, bias, lora), r) <= FORWARD[dtype]
 
 
+@pytest.mark.parametrize("m", [5, 140])
+def test_an_adapter_that_is_not_finite_stays_in_its_rows(m):
+    w, x, rows = packed_weight(24, 64), torch.randn(m, 64).to(torch.bfloat16), torch.randint(-1, 3, (m,))
+    rows[:4] = torch.arange(-1, 3)
+    bank = (torch.randn(3, 4, 64), torch.randn(3, 24, 4), torch.ones(3))
+    clean = linear_4bit(x, w, None, BankView(*bank, rows))
+    for i in range(3):
+        dirty = [t.clone() for t in bank]
+        dirty[i][1] = pick([math.nan, math.inf])
+        y = linear_4bit(x, w, None, BankView(*dirty, rows))
+        assert torch.equal(y[rows != 1], clean[rows != 1])
+        assert not y[rows == 1].isfinite().any()
+
+
 def test_mixed_adapters_train():
     n, k, r = 24, 64, 3
     w, x = packed_weight(n, k), torch.randn(5, k, requires_grad=True)
