@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from ..formats import Packed4bit
 from ..formats.held import HeldBranch
 from . import reference, triton_kernels
-from .backends import FLOATS, Backend, choose
+from .backends import FLOATS, NATIVE, Backend, choose
 
 
 class Lora(NamedTuple):
@@ -104,6 +104,7 @@ class BankView(NamedTuple):
 
 
 AnyLora = Lora | PackedLora | BankView | tuple
+_HELD = torch.ops.pyfastpeft.linear_4bit_held.default
 # The longest block whose values 8 bits hold to the int8 tier's error: those of longer ones crowd around zero.
 _INT8_BLOCKSIZE = 256
 
@@ -198,12 +199,10 @@ def _inference(
         if type(lora) is not PackedLora or type(lora.scaling) is not float or x.dtype is not torch.bfloat16:
             return None
         branch, scaling = lora.held, lora.scaling
-    if choose(w) is not Backend.NATIVE:
+    if choose(w) is not NATIVE:
         return None
     try:
-        return torch.ops.pyfastpeft.linear_4bit_held.default(
-            x, w.held, bias, branch, scaling, compute is not None and takes_int8(w, compute)
-        )
+        return _HELD(x, w.held, bias, branch, scaling, compute is not None and takes_int8(w, compute))
     except RuntimeError:  # the long way says what it is
         return None
 
