@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .codes import Format, check_blocksize, get_format, pack_nibbles, unpack_nibbles
+from .codes import FORMATS, Format, check_blocksize, get_format, pack_nibbles, unpack_nibbles
+from .devices import why_not_cuda
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
 from .held import HeldWeight
 
@@ -49,6 +50,14 @@ class Packed4bit:
         rows = self.shape[0] if self.shape else 1
         operands = (self.codes, self.scale, self.zero, *nested, self.format.id, rows, self.blocksize)
         object.__setattr__(self, "operands", operands)
+
+    @classmethod
+    def of_operands(cls, operands: tuple, k: int) -> Packed4bit:
+        """The matrix [N, K], in rows, whose :attr:`operands` these are; float32 by default."""
+        codes, scale, zero, absmax2, offset, format, n, blocksize = operands
+        nested = None if absmax2 is None else NestedScales(absmax2, offset)
+        name = next(f.name for f in FORMATS.values() if f.id == format)
+        return cls(codes, scale, zero, nested, torch.Size((n, k)), torch.float32, name, blocksize)
 
     @functools.cached_property
     def held(self) -> HeldWeight:
@@ -162,7 +171,7 @@ class Packed4bit:
         Decoded in float32 and rounded once.
         """
         dtype = self.dtype if dtype is None else dtype
-        if self.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if _compiled(self.device) and dtype in _FLOATS:
             rows = self.rows()
             return torch.ops.pyfastpeft.dequantize_4bit.default(
                 rows.codes, rows.block_scales(), rows.zero, self.format.id, self.blocksize, list(self.shape), dtype
@@ -175,6 +184,14 @@ class Packed4bit:
         codes = unpack_nibbles(rows.codes, math.prod(self.shape))
         flat = self.format.dequantize(codes, rows.block_scales(), rows.zero, self.blocksize)
         return flat.view(self.shape).to(dtype)
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _compiled(device: torch.device) -> bool:
+    """Whether the compiled quantizers serve ``device``."""
+    return device.type == "cpu" or (device.type == "cuda" and why_not_cuda(device) is None)
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -204,14 +221,14 @@ def quantize_4bit(
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if weight.dtype not in _FLOATS:
         raise TypeError(f"weight has dtype {weight.dtype}; it must be float32, bfloat16 or float16")
     fmt = get_format(quant_type)
     check_blocksize(fmt, blocksize)
     if double_quant and fmt.has_zero:
         raise ValueError("double_quant is True; it applies to 'nf4' and 'fp4', int4 keeps a scale and a zero a block")
     weight = weight.detach()
-    if weight.device.type == "cpu":
+    if _compiled(weight.device):
         codes, scale, zero = torch.ops.pyfastpeft.quantize_4bit.default(weight.contiguous(), fmt.id, blocksize)
         zero = zero if fmt.has_zero else None
     else:

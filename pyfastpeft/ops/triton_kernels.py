@@ -21,6 +21,7 @@ _OLDEST = (8, 0)
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def why_not(device: torch.device) -> str | None:
     """Why Triton kernels cannot serve tensors on ``device``; None where they can."""
     if importlib.util.find_spec("triton") is None:
