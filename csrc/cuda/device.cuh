@@ -98,18 +98,16 @@ PF_DEVICE uint64_t evict_first() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-// 16 bytes from global to shared memory, of which the first `bytes` (0 or 16) are read and the others zero. Both
-// addresses are multiples of 16. The rest of the 128-byte line is asked for too.
-PF_DEVICE void cp_async16(void* shared, const void* global, int bytes, uint64_t policy) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "l"(policy)
-      : "memory");
+// 16 bytes from global to shared memory, both addresses multiples of 16. The rest of the 128-byte line is asked for
+// too.
+PF_DEVICE void cp_async16(void* shared, const void* global, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "l"(policy)
+               : "memory");
 }
 // The same for what other blocks read too.
-PF_DEVICE void cp_async16(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+PF_DEVICE void cp_async16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 // Ends a group of copies.
 PF_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

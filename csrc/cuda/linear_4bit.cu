@@ -35,7 +35,7 @@ constexpr int kWarpRows = 32;                      // of W, two products high
 constexpr int kMostRows = 128, kMostRowsAny = 16;  // of x; where K or an address is odd
 constexpr int kMostSplits = 16;
 constexpr int kTable = 64 << 10;  // bytes of the pairs and, between them, of the codes
-constexpr int kSlice = 1024;      // columns of x · Aᵀ that a block takes
+constexpr int kSlice = 512;       // columns of x · Aᵀ that a block takes
 constexpr int kRanks = 32;        // of S that are in shared memory at a time
 constexpr int kCounters = 4096;   // of each kind, at the start of the workspace
 
@@ -46,10 +46,9 @@ struct Tile {
   static constexpr int kRows = kRowWarps * kWarpRows, kColumns = kDepthWarps * kUnit;  // of W, a step
   static constexpr int kColumnBits = NT == 1 ? 8 : 7;
   static constexpr int kXRows = 8 * NT;
-  static constexpr int kChunks = kColumns / 32;                     // 16 bytes of codes each, of a row
-  static constexpr int kScaleStride = kRows + 8;                    // [block][row], free of bank conflicts
-  static constexpr int kScales = kRows * kColumns / 32 / kThreads;  // that a thread loads, at most
-  static constexpr int kSumStride = kRows + 4;                      // [warp][row of x][row of W], likewise
+  static constexpr int kChunks = kColumns / 32;   // 16 bytes of codes each, of a row
+  static constexpr int kScaleStride = kRows + 8;  // [block][row], free of bank conflicts
+  static constexpr int kSumStride = kRows + 4;    // [warp][row of x][row of W], likewise
   static constexpr int kSums = kDepthWarps * kXRows * kSumStride * 4;
   static constexpr int kParts = kThreads / kRows, kPartRows = kXRows / kParts;  // in the epilogue
 };
@@ -59,6 +58,7 @@ struct Plan {
   int64_t row_tiles, x_tiles, steps, span, splits;  // blocks of W's rows, of x's rows; steps of columns; steps a split
   int64_t pairs, slices;                            // of S: 16 ranks times 8 rows; slices of columns
   int shared_bytes;
+  bool whole_slices;  // rows of A and x are loaded 16 bytes at a time
 
   __host__ __device__ int64_t tiles() const { return row_tiles * x_tiles; }
   __host__ __device__ int64_t tasks() const { return pairs * slices; }
@@ -93,6 +93,31 @@ PF_DEVICE int64_t slot_of(const PfLora& lora, int64_t m) {
 
 // ---- S = x · Aᵀ
 
+// product [ranks g, g, g + 8, g + 8; rows of x 2 t, 2 t + 1] += A · xᵀ over this warp's columns of a slice. Where the
+// rows of A and x allow it they are loaded 16 bytes at a time, all before the first is needed.
+template <typename T, typename A>
+PF_DEVICE void multiply_slice(const Arguments& p, const void* a_row, bool low_inside, bool high_inside, const T* x_row,
+                              bool x_inside, int64_t column0, float (&product)[4]) {
+  constexpr int kSteps = kSlice / kWarps / 32;
+  Raw8<A> low[kSteps], high[kSteps];
+  Raw8<T> x[kSteps];
+  const A* a = static_cast<const A*>(a_row);
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const int64_t column = column0 + i * 32;
+    if (column >= p.w.k) continue;
+    if (low_inside) low[i] = load_raw8(a + column);
+    if (high_inside) high[i] = load_raw8(a + 8 * p.lora.a_stride + column);
+    if (x_inside) x[i] = load_raw8(x_row + column);
+  }
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const uint4 l = pack8<T>(low[i]), h = pack8<T>(high[i]), v = pack8<T>(x[i]);
+    mma<T>(product, {l.x, h.x, l.y, h.y}, v.x, v.y);
+    mma<T>(product, {l.z, h.z, l.w, h.w}, v.z, v.w);
+  }
+}
+
 // Sums a slice of S [16 ranks, 8 rows of x] over kSlice columns, and all slices of it if it is the last.
 template <typename T>
 PF_DEVICE void sum_slice(const Arguments& p, unsigned char* memory, int64_t task) {
@@ -101,26 +126,35 @@ PF_DEVICE void sum_slice(const Arguments& p, unsigned char* memory, int64_t task
   const int64_t m0 = pair / rank_tiles * 8, rank0 = pair % rank_tiles * 16;
   const int g = lane() / 4, t = lane() % 4;
   const int64_t column0 = slice * kSlice + warp() * (kSlice / kWarps) + t * 8;
-  float sums[4] = {};  // ranks g, g, g + 8, g + 8; rows of x 2 t, 2 t + 1
+  const bool low_inside = rank0 + g < lora.rank, high_inside = rank0 + g + 8 < lora.rank, x_inside = m0 + g < p.m;
+  const T* x_row = static_cast<const T*>(p.x) + (m0 + g) * p.ldx;
+  float sums[4] = {};
   for (int64_t first = m0; first < m0 + 8 && first < p.m; ++first) {
     const int64_t slot = slot_of(lora, first);
     bool seen = slot < 0;
     for (int64_t m = m0; m < first; ++m) seen |= slot_of(lora, m) == slot;
     if (seen) continue;
-    const int64_t a_row = slot * lora.a_slot_stride + (rank0 + g) * lora.a_stride;
+    const int64_t at = slot * lora.a_slot_stride + (rank0 + g) * lora.a_stride;
+    const char* a_row = static_cast<const char*>(lora.a) + at * element_size(lora.a_dtype);
     float product[4] = {};
+    if (!p.plan.whole_slices) {
 #pragma unroll 1
-    for (int c = 0; c < kSlice / kWarps; c += 32) {
-      const int64_t column = column0 + c, left = p.w.k - column;
-      float values[8];
-      load8(lora.a, lora.a_dtype, a_row + column, 1, rank0 + g < lora.rank ? left : 0, values);
-      const uint4 low = pack8<T>(values);
-      load8(lora.a, lora.a_dtype, a_row + 8 * lora.a_stride + column, 1, rank0 + g + 8 < lora.rank ? left : 0, values);
-      const uint4 high = pack8<T>(values);
-      load8(p.x, kDType<T>, (m0 + g) * p.ldx + column, 1, m0 + g < p.m ? left : 0, values);
-      const uint4 x = pack8<T>(values);
-      mma<T>(product, {low.x, high.x, low.y, high.y}, x.x, x.y);
-      mma<T>(product, {low.z, high.z, low.w, high.w}, x.z, x.w);
+      for (int64_t column = column0; column < column0 + kSlice / kWarps; column += 32) {
+        float l[8], h[8], x[8];
+        const int64_t left = p.w.k - column;
+        load8(lora.a, lora.a_dtype, at + column, 1, low_inside ? left : 0, l);
+        load8(lora.a, lora.a_dtype, at + 8 * lora.a_stride + column, 1, high_inside ? left : 0, h);
+        load8(x_row, kDType<T>, column, 1, x_inside ? left : 0, x);
+        const uint4 low = pack8<T>(l), high = pack8<T>(h), v = pack8<T>(x);
+        mma<T>(product, {low.x, high.x, low.y, high.y}, v.x, v.y);
+        mma<T>(product, {low.z, high.z, low.w, high.w}, v.z, v.w);
+      }
+    } else if (lora.a_dtype == kFloat32) {
+      multiply_slice<T, float>(p, a_row, low_inside, high_inside, x_row, x_inside, column0, product);
+    } else if (lora.a_dtype == kBFloat16) {
+      multiply_slice<T, bf16>(p, a_row, low_inside, high_inside, x_row, x_inside, column0, product);
+    } else {
+      multiply_slice<T, f16>(p, a_row, low_inside, high_inside, x_row, x_inside, column0, product);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -176,19 +210,6 @@ PF_DEVICE void leave(const Arguments& p) {
   store_relaxed(p.at.left, 0);
 }
 
-// Until all of S is there.
-template <typename T>
-PF_DEVICE void wait_for_s(const Arguments& p, unsigned char* memory, bool ready) {
-  if (!ready) {
-    uint32_t* task = reinterpret_cast<uint32_t*>(memory + (kWarps * 128 + 1) * 4);
-    for (int64_t i; (i = claim(p, task)) < p.plan.tasks();) sum_slice<T>(p, memory, i);
-    if (threadIdx.x == 0)
-      while (load_acquire(p.at.ready) < p.plan.pairs) pause();
-    __syncthreads();
-  }
-  leave(p);
-}
-
 // ---- the sweep over W
 
 // Where a chunk of a row's codes lies in its stage: between the entries of the table, in lines of eight chunks,
@@ -198,76 +219,99 @@ PF_DEVICE int codes_offset(int stage, int row, int chunk) {
   const int i = row * C::kChunks + chunk, line = i / 8, place = i % 8 ^ (line & (C::kChunks - 1));
   return (stage * (C::kRows * C::kChunks / 8) + line) * 256 + 128 + place * 16;
 }
-// Where 8 columns of a row of x lie in its stage: chunks of odd rows are swapped by fours.
+// Where 8 columns of a row of x lie in their stage: chunks of odd rows are swapped by fours.
 template <typename C>
-PF_DEVICE int x_offset(int stage, int x_rows, int row, int chunk) {
-  return ((stage * x_rows + row) * (C::kColumns / 8) + (chunk ^ (row & 1) << 2)) * 16;
+PF_DEVICE int x_offset(int row, int chunk) {
+  return (row * (C::kColumns / 8) + (chunk ^ (row & 1) << 2)) * 16;
 }
 
 // acc [32 rows of the warp, 8 NT rows of x] += W · xᵀ over this warp's columns of steps [step0, step1). Needs K % 64 ==
-// 0 and 16-byte aligned codes and rows of x.
-template <typename T, int NT>
+// 0 and 16-byte aligned codes and rows of x; without ANY_BLOCK, blocks of 64 at least and no zeros.
+//
+// A thread copies, loads and reads the same places of every step, so that all of that is worked out once. Its part of a
+// step is inside the matrix while the step is below an end of its own.
+template <typename T, int NT, bool ANY_BLOCK>
 PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, int64_t m0, int step0, int step1,
                      float (&acc)[2][NT][4]) {
   using C = Tile<NT>;
   const PfWeight& w = p.w;
   const int row_warp = warp() % C::kRowWarps, depth_warp = warp() / C::kRowWarps, g = lane() / 4, t = lane() % 4;
-  const int x_rows = static_cast<int>(min64(p.m - m0, C::kXRows));
-  const bool halves = w.blocksize == 32;
+  const int x_rows = static_cast<int>(min64(p.m - m0, C::kXRows)), x_stage = x_rows * C::kColumns * 2;
+  const bool halves = ANY_BLOCK && w.blocksize == 32, has_zero = ANY_BLOCK && w.zero != nullptr;
   const int block_bits = __ffs(w.blocksize) - 1, unit_bits = halves ? 5 : 6;
   const int row_bits = C::kColumnBits - unit_bits, per_row = 1 << row_bits;  // scales of a row, a step
+  const int scale_stage = C::kScaleStride << row_bits;
   unsigned char* x_stages = memory + kTable;
-  float* scales = reinterpret_cast<float*>(x_stages + kStages * x_rows * C::kColumns * 2);  // [2][per_row][stride]
-  float* zeros = scales + 2 * per_row * C::kScaleStride;
-  float* dynamic_map = w.zero == nullptr ? zeros : zeros + 2 * per_row * C::kScaleStride;
+  float* scales = reinterpret_cast<float*>(x_stages + kStages * x_stage);  // [2][per_row][kScaleStride]
+  float* zeros = scales + 2 * scale_stage;
+  float* dynamic_map = has_zero ? zeros + 2 * scale_stage : zeros;
   const uint64_t policy = evict_first();
+  const auto end_of = [&](int column, bool inside) {
+    return inside ? static_cast<int>(min64(step1, (w.k - column + C::kColumns - 1) >> C::kColumnBits)) : 0;
+  };
 
+  // Codes: a chunk of kCodes rows.
+  constexpr int kCodes = C::kRows * C::kChunks / kThreads, kCodeRows = kThreads / C::kChunks;
+  const int code_row = threadIdx.x / C::kChunks, code_chunk = threadIdx.x % C::kChunks;
+  const uint8_t* codes = w.codes + (row0 + code_row) * (w.k / 2) + code_chunk * 16;
+  unsigned char* codes_to = memory + codes_offset<C>(0, code_row, code_chunk);
+  int codes_end[kCodes];
+#pragma unroll
+  for (int j = 0; j < kCodes; ++j) codes_end[j] = end_of(code_chunk * 32, row0 + code_row + j * kCodeRows < w.n);
+  // x: a chunk of kXs rows.
+  constexpr int kXChunks = C::kColumns / 8, kXRowsAtOnce = kThreads / kXChunks;
+  constexpr int kXs = (C::kXRows + kXRowsAtOnce - 1) / kXRowsAtOnce;
+  const int x_row = threadIdx.x / kXChunks, x_chunk = threadIdx.x % kXChunks;
+  const T* x = static_cast<const T*>(p.x) + (m0 + x_row) * p.ldx + x_chunk * 8;
+  unsigned char* x_to = x_stages + x_offset<C>(x_row, x_chunk);
+  int x_end[kXs];
+#pragma unroll
+  for (int j = 0; j < kXs; ++j) x_end[j] = end_of(x_chunk * 8, x_row + j * kXRowsAtOnce < x_rows);
   const auto copy = [&](int step) {
     const int stage = step % kStages;
-    const int64_t column0 = static_cast<int64_t>(step) * C::kColumns;
-    if (step < step1) {
 #pragma unroll
-      for (int j = 0; j < C::kRows * C::kChunks / kThreads; ++j) {
-        const int row = threadIdx.x / C::kChunks + j * (kThreads / C::kChunks), chunk = threadIdx.x % C::kChunks;
-        const int64_t column = column0 + chunk * 32;
-        const bool inside = row0 + row < w.n && column < w.k;
-        const uint8_t* from = w.codes + (inside ? (row0 + row) * (w.k / 2) + column / 2 : 0);
-        cp_async16(memory + codes_offset<C>(stage, row, chunk), from, inside ? 16 : 0, policy);
-      }
-      for (int i = threadIdx.x; i < x_rows * (C::kColumns / 8); i += kThreads) {
-        const int row = i / (C::kColumns / 8), chunk = i % (C::kColumns / 8);
-        const int64_t column = column0 + chunk * 8;
-        const bool inside = column < w.k;
-        const T* from = static_cast<const T*>(p.x) + (inside ? (m0 + row) * p.ldx + column : 0);
-        cp_async16(x_stages + x_offset<C>(stage, x_rows, row, chunk), from, inside ? 16 : 0);
-      }
-    }
+    for (int j = 0; j < kCodes; ++j)
+      if (step < codes_end[j])
+        cp_async16(codes_to + codes_offset<C>(stage, j * kCodeRows, 0) - codes_offset<C>(0, 0, 0),
+                   codes + j * kCodeRows * (w.k / 2) + static_cast<int64_t>(step) * (C::kColumns / 2), policy);
+#pragma unroll
+    for (int j = 0; j < kXs; ++j)
+      if (step < x_end[j])
+        cp_async16(x_to + stage * x_stage + x_offset<C>(j * kXRowsAtOnce, 0),
+                   x + j * kXRowsAtOnce * p.ldx + static_cast<int64_t>(step) * C::kColumns);
     cp_async_commit();
   };
-  // Scales are loaded a step ahead and written when the step is over, so that nobody waits for them.
-  RawScale raw[C::kScales];
-  float raw_zero[C::kScales];
+  // Scales (up to kScales): loaded a step ahead and written when the step is over, so that nobody waits for them.
+  constexpr int kScales = C::kRows * C::kColumns / (ANY_BLOCK ? 32 : kUnit) / kThreads;
+  const auto scale_row = [&](int j) { return (threadIdx.x + j * kThreads) >> row_bits; };
+  const auto scale_block = [&](int j) { return (threadIdx.x + j * kThreads) & (per_row - 1); };
+  int64_t scale_at[kScales];
+  int scales_end[kScales];
+#pragma unroll
+  for (int j = 0; j < kScales; ++j) {
+    const int column = scale_block(j) << unit_bits;
+    scale_at[j] = (row0 + scale_row(j)) * w.k + column;
+    scales_end[j] = end_of(column, scale_row(j) < C::kRows && row0 + scale_row(j) < w.n);
+  }
+  RawScale raw[kScales];
+  float raw_zero[kScales];
   const auto load_scales = [&](int step) {
 #pragma unroll
-    for (int j = 0; j < C::kScales; ++j) {
-      const int i = threadIdx.x + j * kThreads, row = i >> row_bits;
-      const int64_t column = static_cast<int64_t>(step) * C::kColumns + ((i & (per_row - 1)) << unit_bits);
-      raw[j] = {}, raw_zero[j] = 0.0f;
-      if (row >= C::kRows || row0 + row >= w.n || column >= w.k) continue;
-      const int64_t block = ((row0 + row) * w.k + column) >> block_bits;
+    for (int j = 0; j < kScales; ++j) {
+      if (step >= scales_end[j]) continue;
+      const int64_t block = (scale_at[j] + static_cast<int64_t>(step) * C::kColumns) >> block_bits;
       raw[j] = load_scale(w, block);
-      if (w.zero != nullptr) raw_zero[j] = __ldg(w.zero + block);
+      if (has_zero) raw_zero[j] = __ldg(w.zero + block);
     }
   };
   const float offset = w.scale != nullptr ? 0.0f : __ldg(w.offset);
   const auto store_scales = [&](int step) {
 #pragma unroll
-    for (int j = 0; j < C::kScales; ++j) {
-      const int i = threadIdx.x + j * kThreads, row = i >> row_bits;
-      if (row >= C::kRows) continue;
-      const int at = (step % 2 * per_row + (i & (per_row - 1))) * C::kScaleStride + row;
+    for (int j = 0; j < kScales; ++j) {
+      if (step >= scales_end[j]) continue;
+      const int at = step % 2 * scale_stage + scale_block(j) * C::kScaleStride + scale_row(j);
       scales[at] = scale_of(raw[j], w.scale != nullptr ? nullptr : dynamic_map, offset);
-      if (w.zero != nullptr) zeros[at] = raw_zero[j];
+      if (has_zero) zeros[at] = raw_zero[j];
     }
   };
 
@@ -284,23 +328,31 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
   store_scales(step0);
 
   // The two values of a byte of `codes`.
+  const uint32_t own = lane() * 4;
   const auto values = [&](uint32_t codes, int byte) {
-    const uint32_t at = __byte_perm(codes, lane() * 4, 0x5504 | byte << 4);
-    return *reinterpret_cast<const uint32_t*>(memory + at);
+    return *reinterpret_cast<const uint32_t*>(memory + __byte_perm(codes, own, 0x5504 | byte << 4));
   };
+  const unsigned char* codes_from =
+      memory + codes_offset<C>(0, row_warp * kWarpRows + lane() % 16, depth_warp * 2 + lane() / 16);
+  int x_from[NT];
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+    x_from[n] = kTable + x_offset<C>(min(n * 8 + g, x_rows - 1), depth_warp * (kUnit / 8) + t);
+  const float* scales_from = scales + (depth_warp << (6 - unit_bits)) * C::kScaleStride + row_warp * kWarpRows + g;
+  const int depth_end = end_of(depth_warp * kUnit, true);
+
   for (int step = step0; step < step1; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();
     copy(step + kStages - 1);
-    if (step + 1 < step1) load_scales(step + 1);
-    if (static_cast<int64_t>(step) * C::kColumns + depth_warp * kUnit < w.k) {
+    load_scales(step + 1);
+    if (step < depth_end) {
       const int stage = step % kStages;
       uint32_t fragments[2][4][4];  // [16 rows][16 columns]
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         uint32_t codes[4];  // rows g, g + 8 of columns 8 t to 8 t + 7; the same 32 columns on
-        const int row = row_warp * kWarpRows + r * 16 + lane() % 16;
-        ldmatrix_x4(codes, memory + codes_offset<C>(stage, row, depth_warp * 2 + lane() / 16));
+        ldmatrix_x4(codes, codes_from + codes_offset<C>(stage, r * 16, 0) - codes_offset<C>(0, 0, 0));
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -308,51 +360,50 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
       }
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        const int x_row = min(n * 8 + g, x_rows - 1);
         float sums[2][4] = {}, x_sum[4] = {};
         const auto add = [&](int block) {
-          const int at = (step % 2 * per_row + block) * C::kScaleStride + row_warp * kWarpRows + g;
+          const int at = step % 2 * scale_stage + block * C::kScaleStride;
 #pragma unroll
           for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const int row = r * 16 + i / 2 * 8;
-              acc[r][n][i] = fmaf(scales[at + row], sums[r][i], acc[r][n][i]);
-              if (w.zero != nullptr) acc[r][n][i] = fmaf(zeros[at + row], x_sum[i % 2], acc[r][n][i]);
+              const float* scale = scales_from + at + r * 16 + i / 2 * 8;
+              acc[r][n][i] = fmaf(*scale, sums[r][i], acc[r][n][i]);
+              if (has_zero) acc[r][n][i] = fmaf(scale[2 * scale_stage], x_sum[i % 2], acc[r][n][i]);
             }
         };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int chunk = depth_warp * (kUnit / 8) + half * 4 + t;
-          const uint4 x = *reinterpret_cast<const uint4*>(x_stages + x_offset<C>(stage, x_rows, x_row, chunk));
+          const int at = (x_from[n] + stage * x_stage) ^ (half * 64);  // the second half is the row's other four chunks
+          const uint4 v = *reinterpret_cast<const uint4*>(memory + at);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            mma<T>(sums[r], fragments[r][half * 2], x.x, x.y);
-            mma<T>(sums[r], fragments[r][half * 2 + 1], x.z, x.w);
+            mma<T>(sums[r], fragments[r][half * 2], v.x, v.y);
+            mma<T>(sums[r], fragments[r][half * 2 + 1], v.z, v.w);
           }
-          if (w.zero != nullptr) {
+          if (has_zero) {
             const uint32_t one = pack<T>(1.0f, 1.0f);
-            const uint32_t ones[4] = {one, one, one, one};
-            mma<T>(x_sum, ones, x.x, x.y);
-            mma<T>(x_sum, ones, x.z, x.w);
+            mma<T>(x_sum, {one, one, one, one}, v.x, v.y);
+            mma<T>(x_sum, {one, one, one, one}, v.z, v.w);
           }
           if (halves && half == 0) {
-            add(depth_warp * 2);
+            add(0);
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = x_sum[i] = 0.0f;
           }
         }
-        add(halves ? depth_warp * 2 + 1 : depth_warp);
+        add(halves ? 1 : 0);
       }
     }
-    if (step + 1 < step1) store_scales(step + 1);
+    store_scales(step + 1);
   }
   cp_async_wait<0>();
 }
 
 // The same for any K and any alignment, an element at a time.
 template <typename T, int NT>
-PF_DEVICE void sweep_any(const Arguments& p, int64_t row0, int64_t m0, int step0, int step1, float (&acc)[2][NT][4]) {
+PF_DEVICE void sweep_elements(const Arguments& p, int64_t row0, int64_t m0, int step0, int step1,
+                              float (&acc)[2][NT][4]) {
   using C = Tile<NT>;
   const PfWeight& w = p.w;
   const int row_warp = warp() % C::kRowWarps, depth_warp = warp() / C::kRowWarps, g = lane() / 4, t = lane() % 4;
@@ -434,39 +485,33 @@ PF_DEVICE void add_branch(const Arguments& p, float* memory, int64_t n, int64_t 
   }
 }
 
-template <typename T, int NT, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads, NT == 8 ? 1 : 2) linear_4bit_kernel(const PF_GRID_CONSTANT Arguments p) {
+// How W is read.
+enum Access { kWholeBlocks, kAnyBlocks, kElements };
+
+// This block's part of W · xᵀ, then of the rows of W one and of x a few a thread. True in the block that shall finish
+// the tile: all splits are in `v` then, and `ready` says whether S is there.
+template <typename T, int NT, Access ACCESS>
+PF_DEVICE bool multiply(const Arguments& p, unsigned char* memory, int64_t split, int64_t row0, int64_t m0,
+                        float (&v)[Tile<NT>::kPartRows], bool& ready) {
   using C = Tile<NT>;
-  unsigned char* memory = shared_memory();
-  int64_t block = blockIdx.x;
-  if (block < p.plan.tasks()) {
-    const int64_t task = claim(p, reinterpret_cast<uint32_t*>(memory));
-    if (task < p.plan.tasks()) sum_slice<T>(p, memory, task);
-    return leave(p);
-  }
-  block -= p.plan.tasks();
-  const int64_t m0 = block % p.plan.x_tiles * C::kXRows;
-  block /= p.plan.x_tiles;
-  const int64_t split = block % p.plan.splits, row0 = block / p.plan.splits * C::kRows;
   const int step0 = static_cast<int>(split * p.plan.span);
   const int step1 = static_cast<int>(min64(step0 + p.plan.span, p.plan.steps));
   const int x_rows = static_cast<int>(min64(p.m - m0, C::kXRows));
-  const bool branch = p.plan.tasks() > 0;
+  const bool branch = p.plan.pairs > 0;
   if (branch && split == 0)
     for (int i = threadIdx.x; i < x_rows * C::kRows; i += kThreads) {
-      const int64_t slot = slot_of(p.lora, m0 + i / C::kRows), n = row0 + i % C::kRows;
       if (p.lora.rows == nullptr && i >= C::kRows) break;
+      const int64_t slot = slot_of(p.lora, m0 + i / C::kRows), n = row0 + i % C::kRows;
       const int64_t at = (slot * p.lora.b_slot_stride + n * p.lora.b_stride) * element_size(p.lora.b_dtype);
       if (slot >= 0 && n < p.w.n) prefetch_l2(static_cast<const char*>(p.lora.b) + at);
     }
 
   float acc[2][NT][4] = {};
-  if constexpr (ALIGNED)
-    sweep<T, NT>(p, memory, row0, m0, step0, step1, acc);
+  if constexpr (ACCESS == kElements)
+    sweep_elements<T, NT>(p, row0, m0, step0, step1, acc);
   else
-    sweep_any<T, NT>(p, row0, m0, step0, step1, acc);
+    sweep<T, NT, ACCESS == kAnyBlocks>(p, memory, row0, m0, step0, step1, acc);
 
-  // Warps over the same rows, in order; from here on a thread has one row of W and a part of the rows of x.
   float* sums = reinterpret_cast<float*>(memory);  // [warp][row of x][row of W]
   const int g = lane() / 4, t = lane() % 4;
   __syncthreads();
@@ -481,44 +526,65 @@ __global__ void __launch_bounds__(kThreads, NT == 8 ? 1 : 2) linear_4bit_kernel(
       }
   __syncthreads();
   const int row = threadIdx.x % C::kRows, first = threadIdx.x / C::kRows * C::kPartRows;
-  float v[C::kPartRows];
 #pragma unroll
-  for (int i = 0; i < C::kPartRows; ++i) {
-    v[i] = 0.0f;
+  for (int i = 0; i < C::kPartRows; ++i)
 #pragma unroll
     for (int d = 0; d < C::kDepthWarps; ++d) v[i] += sums[(d * C::kXRows + first + i) * C::kSumStride + row];
-  }
 
-  uint32_t* flags = reinterpret_cast<uint32_t*>(memory + C::kSums);  // the last split, S is ready
+  uint32_t* flags = reinterpret_cast<uint32_t*>(memory + C::kSums);  // the last split, S is there
   const int64_t tile = row0 / C::kRows * p.plan.x_tiles + m0 / C::kXRows;
+  float* split_sums = p.at.split_sums + tile * p.plan.splits * C::kXRows * C::kRows + row;
+  const auto at = [&](int64_t s, int i) { return split_sums + (s * C::kXRows + first + i) * C::kRows; };
   if (p.plan.splits > 1) {
-    float* split_sums = p.at.split_sums + tile * p.plan.splits * C::kXRows * C::kRows + row;
-    const auto at = [&](int64_t s, int i) { return split_sums + (s * C::kXRows + first + i) * C::kRows; };
 #pragma unroll
     for (int i = 0; i < C::kPartRows; ++i)
       if (first + i < x_rows) *at(split, i) = v[i];
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      flags[1] = branch && load_acquire(p.at.ready) == p.plan.pairs;
-      flags[0] = arrive(p.at.splits_done + tile) == p.plan.splits - 1;
-    }
-    __syncthreads();
-    if (flags[0] == 0) return;
-    if (threadIdx.x == 0) store_relaxed(p.at.splits_done + tile, 0);
-#pragma unroll
-    for (int i = 0; i < C::kPartRows; ++i) v[i] = 0.0f;
-    for (int64_t s = 0; s < p.plan.splits; ++s)
-#pragma unroll
-      for (int i = 0; i < C::kPartRows; ++i)
-        if (first + i < x_rows) v[i] += __ldcg(at(s, i));
-  } else if (branch) {
-    if (threadIdx.x == 0) flags[1] = load_acquire(p.at.ready) == p.plan.pairs;
-    __syncthreads();
   }
-  const int64_t n = row0 + row;
-  if (branch) {
-    const bool ready = flags[1] != 0;
-    wait_for_s<T>(p, memory, ready);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    flags[1] = branch && load_acquire(p.at.ready) == p.plan.pairs;
+    flags[0] = p.plan.splits == 1 || arrive(p.at.splits_done + tile) == p.plan.splits - 1;
+  }
+  __syncthreads();
+  ready = flags[1] != 0;
+  if (flags[0] == 0) return false;
+  if (p.plan.splits == 1) return true;
+  if (threadIdx.x == 0) store_relaxed(p.at.splits_done + tile, 0);
+#pragma unroll
+  for (int i = 0; i < C::kPartRows; ++i) v[i] = 0.0f;
+  for (int64_t s = 0; s < p.plan.splits; ++s)
+#pragma unroll
+    for (int i = 0; i < C::kPartRows; ++i)
+      if (first + i < x_rows) v[i] += __ldcg(at(s, i));
+  return true;
+}
+
+template <typename T, int NT, Access ACCESS>
+__global__ void __launch_bounds__(kThreads, NT == 8 ? 1 : 2) linear_4bit_kernel(const PF_GRID_CONSTANT Arguments p) {
+  using C = Tile<NT>;
+  unsigned char* memory = shared_memory();
+  const int64_t block = blockIdx.x - p.plan.tasks(), split_tile = block / p.plan.x_tiles;
+  const bool for_s = block < 0;
+  const int64_t m0 = block % p.plan.x_tiles * C::kXRows, row0 = split_tile / p.plan.splits * C::kRows;
+  float v[C::kPartRows] = {};
+  bool ready = false;
+  if (!for_s && !multiply<T, NT, ACCESS>(p, memory, split_tile % p.plan.splits, row0, m0, v, ready)) return;
+
+  const int64_t n = row0 + threadIdx.x % C::kRows;
+  const int first = threadIdx.x / C::kRows * C::kPartRows, x_rows = static_cast<int>(min64(p.m - m0, C::kXRows));
+  if (p.plan.pairs > 0) {
+    if (!ready) {
+      uint32_t* task = reinterpret_cast<uint32_t*>(memory + (kWarps * 128 + 1) * 4);
+      for (int64_t i; (i = claim(p, task)) < p.plan.tasks();) {
+        sum_slice<T>(p, memory, i);
+        if (for_s) break;
+      }
+      if (!for_s && threadIdx.x == 0)
+        while (load_acquire(p.at.ready) < p.plan.pairs) pause();
+      __syncthreads();
+    }
+    leave(p);
+    if (for_s) return;
     add_branch<C>(p, reinterpret_cast<float*>(memory + C::kSums + 16), n, m0, x_rows, v);
   }
   if (n >= p.w.n) return;
@@ -587,8 +653,7 @@ auto with_tile(const PfWeight& w, int64_t m, bool aligned, const Body& body) {
   return body(Tile<1>{});
 }
 
-bool aligned16_host(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-bool aligned_weight(const PfWeight& w) { return w.k % kUnit == 0 && aligned16_host(w.codes); }
+bool aligned_weight(const PfWeight& w) { return w.k % kUnit == 0 && aligned16(w.codes); }
 
 template <typename T>
 cudaError_t run(Arguments p, const PfLora* lora, void* workspace, bool aligned, void* stream) {
@@ -596,10 +661,16 @@ cudaError_t run(Arguments p, const PfLora* lora, void* workspace, bool aligned, 
     using C = decltype(tile);
     p.plan = plan_of<C>(p.w, lora, p.m, aligned);
     if (p.plan.pairs > kCounters) return cudaErrorInvalidValue;
+    const int64_t whole = 16 / element_size(p.lora.a_dtype);
+    p.plan.whole_slices =
+        aligned && aligned16(p.lora.a) && p.lora.a_stride % whole == 0 && p.lora.a_slot_stride % whole == 0;
     lay_out<C>(p.plan, p.m, p.lora.rank, workspace, &p.at);
     const int64_t blocks = p.plan.tasks() + p.plan.tiles() * p.plan.splits;
-    auto kernel = linear_4bit_kernel<T, 1, false>;
-    if (aligned) kernel = linear_4bit_kernel<T, C::kXRows / 8, true>;
+    auto kernel = linear_4bit_kernel<T, 1, kElements>;
+    constexpr int kNT = C::kXRows / 8;
+    const bool any_blocks = p.w.blocksize == 32 || p.w.zero != nullptr;
+    if (aligned)
+      kernel = any_blocks ? linear_4bit_kernel<T, kNT, kAnyBlocks> : linear_4bit_kernel<T, kNT, kWholeBlocks>;
     return launch(kernel, blocks, kThreads, p.plan.shared_bytes, stream, p);
   });
 }
@@ -630,7 +701,7 @@ int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t 
 int32_t pf_linear_4bit(const PfWeight* w, const void* x, int64_t ldx, const void* bias, int32_t bias_dtype,
                        const PfLora* lora, void* y, int64_t m, int32_t dtype, void* workspace, void* stream) {
   if (m == 0 || w->n == 0) return cudaSuccess;
-  const bool aligned = aligned_weight(*w) && aligned16_host(x) && ldx % 8 == 0;
+  const bool aligned = aligned_weight(*w) && aligned16(x) && ldx % 8 == 0;
   const Arguments p{*w, lora == nullptr ? PfLora{} : *lora, x, bias, y, ldx, m, bias_dtype, {}, {}};
   if (dtype == kBFloat16) return run<bf16>(p, lora, workspace, aligned, stream);
   if (dtype == kFloat16) return run<f16>(p, lora, workspace, aligned, stream);

@@ -129,11 +129,11 @@ float2 unpack(uint32_t pair) {
 inline unsigned char* shared_memory() { return emulator::current->block->memory.get(); }
 
 inline uint64_t evict_first() { return 0; }
-inline void cp_async16(void* shared, const void* global, int bytes, uint64_t = 0) {
-  const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
-  if (misaligned(shared) || (bytes > 0 && misaligned(global))) emulator::fail("cp.async at a misaligned address");
+inline void cp_async16(void* shared, const void* global, uint64_t = 0) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16 != 0)
+    emulator::fail("cp.async at a misaligned address");
   std::memset(shared, 0xFF, 16);
-  emulator::current->open.push_back({shared, global, bytes});
+  emulator::current->open.push_back({shared, global});
 }
 inline void cp_async_commit() {
   emulator::current->groups.push_back(std::move(emulator::current->open));
@@ -142,10 +142,7 @@ inline void cp_async_commit() {
 template <int N>
 void cp_async_wait() {
   for (auto& groups = emulator::current->groups; groups.size() > N; groups.pop_front())
-    for (const emulator::Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    }
+    for (const emulator::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
 }
 inline void prefetch_l2(const void*) {}
 

@@ -68,8 +68,7 @@ struct Gate {
 
 struct Copy {
   void* to;
-  const void* from;
-  int bytes;
+  const void* from;  // 16 bytes
 };
 
 struct Thread {
