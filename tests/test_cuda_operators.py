@@ -240,6 +240,6 @@ def test_without_a_gpu_the_kernels_say_what_is_missing():
 
     missing = torch.ops.pyfastpeft.cuda_missing(9, 0)
     if _native.build_info()["cuda"]:
-        assert "no CUDA" in missing or "driver" in missing or "version" in missing
+        assert missing in ("this torch has no CUDA", "NVIDIA's driver is not installed")
     else:
         assert missing == "pyfastpeft was built without CUDA kernels (no nvcc was there)"
