@@ -184,7 +184,9 @@ struct Operators {
     const PfWeight w = weight(codes, scale, zero, absmax2, offset, format, n, k, blocksize);
     const int dtype = dtype_of(x, "x");
     const int64_t most = place.kernels.most_rows(&w, dtype);
-    STD_TORCH_CHECK(m <= most, "x has ", m, " rows; the kernels take at most ", most, " for this weight and dtype");
+    const bool aligned = reinterpret_cast<uintptr_t>(w.codes) % 16 == 0;
+    STD_TORCH_CHECK(m <= most, "x has ", m, " rows; the kernels take at most ", most, " for this weight and dtype",
+                    aligned ? "" : ", as the codes do not begin at a multiple of 16 bytes");
     check_dense(y, codes, x.scalar_type(), m * n, "y", "[M, N] in x's dtype");
     if (bias.has_value()) {
       STD_TORCH_CHECK(bias->dim() == 1, "bias must be [N]");

@@ -110,16 +110,16 @@ std::string cuda_missing(int64_t major, int64_t minor) {
 }
 
 int64_t linear_4bit_cuda_rows(int64_t device, int64_t format, int64_t n, int64_t k, int64_t blocksize, bool nested,
-                              bool aligned, ScalarType dtype) {
+                              ScalarType dtype) {
   check_format(format, blocksize);
   const Place place(static_cast<int32_t>(device));
   const int code = dtype == ScalarType::BFloat16 ? pf::kBFloat16
                    : dtype == ScalarType::Half   ? pf::kFloat16
                                                  : pf::kFloat32;
-  // Which tensors are there and whether the codes are aligned is all that counts of them.
+  // Which tensors are there is all that counts of them, and that the codes are aligned.
   alignas(16) static const float here = 0;
   PfWeight w{};
-  w.codes = reinterpret_cast<const uint8_t*>(&here) + (aligned ? 0 : 1);
+  w.codes = reinterpret_cast<const uint8_t*>(&here);
   if (nested) {
     w.scale8 = w.codes;
     w.absmax2 = w.offset = w.dynamic_map = &here;
@@ -142,7 +142,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
         "Tensor? slots, float factor, Tensor(a!) y) -> ()");
   m.def("dequantize_rows(" PF_WEIGHT ", int k, int row0, Tensor(a!) out) -> ()");
   m.def(
-      "linear_4bit_cuda_rows(int device, int format, int n, int k, int blocksize, bool nested, bool aligned, "
+      "linear_4bit_cuda_rows(int device, int format, int n, int k, int blocksize, bool nested, "
       "ScalarType dtype) -> int");
   m.def("cuda_missing(int major, int minor) -> str");
 }

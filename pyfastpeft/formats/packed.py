@@ -130,6 +130,8 @@ class Packed4bit:
 
     def prepared(self) -> Packed4bit:
         """The layout the kernels of this device read; ``self`` where it already is."""
+        if self.device.type == "cuda" and self.codes.storage_offset() % _ALIGNMENT:
+            return replace(self, codes=self.codes.clone())
         return self.tiles() if self.device.type == "cpu" and self.tileable else self
 
     @property
@@ -186,6 +188,7 @@ class Packed4bit:
         return flat.view(self.shape).to(dtype)
 
 
+_ALIGNMENT = 16  # of codes on a GPU, in bytes
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -9,16 +9,15 @@ from ..formats import Packed4bit
 
 
 @torch.compiler.assume_constant_result
-def _most_rows(*weight_and_dtype: int | bool | torch.dtype) -> int:
-    return torch.ops.pyfastpeft.linear_4bit_cuda_rows.default(*weight_and_dtype)
+def _most_rows(device: int, format: int, n: int, k: int, blocksize: int, nested: bool, dtype: torch.dtype) -> int:
+    return torch.ops.pyfastpeft.linear_4bit_cuda_rows.default(device, format, n, k, blocksize, nested, dtype)
 
 
 def most_rows(w: Packed4bit, dtype: torch.dtype) -> int:
-    """The most rows of ``dtype`` that the kernels multiply with ``w`` on its device; 0: none."""
+    """The most rows of ``dtype`` that the kernels multiply with ``w``, prepared for its device; 0: none."""
     if w.codes.numel() == 0:
         return 0
-    aligned = w.codes.storage_offset() % 16 == 0
-    return _most_rows(w.device.index, w.format.id, *w.shape, w.blocksize, w.nested is not None, aligned, dtype)
+    return _most_rows(w.device.index, w.format.id, *w.shape, w.blocksize, w.nested is not None, dtype)
 
 
 def forward(
