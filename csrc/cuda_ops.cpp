@@ -140,6 +140,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("linear_4bit_cuda(Tensor x, " PF_WEIGHT
         ", Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scaling, "
         "Tensor? slots, float factor, Tensor(a!) y) -> ()");
+  m.def("quantize_4bit_cuda(Tensor w, int format, int blocksize) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dequantize_4bit_cuda(Tensor codes, Tensor scale, Tensor? zero, int format, int blocksize, int[] shape, "
+      "ScalarType dtype) -> Tensor");
   m.def("dequantize_rows(" PF_WEIGHT ", int k, int row0, Tensor(a!) out) -> ()");
   m.def(
       "linear_4bit_cuda_rows(int device, int format, int n, int k, int blocksize, bool nested, "
@@ -150,8 +154,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CUDA, m) {
   m.impl("linear_4bit_cuda", TORCH_BOX(&Operators<Place>::linear_4bit));
   m.impl("dequantize_rows", TORCH_BOX(&Operators<Place>::dequantize_rows));
-  m.impl("dequantize_4bit", TORCH_BOX(&Operators<Place>::dequantize_4bit));
-  m.impl("quantize_4bit", TORCH_BOX(&Operators<Place>::quantize_4bit));
+  m.impl("dequantize_4bit_cuda", TORCH_BOX(&Operators<Place>::dequantize_4bit));
+  m.impl("quantize_4bit_cuda", TORCH_BOX(&Operators<Place>::quantize_4bit));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {

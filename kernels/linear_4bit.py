@@ -196,6 +196,12 @@ def _next_slot(named, after, slots):
 
 
 @triton.jit
+def _places(order, rows, M):
+    """Where x and y have the rows, int64."""
+    return rows.to(tl.int64) if order is None else tl.load(order + rows, mask=rows < M, other=0)
+
+
+@triton.jit
 def _mix32(h):
     """A 32-bit integer hash with good avalanche, the CPU operator's."""
     h = (h ^ (h >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
@@ -244,6 +250,7 @@ def _forward(
     factor,  # float32 [M, R] at factor_stride, or None
     scaling,
     slot_of,  # int64 [M], or None; with it `b` is [slots, N, R] and `factor` float32 [slots]
+    order,  # int64 [M], or None: which row of x and of y is that of `s` and `slot_of`
     slots,
     b_slot_stride,
     M,
@@ -272,7 +279,8 @@ def _forward(
     rows = row_block * BM + tl.arange(0, BM)
     columns = column_block * BN + tl.arange(0, BN)
     ranks = tl.arange(0, RANK)
-    x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+    places = _places(order, rows, M)
+    x_rows = x + places[:, None] * x_stride
     acc = tl.zeros((BM, BN), tl.float32)
     sums = tl.zeros((BM, RANK), tl.float32)
     for k0 in range(split * span, tl.minimum(split * span + span, K), BK):
@@ -314,7 +322,7 @@ def _forward(
             )  # fmt: skip
         if bias is not None:
             acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    at = y + (split.to(tl.int64) * M + rows[:, None]) * N + columns[None, :]
+    at = y + (split.to(tl.int64) * M + places[:, None]) * N + columns[None, :]
     tl.store(at, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
@@ -435,6 +443,7 @@ def _slot_sums(
     x,  # [M, K], columns side by side
     a,  # [slots, R, K]
     slot_of,  # int64 [M]
+    order,  # int64 [M], or None: which row of x is that of `slot_of` and `s`
     s,  # float32 [parts, M, R]: a part a span of columns; rows without a slot stay unwritten
     slots,
     M,
@@ -454,14 +463,14 @@ def _slot_sums(
     part = tl.program_id(1)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
     named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+    x_rows = x + _places(order, rows, M)[:, None] * x_stride
     slot = _next_slot(named, -1, slots)
     while slot < slots:
         here = (named == slot)[:, None]
         sums = tl.zeros((BM, RANK), tl.float32)
         for k0 in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), BK):
             k = k0 + tl.arange(0, BK)
-            x_at = x + rows.to(tl.int64)[:, None] * x_stride + k[None, :]
-            x_tile = tl.load(x_at, mask=here & (k < K)[None, :], other=0.0)
+            x_tile = tl.load(x_rows + k[None, :], mask=here & (k < K)[None, :], other=0.0)
             a_at = a + slot * a_slot_stride + ranks.to(tl.int64)[:, None] * a_stride
             a_at += k.to(tl.int64)[None, :] * a_column_stride
             a_tile = tl.load(a_at, mask=(ranks < R)[:, None] & (k < K)[None, :], other=0.0).to(x_tile.dtype)
@@ -575,7 +584,7 @@ class Slots(NamedTuple):
     rows: Tensor
 
 
-_NO_BRANCH = dict.fromkeys(("a", "b", "s", "factor", "slot_of")) | {"scaling": 1.0}
+_NO_BRANCH = dict.fromkeys(("a", "b", "s", "factor", "slot_of", "order")) | {"scaling": 1.0}
 _NO_BRANCH |= dict.fromkeys(("R", "slots", "b_slot_stride", "a_stride", "b_stride", "b_column_stride"), 0)
 _NO_BRANCH |= {"factor_stride": 0}
 
@@ -612,17 +621,24 @@ def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) ->
 
 
 def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Tensor:
-    """y [M, N] in x's dtype, each row of x with the adapter in its slot."""
+    """y [M, N] in x's dtype, each row of x with the adapter in its slot.
+
+    A block of rows takes the slots that occur in it one by one. More rows than a block has are taken in the order of
+    their slots: blocks and slots are then met no more often than they are, together, where unsorted rows may bring
+    every slot to every block. The launches are those of the numbers of rows and slots, whatever the slots.
+    """
     x = _with_contiguous_columns(x)
     (m, k), (slots, r, _) = x.shape, lora.a.shape
-    rank = _rank_block(r)
+    rank, split = _rank_block(r), _split(x, w)
+    slot_of, order = lora.rows.sort() if m > split[0].rows else (lora.rows, None)
     s = x.new_empty((triton.cdiv(k, _SPAN), m, r), dtype=torch.float32)
     if s.numel() > 0:
         height = min(max(16, triton.next_power_of_2(m)), 32)
         _slot_sums[(triton.cdiv(m, height), len(s), triton.cdiv(r, rank))](
             x=x,
             a=lora.a,
-            slot_of=lora.rows,
+            slot_of=slot_of,
+            order=order,
             s=s,
             slots=slots,
             M=m,
@@ -644,11 +660,12 @@ def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Ten
         x,
         w,
         bias,
-        *_split(x, w),
+        *split,
         b=lora.b,
         s=_summed(s),
         factor=lora.scaling,
-        slot_of=lora.rows,
+        slot_of=slot_of,
+        order=order,
         slots=slots,
         R=r,
         b_slot_stride=lora.b.stride(0),

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..formats import why_not_cuda
+from ..ops.cuda_kernels import why_not
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "triton", "gguf", "peft", "bitsandbytes")
 
@@ -41,7 +41,7 @@ def _cuda_kernels(gpus: Sequence[int]) -> dict[str, str]:
     """Whether they serve each GPU; without one, what else is missing."""
     if not gpus:
         return {"not used:": torch.ops.pyfastpeft.cuda_missing.default(*_ANY_GPU) or "no GPU is here"}
-    return {f"cuda:{i}": why_not_cuda(torch.device("cuda", i)) or "served" for i in gpus}
+    return {f"cuda:{i}": why_not(torch.device("cuda", i)) or "served" for i in gpus}
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:

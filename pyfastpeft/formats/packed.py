@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .codes import FORMATS, Format, check_blocksize, get_format, pack_nibbles, unpack_nibbles
-from .devices import why_not_cuda
+from .codes import Format, check_blocksize, format_of, get_format, pack_nibbles, unpack_nibbles
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
 from .held import HeldWeight
+
+_ALIGNMENT = 16  # of codes on a GPU, in bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Packed4bit:
         """The matrix [N, K], in rows, whose :attr:`operands` these are; float32 by default."""
         codes, scale, zero, absmax2, offset, format, n, blocksize = operands
         nested = None if absmax2 is None else NestedScales(absmax2, offset)
-        name = next(f.name for f in FORMATS.values() if f.id == format)
+        name = format_of(format).name
         return cls(codes, scale, zero, nested, torch.Size((n, k)), torch.float32, name, blocksize)
 
     @functools.cached_property
@@ -173,7 +174,7 @@ class Packed4bit:
         Decoded in float32 and rounded once.
         """
         dtype = self.dtype if dtype is None else dtype
-        if _compiled(self.device) and dtype in _FLOATS:
+        if dtype in (torch.float32, torch.bfloat16, torch.float16):
             rows = self.rows()
             return torch.ops.pyfastpeft.dequantize_4bit.default(
                 rows.codes, rows.block_scales(), rows.zero, self.format.id, self.blocksize, list(self.shape), dtype
@@ -183,18 +184,9 @@ class Packed4bit:
     def reference(self, dtype: torch.dtype) -> Tensor:
         """:meth:`dequantize` in plain torch, on any device: what the kernels are held to."""
         rows = self.rows()
-        codes = unpack_nibbles(rows.codes, math.prod(self.shape))
-        flat = self.format.dequantize(codes, rows.block_scales(), rows.zero, self.blocksize)
-        return flat.view(self.shape).to(dtype)
-
-
-_ALIGNMENT = 16  # of codes on a GPU, in bytes
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _compiled(device: torch.device) -> bool:
-    """Whether the compiled quantizers serve ``device``."""
-    return device.type == "cpu" or (device.type == "cuda" and why_not_cuda(device) is None)
+        return dequantize_reference(
+            rows.codes, rows.block_scales(), rows.zero, self.format, self.blocksize, self.shape, dtype
+        )
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -224,18 +216,15 @@ def quantize_4bit(
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight has dtype {weight.dtype}; it must be float32, bfloat16 or float16")
     fmt = get_format(quant_type)
     check_blocksize(fmt, blocksize)
     if double_quant and fmt.has_zero:
         raise ValueError("double_quant is True; it applies to 'nf4' and 'fp4', int4 keeps a scale and a zero a block")
     weight = weight.detach()
-    if _compiled(weight.device):
-        codes, scale, zero = torch.ops.pyfastpeft.quantize_4bit.default(weight.contiguous(), fmt.id, blocksize)
-        zero = zero if fmt.has_zero else None
-    else:
-        codes, scale, zero = quantize_reference(weight, fmt, blocksize)
+    codes, scale, zero = torch.ops.pyfastpeft.quantize_4bit.default(weight.contiguous(), fmt.id, blocksize)
+    zero = zero if fmt.has_zero else None
     nested = None
     if double_quant:
         scale, nested = quantize_scales(scale)
@@ -247,3 +236,17 @@ def quantize_reference(weight: Tensor, fmt: Format, blocksize: int) -> tuple[Ten
     flat = weight.reshape(-1).float()
     codes, scale, zero = fmt.quantize(flat, blocksize)
     return pack_nibbles(codes, fmt), scale, zero
+
+
+def dequantize_reference(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    fmt: Format,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The inverse of :func:`quantize_reference`, as a tensor of ``shape``."""
+    flat = fmt.dequantize(unpack_nibbles(codes, math.prod(shape)), scale, zero, blocksize)
+    return flat.view(shape).to(dtype)

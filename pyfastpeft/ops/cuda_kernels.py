@@ -1,11 +1,24 @@
-"""The operators by the CUDA kernels (csrc/cuda), for inference; signatures as in :mod:`reference`."""
+"""The operators by the CUDA kernels (csrc/cuda)."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from ..formats import Packed4bit
+
+
+@functools.cache
+@torch.compiler.assume_constant_result
+def why_not(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot serve tensors on ``device``; None where they can."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}; they must be on a GPU"
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    return torch.ops.pyfastpeft.cuda_missing.default(*torch.cuda.get_device_capability(device)) or None
 
 
 @torch.compiler.assume_constant_result
@@ -50,3 +63,15 @@ def _product(x: Tensor, w: Packed4bit, bias: Tensor | None, *lora: Tensor | floa
     y = x.new_empty((x.shape[0], w.shape[0]))
     torch.ops.pyfastpeft.linear_4bit_cuda.default(x, *w.operands, bias, *lora, y)
     return y
+
+
+def quantize_4bit(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``quantize_4bit``."""
+    return torch.ops.pyfastpeft.quantize_4bit_cuda.default(w, format, blocksize)
+
+
+def dequantize_4bit(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, format: int, blocksize: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """The operator ``dequantize_4bit``."""
+    return torch.ops.pyfastpeft.dequantize_4bit_cuda.default(codes, scale, zero, format, blocksize, shape, dtype)

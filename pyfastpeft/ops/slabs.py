@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import Packed4bit, why_not_cuda
+from ..formats import Packed4bit
+from .cuda_kernels import why_not as why_not_cuda
 from .library import BRANCH, WEIGHT
 from .reference import keep_mask, scaled
 

@@ -70,7 +70,7 @@ def test_dropout_drops_what_the_definition_drops_in_both_directions(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(5, 24, 64, 3), (40, 33, 35, 4), (3, 16, 1100, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 24, 64, 3), (40, 33, 35, 4), (3, 16, 1100, 70), (140, 24, 64, 4)], ids=str)
 def test_rows_of_mixed_adapters_match_each_alone(shape, dtype):
     m, n, k, r = shape
     w, bias, slots = packed_weight(n, k), pick([None, torch.randn(n)]), 5
