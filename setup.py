@@ -138,6 +138,9 @@ class BuildExt(build_ext):
         self.architectures = chosen_architectures(self.nvcc)
         if not self.architectures:
             self.extensions = [ext for ext in self.extensions if ext.name != CUDA_LIBRARY]
+        if importlib.util.find_spec("pybind11") is None:
+            print("pyfastpeft: pybind11 is not here, so it is built without _native (see pyfastpeft info)")
+            self.extensions = [ext for ext in self.extensions if ext.name != "pyfastpeft._native"]
         super().run()
 
     def build_extensions(self) -> None:
