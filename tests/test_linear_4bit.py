@@ -808,6 +808,21 @@ def test_a_bank_refuses_a_wrong_number_of_rows():
         linear_4bit(torch.ones(3, 64), w, None, bank)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([0, 1, 2], r"rows of the bank lie in \[0, 2\]; they must lie in \[-1, 1\]"),
+        ([0, -2, 1], r"rows of the bank lie in \[-2, 1\]"),
+        ([0.0, 1.0, 1.0], "rows of the bank are torch.float32; they must be int64"),
+    ],
+)
+def test_a_bank_refuses_slots_that_it_has_not(rows, message):
+    w = fp.quantize_4bit(torch.ones(24, 64))
+    bank = BankView(torch.ones(2, 4, 64), torch.ones(2, 24, 4), torch.ones(2), torch.tensor(rows))
+    with pytest.raises(ValueError, match=message):
+        linear_4bit(torch.ones(3, 64), w, None, bank)
+
+
 # ---- inference over what is held -------------------------------------------------------------------------------------
 
 

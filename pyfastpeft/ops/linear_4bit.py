@@ -88,7 +88,7 @@ class BankView(NamedTuple):
 
     Attributes:
         a: [slots, r, K].   b: [slots, N, r].   scaling: [slots].
-        rows: int64 [rows of x], the slot of each row; -1 is the base model alone.
+        rows: int64 [rows of x], the slot of each row; -1 is the base model alone (so is, on a GPU, what is no slot).
     """
 
     a: Tensor
@@ -272,6 +272,13 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
             raise ValueError(f"{name} of the bank has shape {tuple(t.shape)}; it must be {shape}")
         if t.device != x.device:
             raise ValueError(f"{name} of the bank is on {t.device}; it must be on x's device, {x.device}")
+    if bank.rows.dtype != torch.int64:
+        raise ValueError(f"rows of the bank are {bank.rows.dtype}; they must be int64")
+    # Looking at them on a GPU would wait for it; there other numbers are as -1.
+    if bank.rows.is_cpu and not torch.compiler.is_compiling() and bank.rows.numel() > 0:
+        least, most = (int(v) for v in bank.rows.aminmax())
+        if least < -1 or most >= slots:
+            raise ValueError(f"rows of the bank lie in [{least}, {most}]; they must lie in [-1, {slots - 1}]")
     if bank.a.dtype not in FLOATS or bank.b.dtype not in FLOATS or r < 1:
         what = f"are {bank.a.dtype} and {bank.b.dtype} of rank {r}"
         raise ValueError(f"a and b of the bank {what}; they must be floating point, of rank 1 at least")
