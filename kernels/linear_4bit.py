@@ -158,6 +158,7 @@ def _beside(t, like: tl.constexpr):
 
 @triton.jit
 def _branch(
+    acc,  # float32 [BM, BC]
     s,  # float32 [M, R]
     factor,
     factor_stride,
@@ -170,14 +171,11 @@ def _branch(
     M,
     C,
     R,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     LIKE: tl.constexpr,
 ):
-    """(s ∘ f)[rows] · other[:, columns], float32 [BM, BC]."""
-    acc = tl.zeros((BM, BC), tl.float32)
+    """acc + (s ∘ f)[rows] · other[:, columns]."""
     for r0 in tl.range(0, R, RANK, num_stages=1):  # short: its operands in flight would only take shared memory
         ranks = r0 + tl.arange(0, RANK)
         at = s + rows.to(tl.int64)[:, None] * R + ranks[None, :]
@@ -190,9 +188,16 @@ def _branch(
 
 
 @triton.jit
+def _slots_of(slot_of, rows, M, slots):
+    """The slot of each row, int32; ``slots`` where it has none."""
+    named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+    return tl.where((named >= 0) & (named < slots), named, slots).to(tl.int32)
+
+
+@triton.jit
 def _next_slot(named, after, slots):
     """The least slot in ``named`` beyond ``after``; ``slots`` where there is none."""
-    return tl.min(tl.where((named > after) & (named < slots), named, slots))
+    return tl.min(tl.where(named > after, named, slots))
 
 
 @triton.jit
@@ -306,19 +311,19 @@ def _forward(
         acc = tl.dot(_beside(sums, like), _beside(right, like), acc, input_precision=PRECISION)
     if split == 0:  # what is added once
         if slot_of is not None:
-            named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+            named = _slots_of(slot_of, rows, M, slots)
             slot = _next_slot(named, -1, slots)
             while slot < slots:
-                acc += _branch(
-                    s, None, 0, tl.load(factor + slot), b + slot * b_slot_stride, b_column_stride, b_stride,
-                    tl.where(named == slot, rows, M), columns, M, N, R,
-                    BM, BN, RANK, PRECISION, x.dtype.element_ty,
+                added = _branch(
+                    acc, s, None, 0, tl.load(factor + slot), b + slot.to(tl.int64) * b_slot_stride, b_column_stride,
+                    b_stride, rows, columns, M, N, R, RANK, PRECISION, x.dtype.element_ty,
                 )  # fmt: skip
+                acc = tl.where((named == slot)[:, None], added, acc)  # what is not finite stays in its rows
                 slot = _next_slot(named, slot, slots)
         elif a is None and b is not None:
-            acc += _branch(
-                s, factor, factor_stride, scaling, b, b_column_stride, b_stride, rows, columns, M, N, R,
-                BM, BN, RANK, PRECISION, x.dtype.element_ty,
+            acc = _branch(
+                acc, s, factor, factor_stride, scaling, b, b_column_stride, b_stride, rows, columns, M, N, R,
+                RANK, PRECISION, x.dtype.element_ty,
             )  # fmt: skip
         if bias is not None:
             acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -375,12 +380,11 @@ def _input_grad(
         acc = tl.dot(dy_tile, w.to(dy_tile.dtype), acc, input_precision=PRECISION)
     if ds is not None:
         part = _branch(
-            ds, None, 0, 1.0, a, a_stride, a_column_stride, rows, columns, M, K, R,
-            BM, BK, RANK, PRECISION, dy.dtype.element_ty,
+            acc if seed is None else tl.zeros((BM, BK), tl.float32), ds, None, 0, 1.0, a, a_stride, a_column_stride,
+            rows, columns, M, K, R, RANK, PRECISION, dy.dtype.element_ty,
         )  # fmt: skip
-        if seed is not None:
-            part = tl.where(_kept(seed, threshold, rows, columns), part * keep_scale, 0.0)
-        acc += part
+        kept = None if seed is None else _kept(seed, threshold, rows, columns)
+        acc = part if seed is None else acc + tl.where(kept, part * keep_scale, 0.0)
     at = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]
     tl.store(at, acc.to(dx.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])
 
@@ -462,7 +466,7 @@ def _slot_sums(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+    named = _slots_of(slot_of, rows, M, slots)
     x_rows = x + _places(order, rows, M)[:, None] * x_stride
     slot = _next_slot(named, -1, slots)
     while slot < slots:
@@ -471,7 +475,7 @@ def _slot_sums(
         for k0 in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), BK):
             k = k0 + tl.arange(0, BK)
             x_tile = tl.load(x_rows + k[None, :], mask=here & (k < K)[None, :], other=0.0)
-            a_at = a + slot * a_slot_stride + ranks.to(tl.int64)[:, None] * a_stride
+            a_at = a + slot.to(tl.int64) * a_slot_stride + ranks.to(tl.int64)[:, None] * a_stride
             a_at += k.to(tl.int64)[None, :] * a_column_stride
             a_tile = tl.load(a_at, mask=(ranks < R)[:, None] & (k < K)[None, :], other=0.0).to(x_tile.dtype)
             sums = tl.dot(x_tile, tl.trans(a_tile), sums, input_precision=PRECISION)
@@ -513,6 +517,22 @@ def tiles(m: int, plain: bool) -> Tiles:
     if rows == 64:
         return Tiles(rows, 64, 64, 4, 4)
     return Tiles(rows, 128, 64, 8, 3)
+
+
+def formula(x: Tensor, w: Weight) -> Tiles:
+    """``tiles`` for the rows of x or of dy."""
+    return tiles(x.shape[0], x.dtype == torch.float32 or w.k % 2 == 1)
+
+
+def around(cut: Tiles) -> list[Tiles]:
+    """What is worth trying beside a cut: its columns, depth or warps halved or doubled, a stage less or more."""
+    halved_or_doubled = [
+        cut._replace(**{name: size})
+        for name, least, most in (("columns", 32, 256), ("depth", 32, 256), ("warps", 2, 16))
+        for size in (getattr(cut, name) // 2, getattr(cut, name) * 2)
+        if least <= size <= most
+    ]
+    return halved_or_doubled + [cut._replace(stages=n) for n in (cut.stages - 1, cut.stages + 1) if n > 1]
 
 
 def splits(m: int, n: int, k: int, cut: Tiles) -> int:
@@ -589,10 +609,12 @@ _NO_BRANCH |= dict.fromkeys(("R", "slots", "b_slot_stride", "a_stride", "b_strid
 _NO_BRANCH |= {"factor_stride": 0}
 
 
-def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) -> tuple[Tensor, Tensor]:
-    """(y [M, N] in x's dtype, S float32 [M, R], R = 0 without a branch)."""
+def forward(
+    x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None, cut: Tiles | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N] in x's dtype, S float32 [M, R], R = 0 without a branch); ``cut``: instead of the formula's."""
     x = _with_contiguous_columns(x)
-    cut, parts, span = _split(x, w)
+    cut, parts, span = _split(x, w, cut)
     if branch is None:
         return _product(x, w, bias, cut, parts, span), x.new_empty((x.shape[0], 0), dtype=torch.float32)
     sweeps = branch.seed is None and branch.rank <= _SWEEP_RANK and cut.rows >= _SWEEP_ROWS
@@ -674,10 +696,10 @@ def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Ten
     )
 
 
-def _split(x: Tensor, w: Weight) -> tuple[Tiles, int, int]:
+def _split(x: Tensor, w: Weight, cut: Tiles | None = None) -> tuple[Tiles, int, int]:
     """(tiles of x · Wᵀ, parts of the sweep, columns of a part)."""
     (m, k), n = x.shape, w.n
-    cut = tiles(m, x.dtype == torch.float32 or k % 2 == 1)
+    cut = cut or formula(x, w)
     span = triton.cdiv(triton.cdiv(k, splits(m, n, k, cut)), cut.depth) * cut.depth if m and n else k
     return cut, triton.cdiv(k, span), span
 
@@ -719,12 +741,14 @@ def backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
+    cut: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx [M, K] in dy's dtype, dA float32 [R, K], dB float32 [N, R]), None where not needed.
 
     Args:
         dy: [M, N].
         x, s: what ``forward`` took and gave; needed for dA and dB.
+        cut: of dx's product, instead of the formula's.
     """
     dy = _with_contiguous_columns(dy)
     da = db = ds = None
@@ -738,10 +762,10 @@ def backward(
         if need_a:
             x = _with_contiguous_columns(x)
             da = _projected(x, t=ds, scaling=branch.keep_scale, **branch.dropping)[1].t()
-    return (_dx(dy, w, branch, ds) if need_x else None), da, db
+    return (_dx(dy, w, branch, ds, cut or formula(dy, w)) if need_x else None), da, db
 
 
-def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None) -> Tensor:
+def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None, cut: Tiles) -> Tensor:
     m, k = dy.shape[0], w.k
     dx = dy.new_empty((m, k))
     if dx.numel() == 0:
@@ -758,7 +782,6 @@ def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None) -> Tens
             "a_stride": branch.a.stride(0),
             "a_column_stride": branch.a.stride(1),
         }
-    cut = tiles(m, dy.dtype == torch.float32 or k % 2 == 1)
     _input_grad[(triton.cdiv(m, cut.rows) * triton.cdiv(k, cut.columns),)](
         dy=dy,
         dx=dx,

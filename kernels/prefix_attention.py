@@ -5,6 +5,7 @@ that the batch shares, of all its rows). Grouped queries so share what is read o
 Keys are the prefix's, then the tokens', each from its own pointers; a tile is BN keys from wherever the rows begin to
 see any. Scores are in units of log 2: a weight is exp2(s - max), s carrying scale · log2(e).
 
+    _starts       where each row's prefix lies, for a window over padded keys.
     _forward      over keys, online softmax. Where rows are few, keys are split over programs ("parts").
     _combine      the parts of a result to one, in their order.
     _query_grad   over keys: dq; and delta = Σ dO ∘ O, which the next one reads.
@@ -20,8 +21,8 @@ What a tile of BM rows and BN keys of size D cannot do without, of e bytes an el
 
 On an H100 (a processor does 4096 operations, 16 exponentials and 128 float32 instructions a clock) a forward tile of
 128 · 64 at D = 128 takes 1024 clocks of tensor cores, 512 of exponentials and, at 7 instructions a score, 448 of the
-rest: tensor cores bound it, from D = 64 down the exponentials. Decoding reads K and V once: 2 · S · D · e bytes for each
-row of the batch and head of keys, and 2 · P · D · e for a head of a prefix that the batch shares.
+rest: tensor cores bound it, from D = 64 down the exponentials. Decoding reads K and V once: 2 · S · D · e bytes for a
+head of keys and a row of the batch, and 2 · P · D · e for a head of a prefix that the batch shares.
 
 Offsets that grow with a tensor are 64-bit. Sums are ordered: the same call gives the same bits.
 """
@@ -108,18 +109,12 @@ def _prefix_of(index, lengths, b, slots, P):
 
 
 @triton.jit
-def _first_place(positions, S, T):
-    """The place of the first key that is shown; 0 where none is."""
-    if positions is None:
+def _first_place(starts, b, S, T):
+    """The place of the first key that is shown in row b of the batch; 0 where none is."""
+    if starts is None:
         return tl.where(S > 0, T - S, 0)
     else:
-        first, j0 = S, 0
-        while (first == S) & (j0 < S):
-            j = j0 + tl.arange(0, _SCAN)
-            place = tl.load(positions + j, mask=j < S, other=_SHOWN)
-            first = tl.min(tl.where(place < _SHOWN, j, S))
-            j0 += _SCAN
-        return tl.load(positions + first, mask=first < S, other=0)
+        return tl.load(starts + b)
 
 
 @triton.jit
@@ -140,34 +135,26 @@ def _in_sight(positions, begin, end, shift, first, last, window, CAUSAL: tl.cons
         if window is not None:
             begin = tl.maximum(begin, first - window + 1 - shift)
     else:
-        low = tl.full((_SCAN,), 2**31 - 1, tl.int32)
-        high = tl.full((_SCAN,), 0, tl.int32)
+        low = end
+        high = begin
         for j0 in range(begin, end, _SCAN):
             j = j0 + tl.arange(0, _SCAN)
             place = tl.load(positions + j, mask=j < end, other=_SHOWN)
             seen = place <= (last if CAUSAL else _SHOWN - 1)
             if window is not None:
                 seen = seen & (place > first - window)
-            low = tl.minimum(low, tl.where(seen, j, 2**31 - 1))
-            high = tl.maximum(high, tl.where(seen, j + 1, 0))
-        begin, end = tl.min(low), tl.max(high)
+            low = tl.minimum(low, tl.min(tl.where(seen, j, end), 0))
+            high = tl.maximum(high, tl.max(tl.where(seen, j + 1, begin), 0))
+        begin, end = low, high
     return begin, end
 
 
 @triton.jit
-def _bounds(token, window, CAUSAL: tl.constexpr):
-    """(upper, lower): tokens see keys whose place is at most the one and, with a window, more than the other."""
-    lower = None
-    if window is not None:
-        lower = token - window
-    return (token if CAUSAL else token * 0 + (_SHOWN - 1)), lower
-
-
-@triton.jit
-def _seen(place, upper, lower):
+def _seen(place, upper, token, window):
+    """Which keys queries see: those whose place is at most ``upper``, and within the window of ``token``."""
     seen = place <= upper
-    if lower is not None:
-        seen = seen & (place > lower)
+    if window is not None:
+        seen = seen & (place > token - window)
     return seen
 
 
@@ -185,8 +172,9 @@ def _sweep(
     end,
     positions,
     shift,
-    upper,  # int32 [BM, 1]
-    lower,
+    upper,  # int32 [BM, 1], or a number
+    token,  # int32 [BM, 1]
+    window,
     scale,
     MASKED: tl.constexpr,
     D: tl.constexpr,
@@ -199,7 +187,7 @@ def _sweep(
         k_tile = _load(_rows(k, batch, kv_head, j), j < end, D, WIDTH)
         s = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
         if MASKED:
-            s = tl.where(_seen(_places(positions, shift, j, end)[None, :], upper, lower), s, float("-inf"))
+            s = tl.where(_seen(_places(positions, shift, j, end)[None, :], upper, token, window), s, float("-inf"))
         peak = tl.maximum(most, tl.max(s, 1))
         weight, factor = tl.exp2(s - peak[:, None]), tl.exp2(most - peak)
         v_tile = _load(_rows(v, batch, kv_head, j), j < end, D, WIDTH)
@@ -224,8 +212,9 @@ def _gradient_sweep(
     end,
     positions,
     shift,
-    upper,  # int32 [BM, 1]
-    lower,
+    upper,  # int32 [BM, 1], or a number
+    token,  # int32 [BM, 1]
+    window,
     scale,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -237,7 +226,7 @@ def _gradient_sweep(
         k_tile = _load(_rows(k, batch, kv_head, j), j < end, D, WIDTH)
         v_tile = _load(_rows(v, batch, kv_head, j), j < end, D, WIDTH)
         s = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
-        seen = _seen(_places(positions, shift, j, end)[None, :], upper, lower)
+        seen = _seen(_places(positions, shift, j, end)[None, :], upper, token, window)
         weight = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
         ds = weight * (tl.dot(dout, tl.trans(v_tile), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
@@ -255,6 +244,24 @@ def _jit(kernel: Callable) -> triton.JITFunction:
 
 
 @_jit
+def _starts(
+    positions,  # int32 [B, S]
+    positions_stride,
+    starts,  # int32 [B]: the place of each row's first key that is shown; 0 where none is
+    S,
+):
+    b = tl.program_id(0)
+    positions += b.to(tl.int64) * positions_stride
+    first = tl.full((_SCAN,), 2**31 - 1, tl.int32)
+    for j0 in range(0, S, _SCAN):
+        j = j0 + tl.arange(0, _SCAN)
+        shown = tl.load(positions + j, mask=j < S, other=_SHOWN) < _SHOWN
+        first = tl.minimum(first, tl.where(shown, j, 2**31 - 1))
+    first = tl.min(first)
+    tl.store(starts + b, tl.load(positions + first, mask=first < S, other=0))
+
+
+@_jit
 def _forward(
     q,  # View [B, H, T, D]
     k,  # View [B, HKV, S, D], or None: no tokens
@@ -265,6 +272,7 @@ def _forward(
     lengths,  # int64 [slots], or None: P
     positions,  # int32 [B, S], the keys' places, counted from the first query's; None: the last T are the queries' own
     positions_stride,
+    starts,  # int32 [B], what ``_starts`` wrote; None where no window asks for it or positions are None
     out,  # [parts, B, T, H, D]; float32 where it is to be combined
     lse,  # float32 [parts, B, HKV, T, GROUP], the logarithm to base 2 of Σ weight, infinity for 0; or None
     scale,  # to units of log 2
@@ -293,7 +301,7 @@ def _forward(
     row_b, token, head = rows // (T * GROUP), rows // GROUP % T, kv_head * GROUP + rows % GROUP
     first, last = row0 // GROUP, (tl.minimum(row0 + BM, R) - 1) // GROUP  # tokens
     q_tile = _load(_rows(q, row_b, head, token), inside, D, WIDTH)
-    upper, lower = _bounds(token[:, None], window, CAUSAL)
+    upper = token[:, None] if CAUSAL else _SHOWN - 1
     acc = tl.zeros((BM, WIDTH), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     most = tl.full((BM,), _LEAST, tl.float32)
@@ -303,11 +311,11 @@ def _forward(
         slot, length = _prefix_of(index, lengths, b, slots, P)
         begin, end, shift = part * span, tl.minimum(part * span + span, length), 0
         if window is not None:
-            shift = _first_place(positions, S, T) - length
+            shift = _first_place(starts, b, S, T) - length
             begin = tl.maximum(begin, first - window + 1 - shift)
         acc, total, most = _sweep(
-            acc, total, most, q_tile, prefix_k, prefix_v, slot, kv_head, begin, end, None, shift, _SHOWN - 1, lower,
-            scale, True, D, WIDTH, BN,
+            acc, total, most, q_tile, prefix_k, prefix_v, slot, kv_head, begin, end,
+            None, shift, _SHOWN - 1, token[:, None], window, scale, True, D, WIDTH, BN,
         )  # fmt: skip
     if k is not None:
         shift = T - S
@@ -317,13 +325,13 @@ def _forward(
             seen_by_all = (tl.minimum(end, first - shift + 1) if CAUSAL else end) - begin
             masked = begin + tl.maximum(seen_by_all, 0) // BN * BN
             acc, total, most = _sweep(
-                acc, total, most, q_tile, k, v, b, kv_head, begin, masked, positions, shift, upper, lower, scale,
-                False, D, WIDTH, BN,
+                acc, total, most, q_tile, k, v, b, kv_head, begin, masked,
+                positions, shift, upper, token[:, None], window, scale, False, D, WIDTH, BN,
             )  # fmt: skip
             begin = masked
         acc, total, most = _sweep(
-            acc, total, most, q_tile, k, v, b, kv_head, begin, end, positions, shift, upper, lower, scale,
-            True, D, WIDTH, BN,
+            acc, total, most, q_tile, k, v, b, kv_head, begin, end,
+            positions, shift, upper, token[:, None], window, scale, True, D, WIDTH, BN,
         )  # fmt: skip
     at = part.to(tl.int64) * M + (row_b * T + token) * (HKV * GROUP) + head
     _store(out + at * D, acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None], inside, D, WIDTH)
@@ -380,6 +388,7 @@ def _query_grad(
     lengths,
     positions,
     positions_stride,
+    starts,
     out,
     lse,
     dout,  # View [B, H, T, D]
@@ -409,7 +418,7 @@ def _query_grad(
     inside = rows < R
     token, head = rows // GROUP, kv_head * GROUP + rows % GROUP
     first, last = row0 // GROUP, (tl.minimum(row0 + BM, R) - 1) // GROUP  # tokens
-    upper, lower = _bounds(token[:, None], window, CAUSAL)
+    upper = token[:, None] if CAUSAL else _SHOWN - 1
     q_tile = _load(_rows(q, b, head, token), inside, D, WIDTH)
     dout_tile = _load(_rows(dout, b, head, token), inside, D, WIDTH)
     at = (b.to(tl.int64) * T + token) * (HKV * GROUP) + head
@@ -425,16 +434,16 @@ def _query_grad(
         slot, length = _prefix_of(index, lengths, b, slots, P)
         begin, shift = 0, 0
         if window is not None:
-            shift = _first_place(positions, S, T) - length
+            shift = _first_place(starts, b, S, T) - length
             begin = tl.maximum(begin, first - window + 1 - shift)
         acc = _gradient_sweep(
             acc, q_tile, dout_tile, lse_tile, delta_tile, prefix_k, prefix_v, slot, kv_head, begin, length,
-            None, shift, _SHOWN - 1, lower, scale, D, WIDTH, BN,
+            None, shift, _SHOWN - 1, token[:, None], window, scale, D, WIDTH, BN,
         )  # fmt: skip
     begin, end = _in_sight(positions, 0, S, T - S, first, last, window, CAUSAL)
     acc = _gradient_sweep(
         acc, q_tile, dout_tile, lse_tile, delta_tile, k, v, b, kv_head, begin, end,
-        positions, T - S, upper, lower, scale, D, WIDTH, BN,
+        positions, T - S, upper, token[:, None], window, scale, D, WIDTH, BN,
     )  # fmt: skip
     _store(dq + at * D, acc * dq_scale, inside, D, WIDTH)
 
@@ -450,6 +459,7 @@ def _key_grad(
     lengths,
     positions,
     positions_stride,
+    starts,
     lse,
     dout,
     delta,
@@ -482,19 +492,23 @@ def _key_grad(
     # The prefix's tiles come first, as all rows see them.
     of_prefix = tile < tl.cdiv(P, BN)
     j = (tile - tl.where(of_prefix, 0, tl.cdiv(P, BN))) * BN + tl.arange(0, BN)
-    k_rows, v_rows = _rows(k, b, kv_head, j), _rows(v, b, kv_head, j)
     place = _places(positions, T - S, j, tl.where(of_prefix, 0, S))
     if prefix_k is not None:
         slot, length = _prefix_of(index, lengths, b, slots, P)
-        if of_prefix:
-            k_rows, v_rows = _rows(prefix_k, slot, kv_head, j), _rows(prefix_v, slot, kv_head, j)
-            start = -length
-            if window is not None:
-                start += _first_place(positions, S, T)
-            place = tl.where(j < length, start + j, _SHOWN)
+        shift = -length
+        if window is not None:
+            shift += _first_place(starts, b, S, T)
+        place = tl.where(of_prefix & (j < length), j + shift, place)
     shown = place < _SHOWN
-    k_tile = _load(k_rows, shown, D, WIDTH)
-    v_tile = _load(v_rows, shown, D, WIDTH)
+    k_tile = tl.zeros((BN, WIDTH), q.data.dtype.element_ty)
+    v_tile = tl.zeros((BN, WIDTH), q.data.dtype.element_ty)
+    if of_prefix:
+        if prefix_k is not None:
+            k_tile = _load(_rows(prefix_k, slot, kv_head, j), shown, D, WIDTH)
+            v_tile = _load(_rows(prefix_v, slot, kv_head, j), shown, D, WIDTH)
+    else:
+        k_tile = _load(_rows(k, b, kv_head, j), shown, D, WIDTH)
+        v_tile = _load(_rows(v, b, kv_head, j), shown, D, WIDTH)
     # Tokens [first, last) see any.
     first, last = tl.min(tl.where(shown, tl.where(of_prefix, 0, place) if CAUSAL else 0, T)), T
     if window is not None:
@@ -511,8 +525,8 @@ def _key_grad(
         lse_tile = tl.load(lse + at, mask=inside, other=float("inf"))
         delta_tile = tl.load(delta + at, mask=inside, other=0.0)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
-        upper, lower = _bounds(token[None, :], window, CAUSAL)
-        seen = _seen(place[:, None], tl.where(of_prefix, _SHOWN - 1, upper), lower)
+        upper = tl.where(of_prefix, _SHOWN - 1, token)[None, :] if CAUSAL else _SHOWN - 1
+        seen = _seen(place[:, None], upper, token[None, :], window)
         weight = tl.where(seen, tl.exp2(s - lse_tile[None, :]), 0.0)
         acc_v = tl.dot(weight.to(dout_tile.dtype), dout_tile, acc_v, input_precision="ieee")
         ds = weight * (tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee") - delta_tile[None, :])
@@ -567,19 +581,28 @@ class Tiles(NamedTuple):
 
 
 def tiles(rows: int, width: int, dtype: torch.dtype) -> Tiles:
-    """Of the forward pass, for units of ``rows`` rows of ``width`` elements."""
-    height = min(max(16, triton.next_power_of_2(rows)), _ROWS)
+    """Of ``_forward``, for units of ``rows`` rows; ``width`` is D, padded.
+
+    As high as registers hold beside the sums, [rows, width]: what is read of K and V then serves the most rows.
+    """
+    height = min(max(16, triton.next_power_of_2(rows)), _ROWS if width <= 128 else _ROWS // 2)
     if dtype == torch.float32:
         return Tiles(min(height, 32), 32, 4, 2)
-    return Tiles(height, 64 if width <= 128 else 32, 8 if height * width >= 128 * 128 else 4, 3 if width <= 64 else 2)
+    return Tiles(height, 64 if width <= 128 else 32, _warps(height * width), 3 if width <= 64 else 2)
 
 
 def gradient_tiles(width: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:
-    """Of ``_query_grad`` and ``_key_grad``."""
+    """Of ``_query_grad``, and of ``_key_grad``, which holds two sums, [keys, width]."""
     if dtype == torch.float32:
-        return (Tiles(32, 32, 4, 2),) * 2
-    warps = 4 if width <= 64 else 8
-    return Tiles(128 if width <= 128 else 64, 32, warps, 2), Tiles(32, 128 if width <= 128 else 64, warps, 2)
+        return Tiles(32, 32, 4, 2), Tiles(16, 32, 4, 2)
+    height, rows = (_ROWS, 64) if width <= 128 else (_ROWS // 2, 16)
+    keys = min(128, 8192 // width)
+    return Tiles(height, 32, _warps(height * width), 2), Tiles(rows, keys, _warps(2 * keys * width), 2)
+
+
+def _warps(sums: int) -> int:
+    """Of a program that holds so many sums, 64 a thread; AMD's warps are twice as wide."""
+    return 8 if sums >= 128 * 64 and torch.version.hip is None else 4
 
 
 class Call(NamedTuple):
@@ -610,6 +633,15 @@ class Call(NamedTuple):
         """(how many prefixes there are, the length of one)"""
         return (0, 0) if self.prefix_k is None else (self.prefix_k.shape[0], self.prefix_k.shape[2])
 
+    def _starts(self) -> Tensor | None:
+        if self.positions is None:
+            return None
+        (batch, keys), stride = self.positions.shape, self.positions.stride(0)
+        starts = self.positions.new_empty((batch,))
+        if batch > 0:
+            _starts[(batch,)](positions=self.positions, positions_stride=stride, starts=starts, S=keys, num_warps=4)
+        return starts
+
     def arguments(self) -> dict:
         """Of all kernels that read keys."""
         slots, length = self.prefix
@@ -624,6 +656,7 @@ class Call(NamedTuple):
             "lengths": self.lengths,
             "positions": self.positions,
             "positions_stride": 0 if self.positions is None else self.positions.stride(0),
+            "starts": self._starts() if length > 0 and self.window is not None else None,
             "scale": self.scale * math.log2(math.e),
             "window": self.window,
             "T": self.q.shape[2],

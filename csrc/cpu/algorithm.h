@@ -70,7 +70,7 @@ struct BF16 {
   using X = V::Pair;
   static X broadcast(const Elem* x) { return V::broadcast_pair(x); }
   static V::F fma(V::F acc, W w, X x) { return V::fma_pair(acc, w, x); }
-  static void store_row(Elem* dst, V::F v) { V::store_bf16(dst, v); }
+  static void store_row(Elem* dst, V::F v) { V::store_factor(dst, v); }
   static void store_steps(Elem* dst, const V::F* columns) { V::store_pair(dst, columns[0], columns[1]); }
   static void store_lanes(Elem* dst, const V::F* lanes) { V::store_two(dst, lanes[0], lanes[1]); }
   static void interleave(const void* even, const void* odd, Elem* dst) { V::interleave_rows(even, odd, dst); }
@@ -256,6 +256,7 @@ struct Algorithm {
   // quarter of them: 1.3 times the time).
   static constexpr int kPanelTiles = kHasTiles ? 32 : 8;
   static constexpr int64_t kColumnChunk = kPanelTiles * kTile;
+  static constexpr int64_t kFewRows = kHasTiles ? 4 : 16;  // up to here decoding in registers is faster
 
   // Tiles also read what follows the last rows, and ignore it.
   static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
@@ -284,9 +285,9 @@ struct Algorithm {
                         int64_t row0, int64_t row1) {
     const bool same = src.dtype == (sizeof(E) == 4 ? kFloat32 : kBFloat16) && factor == nullptr && d.threshold == 0;
     alignas(64) float values[kBlock];
-    for (int64_t block = 0; block * kBlock < src.cols; ++block) {
-      const int64_t col0 = block * kBlock, n = min64(kBlock, src.cols - col0);
-      for (int64_t r = row0; r < row1; ++r) {
+    for (int64_t r = row0; r < row1; ++r)
+      for (int64_t block = 0; block * kBlock < src.cols; ++block) {
+        const int64_t col0 = block * kBlock, n = min64(kBlock, src.cols - col0);
         E* dst = static_cast<E*>(out) + (block * src.rows + r) * kStride;
         const char* from = src.row(r) + col0 * dtype_size(src.dtype);
         if (same) {
@@ -300,7 +301,6 @@ struct Algorithm {
         apply_dropout(d, r, col0, n, values);
         store_packed_row(values, n, dst);
       }
-    }
   }
 
   static void pack_rows_t(const Matrix& src, const float* factor, int64_t factor_ld, void* out, int64_t col0,
@@ -368,6 +368,8 @@ struct Algorithm {
       E* at = panel + i * kGroupLanes;
       if constexpr (kStep == 2)
         if (src.dtype == kBFloat16 && d.threshold == 0 && lanes == kGroupLanes && i + 1 < n) {
+          // The next lanes: too far apart for the hardware to see a stream.
+          for (int s = 0; s < kStep; ++s) __builtin_prefetch(src.row(row0 + i + s) + (lane0 + kGroupLanes) * 2);
           A::interleave(src.row(row0 + i) + lane0 * 2, src.row(row0 + i + 1) + lane0 * 2, at);
           continue;
         }
@@ -485,43 +487,56 @@ struct Algorithm {
   // there are instructions on tiles, the caller holds them.
   static void multiply(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t tiles, float* c,
                        int64_t ldc) {
-    int64_t done = 0;
     if constexpr (kHasTiles) {
-      done = contraction / Tiles::kColumns * Tiles::kColumns;
-      if (done > 0)
-        for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-          const E* panel = panels + t / kGroupTiles * kGroupPanel;
-          if (tiles - t >= kGroupTiles)
-            multiply_tiles<kGroupTiles>(x, rows, panel, done, c + t / kGroupTiles * rows * ldc, ldc);
-          else
-            multiply_tiles<1>(x, rows, panel, done, c + t / kGroupTiles * rows * ldc, ldc);
-        }
-      if (done == contraction) return;
-    }
-    const int64_t steps = ceil_div(contraction - done, kStep);
-    row_blocks(rows, [&](int64_t r0, int n) {
-      const Micro whole = pick<V::kGroupVecs>(n), single = pick<kTileVecs>(n);
-      for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-        const bool all = tiles - t >= kGroupTiles;
-        const E* panel = panels + t / kGroupTiles * kGroupPanel + done * (all ? kGroupLanes : kTile);
-        (all ? whole : single)(x + r0 * kStride + done, panel, steps, c + (t / kGroupTiles * rows + r0) * ldc, ldc);
+      for (int64_t t = 0; t < tiles; t += kGroupTiles, panels += kGroupPanel, c += rows * ldc) {
+        if (tiles - t >= kGroupTiles)
+          multiply_tiles<kGroupTiles>(x, rows, panels, contraction, c, ldc);
+        else
+          multiply_tiles<1>(x, rows, panels, contraction, c, ldc);
       }
-    });
+    } else {
+      const int64_t steps = ceil_div(contraction, kStep);
+      row_blocks(rows, [&](int64_t r0, int n) {
+        const Micro whole = pick<V::kGroupVecs>(n), single = pick<kTileVecs>(n);
+        for (int64_t t = 0; t < tiles; t += kGroupTiles) {
+          const Micro kernel = tiles - t >= kGroupTiles ? whole : single;
+          kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps,
+                 c + (t / kGroupTiles * rows + r0) * ldc, ldc);
+        }
+      });
+    }
   }
 
-  // The same for one group of L tiles and whole steps of the instructions. The last rows go through whole tiles, too.
+  // The same for one group of L tiles. What does not fill a tile goes through a whole one: last rows with sums that
+  // nothing reads, last columns with zeros.
   template <int L>
   static void multiply_tiles(const E* x, int64_t rows, const E* panel, int64_t contraction, float* c, int64_t ldc) {
-    constexpr int64_t kRows = Tiles::kRows;
-    const int64_t steps = contraction / Tiles::kColumns;
-    int64_t r = rows / (2 * kRows) * (2 * kRows);
-    if (r > 0) Tiles::template add<2, L>(x, kStride, r, panel, steps, c, ldc);
-    alignas(64) float part[kRows * L * kTile];
-    for (; r < rows; r += kRows) {
-      const int64_t n = min64(kRows, rows - r), bytes = L * kTile * sizeof(float);
-      for (int64_t i = 0; i < n; ++i) copy_bytes(part + i * L * kTile, c + (r + i) * ldc, bytes);
-      Tiles::template add<1, L>(x + r * kStride, kStride, kRows, panel, steps, part, L * kTile);
-      for (int64_t i = 0; i < n; ++i) copy_bytes(c + (r + i) * ldc, part + i * L * kTile, bytes);
+    constexpr int64_t kRows = Tiles::kRows, kColumns = Tiles::kColumns, kWide = L * kTile;
+    const int64_t steps = contraction / kColumns, rest = contraction - steps * kColumns;
+    const int64_t pairs = rows / (2 * kRows) * (2 * kRows);
+    if (pairs > 0 && steps > 0) Tiles::template add<2, L>(x, kStride, pairs, panel, steps, c, ldc);
+    alignas(64) float part[kRows * kWide];
+    // body(sums) for the rows from r on, fewer than a pair of tiles.
+    const auto whole = [&](int64_t r, const auto& body) {
+      const int64_t n = min64(kRows, rows - r);
+      if (n == kRows) return body(c + r * ldc, ldc);
+      for (int64_t i = 0; i < n; ++i) copy_bytes(part + i * kWide, c + (r + i) * ldc, kWide * sizeof(float));
+      body(part, kWide);
+      for (int64_t i = 0; i < n; ++i) copy_bytes(c + (r + i) * ldc, part + i * kWide, kWide * sizeof(float));
+    };
+    if (steps > 0)
+      for (int64_t r = pairs; r < rows; r += kRows)
+        whole(r, [&](float* sums, int64_t ld) {
+          Tiles::template add<1, L>(x + r * kStride, kStride, kRows, panel, steps, sums, ld);
+        });
+    if (rest == 0) return;
+    alignas(64) E last_panel[kColumns * kWide] = {}, last_columns[kRows * kColumns];
+    copy_bytes(last_panel, panel + steps * kColumns * kWide, ceil_div(rest, kStep) * kStep * kWide * sizeof(E));
+    for (int64_t r = 0; r < rows; r += kRows) {
+      Tiles::copy_columns(x + r * kStride + steps * kColumns, kStride, rest, last_columns);
+      whole(r, [&](float* sums, int64_t ld) {
+        Tiles::template add<1, L>(last_columns, kColumns, kRows, last_panel, 1, sums, ld);
+      });
     }
   }
 
@@ -541,8 +556,11 @@ struct Algorithm {
 
   // ---- decoding ----
 
-  // What a panel's decoding comes to kCodesAhead later: at the end of the rows, the first columns of the next panel.
+  // What is asked for while columns from col0 on of a tile are decoded: what comes kCodesAhead later, at the end of the
+  // rows the first columns of the next panel. With tiles a block takes so little time, and so many sums pass through
+  // the caches meanwhile, that it is the next group's.
   static const uint8_t* codes_ahead(const Weight& w, int64_t tile, int64_t col0) {
+    if constexpr (kHasTiles) return w.codes + ((tile + kGroupTiles) * w.k + col0) * (kTile / 2);
     const int64_t column = col0 + kCodesAhead / (kTile / 2);
     return w.codes + ((tile + column / w.k * kPanelTiles) * w.k + column % w.k) * (kTile / 2);
   }
@@ -586,41 +604,63 @@ struct Algorithm {
     const float* zeros = w.zero == nullptr ? nullptr : w.zero + (tile * w.segments() + seg0) * kTile;
     const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
     const uint8_t* ahead = codes_ahead(w, tile, col0);
-    for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64, ahead += 64) {
-      __builtin_prefetch(ahead);
-      const int64_t s = ((col0 + c) / w.segment - seg0) * kTile;
-      for (int v = 0; v < kTileVecs; ++v) {
-        const F zero = zeros == nullptr ? V::zero() : V::load(zeros + s + v * kLanes);
-        decode_group(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + s + v * kLanes), zero,
-                     zeros != nullptr, panel + (c / kStep * vecs + vec + v) * kLanes * kStep, vecs * kLanes * kStep);
+    if constexpr (kHasTiles)
+      for (int64_t s = 0; s < segs; ++s) __builtin_prefetch(scales + (kGroupTiles * w.segments() + s) * kTile);
+    const int64_t columns = min64(w.segment, n);  // blocks are whole segments, or a part of one
+    for (int64_t c0 = 0; c0 < n; c0 += columns, scales += kTile)
+      for (int64_t c = c0; c < c0 + columns; c += kGroupColumns, codes += 64, ahead += 64) {
+        __builtin_prefetch(ahead);
+        for (int v = 0; v < kTileVecs; ++v) {
+          const F zero = zeros == nullptr ? V::zero() : V::load(zeros + c0 / columns * kTile + v * kLanes);
+          decode_group(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + v * kLanes), zero,
+                       zeros != nullptr, panel + (c / kStep * vecs + vec + v) * kLanes * kStep, vecs * kLanes * kStep);
+        }
       }
-    }
   }
 
-  static void decode_columns(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst) {
-    each(
-        MakeInts<kGroupColumns>{}, PF_BODY(int C) {
-          F value = V::mul(V::decode<C>(table, codes), scale);
-          if (has_zero) value = V::add(value, zero);
-          A::store_row(dst + C * kStride, value);
-        });
-  }
-
-  // Columns [col0, col0 + n) of tiles [tile0, tile1), as PackedRows: one row a column, contraction over output rows.
+  // Columns [col0, col0 + n) of tiles [tile0, tile1), as PackedRows: one row a column, contraction over output rows. A
+  // last group that lacks tiles takes its last tile again, which nothing reads.
   static void decode_transposed(const Weight& w, int64_t tile0, int64_t tile1, int64_t col0, int64_t n, E* rows) {
+    constexpr MakeInts<V::kGroupVecs> vecs{};
     const V::T table = V::table(kTables[w.format]);
     const int64_t seg0 = col0 / w.segment, segs = (col0 + n - 1) / w.segment - seg0 + 1;
-    alignas(64) float decoded[(kColumnChunk / 32 + 1) * kTile];
-    for (int64_t tile = tile0; tile < tile1; ++tile) {
-      const float* scales = tile_scales(w, tile, seg0, segs, decoded);
-      const float* zeros = w.zero == nullptr ? nullptr : w.zero + (tile * w.segments() + seg0) * kTile;
-      const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
-      for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64) {
-        const int64_t s = ((col0 + c) / w.segment - seg0) * kTile;
-        for (int v = 0; v < kTileVecs; ++v) {
-          const F zero = zeros == nullptr ? V::zero() : V::load(zeros + s + v * kLanes);
-          decode_columns(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + s + v * kLanes), zero,
-                         zeros != nullptr, rows + c * kStride + (tile - tile0) * kTile + v * kLanes);
+    alignas(64) float decoded[kGroupTiles][(kColumnChunk / 32 + 1) * kTile];
+    for (int64_t tile = tile0; tile < tile1; tile += kGroupTiles, rows += kGroupLanes) {
+      const float *scales[kGroupTiles], *zeros[kGroupTiles];
+      const uint8_t* codes[kGroupTiles];
+      for (int i = 0; i < kGroupTiles; ++i) {
+        const int64_t t = min64(tile + i, tile1 - 1);
+        scales[i] = tile_scales(w, t, seg0, segs, decoded[i]);
+        zeros[i] = w.zero == nullptr ? nullptr : w.zero + (t * w.segments() + seg0) * kTile;
+        codes[i] = w.codes + (t * w.k + col0) * (kTile / 2);
+      }
+      for (int64_t c0 = 0; c0 < n;) {
+        const int64_t s = (col0 + c0) / w.segment - seg0, end = min64(n, (seg0 + s + 1) * w.segment - col0);
+        F scale[V::kGroupVecs], zero[V::kGroupVecs];
+        each(
+            vecs, PF_BODY(int U) {
+              const int64_t at = s * kTile + U % kTileVecs * kLanes;
+              scale[U] = V::load(scales[U / kTileVecs] + at);
+              zero[U] = w.zero == nullptr ? V::zero() : V::load(zeros[U / kTileVecs] + at);
+            });
+        for (; c0 < end; c0 += kGroupColumns) {
+          V::C held[V::kGroupVecs];
+          each(
+              vecs, PF_BODY(int U) {
+                const uint8_t* at = codes[U / kTileVecs] + c0 * (kTile / 2) + U % kTileVecs * kLanes * 4;
+                __builtin_prefetch(at + kGroupTiles * w.k * (kTile / 2));
+                held[U] = V::load_codes(at);
+              });
+          each(
+              MakeInts<kGroupColumns>{}, PF_BODY(int C) {
+                F lanes[V::kGroupVecs];
+                each(
+                    vecs, PF_BODY(int U) {
+                      lanes[U] = V::mul(V::decode<C>(table, held[U]), scale[U]);
+                      if (w.zero != nullptr) lanes[U] = V::add(lanes[U], zero[U]);
+                    });
+                A::store_lanes(rows + (c0 + C) * kStride, lanes);
+              });
         }
       }
     }
@@ -1016,8 +1056,8 @@ struct Algorithm {
   }
 
   static Arithmetic table() {
-    return {kGroupLanes, packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t,  pack_panels_t, gemv,
-            dots_packed, to_steps,          gemm,         dx,        rows_times_t, rows_times};
+    return {kGroupLanes, kFewRows,    packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t,  pack_panels_t,
+            gemv,        dots_packed, to_steps,          gemm,         dx,        rows_times_t, rows_times};
   }
 };
 

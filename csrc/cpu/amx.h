@@ -20,6 +20,12 @@ struct AmxTiles {
   ~AmxTiles() { _tile_release(); }
   AmxTiles(const AmxTiles&) = delete;
 
+  // The first `columns` columns of a tile's rows, and zeros after them.
+  static void copy_columns(const uint16_t* x, int64_t ldx, int64_t columns, uint16_t* out) {
+    const __mmask32 mask = (__mmask32{1} << columns) - 1;
+    for (int r = 0; r < kRows; ++r) _mm512_store_si512(out + r * kColumns, _mm512_maskz_loadu_epi16(mask, x + r * ldx));
+  }
+
   // c [rows][L * 16 lanes] += x * panel over `steps` steps, R tiles of rows at a time; rows a multiple of R * 16, ldx
   // and ldc in elements.
   template <int R, int L>

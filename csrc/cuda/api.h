@@ -46,7 +46,8 @@ int32_t pf_linear_4bit(const PfWeight* w, const void* x, int64_t ldx, const void
                        const PfLora* lora, void* y, int64_t m, int32_t dtype, void* workspace, void* stream);
 // Rows [row0, row0 + rows) of W as `dtype` into out [rows, k].
 int32_t pf_dequantize_4bit(const PfWeight* w, int64_t row0, int64_t rows, void* out, int32_t dtype, void* stream);
-// The inverse for `count` elements of `dtype`, contiguous: codes [ceil(count / 2)], scale [blocks], zero [blocks] (INT4).
+// The inverse for `count` elements of `dtype`, contiguous: codes [ceil(count / 2)], scale [blocks], zero [blocks]
+// (INT4).
 int32_t pf_quantize_4bit(const void* src, int32_t dtype, int64_t count, int32_t format, int32_t blocksize,
                          uint8_t* codes, float* scale, float* zero, void* stream);
 // What went wrong, in words.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, Packed4bit, format_of, get_format
+from .tuning import tuned
 
 _OLDEST = (8, 0)
 """The compute capability of the oldest GPU of NVIDIA's that Triton compiles for."""
@@ -87,10 +88,18 @@ def _branch(
     return _kernels("linear_4bit").Branch(a, b, row_scale, scaling, seed, dropout)
 
 
+def _best(direction: str, kernels: ModuleType, x: Tensor, w: tuple, lora: tuple | None, run: Callable) -> tuple:
+    """``run`` with the tiles for the rows of x."""
+    rows, rank = 1 << max(len(x) - 1, 0).bit_length(), 0 if lora is None else lora.rank
+    call = ("linear_4bit", direction, x.dtype, rows, w.n, w.k, rank)
+    return run(tuned(call, x.device, kernels.formula(x, w), kernels.around, run))
+
+
 def forward(x: Tensor, w: Packed4bit, bias: Tensor | None, *branch: Tensor | float | None) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, S [M, R] float32; R = 0 without a branch)."""
+    kernels, held, lora = _kernels("linear_4bit"), _weight(w), _branch(*branch)
     with _on(x.device):
-        return _kernels("linear_4bit").forward(x, _weight(w), bias, _branch(*branch))
+        return _best("forward", kernels, x, held, lora, lambda cut: kernels.forward(x, held, bias, lora, cut))
 
 
 def forward_slots(x: Tensor, w: Packed4bit, bias: Tensor | None, *bank: Tensor) -> Tensor:
@@ -107,9 +116,13 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB), None where not needed."""
     *branch, need_x, need_a, need_b = rest
-    lora = _branch(*branch)
+    kernels, held, lora = _kernels("linear_4bit"), _weight(w), _branch(*branch)
+
+    def run(cut: tuple) -> tuple:
+        return kernels.backward(dy, x, s, held, lora, need_x, need_a, need_b, cut)
+
     with _on(dy.device):
-        dx, da, db = _kernels("linear_4bit").backward(dy, x, s, _weight(w), lora, need_x, need_a, need_b)
+        dx, da, db = _best("backward", kernels, dy, held, lora, run) if need_x else run(None)
     return dx, None if da is None else da.to(lora.a.dtype), None if db is None else db.to(lora.b.dtype)
 
 

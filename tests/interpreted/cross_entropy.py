@@ -20,8 +20,8 @@ from pyfastpeft.ops.triton_kernels import _kernels
 
 
 @pytest.fixture
-def isa():
-    """Of the tests of the CPU's kernels."""
+def device():
+    """Of the operator's tests: no instruction set."""
 
 
 @pytest.mark.parametrize("top", [0, 20, 36])

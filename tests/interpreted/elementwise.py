@@ -21,6 +21,8 @@ from test_elementwise import (  # noqa: F401
     test_the_gradient_of_rope_is_its_transpose,
     test_values_are_rounded_where_transformers_rounds_them,
 )
+from test_fused_layers import CONFIGS
+from test_fused_layers import test_a_model_computes_the_same as computes_the_same
 
 from pyfastpeft.ops import Backend, rms_norm
 from pyfastpeft.ops.backends import choose_plain
@@ -30,8 +32,8 @@ kernels = _kernels("elementwise")
 
 
 @pytest.fixture
-def isa():
-    """Of the tests of the CPU's kernels."""
+def device():
+    """Of the operator's tests: no instruction set."""
 
 
 def test_the_kernels_serve_here():
@@ -44,3 +46,8 @@ def test_the_gradient_of_a_weight_is_summed_over_programs_of_several_tiles(dtype
     monkeypatch.setattr(kernels, "_ELEMENTS", 64)
     x, weight = torch.randn(41, 24), torch.randn(24)
     check_gradients(rms_norm, norm64, (x, weight), dtype)
+
+
+@pytest.mark.parametrize("config", CONFIGS[3:5], ids=lambda c: c.model_type)
+def test_a_model_with_these_kernels_inside_computes_the_same(config):
+    computes_the_same(config)
