@@ -117,13 +117,12 @@ def chosen_architectures(nvcc: str | None) -> list[str]:
 
 def nvcc_flags(architectures: list[str]) -> list[str]:
     codes = [a.replace(".", "") for a in architectures]
-    oldest = codes[0].removesuffix("a")
     return [
         *("-O3", "-std=c++20", "--threads", str(os.cpu_count()), "-Icsrc", "-Xcompiler", "-fPIC,-g0,-Wall"),
         f'-DPF_CUDA_ARCHITECTURES="{" ".join(architectures)}"',
         *(f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes),
         # What GPUs of other generations compile for themselves.
-        f"-gencode=arch=compute_{oldest},code=compute_{oldest}",
+        "-gencode=arch=compute_80,code=compute_80",
     ]
 
 

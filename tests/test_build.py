@@ -54,6 +54,13 @@ def test_the_environment_chooses_architectures(build, monkeypatch):
             build.chosen_architectures("nvcc")
 
 
+def test_gpus_of_other_generations_find_ptx(build):
+    for architectures in (["9.0a"], ["8.0", "12.0"]):
+        flags = build.nvcc_flags(architectures)
+        assert "-gencode=arch=compute_80,code=compute_80" in flags
+        assert sum("code=sm_" in flag for flag in flags) == len(architectures)
+
+
 def test_without_nvcc_the_build_goes_on_unless_kernels_were_asked_for(build, monkeypatch, capsys):
     assert build.chosen_architectures(None) == []
     assert "no nvcc is here" in capsys.readouterr().out
@@ -82,6 +89,7 @@ KERNELS = ROOT / "pyfastpeft" / "libpyfastpeft_cuda.so"
     [
         (12080, (9, 0), "NVIDIA's driver serves CUDA 12.8 at most; the kernels were built with 13."),
         (99000, (7, 5), "the GPU has compute capability 7.5, the CUDA kernels were built for "),
+        (99000, (8, 6), ""),
         (99000, (99, 0), ""),
     ],
 )
