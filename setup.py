@@ -1,10 +1,19 @@
-"""Builds the compiled parts: `_C`, the operators (LibTorch stable ABI), and `_native`, a torch-free pybind11 module."""
+"""Builds the compiled parts: `_C`, the operators (LibTorch stable ABI); `_native`, a torch-free pybind11 module; and,
+where nvcc is, `libpyfastpeft_cuda`, the CUDA kernels behind a C ABI.
+
+PYFASTPEFT_CUDA: "0" leaves the kernels out; "all" compiles them for every GPU in ARCHITECTURES, "8.0;9.0" for those.
+Unset: for the GPUs that are here, for all where none is. CUDA_HOME chooses the toolkit (12 or 13).
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import platform
+import re
+import shutil
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,15 +25,16 @@ CPU = Path("csrc/cpu")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
     "x86_64": {
-        "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512.cpp": AVX512,
         "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
         "avx512_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+        "avx512.cpp": AVX512,
+        "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     },
     "aarch64": {"neon.cpp": []},
 }
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-KERNELS = [str(CPU / name) for name in ("dispatch.cpp", "generic.cpp", *ISA_FLAGS.get(MACHINE, {}))]
+FLAGS = {str(CPU / name): flags for name, flags in ISA_FLAGS.get(MACHINE, {}).items()}
+KERNELS = [*FLAGS, str(CPU / "generic.cpp"), str(CPU / "dispatch.cpp")]
 OPERATORS = [
     "csrc/ops.cpp",
     "csrc/held_ops.cpp",
@@ -32,12 +42,17 @@ OPERATORS = [
     "csrc/decoder_ops.cpp",
     "csrc/copy_ops.cpp",
     "csrc/attention_ops.cpp",
+    "csrc/cuda_ops.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/decoder.cpp",
     "csrc/cpu/attention_forward.cpp",
 ]
 # -ffp-contract=off: formats are reproduced to the bit; fused multiply-adds are written where they are meant.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+
+ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"]
+CUDA = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+CUDA_LIBRARY = "pyfastpeft.libpyfastpeft_cuda"
 
 
 def torch_folder() -> Path:
@@ -48,34 +63,150 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
+def find_nvcc() -> str | None:
+    """Of CUDA_HOME, else of where CUDA's installer puts it, else on the PATH."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which(os.path.join(home, "bin", "nvcc")) or shutil.which("nvcc")
+
+
+def capabilities_here() -> list[tuple[int, int]]:
+    """The compute capabilities of this machine's GPUs."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except OSError:
+        return []
+    return [(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d+)$", found, re.M)]
+
+
+def parsed(architecture: str) -> tuple[int, int]:
+    major, minor = architecture.removesuffix("a").split(".")
+    return int(major), int(minor)
+
+
+def serving(capability: tuple[int, int]) -> str | None:
+    """Of ARCHITECTURES the one for a GPU: of its generation, else the oldest, whose PTX newer GPUs compile."""
+    own = [a for a in ARCHITECTURES if parsed(a)[0] == capability[0] and parsed(a) <= capability]
+    return own[-1] if own else ARCHITECTURES[0] if capability > parsed(ARCHITECTURES[0]) else None
+
+
+def chosen_architectures(nvcc: str | None) -> list[str]:
+    """What the CUDA kernels are compiled for, oldest first; empty: they are not."""
+    wanted = os.environ.get("PYFASTPEFT_CUDA", "")
+    if wanted == "0":
+        return []
+    if nvcc is None:
+        if wanted:
+            raise SystemExit(
+                f"PYFASTPEFT_CUDA is {wanted!r}, but there is no nvcc in CUDA_HOME, in /usr/local/cuda or on the PATH"
+            )
+        print("pyfastpeft: no nvcc is here, so it is built without CUDA kernels")
+        return []
+    if not wanted and (here := capabilities_here()):
+        return sorted({a for c in here if (a := serving(c)) is not None}, key=parsed)
+    if wanted in ("", "all"):
+        known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
+        return [a for a in ARCHITECTURES if f"sm_{''.join(map(str, parsed(a)))}\n" in known]
+    asked = [a.strip() for a in wanted.split(";")]
+    names = {a.removesuffix("a"): a for a in ARCHITECTURES}
+    if not set(asked) <= {*names, *ARCHITECTURES}:
+        choices = ", ".join(ARCHITECTURES)
+        raise SystemExit(f"PYFASTPEFT_CUDA is {wanted!r}; it must be 0, all, or some of {choices}, separated by ';'")
+    return sorted({names[a.removesuffix("a")] for a in asked}, key=parsed)
+
+
+def nvcc_flags(architectures: list[str]) -> list[str]:
+    codes = [a.replace(".", "") for a in architectures]
+    return [
+        *("-O3", "-std=c++20", "--threads", str(os.cpu_count()), "-Icsrc", "-Xcompiler", "-fPIC,-g0,-Wall"),
+        f'-DPF_CUDA_ARCHITECTURES="{" ".join(architectures)}"',
+        *(f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes),
+        # What GPUs of other generations compile for themselves.
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+
+
+def toolkit_version(nvcc: str) -> str:
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    return re.search(r"release (\d+\.\d+)", said).group(1)
+
+
 class BuildExt(build_ext):
-    def build_extension(self, ext: Extension) -> None:
-        if ext.name.endswith("._C"):
-            torch = torch_folder()
-            ext.include_dirs.append(str(torch / "include"))
-            ext.library_dirs.append(str(torch / "lib"))
+    def run(self) -> None:
+        self.nvcc = find_nvcc()
+        self.architectures = chosen_architectures(self.nvcc)
+        if not self.architectures:
+            self.extensions = [ext for ext in self.extensions if ext.name != CUDA_LIBRARY]
+        if importlib.util.find_spec("pybind11") is None:
+            print("pyfastpeft: pybind11 is not here, so it is built without _native (see pyfastpeft info)")
+            self.extensions = [ext for ext in self.extensions if ext.name != "pyfastpeft._native"]
+        super().run()
+
+    def build_extensions(self) -> None:
+        """Compiles all files at once, those that two libraries share once; then links."""
+        for ext in self.extensions:
+            self.complete(ext)
+        jobs: dict[tuple[str, str], Future] = {}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for ext in self.extensions:
+                for source in ext.sources:
+                    folder = "kernels" if source in KERNELS else ext.name
+                    if (folder, source) not in jobs:
+                        where = os.path.join(self.build_temp, folder)
+                        jobs[folder, source] = pool.submit(self.compiled, ext, source, where)
+                    ext.extra_objects.append(jobs[folder, source])
+        for ext in self.extensions:
+            ext.extra_objects = [job.result() for job in ext.extra_objects]
+            ext.depends, ext.sources = ext.extra_objects, []
+        super().build_extensions()
+
+    def complete(self, ext: Extension) -> None:
+        """What is known only when there is something to build."""
+        if ext.name == "pyfastpeft._C":
+            folder = torch_folder()
+            ext.include_dirs.append(str(folder / "include"))
+            ext.library_dirs.append(str(folder / "lib"))
             ext.libraries.append("torch_cpu")
-        else:
+        elif ext.name == "pyfastpeft._native":
             import pybind11
 
             ext.include_dirs.append(pybind11.get_include())
-        flags = {str(CPU / name): extra for name, extra in ISA_FLAGS.get(MACHINE, {}).items()}
-        temp, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
-        own = [source for source in ext.sources if source in flags]
-        ext.sources = [source for source in ext.sources if source not in flags]
-        try:
-            for source in own:
-                ext.extra_objects += self.compiler.compile(
-                    [source], self.build_temp, include_dirs=["csrc"], extra_postargs=CXX_FLAGS + flags[source]
-                )
-            super().build_extension(ext)
-        finally:
-            self.build_temp = temp
+            version = toolkit_version(self.nvcc) if self.architectures else ""
+            ext.define_macros.append(("PF_CUDA_VERSION", f'"{version}"'))
+
+    def compiled(self, ext: Extension, source: str, folder: str) -> str:
+        """The object file of ``source``, which is compiled where it is not there or older."""
+        if ext.name == CUDA_LIBRARY:
+            # Another choice of architectures is another object.
+            folder = os.path.join(folder, *self.architectures)
+        target = os.path.join(folder, os.path.splitext(source)[0] + ".o")
+        newest = max(os.path.getmtime(file) for file in (source, *ext.depends))
+        if not self.force and os.path.exists(target) and os.path.getmtime(target) > newest:
+            return target
+        if ext.name == CUDA_LIBRARY:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            self.spawn([self.nvcc, *nvcc_flags(self.architectures), "-c", source, "-o", target])
+        else:
+            flags = CXX_FLAGS + FLAGS.get(source, [])
+            macros = [] if source in KERNELS else ext.define_macros
+            self.compiler.compile([source], folder, macros, ext.include_dirs, extra_postargs=flags)
+        return target
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != CUDA_LIBRARY:
+            return super().build_extension(ext)
+        target = self.get_ext_fullpath(ext.name)
+        self.mkpath(os.path.dirname(target))
+        hidden = ["-Xlinker", "--exclude-libs=ALL"]  # torch has a CUDA runtime of its own
+        self.spawn(
+            [self.nvcc, "-shared", "-cudart", "static", *hidden, "-Xlinker", "-s", *ext.extra_objects, "-o", target]
+        )
 
     def get_ext_filename(self, fullname: str) -> str:
-        # _C is a library of operators, not a Python module: one file for every CPython.
-        if fullname.endswith("_C"):
-            return os.path.join(*fullname.split(".")) + ".abi3.so"
+        # _C and the CUDA kernels are no Python modules: one file for every CPython.
+        for name, suffix in (("_C", ".abi3.so"), ("libpyfastpeft_cuda", ".so")):
+            if fullname.rpartition(".")[2] == name:
+                return os.path.join(*fullname.split(".")) + suffix
         return super().get_ext_filename(fullname)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
@@ -84,13 +215,13 @@ class BuildExt(build_ext):
 
 def extension(name: str, sources: list[str], macros: list[tuple[str, str]]) -> Extension:
     return Extension(
-        f"pyfastpeft.{name}",
-        sources + KERNELS,
+        name,
+        sources,
         include_dirs=["csrc"],
         define_macros=macros,
-        extra_compile_args=CXX_FLAGS,
+        language="c++",
         extra_link_args=["-s"],
-        depends=[str(p) for p in ROOT.glob("csrc/**/*.h")],
+        depends=[str(p) for pattern in ("csrc/**/*.h", "csrc/**/*.cuh") for p in ROOT.glob(pattern)],
     )
 
 
@@ -102,9 +233,11 @@ setup(
     packages=packages,
     package_dir=package_dir,
     package_data={"pyfastpeft": ["data/**/*"], "pyfastpeft.kernels": ["*.md"]},
+    # The longest to compile first.
     ext_modules=[
-        extension("_C", OPERATORS, [("TORCH_TARGET_VERSION", "0x020a000000000000")]),
-        extension("_native", ["csrc/native.cpp", "csrc/cpu/limits.cpp"], [("PF_CUDA_VERSION", '""')]),
+        extension(CUDA_LIBRARY, CUDA, []),
+        extension("pyfastpeft._C", KERNELS + OPERATORS, [("TORCH_TARGET_VERSION", "0x020a000000000000")]),
+        extension("pyfastpeft._native", [*KERNELS, "csrc/native.cpp", "csrc/cpu/limits.cpp"], []),
     ],
     cmdclass={"build_ext": BuildExt},
 )

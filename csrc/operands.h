@@ -6,6 +6,10 @@
 #include "cpu/linear.h"
 #include "tensors.h"
 
+// A packed weight in an operator's schema.
+#define PF_WEIGHT \
+  "Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, int format, int n, int blocksize"
+
 namespace pf::tensors {
 
 inline void check_format(int64_t format, int64_t blocksize) {

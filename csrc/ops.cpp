@@ -242,8 +242,6 @@ void set_dynamic_map(Tensor map) {
 
 }  // namespace
 
-#define PF_WEIGHT \
-  "Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, int format, int n, int blocksize"
 #define PF_BRANCH "Tensor? lora_a, Tensor? lora_b, Tensor? row_scale, float scaling, Tensor? seed, float dropout"
 
 STABLE_TORCH_LIBRARY(pyfastpeft, m) {

@@ -3,54 +3,110 @@
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import pyfastpeft as fp
-from pyfastpeft.ops import Backend, backends, swiglu, triton_kernels
-from pyfastpeft.ops.backends import choose, choose_plain
+from pyfastpeft.ops import Backend, backends, cuda_kernels, swiglu, triton_kernels
+from pyfastpeft.ops.backends import choose, choose_plain, choose_quantizer
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """What was found out about devices that are not here."""
+    yield
+    for remembered in (triton_kernels.why_not, cuda_kernels.why_not, backends._serving):
+        remembered.cache_clear()
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """Called with a compute capability: a weight on a GPU of that capability, with Triton installed."""
+def gpu(monkeypatch, forget):
+    """Called with a compute capability: a weight on a GPU of that capability, with Triton installed and, where wanted,
+    with CUDA kernels that take 128 rows of 16 bits."""
 
-    def of(capability):
+    def of(capability, cuda=None):
+        for remembered in (triton_kernels.why_not, backends._serving):
+            remembered.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: object())
-        triton_kernels.why_not.cache_clear()
+        monkeypatch.setattr(backends, "why_not_cuda", lambda device: cuda)
+        monkeypatch.setattr(backends, "most_rows", lambda w, dtype: 128 if dtype.itemsize == 2 else 0)
         return SimpleNamespace(device=torch.device("cuda", 0), layout="rows")
 
-    yield of
-    triton_kernels.why_not.cache_clear()
+    return of
 
 
 def weight(k):
     return fp.quantize_4bit(torch.randn(16, k))
 
 
+def chosen(w, rows=1, dtype=torch.bfloat16, infers=True, drops=False):
+    return choose(w, rows, dtype, infers, drops)
+
+
 def test_each_weight_is_served_by_the_kernels_of_its_device(gpu):
-    assert choose(weight(64)) is Backend.NATIVE
-    assert choose(weight(33)) is Backend.REFERENCE  # no tile holds its rows
-    assert choose(gpu((9, 0))) is Backend.TRITON
-    assert choose(gpu((7, 5))) is Backend.REFERENCE
-    assert choose(SimpleNamespace(device=torch.device("meta"), layout="rows")) is Backend.REFERENCE
+    assert chosen(weight(64)) is Backend.NATIVE
+    assert chosen(weight(33)) is Backend.REFERENCE  # no tile holds its rows
+    assert chosen(gpu((9, 0))) is Backend.CUDA
+    assert chosen(SimpleNamespace(device=torch.device("meta"), layout="rows")) is Backend.REFERENCE
 
 
-def test_without_triton_a_gpu_has_the_reference(gpu, monkeypatch):
-    on_gpu = gpu((9, 0))
+@pytest.mark.parametrize(
+    ("backend", "call"),
+    [
+        (Backend.CUDA, {"rows": 128}),
+        (Backend.CUDA, {"rows": 0}),
+        (Backend.TRITON, {"rows": 129}),
+        (Backend.TRITON, {"rows": 1, "infers": False}),
+        (Backend.TRITON, {"rows": 1, "dtype": torch.float32}),
+        (Backend.TRITON, {"rows": 1, "drops": True}),
+        (Backend.TRITON, {"rows": 4096, "infers": False, "drops": True}),
+        (Backend.SLABS, {"rows": 256}),
+        (Backend.SLABS, {"rows": 4096, "infers": False}),
+        (Backend.SLABS, {"rows": 4096, "dtype": torch.float32}),
+    ],
+)
+def test_a_gpu_chooses_by_rows(gpu, monkeypatch, backend, call):
+    assert chosen(gpu((9, 0)), **call) is backend
+    for missing in ("forced", "not installed"):
+        with monkeypatch.context() as context:
+            backends._serving.cache_clear()
+            if missing == "forced":
+                context.setattr(backends, "_FORCED", Backend.CUDA)
+            else:
+                context.setattr(backends, "why_not_triton", lambda device: "triton is not installed")
+            without_triton = Backend.SLABS if backend is Backend.TRITON else backend
+            assert chosen(gpu((9, 0)), **call) is without_triton
+
+
+@pytest.mark.parametrize(("triton", "backend"), [(True, Backend.TRITON), (False, Backend.REFERENCE)])
+def test_without_cuda_kernels_the_slower_path_is_said_once(gpu, monkeypatch, triton, backend):
+    w = gpu((9, 0) if triton else (7, 5), "pyfastpeft was built without CUDA kernels")
+    said = "Triton's kernels serve" if triton else "plain torch serves, as cuda:0 has compute capability 7.5"
+    with pytest.warns(UserWarning, match=f"not used on cuda:0: pyfastpeft was built without CUDA kernels. {said}"):
+        assert chosen(w) is backend
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(w, 4096, infers=False) is backend
+
+
+def test_without_any_kernels_a_gpu_has_the_reference(gpu, monkeypatch):
+    on_gpu = gpu((9, 0), "pyfastpeft was built without CUDA kernels")
     monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: None)
-    assert choose(on_gpu) is Backend.REFERENCE
+    with pytest.warns(UserWarning, match="plain torch serves, as triton is not installed"):
+        assert chosen(on_gpu) is Backend.REFERENCE
 
 
-@pytest.mark.parametrize("forced", [Backend.REFERENCE, Backend.TRITON, Backend.NATIVE])
+@pytest.mark.parametrize("forced", list(Backend))
 def test_a_forced_backend_serves_wherever_it_can(gpu, monkeypatch, forced):
     monkeypatch.setattr(backends, "_FORCED", forced)
-    assert choose(gpu((9, 0))) is (Backend.TRITON if forced is Backend.NATIVE else forced)
-    if forced is not Backend.TRITON:
-        assert choose(weight(64)) is forced
+    assert chosen(gpu((9, 0))) is (Backend.CUDA if forced is Backend.NATIVE else forced)
+    if forced not in (Backend.TRITON, Backend.CUDA):
+        assert chosen(weight(64)) is forced
 
 
 @pytest.mark.parametrize("reason", ["installed", "capability 7.5", "on cpu"])
@@ -63,7 +119,13 @@ def test_triton_forced_where_it_cannot_serve_says_why(gpu, monkeypatch, reason):
     if reason == "on cpu":
         w = weight(64)
     with pytest.raises(RuntimeError, match=f"PYFASTPEFT_BACKEND is 'triton'.*{reason}"):
-        choose(w)
+        chosen(w)
+
+
+def test_cuda_forced_where_it_cannot_serve_says_why(gpu, monkeypatch):
+    monkeypatch.setattr(backends, "_FORCED", Backend.CUDA)
+    with pytest.raises(RuntimeError, match="PYFASTPEFT_BACKEND is 'cuda', and NVIDIA's driver is not installed"):
+        chosen(gpu((9, 0), "NVIDIA's driver is not installed"))
 
 
 def test_an_unknown_backend_is_refused_by_name():
@@ -74,7 +136,7 @@ def test_an_unknown_backend_is_refused_by_name():
         text=True,
     )
     assert done.returncode != 0
-    assert "PYFASTPEFT_BACKEND is 'cudnn'; it must be one of native, triton, reference" in done.stderr
+    assert "PYFASTPEFT_BACKEND is 'cudnn'; it must be one of native, cuda, slabs, triton, reference" in done.stderr
 
 
 def test_plain_tensors_are_served_by_the_kernels_of_their_device(gpu, monkeypatch):
@@ -88,6 +150,16 @@ def test_plain_tensors_are_served_by_the_kernels_of_their_device(gpu, monkeypatc
     assert choose_plain(gpu((9, 0)).device) is Backend.TRITON
     with pytest.raises(RuntimeError, match="has compute capability"):
         choose_plain(gpu((7, 5)).device)
+
+
+def test_whole_tensors_are_quantized_and_decoded_by_the_cuda_kernels_where_they_serve(gpu, monkeypatch):
+    assert choose_quantizer(torch.device("cpu")) is Backend.NATIVE
+    assert choose_quantizer(gpu((9, 0)).device) is Backend.CUDA
+    with pytest.warns(UserWarning, match="Triton's kernels serve"):
+        assert choose_quantizer(gpu((9, 0), "NVIDIA's driver is not installed").device) is Backend.TRITON
+    for forced in (Backend.TRITON, Backend.REFERENCE):
+        monkeypatch.setattr(backends, "_FORCED", forced)
+        assert choose_quantizer(gpu((9, 0)).device) is forced
 
 
 def test_forcing_the_reference_reaches_operators_over_plain_tensors(monkeypatch):

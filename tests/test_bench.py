@@ -243,3 +243,20 @@ def test_what_llama_cpp_reads_is_the_same_model(tmp_path):
             expected = models.load_dense(folder)(torch.tensor([tokens])).logits[0].double()
     correlation = torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0)
     assert correlation > 0.97
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, which takes minutes to measure")
+def test_the_gpus_report_runs_without_one_and_says_what_it_skips(tmp_path):
+    out = tmp_path / "report.json"
+    environment = {**os.environ, "BUILD": "0", "PYTHON": sys.executable}
+    environment["PYTHONPATH"] = str(Path(sys.modules["pyfastpeft"].__file__).parent.parent)
+    command = ["bash", str(ROOT / "bench" / "gpu_report.sh"), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped: targets: no GPU is here" in done.stdout
+    result = json.loads(out.read_text())
+    assert result["machine"]["gpu"] is None and result["tests"] == "no GPU is here"
+    assert set(result["skipped"]) == {"targets", "bitsandbytes", "peft"}, result["skipped"]
+    assert all(row["error"] < 4e-3 and row["lora_error"] < 4e-3 for row in result["products"])
+    assert result["trainings"] and result["models"]["tiny"]["ours"]["step_s"] > 0
+    assert all(promise["met"] is None for promise in result["promises"])

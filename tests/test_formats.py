@@ -68,7 +68,7 @@ def weights(shape, dtype):
         w.view(-1)[-3:] = -0.0
     yield "zero blocks", w.to(dtype)
     # Every value lies on, or one rounding beside, a midpoint of two codes.
-    table = get_format("nf4").table
+    table = get_format("nf4").table.to(w.device)
     midpoints = torch.cat([(table[:-1] + table[1:]) / 2, table, torch.tensor([1.0, -1.0])])
     yield "midpoints", midpoints[torch.randint(len(midpoints), shape)].to(dtype)
     yield "denormal", (torch.randn(shape) * 1e-39).to(dtype)
@@ -154,7 +154,7 @@ def test_the_8_bit_quantizer_bins_as_bitsandbytes_does():
 # ---- INT4 ------------------------------------------------------------------------------------------------------------
 
 
-def test_int4_error_is_at_most_half_a_step(isa):
+def test_int4_error_is_at_most_half_a_step(device):
     for blocksize in (32, 64, 128):
         for shape in SHAPES[:-1]:
             w = torch.randn(shape) + torch.randn(())
@@ -164,7 +164,7 @@ def test_int4_error_is_at_most_half_a_step(isa):
                 assert (block - back).abs().max() <= step * 0.5 * 1.0001 + 1e-6
 
 
-def test_int4_keeps_a_constant_block_exactly(isa):
+def test_int4_keeps_a_constant_block_exactly(device):
     w = torch.full((4, 64), 0.37)
     assert torch.equal(fp.quantize_4bit(w, "int4", 32).dequantize(), w)
 
@@ -191,7 +191,7 @@ def test_int4_holds_gguf_blocks_exactly(kind):
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
-def test_compiled_quantizer_equals_the_reference_bit_for_bit(isa, quant_type):
+def test_compiled_quantizer_equals_the_reference_bit_for_bit(device, quant_type):
     fmt = get_format(quant_type)
     for shape in SHAPES:
         for dtype in DTYPES:
@@ -210,7 +210,7 @@ def test_compiled_quantizer_equals_the_reference_bit_for_bit(isa, quant_type):
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
-def test_compiled_dequantizer_equals_the_reference_bit_for_bit(isa, quant_type):
+def test_compiled_dequantizer_equals_the_reference_bit_for_bit(device, quant_type):
     fmt = get_format(quant_type)
     for shape in SHAPES:
         for blocksize in np.random.choice(fmt.blocksizes, 2, replace=False).tolist():
@@ -223,7 +223,7 @@ def test_compiled_dequantizer_equals_the_reference_bit_for_bit(isa, quant_type):
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
-def test_compiled_quantizer_treats_nan_and_inf_as_the_reference(isa, quant_type):
+def test_compiled_quantizer_treats_nan_and_inf_as_the_reference(device, quant_type):
     fmt = get_format(quant_type)
     for dtype in DTYPES:
         for w in pathological(dtype):
@@ -235,7 +235,7 @@ def test_compiled_quantizer_treats_nan_and_inf_as_the_reference(isa, quant_type)
             assert not got[:6].isfinite().all() or w.isfinite().all()
 
 
-def test_every_instruction_set_gives_the_same_codes_for_large_tensors(isa):
+def test_every_instruction_set_gives_the_same_codes_for_large_tensors(device):
     """Large enough to be split over threads."""
     w = torch.randn(1024, 1000)
     for quant_type in ("nf4", "fp4", "int4"):
@@ -297,7 +297,7 @@ def test_copies_and_pickles_keep_every_bit():
             assert_same_bits(other.dequantize(), packed.dequantize())
 
 
-def test_strided_and_unaligned_weights_quantize_as_their_contiguous_copy(isa):
+def test_strided_and_unaligned_weights_quantize_as_their_contiguous_copy(device):
     base = torch.randn(70, 131)
     for view in (base.t(), base[:, 1:65], base[::2, ::2], base.view(-1)[3:1027].view(16, 64)):
         got, expected = fp.quantize_4bit(view), fp.quantize_4bit(view.clone(memory_format=torch.contiguous_format))

@@ -2,6 +2,7 @@
 # Builds a wheel with each Python and installs it into empty environments, one a torch version, outside the source tree.
 #
 #   tests/wheel_check.sh WORK_FOLDER PYTHON...          TORCHES="2.15.* 2.11.*" to choose (the first one builds)
+#                                                       WHEEL=file.whl: that one, for one Python, is not built
 #
 # Needs the package index, and about 8 GB in WORK_FOLDER for CUDA builds of torch (an environment is removed after its
 # check). Prints one line an environment and fails if any of them does.
@@ -49,7 +50,7 @@ PYTHON
 }
 
 for python in "$@"; do
-  wheel=
+  wheel=${WHEEL:+$(realpath "$WHEEL")}
   for torch in "${torches[@]}"; do
     name="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])'), torch $torch"
     env="$work/env"

@@ -54,6 +54,9 @@ int32_t pf_quantize_4bit(const void* src, int32_t dtype, int64_t count, int32_t 
 const char* pf_cuda_error(int32_t status);
 // CUDA's version of the toolkit that built this, as 13000 for 13.0.
 int32_t pf_cuda_version(void);
+// The compute capabilities that it was built for, as "8.0 9.0a". Others from 8.0 on compile 8.0's PTX, but for 9.0,
+// which has kernels of its own.
+const char* pf_cuda_architectures(void);
 
 #ifdef __cplusplus
 }

@@ -11,13 +11,19 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..ops.cuda_kernels import why_not
+
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "triton", "gguf", "peft", "bitsandbytes")
+
+
+_ANY_GPU = (99, 0)  # a compute capability that is not what is missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +37,18 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _cuda_kernels(gpus: Sequence[int]) -> dict[str, str]:
+    """Whether they serve each GPU; without one, what else is missing."""
+    if not gpus:
+        return {"not used:": torch.ops.pyfastpeft.cuda_missing.default(*_ANY_GPU) or "no GPU is here"}
+    return {f"cuda:{i}": why_not(torch.device("cuda", i)) or "served" for i in gpus}
+
+
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Print the table and return it as a dictionary."""
     from .. import _native
 
+    gpus = range(torch.cuda.device_count())
     result = {
         "version": _version("pyfastpeft"),
         "build": _native.build_info(),
@@ -42,7 +56,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "available_isas": _native.available_isas(),
         "cpu_features": _native.cpu_features(),
         "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [torch.cuda.get_device_name(i) for i in gpus],
+        "cuda_kernels": _cuda_kernels(gpus),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .codes import Format, check_blocksize, get_format, pack_nibbles, unpack_nibbles
+from .codes import Format, check_blocksize, format_of, get_format, pack_nibbles, unpack_nibbles
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
 from .held import HeldWeight
+
+_ALIGNMENT = 16  # of codes on a GPU, in bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,14 @@ class Packed4bit:
         rows = self.shape[0] if self.shape else 1
         operands = (self.codes, self.scale, self.zero, *nested, self.format.id, rows, self.blocksize)
         object.__setattr__(self, "operands", operands)
+
+    @classmethod
+    def of_operands(cls, operands: tuple, k: int) -> Packed4bit:
+        """The matrix [N, K], in rows, whose :attr:`operands` these are; float32 by default."""
+        codes, scale, zero, absmax2, offset, format, n, blocksize = operands
+        nested = None if absmax2 is None else NestedScales(absmax2, offset)
+        name = format_of(format).name
+        return cls(codes, scale, zero, nested, torch.Size((n, k)), torch.float32, name, blocksize)
 
     @functools.cached_property
     def held(self) -> HeldWeight:
@@ -121,6 +131,8 @@ class Packed4bit:
 
     def prepared(self) -> Packed4bit:
         """The layout the kernels of this device read; ``self`` where it already is."""
+        if self.device.type == "cuda" and self.codes.storage_offset() % _ALIGNMENT:
+            return replace(self, codes=self.codes.clone())
         return self.tiles() if self.device.type == "cpu" and self.tileable else self
 
     @property

@@ -28,7 +28,7 @@ from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear, stamp_of
 from ..ops import PackedLora
-from ..ops.backends import Backend, choose, choose_attention
+from ..ops.backends import Backend, choose_attention, native
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
 from .forwards import ModuleForward, install
@@ -261,7 +261,7 @@ class _Stack:
         if type(module) is not Linear4bit or module.compute_dtype not in (None, dtype):
             raise _Unsupported
         packed, bias = look.get(vars(module), "packed"), look.get(module._parameters, "bias")
-        if packed is None or choose(packed) is not Backend.NATIVE:
+        if packed is None or not native(packed):
             raise _Unsupported
         return (*packed.operands, bias, *branch, takes_int8(packed, look.get(vars(module), "compute")))
 

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import enum
+import functools
 import os
+import warnings
 
 import torch
 from torch import Tensor
 
 from ..formats import Packed4bit, format_of
 from ..formats.packed import dequantize_reference, quantize_reference
-from . import triton_kernels
-from .triton_kernels import why_not
+from . import cuda_kernels, triton_kernels
+from .cuda_kernels import most_rows
+from .cuda_kernels import why_not as why_not_cuda
+from .triton_kernels import why_not as why_not_triton
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that the compiled operators take."""
 
 
 class Backend(enum.Enum):
-    """``NATIVE``: the compiled operators. ``TRITON``: kernels for GPUs. ``REFERENCE``: plain torch, any device."""
+    """``NATIVE``: compiled for CPUs. ``CUDA``: compiled for NVIDIA's GPUs, inference of few rows. ``SLABS``: torch's
+    dense product over W decoded slab by slab. ``TRITON``: kernels for GPUs. ``REFERENCE``: plain torch, any device."""
 
     NATIVE = "native"
+    CUDA = "cuda"
+    SLABS = "slabs"
     TRITON = "triton"
     REFERENCE = "reference"
-
-
-NATIVE = Backend.NATIVE
-"""For the path of every token: in Python 3.11 a name looked up in an enumeration costs a fifth of a microsecond."""
 
 
 def _forced() -> Backend | None:
@@ -41,34 +44,68 @@ def _forced() -> Backend | None:
 
 
 _FORCED = _forced()
+_DENSE_ROWS = 256
+"""Rows from which on a dense product, which runs at the tensor cores' speed, is worth decoding W into memory."""
+
+
+@functools.cache
+@torch.compiler.assume_constant_result
+def _serving(device: torch.device) -> tuple[bool, bool]:
+    """Whether the CUDA and the Triton kernels serve ``device``. Says once what a GPU lacks."""
+    if device.type != "cuda":
+        return False, False
+    no_cuda, no_triton = why_not_cuda(device), why_not_triton(device)
+    if no_cuda is not None and torch.version.hip is None:
+        instead = "Triton's kernels serve" if no_triton is None else f"plain torch serves, as {no_triton}"
+        said = f"pyfastpeft's CUDA kernels are not used on {device}: {no_cuda}. {instead}, slower."
+        warnings.warn(said, stacklevel=2)
+    return no_cuda is None, no_triton is None
 
 
 def _check_forced(device: torch.device) -> None:
-    if _FORCED is Backend.TRITON and (why := why_not(device)) is not None:
+    if _FORCED is Backend.TRITON and (why := why_not_triton(device)) is not None:
         raise RuntimeError(f"PYFASTPEFT_BACKEND is 'triton', and {why}")
 
 
-def choose(w: Packed4bit) -> Backend:
-    """The backend for ``w``.
+def native(w: Packed4bit) -> bool:
+    """Whether the CPU operators serve ``w``, whatever it is multiplied with."""
+    # For every token: in Python 3.11 a name looked up in an enumeration costs a fifth of a microsecond.
+    return w.layout == "tiles" and (_FORCED is None or _FORCED is Backend.NATIVE)
 
-    Native for CPU weights in tiles, Triton for weights on a GPU that it compiles for, else the reference (dequantize,
-    then a dense product). ``PYFASTPEFT_BACKEND`` forces one; ``native`` only where it can serve.
+
+def choose(w: Packed4bit, rows: int, dtype: torch.dtype, infers: bool, drops: bool = False) -> Backend:
+    """The backend for ``w`` and ``rows`` rows of ``dtype``.
+
+    On a CPU the native operators, for weights in tiles. On a GPU the CUDA kernels as far as they go; above, slabs from
+    256 rows on; Triton's kernels for the rest, or for all where it stands alone. Else the reference (dequantize, then a
+    dense product). ``PYFASTPEFT_BACKEND`` forces one: ``native`` only where it can serve; ``cuda`` means slabs too.
+
+    Args:
+        infers: nothing is recorded for autograd, and what scales the LoRA branch is the same for all rows, or a bank.
+        drops: the LoRA branch has dropout, which Triton's kernels do in passing.
 
     Raises:
-        RuntimeError: Triton is forced and cannot serve; it says why.
+        RuntimeError: CUDA or Triton is forced and cannot serve; it says why.
     """
-    if _FORCED is None and w.layout == "tiles":
-        return NATIVE
-    _check_forced(w.device)
-    if _FORCED in (Backend.TRITON, Backend.REFERENCE):
-        return _FORCED
-    if w.layout == "tiles":
+    if native(w):
         return Backend.NATIVE
-    return Backend.TRITON if w.device.type == "cuda" and why_not(w.device) is None else Backend.REFERENCE
+    for backend, why_not in ((Backend.CUDA, why_not_cuda), (Backend.TRITON, why_not_triton)):
+        if _FORCED is backend and (why := why_not(w.device)) is not None:
+            raise RuntimeError(f"PYFASTPEFT_BACKEND is {backend.value!r}, and {why}")
+    if _FORCED in (Backend.SLABS, Backend.TRITON, Backend.REFERENCE):
+        return _FORCED
+    cuda, triton = _serving(w.device)
+    triton = triton and _FORCED is not Backend.CUDA
+    if cuda:
+        if infers and not drops and rows <= most_rows(w, dtype):
+            return Backend.CUDA
+        if not triton or (rows >= _DENSE_ROWS and not drops):
+            return Backend.SLABS
+    return Backend.TRITON if triton else Backend.REFERENCE
 
 
 def choose_plain(device: torch.device) -> Backend:
-    """The backend for operators over plain tensors on ``device``: norms, activations, losses, attention, quantization.
+    """The backend for operators over plain tensors on ``device``: norms, activations, losses, attention.
 
     Native on a CPU, Triton on a GPU that it compiles for, else the reference.
 
@@ -79,7 +116,7 @@ def choose_plain(device: torch.device) -> Backend:
     if _FORCED is Backend.REFERENCE:
         return _FORCED
     if device.type in triton_devices():
-        return Backend.TRITON if why_not(device) is None else Backend.REFERENCE
+        return Backend.TRITON if why_not_triton(device) is None else Backend.REFERENCE
     return Backend.NATIVE if device.type == "cpu" else Backend.REFERENCE
 
 
@@ -108,9 +145,23 @@ for _name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rop
     torch.library.register_kernel(f"pyfastpeft::{_name}", triton_devices(), getattr(triton_kernels, _name))
 
 
+def choose_quantizer(device: torch.device) -> Backend:
+    """The backend that quantizes and decodes whole tensors: as for plain tensors, but CUDA where its kernels serve.
+
+    Raises:
+        RuntimeError: as ``choose``.
+    """
+    cuda = _FORCED not in (Backend.TRITON, Backend.REFERENCE) and _serving(device)[0]
+    return Backend.CUDA if cuda else choose_plain(device)
+
+
+_QUANTIZERS = {Backend.CUDA: cuda_kernels, Backend.TRITON: triton_kernels}
+
+
 def _quantize_4bit(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
-    if choose_plain(w.device) is Backend.TRITON:
-        return triton_kernels.quantize_4bit(w, format, blocksize)
+    kernels = _QUANTIZERS.get(choose_quantizer(w.device))
+    if kernels is not None:
+        return kernels.quantize_4bit(w, format, blocksize)
     codes, scale, zero = quantize_reference(w, format_of(format), blocksize)
     return codes, scale, scale.new_empty(0) if zero is None else zero
 
@@ -118,8 +169,9 @@ def _quantize_4bit(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tens
 def _dequantize_4bit(
     codes: Tensor, scale: Tensor, zero: Tensor | None, format: int, blocksize: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    if choose_plain(codes.device) is Backend.TRITON:
-        return triton_kernels.dequantize_4bit(codes, scale, zero, format, blocksize, shape, dtype)
+    kernels = _QUANTIZERS.get(choose_quantizer(codes.device))
+    if kernels is not None:
+        return kernels.dequantize_4bit(codes, scale, zero, format, blocksize, shape, dtype)
     return dequantize_reference(codes, scale, zero, format_of(format), blocksize, shape, dtype)
 
 

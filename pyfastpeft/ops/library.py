@@ -17,6 +17,11 @@ if _LIBRARY is None:
 torch.ops.load_library(str(_LIBRARY))
 torch.ops.pyfastpeft.set_dynamic_map(DYNAMIC_MAP)
 
+WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, int format, int n, int blocksize"
+"""``Packed4bit.operands`` in an operator's schema."""
+BRANCH = "Tensor? lora_a, Tensor? lora_b, Tensor? row_scale, float scaling, Tensor? seed, float dropout"
+"""A :class:`Lora` in an operator's schema, the scaling taken apart, with the seed of its dropout."""
+
 
 @torch.library.register_fake("pyfastpeft::quantize_4bit")
 def _(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,6 +36,16 @@ def _(
     codes: Tensor, scale: Tensor, zero: Tensor | None, format: int, blocksize: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("pyfastpeft::dequantize_rows")
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("pyfastpeft::linear_4bit_cuda")
+def _(*_: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("pyfastpeft::pack_pairs")

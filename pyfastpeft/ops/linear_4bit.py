@@ -14,8 +14,9 @@ from torch.nn.functional import pad
 
 from ..formats import Packed4bit
 from ..formats.held import HeldBranch
-from . import reference, triton_kernels
-from .backends import FLOATS, NATIVE, Backend, choose
+from . import cuda_kernels, reference, triton_kernels
+from . import slabs as slabs  # registers its operators
+from .backends import FLOATS, Backend, choose, native
 
 
 class Lora(NamedTuple):
@@ -87,7 +88,7 @@ class BankView(NamedTuple):
 
     Attributes:
         a: [slots, r, K].   b: [slots, N, r].   scaling: [slots].
-        rows: int64 [rows of x], the slot of each row; -1 is the base model alone.
+        rows: int64 [rows of x], the slot of each row; -1 is the base model alone (so is, on a GPU, what is no slot).
     """
 
     a: Tensor
@@ -147,9 +148,11 @@ def linear_4bit(
     x2 = x if x.dim() == 2 else x.reshape(-1, k)
     if isinstance(lora, BankView):
         _check_bank(lora, x2, n, k)
-        if choose(w) is Backend.TRITON and not needs_grad(x, bias, lora):
-            y = triton_kernels.forward_slots(x2, w, bias, *lora)
-            return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+        if not needs_grad(x, bias, lora):
+            kernels = _WITH_SLOTS.get(choose(w, len(x2), x2.dtype, infers=True))
+            if kernels is not None:
+                y = kernels.forward_slots(x2, w, bias, *lora)
+                return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
         lora = lora.stacked()
     a = b = row_scale = seed = None
     scaling, dropout = 1.0, 0.0
@@ -165,24 +168,28 @@ def linear_4bit(
             row_scale, scaling = scaling.float(), 1.0
         if dropout > 0.0:
             seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    backend = choose(w)
-    weight = w.operands
-    if backend is not Backend.NATIVE:
-        weight = (*weight[:5], w, n, w.blocksize)
-    if needs_grad(x, bias, lora):
+    recorded = needs_grad(x, bias, lora)
+    same_for_all = row_scale is None or row_scale.dim() == 1
+    backend = choose(w, len(x2), x2.dtype, infers=not recorded and same_for_all, drops=seed is not None)
+    branch = (a, b, row_scale, scaling, seed, dropout)
+    weight = w.rows().operands if backend is Backend.SLABS else w.operands
+    if backend in _IN_PYTHON:
+        weight = (*weight[:5], w, *weight[6:])
+    if recorded:
         if compute is not None:
             raise ValueError(f"compute is {compute!r}, for inference only; x, bias or lora requires a gradient here")
-        y = _Linear4bit.apply(x2, bias, a, b, row_scale, scaling, seed, dropout, backend, *weight)
-    else:
-        if type(lora) is PackedLora and x.dtype is torch.bfloat16 and backend is Backend.NATIVE:
-            a, b = lora.a_pairs, lora.b_pairs
+        y = _Linear4bit.apply(x2, bias, *branch, backend, *weight)
+    elif backend is Backend.NATIVE:
+        if type(lora) is PackedLora and x.dtype is torch.bfloat16:
             if row_scale is not None and row_scale.shape[-1] % 2:
                 row_scale = pad(row_scale, (0, 1))  # as the rank is, to whole pairs
-        branch = (a, b, row_scale, scaling, seed, dropout)
+            branch = (lora.a_pairs, lora.b_pairs, row_scale, scaling, seed, dropout)
         if takes_int8(w, compute):
             y = torch.ops.pyfastpeft.linear_4bit_int8.default(x2, *weight, bias, *branch)
         else:
             y = _forward(backend, x2, bias, branch, weight)[0]
+    else:
+        y = _forward(backend, x2, bias, branch, weight)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -199,7 +206,7 @@ def _inference(
         if type(lora) is not PackedLora or type(lora.scaling) is not float or x.dtype is not torch.bfloat16:
             return None
         branch, scaling = lora.held, lora.scaling
-    if choose(w) is not NATIVE:
+    if not native(w):
         return None
     try:
         return _HELD(x, w.held, bias, branch, scaling, compute is not None and takes_int8(w, compute))
@@ -218,7 +225,7 @@ def needs_grad(x: Tensor, bias: Tensor | None, lora: AnyLora | None) -> bool:
 
 def takes_int8(w: Packed4bit, compute: str | None) -> bool:
     """Whether ``compute`` brings a product with ``w`` into the int8 tier."""
-    return compute == "int8" and w.blocksize <= _INT8_BLOCKSIZE and choose(w) is Backend.NATIVE
+    return compute == "int8" and w.blocksize <= _INT8_BLOCKSIZE and native(w)
 
 
 def check_compute(compute: str | None) -> str | None:
@@ -264,6 +271,13 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
             raise ValueError(f"{name} of the bank has shape {tuple(t.shape)}; it must be {shape}")
         if t.device != x.device:
             raise ValueError(f"{name} of the bank is on {t.device}; it must be on x's device, {x.device}")
+    if bank.rows.dtype != torch.int64:
+        raise ValueError(f"rows of the bank are {bank.rows.dtype}; they must be int64")
+    # Looking at them on a GPU would wait for it; there other numbers are as -1.
+    if bank.rows.is_cpu and not torch.compiler.is_compiling() and bank.rows.numel() > 0:
+        least, most = (int(v) for v in bank.rows.aminmax())
+        if least < -1 or most >= slots:
+            raise ValueError(f"rows of the bank lie in [{least}, {most}]; they must lie in [-1, {slots - 1}]")
     if bank.a.dtype not in FLOATS or bank.b.dtype not in FLOATS or r < 1:
         what = f"are {bank.a.dtype} and {bank.b.dtype} of rank {r}"
         raise ValueError(f"a and b of the bank {what}; they must be floating point, of rank 1 at least")
@@ -285,12 +299,15 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
         )
 
 
-_IN_PYTHON = {Backend.REFERENCE: reference, Backend.TRITON: triton_kernels}
+_IN_PYTHON = {Backend.REFERENCE: reference, Backend.TRITON: triton_kernels, Backend.CUDA: cuda_kernels}
+_WITH_SLOTS = {Backend.TRITON: triton_kernels, Backend.CUDA: cuda_kernels}
 
 
 def _forward(backend: Backend, x: Tensor, bias: Tensor | None, branch: tuple, weight: tuple) -> tuple[Tensor, Tensor]:
-    if backend is not Backend.NATIVE:
+    if backend in _IN_PYTHON:
         return _IN_PYTHON[backend].forward(x, weight[5], bias, *branch)
+    if backend is Backend.SLABS:
+        return torch.ops.pyfastpeft.linear_4bit_slabs.default(x, *weight, bias, *branch)
     return torch.ops.pyfastpeft.linear_4bit.default(x, *weight, bias, *branch)
 
 
@@ -302,19 +319,23 @@ class _Linear4bit(torch.autograd.Function):
         ctx.save_for_backward(
             x if trains_lora else None, s if trains_lora else None, a, b, row_scale, seed, *weight[:5]
         )
-        ctx.rest = (scaling, dropout, backend, weight[5:], x.dtype, None if bias is None else bias.dtype)
+        ctx.rest = (scaling, dropout, backend, weight[5:], x.shape[1], x.dtype, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     def backward(ctx, dy):  # noqa: ANN001
         x, s, a, b, row_scale, seed, *held = ctx.saved_tensors
-        scaling, dropout, backend, meta, x_dtype, bias_dtype = ctx.rest
+        scaling, dropout, backend, meta, k, x_dtype, bias_dtype = ctx.rest
         need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
         branch = (a, b, row_scale, scaling, seed, dropout)
         dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
         dy = dy.to(x_dtype)
-        if backend is not Backend.NATIVE:
+        if backend in _IN_PYTHON:
             dx, da, db = _IN_PYTHON[backend].backward(dy, x, s, meta[0], *branch, need_x, need_a, need_b)
+        elif backend is Backend.SLABS:
+            needs = need_x, need_a, need_b
+            found = torch.ops.pyfastpeft.linear_4bit_slabs_backward.default(dy, x, s, *held, *meta, k, *branch, *needs)
+            dx, da, db = (grad if needed else None for grad, needed in zip(found, needs, strict=True))
         else:
             dx, ds = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, *held, *meta, *branch, need_x)
             dx = dx if need_x else None

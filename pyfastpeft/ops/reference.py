@@ -30,13 +30,13 @@ def keep_mask(rows: int, columns: int, seed: Tensor, dropout: float) -> Tensor:
     return _mix32((column + row) & _MASK32) >= round(dropout * 2**32)
 
 
-def _dropped(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+def dropped(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     if seed is None:
         return x
     return torch.where(keep_mask(*x.shape, seed, dropout), x / (1 - dropout), torch.zeros_like(x))
 
 
-def _scaled(s: Tensor, row_scale: Tensor | None, scaling: float) -> Tensor:
+def scaled(s: Tensor, row_scale: Tensor | None, scaling: float) -> Tensor:
     return s * scaling if row_scale is None else s * row_scale * scaling
 
 
@@ -57,8 +57,8 @@ def forward(
         y = y + bias.to(y.dtype)
     if a is None:
         return y, x.new_empty((x.shape[0], 0), dtype=torch.float32)
-    s = F.linear(_dropped(x.float(), seed, dropout), a.float())
-    return y + F.linear(_scaled(s, row_scale, scaling), b.float()).to(y.dtype), s
+    s = F.linear(dropped(x.float(), seed, dropout), a.float())
+    return y + F.linear(scaled(s, row_scale, scaling), b.float()).to(y.dtype), s
 
 
 def backward(
@@ -82,13 +82,13 @@ def backward(
         dx = dy @ w.dequantize(dy.dtype)
     if a is None:
         return dx, None, None
-    ds = _scaled(dy.float() @ b.float(), row_scale, scaling)
+    ds = scaled(dy.float() @ b.float(), row_scale, scaling)
     if need_x:
-        dx = dx + _dropped(ds @ a.float(), seed, dropout).to(dx.dtype)
+        dx = dx + dropped(ds @ a.float(), seed, dropout).to(dx.dtype)
     if need_a:
-        da = (ds.t() @ _dropped(x.float(), seed, dropout)).to(a.dtype)
+        da = (ds.t() @ dropped(x.float(), seed, dropout)).to(a.dtype)
     if need_b:
-        db = (dy.float().t() @ _scaled(s, row_scale, scaling)).to(b.dtype)
+        db = (dy.float().t() @ scaled(s, row_scale, scaling)).to(b.dtype)
     return dx, da, db
 
 

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Builds in place, runs the GPU tests and measures the GPU kernels against their targets, in under ten minutes and
+# without a network: torch with CUDA and nvcc are enough. Without a GPU it says what it skips.
+#
+#   bench/gpu_report.sh [--out results.json]        BUILD=0: as it is; PYTHON: of which environment
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+
+if [[ ${BUILD-1} != 0 ]]; then
+  "$python" setup.py -q build_ext --inplace
+fi
+
+tests="no GPU is here"
+if "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+  if "$python" -c 'import pytest' 2> /dev/null; then
+    # The tests of a GPU's own, and those of every device in their variant for GPUs.
+    mapfile -t files < <(grep -lE '^def test_\w+\(device' tests/test_*.py)
+    log=$(mktemp)
+    timeout 150 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py "${files[@]}" -k "cuda or test_gpu" 2>&1 |
+      tee "$log" | tail -n 40 || true
+    tests=$(tail -n 1 "$log")
+    rm "$log"
+  else
+    tests="pytest is not installed"
+  fi
+fi
+echo "GPU tests: $tests"
+
+"$python" -m bench.gpu_report --tests "$tests" "$@"

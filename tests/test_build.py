@@ -1,0 +1,112 @@
+"""What the build decides about CUDA, and what the operators find of it when they run."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py, without setting anything up."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    spec = importlib.util.spec_from_file_location("build_of_pyfastpeft", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.delenv("PYFASTPEFT_CUDA", raising=False)
+    monkeypatch.setattr(module, "capabilities_here", lambda: [])
+    return module
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [
+        ((7, 5), None),
+        ((8, 0), "8.0"),
+        ((8, 7), "8.6"),
+        ((8, 9), "8.9"),
+        ((9, 0), "9.0a"),
+        ((10, 3), "10.0"),
+        ((11, 0), "8.0"),  # by its PTX
+        ((12, 1), "12.0"),
+        ((13, 0), "8.0"),
+    ],
+)
+def test_a_source_build_is_for_the_gpus_that_are_here(build, monkeypatch, capability, architecture):
+    monkeypatch.setattr(build, "capabilities_here", lambda: [capability, capability])
+    assert build.chosen_architectures("nvcc") == ([] if architecture is None else [architecture])
+
+
+def test_the_environment_chooses_architectures(build, monkeypatch):
+    for wanted, chosen in (("0", []), ("9.0", ["9.0a"]), ("9.0a; 8.0", ["8.0", "9.0a"]), ("12.0;8.9", ["8.9", "12.0"])):
+        monkeypatch.setenv("PYFASTPEFT_CUDA", wanted)
+        assert build.chosen_architectures("nvcc") == chosen
+    for wanted in ("7.5", "yes", "8.0,9.0"):
+        monkeypatch.setenv("PYFASTPEFT_CUDA", wanted)
+        with pytest.raises(SystemExit, match=f"PYFASTPEFT_CUDA is '{wanted}'; it must be 0, all, or some of 8.0"):
+            build.chosen_architectures("nvcc")
+
+
+def test_gpus_of_other_generations_find_ptx(build):
+    for architectures in (["9.0a"], ["8.0", "12.0"]):
+        flags = build.nvcc_flags(architectures)
+        assert "-gencode=arch=compute_80,code=compute_80" in flags
+        assert sum("code=sm_" in flag for flag in flags) == len(architectures)
+
+
+def test_without_nvcc_the_build_goes_on_unless_kernels_were_asked_for(build, monkeypatch, capsys):
+    assert build.chosen_architectures(None) == []
+    assert "no nvcc is here" in capsys.readouterr().out
+    monkeypatch.setenv("PYFASTPEFT_CUDA", "all")
+    with pytest.raises(SystemExit, match="PYFASTPEFT_CUDA is 'all', but there is no nvcc"):
+        build.chosen_architectures(None)
+
+
+def test_a_toolkit_is_found_where_it_says(build, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.find_nvcc() == str(nvcc)
+    assert build.toolkit_version(str(nvcc)) == "12.9"
+
+
+KERNELS = ROOT / "pyfastpeft" / "libpyfastpeft_cuda.so"
+
+
+@pytest.mark.skipif(not KERNELS.exists(), reason="built without CUDA kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, with its driver")
+@pytest.mark.parametrize(
+    ("driver", "capability", "missing"),
+    [
+        (12080, (9, 0), "NVIDIA's driver serves CUDA 12.8 at most; the kernels were built with 13."),
+        (99000, (7, 5), "the GPU has compute capability 7.5, the CUDA kernels were built for "),
+        (99000, (8, 6), ""),
+        (99000, (99, 0), ""),
+    ],
+)
+def test_an_old_driver_or_gpu_is_named_before_anything_is_launched(tmp_path, driver, capability, missing):
+    """With libraries that stand in for the driver and for torch's CUDA half."""
+    of_driver = (
+        f"int cuDriverGetVersion(int* v) {{ *v = {driver}; return 0; }} int cuStreamIsCapturing() {{ return 0; }}"
+    )
+    of_torch = "int aoti_torch_get_current_cuda_stream() { return 0; }"
+    sources = {"libcuda.so.1": of_driver, "libtorch_cuda.so": of_torch}
+    for name, source in sources.items():
+        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-x", "c", "-", "-o", str(tmp_path / name)]
+        subprocess.run(command, input=source, text=True, check=True)
+    code = f"import ctypes; ctypes.CDLL({str(tmp_path / 'libtorch_cuda.so')!r}); import torch, pyfastpeft; "
+    code += f"print('missing:', torch.ops.pyfastpeft.cuda_missing(*{capability}))"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.partition("missing: ")[2].strip()
+    assert said.startswith(missing) if missing else said == ""

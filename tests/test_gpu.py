@@ -1,0 +1,165 @@
+"""What only a GPU can show of the operators: graphs, streams, several devices, memory. The promises that hold on every
+device are tested where they are made, under the fixture `device`."""
+
+import pytest
+import torch
+from test_linear_4bit import FORWARD, adapter, error, float64, packed_weight
+
+import pyfastpeft as fp
+from pyfastpeft.formats import why_not_cuda
+from pyfastpeft.ops import BankView, Lora, backends, linear_4bit
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+GPU = torch.device("cuda", 0)
+N, K, R = 256, 512, 16
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    with GPU:
+        yield
+
+
+def layer(device=GPU):
+    with device:
+        return packed_weight(N, K, "nf4"), torch.randn(N).to(DTYPE), Lora(*adapter(N, K, R, DTYPE), 2.0)
+
+
+def close(got, x, w, bias, lora):
+    assert error(got, float64(x, w, bias, lora)) <= FORWARD[x.dtype]
+
+
+def test_the_cuda_kernels_serve_this_gpu():
+    assert why_not_cuda(GPU) is None
+    assert backends.choose(packed_weight(N, K), 1, DTYPE, infers=True) is backends.Backend.CUDA
+
+
+@pytest.mark.parametrize("m", [1, 16, 100, 300])
+@torch.no_grad()
+def test_a_captured_graph_replays_with_new_inputs_and_another_adapter(m):
+    w, bias, _ = layer()
+    a, b = torch.randn(2, R, K).to(DTYPE) * 0.05, torch.randn(2, N, R).to(DTYPE)
+    scaling, rows = torch.tensor([2.0, 0.5]), torch.zeros(m, dtype=torch.int64)
+    x, bank = torch.randn(m, K).to(DTYPE), BankView(a, b, scaling, rows)
+
+    def run():
+        return linear_4bit(linear_4bit(x, w, bias, bank)[:, :N].repeat(1, 2), w, bias, bank)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for slot in (0, 1, -1):
+        x.copy_(torch.randn(m, K).to(DTYPE))
+        rows.fill_(slot)
+        graph.replay()
+        assert torch.equal(y, run())
+
+
+@torch.no_grad()
+def test_streams_do_not_disturb_one_another():
+    w, bias, lora = layer()
+    inputs = [torch.randn(m, K).to(DTYPE) for m in (1, 5, 16, 64)]
+    expected = [linear_4bit(x, w, bias, lora) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    found = [[] for _ in inputs]
+    for _ in range(50):
+        for stream, x, results in zip(streams, inputs, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(linear_4bit(x, w, bias, lora))
+    torch.cuda.synchronize()
+    for results, right in zip(found, expected, strict=True):
+        assert all(torch.equal(y, right) for y in results)
+
+
+@torch.no_grad()
+def test_the_same_call_gives_the_same_bits():
+    w, bias, lora = layer()
+    for m in (1, 7, 16, 128, 512):
+        x = torch.randn(m, K).to(DTYPE)
+        first = linear_4bit(x, w, bias, lora)
+        assert all(torch.equal(linear_4bit(x, w, bias, lora), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("m", [4, 300])
+def test_torch_compile_takes_the_whole_graph_in_both_directions(m):
+    torch._dynamo.reset()
+    w, bias, lora = layer()
+    a, b = (t.requires_grad_() for t in lora[:2])
+    x, dy = torch.randn(m, K).to(DTYPE).requires_grad_(), torch.randn(m, N).to(DTYPE)
+    compiled = torch.compile(lambda x: linear_4bit(x, w, bias, (a, b, 2.0)), fullgraph=True)
+    expected = torch.autograd.grad(linear_4bit(x, w, bias, (a, b, 2.0)), (x, a, b), dy)
+    for mine, theirs in zip(torch.autograd.grad(compiled(x), (x, a, b), dy), expected, strict=True):
+        assert error(mine, theirs) <= 2 * FORWARD[DTYPE]
+    with torch.no_grad():
+        close(compiled(x), x, w, bias, (a, b, 2.0))
+
+
+@pytest.mark.parametrize("m", [1, 300])
+def test_nothing_waits_for_the_gpu(m):
+    w, bias, lora = layer()
+    a, b = (t.requires_grad_() for t in lora[:2])
+    x = torch.randn(m, K).to(DTYPE)
+    linear_4bit(x, w, bias, (a, b, 2.0)).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_4bit(x, w, bias, (a, b, 2.0)).sum().backward()
+        with torch.no_grad():
+            linear_4bit(x, w, bias, (a, b, 2.0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU is here")
+@torch.no_grad()
+def test_a_weight_on_another_gpu_than_the_current_one():
+    other = torch.device("cuda", 1)
+    w, bias, lora = layer(other)
+    for m in (1, 64, 300):
+        x = torch.randn(m, K, device=other).to(DTYPE)
+        y = linear_4bit(x, w, bias, lora)
+        assert y.device == other and torch.cuda.current_device() == 0
+        close(y, x, w, bias, lora)
+    with pytest.raises(ValueError, match="x is on cuda:0; it must be on the device of w, cuda:1"):
+        linear_4bit(torch.randn(1, K).to(DTYPE), w)
+
+
+def test_tensors_left_on_the_cpu_are_named():
+    w, bias, lora = layer()
+    x = torch.randn(2, K).to(DTYPE)
+    bank = BankView(lora.a[None], lora.b[None], torch.ones(1), torch.zeros(2, dtype=torch.int64, device="cpu"))
+    for change, message in (
+        ({"x": x.cpu()}, "x is on cpu"),
+        ({"bias": bias.cpu()}, "bias is on cpu"),
+        ({"lora": (lora.a.cpu(), lora.b, 1.0)}, "lora A is on cpu"),
+        ({"lora": bank}, "rows of the bank is on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message), torch.no_grad():
+            linear_4bit(**({"x": x, "w": w, "bias": bias, "lora": lora} | change))
+
+
+@torch.no_grad()
+def test_out_of_memory_is_torchs_own_error_and_the_next_call_works():
+    w, bias, lora = layer()
+    x = torch.randn(1, K).to(DTYPE)
+    before = linear_4bit(x, w, bias, lora)
+    for rows in (2**36 // K, 2**40 // K):
+        with pytest.raises(torch.OutOfMemoryError):
+            linear_4bit(x.expand(rows, K), w, bias, lora)
+    assert torch.equal(linear_4bit(x, w, bias, lora), before)
+
+
+@torch.no_grad()
+def test_quantizing_and_decoding_give_the_cpus_bits():
+    for quant_type in ("nf4", "fp4", "int4"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            weight = (torch.randn(300, 331) * torch.randn(300, 331).exp()).to(dtype)
+            here, there = fp.quantize_4bit(weight, quant_type), fp.quantize_4bit(weight.cpu(), quant_type).rows()
+            assert torch.equal(here.codes.cpu(), there.codes) and torch.equal(here.scale.cpu(), there.scale)
+            for to in (torch.float32, torch.bfloat16, torch.float16):
+                assert torch.equal(here.dequantize(to).cpu(), there.dequantize(to))
