@@ -365,21 +365,10 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         float sums[2][4] = {}, x_sum[4] = {};
-        const auto add = [&](int block) {
-          const int at = step % 2 * scale_stage + block * C::kScaleStride;
-#pragma unroll
-          for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float* scale = scales_from + at + r * 16 + i / 2 * 8;
-              acc[r][n][i] = fmaf(*scale, sums[r][i], acc[r][n][i]);
-              if (has_zero) acc[r][n][i] = fmaf(scale[2 * scale_stage], x_sum[i % 2], acc[r][n][i]);
-            }
-        };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int at = (x_from[n] + x_stage_at) ^ (half * 64);  // the second half is the row's other four chunks
-          const uint4 v = *reinterpret_cast<const uint4*>(memory + at);
+          const int x_at = (x_from[n] + x_stage_at) ^ (half * 64);  // the second half is the row's other four chunks
+          const uint4 v = *reinterpret_cast<const uint4*>(memory + x_at);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             mma<T>(sums[r], fragments[r][half * 2], v.x, v.y);
@@ -390,13 +379,19 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
             mma<T>(x_sum, {one, one, one, one}, v.x, v.y);
             mma<T>(x_sum, {one, one, one, one}, v.z, v.w);
           }
-          if (halves && half == 0) {
-            add(0);
+          if (half == 0 && !ANY_BLOCK) continue;
+          const int at = step % 2 * scale_stage + (halves ? half : 0) * C::kScaleStride;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = x_sum[i] = 0.0f;
-          }
+          for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float* scale = scales_from + at + r * 16 + i / 2 * 8;
+              acc[r][n][i] = fmaf(*scale, sums[r][i], acc[r][n][i]);
+              if (has_zero) acc[r][n][i] = fmaf(scale[2 * scale_stage], x_sum[i % 2], acc[r][n][i]);
+              sums[r][i] = 0.0f;
+            }
+          x_sum[0] = x_sum[1] = x_sum[2] = x_sum[3] = 0.0f;
         }
-        add(halves ? 1 : 0);
       }
     }
     codes_from = (codes_from + kCodeStage) % kTable;
