@@ -33,6 +33,7 @@ struct Settings {
   int resident = 2;  // blocks at once
   int multiprocessors = 4;
   int shared_bytes = 228 << 10;
+  int fault = 0;  // for sources with faults seeded in them
 };
 inline Settings settings;
 
@@ -119,6 +120,9 @@ struct Scheduler {
   const void* home_stack = nullptr;
   size_t home_size = 0;
   void* fake_stack = nullptr;
+  ~Scheduler() {
+    for (char* stack : stacks) std::free(stack);
+  }
 };
 inline Scheduler scheduler;
 
