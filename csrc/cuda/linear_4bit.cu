@@ -19,9 +19,11 @@
 // wants to add S · Bᵀ first takes what slices nobody has begun, then waits: whatever the order in which blocks start,
 // it waits only for blocks that run.
 //
-// A 16 x 64 piece of W (512 bytes of codes, 64 of scales; 39 cycles of an H100's HBM, a 132nd of 3.35 TB/s at 1.7 GHz)
-// costs a block's shared memory 4 cycles to arrive, 4 to be read, 16 of lookups, 4 to 8 for x, and 46 to 58
-// instructions of the 156 that four schedulers issue meanwhile.
+// What bounds it, for 16 x 64 weights (512 bytes of codes, 64 of scales), as long as rows of x are 16 or fewer:
+//
+//   HBM            39 cycles of an H100's multiprocessor (a 132nd of 3.35 TB/s at 1.7 GHz), 43 of an A100's
+//   shared memory  4 cycles to write the codes, 4 to read them, 16 of lookups, 4 (8 rows) or 8 for x, 2 for scales
+//   instructions   90 (8 rows) or 98 of the 156 that an H100 issues in 39 cycles; 46 and 54 decode and multiply
 #include "codes.cuh"
 #include "elements.cuh"
 
@@ -161,6 +163,11 @@ PF_DEVICE void sum_slice(const Arguments& p, unsigned char* memory, int64_t task
       const int64_t m = m0 + 2 * t + i % 2;
       if (m < p.m && slot_of(lora, m) == slot) sums[i] = product[i];
     }
+    // This adapter's B is wanted next: each slice asks for a part of its rows.
+    for (int64_t n = slice * kThreads + threadIdx.x; n < p.w.n; n += p.plan.slices * kThreads) {
+      const int64_t b = slot * lora.b_slot_stride + n * lora.b_stride + rank0 * lora.b_column_stride;
+      prefetch_l2(static_cast<const char*>(lora.b) + b * element_size(lora.b_dtype));
+    }
   }
   float* partial = reinterpret_cast<float*>(memory);  // [warp][16][8]
   __syncthreads();
@@ -228,7 +235,8 @@ PF_DEVICE int x_offset(int row, int chunk) {
 // acc [32 rows of the warp, 8 NT rows of x] += W · xᵀ over this warp's columns of steps [step0, step1). Needs K % 64 ==
 // 0 and 16-byte aligned codes and rows of x; without ANY_BLOCK, blocks of 64 at least and no zeros.
 //
-// A thread copies, loads and reads the same places of every step. Rows past the last are read as the last and not used.
+// A thread copies, loads and reads the same places of every step. Rows past the last are not read; what is computed for
+// them is not used.
 template <typename T, int NT, bool ANY_BLOCK>
 PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, int64_t m0, unsigned step0,
                      unsigned step1, float (&acc)[2][NT][4]) {
@@ -249,17 +257,14 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
   const unsigned whole_steps = static_cast<unsigned>(w.k >> C::kColumnBits);
   const int last_units = static_cast<int>(w.k & (C::kColumns - 1)) / kUnit;
   const auto inside = [&](unsigned step, int unit) { return step < whole_steps + (unit < last_units); };
-  const auto row_of_w = [&](int row) { return min64(row0 + row, w.n - 1) * w.k; };
+  const int rows = static_cast<int>(min64(w.n - row0, C::kRows));
 
   // Codes: a chunk of kCodes rows. Places in memory, of a stage and of what is read, go round 64 KB in four steps.
   constexpr int kCodes = C::kRows * C::kChunks / kThreads, kCodeRows = kThreads / C::kChunks;
   constexpr int kCodeStage = kTable / kStages, kCodeStep = kCodeRows * C::kChunks / 8 * 256;
   const int code_row = threadIdx.x / C::kChunks, code_chunk = threadIdx.x % C::kChunks;
   unsigned codes_to = codes_offset<C>(code_row, code_chunk);
-  int64_t codes_at[kCodes];
-#pragma unroll
-  for (int j = 0; j < kCodes; ++j)
-    codes_at[j] = (row_of_w(code_row + j * kCodeRows) + int64_t{step0} * C::kColumns) / 2 + code_chunk * 16;
+  const uint8_t* codes = w.codes + ((row0 + code_row) * w.k + int64_t{step0} * C::kColumns) / 2 + code_chunk * 16;
   // x: a chunk of kXs rows.
   constexpr int kXChunks = C::kColumns / 8, kXRowsAtOnce = kThreads / kXChunks;
   constexpr int kXs = (C::kXRows + kXRowsAtOnce - 1) / kXRowsAtOnce;
@@ -270,7 +275,9 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
     if (step < step1) {
       if (inside(step, code_chunk / 2)) {
 #pragma unroll
-        for (int j = 0; j < kCodes; ++j) cp_async16(memory + codes_to + j * kCodeStep, w.codes + codes_at[j], policy);
+        for (int j = 0; j < kCodes; ++j)
+          if (code_row + j * kCodeRows < rows)
+            cp_async16(memory + codes_to + j * kCodeStep, codes + j * kCodeRows * (w.k / 2), policy);
       }
       if (inside(step, x_chunk / 8)) {
 #pragma unroll
@@ -282,33 +289,28 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
     }
     cp_async_commit();
     codes_to = (codes_to + kCodeStage) % kTable;
-#pragma unroll
-    for (int j = 0; j < kCodes; ++j) codes_at[j] += C::kColumns / 2;
+    codes += C::kColumns / 2;
     x += C::kColumns;
   };
   // Scales (up to kScales): loaded a step ahead and written when the step is over, so that nobody waits for them.
   constexpr int kScales = C::kRows * C::kColumns / (ANY_BLOCK ? 32 : kUnit) / kThreads;
   const int scale_row = threadIdx.x >> row_bits, scale_block = threadIdx.x & (per_row - 1);
   const int scale_rows = kThreads >> row_bits;  // between the scales of a thread
-  int64_t scale_at[kScales];
-#pragma unroll
-  for (int j = 0; j < kScales; ++j)
-    scale_at[j] = row_of_w(scale_row + j * scale_rows) + int64_t{step0} * C::kColumns + (scale_block << unit_bits);
+  int64_t scale_at = (row0 + scale_row) * w.k + int64_t{step0} * C::kColumns + (scale_block << unit_bits);
   RawScale raw[kScales] = {};
   float raw_zero[kScales] = {};
   const auto has_scales = [&](unsigned step, int j) {
-    return step < step1 && scale_row + j * scale_rows < C::kRows && inside(step, (scale_block << unit_bits) / kUnit);
+    return step < step1 && scale_row + j * scale_rows < rows && inside(step, (scale_block << unit_bits) / kUnit);
   };
   const auto load_scales = [&](unsigned step) {
 #pragma unroll
     for (int j = 0; j < kScales; ++j) {
-      if (has_scales(step, j)) {
-        const int64_t block = scale_at[j] >> block_bits;
-        raw[j] = load_scale(w, block);
-        if (has_zero) raw_zero[j] = __ldg(w.zero + block);
-      }
-      scale_at[j] += C::kColumns;
+      if (!has_scales(step, j)) continue;
+      const int64_t block = (scale_at + j * scale_rows * w.k) >> block_bits;
+      raw[j] = load_scale(w, block);
+      if (has_zero) raw_zero[j] = __ldg(w.zero + block);
     }
+    scale_at += C::kColumns;
   };
   const float offset = w.scale != nullptr ? 0.0f : __ldg(w.offset);
   const auto store_scales = [&](unsigned step) {
@@ -333,10 +335,10 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
   __syncthreads();
   store_scales(step0);
 
-  // The two values of a byte of `codes`.
+  // The two values of one of four bytes.
   const uint32_t own = lane() * 4;
-  const auto values = [&](uint32_t codes, int byte) {
-    return *reinterpret_cast<const uint32_t*>(memory + __byte_perm(codes, own, 0x5504 | byte << 4));
+  const auto values = [&](uint32_t bytes, int byte) {
+    return *reinterpret_cast<const uint32_t*>(memory + __byte_perm(bytes, own, 0x5504 | byte << 4));
   };
   unsigned codes_from = codes_offset<C>(row_warp * kWarpRows + lane() % 16, depth_warp * 2 + lane() / 16);
   int x_from[NT];
@@ -355,12 +357,12 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
       uint32_t fragments[2][4][4];  // [16 rows][16 columns]
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        uint32_t codes[4];  // rows g, g + 8 of columns 8 t to 8 t + 7; the same 32 columns on
-        ldmatrix_x4(codes, memory + codes_from + r * (C::kChunks * 2 * 256));
+        uint32_t bytes[4];  // rows g, g + 8 of columns 8 t to 8 t + 7; the same 32 columns on
+        ldmatrix_x4(bytes, memory + codes_from + r * (C::kChunks * 2 * 256));
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) fragments[r][k][i] = values(codes[k / 2 * 2 + i % 2], k % 2 * 2 + i / 2);
+          for (int i = 0; i < 4; ++i) fragments[r][k][i] = values(bytes[k / 2 * 2 + i % 2], k % 2 * 2 + i / 2);
       }
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
@@ -498,13 +500,6 @@ PF_DEVICE bool multiply(const Arguments& p, unsigned char* memory, int64_t split
   const int step1 = static_cast<int>(min64(step0 + p.plan.span, p.plan.steps));
   const int x_rows = static_cast<int>(min64(p.m - m0, C::kXRows));
   const bool branch = p.plan.pairs > 0;
-  if (branch && split == 0)
-    for (int i = threadIdx.x; i < x_rows * C::kRows; i += kThreads) {
-      if (p.lora.rows == nullptr && i >= C::kRows) break;
-      const int64_t slot = slot_of(p.lora, m0 + i / C::kRows), n = row0 + i % C::kRows;
-      const int64_t at = (slot * p.lora.b_slot_stride + n * p.lora.b_stride) * element_size(p.lora.b_dtype);
-      if (slot >= 0 && n < p.w.n) prefetch_l2(static_cast<const char*>(p.lora.b) + at);
-    }
 
   float acc[2][NT][4] = {};
   if constexpr (ACCESS == kElements)
