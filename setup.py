@@ -19,6 +19,7 @@ ISA_FLAGS = {
         "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
         "avx512.cpp": AVX512,
         "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+        "avx512_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {"neon.cpp": []},
 }

@@ -158,6 +158,7 @@ def _beside(t, like: tl.constexpr):
 
 @triton.jit
 def _branch(
+    acc,  # float32 [BM, BC]
     s,  # float32 [M, R]
     factor,
     factor_stride,
@@ -170,14 +171,11 @@ def _branch(
     M,
     C,
     R,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     LIKE: tl.constexpr,
 ):
-    """(s ∘ f)[rows] · other[:, columns], float32 [BM, BC]."""
-    acc = tl.zeros((BM, BC), tl.float32)
+    """acc + (s ∘ f)[rows] · other[:, columns]."""
     for r0 in tl.range(0, R, RANK, num_stages=1):  # short: its operands in flight would only take shared memory
         ranks = r0 + tl.arange(0, RANK)
         at = s + rows.to(tl.int64)[:, None] * R + ranks[None, :]
@@ -190,9 +188,22 @@ def _branch(
 
 
 @triton.jit
+def _slots_of(slot_of, rows, M, slots):
+    """The slot of each row, int32; ``slots`` where it has none."""
+    named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+    return tl.where((named >= 0) & (named < slots), named, slots).to(tl.int32)
+
+
+@triton.jit
 def _next_slot(named, after, slots):
     """The least slot in ``named`` beyond ``after``; ``slots`` where there is none."""
-    return tl.min(tl.where((named > after) & (named < slots), named, slots))
+    return tl.min(tl.where(named > after, named, slots))
+
+
+@triton.jit
+def _places(order, rows, M):
+    """Where x and y have the rows, int64."""
+    return rows.to(tl.int64) if order is None else tl.load(order + rows, mask=rows < M, other=0)
 
 
 @triton.jit
@@ -244,6 +255,7 @@ def _forward(
     factor,  # float32 [M, R] at factor_stride, or None
     scaling,
     slot_of,  # int64 [M], or None; with it `b` is [slots, N, R] and `factor` float32 [slots]
+    order,  # int64 [M], or None: which row of x and of y is that of `s` and `slot_of`
     slots,
     b_slot_stride,
     M,
@@ -272,7 +284,8 @@ def _forward(
     rows = row_block * BM + tl.arange(0, BM)
     columns = column_block * BN + tl.arange(0, BN)
     ranks = tl.arange(0, RANK)
-    x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+    places = _places(order, rows, M)
+    x_rows = x + places[:, None] * x_stride
     acc = tl.zeros((BM, BN), tl.float32)
     sums = tl.zeros((BM, RANK), tl.float32)
     for k0 in range(split * span, tl.minimum(split * span + span, K), BK):
@@ -298,23 +311,23 @@ def _forward(
         acc = tl.dot(_beside(sums, like), _beside(right, like), acc, input_precision=PRECISION)
     if split == 0:  # what is added once
         if slot_of is not None:
-            named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+            named = _slots_of(slot_of, rows, M, slots)
             slot = _next_slot(named, -1, slots)
             while slot < slots:
-                acc += _branch(
-                    s, None, 0, tl.load(factor + slot), b + slot * b_slot_stride, b_column_stride, b_stride,
-                    tl.where(named == slot, rows, M), columns, M, N, R,
-                    BM, BN, RANK, PRECISION, x.dtype.element_ty,
+                added = _branch(
+                    acc, s, None, 0, tl.load(factor + slot), b + slot.to(tl.int64) * b_slot_stride, b_column_stride,
+                    b_stride, rows, columns, M, N, R, RANK, PRECISION, x.dtype.element_ty,
                 )  # fmt: skip
+                acc = tl.where((named == slot)[:, None], added, acc)  # what is not finite stays in its rows
                 slot = _next_slot(named, slot, slots)
         elif a is None and b is not None:
-            acc += _branch(
-                s, factor, factor_stride, scaling, b, b_column_stride, b_stride, rows, columns, M, N, R,
-                BM, BN, RANK, PRECISION, x.dtype.element_ty,
+            acc = _branch(
+                acc, s, factor, factor_stride, scaling, b, b_column_stride, b_stride, rows, columns, M, N, R,
+                RANK, PRECISION, x.dtype.element_ty,
             )  # fmt: skip
         if bias is not None:
             acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    at = y + (split.to(tl.int64) * M + rows[:, None]) * N + columns[None, :]
+    at = y + (split.to(tl.int64) * M + places[:, None]) * N + columns[None, :]
     tl.store(at, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
@@ -367,12 +380,11 @@ def _input_grad(
         acc = tl.dot(dy_tile, w.to(dy_tile.dtype), acc, input_precision=PRECISION)
     if ds is not None:
         part = _branch(
-            ds, None, 0, 1.0, a, a_stride, a_column_stride, rows, columns, M, K, R,
-            BM, BK, RANK, PRECISION, dy.dtype.element_ty,
+            acc if seed is None else tl.zeros((BM, BK), tl.float32), ds, None, 0, 1.0, a, a_stride, a_column_stride,
+            rows, columns, M, K, R, RANK, PRECISION, dy.dtype.element_ty,
         )  # fmt: skip
-        if seed is not None:
-            part = tl.where(_kept(seed, threshold, rows, columns), part * keep_scale, 0.0)
-        acc += part
+        kept = None if seed is None else _kept(seed, threshold, rows, columns)
+        acc = part if seed is None else acc + tl.where(kept, part * keep_scale, 0.0)
     at = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]
     tl.store(at, acc.to(dx.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])
 
@@ -435,6 +447,7 @@ def _slot_sums(
     x,  # [M, K], columns side by side
     a,  # [slots, R, K]
     slot_of,  # int64 [M]
+    order,  # int64 [M], or None: which row of x is that of `slot_of` and `s`
     s,  # float32 [parts, M, R]: a part a span of columns; rows without a slot stay unwritten
     slots,
     M,
@@ -453,16 +466,16 @@ def _slot_sums(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    named = tl.load(slot_of + rows, mask=rows < M, other=-1)
+    named = _slots_of(slot_of, rows, M, slots)
+    x_rows = x + _places(order, rows, M)[:, None] * x_stride
     slot = _next_slot(named, -1, slots)
     while slot < slots:
         here = (named == slot)[:, None]
         sums = tl.zeros((BM, RANK), tl.float32)
         for k0 in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), BK):
             k = k0 + tl.arange(0, BK)
-            x_at = x + rows.to(tl.int64)[:, None] * x_stride + k[None, :]
-            x_tile = tl.load(x_at, mask=here & (k < K)[None, :], other=0.0)
-            a_at = a + slot * a_slot_stride + ranks.to(tl.int64)[:, None] * a_stride
+            x_tile = tl.load(x_rows + k[None, :], mask=here & (k < K)[None, :], other=0.0)
+            a_at = a + slot.to(tl.int64) * a_slot_stride + ranks.to(tl.int64)[:, None] * a_stride
             a_at += k.to(tl.int64)[None, :] * a_column_stride
             a_tile = tl.load(a_at, mask=(ranks < R)[:, None] & (k < K)[None, :], other=0.0).to(x_tile.dtype)
             sums = tl.dot(x_tile, tl.trans(a_tile), sums, input_precision=PRECISION)
@@ -504,6 +517,22 @@ def tiles(m: int, plain: bool) -> Tiles:
     if rows == 64:
         return Tiles(rows, 64, 64, 4, 4)
     return Tiles(rows, 128, 64, 8, 3)
+
+
+def formula(x: Tensor, w: Weight) -> Tiles:
+    """``tiles`` for the rows of x or of dy."""
+    return tiles(x.shape[0], x.dtype == torch.float32 or w.k % 2 == 1)
+
+
+def around(cut: Tiles) -> list[Tiles]:
+    """What is worth trying beside a cut: its columns, depth or warps halved or doubled, a stage less or more."""
+    halved_or_doubled = [
+        cut._replace(**{name: size})
+        for name, least, most in (("columns", 32, 256), ("depth", 32, 256), ("warps", 2, 16))
+        for size in (getattr(cut, name) // 2, getattr(cut, name) * 2)
+        if least <= size <= most
+    ]
+    return halved_or_doubled + [cut._replace(stages=n) for n in (cut.stages - 1, cut.stages + 1) if n > 1]
 
 
 def splits(m: int, n: int, k: int, cut: Tiles) -> int:
@@ -575,15 +604,17 @@ class Slots(NamedTuple):
     rows: Tensor
 
 
-_NO_BRANCH = dict.fromkeys(("a", "b", "s", "factor", "slot_of")) | {"scaling": 1.0}
+_NO_BRANCH = dict.fromkeys(("a", "b", "s", "factor", "slot_of", "order")) | {"scaling": 1.0}
 _NO_BRANCH |= dict.fromkeys(("R", "slots", "b_slot_stride", "a_stride", "b_stride", "b_column_stride"), 0)
 _NO_BRANCH |= {"factor_stride": 0}
 
 
-def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) -> tuple[Tensor, Tensor]:
-    """(y [M, N] in x's dtype, S float32 [M, R], R = 0 without a branch)."""
+def forward(
+    x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None, cut: Tiles | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N] in x's dtype, S float32 [M, R], R = 0 without a branch); ``cut``: instead of the formula's."""
     x = _with_contiguous_columns(x)
-    cut, parts, span = _split(x, w)
+    cut, parts, span = _split(x, w, cut)
     if branch is None:
         return _product(x, w, bias, cut, parts, span), x.new_empty((x.shape[0], 0), dtype=torch.float32)
     sweeps = branch.seed is None and branch.rank <= _SWEEP_RANK and cut.rows >= _SWEEP_ROWS
@@ -612,17 +643,24 @@ def forward(x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None) ->
 
 
 def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Tensor:
-    """y [M, N] in x's dtype, each row of x with the adapter in its slot."""
+    """y [M, N] in x's dtype, each row of x with the adapter in its slot.
+
+    A block of rows takes the slots that occur in it one by one. More rows than a block has are taken in the order of
+    their slots: blocks and slots are then met no more often than they are, together, where unsorted rows may bring
+    every slot to every block. The launches are those of the numbers of rows and slots, whatever the slots.
+    """
     x = _with_contiguous_columns(x)
     (m, k), (slots, r, _) = x.shape, lora.a.shape
-    rank = _rank_block(r)
+    rank, split = _rank_block(r), _split(x, w)
+    slot_of, order = lora.rows.sort() if m > split[0].rows else (lora.rows, None)
     s = x.new_empty((triton.cdiv(k, _SPAN), m, r), dtype=torch.float32)
     if s.numel() > 0:
         height = min(max(16, triton.next_power_of_2(m)), 32)
         _slot_sums[(triton.cdiv(m, height), len(s), triton.cdiv(r, rank))](
             x=x,
             a=lora.a,
-            slot_of=lora.rows,
+            slot_of=slot_of,
+            order=order,
             s=s,
             slots=slots,
             M=m,
@@ -644,11 +682,12 @@ def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Ten
         x,
         w,
         bias,
-        *_split(x, w),
+        *split,
         b=lora.b,
         s=_summed(s),
         factor=lora.scaling,
-        slot_of=lora.rows,
+        slot_of=slot_of,
+        order=order,
         slots=slots,
         R=r,
         b_slot_stride=lora.b.stride(0),
@@ -657,10 +696,10 @@ def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Ten
     )
 
 
-def _split(x: Tensor, w: Weight) -> tuple[Tiles, int, int]:
+def _split(x: Tensor, w: Weight, cut: Tiles | None = None) -> tuple[Tiles, int, int]:
     """(tiles of x · Wᵀ, parts of the sweep, columns of a part)."""
     (m, k), n = x.shape, w.n
-    cut = tiles(m, x.dtype == torch.float32 or k % 2 == 1)
+    cut = cut or formula(x, w)
     span = triton.cdiv(triton.cdiv(k, splits(m, n, k, cut)), cut.depth) * cut.depth if m and n else k
     return cut, triton.cdiv(k, span), span
 
@@ -702,12 +741,14 @@ def backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
+    cut: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx [M, K] in dy's dtype, dA float32 [R, K], dB float32 [N, R]), None where not needed.
 
     Args:
         dy: [M, N].
         x, s: what ``forward`` took and gave; needed for dA and dB.
+        cut: of dx's product, instead of the formula's.
     """
     dy = _with_contiguous_columns(dy)
     da = db = ds = None
@@ -721,10 +762,10 @@ def backward(
         if need_a:
             x = _with_contiguous_columns(x)
             da = _projected(x, t=ds, scaling=branch.keep_scale, **branch.dropping)[1].t()
-    return (_dx(dy, w, branch, ds) if need_x else None), da, db
+    return (_dx(dy, w, branch, ds, cut or formula(dy, w)) if need_x else None), da, db
 
 
-def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None) -> Tensor:
+def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None, cut: Tiles) -> Tensor:
     m, k = dy.shape[0], w.k
     dx = dy.new_empty((m, k))
     if dx.numel() == 0:
@@ -741,7 +782,6 @@ def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None) -> Tens
             "a_stride": branch.a.stride(0),
             "a_column_stride": branch.a.stride(1),
         }
-    cut = tiles(m, dy.dtype == torch.float32 or k % 2 == 1)
     _input_grad[(triton.cdiv(m, cut.rows) * triton.cdiv(k, cut.columns),)](
         dy=dy,
         dx=dx,

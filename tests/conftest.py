@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import contextlib
 import random
 import zlib
 
@@ -22,13 +23,33 @@ import pyfastpeft  # noqa: F401  (registers the operators)
 ISAS = list(torch.ops.pyfastpeft.available_isas())
 
 
+@contextlib.contextmanager
+def instruction_set(name):
+    chosen = torch.ops.pyfastpeft.isa()
+    assert torch.ops.pyfastpeft.set_isa(name) == name
+    yield
+    torch.ops.pyfastpeft.set_isa(chosen)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Run the test once under each instruction set this machine has kernels for."""
-    chosen = torch.ops.pyfastpeft.isa()
-    assert torch.ops.pyfastpeft.set_isa(request.param) == request.param
-    yield request.param
-    torch.ops.pyfastpeft.set_isa(chosen)
+    with instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*ISAS, "cuda"])
+def device(request):
+    """Run the test once under each instruction set, and once on a GPU: tensors that it makes without saying where are
+    made there."""
+    if request.param != "cuda":
+        with instruction_set(request.param):
+            yield torch.device("cpu")
+    elif not torch.cuda.is_available():
+        pytest.skip("no GPU is here")
+    else:
+        with torch.device("cuda"):
+            yield torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)

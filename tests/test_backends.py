@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import pyfastpeft as fp
-from pyfastpeft.ops import Backend, backends, triton_kernels
-from pyfastpeft.ops.backends import choose
+from pyfastpeft.ops import Backend, backends, swiglu, triton_kernels
+from pyfastpeft.ops.backends import choose, choose_plain
 
 
 @pytest.fixture
@@ -75,3 +75,37 @@ def test_an_unknown_backend_is_refused_by_name():
     )
     assert done.returncode != 0
     assert "PYFASTPEFT_BACKEND is 'cudnn'; it must be one of native, triton, reference" in done.stderr
+
+
+def test_plain_tensors_are_served_by_the_kernels_of_their_device(gpu, monkeypatch):
+    assert choose_plain(torch.device("cpu")) is Backend.NATIVE
+    assert choose_plain(gpu((9, 0)).device) is Backend.TRITON
+    assert choose_plain(gpu((7, 5)).device) is Backend.REFERENCE
+    assert choose_plain(torch.device("meta")) is Backend.REFERENCE
+    monkeypatch.setattr(backends, "_FORCED", Backend.REFERENCE)
+    assert choose_plain(torch.device("cpu")) is choose_plain(gpu((9, 0)).device) is Backend.REFERENCE
+    monkeypatch.setattr(backends, "_FORCED", Backend.TRITON)
+    assert choose_plain(gpu((9, 0)).device) is Backend.TRITON
+    with pytest.raises(RuntimeError, match="has compute capability"):
+        choose_plain(gpu((7, 5)).device)
+
+
+def test_forcing_the_reference_reaches_operators_over_plain_tensors(monkeypatch):
+    x, up = torch.randn(2, 3, 16)
+    native = swiglu(x, up)
+    monkeypatch.setattr(backends, "_FORCED", Backend.REFERENCE)
+    monkeypatch.setattr(torch.ops.pyfastpeft.swiglu, "default", None)
+    assert torch.allclose(swiglu(x, up), native)
+
+
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy", "quantize_4bit"]
+)
+def test_gpus_have_kernels_under_the_compiled_operators_names(name):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"pyfastpeft::{name}", "CUDA")
+
+
+def test_the_choice_is_a_constant_to_the_compiler(gpu):
+    device = gpu((9, 0)).device
+    chosen = torch.compile(lambda x: x + (choose_plain(device) is Backend.TRITON), fullgraph=True, backend="eager")
+    assert chosen(torch.zeros(1)) == 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from test_elementwise import same
 
 from pyfastpeft.ops import cross_entropy_with_gradient
 
@@ -12,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (2, 1000), (0, 9), (4, 333), (70, 2051)], ids=str)
-def test_losses_and_gradients(isa, dtype, shape):
+def test_losses_and_gradients(device, dtype, shape):
     logits = (torch.randn(shape) * 5).to(dtype)
     labels = torch.randint(0, shape[1], shape[:1])
     exact = logits.double().requires_grad_()
@@ -25,7 +26,7 @@ def test_losses_and_gradients(isa, dtype, shape):
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=rounding, atol=1e-6)
 
 
-def test_large_logits_and_large_differences(isa):
+def test_large_logits_and_large_differences(device):
     logits = torch.tensor([[1e4, -1e4, 9999.0], [-math.inf, 2.0, 2.0], [-300.0, -301.0, -500.0]])
     labels = torch.tensor([2, 1, 0])
     expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
@@ -36,17 +37,17 @@ def test_large_logits_and_large_differences(isa):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("at", [0, 17, 36])
-def test_what_is_not_finite_shows_in_its_row_alone(isa, value, at):
+def test_what_is_not_finite_shows_in_its_row_alone(device, value, at):
     logits, labels = torch.randn(3, 37), torch.tensor([1, 2, 3])
     alone = [cross_entropy_with_gradient(logits[i : i + 1], labels[i : i + 1]) for i in (0, 2)]
     logits[1, at] = value
     losses, gradient = cross_entropy_with_gradient(logits, labels)
     assert losses[1].isnan() and gradient[1].isnan().any()
     for i, (loss, grad) in zip((0, 2), alone, strict=True):
-        assert torch.equal(losses[i], loss[0]) and torch.equal(gradient[i], grad[0])
+        assert same(losses[i], loss[0]) and same(gradient[i], grad[0])
 
 
-def test_strides_do_not_matter():
+def test_strides_do_not_matter(device):
     wide, labels = torch.randn(6, 2, 50), torch.randint(0, 50, (12,))
     for logits, target in ((wide[:, 1], labels[::2]), (wide.permute(1, 2, 0)[0].t(), labels[:6])):
         for got, expected in zip(
@@ -54,7 +55,7 @@ def test_strides_do_not_matter():
             cross_entropy_with_gradient(logits.contiguous(), target.contiguous()),
             strict=True,
         ):
-            assert torch.equal(got, expected)
+            assert same(got, expected)
 
 
 def test_labels_are_checked():

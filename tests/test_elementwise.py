@@ -25,6 +25,12 @@ def error(got, expected):
     )
 
 
+def same(got, expected):
+    """To the bit, on a CPU. A GPU's kernels sum in an order of their own where an address or a stride is no multiple
+    of 16."""
+    return torch.equal(got, expected) if got.is_cpu else torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def check_gradients(function, reference, tensors, dtype):
     """Outputs and the gradients of all of ``tensors``, against ``reference`` in float64."""
     ours = [t.to(dtype).requires_grad_() for t in tensors]
@@ -61,14 +67,14 @@ def angles(batch, tokens, dim, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_and_its_gradients(isa, dtype):
+def test_rms_norm_and_its_gradients(device, dtype):
     for shape in SHAPES:
         x, weight = torch.randn(shape) * 3, torch.randn(shape[-1])
         check_gradients(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: norm64(x, w, 1e-5), (x, weight), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_of_a_sum_and_its_gradients(isa, dtype):
+def test_rms_norm_of_a_sum_and_its_gradients(device, dtype):
     for shape in SHAPES:
         x, residual, weight = torch.randn(shape), torch.randn(shape) * 2, torch.randn(shape[-1])
         check_gradients(
@@ -79,7 +85,7 @@ def test_rms_norm_of_a_sum_and_its_gradients(isa, dtype):
         )
 
 
-def test_only_one_output_of_a_norm_with_residual_may_be_used(isa):
+def test_only_one_output_of_a_norm_with_residual_may_be_used(device):
     x, residual, weight = (
         torch.randn(4, 32, requires_grad=True),
         torch.randn(4, 32, requires_grad=True),
@@ -105,14 +111,14 @@ def test_a_frozen_weight_or_input_gets_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_swiglu_and_its_gradients(isa, dtype):
+def test_swiglu_and_its_gradients(device, dtype):
     for shape in SHAPES:
         check_gradients(
             swiglu, lambda g, u: g * torch.sigmoid(g) * u, (torch.randn(shape) * 4, torch.randn(shape)), dtype
         )
 
 
-def test_swiglu_of_large_and_special_values(isa):
+def test_swiglu_of_large_and_special_values(device):
     gate = torch.tensor([0.0, -0.0, 1e-30, 30.0, -30.0, 87.0, -87.0, 100.0, -100.0, 1e30, -1e30, math.inf, math.nan])
     got, expected = swiglu(gate, torch.ones_like(gate)), gate * torch.sigmoid(gate)
     finite = expected.isfinite()
@@ -120,7 +126,7 @@ def test_swiglu_of_large_and_special_values(isa):
     assert got[-2] == math.inf and got[-1].isnan()
 
 
-def test_nan_and_infinity_reach_the_outputs_they_touch(isa):
+def test_nan_and_infinity_reach_the_outputs_they_touch(device):
     for value in (math.nan, math.inf):
         x = torch.randn(3, 40)
         x[1, 7] = value
@@ -134,7 +140,7 @@ def test_nan_and_infinity_reach_the_outputs_they_touch(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rope_and_its_gradients(isa, dtype):
+def test_rope_and_its_gradients(device, dtype):
     for batch, heads, kv, tokens, dim, shared in [
         (1, 9, 3, 1, 64, True),
         (2, 4, 4, 7, 8, False),
@@ -154,7 +160,7 @@ def test_rope_and_its_gradients(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_are_rounded_where_transformers_rounds_them(isa, dtype):
+def test_values_are_rounded_where_transformers_rounds_them(device, dtype):
     """Equal but where the order of a float32 sum decides a rounding."""
     x = torch.randn(50, 96).to(dtype)
     norm = llama.LlamaRMSNorm(96).to(dtype)
@@ -176,12 +182,12 @@ def test_values_are_rounded_where_transformers_rounds_them(isa, dtype):
             assert torch.allclose(got.float(), expected.float(), rtol=1e-2)
 
 
-def test_strided_inputs_give_the_contiguous_result(isa):
+def test_strided_inputs_give_the_contiguous_result(device):
     wide = torch.randn(9, 201)
     for x in (wide[:, 1:97], wide[::2, :96], wide[:, :192:2], torch.randn(96, 9).t()):
         weight = torch.randn(192)[::2]
-        assert torch.equal(rms_norm(x, weight), rms_norm(x.contiguous(), weight.contiguous()))
-        assert torch.equal(swiglu(x, x.flip(0)), swiglu(x.contiguous(), x.flip(0).contiguous()))
+        assert same(rms_norm(x, weight), rms_norm(x.contiguous(), weight.contiguous()))
+        assert same(swiglu(x, x.flip(0)), swiglu(x.contiguous(), x.flip(0).contiguous()))
     q = torch.randn(2, 4, 6, 32)
     cos, sin = angles(2, 12, 16)
     for view in (q[..., :16], q[..., ::2], torch.randn(2, 6, 4, 16).transpose(1, 2)):
@@ -190,7 +196,7 @@ def test_strided_inputs_give_the_contiguous_result(isa):
                 rope(view, view, c, s),
                 rope(view.contiguous(), view.contiguous(), c.contiguous(), s.contiguous()),
             )
-            assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+            assert same(got[0], expected[0]) and same(got[1], expected[1])
 
 
 def test_backward_keeps_the_inputs_and_nothing_else():
@@ -205,7 +211,7 @@ def test_backward_keeps_the_inputs_and_nothing_else():
         assert {t.data_ptr() for t in saved} == {total.data_ptr(), weight.data_ptr()}
 
 
-def test_the_gradient_of_rope_is_its_transpose(isa):
+def test_the_gradient_of_rope_is_its_transpose(device):
     q, d = torch.randn(2, 3, 5, 12, requires_grad=True), torch.randn(2, 3, 5, 12)
     cos, sin = angles(2, 5, 12)
     out, _ = rope(q, q.detach(), cos, sin)

@@ -126,7 +126,7 @@ def test_layers_of_the_int8_tier_stay_in_it(isa, served):
                     module.compute = tier
 
     plain, fused = pair(lora=True)
-    equal = []
+    equal, apart, rounded = [], 0.0, 0.0
     # A difference in the last bit rounds, now and then, one activation to another of the 8-bit values.
     for _ in range(4):
         ids = torch.randint(1, VOCAB, (2, 14))
@@ -136,10 +136,12 @@ def test_layers_of_the_int8_tier_stay_in_it(isa, served):
         served.clear()
         expected, got = (logits_along(m, ids, [9] + [1] * 5) for m in (plain, fused))
         equal.append(torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max()))
-        assert (got - expected).norm() <= 0.1 * (expected - exact).norm()
+        apart += (got - expected).norm()
+        rounded += (expected - exact).norm()
         assert not torch.allclose(got, exact, rtol=1e-4, atol=1e-4 * expected.abs().max())
         assert served.count(True) == 5
     assert any(equal)
+    assert apart <= 0.1 * rounded
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -13,10 +13,16 @@
 
 inline void copy_bytes(void* dst, const void* src, int64_t n) { __builtin_memcpy(dst, src, n); }
 
+// Instructions that multiply matrices of several rows (amx.h), where there are any.
+struct NoTiles {
+  static constexpr int kRows = 1;
+};
+
 // Arithmetic in float32: one column a step.
 struct F32 {
   using Elem = float;
   static constexpr int kStep = 1;
+  using Tiles = NoTiles;
   using W = V::F;
   using Table = V::T;
   static Table table(const float* t) { return V::table(t); }
@@ -47,6 +53,11 @@ struct F32 {
 struct BF16 {
   using Elem = uint16_t;
   static constexpr int kStep = 2;
+#ifdef PF_TILES
+  using Tiles = AmxTiles;
+#else
+  using Tiles = NoTiles;
+#endif
   using W = V::Pair;
   using Table = V::PairTable;
   static Table table(const float* t) { return V::pair_table(t); }
@@ -59,7 +70,7 @@ struct BF16 {
   using X = V::Pair;
   static X broadcast(const Elem* x) { return V::broadcast_pair(x); }
   static V::F fma(V::F acc, W w, X x) { return V::fma_pair(acc, w, x); }
-  static void store_row(Elem* dst, V::F v) { V::store_bf16(dst, v); }
+  static void store_row(Elem* dst, V::F v) { V::store_factor(dst, v); }
   static void store_steps(Elem* dst, const V::F* columns) { V::store_pair(dst, columns[0], columns[1]); }
   static void store_lanes(Elem* dst, const V::F* lanes) { V::store_two(dst, lanes[0], lanes[1]); }
   static void interleave(const void* even, const void* odd, Elem* dst) { V::interleave_rows(even, odd, dst); }
@@ -71,9 +82,7 @@ constexpr int kLanes = V::kLanes;
 constexpr int kTileVecs = kTile / kLanes;
 constexpr int kGroupTiles = V::kGroupVecs / kTileVecs;
 constexpr int kGroupLanes = V::kGroupVecs * kLanes;
-constexpr int kPanelTiles = 8;      // output tiles that share a block of x while it is in the second-level cache
 constexpr int64_t kRowChunk = 512;  // rows whose float32 results stay in cache together
-constexpr int64_t kColumnChunk = 128;
 constexpr int64_t kLateRows = 160;  // up to here scales are cheaper on the sums (3 %) than on every decoded weight
 // Few rows stream codes and scales once, slower than memory delivers them: asked for this far ahead (bytes), across the
 // end of a tile, the time becomes the larger of arithmetic and memory, not their sum (4096 x 4096, 4 rows: 345 us for
@@ -240,9 +249,18 @@ struct Algorithm {
   static constexpr int kBlock = 512 / sizeof(E);
   static constexpr int kStride = kBlock + 64 / sizeof(E);
   static constexpr int64_t kGroupPanel = static_cast<int64_t>(kBlock) * kGroupLanes;  // elements of one group's block
+  using Tiles = typename A::Tiles;
+  static constexpr bool kHasTiles = Tiles::kRows > 1;
+  // Outputs that share a block of x, or of dy, while it is in the second-level cache, in tiles of a forward and columns
+  // of a backward pass. Instructions on tiles are so fast that fetching the block anew shows (4096 x 4096, 512 rows, a
+  // quarter of them: 1.3 times the time).
+  static constexpr int kPanelTiles = kHasTiles ? 32 : 8;
+  static constexpr int64_t kColumnChunk = kPanelTiles * kTile;
+  static constexpr int64_t kFewRows = kHasTiles ? 4 : 16;  // up to here decoding in registers is faster
 
+  // Tiles also read what follows the last rows, and ignore it.
   static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
-    return ceil_div(cols, kBlock) * rows * kStride * sizeof(E);
+    return (ceil_div(cols, kBlock) * rows + Tiles::kRows - 1) * kStride * sizeof(E);
   }
   static int64_t panels_bytes(int64_t lanes, int64_t contraction) {
     return ceil_div(contraction, kBlock) * ceil_div(lanes, kGroupLanes) * kGroupPanel * sizeof(E);
@@ -267,9 +285,9 @@ struct Algorithm {
                         int64_t row0, int64_t row1) {
     const bool same = src.dtype == (sizeof(E) == 4 ? kFloat32 : kBFloat16) && factor == nullptr && d.threshold == 0;
     alignas(64) float values[kBlock];
-    for (int64_t block = 0; block * kBlock < src.cols; ++block) {
-      const int64_t col0 = block * kBlock, n = min64(kBlock, src.cols - col0);
-      for (int64_t r = row0; r < row1; ++r) {
+    for (int64_t r = row0; r < row1; ++r)
+      for (int64_t block = 0; block * kBlock < src.cols; ++block) {
+        const int64_t col0 = block * kBlock, n = min64(kBlock, src.cols - col0);
         E* dst = static_cast<E*>(out) + (block * src.rows + r) * kStride;
         const char* from = src.row(r) + col0 * dtype_size(src.dtype);
         if (same) {
@@ -283,7 +301,6 @@ struct Algorithm {
         apply_dropout(d, r, col0, n, values);
         store_packed_row(values, n, dst);
       }
-    }
   }
 
   static void pack_rows_t(const Matrix& src, const float* factor, int64_t factor_ld, void* out, int64_t col0,
@@ -351,6 +368,8 @@ struct Algorithm {
       E* at = panel + i * kGroupLanes;
       if constexpr (kStep == 2)
         if (src.dtype == kBFloat16 && d.threshold == 0 && lanes == kGroupLanes && i + 1 < n) {
+          // The next lanes: too far apart for the hardware to see a stream.
+          for (int s = 0; s < kStep; ++s) __builtin_prefetch(src.row(row0 + i + s) + (lane0 + kGroupLanes) * 2);
           A::interleave(src.row(row0 + i) + lane0 * 2, src.row(row0 + i + 1) + lane0 * 2, at);
           continue;
         }
@@ -464,17 +483,61 @@ struct Algorithm {
     }
   }
 
-  // c[rows][tiles * 16] += x rows * panels of `tiles` tiles, groups of kGroupTiles (the last may hold fewer).
+  // c[group][rows][ldc] += x rows * panels of `tiles` tiles, groups of kGroupTiles (the last may hold fewer). Where
+  // there are instructions on tiles, the caller holds them.
   static void multiply(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t tiles, float* c,
                        int64_t ldc) {
-    const int64_t steps = ceil_div(contraction, kStep);
-    row_blocks(rows, [&](int64_t r0, int n) {
-      const Micro whole = pick<V::kGroupVecs>(n), single = pick<kTileVecs>(n);
-      for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-        const Micro kernel = tiles - t >= kGroupTiles ? whole : single;
-        kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, c + r0 * ldc + t * kTile, ldc);
+    if constexpr (kHasTiles) {
+      for (int64_t t = 0; t < tiles; t += kGroupTiles, panels += kGroupPanel, c += rows * ldc) {
+        if (tiles - t >= kGroupTiles)
+          multiply_tiles<kGroupTiles>(x, rows, panels, contraction, c, ldc);
+        else
+          multiply_tiles<1>(x, rows, panels, contraction, c, ldc);
       }
-    });
+    } else {
+      const int64_t steps = ceil_div(contraction, kStep);
+      row_blocks(rows, [&](int64_t r0, int n) {
+        const Micro whole = pick<V::kGroupVecs>(n), single = pick<kTileVecs>(n);
+        for (int64_t t = 0; t < tiles; t += kGroupTiles) {
+          const Micro kernel = tiles - t >= kGroupTiles ? whole : single;
+          kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps,
+                 c + (t / kGroupTiles * rows + r0) * ldc, ldc);
+        }
+      });
+    }
+  }
+
+  // The same for one group of L tiles. What does not fill a tile goes through a whole one: last rows with sums that
+  // nothing reads, last columns with zeros.
+  template <int L>
+  static void multiply_tiles(const E* x, int64_t rows, const E* panel, int64_t contraction, float* c, int64_t ldc) {
+    constexpr int64_t kRows = Tiles::kRows, kColumns = Tiles::kColumns, kWide = L * kTile;
+    const int64_t steps = contraction / kColumns, rest = contraction - steps * kColumns;
+    const int64_t pairs = rows / (2 * kRows) * (2 * kRows);
+    if (pairs > 0 && steps > 0) Tiles::template add<2, L>(x, kStride, pairs, panel, steps, c, ldc);
+    alignas(64) float part[kRows * kWide];
+    // body(sums) for the rows from r on, fewer than a pair of tiles.
+    const auto whole = [&](int64_t r, const auto& body) {
+      const int64_t n = min64(kRows, rows - r);
+      if (n == kRows) return body(c + r * ldc, ldc);
+      for (int64_t i = 0; i < n; ++i) copy_bytes(part + i * kWide, c + (r + i) * ldc, kWide * sizeof(float));
+      body(part, kWide);
+      for (int64_t i = 0; i < n; ++i) copy_bytes(c + (r + i) * ldc, part + i * kWide, kWide * sizeof(float));
+    };
+    if (steps > 0)
+      for (int64_t r = pairs; r < rows; r += kRows)
+        whole(r, [&](float* sums, int64_t ld) {
+          Tiles::template add<1, L>(x + r * kStride, kStride, kRows, panel, steps, sums, ld);
+        });
+    if (rest == 0) return;
+    alignas(64) E last_panel[kColumns * kWide] = {}, last_columns[kRows * kColumns];
+    copy_bytes(last_panel, panel + steps * kColumns * kWide, ceil_div(rest, kStep) * kStep * kWide * sizeof(E));
+    for (int64_t r = 0; r < rows; r += kRows) {
+      Tiles::copy_columns(x + r * kStride + steps * kColumns, kStride, rest, last_columns);
+      whole(r, [&](float* sums, int64_t ld) {
+        Tiles::template add<1, L>(last_columns, kColumns, kRows, last_panel, 1, sums, ld);
+      });
+    }
   }
 
   // The same for panels without scales: `scales` [tiles][`segments` of them and room][16], `tile_stride` floats a tile.
@@ -486,15 +549,18 @@ struct Algorithm {
       for (int64_t t = 0; t < tiles; t += kGroupTiles) {
         const MicroLate kernel = tiles - t >= kGroupTiles ? whole : single;
         kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, segments, scales + t * tile_stride,
-               tile_stride, c + r0 * ldc + t * kTile, ldc);
+               tile_stride, c + (t / kGroupTiles * rows + r0) * ldc, ldc);
       }
     });
   }
 
   // ---- decoding ----
 
-  // What a panel's decoding comes to kCodesAhead later: at the end of the rows, the first columns of the next panel.
+  // What is asked for while columns from col0 on of a tile are decoded: what comes kCodesAhead later, at the end of the
+  // rows the first columns of the next panel. With tiles a block takes so little time, and so many sums pass through
+  // the caches meanwhile, that it is the next group's.
   static const uint8_t* codes_ahead(const Weight& w, int64_t tile, int64_t col0) {
+    if constexpr (kHasTiles) return w.codes + ((tile + kGroupTiles) * w.k + col0) * (kTile / 2);
     const int64_t column = col0 + kCodesAhead / (kTile / 2);
     return w.codes + ((tile + column / w.k * kPanelTiles) * w.k + column % w.k) * (kTile / 2);
   }
@@ -538,41 +604,63 @@ struct Algorithm {
     const float* zeros = w.zero == nullptr ? nullptr : w.zero + (tile * w.segments() + seg0) * kTile;
     const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
     const uint8_t* ahead = codes_ahead(w, tile, col0);
-    for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64, ahead += 64) {
-      __builtin_prefetch(ahead);
-      const int64_t s = ((col0 + c) / w.segment - seg0) * kTile;
-      for (int v = 0; v < kTileVecs; ++v) {
-        const F zero = zeros == nullptr ? V::zero() : V::load(zeros + s + v * kLanes);
-        decode_group(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + s + v * kLanes), zero,
-                     zeros != nullptr, panel + (c / kStep * vecs + vec + v) * kLanes * kStep, vecs * kLanes * kStep);
+    if constexpr (kHasTiles)
+      for (int64_t s = 0; s < segs; ++s) __builtin_prefetch(scales + (kGroupTiles * w.segments() + s) * kTile);
+    const int64_t columns = min64(w.segment, n);  // blocks are whole segments, or a part of one
+    for (int64_t c0 = 0; c0 < n; c0 += columns, scales += kTile)
+      for (int64_t c = c0; c < c0 + columns; c += kGroupColumns, codes += 64, ahead += 64) {
+        __builtin_prefetch(ahead);
+        for (int v = 0; v < kTileVecs; ++v) {
+          const F zero = zeros == nullptr ? V::zero() : V::load(zeros + c0 / columns * kTile + v * kLanes);
+          decode_group(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + v * kLanes), zero,
+                       zeros != nullptr, panel + (c / kStep * vecs + vec + v) * kLanes * kStep, vecs * kLanes * kStep);
+        }
       }
-    }
   }
 
-  static void decode_columns(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst) {
-    each(
-        MakeInts<kGroupColumns>{}, PF_BODY(int C) {
-          F value = V::mul(V::decode<C>(table, codes), scale);
-          if (has_zero) value = V::add(value, zero);
-          A::store_row(dst + C * kStride, value);
-        });
-  }
-
-  // Columns [col0, col0 + n) of tiles [tile0, tile1), as PackedRows: one row a column, contraction over output rows.
+  // Columns [col0, col0 + n) of tiles [tile0, tile1), as PackedRows: one row a column, contraction over output rows. A
+  // last group that lacks tiles takes its last tile again, which nothing reads.
   static void decode_transposed(const Weight& w, int64_t tile0, int64_t tile1, int64_t col0, int64_t n, E* rows) {
+    constexpr MakeInts<V::kGroupVecs> vecs{};
     const V::T table = V::table(kTables[w.format]);
     const int64_t seg0 = col0 / w.segment, segs = (col0 + n - 1) / w.segment - seg0 + 1;
-    alignas(64) float decoded[(kColumnChunk / 32 + 1) * kTile];
-    for (int64_t tile = tile0; tile < tile1; ++tile) {
-      const float* scales = tile_scales(w, tile, seg0, segs, decoded);
-      const float* zeros = w.zero == nullptr ? nullptr : w.zero + (tile * w.segments() + seg0) * kTile;
-      const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
-      for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64) {
-        const int64_t s = ((col0 + c) / w.segment - seg0) * kTile;
-        for (int v = 0; v < kTileVecs; ++v) {
-          const F zero = zeros == nullptr ? V::zero() : V::load(zeros + s + v * kLanes);
-          decode_columns(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + s + v * kLanes), zero,
-                         zeros != nullptr, rows + c * kStride + (tile - tile0) * kTile + v * kLanes);
+    alignas(64) float decoded[kGroupTiles][(kColumnChunk / 32 + 1) * kTile];
+    for (int64_t tile = tile0; tile < tile1; tile += kGroupTiles, rows += kGroupLanes) {
+      const float *scales[kGroupTiles], *zeros[kGroupTiles];
+      const uint8_t* codes[kGroupTiles];
+      for (int i = 0; i < kGroupTiles; ++i) {
+        const int64_t t = min64(tile + i, tile1 - 1);
+        scales[i] = tile_scales(w, t, seg0, segs, decoded[i]);
+        zeros[i] = w.zero == nullptr ? nullptr : w.zero + (t * w.segments() + seg0) * kTile;
+        codes[i] = w.codes + (t * w.k + col0) * (kTile / 2);
+      }
+      for (int64_t c0 = 0; c0 < n;) {
+        const int64_t s = (col0 + c0) / w.segment - seg0, end = min64(n, (seg0 + s + 1) * w.segment - col0);
+        F scale[V::kGroupVecs], zero[V::kGroupVecs];
+        each(
+            vecs, PF_BODY(int U) {
+              const int64_t at = s * kTile + U % kTileVecs * kLanes;
+              scale[U] = V::load(scales[U / kTileVecs] + at);
+              zero[U] = w.zero == nullptr ? V::zero() : V::load(zeros[U / kTileVecs] + at);
+            });
+        for (; c0 < end; c0 += kGroupColumns) {
+          V::C held[V::kGroupVecs];
+          each(
+              vecs, PF_BODY(int U) {
+                const uint8_t* at = codes[U / kTileVecs] + c0 * (kTile / 2) + U % kTileVecs * kLanes * 4;
+                __builtin_prefetch(at + kGroupTiles * w.k * (kTile / 2));
+                held[U] = V::load_codes(at);
+              });
+          each(
+              MakeInts<kGroupColumns>{}, PF_BODY(int C) {
+                F lanes[V::kGroupVecs];
+                each(
+                    vecs, PF_BODY(int U) {
+                      lanes[U] = V::mul(V::decode<C>(table, held[U]), scale[U]);
+                      if (w.zero != nullptr) lanes[U] = V::add(lanes[U], zero[U]);
+                    });
+                A::store_lanes(rows + (c0 + C) * kStride, lanes);
+              });
         }
       }
     }
@@ -784,7 +872,8 @@ struct Algorithm {
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     float* c = static_cast<float*>(scratch(1, kRowChunk * kPanelTiles * kTile * sizeof(float)));
     const int64_t count = ceil_div(tile1 - tile0, kPanelTiles);
-    const bool late = kStep == 2 && g.w.zero == nullptr && g.x.rows <= kLateRows;
+    const bool late = kStep == 2 && !kHasTiles && g.w.zero == nullptr && g.x.rows <= kLateRows;
+    [[maybe_unused]] const Tiles held;
     constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
     alignas(64) float scales[kGroupTiles * kScaleStride];
     for (int64_t row0 = 0; row0 < g.x.rows; row0 += kRowChunk) {
@@ -794,15 +883,17 @@ struct Algorithm {
         const int64_t units = ceil_div(tile1 - tile0, kGroupTiles);
         const int64_t t0 = tile0 + units * p / count * kGroupTiles;
         const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
-        const int64_t ldc = (t1 - t0) * kTile, n0 = t0 * kTile, lanes = min64(ldc, g.w.n - n0);
-        for (int64_t r = 0; r < rows; ++r) {
-          __builtin_memset(c + r * ldc, 0, ldc * sizeof(float));
-          if (g.bias != nullptr) copy_bytes(c + r * ldc, g.bias + n0, lanes * sizeof(float));
-        }
-        // body(first tile, tiles, columns of c) for each group: its panel of a block stays in the first-level cache.
+        // body(first tile, tiles, sums) for each group: its panel of a block stays in the first-level cache.
         const auto groups = [&](const auto& body) {
-          for (int64_t t = t0; t < t1; t += kGroupTiles) body(t, min64(kGroupTiles, t1 - t), c + (t - t0) * kTile);
+          for (int64_t t = t0; t < t1; t += kGroupTiles)
+            body(t, min64(kGroupTiles, t1 - t), c + (t - t0) * kTile * rows);
         };
+        groups([&](int64_t t, int64_t, float* out) {
+          alignas(64) float bias[kGroupLanes] = {};
+          if (g.bias != nullptr)
+            copy_bytes(bias, g.bias + t * kTile, min64(kGroupLanes, g.w.n - t * kTile) * sizeof(float));
+          for (int64_t r = 0; r < rows; ++r) copy_bytes(out + r * kGroupLanes, bias, sizeof(bias));
+        });
         const auto vecs_of = [](int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; };
         for (int64_t col0 = 0; col0 < k; col0 += kBlock) {
           const int64_t n = min64(kBlock, k - col0), segments = n > g.w.segment ? n / g.w.segment : 1;
@@ -819,9 +910,9 @@ struct Algorithm {
               }
             }
             if (late)
-              multiply_late(x, rows, panel, n, segments, scales, kScaleStride, tiles, out, ldc);
+              multiply_late(x, rows, panel, n, segments, scales, kScaleStride, tiles, out, kGroupLanes);
             else
-              multiply(x, rows, panel, n, tiles, out, ldc);
+              multiply(x, rows, panel, n, tiles, out, kGroupLanes);
           });
         }
         for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
@@ -829,12 +920,14 @@ struct Algorithm {
           groups([&](int64_t t, int64_t tiles, float* out) {
             for (int64_t i = 0; i < tiles; ++i)
               pack_lanes_t(g.lora_b, (t + i) * kTile, col0, n, panel, i * kTileVecs, vecs_of(tiles));
-            multiply(packed_block(g.s, col0 / kBlock) + row0 * kStride, rows, panel, n, tiles, out, ldc);
+            multiply(packed_block(g.s, col0 / kBlock) + row0 * kStride, rows, panel, n, tiles, out, kGroupLanes);
           });
         }
-        const int size = dtype_size(g.y_dtype);
         for (int64_t r = 0; r < rows; ++r)
-          from_float(c + r * ldc, static_cast<char*>(g.y) + ((row0 + r) * g.ldy + n0) * size, g.y_dtype, lanes);
+          groups([&](int64_t t, int64_t, const float* sums) {
+            char* y = static_cast<char*>(g.y) + ((row0 + r) * g.ldy + t * kTile) * dtype_size(g.y_dtype);
+            from_float(sums + r * kGroupLanes, y, g.y_dtype, min64(kGroupLanes, g.w.n - t * kTile));
+          });
       }
     }
   }
@@ -842,20 +935,27 @@ struct Algorithm {
   // ---- backward ----
 
   static void dx(const DxArgs& g, int64_t col0, int64_t col1) {
+    [[maybe_unused]] const Tiles held;
     const int64_t groups = ceil_div(g.rows, kGroupLanes), rank = g.ds == nullptr ? 0 : g.lora_a.rows;
     const int64_t chunk_groups = kRowChunk / kGroupLanes;
     E* wt = static_cast<E*>(scratch(0, kColumnChunk * kStride * sizeof(E)));
     float* c = static_cast<float*>(scratch(1, kColumnChunk * kRowChunk * sizeof(float)));
     for (int64_t g0 = 0; g0 < groups; g0 += chunk_groups) {
-      const int64_t ngroups = min64(chunk_groups, groups - g0), ldc = ngroups * kGroupLanes;
-      const int64_t rows = min64(ldc, g.rows - g0 * kGroupLanes);
+      const int64_t ngroups = min64(chunk_groups, groups - g0);
       const auto accumulate = [&](const void* panels, int64_t block, int64_t contraction, int64_t cols) {
         const E* p = static_cast<const E*>(panels) + (block * groups + g0) * kGroupPanel;
-        multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, ldc);
+        multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, kGroupLanes);
+      };
+      // body(first row, rows, sums) for each group.
+      const auto each_group = [&](int64_t cols, const auto& body) {
+        for (int64_t i = 0; i < ngroups; ++i) {
+          const int64_t row0 = (g0 + i) * kGroupLanes;
+          body(row0, min64(kGroupLanes, g.rows - row0), c + i * cols * kGroupLanes);
+        }
       };
       for (int64_t k0 = col0; k0 < col1; k0 += kColumnChunk) {
         const int64_t cols = min64(kColumnChunk, col1 - k0);
-        __builtin_memset(c, 0, cols * ldc * sizeof(float));
+        __builtin_memset(c, 0, cols * ngroups * kGroupLanes * sizeof(float));
         for (int64_t r = 0; r < rank; r += kBlock) {
           const int64_t n = min64(kBlock, rank - r);
           Matrix part = g.lora_a;
@@ -867,13 +967,18 @@ struct Algorithm {
           pack_rows_t(shifted, nullptr, 0, wt, 0, cols);
           accumulate(g.ds, r / kBlock, n, cols);
         }
-        if (rank != 0 && g.dropout.threshold != 0) drop_transposed(g.dropout, g0 * kGroupLanes, rows, k0, cols, c, ldc);
+        if (rank != 0 && g.dropout.threshold != 0)
+          each_group(cols, [&](int64_t row0, int64_t rows, float* sums) {
+            drop_transposed(g.dropout, row0, rows, k0, cols, sums, kGroupLanes);
+          });
         for (int64_t n0 = 0; n0 < g.w.tiles() * kTile; n0 += kBlock) {
           const int64_t tile0 = n0 / kTile, tile1 = min64(g.w.tiles(), tile0 + kBlock / kTile);
           decode_transposed(g.w, tile0, tile1, k0, cols, wt);
           accumulate(g.dy, n0 / kBlock, min64((tile1 - tile0) * kTile, g.w.n - n0), cols);
         }
-        store_transposed(c, ldc, cols, rows, g.dx, g.dx_dtype, g.lddx, g0 * kGroupLanes, k0);
+        each_group(cols, [&](int64_t row0, int64_t rows, const float* sums) {
+          store_transposed(sums, kGroupLanes, cols, rows, g.dx, g.dx_dtype, g.lddx, row0, k0);
+        });
       }
     }
   }
@@ -907,10 +1012,11 @@ struct Algorithm {
   // ---- the branch's small products ----
 
   static void rows_times_t(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1) {
-    const int64_t tiles = ceil_div(p.rows, kTile), ldc = tiles * kTile;
-    E* panels = static_cast<E*>(scratch(0, ceil_div(tiles, kGroupTiles) * kGroupPanel * sizeof(E)));
-    float* c = static_cast<float*>(scratch(1, (row1 - row0) * ldc * sizeof(float)));
-    __builtin_memset(c, 0, (row1 - row0) * ldc * sizeof(float));
+    [[maybe_unused]] const Tiles held;
+    const int64_t tiles = ceil_div(p.rows, kTile), groups = ceil_div(tiles, kGroupTiles), rows = row1 - row0;
+    E* panels = static_cast<E*>(scratch(0, groups * kGroupPanel * sizeof(E)));
+    float* c = static_cast<float*>(scratch(1, rows * groups * kGroupLanes * sizeof(float)));
+    __builtin_memset(c, 0, rows * groups * kGroupLanes * sizeof(float));
     for (int64_t col0 = 0; col0 < p.cols; col0 += kBlock) {
       const int64_t n = min64(kBlock, p.cols - col0);
       for (int64_t t = 0; t < tiles; ++t) {
@@ -918,14 +1024,16 @@ struct Algorithm {
         pack_lanes_t(p, t * kTile, col0, n, panels + t / kGroupTiles * kGroupPanel, t % kGroupTiles * kTileVecs,
                      whole ? V::kGroupVecs : kTileVecs);
       }
-      multiply(packed_block(x, col0 / kBlock) + row0 * kStride, row1 - row0, panels, n, tiles, c, ldc);
+      multiply(packed_block(x, col0 / kBlock) + row0 * kStride, rows, panels, n, tiles, c, kGroupLanes);
     }
-    for (int64_t r = row0; r < row1; ++r)
-      copy_bytes(reinterpret_cast<char*>(out + r * p.rows), reinterpret_cast<char*>(c + (r - row0) * ldc), p.rows * 4);
+    for (int64_t lane = 0; lane < p.rows; lane += kGroupLanes, c += rows * kGroupLanes)
+      for (int64_t r = 0; r < rows; ++r)
+        copy_bytes(out + (row0 + r) * p.rows + lane, c + r * kGroupLanes, min64(kGroupLanes, p.rows - lane) * 4);
   }
 
   static void rows_times(const PackedRows& x, const Matrix& p, const Dropout& d, float* out, bool transposed,
                          int64_t row0, int64_t row1, int64_t lane0, int64_t lane1) {
+    [[maybe_unused]] const Tiles held;
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     const int64_t rows = row1 - row0;
     float* c = static_cast<float*>(scratch(1, rows * kGroupLanes * sizeof(float)));
@@ -948,8 +1056,8 @@ struct Algorithm {
   }
 
   static Arithmetic table() {
-    return {kGroupLanes, packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t,  pack_panels_t, gemv,
-            dots_packed, to_steps,          gemm,         dx,        rows_times_t, rows_times};
+    return {kGroupLanes, kFewRows,    packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t,  pack_panels_t,
+            gemv,        dots_packed, to_steps,          gemm,         dx,        rows_times_t, rows_times};
   }
 };
 

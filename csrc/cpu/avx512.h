@@ -141,7 +141,10 @@ struct V {
     return (__m512bh)_mm512_set1_epi32(both);
   }
   static F fma_pair(F acc, Pair w, Pair x) { return _mm512_dpbf16_ps(acc, w, x); }
-  // One after the other; subnormals become zero.
+  // As bf16 to be multiplied: subnormals become zero here as they would there.
+  static void store_factor(uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+  }
   static void store_two(uint16_t* p, F first, F second) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
   }

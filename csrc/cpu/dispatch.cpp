@@ -6,6 +6,14 @@
 #include <cstring>
 #include <new>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace pf {
 
 // NF4: Dettmers et al. 2023 (QLoRA), appendix E. FP4 in bit-pattern order, already divided by 12. INT4: the code
@@ -34,15 +42,32 @@ Kernels generic_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();
 Kernels avx512_bf16_kernels();
+Kernels avx512_amx_kernels();
 Int8 avx512_int8();
 Int8 avx512_bf16_int8();
+Int8 avx512_amx_int8();
 #elif defined(__aarch64__)
 Kernels neon_kernels();
 #endif
 
 namespace {
 
-constexpr int kMaxIsas = 5;
+#if defined(__x86_64__)
+// Whether the CPU has AMX with bf16 and the system lets this process use it, for which it must be asked once.
+bool allows_tiles() {
+#if defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBf16) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+constexpr int kMaxIsas = 6;
 
 struct Registry {
   Kernels kernels[kMaxIsas];
@@ -72,7 +97,9 @@ struct Registry {
       return k;
     };
     // Every CPU with bf16 products has VNNI.
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(with_int8(avx512_bf16_kernels(), avx512_bf16_int8));
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (bf16 && allows_tiles()) add(with_int8(avx512_amx_kernels(), avx512_amx_int8));
+    if (bf16) add(with_int8(avx512_bf16_kernels(), avx512_bf16_int8));
     if (avx512) add(with_int8(avx512_kernels(), avx512_int8));
     if (avx2) add(avx2_kernels());
 #elif defined(__aarch64__)

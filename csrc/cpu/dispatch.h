@@ -10,7 +10,5 @@ const char* const* available_isas();
 const Kernels* kernels();
 // Returns false, and changes nothing, when `name` is not available.
 bool set_isa(const char* name);
-// Rows up to which the few-rows kernel is used.
-constexpr int64_t kFewRows = 16;
 
 }  // namespace pf

@@ -205,6 +205,7 @@ struct Part {
 template <class A>
 void add_branch(const Part& part, void* made) {
   using Exact = Algorithm<A>;
+  [[maybe_unused]] const typename A::Tiles held;
   const Int8Args& g = part.g;
   for (int64_t i = 0; i < part.groups(); ++i)
     for (int t = 0; t < kByteGroupTiles; ++t)

@@ -117,7 +117,9 @@ void many_rows_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& 
   });
 }
 
-bool is_few(const Matrix& x, const Branch& branch) { return x.rows <= kFewRows && branch.dropout.threshold == 0; }
+bool is_few(const Arithmetic& arith, const Matrix& x, const Branch& branch) {
+  return x.rows <= arith.few_rows && branch.dropout.threshold == 0;
+}
 
 // out [rows, R] = s * factor.
 void scale_sums(const float* s, int64_t rows, const Branch& branch, float* out) {
@@ -168,8 +170,8 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   if (x.rows == 0 || w.n == 0) return;
   const Kernels& k = *kernels();
   if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, x.rows * branch.rank() * sizeof(float)));
-  if (is_few(x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
+  if (is_few(arith, x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
   const int64_t rank = branch.rank();
   GemmArgs args{w, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
   if (rank > 0) {
@@ -192,7 +194,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   Int8Args args{w, nullptr, x.rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
   if (rank > 0) {
     float* s = static_cast<float*>(scratch(kSlotDs, x.rows * rank * sizeof(float)));
-    if (is_few(x, branch))
+    if (is_few(arith, x, branch))
       few_rows_sums(k, arith, w, few_rows(k, arith, x, !branch.a.packed), x, branch, s, parallel);
     else
       many_rows_sums(arith, x, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), branch, s, parallel);

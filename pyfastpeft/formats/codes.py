@@ -119,6 +119,11 @@ def get_format(quant_type: str) -> Format:
         raise ValueError(f"quant_type is {quant_type!r}; it must be one of {', '.join(map(repr, FORMATS))}") from None
 
 
+def format_of(id: int) -> Format:
+    """The format that the compiled kernels know by ``id``."""
+    return next(f for f in FORMATS.values() if f.id == id)
+
+
 def check_blocksize(fmt: Format, blocksize: int) -> int:
     if blocksize not in fmt.blocksizes:
         allowed = ", ".join(map(str, fmt.blocksizes))

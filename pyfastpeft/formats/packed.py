@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -162,7 +162,7 @@ class Packed4bit:
         Decoded in float32 and rounded once.
         """
         dtype = self.dtype if dtype is None else dtype
-        if self.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype in (torch.float32, torch.bfloat16, torch.float16):
             rows = self.rows()
             return torch.ops.pyfastpeft.dequantize_4bit.default(
                 rows.codes, rows.block_scales(), rows.zero, self.format.id, self.blocksize, list(self.shape), dtype
@@ -172,9 +172,9 @@ class Packed4bit:
     def reference(self, dtype: torch.dtype) -> Tensor:
         """:meth:`dequantize` in plain torch, on any device: what the kernels are held to."""
         rows = self.rows()
-        codes = unpack_nibbles(rows.codes, math.prod(self.shape))
-        flat = self.format.dequantize(codes, rows.block_scales(), rows.zero, self.blocksize)
-        return flat.view(self.shape).to(dtype)
+        return dequantize_reference(
+            rows.codes, rows.block_scales(), rows.zero, self.format, self.blocksize, self.shape, dtype
+        )
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -211,11 +211,8 @@ def quantize_4bit(
     if double_quant and fmt.has_zero:
         raise ValueError("double_quant is True; it applies to 'nf4' and 'fp4', int4 keeps a scale and a zero a block")
     weight = weight.detach()
-    if weight.device.type == "cpu":
-        codes, scale, zero = torch.ops.pyfastpeft.quantize_4bit.default(weight.contiguous(), fmt.id, blocksize)
-        zero = zero if fmt.has_zero else None
-    else:
-        codes, scale, zero = quantize_reference(weight, fmt, blocksize)
+    codes, scale, zero = torch.ops.pyfastpeft.quantize_4bit.default(weight.contiguous(), fmt.id, blocksize)
+    zero = zero if fmt.has_zero else None
     nested = None
     if double_quant:
         scale, nested = quantize_scales(scale)
@@ -227,3 +224,17 @@ def quantize_reference(weight: Tensor, fmt: Format, blocksize: int) -> tuple[Ten
     flat = weight.reshape(-1).float()
     codes, scale, zero = fmt.quantize(flat, blocksize)
     return pack_nibbles(codes, fmt), scale, zero
+
+
+def dequantize_reference(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    fmt: Format,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The inverse of :func:`quantize_reference`, as a tensor of ``shape``."""
+    flat = fmt.dequantize(unpack_nibbles(codes, math.prod(shape)), scale, zero, blocksize)
+    return flat.view(shape).to(dtype)

@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.phi3 import modeling_phi3 as phi3
 
 from ..ops import rms_norm, rope, swiglu
-from ..ops.backends import FLOATS
+from ..ops.backends import FLOATS, Backend, choose_plain
 from .forwards import ModuleForward, install, remove
 
 _ROPE = "apply_rotary_pos_emb"
@@ -38,7 +38,7 @@ def _has_code_of(module_class: type[nn.Module], other: type[nn.Module]) -> bool:
 
 def _serves(x: Tensor, *others: Tensor) -> bool:
     """Whether the operators take this call; a compiler fuses the plain code itself."""
-    known = x.is_cpu and x.dtype in FLOATS
+    known = x.dtype in FLOATS and choose_plain(x.device) is not Backend.REFERENCE
     return known and not torch.compiler.is_compiling() and all(t.dtype == x.dtype for t in others)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends import Backend, choose_plain
+
 
 def cross_entropy_with_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy a row and the gradient of their sum.
@@ -16,7 +18,7 @@ def cross_entropy_with_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor,
     Returns:
         losses float32 [n], and softmax(logits) - onehot(labels) in the dtype of ``logits``. Arithmetic is float32.
     """
-    if logits.device.type == "cpu":
+    if choose_plain(logits.device) is not Backend.REFERENCE:
         return torch.ops.pyfastpeft.cross_entropy.default(logits, labels)
     log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
     losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS
+from .backends import FLOATS, Backend, choose_plain
 
 
 def rms_norm(
@@ -38,7 +38,7 @@ def rms_norm(
         )
     if residual is not None:
         _check("residual", residual, x)
-    if x.device.type != "cpu":
+    if choose_plain(x.device) is Backend.REFERENCE:
         total = x if residual is None else x + residual
         wide = total.float()
         y = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -59,7 +59,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     _check("gate", gate, gate)
     _check("up", up, gate)
-    if gate.device.type != "cpu":
+    if choose_plain(gate.device) is Backend.REFERENCE:
         return F.silu(gate) * up
     if _needs_grad(gate, up):
         return _SwiGlu.apply(gate, up)
@@ -88,7 +88,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     for name, t in (("cos", cos), ("sin", sin)):
         if t.shape != cos.shape or t.shape not in ((batch, tokens, dim), (1, tokens, dim)):
             raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be ({batch} or 1, {tokens}, {dim})")
-    if q.device.type != "cpu":
+    if choose_plain(q.device) is Backend.REFERENCE:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return q * cos + _half_turn(q) * sin, k * cos + _half_turn(k) * sin
     if _needs_grad(q, k):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .backends import Backend, choose_attention
+from . import reference, triton_kernels
+from .backends import Backend, choose_attention, triton_devices
 from .reference import HIDDEN
 
 
@@ -198,6 +198,12 @@ class _PrefixAttention(torch.autograd.Function):
         )  # fmt: skip
         dprefix = (None, None) if prefix_k is None else (d.to(prefix_k.dtype) for d in dprefix)
         return *(d.transpose(1, 2) for d in (dq, dk, dv)), *dprefix, *([None] * 6)
+
+
+torch.library.register_kernel("pyfastpeft::prefix_attention", triton_devices(), triton_kernels.attention)
+torch.library.register_kernel(
+    "pyfastpeft::prefix_attention_backward", triton_devices(), triton_kernels.attention_backward
+)
 
 
 @torch.library.register_fake("pyfastpeft::prefix_attention")

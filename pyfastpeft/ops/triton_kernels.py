@@ -1,4 +1,4 @@
-"""The operators by Triton kernels, with the signatures of :mod:`reference`. The first call imports triton."""
+"""The operators by Triton kernels. The first call imports triton."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..formats import DYNAMIC_MAP, Packed4bit, get_format
+from ..formats import DYNAMIC_MAP, Packed4bit, format_of, get_format
+from .tuning import tuned
 
 _OLDEST = (8, 0)
 """The compute capability of the oldest GPU of NVIDIA's that Triton compiles for."""
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def why_not(device: torch.device) -> str | None:
     """Why Triton kernels cannot serve tensors on ``device``; None where they can."""
     if importlib.util.find_spec("triton") is None:
@@ -85,10 +88,18 @@ def _branch(
     return _kernels("linear_4bit").Branch(a, b, row_scale, scaling, seed, dropout)
 
 
+def _best(direction: str, kernels: ModuleType, x: Tensor, w: tuple, lora: tuple | None, run: Callable) -> tuple:
+    """``run`` with the tiles for the rows of x."""
+    rows, rank = 1 << max(len(x) - 1, 0).bit_length(), 0 if lora is None else lora.rank
+    call = ("linear_4bit", direction, x.dtype, rows, w.n, w.k, rank)
+    return run(tuned(call, x.device, kernels.formula(x, w), kernels.around, run))
+
+
 def forward(x: Tensor, w: Packed4bit, bias: Tensor | None, *branch: Tensor | float | None) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, S [M, R] float32; R = 0 without a branch)."""
+    kernels, held, lora = _kernels("linear_4bit"), _weight(w), _branch(*branch)
     with _on(x.device):
-        return _kernels("linear_4bit").forward(x, _weight(w), bias, _branch(*branch))
+        return _best("forward", kernels, x, held, lora, lambda cut: kernels.forward(x, held, bias, lora, cut))
 
 
 def forward_slots(x: Tensor, w: Packed4bit, bias: Tensor | None, *bank: Tensor) -> Tensor:
@@ -105,7 +116,82 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB), None where not needed."""
     *branch, need_x, need_a, need_b = rest
-    lora = _branch(*branch)
+    kernels, held, lora = _kernels("linear_4bit"), _weight(w), _branch(*branch)
+
+    def run(cut: tuple) -> tuple:
+        return kernels.backward(dy, x, s, held, lora, need_x, need_a, need_b, cut)
+
     with _on(dy.device):
-        dx, da, db = _kernels("linear_4bit").backward(dy, x, s, _weight(w), lora, need_x, need_a, need_b)
+        dx, da, db = _best("backward", kernels, dy, held, lora, run) if need_x else run(None)
     return dx, None if da is None else da.to(lora.a.dtype), None if db is None else db.to(lora.b.dtype)
+
+
+# ---- operators over plain tensors, with the signatures of the compiled ones ------------------------------------------
+
+
+def _operator(file: str, name: str) -> Callable:
+    def launch(first: Tensor, *rest: Tensor | float | None) -> Tensor | tuple[Tensor, ...]:
+        with _on(first.device):
+            return getattr(_kernels(file), name)(first, *rest)
+
+    return launch
+
+
+rms_norm = _operator("elementwise", "rms_norm")
+rms_norm_backward = _operator("elementwise", "rms_norm_backward")
+swiglu = _operator("elementwise", "swiglu")
+swiglu_backward = _operator("elementwise", "swiglu_backward")
+rope = _operator("elementwise", "rope")
+cross_entropy = _operator("cross_entropy", "cross_entropy")
+
+
+def quantize_4bit(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scale, zero) of contiguous ``w``, in the ``rows`` layout."""
+    form = format_of(format)
+    with _on(w.device):
+        return _kernels("quantize_4bit").quantize(w, _table(form.name), form.has_zero, blocksize)
+
+
+def dequantize_4bit(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, format: int, blocksize: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """The tensor of ``shape``, decoded in float32 and rounded once."""
+    table = _table_on(format, codes.device)
+    with _on(codes.device):
+        return _kernels("quantize_4bit").dequantize(codes, scale, zero, table, blocksize, shape, dtype)
+
+
+@functools.cache
+def _table_on(format: int, device: torch.device) -> Tensor:
+    return format_of(format).table.to(device)
+
+
+def _attention(selection: tuple, *tensors: Tensor | None) -> tuple:
+    index, lengths, positions, causal, scale, window = selection
+    index, lengths, positions = (None if t is None else t.contiguous() for t in (index, lengths, positions))
+    return _kernels("prefix_attention").Call(*tensors, index, lengths, positions, causal, scale, window or None)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Tensor | float | None
+) -> tuple[Tensor, Tensor]:
+    """The operator ``prefix_attention``."""
+    *selection, need_lse = rest
+    with _on(q.device):
+        return _kernels("prefix_attention").forward(_attention(selection, q, k, v, prefix_k, prefix_v), need_lse)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    *rest: Tensor | float | None,
+) -> tuple[Tensor, ...]:
+    """The operator ``prefix_attention_backward``."""
+    *selection, out, lse = rest
+    call = _attention(selection, q, k, v, prefix_k, prefix_v)
+    with _on(q.device):
+        return _kernels("prefix_attention").backward(call, dout, out, lse)

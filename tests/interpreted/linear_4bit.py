@@ -54,6 +54,13 @@ def test_several_blocks_of_every_kind(dtype):
     check_gradients(dtype, *shape, 16, dtype, None, 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_cut_that_tuning_tries_computes_the_same(dtype, monkeypatch):
+    for cut in kernels.around(kernels.tiles(5, dtype == torch.float32)):
+        monkeypatch.setattr(kernels, "formula", lambda x, w: cut)  # noqa: B023
+        check_gradients(dtype, 5, 70, 140, 4, dtype, None, 0.5)
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_every_blocksize_and_double_quantization(quant_type, double_quant):
@@ -70,7 +77,7 @@ def test_dropout_drops_what_the_definition_drops_in_both_directions(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(5, 24, 64, 3), (40, 33, 35, 4), (3, 16, 1100, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 24, 64, 3), (40, 33, 35, 4), (3, 16, 1100, 70), (140, 24, 64, 4)], ids=str)
 def test_rows_of_mixed_adapters_match_each_alone(shape, dtype):
     m, n, k, r = shape
     w, bias, slots = packed_weight(n, k), pick([None, torch.randn(n)]), 5
@@ -82,6 +89,20 @@ def test_rows_of_mixed_adapters_match_each_alone(shape, dtype):
     for i, slot in enumerate(rows.tolist()):
         lora = None if slot < 0 else (a[slot], b[slot], float(scaling[slot]))
         assert error(y[i : i + 1], float64(x[i : i + 1], w, bias, lora), r) <= FORWARD[dtype]
+
+
+@pytest.mark.parametrize("m", [5, 140])
+def test_an_adapter_that_is_not_finite_stays_in_its_rows(m):
+    w, x, rows = packed_weight(24, 64), torch.randn(m, 64).to(torch.bfloat16), torch.randint(-1, 3, (m,))
+    rows[:4] = torch.arange(-1, 3)
+    bank = (torch.randn(3, 4, 64), torch.randn(3, 24, 4), torch.ones(3))
+    clean = linear_4bit(x, w, None, BankView(*bank, rows))
+    for i in range(3):
+        dirty = [t.clone() for t in bank]
+        dirty[i][1] = pick([math.nan, math.inf])
+        y = linear_4bit(x, w, None, BankView(*dirty, rows))
+        assert torch.equal(y[rows != 1], clean[rows != 1])
+        assert not y[rows == 1].isfinite().any()
 
 
 def test_mixed_adapters_train():

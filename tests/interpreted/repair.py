@@ -1,7 +1,7 @@
 """Makes Triton's interpreter right about bfloat16, and lets it run the inline PTX of these kernels.
 
-As it ships (3.6 to 3.9), the interpreter keeps bfloat16 as uint16 and computes with those bits, and truncates where it
-converts float32. Import this after setting TRITON_INTERPRET=1.
+As it ships (3.6 to 3.9), the interpreter keeps bfloat16 as uint16 and computes with those bits, truncates where it
+converts float32, and loses denormals. Import this after setting TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ def dot(self, a, b, d, *rest):
 def cast(self, src, dst):
     if src.dtype.scalar == tl.float32 and dst.scalar == tl.bfloat16:
         return Handle(rounded(src.data), tl.bfloat16)
+    if src.dtype.scalar == tl.bfloat16 and dst.scalar == tl.float32:
+        return widened(src)
     return _cast(self, src if dst.scalar.is_floating() else widened(src), dst)
 
 

@@ -227,7 +227,8 @@ void check_swiglu(const pf::Kernels& k, int64_t rows, int64_t n) {
   expect(error(y.data(), y64) < 1e-6 && error(dgate.data(), dgate64) < 1e-6 && error(dup.data(), dup64) < 1e-6, what);
 }
 
-// Queries of two tokens, rotated, over a cache whose first key is hidden from the second batch row.
+// Queries of two tokens, rotated, over a cache whose first key is hidden from the second batch row, alone and behind a
+// prefix that both rows share; then the gradients.
 void check_attention(const pf::Kernels& k, int64_t dim) {
   const std::string what = std::string(k.name) + " attention, dim " + std::to_string(dim);
   const int64_t batch = 2, tokens = 2, heads = 6, kv_heads = 2, length = 21, group = heads / kv_heads;
@@ -272,11 +273,35 @@ void check_attention(const pf::Kernels& k, int64_t dim) {
   args.out = out.data();
   std::vector<float> lse(batch * heads * tokens), by_lanes(x.size());
   k.attend(args, {}, 0, batch * kv_heads);
+
+  const int64_t shared = 5;  // keys of a prefix
+  const std::vector<float> prefix_k = normal(kv_heads * shared * dim), prefix_v = normal(kv_heads * shared * dim);
   args.out = by_lanes.data();
   args.lse = lse.data();
-  for (int64_t unit = 0; unit < k.attention_f32.forward_blocks(args) * batch * kv_heads; ++unit)
-    k.attention_f32.forward(args, unit);
-  std::vector<double> q64(q.size()), out64(out.size());
+  args.prefix_k = prefix_k.data();
+  args.prefix_v = prefix_v.data();
+  args.slots = 1;
+  args.prefix_length = shared;
+  for (int64_t* strides : {args.prefix_k_strides, args.prefix_v_strides}) {
+    strides[1] = shared * dim;
+    strides[2] = dim;
+  }
+  const pf::AttentionKernels& lanes = k.attention_f32;
+  for (int64_t unit = 0; unit < lanes.forward_blocks(args) * batch * kv_heads; ++unit) lanes.forward(args, unit);
+  const std::vector<float> dout = normal(x.size());
+  std::vector<float> dq(x.size()), dk(keys.size()), dv(keys.size());
+  std::vector<float> prefix_dk(batch * prefix_k.size()), prefix_dv(prefix_dk.size());
+  pf::AttentionBackwardArgs back{
+      args, dout.data(), {}, dq.data(), dk.data(), dv.data(), prefix_dk.data(), prefix_dv.data()};
+  std::copy_n(args.out_strides, 3, back.dout_strides);
+  back.chunks = std::min<int64_t>(2, lanes.most_chunks(args));
+  std::vector<float> parts(back.chunks * lanes.part_size(args));
+  back.dq_parts = parts.data();
+  for (int64_t unit = 0; unit < back.chunks * batch * kv_heads; ++unit) lanes.backward(back, unit);
+  if (back.chunks > 1)
+    for (int64_t unit = 0; unit < batch * kv_heads * lanes.query_groups(args); ++unit) lanes.sum_parts(back, unit);
+
+  std::vector<double> q64(q.size());
   for (int64_t row = 0; row < batch * tokens * heads; ++row)
     for (int64_t i = 0; i < dim; ++i) {
       const int64_t at = row / heads % tokens * dim + i, half = dim / 2;
@@ -284,21 +309,55 @@ void check_attention(const pf::Kernels& k, int64_t dim) {
       q64[row * dim + i] = static_cast<double>(x[row * dim + i]) * cos[at] + other * sin[at];
     }
   expect(error(q.data(), q64) < 1e-6, "rope, " + what);
-  for (int64_t row = 0; row < batch * tokens * heads; ++row) {
-    const int64_t b = row / heads / tokens, t = row / heads % tokens;
-    const int64_t head = (b * kv_heads + row % heads / group) * length;
-    double total = 0;
-    for (int64_t s = b; s < length - tokens + t + 1; ++s) {
-      double score = 0;
-      for (int64_t i = 0; i < dim; ++i) score += q64[row * dim + i] * keys[(head + s) * dim + i];
-      const double weight = std::exp(args.scale * score);
-      total += weight;
-      for (int64_t i = 0; i < dim; ++i) out64[row * dim + i] += weight * values[(head + s) * dim + i];
+  for (const int64_t ahead : {int64_t{0}, shared}) {
+    std::vector<double> out64(x.size()), dq64(x.size()), dk64(keys.size()), dv64(keys.size());
+    std::vector<double> prefix_dk64(prefix_dk.size()), prefix_dv64(prefix_dv.size());
+    for (int64_t row = 0; row < batch * tokens * heads; ++row) {
+      const int64_t b = row / heads / tokens, t = row / heads % tokens, kv_head = row % heads / group;
+      const int64_t seen = ahead + length - tokens + t + 1 - b, at = row * dim;
+      // Key s of those seen: its element 0, and in the gradients.
+      const auto key = [&](const std::vector<float>& tokens_, const std::vector<float>& prefix, int64_t s) {
+        return s < ahead ? &prefix[(kv_head * shared + s) * dim]
+                         : &tokens_[((b * kv_heads + kv_head) * length + b + s - ahead) * dim];
+      };
+      const auto gradient = [&](std::vector<double>& tokens_, std::vector<double>& prefix, int64_t s) {
+        return s < ahead ? &prefix[((b * kv_heads + kv_head) * shared + s) * dim]
+                         : &tokens_[((b * length + b + s - ahead) * kv_heads + kv_head) * dim];
+      };
+      std::vector<double> weight(seen);
+      double total = 0, delta = 0;
+      for (int64_t s = 0; s < seen; ++s) {
+        const float* to = key(keys, prefix_k, s);
+        double score = 0;
+        for (int64_t i = 0; i < dim; ++i) score += q64[at + i] * to[i];
+        total += weight[s] = std::exp(args.scale * score);
+      }
+      for (int64_t s = 0; s < seen; ++s)
+        for (int64_t i = 0; i < dim; ++i) out64[at + i] += weight[s] / total * key(values, prefix_v, s)[i];
+      for (int64_t i = 0; i < dim; ++i) delta += dout[at + i] * out64[at + i];
+      for (int64_t s = 0; s < seen; ++s) {
+        const float *to = key(keys, prefix_k, s), *value = key(values, prefix_v, s);
+        double *to_dk = gradient(dk64, prefix_dk64, s), *to_dv = gradient(dv64, prefix_dv64, s);
+        double pull = -delta;
+        for (int64_t i = 0; i < dim; ++i) pull += static_cast<double>(dout[at + i]) * value[i];
+        pull *= args.scale * weight[s] / total;
+        for (int64_t i = 0; i < dim; ++i) {
+          dq64[at + i] += pull * to[i];
+          to_dk[i] += pull * q64[at + i];
+          to_dv[i] += weight[s] / total * dout[at + i];
+        }
+      }
     }
-    for (int64_t i = 0; i < dim; ++i) out64[row * dim + i] /= total;
+    if (ahead == 0) {
+      expect(error(out.data(), out64) < 1e-5, what);
+      continue;
+    }
+    expect(error(by_lanes.data(), out64) < 1e-5, "queries as lanes, " + what);
+    expect(error(dq.data(), dq64) < 1e-5, "dq, " + what);
+    expect(error(dk.data(), dk64) < 1e-5 && error(dv.data(), dv64) < 1e-5, "dk and dv, " + what);
+    expect(error(prefix_dk.data(), prefix_dk64) < 1e-5 && error(prefix_dv.data(), prefix_dv64) < 1e-5,
+           "of the prefix, " + what);
   }
-  expect(error(out.data(), out64) < 1e-5, what);
-  expect(error(by_lanes.data(), out64) < 1e-5, "queries as lanes, " + what);
 }
 
 }  // namespace

@@ -1,0 +1,21 @@
+"""The launches of ``cross_entropy``, compiled: see toolchain.py."""
+
+from __future__ import annotations
+
+import torch
+from toolchain import empty, main
+
+from pyfastpeft.ops.triton_kernels import _kernels
+
+
+def call(classes: int, dtype: torch.dtype) -> None:
+    _kernels("cross_entropy").cross_entropy(empty(512, classes, dtype=dtype), empty(512, dtype=torch.int64))
+
+
+if __name__ == "__main__":
+    main(
+        {
+            "128256 classes": lambda: call(128256, torch.bfloat16),
+            "49152 classes, float32": lambda: call(49152, torch.float32),
+        }
+    )
