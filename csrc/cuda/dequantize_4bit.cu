@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 256, kGroups = 4;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     dequantize_kernel(const PF_GRID_CONSTANT PfWeight w, int64_t first, int64_t count, T* out) {
   float* values = reinterpret_cast<float*>(shared_memory());  // [code][lane]
   const int lane = threadIdx.x % 32;
