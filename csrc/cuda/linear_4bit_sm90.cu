@@ -105,6 +105,7 @@ template <int kRows>
 struct Registers {
   static constexpr int kAll = kRows <= 128 ? 152 : 168;
   static constexpr int kConsumer = kRows <= 128 ? 192 : 216, kProducer = 72;
+  static_assert(kConsumers * kConsumer + kProducers * kProducer <= (kConsumers + kProducers) * kAll);
 };
 
 // What a block does. Asked for by each role: what lives across setmaxnreg is spilled.
@@ -150,8 +151,9 @@ PF_DEVICE void each_branch_step(const Arguments& g, const int32_t (&slots)[kMost
 // Columns 64 step to 64 step + 63 of a panel as wgmma's registers: [16 columns][register]. `row` of this thread, which
 // also has row + 8; byte t of a word holds lane t's pair of the word's eight columns.
 template <class T, int kRows>
-PF_DEVICE void decode(const Shared<kRows>& sh, int panel, int step, int row, int segment_shift, uint32_t (&a)[4][4]) {
-  const uint32_t lane = threadIdx.x % 32, turn = (8 * (lane % 4) + 25) % 32;
+PF_DEVICE void decode(const Shared<kRows>& sh, int panel, int step, int row, uint32_t column, int segment_shift,
+                      uint32_t (&a)[4][4]) {
+  const uint32_t turn = (8 * (threadIdx.x % 4) + 25) % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int chunk = (2 * step + half) ^ (row % 8), segment = (2 * step + half) >> segment_shift;
@@ -167,7 +169,7 @@ PF_DEVICE void decode(const Shared<kRows>& sh, int panel, int step, int row, int
       const uint32_t words[4] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint32_t at = (__funnelshift_r(words[j], words[j], turn) & 0xff << 7) | lane * 4;
+        const uint32_t at = (__funnelshift_r(words[j], words[j], turn) & 0xff << 7) | column;
         const float2 v = unpack<f16>(*reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(sh.table) + at));
         a[2 * half + j / 2][i + j % 2 * 2] =
             pack<T>(__fmaf_rn(v.x, scale[i].x, scale[i].y), __fmaf_rn(v.y, scale[i].x, scale[i].y));
@@ -191,23 +193,31 @@ PF_DEVICE void consume(const Arguments& g, Shared<2 * D * kCount>& sh) {
   const Task task(g);
   constexpr int kRows = 2 * D * kCount;
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+  const int byte = threadIdx.x;
+  const uint32_t values = pack<f16>(kValues[g.w.format][byte / 16], kValues[g.w.format][byte % 16]);
+  for (int i = 0; i < 32; ++i) sh.table[byte][(byte + i) % 32] = values;
+  named_sync(1, kConsumers);
+
   float sums[kCount][D] = {};
   uint32_t a[2][4][4];
   constexpr unsigned kPanels = Shared<kRows>::kPanels;
+  const uint64_t x = tile_operand(sh.x);
+  const uint32_t column = opaque(lane * 4);  // of the table; else the compiler masks it at every use
   unsigned panel = 0;
   do {  // a split has a panel: were it left out, the sums would have two origins and ptxas wait for every product
     const unsigned at = panel % kPanels;
     barrier_wait(&sh.codes_full[at], round_of<kPanels>(panel));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      decode<T>(sh, at, step, row, g.segment_bits - 5, a[step % 2]);
+      decode<T>(sh, at, step, row, column, g.segment_bits - 5, a[step % 2]);
       if (step == kSteps - 1) release_codes(&sh.codes_empty[at]);
       barrier_wait(&sh.x_full[step], panel % 2);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) wgmma<T>(sums[c], a[step % 2][i], tile_operand(sh.x[step][2 * D * c]) + 2 * i);
+        for (int c = 0; c < kCount; ++c)
+          wgmma<T>(sums[c], a[step % 2][i], x + step * kRows * 8 + 2 * D * c * 8 + 2 * i);
       wgmma_commit();
       wgmma_wait<1>();
       if (step != 0 || panel != 0) release_x(&sh.x_empty[(step + kSteps - 1) % kSteps], task.pair);
@@ -393,6 +403,7 @@ PF_DEVICE void store(const Arguments& g, const Shared<kRows>& sh) {
 
 template <class T, int D, int kCount>
 __global__ void PF_REGISTERS(Registers<2 * D * kCount>::kAll) sweep(const PF_GRID_CONSTANT Arguments g) {
+#if PF_SM90A
   constexpr int kRows = 2 * D * kCount, kPanels = Shared<kRows>::kPanels;
   Shared<kRows>& sh = *reinterpret_cast<Shared<kRows>*>(swizzled_memory());
   if (threadIdx.x == 0) {
@@ -407,10 +418,8 @@ __global__ void PF_REGISTERS(Registers<2 * D * kCount>::kAll) sweep(const PF_GRI
     barriers_initialized();
   }
   if (threadIdx.x < kMostRows) {
-    const int i = threadIdx.x;
-    const uint32_t values = pack<f16>(kValues[g.w.format][i / 16], kValues[g.w.format][i % 16]);
-    for (int j = 0; j < 32; ++j) sh.table[i][(i + j) % 32] = values;
-    sh.slot[i] = g.lora.rank != 0 && i < g.m ? slot_of(g.lora, i) : -1;
+    const int m = threadIdx.x;
+    sh.slot[m] = g.lora.rank != 0 && m < g.m ? slot_of(g.lora, m) : -1;
   }
   cluster_sync();
 
@@ -425,6 +434,7 @@ __global__ void PF_REGISTERS(Registers<2 * D * kCount>::kAll) sweep(const PF_GRI
     store<T>(g, sh);
   }
   cluster_sync();  // no block ends while another reads its sums
+#endif
 }
 
 // ---- S ----
@@ -436,6 +446,7 @@ constexpr int kProjectWarps = 4, kProjectBlocks = 8;  // that split K, of a bloc
 template <class T>
 __global__ void __launch_bounds__(32 * kProjectWarps, 9)
     project(const T* x, int64_t ldx, const PF_GRID_CONSTANT PfLora lora, float* s, int64_t m, int64_t k) {
+#if PF_SM90A
   float (*parts)[32][4] = reinterpret_cast<float (*)[32][4]>(shared_memory());  // [warp]
   let_next_grid_start();
   const unsigned rank_in_cluster = cluster_rank();
@@ -485,6 +496,7 @@ __global__ void __launch_bounds__(32 * kProjectWarps, 9)
     }
     cluster_sync();
   }
+#endif
 }
 
 // ---- host ----

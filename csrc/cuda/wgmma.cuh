@@ -9,12 +9,25 @@
 
 #include "device.cuh"
 
+// Whether this is the host's pass or code for sm_90a; others compile kernels of these instructions to nothing.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PF_SM90A 1
+#else
+#define PF_SM90A 0
+#endif
+
 namespace pf {
 
 // All of the block's dynamic shared memory; the swizzle counts from a multiple of 1024 bytes.
 PF_DEVICE unsigned char* swizzled_memory() {
   extern __shared__ __align__(1024) unsigned char tiles[];
   return tiles;
+}
+
+// v, of which the compiler knows nothing.
+PF_DEVICE uint32_t opaque(uint32_t v) {
+  asm("" : "+r"(v));
+  return v;
 }
 
 // ---- barriers in shared memory ----
@@ -32,12 +45,13 @@ PF_DEVICE void barriers_initialized() { asm volatile("fence.mbarrier_init.releas
 PF_DEVICE void barrier_arrive(Barrier* b, int count = 1) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
 }
-// The same on block `rank` of the cluster, whose barrier lies where `b` lies here.
+// The same on block `rank` of the cluster, whose barrier lies where `b` lies here. It orders what this block did for
+// this block alone (a fence for the cluster would cost more than a step): enough to give buffers back.
 PF_DEVICE void barrier_arrive_at(Barrier* b, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
       "r"(rank)
       : "memory");
 }
@@ -57,7 +71,9 @@ PF_DEVICE void barrier_wait(Barrier* b, uint32_t parity) {
       : "memory");
 }
 // Barrier `id` (not 0, which is __syncthreads') among `threads` threads.
-PF_DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+PF_DEVICE void named_sync(int id, int threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // ---- TMA ----
 
@@ -119,7 +135,8 @@ PF_DEVICE void lower_registers() {
 // ---- wgmma ----
 
 // A tile as an operand whose rows hold the contraction: begin / 16 in bits 0-13, 1024 / 16 bytes from eight rows to the
-// next in bits 32-45, the swizzle of 128 bytes in bits 62-63. Along a row it advances by bytes / 16.
+// next in bits 32-45, the swizzle of 128 bytes in bits 62-63. Along a row, and to tiles beside it, it advances by
+// bytes / 16.
 PF_DEVICE uint64_t tile_operand(const void* tile) {
   return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }

@@ -1,7 +1,7 @@
 // csrc/cuda/wgmma.cuh for a CPU. A TMA copy lands, and a group of wgmma reads its operands and adds to its sums, at any
 // moment that the hardware is free to choose: with seed 0 only when somebody waits for it, with seed 1 at once, else at
-// random. Until a copy has landed its target is NaN. A warp's 16 rows of a wgmma are multiplied for themselves: the warps
-// of a warpgroup meet nowhere.
+// random. Until a copy has landed its target is NaN. A warp's 16 rows of a wgmma are multiplied for themselves: the
+// warps of a warpgroup meet nowhere.
 #pragma once
 #include <condition_variable>
 #include <map>
@@ -10,6 +10,9 @@
 #include <unordered_map>
 
 #include "device.cuh"
+
+#define PF_SM90A 1
+#define PF_REGISTERS(n)
 
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -123,7 +126,8 @@ struct Products {
 inline thread_local std::unordered_map<const Thread*, Products> products;
 
 inline uint32_t word_at(uint64_t operand, int row, int word) {
-  if (operand >> 62 != 1 || (operand >> 32 & 0x3fff) != 64) fail("an operand of wgmma without the swizzle of 128 bytes");
+  if (operand >> 62 != 1 || (operand >> 32 & 0x3fff) != 64)
+    fail("an operand of wgmma without the swizzle of 128 bytes");
   const uint32_t begin = (operand & 0x3fff) << 4;
   uint32_t value;
   std::memcpy(&value, current->block->memory.get() + swizzled(begin + row / 8 * 1024 + row % 8 * 128 + word * 4), 4);
@@ -180,6 +184,7 @@ inline void multiply_groups(size_t left) {
 
 namespace pf {
 
+inline uint32_t opaque(uint32_t v) { return v; }
 inline unsigned char* swizzled_memory() { return emulator::current->block->memory.get(); }
 
 using Barrier = uint64_t;
