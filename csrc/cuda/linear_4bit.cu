@@ -29,7 +29,7 @@ namespace pf {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kStages = 4;
+constexpr int kStages = 4;                         // of 8 KB of codes
 constexpr int kUnit = 64;                          // columns that a warp takes at a time
 constexpr int kWarpRows = 32;                      // of W, two products high
 constexpr int kMostRows = 128, kMostRowsAny = 16;  // of x; where K or an address is odd
@@ -215,9 +215,9 @@ PF_DEVICE void leave(const Arguments& p) {
 // Where a chunk of a row's codes lies in its stage: between the entries of the table, in lines of eight chunks,
 // swizzled so that the same chunk of eight rows lies in eight places of a line.
 template <typename C>
-PF_DEVICE int codes_offset(int stage, int row, int chunk) {
-  const int i = row * C::kChunks + chunk, line = i / 8, place = i % 8 ^ (line & (C::kChunks - 1));
-  return (stage * (C::kRows * C::kChunks / 8) + line) * 256 + 128 + place * 16;
+PF_DEVICE unsigned codes_offset(int row, int chunk) {
+  const unsigned i = row * C::kChunks + chunk, line = i / 8, place = i % 8 ^ (line & (C::kChunks - 1));
+  return line * 256 + 128 + place * 16;
 }
 // Where 8 columns of a row of x lie in their stage: chunks of odd rows are swapped by fours.
 template <typename C>
@@ -228,11 +228,10 @@ PF_DEVICE int x_offset(int row, int chunk) {
 // acc [32 rows of the warp, 8 NT rows of x] += W · xᵀ over this warp's columns of steps [step0, step1). Needs K % 64 ==
 // 0 and 16-byte aligned codes and rows of x; without ANY_BLOCK, blocks of 64 at least and no zeros.
 //
-// A thread copies, loads and reads the same places of every step, so that all of that is worked out once. Its part of a
-// step is inside the matrix while the step is below an end of its own.
+// A thread copies, loads and reads the same places of every step. Rows past the last are read as the last and not used.
 template <typename T, int NT, bool ANY_BLOCK>
-PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, int64_t m0, int step0, int step1,
-                     float (&acc)[2][NT][4]) {
+PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, int64_t m0, unsigned step0,
+                     unsigned step1, float (&acc)[2][NT][4]) {
   using C = Tile<NT>;
   const PfWeight& w = p.w;
   const int row_warp = warp() % C::kRowWarps, depth_warp = warp() / C::kRowWarps, g = lane() / 4, t = lane() % 4;
@@ -246,72 +245,79 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
   float* zeros = scales + 2 * scale_stage;
   float* dynamic_map = has_zero ? zeros + 2 * scale_stage : zeros;
   const uint64_t policy = evict_first();
-  const auto end_of = [&](int column, bool inside) {
-    return inside ? static_cast<int>(min64(step1, (w.k - column + C::kColumns - 1) >> C::kColumnBits)) : 0;
-  };
+  // Whether a unit of a step is inside the matrix: of the last step perhaps not all are.
+  const unsigned whole_steps = static_cast<unsigned>(w.k >> C::kColumnBits);
+  const int last_units = static_cast<int>(w.k & (C::kColumns - 1)) / kUnit;
+  const auto inside = [&](unsigned step, int unit) { return step < whole_steps + (unit < last_units); };
+  const auto row_of_w = [&](int row) { return min64(row0 + row, w.n - 1) * w.k; };
 
-  // Codes: a chunk of kCodes rows.
+  // Codes: a chunk of kCodes rows. Places in memory, of a stage and of what is read, go round 64 KB in four steps.
   constexpr int kCodes = C::kRows * C::kChunks / kThreads, kCodeRows = kThreads / C::kChunks;
+  constexpr int kCodeStage = kTable / kStages, kCodeStep = kCodeRows * C::kChunks / 8 * 256;
   const int code_row = threadIdx.x / C::kChunks, code_chunk = threadIdx.x % C::kChunks;
-  const uint8_t* codes = w.codes + (row0 + code_row) * (w.k / 2) + code_chunk * 16;
-  unsigned char* codes_to = memory + codes_offset<C>(0, code_row, code_chunk);
-  int codes_end[kCodes];
+  unsigned codes_to = codes_offset<C>(code_row, code_chunk);
+  int64_t codes_at[kCodes];
 #pragma unroll
-  for (int j = 0; j < kCodes; ++j) codes_end[j] = end_of(code_chunk * 32, row0 + code_row + j * kCodeRows < w.n);
+  for (int j = 0; j < kCodes; ++j)
+    codes_at[j] = (row_of_w(code_row + j * kCodeRows) + int64_t{step0} * C::kColumns) / 2 + code_chunk * 16;
   // x: a chunk of kXs rows.
   constexpr int kXChunks = C::kColumns / 8, kXRowsAtOnce = kThreads / kXChunks;
   constexpr int kXs = (C::kXRows + kXRowsAtOnce - 1) / kXRowsAtOnce;
   const int x_row = threadIdx.x / kXChunks, x_chunk = threadIdx.x % kXChunks;
-  const T* x = static_cast<const T*>(p.x) + (m0 + x_row) * p.ldx + x_chunk * 8;
-  unsigned char* x_to = x_stages + x_offset<C>(x_row, x_chunk);
-  int x_end[kXs];
+  const int x_to = kTable + x_offset<C>(x_row, x_chunk);
+  const T* x = static_cast<const T*>(p.x) + (m0 + x_row) * p.ldx + int64_t{step0} * C::kColumns + x_chunk * 8;
+  const auto copy = [&](unsigned step) {
+    if (step < step1) {
+      if (inside(step, code_chunk / 2)) {
 #pragma unroll
-  for (int j = 0; j < kXs; ++j) x_end[j] = end_of(x_chunk * 8, x_row + j * kXRowsAtOnce < x_rows);
-  const auto copy = [&](int step) {
-    const int stage = step % kStages;
+        for (int j = 0; j < kCodes; ++j) cp_async16(memory + codes_to + j * kCodeStep, w.codes + codes_at[j], policy);
+      }
+      if (inside(step, x_chunk / 8)) {
 #pragma unroll
-    for (int j = 0; j < kCodes; ++j)
-      if (step < codes_end[j])
-        cp_async16(codes_to + codes_offset<C>(stage, j * kCodeRows, 0) - codes_offset<C>(0, 0, 0),
-                   codes + j * kCodeRows * (w.k / 2) + static_cast<int64_t>(step) * (C::kColumns / 2), policy);
-#pragma unroll
-    for (int j = 0; j < kXs; ++j)
-      if (step < x_end[j])
-        cp_async16(x_to + stage * x_stage + x_offset<C>(j * kXRowsAtOnce, 0),
-                   x + j * kXRowsAtOnce * p.ldx + static_cast<int64_t>(step) * C::kColumns);
+        for (int j = 0; j < kXs; ++j)
+          if (x_row + j * kXRowsAtOnce < x_rows)
+            cp_async16(memory + x_to + step % kStages * x_stage + x_offset<C>(j * kXRowsAtOnce, 0),
+                       x + j * kXRowsAtOnce * p.ldx);
+      }
+    }
     cp_async_commit();
+    codes_to = (codes_to + kCodeStage) % kTable;
+#pragma unroll
+    for (int j = 0; j < kCodes; ++j) codes_at[j] += C::kColumns / 2;
+    x += C::kColumns;
   };
   // Scales (up to kScales): loaded a step ahead and written when the step is over, so that nobody waits for them.
   constexpr int kScales = C::kRows * C::kColumns / (ANY_BLOCK ? 32 : kUnit) / kThreads;
-  const auto scale_row = [&](int j) { return (threadIdx.x + j * kThreads) >> row_bits; };
-  const auto scale_block = [&](int j) { return (threadIdx.x + j * kThreads) & (per_row - 1); };
+  const int scale_row = threadIdx.x >> row_bits, scale_block = threadIdx.x & (per_row - 1);
+  const int scale_rows = kThreads >> row_bits;  // between the scales of a thread
   int64_t scale_at[kScales];
-  int scales_end[kScales];
 #pragma unroll
-  for (int j = 0; j < kScales; ++j) {
-    const int column = scale_block(j) << unit_bits;
-    scale_at[j] = (row0 + scale_row(j)) * w.k + column;
-    scales_end[j] = end_of(column, scale_row(j) < C::kRows && row0 + scale_row(j) < w.n);
-  }
-  RawScale raw[kScales];
-  float raw_zero[kScales];
-  const auto load_scales = [&](int step) {
+  for (int j = 0; j < kScales; ++j)
+    scale_at[j] = row_of_w(scale_row + j * scale_rows) + int64_t{step0} * C::kColumns + (scale_block << unit_bits);
+  RawScale raw[kScales] = {};
+  float raw_zero[kScales] = {};
+  const auto has_scales = [&](unsigned step, int j) {
+    return step < step1 && scale_row + j * scale_rows < C::kRows && inside(step, (scale_block << unit_bits) / kUnit);
+  };
+  const auto load_scales = [&](unsigned step) {
 #pragma unroll
     for (int j = 0; j < kScales; ++j) {
-      if (step >= scales_end[j]) continue;
-      const int64_t block = (scale_at[j] + static_cast<int64_t>(step) * C::kColumns) >> block_bits;
-      raw[j] = load_scale(w, block);
-      if (has_zero) raw_zero[j] = __ldg(w.zero + block);
+      if (has_scales(step, j)) {
+        const int64_t block = scale_at[j] >> block_bits;
+        raw[j] = load_scale(w, block);
+        if (has_zero) raw_zero[j] = __ldg(w.zero + block);
+      }
+      scale_at[j] += C::kColumns;
     }
   };
   const float offset = w.scale != nullptr ? 0.0f : __ldg(w.offset);
-  const auto store_scales = [&](int step) {
+  const auto store_scales = [&](unsigned step) {
+    float* to = scales + step % 2 * scale_stage + scale_block * C::kScaleStride + scale_row;
 #pragma unroll
     for (int j = 0; j < kScales; ++j) {
-      if (step >= scales_end[j]) continue;
-      const int at = step % 2 * scale_stage + scale_block(j) * C::kScaleStride + scale_row(j);
-      scales[at] = scale_of(raw[j], w.scale != nullptr ? nullptr : dynamic_map, offset);
-      if (has_zero) zeros[at] = raw_zero[j];
+      if (!has_scales(step, j)) continue;
+      to[j * scale_rows] = scale_of(raw[j], w.scale != nullptr ? nullptr : dynamic_map, offset);
+      if (has_zero) to[j * scale_rows + 2 * scale_stage] = raw_zero[j];
     }
   };
 
@@ -332,27 +338,25 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
   const auto values = [&](uint32_t codes, int byte) {
     return *reinterpret_cast<const uint32_t*>(memory + __byte_perm(codes, own, 0x5504 | byte << 4));
   };
-  const unsigned char* codes_from =
-      memory + codes_offset<C>(0, row_warp * kWarpRows + lane() % 16, depth_warp * 2 + lane() / 16);
+  unsigned codes_from = codes_offset<C>(row_warp * kWarpRows + lane() % 16, depth_warp * 2 + lane() / 16);
   int x_from[NT];
 #pragma unroll
   for (int n = 0; n < NT; ++n)
     x_from[n] = kTable + x_offset<C>(min(n * 8 + g, x_rows - 1), depth_warp * (kUnit / 8) + t);
   const float* scales_from = scales + (depth_warp << (6 - unit_bits)) * C::kScaleStride + row_warp * kWarpRows + g;
-  const int depth_end = end_of(depth_warp * kUnit, true);
 
-  for (int step = step0; step < step1; ++step) {
+  for (unsigned step = step0; step < step1; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();
     copy(step + kStages - 1);
     load_scales(step + 1);
-    if (step < depth_end) {
-      const int stage = step % kStages;
+    if (inside(step, depth_warp)) {
+      const int x_stage_at = step % kStages * x_stage;
       uint32_t fragments[2][4][4];  // [16 rows][16 columns]
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         uint32_t codes[4];  // rows g, g + 8 of columns 8 t to 8 t + 7; the same 32 columns on
-        ldmatrix_x4(codes, codes_from + codes_offset<C>(stage, r * 16, 0) - codes_offset<C>(0, 0, 0));
+        ldmatrix_x4(codes, memory + codes_from + r * (C::kChunks * 2 * 256));
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -361,21 +365,10 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         float sums[2][4] = {}, x_sum[4] = {};
-        const auto add = [&](int block) {
-          const int at = step % 2 * scale_stage + block * C::kScaleStride;
-#pragma unroll
-          for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float* scale = scales_from + at + r * 16 + i / 2 * 8;
-              acc[r][n][i] = fmaf(*scale, sums[r][i], acc[r][n][i]);
-              if (has_zero) acc[r][n][i] = fmaf(scale[2 * scale_stage], x_sum[i % 2], acc[r][n][i]);
-            }
-        };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int at = (x_from[n] + stage * x_stage) ^ (half * 64);  // the second half is the row's other four chunks
-          const uint4 v = *reinterpret_cast<const uint4*>(memory + at);
+          const int x_at = (x_from[n] + x_stage_at) ^ (half * 64);  // the second half is the row's other four chunks
+          const uint4 v = *reinterpret_cast<const uint4*>(memory + x_at);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             mma<T>(sums[r], fragments[r][half * 2], v.x, v.y);
@@ -386,15 +379,22 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
             mma<T>(x_sum, {one, one, one, one}, v.x, v.y);
             mma<T>(x_sum, {one, one, one, one}, v.z, v.w);
           }
-          if (halves && half == 0) {
-            add(0);
+          if (half == 0 && !ANY_BLOCK) continue;
+          const int at = step % 2 * scale_stage + (halves ? half : 0) * C::kScaleStride;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = x_sum[i] = 0.0f;
-          }
+          for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float* scale = scales_from + at + r * 16 + i / 2 * 8;
+              acc[r][n][i] = fmaf(*scale, sums[r][i], acc[r][n][i]);
+              if (has_zero) acc[r][n][i] = fmaf(scale[2 * scale_stage], x_sum[i % 2], acc[r][n][i]);
+              sums[r][i] = 0.0f;
+            }
+          x_sum[0] = x_sum[1] = x_sum[2] = x_sum[3] = 0.0f;
         }
-        add(halves ? 1 : 0);
       }
     }
+    codes_from = (codes_from + kCodeStage) % kTable;
     store_scales(step + 1);
   }
   cp_async_wait<0>();
@@ -560,7 +560,7 @@ PF_DEVICE bool multiply(const Arguments& p, unsigned char* memory, int64_t split
 }
 
 template <typename T, int NT, Access ACCESS>
-__global__ void __launch_bounds__(kThreads, NT == 8 ? 1 : 2) linear_4bit_kernel(const PF_GRID_CONSTANT Arguments p) {
+__global__ void __launch_bounds__(kThreads, NT >= 4 ? 1 : 2) linear_4bit_kernel(const PF_GRID_CONSTANT Arguments p) {
   using C = Tile<NT>;
   unsigned char* memory = shared_memory();
   const int64_t block = blockIdx.x - p.plan.tasks(), split_tile = block / p.plan.x_tiles;
