@@ -18,8 +18,7 @@
 #include <random>
 #include <vector>
 #ifdef PF_THREADS
-#include <condition_variable>
-#include <mutex>
+#include <atomic>
 #include <thread>
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -33,6 +32,7 @@ struct Settings {
   int resident = 2;  // blocks at once
   int multiprocessors = 4;
   int shared_bytes = 228 << 10;
+  int fault = 0;  // for sources with faults seeded in them
 };
 inline Settings settings;
 
@@ -42,28 +42,18 @@ inline thread_local Thread* current = nullptr;
 
 [[noreturn]] void fail(const char* what);
 
-// ---- fibers and threads: park, release
-
-#ifdef PF_THREADS
-struct Parked {
-  std::mutex mutex;
-  std::condition_variable changed;
-  unsigned generation = 0;
-};
-using Lock = std::unique_lock<std::mutex>;
-#define PF_LOCK(gate) emulator::Lock lock((gate).parked.mutex)
-#else
-struct Parked {
-  std::vector<Thread*> threads;
-};
-#define PF_LOCK(gate)
-#endif
-
-// Where `expected` threads meet; the last to come runs an action for all.
+// Where `expected` threads meet.
 struct Gate {
-  Parked parked;
-  int expected = 0, arrived = 0, place = 0;
-  std::function<void()> action;
+  int expected = 0;
+#ifdef PF_THREADS
+  // Who goes on has seen what the others did before they came, and nothing that they did since: no lock, in which
+  // ThreadSanitizer would see more order than there is.
+  std::atomic<int> arrived{0};
+  std::atomic<unsigned> generation{0};
+#else
+  int arrived = 0;
+  std::vector<Thread*> parked;
+#endif
 };
 
 struct Copy {
@@ -74,7 +64,8 @@ struct Copy {
 struct Thread {
   Block* block;
   int index;
-  void* operands = nullptr;  // of the collective it waits in
+  int place = 0;  // of the collective it waits in
+  void* operands = nullptr;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 #ifndef PF_THREADS
@@ -104,14 +95,20 @@ struct Block {
 
 #ifdef PF_THREADS
 
-inline void wait(Gate& gate, Lock& lock) {
-  const unsigned generation = gate.parked.generation;
-  gate.parked.changed.wait(lock, [&] { return gate.parked.generation != generation; });
+// Meets the others; the last one runs `action`.
+template <typename Action>
+void meet(Gate& gate, Action action) {
+  const unsigned generation = gate.generation.load(std::memory_order_relaxed);
+  if (gate.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < gate.expected) {
+    gate.generation.wait(generation, std::memory_order_acquire);
+    return;
+  }
+  action();
+  gate.arrived.store(0, std::memory_order_relaxed);
+  gate.generation.store(generation + 1, std::memory_order_release);
+  gate.generation.notify_all();
 }
-inline void release(Gate& gate) {
-  ++gate.parked.generation;
-  gate.parked.changed.notify_all();
-}
+inline void leave() {}  // fibers see who leaves while others meet
 inline void yield() { std::this_thread::yield(); }
 
 #else
@@ -127,6 +124,9 @@ struct Scheduler {
   const void* home_stack = nullptr;
   size_t home_size = 0;
   void* fake_stack = nullptr;
+  ~Scheduler() {
+    for (char* stack : stacks) std::free(stack);
+  }
 };
 inline thread_local Scheduler scheduler;
 
@@ -165,13 +165,25 @@ inline void go_on_with_another() {
   Thread *me = current, *other = next();
   if (other != me) change(me, other, false);
 }
-inline void wait(Gate& gate) {
-  gate.parked.threads.push_back(current);
-  go_on_with_another();
-}
 inline void release(Gate& gate) {
-  for (Thread* thread : gate.parked.threads) scheduler.ready.push_back(thread);
-  gate.parked.threads.clear();
+  gate.arrived = 0;
+  for (Thread* thread : gate.parked) scheduler.ready.push_back(thread);
+  gate.parked.clear();
+}
+// Meets the others; the last one runs `action`.
+template <typename Action>
+void meet(Gate& gate, Action action) {
+  if (++gate.arrived < gate.expected) {
+    gate.parked.push_back(current);
+    go_on_with_another();
+    return;
+  }
+  action();
+  release(gate);
+}
+inline void leave() {
+  for (Gate* gate : {&current->block->warps[current->index / 32], &current->block->barrier})
+    if (gate->arrived == --gate->expected && gate->arrived > 0) release(*gate);
 }
 inline void yield() {  // all others go first
   if (settings.seed == 1)
@@ -190,34 +202,8 @@ inline void fail(const char* what) {
   std::_Exit(3);
 }
 
-inline void open_if_complete(Gate& gate) {
-  if (gate.arrived == 0 || gate.arrived < gate.expected) return;
-  if (gate.action) gate.action();
-  gate.arrived = 0;
-  release(gate);
-}
-
-// Meets the others of `gate` at `place`; the last one runs `action`.
-template <typename Action>
-void meet(Gate& gate, int place, Action action) {
-  PF_LOCK(gate);
-  if (gate.arrived == 0) gate.place = place;
-  if (gate.place != place) fail("a warp's threads are at different collectives");
-  if (++gate.arrived < gate.expected) {
-#ifdef PF_THREADS
-    wait(gate, lock);
-#else
-    wait(gate);
-#endif
-    return;
-  }
-  action();
-  gate.arrived = 0;
-  release(gate);
-}
-
 inline void barrier() {
-  meet(current->block->barrier, 0, [] {});
+  meet(current->block->barrier, [] {});
 }
 
 // `action(operands of the 32 lanes)`, once for the warp.
@@ -225,25 +211,23 @@ template <typename Operands, typename Action>
 void collective(int place, Operands& mine, Action action) {
   Block& block = *current->block;
   const int warp = current->index / 32;
+  current->place = place;
   current->operands = &mine;
-  meet(block.warps[warp], place, [&] {
+  meet(block.warps[warp], [&] {
     Operands* lanes[32];
-    for (int i = 0; i < 32; ++i) lanes[i] = static_cast<Operands*>(block.threads[warp * 32 + i].operands);
+    for (int i = 0; i < 32; ++i) {
+      const Thread& thread = block.threads[warp * 32 + i];
+      if (thread.place != place) fail("a warp's threads are at different collectives");
+      lanes[i] = static_cast<Operands*>(thread.operands);
+    }
     action(lanes);
   });
 }
 
-inline void leave() {
-  Block& block = *current->block;
-  if (!current->open.empty() || !current->groups.empty())
-    for (const auto& group : current->groups)
-      if (!group.empty()) fail("a thread ends with copies that it never waited for");
-  for (Gate* gate : {&block.warps[current->index / 32], &block.barrier}) {
-    PF_LOCK(*gate);
-    --gate->expected;
-    gate->action = nullptr;
-    open_if_complete(*gate);
-  }
+inline void end() {
+  for (const auto& group : current->groups)
+    if (!group.empty()) fail("a thread ends with copies that it never waited for");
+  leave();
 }
 
 inline std::unique_ptr<Block> make_block(int64_t index, int threads, int shared_bytes,
@@ -274,7 +258,7 @@ inline void fiber() {
   if (scheduler.home_stack == nullptr) scheduler.home_stack = stack, scheduler.home_size = size;
 #endif
   current->block->body();
-  leave();
+  end();
   scheduler.ended = current;
   change(current, nullptr, true);
 }
@@ -299,7 +283,7 @@ inline void run(int64_t blocks, int threads, int shared_bytes, const std::functi
         all.emplace_back([&thread] {
           current = &thread;
           thread.block->body();
-          leave();
+          end();
         });
     }
     for (std::thread& thread : all) thread.join();
