@@ -26,9 +26,9 @@
 // take a second set of accumulators, 64 registers at M = 128, and INT4's zero points the sums of x.
 #include <cstdint>
 
-#include "api.h"
 #include "codes.cuh"
 #include "elements.cuh"
+#include "linear_4bit_sm90.h"
 #include "wgmma.cuh"
 
 namespace pf {
@@ -569,25 +569,24 @@ cudaError_t linear(const PfWeight& w, const T* x, int64_t ldx, const void* bias,
 }  // namespace
 }  // namespace pf
 
-extern "C" {
+using namespace pf;
+
+int64_t pf_linear_4bit_sm90_most_rows(const PfWeight* w, int32_t dtype) {
+  const bool hopper = device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  const bool takes = w->k > 0 && w->k % kStep == 0 && aligned16(w->codes) && (dtype == kBFloat16 || dtype == kFloat16);
+  return hopper && takes ? kMostRows : 0;
+}
 
 int32_t pf_linear_4bit_sm90_takes(const PfWeight* w, const void* x, int64_t ldx, const void* y, int64_t m,
                                   int32_t dtype) {
-  return w->k % pf::kStep == 0 && w->k > 0 && w->n > 0 && m <= pf::kMostRows && dtype != pf::kFloat32 &&
-         pf::aligned16(w->codes) && pf::aligned16(x) && ldx % 8 == 0 && pf::aligned16(y);
-}
-
-int64_t pf_linear_4bit_sm90_workspace(const PfLora* lora, int64_t m) {
-  return lora == nullptr ? 0 : m * lora->rank * static_cast<int64_t>(sizeof(float));
+  return m <= pf_linear_4bit_sm90_most_rows(w, dtype) && aligned16(x) && ldx % 8 == 0 && aligned16(y);
 }
 
 int32_t pf_linear_4bit_sm90(const PfWeight* w, const void* x, int64_t ldx, const void* bias, int32_t bias_dtype,
-                            const PfLora* lora, void* y, int64_t m, int32_t dtype, void* workspace, void* stream) {
-  float* s = static_cast<float*>(workspace);
+                            const PfLora* lora, void* y, int64_t m, int32_t dtype, float* s, void* stream) {
   const auto call = [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
-    return pf::linear(*w, static_cast<const T*>(x), ldx, bias, bias_dtype, lora, typed, m, s, stream);
+    return linear(*w, static_cast<const T*>(x), ldx, bias, bias_dtype, lora, typed, m, s, stream);
   };
-  return dtype == pf::kBFloat16 ? call(static_cast<pf::bf16*>(y)) : call(static_cast<pf::f16*>(y));
-}
+  return dtype == kBFloat16 ? call(static_cast<bf16*>(y)) : call(static_cast<f16*>(y));
 }

@@ -32,7 +32,8 @@ struct Settings {
   int resident = 2;  // blocks at once
   int multiprocessors = 4;
   int shared_bytes = 228 << 10;
-  int fault = 0;  // for sources with faults seeded in them
+  int capability = 8;  // the major number
+  int fault = 0;       // for sources with faults seeded in them
 };
 inline Settings settings;
 
@@ -68,6 +69,7 @@ struct Thread {
   void* operands = nullptr;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  std::shared_ptr<void> products;  // of wgmma, under way
 #ifndef PF_THREADS
   ucontext_t context;
   char* stack = nullptr;
@@ -88,7 +90,8 @@ struct Block {
   std::function<void()> body;
   std::vector<Thread> threads;
   std::unique_ptr<Gate[]> warps;
-  Gate barrier;
+  Gate barrier, named[16];
+  std::vector<std::shared_ptr<void>> kept;  // until its memory goes
   std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, std::free};
   int live;
 };
@@ -273,25 +276,8 @@ inline void run(int64_t blocks, int threads, int shared_bytes, const std::functi
   if (settings.seed > 1) std::shuffle(order.begin(), order.end(), random);
   size_t started = 0;
   std::vector<std::unique_ptr<Block>> resident;
-#ifdef PF_THREADS
-  while (started < order.size()) {
-    std::vector<std::thread> all;
-    resident.clear();
-    for (; started < order.size() && static_cast<int>(resident.size()) < settings.resident; ++started) {
-      resident.push_back(make_block(order[started], threads, shared_bytes, body));
-      for (Thread& thread : resident.back()->threads)
-        all.emplace_back([&thread] {
-          current = &thread;
-          thread.block->body();
-          end();
-        });
-    }
-    for (std::thread& thread : all) thread.join();
-  }
-#else
-  scheduler.random.seed(settings.seed);
-  std::vector<char*> free_stacks = scheduler.stacks;
-  const auto start = [&] {
+  const auto room = static_cast<size_t>(std::max(settings.resident, size));
+  const auto start = [&] {  // a cluster
     auto cluster = std::make_shared<Cluster>();
     cluster->gate.expected = size * threads;
     for (int rank = 0; rank < size; ++rank) {
@@ -299,7 +285,31 @@ inline void run(int64_t blocks, int threads, int shared_bytes, const std::functi
       resident.back()->rank = rank;
       resident.back()->cluster = cluster;
       cluster->blocks.push_back(resident.back().get());
-      for (Thread& thread : resident.back()->threads) {
+    }
+    ++started;
+  };
+#ifdef PF_THREADS
+  while (started < order.size()) {
+    std::vector<std::thread> all;
+    resident.clear();
+    while (started < order.size() && resident.size() + size <= room) start();
+    for (const auto& block : resident)
+      for (Thread& thread : block->threads)
+        all.emplace_back([&thread] {
+          current = &thread;
+          thread.block->body();
+          end();
+        });
+    for (std::thread& thread : all) thread.join();
+  }
+#else
+  scheduler.random.seed(settings.seed);
+  std::vector<char*> free_stacks = scheduler.stacks;
+  const auto fill = [&] {
+    const size_t before = resident.size();
+    while (started < order.size() && resident.size() + size <= room) start();
+    for (size_t i = before; i < resident.size(); ++i)
+      for (Thread& thread : resident[i]->threads) {
         if (free_stacks.empty()) {
           scheduler.stacks.push_back(static_cast<char*>(std::malloc(kStack)));
           free_stacks.push_back(scheduler.stacks.back());
@@ -313,12 +323,6 @@ inline void run(int64_t blocks, int threads, int shared_bytes, const std::functi
         makecontext(&thread.context, fiber, 0);
         scheduler.ready.push_back(&thread);
       }
-    }
-    ++started;
-  };
-  const auto fill = [&] {
-    const auto room = static_cast<size_t>(std::max(settings.resident, size));
-    while (started < order.size() && resident.size() + size <= room) start();
   };
   fill();
   while (!resident.empty()) {

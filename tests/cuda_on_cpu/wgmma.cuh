@@ -1,13 +1,11 @@
 // csrc/cuda/wgmma.cuh for a CPU. A TMA copy lands, and a group of wgmma reads its operands and adds to its sums, at any
-// moment that the hardware is free to choose: with seed 0 only when somebody waits for it, with seed 1 at once, else at
-// random. Until a copy has landed its target is NaN. A warp's 16 rows of a wgmma are multiplied for themselves: the
-// warps of a warpgroup meet nowhere.
+// moment that the hardware is free to choose: with seed 0 only when somebody waits for it, with seed 1 and with threads
+// at once, else at random. Until a copy has landed its target is NaN. A warp's 16 rows of a wgmma are multiplied for
+// themselves: the warps of a warpgroup meet nowhere. A grid that the next one may overlap goes on when that one waits.
 #pragma once
 #include <condition_variable>
-#include <map>
 #include <mutex>
 #include <thread>
-#include <unordered_map>
 
 #include "device.cuh"
 
@@ -39,30 +37,37 @@ namespace emulator {
 // ---- barriers in shared memory
 
 struct BarrierState {
-  int count = 0, pending = 0;
+  int count, pending;
   int64_t bytes = 0;
   uint32_t phase = 0;
-  Parked parked;
+#ifdef PF_THREADS
+  std::mutex mutex;
+  std::condition_variable changed;
+#else
+  std::vector<Thread*> waiting;
+#endif
 };
-inline thread_local std::unordered_map<const void*, BarrierState> barriers;
-inline thread_local std::map<std::pair<Block*, int>, Gate> named;
-constexpr uint64_t kInitialized = 0x5ca1ab1e0ddba11;
-
+// In memory: the address of its state, with a mark that bytes of anything else hardly have.
+constexpr uint64_t kMark = uint64_t{0x5ca1} << 48;
 inline BarrierState& state_of(const uint64_t* barrier) {
-  if (*barrier != kInitialized) fail("a barrier that was not initialized, or was overwritten");
-  return barriers[barrier];
-}
-inline void release_parked(Parked& parked) {
-  for (Thread* thread : parked.threads) scheduler.ready.push_back(thread);
-  parked.threads.clear();
+  if (*barrier >> 48 != kMark >> 48) fail("a barrier that was not initialized, or was overwritten");
+  return *reinterpret_cast<BarrierState*>(*barrier & ~kMark);
 }
 inline void count_down(uint64_t* barrier, int arrivals, int64_t bytes) {
   BarrierState& state = state_of(barrier);
+#ifdef PF_THREADS
+  std::lock_guard lock(state.mutex);
+#endif
   state.pending -= arrivals, state.bytes -= bytes;
   if (state.pending < 0) fail("more arrivals at a barrier than it counts");
   if (state.pending > 0 || state.bytes != 0) return;
   state.pending = state.count, state.phase ^= 1;
-  release_parked(state.parked);
+#ifdef PF_THREADS
+  state.changed.notify_all();
+#else
+  for (Thread* thread : state.waiting) scheduler.ready.push_back(thread);
+  state.waiting.clear();
+#endif
 }
 
 inline uint32_t offset_of(const void* p) {
@@ -78,17 +83,26 @@ inline uint32_t swizzled(uint32_t offset) { return offset ^ (offset >> 7 & 7) <<
 
 // ---- what happens beside the threads
 
-inline thread_local std::vector<std::function<void()>> in_flight;
+#ifdef PF_THREADS
+inline bool at_once() { return true; }
+inline void later(const std::function<void()>& copy) { copy(); }
+#else
+inline thread_local std::vector<std::function<void()>> copies;
 inline bool land() {
-  if (in_flight.empty()) return false;
-  const size_t i = scheduler.random() % in_flight.size();
-  const auto copy = std::move(in_flight[i]);
-  in_flight.erase(in_flight.begin() + static_cast<ptrdiff_t>(i));
+  if (copies.empty()) return false;
+  const size_t i = scheduler.random() % copies.size();
+  const auto copy = std::move(copies[i]);
+  copies.erase(copies.begin() + static_cast<ptrdiff_t>(i));
   copy();
   return true;
 }
 inline const bool installed = (beside = land, true);
 inline bool at_once() { return settings.seed == 1 || (settings.seed > 1 && scheduler.random() % 2 == 0); }
+inline void later(std::function<void()> copy) {
+  copies.push_back(std::move(copy));
+  if (at_once()) land();
+}
+#endif
 
 // A grid in a thread of its own, held at let_next_grid_start until the next one waits for it.
 struct Grid {
@@ -113,17 +127,17 @@ inline thread_local Grid* mine = nullptr;
 
 struct Product {
   float* d;
-  const uint32_t* a;  // null: a_tile
+  const uint32_t* a;  // null: a_tile, of float32
   uint64_t a_tile, b;
   int columns;
-  float (*value)(uint32_t word, int half);  // of 16 bits, or (half < 0) of 32
+  float2 (*unpack)(uint32_t);
 };
 struct Products {
   bool fenced = false;
   std::vector<Product> open;
   std::deque<std::vector<Product>> groups;
 };
-inline thread_local std::unordered_map<const Thread*, Products> products;
+inline Products& products() { return *static_cast<Products*>(current->products.get()); }
 
 inline uint32_t word_at(uint64_t operand, int row, int word) {
   if (operand >> 62 != 1 || (operand >> 32 & 0x3fff) != 64)
@@ -133,50 +147,50 @@ inline uint32_t word_at(uint64_t operand, int row, int word) {
   std::memcpy(&value, current->block->memory.get() + swizzled(begin + row / 8 * 1024 + row % 8 * 128 + word * 4), 4);
   return value;
 }
-// Of the calling warp, whose lanes have queued the same products.
-inline void multiply(const std::vector<Product>* const (&lanes)[32]) {
-  const int row0 = current->index / 32 % 4 * 16;
-  for (size_t p = 0; p < lanes[0]->size(); ++p) {
-    const Product& first = (*lanes[0])[p];
-    const int depth = first.a == nullptr ? 8 : 16;
-    std::vector<float> a(16 * depth), b(first.columns * depth);
-    const auto unpacked = [&](uint32_t word, float* to) {
-      if (depth == 8) {
-        to[0] = first.value(word, -1);
-      } else {
-        to[0] = first.value(word, 0), to[1] = first.value(word, 1);
-      }
-    };
-    const int per_word = depth / 8;
-    for (int n = 0; n < first.columns; ++n)
-      for (int word = 0; word < 8; ++word) unpacked(word_at(first.b, n, word), &b[n * depth + word * per_word]);
-    for (int lane = 0; lane < 32; ++lane) {
-      const Product& other = (*lanes[lane])[p];
-      if (other.b != first.b || other.a_tile != first.a_tile) fail("a warp's threads give wgmma different operands");
-      for (int i = 0; first.a != nullptr && i < 4; ++i)
-        unpacked(other.a[i], &a[(lane / 4 + i % 2 * 8) * 16 + lane % 4 * 2 + i / 2 * 8]);
-    }
-    if (first.a == nullptr)
-      for (int row = 0; row < 16; ++row)
-        for (int word = 0; word < 8; ++word) unpacked(word_at(first.a_tile, row0 + row, word), &a[row * depth + word]);
-    for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < first.columns / 2; ++i) {
-        const float* left = &a[(lane / 4 + i / 2 % 2 * 8) * depth];
-        const float* right = &b[(i / 4 * 8 + lane % 4 * 2 + i % 2) * depth];
-        float sum = 0;
-        for (int k = 0; k < depth; ++k) sum += left[k] * right[k];
-        (*lanes[lane])[p].d[i] += sum;
-      }
-  }
+inline float tf32(uint32_t word) {
+  word &= 0xffffe000;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
 }
-// Multiplies the warp's oldest groups until `left` are.
-inline void multiply_groups(size_t left) {
-  const Thread* first = current - current->index % 32;
-  while (products[first].groups.size() > left) {
-    const std::vector<Product>* lanes[32];
-    for (int i = 0; i < 32; ++i) lanes[i] = &products[first + i].groups.front();
-    multiply(lanes);
-    for (int i = 0; i < 32; ++i) products[first + i].groups.pop_front();
+// The product at `at` of the lanes' oldest groups, 16 or 8 columns deep.
+inline void multiply(Products** lanes, size_t at) {
+  const Product& first = lanes[0]->groups.front()[at];
+  const bool words = first.a == nullptr;
+  const int depth = words ? 8 : 16;
+  std::vector<float> a(16 * depth), b(first.columns * depth);
+  const auto put = [&](float* to, uint32_t word) {
+    if (words) {
+      *to = tf32(word);
+    } else {
+      const float2 pair = first.unpack(word);
+      to[0] = pair.x, to[1] = pair.y;
+    }
+  };
+  for (int n = 0; n < first.columns; ++n)
+    for (int word = 0; word < 8; ++word) put(&b[n * depth + word * (depth / 8)], word_at(first.b, n, word));
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& other = lanes[lane]->groups.front()[at];
+    if (other.b != first.b || other.a_tile != first.a_tile) fail("a warp's threads give wgmma different operands");
+    for (int i = 0; !words && i < 4; ++i) put(&a[(lane / 4 + i % 2 * 8) * 16 + lane % 4 * 2 + i / 2 * 8], other.a[i]);
+  }
+  const int row0 = current->index / 32 % 4 * 16;
+  for (int row = 0; words && row < 16; ++row)
+    for (int word = 0; word < 8; ++word) put(&a[row * depth + word], word_at(first.a_tile, row0 + row, word));
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < first.columns / 2; ++i) {
+      const float* left = &a[(lane / 4 + i / 2 % 2 * 8) * depth];
+      const float* right = &b[(i / 4 * 8 + lane % 4 * 2 + i % 2) * depth];
+      float sum = 0;
+      for (int k = 0; k < depth; ++k) sum += left[k] * right[k];
+      lanes[lane]->groups.front()[at].d[i] += sum;
+    }
+}
+// Until the warp has only `left` groups.
+inline void multiply_groups(Products** lanes, size_t left) {
+  while (lanes[0]->groups.size() > left) {
+    for (size_t at = 0; at < lanes[0]->groups.front().size(); ++at) multiply(lanes, at);
+    for (int i = 0; i < 32; ++i) lanes[i]->groups.pop_front();
   }
 }
 
@@ -189,8 +203,10 @@ inline unsigned char* swizzled_memory() { return emulator::current->block->memor
 
 using Barrier = uint64_t;
 inline void barrier_init(Barrier* b, int count) {
-  *b = emulator::kInitialized;
-  emulator::barriers[b] = {count, count, 0, 0, {}};
+  auto state = std::make_shared<emulator::BarrierState>();
+  state->count = state->pending = count;
+  *b = reinterpret_cast<uint64_t>(state.get()) | emulator::kMark;
+  emulator::current->block->kept.push_back(state);
 }
 inline void barriers_initialized() {}
 inline void barrier_arrive(Barrier* b, int count = 1) { emulator::count_down(b, count, 0); }
@@ -199,15 +215,21 @@ inline void barrier_arrive_at(Barrier* b, uint32_t rank) {
 }
 inline void barrier_expect(Barrier* b, uint32_t bytes) { emulator::count_down(b, 1, -int64_t{bytes}); }
 inline void barrier_wait(Barrier* b, uint32_t parity) {
-  while (emulator::state_of(b).phase == parity) {
-    emulator::state_of(b).parked.threads.push_back(emulator::current);
+  emulator::BarrierState& state = emulator::state_of(b);
+#ifdef PF_THREADS
+  std::unique_lock lock(state.mutex);
+  state.changed.wait(lock, [&] { return state.phase != parity; });
+#else
+  while (state.phase == parity) {
+    state.waiting.push_back(emulator::current);
     emulator::go_on_with_another();
   }
+#endif
 }
 inline void named_sync(int id, int threads) {
-  emulator::Gate& gate = emulator::named[{emulator::current->block, id}];
-  gate.expected = threads;
-  emulator::meet(gate, 0, [] {});
+  emulator::Gate& gate = emulator::current->block->named[id];
+  if (gate.expected != threads) gate.expected = threads;
+  emulator::meet(gate, [] {});
 }
 
 struct TileMap {
@@ -223,7 +245,7 @@ inline void load_tile_to(void* tile, const TileMap* map, int column, int row, Ba
     if ((blocks >> rank & 1) == 0) continue;
     unsigned char* memory = emulator::memory_of(rank);
     std::memset(memory + to, 0xFF, map->box_rows * 128);
-    emulator::in_flight.push_back([=, map = *map] {
+    emulator::later([=, map = *map] {
       for (int r = 0; r < map.box_rows; ++r)
         for (int c = 0; c < 128; c += map.size) {
           const int64_t i = row + r, j = column + c / map.size;
@@ -233,7 +255,6 @@ inline void load_tile_to(void* tile, const TileMap* map, int column, int row, Ba
         }
       emulator::count_down(reinterpret_cast<Barrier*>(memory + at), 0, map.box_rows * 128);
     });
-    if (emulator::at_once()) emulator::land();
   }
 }
 inline void load_tile(void* tile, const TileMap* map, int column, int row, Barrier* b, uint64_t) {
@@ -243,21 +264,25 @@ inline void stores_to_wgmma() {}
 
 inline uint32_t cluster_rank() { return emulator::current->block->rank; }
 inline void cluster_sync() {
-  emulator::meet(emulator::current->block->cluster->gate, 0, [] {});
+  emulator::meet(emulator::current->block->cluster->gate, [] {});
 }
 template <class T>
 const T* shared_of(const T* p, uint32_t rank) {
   return reinterpret_cast<const T*>(emulator::memory_of(rank) + emulator::offset_of(p));
 }
 inline void let_next_grid_start() {
+#ifndef PF_THREADS
   emulator::Grid& grid = *emulator::mine;
   std::unique_lock lock(grid.mutex);
   grid.held = true;
   grid.changed.notify_all();
   grid.changed.wait(lock, [&] { return grid.resumed; });
+#endif
 }
 inline void wait_for_previous_grid() {
+#ifndef PF_THREADS
   if (emulator::previous != nullptr && emulator::previous.get() != emulator::mine) emulator::previous->finish();
+#endif
 }
 template <int N>
 void raise_registers() {}
@@ -267,50 +292,41 @@ void lower_registers() {}
 inline uint64_t tile_operand(const void* tile) {
   return emulator::offset_of(tile) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
-inline void wgmma_fence() { emulator::products[emulator::current].fenced = true; }
+inline void wgmma_fence() {
+  if (emulator::current->products == nullptr) emulator::current->products = std::make_shared<emulator::Products>();
+  emulator::products().fenced = true;
+}
 inline void queue_product(const emulator::Product& product) {
-  emulator::Products& mine = emulator::products[emulator::current];
-  if (!mine.fenced) emulator::fail("wgmma without a fence");
-  mine.open.push_back(product);
+  if (emulator::current->products == nullptr || !emulator::products().fenced) emulator::fail("wgmma without a fence");
+  emulator::products().open.push_back(product);
 }
 inline void wgmma_commit() {
-  emulator::Products& mine = emulator::products[emulator::current];
+  emulator::Products& mine = emulator::products();
   mine.groups.push_back(std::move(mine.open));
   mine.open.clear();
   mine.fenced = false;
-  int nothing = 0;
-  emulator::collective(6, nothing, [](int**) {
-    if (emulator::at_once()) emulator::multiply_groups(0);
+  if (emulator::settings.seed == 0) return;
+  emulator::collective(6, mine, [](emulator::Products** lanes) {
+    if (emulator::at_once()) emulator::multiply_groups(lanes, 0);
   });
 }
 template <int N>
 void wgmma_wait() {
-  int nothing = 0;
-  emulator::collective(7, nothing, [](int**) { emulator::multiply_groups(N); });
+  emulator::collective(7, emulator::products(),
+                       [](emulator::Products** lanes) { emulator::multiply_groups(lanes, N); });
 }
 template <class T, int D>
 void wgmma(float (&d)[D], const uint32_t (&a)[4], uint64_t b) {
-  queue_product({d, a, 0, b, 2 * D, [](uint32_t word, int half) {
-                   const float2 pair = unpack<T>(word);
-                   return half == 0 ? pair.x : pair.y;
-                 }});
+  queue_product({d, a, 0, b, 2 * D, unpack<T>});
 }
 template <int D>
 void wgmma_tf32(float (&d)[D], uint64_t a, uint64_t b) {
-  queue_product({d, nullptr, a, b, 2 * D, [](uint32_t word, int) {
-                   word &= 0xffffe000;
-                   float value;
-                   std::memcpy(&value, &word, 4);
-                   return value;
-                 }});
+  queue_product({d, nullptr, a, b, 2 * D, nullptr});
 }
 inline float to_tf32(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);
-  if ((bits & 0x7f800000) != 0x7f800000) bits += 0x1000;
-  bits &= 0xffffe000;
-  std::memcpy(&v, &bits, 4);
-  return v;
+  return (bits & 0x7f800000) == 0x7f800000 ? v : emulator::tf32(bits + 0x1000);
 }
 
 inline cudaError_t map_tiles(TileMap* map, const void* base, int size, int64_t rows, int64_t columns, int64_t pitch,
@@ -322,10 +338,8 @@ inline cudaError_t map_tiles(TileMap* map, const void* base, int size, int64_t r
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int cluster,
                             bool overlap, void*, const Arguments&... arguments) {
-  const auto body = [=] {
-    emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); }, cluster);
-    emulator::barriers.clear(), emulator::named.clear(), emulator::products.clear();
-  };
+  const auto body = [=] { emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); }, cluster); };
+#ifndef PF_THREADS
   if (!overlap) {
     wait_for_previous_grid();
     emulator::previous = std::make_unique<emulator::Grid>();
@@ -333,7 +347,6 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int t
     grid.thread = std::thread([body, &grid] {
       emulator::mine = &grid;
       body();
-      for (char* stack : emulator::scheduler.stacks) std::free(stack);
       std::lock_guard lock(grid.mutex);
       grid.ended = true;
       grid.changed.notify_all();
@@ -341,9 +354,12 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int t
     std::unique_lock lock(grid.mutex);
     grid.changed.wait(lock, [&] { return grid.held || grid.ended; });
     if (!grid.ended) return cudaSuccess;
-  } else {
-    body();
+    lock.unlock();
+    wait_for_previous_grid();
+    return cudaSuccess;
   }
+#endif
+  body();
   wait_for_previous_grid();
   return cudaSuccess;
 }
