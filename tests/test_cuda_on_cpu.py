@@ -475,6 +475,11 @@ def small_calls() -> list[Call]:
     ]
 
 
+def hopper_calls() -> list[Call]:
+    """For the kernel of sm_90: a pair of blocks, adapters of each row."""
+    return [linear(Weight(67, 320, nested=True), 18, lora=Lora(9, 3, [-1, 0, 1, 2, 3, 0, 7, -5, 2] * 2))]
+
+
 def check(calls: list[Call]) -> None:
     check_linear([call for call in calls if call.operation == 0])
     for call in calls:
@@ -491,11 +496,17 @@ def test_nothing_outside_of_what_was_given_is_touched(address):
     calls += [quantize(torch.randn(n), "nf4", 64) for n in (1, 65, 4097)]
     run(address, calls)
     check(calls)
+    calls = hopper_calls()
+    run(address, calls, processors=1, capability=9)
+    check(calls)
 
 
 def test_no_thread_reads_what_another_is_writing(threads):
     calls = small_calls()
     run(threads, calls, resident=3)
+    check(calls)
+    calls = hopper_calls()
+    run(threads, calls, processors=1, capability=9)
     check(calls)
 
 

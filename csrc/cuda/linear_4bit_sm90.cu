@@ -11,14 +11,18 @@
 // GPU, up to four pairs split K and sum through the cluster's shared memory, in order. S comes from a kernel of its
 // own, `project`, which runs beside the sweep; the branch is then 32 ranks a step, in tf32, whose range float16 lacks.
 //
-// What a block spends on 64 x 64 weights, in cycles (H100 at 1.755 GHz, 3.0 TB/s of memory and 5.8 of L2 over 132 SMs;
-// cuBLAS at the memory limit takes 635, and 2 M where that is more):
+// What 64 x 64 weights cost a multiprocessor, in cycles (an H100's at 1.755 GHz: 3.0 TB/s of memory are 13 bytes each,
+// 5.8 TB/s of L2 25 bytes; shared memory moves 128). cuBLAS at the limit takes 635, and 2 M where that is more:
 //
-//   rows   memory   L2    shared memory: table, codes, x and copies   issue slots   tensor cores
-//   32       178     67   64 + 64 + 32 + 24 = 184                     160             64
-//   64       178     90   64 + 64 + 64 + 32 = 224                     160            128
-//   128      178    170   64 + 64 + 128 + 48 = 304                    160            256
-//   256      178    330   64 + 64 + 256 + 80 = 464                    160            512
+//   rows   memory   L2    shared memory: table, codes, x, copies   issue slots   tensor cores   cuBLAS / the most
+//   32       178    133    64 + 64 +  32 +  36 = 196                  171             64              3.2
+//   64       178    174    64 + 64 +  64 +  52 = 244                  171            128              2.6
+//   128      178    256    64 + 64 + 128 +  84 = 340                  171            256              1.9
+//   256      178    419    64 + 64 + 256 + 148 = 532                  178            512              1.2
+//
+// (Codes: the four lanes that share a row read the same 16 bytes, counted as if they did not.) A call has about 2.5 us
+// beside: the pipeline fills, the cluster adds. That leaves, of 4096 x 4096 and 8192 x 8192 weights, 2.2 and 2.8 times
+// cuBLAS for 32 rows, 1.9 and 2.3 for 64, 1.5 and 1.8 for 128, 1.1 and 1.2 for 256.
 //
 // A pair of weights is a rotation and a mask that make the address of its byte in the table, a load that no bank
 // conflicts with (each lane has its own copy: 32 KiB), two conversions from float16, two multiply-adds by scale and
@@ -99,8 +103,8 @@ struct Shared {
   Barrier x_full[kSteps], x_empty[kSteps], codes_full[kPanels], codes_empty[kPanels];
 };
 
-// Registers of a thread. The bound of threads makes ptxas give all 152 or 168, which the roles then share out; 152
-// leave room for a block of `project`.
+// Registers of a thread: all begin with as many, which the roles then share out; 152 leave room for a block of
+// `project`.
 template <int kRows>
 struct Registers {
   static constexpr int kAll = kRows <= 128 ? 152 : 168;

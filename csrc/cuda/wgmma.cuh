@@ -12,6 +12,8 @@
 // Whether this is the host's pass or code for sm_90a; others compile kernels of these instructions to nothing.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define PF_SM90A 1
+#elif __CUDA_ARCH__ == 900
+#error "build for sm_90a: a kernel compiled to nothing would run on a Hopper GPU"
 #else
 #define PF_SM90A 0
 #endif

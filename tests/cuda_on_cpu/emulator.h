@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +19,6 @@
 #include <random>
 #include <vector>
 #ifdef PF_THREADS
-#include <atomic>
 #include <thread>
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -45,7 +45,7 @@ inline thread_local Thread* current = nullptr;
 
 // Where `expected` threads meet.
 struct Gate {
-  int expected = 0;
+  std::atomic<int> expected{0};
 #ifdef PF_THREADS
   // Who goes on has seen what the others did before they came, and nothing that they did since: no lock, in which
   // ThreadSanitizer would see more order than there is.

@@ -228,7 +228,7 @@ inline void barrier_wait(Barrier* b, uint32_t parity) {
 }
 inline void named_sync(int id, int threads) {
   emulator::Gate& gate = emulator::current->block->named[id];
-  if (gate.expected != threads) gate.expected = threads;
+  gate.expected.store(threads, std::memory_order_relaxed);
   emulator::meet(gate, [] {});
 }
 
