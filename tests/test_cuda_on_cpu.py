@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 def build(folder: Path, flags: tuple[str, ...] = (), faults: dict[str, tuple[str, str, str]] | None = None) -> Path:
     """The program of tests/cuda_on_cpu/main.cpp with every kernel, in ``folder``; see FAULTS."""
     folder.mkdir()
-    for source in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), KERNELS / "api.h", *SHIM.glob("*")]:
+    for source in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *SHIM.glob("*")]:
         text = source.read_text()
         for number, (file, before, after) in enumerate((faults or {}).values(), 1):
             if file == source.name:
@@ -41,7 +41,7 @@ def build(folder: Path, flags: tuple[str, ...] = (), faults: dict[str, tuple[str
         (folder / source.name).write_text(text)
     program = folder / "run"
     common = ["-O1", "-std=c++20", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
-    sources = ["main.cpp", "-x", "c++", "linear_4bit.cu", "dequantize_4bit.cu", "quantize_4bit.cu", "api.cu"]
+    sources = ["main.cpp", "-x", "c++", *(source.name for source in KERNELS.glob("*.cu"))]
     command = [COMPILER, *common, *flags, "-I.", f"-I{ROOT / 'csrc'}", *sources, "-o", str(program)]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stderr
@@ -78,15 +78,25 @@ class Call:
             self.results.append(torch.frombuffer(data, dtype=buffer.dtype).view(buffer.shape) if data else buffer)
 
 
-def run(program: Path, calls: list[Call], seed=0, resident=2, processors=4, shared_bytes=228 << 10, fault=None):
-    """Runs the calls; each then has its results."""
+def run(
+    program: Path,
+    calls: list[Call],
+    seed=0,
+    resident=2,
+    processors=4,
+    shared_bytes=228 << 10,
+    fault=None,
+    faults=None,
+    capability=8,
+):
+    """Runs the calls; each then has its results. ``fault``: one of ``faults``, or of FAULTS."""
     cases, results = program.parent / "cases", program.parent / "results"
     with cases.open("wb") as file:
         for call in calls:
             call.write(file)
             call.results.clear()
-    number = 0 if fault is None else 1 + list(FAULTS).index(fault)
-    settings = map(str, (seed, resident, processors, shared_bytes, number))
+    number = 0 if fault is None else 1 + list(faults or FAULTS).index(fault)
+    settings = map(str, (seed, resident, processors, shared_bytes, number, capability))
     ran = subprocess.run([program, cases, results, *settings], capture_output=True, text=True, timeout=300)
     if ran.returncode != 0:
         raise RuntimeError(ran.stdout + ran.stderr)
@@ -465,6 +475,11 @@ def small_calls() -> list[Call]:
     ]
 
 
+def hopper_calls() -> list[Call]:
+    """For the kernel of sm_90: a pair of blocks, adapters of each row."""
+    return [linear(Weight(67, 320, nested=True), 18, lora=Lora(9, 3, [-1, 0, 1, 2, 3, 0, 7, -5, 2] * 2))]
+
+
 def check(calls: list[Call]) -> None:
     check_linear([call for call in calls if call.operation == 0])
     for call in calls:
@@ -481,11 +496,17 @@ def test_nothing_outside_of_what_was_given_is_touched(address):
     calls += [quantize(torch.randn(n), "nf4", 64) for n in (1, 65, 4097)]
     run(address, calls)
     check(calls)
+    calls = hopper_calls()
+    run(address, calls, processors=1, capability=9)
+    check(calls)
 
 
 def test_no_thread_reads_what_another_is_writing(threads):
     calls = small_calls()
     run(threads, calls, resident=3)
+    check(calls)
+    calls = hopper_calls()
+    run(threads, calls, processors=1, capability=9)
     check(calls)
 
 

@@ -26,6 +26,7 @@
 //   instructions   90 (8 rows) or 98 of the 156 that an H100 issues in 39 cycles; 46 and 54 decode and multiply
 #include "codes.cuh"
 #include "elements.cuh"
+#include "linear_4bit_sm90.h"
 
 namespace pf {
 namespace {
@@ -40,6 +41,8 @@ constexpr int kTable = 64 << 10;  // bytes of the pairs and, between them, of th
 constexpr int kSlice = 512;       // columns of x · Aᵀ that a block takes
 constexpr int kRanks = 32;        // of S that are in shared memory at a time
 constexpr int kCounters = 4096;   // of each kind, at the start of the workspace
+constexpr int kHeader = 4 + 2 * kCounters;
+constexpr int kFewRows = 16;  // that even on sm_90 are this kernel's
 
 // How a block cuts its part when 8 NT rows of x are its columns.
 template <int NT>
@@ -626,13 +629,13 @@ Plan plan_of(const PfWeight& w, const PfLora* lora, int64_t m, bool aligned) {
 template <typename C>
 int64_t lay_out(const Plan& plan, int64_t m, int64_t rank, void* memory, Workspace* at) {
   uint32_t* counters = static_cast<uint32_t*>(memory);
-  float* floats = reinterpret_cast<float*>(counters + 4 + 2 * kCounters);
+  float* floats = reinterpret_cast<float*>(counters + kHeader);
   const int64_t slice_sums = plan.tasks() * 128, s = plan.pairs > 0 ? m * rank : 0;
   const int64_t split_sums = plan.splits > 1 ? plan.tiles() * plan.splits * C::kXRows * C::kRows : 0;
   if (at != nullptr)
     *at = {counters, counters + 1,        counters + 2,           counters + 4, counters + 4 + kCounters,
            floats,   floats + slice_sums, floats + slice_sums + s};
-  return (4 + 2 * kCounters + slice_sums + s + split_sums) * 4;
+  return (kHeader + slice_sums + s + split_sums) * 4;
 }
 
 // body(Tile): as many rows of x as there are, in so far as the device's shared memory holds them.
@@ -678,7 +681,8 @@ using namespace pf;
 int64_t pf_linear_4bit_most_rows(const PfWeight* w, int32_t dtype) {
   const bool tensor_cores = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
   if (!tensor_cores || (dtype != kBFloat16 && dtype != kFloat16)) return 0;
-  return aligned_weight(*w) ? kMostRows : kMostRowsAny;
+  const int64_t hopper = pf_linear_4bit_sm90_most_rows(w, dtype);
+  return hopper != 0 ? hopper : aligned_weight(*w) ? kMostRows : kMostRowsAny;
 }
 
 int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t m, int32_t) {
@@ -696,6 +700,10 @@ int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t 
 int32_t pf_linear_4bit(const PfWeight* w, const void* x, int64_t ldx, const void* bias, int32_t bias_dtype,
                        const PfLora* lora, void* y, int64_t m, int32_t dtype, void* workspace, void* stream) {
   if (m == 0 || w->n == 0) return cudaSuccess;
+  if (m > kFewRows && pf_linear_4bit_sm90_takes(w, x, ldx, y, m, dtype)) {
+    float* s = static_cast<float*>(workspace) + kHeader;  // beyond the counters
+    return pf_linear_4bit_sm90(w, x, ldx, bias, bias_dtype, lora, y, m, dtype, s, stream);
+  }
   const bool aligned = aligned_weight(*w) && aligned16(x) && ldx % 8 == 0;
   const Arguments p{*w, lora == nullptr ? PfLora{} : *lora, x, bias, y, ldx, m, bias_dtype, {}, {}};
   if (dtype == kBFloat16) return run<bf16>(p, lora, workspace, aligned, stream);

@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +19,6 @@
 #include <random>
 #include <vector>
 #ifdef PF_THREADS
-#include <atomic>
 #include <thread>
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -32,7 +32,8 @@ struct Settings {
   int resident = 2;  // blocks at once
   int multiprocessors = 4;
   int shared_bytes = 228 << 10;
-  int fault = 0;  // for sources with faults seeded in them
+  int capability = 8;  // the major number
+  int fault = 0;       // for sources with faults seeded in them
 };
 inline Settings settings;
 
@@ -44,7 +45,7 @@ inline thread_local Thread* current = nullptr;
 
 // Where `expected` threads meet.
 struct Gate {
-  int expected = 0;
+  std::atomic<int> expected{0};
 #ifdef PF_THREADS
   // Who goes on has seen what the others did before they came, and nothing that they did since: no lock, in which
   // ThreadSanitizer would see more order than there is.
@@ -68,6 +69,7 @@ struct Thread {
   void* operands = nullptr;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  std::shared_ptr<void> products;  // of wgmma, under way
 #ifndef PF_THREADS
   ucontext_t context;
   char* stack = nullptr;
@@ -75,12 +77,21 @@ struct Thread {
 #endif
 };
 
+// Blocks that run together and see one another's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;  // null: has ended
+  Gate gate;
+};
+
 struct Block {
   int64_t index;
+  uint32_t rank = 0;
+  std::shared_ptr<Cluster> cluster;
   std::function<void()> body;
   std::vector<Thread> threads;
   std::unique_ptr<Gate[]> warps;
-  Gate barrier;
+  Gate barrier, named[16];
+  std::vector<std::shared_ptr<void>> kept;  // until its memory goes
   std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, std::free};
   int live;
 };
@@ -120,11 +131,16 @@ struct Scheduler {
     for (char* stack : stacks) std::free(stack);
   }
 };
-inline Scheduler scheduler;
+inline thread_local Scheduler scheduler;
+
+// Lets something happen that no thread does; false: there is nothing.
+inline bool (*beside)() = nullptr;
 
 inline Thread* next() {
   auto& ready = scheduler.ready;
-  if (ready.empty()) fail("deadlock: not all threads reach a barrier or a collective");
+  if (settings.seed > 1 && beside != nullptr && scheduler.random() % 16 == 0) beside();
+  while (ready.empty())
+    if (beside == nullptr || !beside()) fail("deadlock: not all threads reach a barrier or a collective");
   size_t i = settings.seed == 0 ? ready.size() - 1 : settings.seed == 1 ? 0 : scheduler.random() % ready.size();
   Thread* thread = ready[i];
   ready.erase(ready.begin() + static_cast<ptrdiff_t>(i));
@@ -251,60 +267,74 @@ inline void fiber() {
 }
 #endif
 
-inline void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body) {
+// In clusters of `size` blocks, which are resident together.
+inline void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body, int size = 1) {
   if (shared_bytes > settings.shared_bytes) fail("more shared memory than the device has");
-  std::vector<int64_t> order(blocks);
-  for (int64_t i = 0; i < blocks; ++i) order[i] = settings.seed == 0 ? i : blocks - 1 - i;
+  std::vector<int64_t> order(blocks / size);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = settings.seed == 0 ? i : order.size() - 1 - i;
   std::mt19937 random(settings.seed);
   if (settings.seed > 1) std::shuffle(order.begin(), order.end(), random);
   size_t started = 0;
   std::vector<std::unique_ptr<Block>> resident;
+  const auto room = static_cast<size_t>(std::max(settings.resident, size));
+  const auto start = [&] {  // a cluster
+    auto cluster = std::make_shared<Cluster>();
+    cluster->gate.expected = size * threads;
+    for (int rank = 0; rank < size; ++rank) {
+      resident.push_back(make_block(order[started] * size + rank, threads, shared_bytes, body));
+      resident.back()->rank = rank;
+      resident.back()->cluster = cluster;
+      cluster->blocks.push_back(resident.back().get());
+    }
+    ++started;
+  };
 #ifdef PF_THREADS
   while (started < order.size()) {
     std::vector<std::thread> all;
     resident.clear();
-    for (; started < order.size() && static_cast<int>(resident.size()) < settings.resident; ++started) {
-      resident.push_back(make_block(order[started], threads, shared_bytes, body));
-      for (Thread& thread : resident.back()->threads)
+    while (started < order.size() && resident.size() + size <= room) start();
+    for (const auto& block : resident)
+      for (Thread& thread : block->threads)
         all.emplace_back([&thread] {
           current = &thread;
           thread.block->body();
           end();
         });
-    }
     for (std::thread& thread : all) thread.join();
   }
 #else
   scheduler.random.seed(settings.seed);
   std::vector<char*> free_stacks = scheduler.stacks;
-  const auto start = [&] {
-    resident.push_back(make_block(order[started++], threads, shared_bytes, body));
-    std::vector<Thread*> all;
-    for (Thread& thread : resident.back()->threads) {
-      if (free_stacks.empty()) {
-        scheduler.stacks.push_back(static_cast<char*>(std::malloc(kStack)));
-        free_stacks.push_back(scheduler.stacks.back());
+  const auto fill = [&] {
+    const size_t before = resident.size();
+    while (started < order.size() && resident.size() + size <= room) start();
+    for (size_t i = before; i < resident.size(); ++i)
+      for (Thread& thread : resident[i]->threads) {
+        if (free_stacks.empty()) {
+          scheduler.stacks.push_back(static_cast<char*>(std::malloc(kStack)));
+          free_stacks.push_back(scheduler.stacks.back());
+        }
+        thread.stack = free_stacks.back();
+        free_stacks.pop_back();
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack;
+        thread.context.uc_stack.ss_size = kStack;
+        thread.context.uc_link = nullptr;
+        makecontext(&thread.context, fiber, 0);
+        scheduler.ready.push_back(&thread);
       }
-      thread.stack = free_stacks.back();
-      free_stacks.pop_back();
-      getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack;
-      thread.context.uc_stack.ss_size = kStack;
-      thread.context.uc_link = nullptr;
-      makecontext(&thread.context, fiber, 0);
-      scheduler.ready.push_back(&thread);
-    }
   };
-  while (started < order.size() && static_cast<int>(resident.size()) < settings.resident) start();
+  fill();
   while (!resident.empty()) {
     change(nullptr, next(), false);  // comes back when a fiber has ended
     Thread* ended = scheduler.ended;
     free_stacks.push_back(ended->stack);
     Block* block = ended->block;
     if (--block->live > 0) continue;
+    block->cluster->blocks[block->rank] = nullptr;
     resident.erase(
         std::find_if(resident.begin(), resident.end(), [&](const auto& other) { return other.get() == block; }));
-    if (started < order.size()) start();
+    fill();
   }
 #endif
 }
