@@ -1,0 +1,56 @@
+"""Lets launches of Triton kernels on tensors of the CPU run the PTX that Triton emits for a GPU.
+
+Import it before the kernels are launched. The GPU is the one that ``PTX_TARGET`` names (cuda:90).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from launch import allow, build, launch
+from triton.backends.compiler import GPUTarget
+
+TARGET = GPUTarget("cuda", int(os.environ["PTX_TARGET"].removeprefix("cuda:")), 32)
+LIBRARIES = tempfile.TemporaryDirectory()
+edit: Callable[[str], str] | None = None
+"""A change of the PTX before it runs: a fault that must be seen."""
+
+
+@functools.cache
+def library(ptx: str):
+    return build(ptx, Path(LIBRARIES.name) / f"kernel{library.cache_info().misses}.so")
+
+
+def launcher(kernel: triton.JITFunction, grid: tuple[int, ...]) -> Callable:
+    def run(**given) -> None:
+        compiled = kernel.run(grid=(1,), warmup=True, **given)
+        ptx = compiled.asm["ptx"] if edit is None else edit(compiled.asm["ptx"])
+        loaded = library(ptx)
+        tensors = [v for v in given.values() if isinstance(v, torch.Tensor)]
+        allow(loaded, *tensors)
+        types = re.findall(r"\.param\s+\.(\w+)[^,)]*", ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))])
+        values = [given[name] for name, type_ in compiled.src.signature.items() if type_ != "constexpr"]
+        values += [None] * (len(types) - len(values))  # scratch memory, which none of the kernels asks for
+        threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
+        arguments = list(zip(types, values, strict=True))
+        launch(loaded, compiled.metadata.name, grid, threads, compiled.metadata.shared, arguments)
+
+    return run
+
+
+triton.runtime.driver.set_active(
+    SimpleNamespace(
+        get_current_target=lambda: TARGET,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+)
+triton.JITFunction.__getitem__ = launcher
