@@ -11,11 +11,13 @@ import pytest
 
 CHECKS = Path(__file__).parent / "ptx_on_cpu"
 TARGETS = ["cuda:80", "cuda:90"]
+NVCC = shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")) or shutil.which("nvcc")
+pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler is here")
 
 
 def run_checks(name, tmp_path, **variables):
     """In a process of its own: triton decides when it is imported for which GPU it compiles."""
-    environment = os.environ | {"PYFASTPEFT_BACKEND": "triton", "OMP_NUM_THREADS": "1"} | variables
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TMPDIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(CHECKS.parent), str(CHECKS), *sys.path])
     environment.pop("TRITON_INTERPRET", None)
@@ -25,8 +27,13 @@ def run_checks(name, tmp_path, **variables):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler is here")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("operator", ["linear_4bit"])
 def test_triton_kernels_compute_what_they_promise(operator, target, tmp_path):
-    run_checks(operator, tmp_path, PTX_TARGET=target)
+    run_checks(operator, tmp_path, PTX_TARGET=target, PYFASTPEFT_BACKEND="triton")
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is in neither CUDA_HOME, /usr/local/cuda nor PATH")
+@pytest.mark.parametrize("target", TARGETS)
+def test_cuda_kernels_compute_what_they_promise(target, tmp_path):
+    run_checks("cuda_kernels", tmp_path, PTX_TARGET=target, NVCC=NVCC)

@@ -19,17 +19,19 @@ class Fault(Exception):
     """What a kernel did that no GPU allows, or that no GPU would survive."""
 
 
-def build(ptx: str, out: Path, *more: str | Path) -> ctypes.CDLL:
-    """The kernels of a PTX module as a library at ``out``; ``more``: sources and flags beside."""
-    # Hidden: the libraries of one process must not share what the header defines. Unoptimized: compiling takes longer
-    # than running, and with a compiled header (found beside the source) half as long.
-    compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-w", "-fPIC", "-fvisibility=hidden"]
-    compiler += [f"-I{HERE}", f"-I{HERE.parents[1] / 'csrc'}"]
+# Hidden: the libraries of one process must not share what the header defines. Unoptimized: compiling takes longer than
+# running, and with a compiled header (found beside the source) half as long.
+COMPILER = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-w", "-fPIC", "-fvisibility=hidden"]
+COMPILER += [f"-I{HERE}", f"-I{HERE.parents[1] / 'csrc'}"]
+
+
+def build(ptx: str, out: Path) -> ctypes.CDLL:
+    """The kernels of a PTX module as a library at ``out``."""
     header, source = out.with_name("runtime.h.gch"), out.with_suffix(".cpp")
     if not header.exists():
-        subprocess.run([*compiler, "-x", "c++-header", str(HERE / "runtime.h"), "-o", str(header)], check=True)
+        subprocess.run([*COMPILER, "-x", "c++-header", str(HERE / "runtime.h"), "-o", str(header)], check=True)
     source.write_text(translate(ptx))
-    subprocess.run([*compiler, "-shared", str(source), *map(str, more), "-o", str(out)], check=True)
+    subprocess.run([*COMPILER, "-shared", str(source), "-o", str(out)], check=True)
     return ctypes.CDLL(str(out))
 
 

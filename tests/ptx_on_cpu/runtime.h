@@ -193,6 +193,20 @@ T bfi(T from, T into, uint32_t at, uint32_t count) {
   }
   return into;
 }
+template <class T>
+T reversed(T a) {
+  T out = 0;
+  for (uint32_t i = 0; i < 8 * sizeof(T); ++i) out |= static_cast<T>((a >> i & 1) << (8 * sizeof(T) - 1 - i));
+  return out;
+}
+// The place of the highest bit that is no copy of the sign, or how far it is from the top; -1: there is none.
+template <bool FROM_TOP, class T>
+uint32_t bfind(T a) {
+  const auto v = static_cast<std::make_unsigned_t<T>>(std::is_signed_v<T> && a < 0 ? ~a : a);
+  for (int i = 8 * sizeof(T) - 1; i >= 0; --i)
+    if (v >> i & 1) return FROM_TOP ? 8 * sizeof(T) - 1 - i : i;
+  return ~0u;
+}
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selection) {
   const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
   uint32_t out = 0;

@@ -383,6 +383,14 @@ class KernelTranslator:
         a, spare = self.value(ins.operands[1], ins.type), 64 - 8 * SIZES[ins.type]
         return self.assign(ins.operands[0], f"({a} ? __builtin_clzll({a}) : 64) - {spare}")
 
+    def do_brev(self, ins: Instruction) -> str:
+        ins.allow()
+        return self._simple(ins, "reversed", ins.type)
+
+    def do_bfind(self, ins: Instruction) -> str:
+        ins.allow("shiftamt")
+        return self._simple(ins, f"bfind<{str(ins.has('shiftamt')).lower()}>", ins.type)
+
     def _special_function(self, ins: Instruction) -> str:
         ins.allow()
         a = f"float({self.value(ins.operands[1], ins.type)})"
@@ -758,8 +766,8 @@ class KernelTranslator:
         return lines
 
 
-def translate(ptx: str) -> str:
-    """C++ of all kernels of a module; they register themselves under their names."""
+def translate(ptx: str, only: str = "") -> str:
+    """C++ of a module's kernels whose names match ``only``; they register themselves under their names."""
     text = re.sub(r"/\*.*?\*/", "", re.sub(r"//[^\n]*", "", ptx), flags=re.DOTALL)
     text = re.sub(r"^\s*\.(loc|file)\b[^\n]*$", "", text, flags=re.MULTILINE)
     symbols: dict[str, str] = {}
@@ -804,6 +812,8 @@ def translate(ptx: str) -> str:
         lines.append(f"static const Table table_{stem}(g_{stem}, sizeof g_{stem});")
         symbols[name] = f"reinterpret_cast<uint64_t>(g_{stem})"
     for name, parameters, body in kernels:
+        if not re.search(only, name):
+            continue
         body = re.sub(r"\.shared\s+\.align\s+\d+\s+\.\w+\s+[\w$]+(?:\[\d*\])?\s*;", "", body)
         lines += ["", *KernelTranslator(name, parameters, body, symbols).source(str(static))]
     return "\n".join([*lines, "}", ""])
