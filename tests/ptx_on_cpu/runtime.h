@@ -143,6 +143,15 @@ T max(T a, T b) {
   else
     return T(std::fmax(a, b));
 }
+// With .NaN: NaN beside anything.
+template <class T>
+T min_or_nan(T a, T b) {
+  return a != a || b != b ? T(NAN) : min(a, b);
+}
+template <class T>
+T max_or_nan(T a, T b) {
+  return a != a || b != b ? T(NAN) : max(a, b);
+}
 template <class T>
 T div(T a, T b) {
   if constexpr (std::is_integral_v<T>)

@@ -307,7 +307,15 @@ class KernelTranslator:
         count = len(ins.operands) - 1
         return self._simple(ins, ins.name, *[ins.type] * count)
 
-    do_add = do_sub = do_neg = do_abs = do_min = do_max = do_fma = do_div = _arithmetic
+    do_add = do_sub = do_neg = do_abs = do_fma = do_div = _arithmetic
+
+    def _extreme(self, ins: Instruction) -> str:
+        ins.allow("NaN")
+        count = len(ins.operands) - 1
+        function = f"{ins.name}_or_nan" if ins.has("NaN") else ins.name
+        return self._simple(ins, function, *[ins.type] * count)
+
+    do_min = do_max = _extreme
 
     def do_rem(self, ins: Instruction) -> str:
         ins.allow()

@@ -18,6 +18,8 @@ import triton
 from launch import allow, build, launch
 from triton.backends.compiler import GPUTarget
 
+from pyfastpeft.ops import backends, triton_kernels
+
 TARGET = GPUTarget("cuda", int(os.environ["PTX_TARGET"].removeprefix("cuda:")), 32)
 LIBRARIES = tempfile.TemporaryDirectory()
 edit: Callable[[str], str] | None = None
@@ -30,7 +32,8 @@ def library(ptx: str):
 
 
 def launcher(kernel: triton.JITFunction, grid: tuple[int, ...]) -> Callable:
-    def run(**given) -> None:
+    def run(*arguments, **given) -> None:
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | given
         compiled = kernel.run(grid=(1,), warmup=True, **given)
         ptx = compiled.asm["ptx"] if edit is None else edit(compiled.asm["ptx"])
         loaded = library(ptx)
@@ -40,8 +43,8 @@ def launcher(kernel: triton.JITFunction, grid: tuple[int, ...]) -> Callable:
         values = [given[name] for name, type_ in compiled.src.signature.items() if type_ != "constexpr"]
         values += [None] * (len(types) - len(values))  # scratch memory, which none of the kernels asks for
         threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
-        arguments = list(zip(types, values, strict=True))
-        launch(loaded, compiled.metadata.name, grid, threads, compiled.metadata.shared, arguments)
+        typed = list(zip(types, values, strict=True))
+        launch(loaded, compiled.metadata.name, grid, threads, compiled.metadata.shared, typed)
 
     return run
 
@@ -54,3 +57,4 @@ triton.runtime.driver.set_active(
     )
 )
 triton.JITFunction.__getitem__ = launcher
+backends.why_not = triton_kernels.why_not = lambda device: None
