@@ -28,7 +28,7 @@ def run_checks(name, tmp_path, **variables):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("operator", ["linear_4bit"])
+@pytest.mark.parametrize("operator", ["linear_4bit", "prefix_attention", "small_operators"])
 def test_triton_kernels_compute_what_they_promise(operator, target, tmp_path):
     run_checks(operator, tmp_path, PTX_TARGET=target, PYFASTPEFT_BACKEND="triton")
 

@@ -386,7 +386,9 @@ struct Block {
     return generic_span(address, bytes);
   }
   char* generic_span(uint64_t address, uint64_t bytes) const {
-    const auto inside = [&](uint64_t begin, uint64_t end) { return address >= begin && address + bytes <= end; };
+    const auto inside = [&](uint64_t begin, uint64_t end) {
+      return address >= begin && address < end && bytes <= end - address;
+    };
     const uint64_t own = reinterpret_cast<uint64_t>(shared_memory);
     if (inside(own, own + shared_bytes)) return reinterpret_cast<char*>(address);
     uint64_t behind = UINT64_MAX;

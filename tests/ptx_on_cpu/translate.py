@@ -29,22 +29,7 @@ SPECIAL = {
 }
 # Modifiers that change nothing here: caches, scopes, order (one thread runs at a time), subnormals, approximations.
 HARMLESS = {"ftz", "approx", "full", "rn", "noftz", "sync", "aligned", "uni", "cta", "gpu", "sys", "cluster", "weak"}
-HARMLESS |= {
-    "relaxed",
-    "acquire",
-    "release",
-    "acq_rel",
-    "sc",
-    "volatile",
-    "nc",
-    "ca",
-    "cg",
-    "cs",
-    "lu",
-    "cv",
-    "wb",
-    "wt",
-}
+HARMLESS |= {"relaxed", "acquire", "release", "acq_rel", "sc", "volatile", "nc", "ca", "cg", "cs", "lu", "cv", "wb"}
 HARMLESS_LIKE = re.compile(r"L[12]::\w+|shared::\w+")
 ROUND = {"rni": "nearest", "rzi": "zero", "rmi": "down", "rpi": "up"}
 COMPARE = {
@@ -248,7 +233,7 @@ class KernelTranslator:
         if (known := self.scope.find(operand) or SPECIAL.get(operand) or self.symbols.get(operand)) is not None:
             return known
         if operand in self.parameters:
-            return f"reinterpret_cast<uint64_t>(block.parameters + {self.parameters[operand][0]})"
+            return f"{self.parameters[operand][0]}u"
         if m := re.fullmatch(r"0[fFdD]([0-9a-fA-F]{8}|[0-9a-fA-F]{16})", operand):
             return f"0x{m[1]}ull"
         if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", operand):
@@ -272,10 +257,10 @@ class KernelTranslator:
             (m.split("::")[0] for m in ins.modifiers if re.match(r"(global|shared|param|local|const)\b", m)), ""
         )
         at = self.address(operand)
-        if space in ("param", "local", ""):
-            if space:
-                return f"reinterpret_cast<char*>({at})"
-            return f"block.generic({at}, {size})"
+        if space == "param":
+            return f"(block.parameters + uint32_t({at}))"
+        if space == "local":
+            return f"reinterpret_cast<char*>({at})"
         return f"block.shared(uint32_t({at}), {size})" if space == "shared" else f"block.generic({at}, {size})"
 
     def assign(self, operand: str, expression: str) -> str:
@@ -486,7 +471,7 @@ class KernelTranslator:
         )
 
     def do_cvta(self, ins: Instruction) -> str:
-        ins.allow("to", "global", "shared", "local", "const", "param")
+        ins.allow("to", "global", "shared", "local", "const")
         to, source = ins.operands
         code = self.bits(source)
         if ins.has("shared"):
@@ -509,7 +494,7 @@ class KernelTranslator:
     do_ldu = do_ld
 
     def do_st(self, ins: Instruction) -> str:
-        ins.allow("global", "shared", "param", "local", "v2", "v4", "v8")
+        ins.allow("global", "shared", "local", "v2", "v4", "v8")
         values = vector(ins.operands[1])
         size, c = SIZES[ins.type], C_TYPES[ins.type]
         code = f"char* const at = {self.memory(ins.operands[0], ins, size * len(values))};"

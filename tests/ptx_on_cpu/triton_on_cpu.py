@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,16 +31,24 @@ def library(ptx: str):
     return build(ptx, Path(LIBRARIES.name) / f"kernel{library.cache_info().misses}.so")
 
 
+def parameters(value, type_) -> Iterator[torch.Tensor | int | float | None]:
+    """What PTX gets of an argument: of a tuple its parts, of what is compiled in nothing."""
+    if isinstance(type_, tuple):
+        for part, of in zip(value, type_, strict=True):
+            yield from parameters(part, of)
+    elif type_ != "constexpr":
+        yield value
+
+
 def launcher(kernel: triton.JITFunction, grid: tuple[int, ...]) -> Callable:
     def run(*arguments, **given) -> None:
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | given
         compiled = kernel.run(grid=(1,), warmup=True, **given)
         ptx = compiled.asm["ptx"] if edit is None else edit(compiled.asm["ptx"])
         loaded = library(ptx)
-        tensors = [v for v in given.values() if isinstance(v, torch.Tensor)]
-        allow(loaded, *tensors)
         types = re.findall(r"\.param\s+\.(\w+)[^,)]*", ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))])
-        values = [given[name] for name, type_ in compiled.src.signature.items() if type_ != "constexpr"]
+        values = [v for name, type_ in compiled.src.signature.items() for v in parameters(given[name], type_)]
+        allow(loaded, *(v for v in values if isinstance(v, torch.Tensor)))
         values += [None] * (len(types) - len(values))  # scratch memory, which none of the kernels asks for
         threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
         typed = list(zip(types, values, strict=True))
