@@ -43,14 +43,16 @@ _SHOWN = tl.constexpr(2**29)
 """The place of a key that nobody sees is at or beyond this."""
 _LEAST = tl.constexpr(-3e38)
 """A running maximum of nothing: finite, so that differences are."""
+_WIDEST = 2**30
+"""A window that holds all keys, whatever their places."""
 _SCAN = tl.constexpr(1024)
 """Places that a program looks at at a time."""
 _PARTS = tl.constexpr(16)
 """Parts that ``_combine`` takes at a time."""
 _BLOCK = 512
 """Elements that a program of ``_prefix_sum`` takes."""
-_ROWS = 128
-"""The most rows of a tile."""
+_FEW = 64
+"""Rows of a unit up to which units read a prefix that the batch shares together."""
 _PROGRAMS = 512
 """Programs that a call should have, to fill any GPU; few rows get them by splitting the keys."""
 _SPLIT_KEYS = 256
@@ -235,7 +237,7 @@ def _gradient_sweep(
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
-_SIZES = ["T", "S", "P", "slots", "window", "positions_stride", "units", "R", "M", "span", "parts", "B", "N"]
+_SIZES = ["T", "S", "P", "slots", "window", "units", "R", "M", "span", "parts", "B", "N"]
 """Arguments of which no kernel wants to know more: one code serves a cache as it grows."""
 
 
@@ -246,12 +248,11 @@ def _jit(kernel: Callable) -> triton.JITFunction:
 @_jit
 def _starts(
     positions,  # int32 [B, S]
-    positions_stride,
     starts,  # int32 [B]: the place of each row's first key that is shown; 0 where none is
     S,
 ):
     b = tl.program_id(0)
-    positions += b.to(tl.int64) * positions_stride
+    positions += b.to(tl.int64) * S
     first = tl.full((_SCAN,), 2**31 - 1, tl.int32)
     for j0 in range(0, S, _SCAN):
         j = j0 + tl.arange(0, _SCAN)
@@ -271,7 +272,6 @@ def _forward(
     index,  # int64 [B], the prefix of each row, any other number being none; None: all have the first
     lengths,  # int64 [slots], or None: P
     positions,  # int32 [B, S], the keys' places, counted from the first query's; None: the last T are the queries' own
-    positions_stride,
     starts,  # int32 [B], what ``_starts`` wrote; None where no window asks for it or positions are None
     out,  # [parts, B, T, H, D]; float32 where it is to be combined
     lse,  # float32 [parts, B, HKV, T, GROUP], the logarithm to base 2 of Σ weight, infinity for 0; or None
@@ -306,7 +306,7 @@ def _forward(
     total = tl.zeros((BM,), tl.float32)
     most = tl.full((BM,), _LEAST, tl.float32)
     if positions is not None:
-        positions += b.to(tl.int64) * positions_stride
+        positions += b.to(tl.int64) * S
     if prefix_k is not None:
         slot, length = _prefix_of(index, lengths, b, slots, P)
         begin, end, shift = part * span, tl.minimum(part * span + span, length), 0
@@ -387,7 +387,6 @@ def _query_grad(
     index,
     lengths,
     positions,
-    positions_stride,
     starts,
     out,
     lse,
@@ -429,7 +428,7 @@ def _query_grad(
     lse_tile = tl.load(lse + lse_at, mask=inside, other=float("inf"))
     acc = tl.zeros((BM, WIDTH), tl.float32)
     if positions is not None:
-        positions += b.to(tl.int64) * positions_stride
+        positions += b.to(tl.int64) * S
     if prefix_k is not None:
         slot, length = _prefix_of(index, lengths, b, slots, P)
         begin, shift = 0, 0
@@ -458,14 +457,13 @@ def _key_grad(
     index,
     lengths,
     positions,
-    positions_stride,
     starts,
     lse,
     dout,
     delta,
     dk,  # [B, S, HKV, D]
     dv,
-    prefix_dk,  # float32 [B, HKV, P, D], of the prefix of each row, or None
+    prefix_dk,  # float32 [B, HKV, P, D], of the prefix of each row
     prefix_dv,
     scale,  # to units of log 2
     dk_scale,
@@ -488,7 +486,7 @@ def _key_grad(
     unit, tile = tl.program_id(0) % units, tl.program_id(0) // units
     b, kv_head = unit // HKV, unit % HKV
     if positions is not None:
-        positions += b.to(tl.int64) * positions_stride
+        positions += b.to(tl.int64) * S
     # The prefix's tiles come first, as all rows see them.
     of_prefix = tile < tl.cdiv(P, BN)
     j = (tile - tl.where(of_prefix, 0, tl.cdiv(P, BN))) * BN + tl.arange(0, BN)
@@ -583,9 +581,10 @@ class Tiles(NamedTuple):
 def tiles(rows: int, width: int, dtype: torch.dtype) -> Tiles:
     """Of ``_forward``, for units of ``rows`` rows; ``width`` is D, padded.
 
-    As high as registers hold beside the sums, [rows, width]: what is read of K and V then serves the most rows.
+    As high as registers hold: what is read of K and V then serves the most rows.
     """
-    height = min(max(16, triton.next_power_of_2(rows)), _ROWS if width <= 128 else _ROWS // 2)
+    most = 128 if width <= (128 if _reads_shared_memory() else 64) else 64
+    height = min(max(16, triton.next_power_of_2(rows)), most)
     if dtype == torch.float32:
         return Tiles(min(height, 32), 32, 4, 2)
     return Tiles(height, 64 if width <= 128 else 32, _warps(height * width), 3 if width <= 64 else 2)
@@ -595,18 +594,24 @@ def gradient_tiles(width: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:
     """Of ``_query_grad``, and of ``_key_grad``, which holds two sums, [keys, width]."""
     if dtype == torch.float32:
         return Tiles(32, 32, 4, 2), Tiles(16, 32, 4, 2)
-    height, rows = (_ROWS, 64) if width <= 128 else (_ROWS // 2, 16)
-    keys = min(128, 8192 // width)
-    return Tiles(height, 32, _warps(height * width), 2), Tiles(rows, keys, _warps(2 * keys * width), 2)
+    height, keys = 128 if width <= 64 else 64, min(128, 8192 // width)
+    step = 32 if width <= 128 else 16
+    return Tiles(height, step, _warps(height * width), 2), Tiles(step, keys, _warps(2 * keys * width), 2)
 
 
 def _warps(sums: int) -> int:
-    """Of a program that holds so many sums, 64 a thread; AMD's warps are twice as wide."""
+    """Of a program that holds so many sums; AMD's warps are twice as wide."""
     return 8 if sums >= 128 * 64 and torch.version.hip is None else 4
 
 
+def _reads_shared_memory() -> bool:
+    """Whether the tensor cores take their operands from there (wgmma, tcgen05), which leaves registers for the sums."""
+    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
 class Call(NamedTuple):
-    """The tensors of a call, of the operator's shapes but for positions, [B, S]."""
+    """The tensors of a call, of the operator's shapes but for the prefixes, [slots, HKV, P, D], and the positions,
+    [B, S]. Of index, lengths and positions elements lie side by side."""
 
     q: Tensor
     k: Tensor
@@ -636,10 +641,10 @@ class Call(NamedTuple):
     def _starts(self) -> Tensor | None:
         if self.positions is None:
             return None
-        (batch, keys), stride = self.positions.shape, self.positions.stride(0)
+        batch, keys = self.positions.shape
         starts = self.positions.new_empty((batch,))
         if batch > 0:
-            _starts[(batch,)](positions=self.positions, positions_stride=stride, starts=starts, S=keys, num_warps=4)
+            _starts[(batch,)](positions=self.positions, starts=starts, S=keys, num_warps=4)
         return starts
 
     def arguments(self) -> dict:
@@ -655,10 +660,9 @@ class Call(NamedTuple):
             "index": self.index,
             "lengths": self.lengths,
             "positions": self.positions,
-            "positions_stride": 0 if self.positions is None else self.positions.stride(0),
             "starts": self._starts() if length > 0 and self.window is not None else None,
             "scale": self.scale * math.log2(math.e),
-            "window": self.window,
+            "window": None if self.window is None else min(self.window, _WIDEST),
             "T": self.q.shape[2],
             "S": self.k.shape[2],
             "P": length,
@@ -710,8 +714,7 @@ def forward(call: Call, need_lse: bool) -> tuple[Tensor, Tensor]:
     arguments, prefix = call.arguments(), call.prefix[1]
     rows, units = tokens * group, batch * kv_heads
     passes = [_Pass(units, rows, prefix + keys, {})]
-    if prefix > 0 and call.index is None and call.window is None and 2 * rows <= _ROWS and batch > 1:
-        # Rows too few for a tile read the prefix together.
+    if prefix > 0 and call.index is None and call.window is None and rows <= _FEW and batch > 1:
         passes = [
             _Pass(kv_heads, batch * rows, prefix, dict.fromkeys(("k", "v", "positions"))),
             _Pass(units, rows, keys, dict.fromkeys(("prefix_k", "prefix_v", "index", "lengths")) | {"P": 0}),

@@ -1,4 +1,4 @@
-"""prefix_attention under every instruction set, against its definition in float64, row by row."""
+"""prefix_attention under every instruction set and on a GPU, against its definition in float64, row by row."""
 
 import math
 import subprocess
@@ -12,6 +12,7 @@ from pyfastpeft.ops import HIDDEN, key_positions, prefix_attention
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative Frobenius error.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+ONE_ISA = pytest.mark.parametrize("device", [torch.ops.pyfastpeft.isa(), "cuda"], indirect=True)
 
 
 def exact(q, k, v, prefix_k=None, prefix_v=None, causal=True, scale=None, mask=None, prefix_index=None,
@@ -101,7 +102,7 @@ def check(tensors, gradients=True, **how):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_result_and_gradients(isa, dtype, causal):
+def test_result_and_gradients(device, dtype, causal):
     for heads, kv_heads, tokens, keys, dim in [
         (1, 1, 1, 1, 32), (4, 2, 7, 7, 64), (3, 1, 33, 40, 64), (9, 3, 70, 70, 64), (2, 2, 130, 131, 80),
         (6, 2, 5, 300, 96), (4, 1, 19, 19, 128), (2, 2, 9, 21, 256), (2, 1, 11, 11, 33), (5, 5, 17, 17, 1),
@@ -111,7 +112,7 @@ def test_result_and_gradients(isa, dtype, causal):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_prefix_that_the_batch_shares(isa, dtype):
+def test_a_prefix_that_the_batch_shares(device, dtype):
     for prefix, tokens, dim in [(1, 5, 64), (20, 33, 64), (100, 128, 32), (0, 4, 32), (7, 1, 48)]:
         for causal in (True, False):
             tensors = make(3, 6, 2, tokens, None, dim, prefix=prefix, dtype=dtype)
@@ -120,7 +121,7 @@ def test_a_prefix_that_the_batch_shares(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_prefix_chosen_by_row_and_of_its_own_length(isa, dtype):
+def test_a_prefix_chosen_by_row_and_of_its_own_length(device, dtype):
     tensors = make(5, 4, 2, 20, None, 64, prefix=30, slots=3, dtype=dtype)
     index = torch.tensor([2, -1, 0, 0, 1])
     check(tensors, prefix_index=index)
@@ -128,7 +129,7 @@ def test_a_prefix_chosen_by_row_and_of_its_own_length(isa, dtype):
     check(tensors, prefix_index=torch.full((5,), -1))
 
 
-def test_rows_with_other_prefixes_equal_each_alone(isa):
+def test_rows_with_other_prefixes_equal_each_alone(device):
     q, k, v, pk, pv = make(4, 4, 2, 12, None, 64, prefix=9, slots=2)
     index, lengths = torch.tensor([1, -1, 0, 1]), torch.tensor([9, 4])
     together = prefix_attention(q, k, v, pk, pv, prefix_index=index, prefix_lengths=lengths)
@@ -140,7 +141,7 @@ def test_rows_with_other_prefixes_equal_each_alone(isa):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_padding_and_holes(isa, dtype, causal):
+def test_padding_and_holes(device, dtype, causal):
     tokens = 45
     place = torch.arange(tokens)
     left, right = place >= 13, place < 30
@@ -155,7 +156,7 @@ def test_padding_and_holes(isa, dtype, causal):
         assert torch.equal(prefix_attention(*tensors, causal=causal, mask=key_positions(mask, 0)), expected)
 
 
-def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(isa):
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(device):
     q, k, v = (t.requires_grad_() for t in make(1, 2, 1, 6, None, 32))
     mask = torch.tensor([[0, 0, 0, 1, 1, 1]])
     out = prefix_attention(q, k, v, mask=mask)
@@ -166,7 +167,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sliding_window_and_a_prefix_that_slides_out_of_it(isa, dtype):
+def test_a_sliding_window_and_a_prefix_that_slides_out_of_it(device, dtype):
     for tokens, keys, window, prefix in [
         (50, 50, 8, None),
         (50, 50, 8, 5),
@@ -181,14 +182,14 @@ def test_a_sliding_window_and_a_prefix_that_slides_out_of_it(isa, dtype):
             check(tensors, causal=causal, window=window, mask=mask)
 
 
-def test_a_window_over_a_prefix_is_that_over_as_many_tokens(isa):
+def test_a_window_over_a_prefix_is_that_over_as_many_tokens(device):
     q, k, v, pk, pv = make(2, 2, 2, 30, None, 32, prefix=6)
     joined = [torch.cat((p.expand(2, -1, -1, -1), t), 2) for p, t in ((pk, k), (pv, v))]
     got = prefix_attention(q, k, v, pk, pv, window=9)
     assert error(got, prefix_attention(q, *joined, window=9).double()) <= 1e-6
 
 
-def test_keys_of_a_static_cache(isa):
+def test_keys_of_a_static_cache(device):
     """Slots beyond those written hold anything; the mask hides them, or their place is after every query."""
     q, k, v, pk, pv = make(2, 4, 2, 3, 40, 64, prefix=5)
     written = torch.tensor([17, 17])
@@ -203,7 +204,7 @@ def test_keys_of_a_static_cache(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decoding_behind_prefixes(isa, dtype):
+def test_decoding_behind_prefixes(device, dtype):
     """Few queries, over a cache: kernels of their own."""
     for batch, tokens, prefix, dim in [
         (1, 1, 7, 64),
@@ -227,7 +228,7 @@ def test_decoding_behind_prefixes(isa, dtype):
             check(slots, gradients=False, prefix_index=index, prefix_lengths=lengths, **how)
 
 
-def test_left_padded_rows_equal_unpadded_ones(isa):
+def test_left_padded_rows_equal_unpadded_ones(device):
     q, k, v, pk, pv = make(1, 4, 2, 21, None, 64, prefix=8)
     for window in (None, 11):
         alone = prefix_attention(q, k, v, pk, pv, window=window)
@@ -238,7 +239,7 @@ def test_left_padded_rows_equal_unpadded_ones(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_strides(isa, dtype):
+def test_any_strides(device, dtype):
     q = torch.randn(2, 19, 6, 64).to(dtype).transpose(1, 2)
     k = torch.randn(2, 19, 2, 64).to(dtype).transpose(1, 2)
     v = torch.randn(2, 2, 64, 19).to(dtype).transpose(2, 3)
@@ -247,7 +248,8 @@ def test_any_strides(isa, dtype):
     check([q[:, :, ::2], k[:, :, 1::2][:, :, :10].expand(2, 2, -1, -1), v[:, :, 1:10]], causal=False)
 
 
-def test_a_prefix_of_another_dtype_is_used_in_that_of_q():
+@ONE_ISA
+def test_a_prefix_of_another_dtype_is_used_in_that_of_q(device):
     q, k, v, pk, pv = make(3, 4, 2, 10, None, 64, prefix=6, dtype=torch.bfloat16)
     wide = [p.float().requires_grad_() for p in (pk, pv)]
     q.requires_grad_()
@@ -262,29 +264,29 @@ def test_a_prefix_of_another_dtype_is_used_in_that_of_q():
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 1, 4, 4), (2, 2, 1, 0, 5), (2, 2, 1, 0, 0)])
-def test_nothing_in_nothing_out(isa, shape):
+def test_nothing_in_nothing_out(device, shape):
     for prefix in (None, 3):
         check(make(*shape, 32, prefix=prefix))
 
 
-def test_without_keys_the_prefix_is_all_there_is(isa):
+def test_without_keys_the_prefix_is_all_there_is(device):
     check(make(2, 2, 1, 5, 0, 32, prefix=4), causal=False)
     check(make(2, 2, 1, 5, 0, 32), causal=False)
 
 
-def test_scale(isa):
+def test_scale(device):
     for scale in (0.01, 1.0, 3.0, 0.0, -0.5):
         check(make(1, 2, 2, 20, None, 64), scale=scale)
 
 
-def test_large_scores(isa):
+def test_large_scores(device):
     q, k, v = make(1, 2, 2, 40, None, 64)
     check([q * 30, k * 10, v], gradients=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_and_infinity_reach_those_that_see_them(isa, dtype, value):
+def test_nan_and_infinity_reach_those_that_see_them(device, dtype, value):
     for which in range(3):
         tensors = make(1, 2, 1, 50, None, 64, dtype=dtype)
         tensors[which][0, 0, 20, 3] = value
@@ -296,10 +298,10 @@ def test_nan_and_infinity_reach_those_that_see_them(isa, dtype, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_bits_every_time_where_threads_share_the_keys(isa, dtype):
+def test_the_same_bits_every_time(device, dtype):
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(2)
+        torch.set_num_threads(2)  # which share the keys
         for batch, tokens in ((1, 450), (3, 150)):
             tensors = make(batch, 3, 1, tokens, None, 64, prefix=20, dtype=dtype)
             check(tensors)
@@ -314,15 +316,17 @@ def test_the_same_bits_every_time_where_threads_share_the_keys(isa, dtype):
         torch.set_num_threads(threads)
 
 
-def test_autocast():
+@ONE_ISA
+def test_autocast(device):
     q, k, v, pk, pv = make(2, 2, 1, 9, None, 32, prefix=3)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         out = prefix_attention(q, k, v, pk, pv)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, prefix_attention(*(t.bfloat16() for t in (q, k, v, pk, pv))))
 
 
-def test_float64_and_large_heads_take_plain_torch():
+@ONE_ISA
+def test_float64_and_large_heads_take_plain_torch(device):
     tensors = make(2, 4, 2, 9, None, 32, prefix=3)
     wide = [t.double() for t in tensors]
     assert error(prefix_attention(*wide), exact(*wide)) <= 1e-12
@@ -365,8 +369,9 @@ def test_bad_arguments_are_named(message):
     assert message in str(caught.value)
 
 
+@ONE_ISA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
+def test_opcheck(device, dtype):
     plain, several = make(2, 4, 2, 9, 12, 32, dtype=dtype), make(2, 4, 2, 9, 12, 32, prefix=5, slots=3, dtype=dtype)
     selection = (torch.tensor([2, -1]), torch.tensor([5, 0, 3]), key_positions(torch.ones(2, 12), 3)[:, 0, 0])
     for args in ((*plain, None, None, None, None, None, True, 0.2, 0), (*several, *selection, False, 0.2, 4)):
@@ -377,9 +382,10 @@ def test_opcheck(dtype):
         torch.library.opcheck(torch.ops.pyfastpeft.prefix_attention_backward.default, (dout, *args, out, lse))
 
 
+@ONE_ISA
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_torch_compile_takes_the_whole_graph(backend, dynamic):
+def test_torch_compile_takes_the_whole_graph(device, backend, dynamic):
     torch._dynamo.reset()
 
     def layer(q, k, v, pk, pv, mask):

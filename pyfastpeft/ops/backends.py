@@ -141,7 +141,17 @@ def triton_devices() -> list[str]:
 
 
 # The names of the compiled operators, where they are not compiled: to torch.compile one node, whatever serves it.
-for _name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy"):
+_COMPILED = (
+    "rms_norm",
+    "rms_norm_backward",
+    "swiglu",
+    "swiglu_backward",
+    "rope",
+    "cross_entropy",
+    "prefix_attention",
+    "prefix_attention_backward",
+)
+for _name in _COMPILED:
     torch.library.register_kernel(f"pyfastpeft::{_name}", triton_devices(), getattr(triton_kernels, _name))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, triton_kernels
-from .backends import Backend, choose_attention, triton_devices
+from . import reference
+from .backends import Backend, choose_attention
 from .reference import HIDDEN
 
 
@@ -57,7 +57,8 @@ def prefix_attention(
         scale: D^-0.5 where None.
         mask: bool or integer [B, S], nonzero = visible; or int32 [B, 1, 1, S], the place of each key counted from the
             first query's (see :func:`key_positions`): then causal means place <= t, wherever the keys lie.
-        prefix_index: int64 [B], the prefix of each row; -1 is none.
+        prefix_index: int64 [B], the prefix of each row; -1 is none. (On a GPU, which is not waited for, so is any other
+            number that is no prefix's, and a length is cut to P.)
         window: query t sees keys fewer than ``window`` places before it, itself included.
         prefix_lengths: int64 [n], the true length of each prefix; what follows is padding.
 
@@ -198,12 +199,6 @@ class _PrefixAttention(torch.autograd.Function):
         )  # fmt: skip
         dprefix = (None, None) if prefix_k is None else (d.to(prefix_k.dtype) for d in dprefix)
         return *(d.transpose(1, 2) for d in (dq, dk, dv)), *dprefix, *([None] * 6)
-
-
-torch.library.register_kernel("pyfastpeft::prefix_attention", triton_devices(), triton_kernels.attention)
-torch.library.register_kernel(
-    "pyfastpeft::prefix_attention_backward", triton_devices(), triton_kernels.attention_backward
-)
 
 
 @torch.library.register_fake("pyfastpeft::prefix_attention")

@@ -172,16 +172,16 @@ def _attention(selection: tuple, *tensors: Tensor | None) -> tuple:
     return _kernels("prefix_attention").Call(*tensors, index, lengths, positions, causal, scale, window or None)
 
 
-def attention(
+def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Tensor | float | None
 ) -> tuple[Tensor, Tensor]:
-    """The operator ``prefix_attention``."""
+    """(the result [B, T, H, D], float32 [B * HKV or 0, T * group]); prefixes are [n, HKV, P, D], positions [B, S]."""
     *selection, need_lse = rest
     with _on(q.device):
         return _kernels("prefix_attention").forward(_attention(selection, q, k, v, prefix_k, prefix_v), need_lse)
 
 
-def attention_backward(
+def prefix_attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -190,7 +190,7 @@ def attention_backward(
     prefix_v: Tensor | None,
     *rest: Tensor | float | None,
 ) -> tuple[Tensor, ...]:
-    """The operator ``prefix_attention_backward``."""
+    """(dq, dk and dv, [B, tokens, heads, D] each, and float32 of the prefix)"""
     *selection, out, lse = rest
     call = _attention(selection, q, k, v, prefix_k, prefix_v)
     with _on(q.device):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from toolchain import empty, main
 
-from pyfastpeft.ops.triton_kernels import attention, attention_backward
+from pyfastpeft.ops.triton_kernels import prefix_attention, prefix_attention_backward
 
 
 def cases() -> dict[str, Callable]:
@@ -33,9 +33,9 @@ def cases() -> dict[str, Callable]:
         index, lengths = (empty(n, dtype=torch.int64) if slots else None for n in (batch, slots))
         positions = empty(batch, keys, dtype=torch.int32) if padded else None
         rest = (q, k, v, pk, pv, index, lengths, positions, True, 0.125, window)
-        out, lse = attention(*rest, train)
+        out, lse = prefix_attention(*rest, train)
         if train:
-            attention_backward(q, *rest, out, lse)
+            prefix_attention_backward(q, *rest, out, lse)
 
     return {
         "decoding": lambda: call(32, 8, 1, 4096, 128, prefix=512, train=False),
@@ -44,7 +44,7 @@ def cases() -> dict[str, Callable]:
         "D 128": lambda: call(32, 8, 2048, 2048, 128),
         "D 128, prefixes by row, padding, window": lambda: call(32, 8, 2048, 2048, 128, 20, 4, padded=True, window=512),
         "D 256, fp16": lambda: call(8, 4, 2048, 2048, 256, dtype=torch.float16),
-        "odd D, 40": lambda: call(8, 8, 512, 512, 40, prefix=20),
+        "odd D, 40": lambda: call(8, 8, 512, 512, 40, prefix=20, train=False),
         "float32, D 64": lambda: call(9, 3, 1024, 1024, 64, prefix=20, dtype=torch.float32),
     }
 

@@ -153,6 +153,17 @@ def test_keys_may_lie_further_apart_than_32_bits_count():
     assert torch.equal(prefix_attention(q, far, v), prefix_attention(q, k, v))
 
 
+def test_to_torch_compile_it_is_one_node():
+    layer = torch.compile(lambda *t: prefix_attention(*t).square(), fullgraph=True, backend="aot_eager")
+    tensors = [t.requires_grad_() for t in make(2, 2, 1, 5, None, 32, prefix=3)]
+    expected, got = prefix_attention(*tensors).square(), layer(*tensors)
+    assert torch.equal(got, expected)
+    gradients = (torch.autograd.grad(out.sum(), tensors) for out in (got, expected))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    options = (None, None, None, True, 0.2, 0)
+    torch.library.opcheck(torch.ops.pyfastpeft.prefix_attention.default, (*tensors[:3], None, None, *options, True))
+
+
 def test_the_same_bits_every_time():
     tensors = [t.requires_grad_() for t in make(2, 3, 1, 2, 600, 32, prefix=300)]
     runs = []
