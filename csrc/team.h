@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
 
 #include <torch/csrc/stable/ops.h>
+
+#include "spin.h"
 
 namespace pf {
 
@@ -60,15 +61,6 @@ class Team {
     } const counted{done_};
     body(ctx, n * piece / pieces, n * (piece + 1) / pieces);
     return true;
-  }
-
-  static void relax(int spins) {
-    if (spins % 4096 == 4095) return std::this_thread::yield();
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
   }
 
   const int threads_;

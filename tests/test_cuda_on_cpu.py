@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import pyfastpeft as fp
+import pyfastpeft  # noqa: F401  (registers the CPU operators)
 from pyfastpeft.formats.codes import FORMATS
-from pyfastpeft.formats.double_quant import DYNAMIC_MAP, NestedScales, dequantize_scales, quantize_scales
+from pyfastpeft.formats.double_quant import DYNAMIC_MAP, dequantize_scales, quantize_scales
 
 ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "tests" / "cuda_on_cpu"
@@ -29,24 +29,20 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 # ---- building and running ------------------------------------------------------------------------------------------
 
 
-def build(folder: Path, flags: tuple[str, ...] = (), edits: dict[str, tuple[str, str]] | None = None) -> Path:
-    """The program of tests/cuda_on_cpu/main.cpp with every kernel, in ``folder``.
-
-    Args:
-        edits: for a file of csrc/cuda, a text that is there once, and what stands there instead.
-    """
+def build(folder: Path, flags: tuple[str, ...] = (), faults: dict[str, tuple[str, str, str]] | None = None) -> Path:
+    """The program of tests/cuda_on_cpu/main.cpp with every kernel, in ``folder``; see FAULTS."""
     folder.mkdir()
-    for source in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), KERNELS / "api.h", *SHIM.glob("*")]:
+    for source in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *SHIM.glob("*")]:
         text = source.read_text()
-        if edits and source.name in edits:
-            before, after = edits[source.name]
-            assert text.count(before) == 1, f"{before!r} is in {source.name} {text.count(before)} times"
-            text = text.replace(before, after)
+        for number, (file, before, after) in enumerate((faults or {}).values(), 1):
+            if file == source.name:
+                assert text.count(before) == 1, f"{before!r} is in {file} {text.count(before)} times"
+                text = text.replace(before, after.replace("FAULT", f"(emulator::settings.fault == {number})"))
         (folder / source.name).write_text(text)
     program = folder / "run"
-    common = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
-    sources = ["main.cpp", "-x", "c++", "linear_4bit.cu", "dequantize_4bit.cu", "quantize_4bit.cu", "api.cu"]
-    command = [COMPILER, "-O2", *common, *flags, "-I.", f"-I{ROOT / 'csrc'}", *sources, "-o", str(program)]
+    common = ["-O1", "-std=c++20", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
+    sources = ["main.cpp", "-x", "c++", *(source.name for source in KERNELS.glob("*.cu"))]
+    command = [COMPILER, *common, *flags, "-I.", f"-I{ROOT / 'csrc'}", *sources, "-o", str(program)]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stderr
     return program
@@ -82,17 +78,26 @@ class Call:
             self.results.append(torch.frombuffer(data, dtype=buffer.dtype).view(buffer.shape) if data else buffer)
 
 
-def run(program: Path, calls: list[Call], seed=0, resident=2, processors=4, shared_bytes=228 << 10, environment=None):
-    """Runs the calls; each then has its results."""
+def run(
+    program: Path,
+    calls: list[Call],
+    seed=0,
+    resident=2,
+    processors=4,
+    shared_bytes=228 << 10,
+    fault=None,
+    faults=None,
+    capability=8,
+):
+    """Runs the calls; each then has its results. ``fault``: one of ``faults``, or of FAULTS."""
     cases, results = program.parent / "cases", program.parent / "results"
     with cases.open("wb") as file:
         for call in calls:
             call.write(file)
             call.results.clear()
-    settings = map(str, (seed, resident, processors, shared_bytes))
-    ran = subprocess.run(
-        [program, cases, results, *settings], capture_output=True, text=True, timeout=300, env=environment
-    )
+    number = 0 if fault is None else 1 + list(faults or FAULTS).index(fault)
+    settings = map(str, (seed, resident, processors, shared_bytes, number, capability))
+    ran = subprocess.run([program, cases, results, *settings], capture_output=True, text=True, timeout=300)
     if ran.returncode != 0:
         raise RuntimeError(ran.stdout + ran.stderr)
     with results.open("rb") as file:
@@ -207,14 +212,319 @@ def check_linear(calls: list[Call]) -> None:
 # ---- linear_4bit -----------------------------------------------------------------------------------------------------
 
 
-def test_products_agree_with_float64(plain):
-    torch.manual_seed(0)
-    calls = [linear(Weight(64, 256), 1), linear(Weight(70, 640), 5), linear(Weight(200, 384), 16), linear(Weight(130, 192), 33),
-             linear(Weight(70, 77), 5), linear(Weight(70, 512, "int4"), 5), linear(Weight(70, 512, "fp4", 32, True), 5),
-             linear(Weight(70, 2112), 5, lora=Lora(16)), linear(Weight(70, 512), 12, torch.float16, lora=Lora(33, 3, [-1, 0, 1, 2, 5, 0] * 2))]
-    import time
-    t = time.time()
-    for seed in (0, 1, 2):
-        run(plain, calls, seed=seed)
-        check_linear(calls)
-        print(seed, time.time() - t)
+def test_every_format_block_size_and_dtype_agrees_with_float64(plain):
+    calls = []
+    blocks = itertools.chain(
+        itertools.product(("nf4", "fp4"), (32, 64, 256, 4096), (False, True)),
+        itertools.product(("int4",), (32, 64, 128), (False, True)),
+    )
+    rows = itertools.cycle((1, 2, 7, 8, 9, 16, 21, 40))
+    for (quant_type, blocksize, nested), dtype in itertools.product(blocks, BOUND):
+        w = Weight(70, 320, quant_type, blocksize, nested)
+        calls.append(linear(w, next(rows), dtype, bias=torch.randn(70) if nested else None))
+    run(plain, calls)
+    check_linear(calls)
+
+
+@pytest.mark.parametrize("shared_bytes", [228 << 10, 100 << 10])  # an H100's, and an Ada's: narrower tiles
+def test_any_number_of_rows_gives_the_product(plain, shared_bytes):
+    calls = [
+        linear(Weight(67, 192), m, bias=torch.randn(67).bfloat16()) for m in (1, 3, 8, 15, 17, 32, 33, 64, 65, 128)
+    ]
+    calls += [linear(Weight(67, 192, "int4", 32, True), m) for m in (16, 32, 64)]
+    run(plain, calls, shared_bytes=shared_bytes)
+    check_linear(calls)
+
+
+def test_any_shape_and_alignment_gives_the_product(plain):
+    shapes = [(1, 64), (63, 64), (64, 320), (65, 576), (129, 1088), (1, 1), (3, 33), (70, 77), (65, 96), (5, 2050)]
+    calls = [linear(Weight(n, k), 16 if n == 1 else m) for (n, k), m in zip(shapes, itertools.cycle((3, 5, 9)))]
+    odd = Weight(66, 257, "int4", 32), Weight(40, 100, "fp4", 128, nested=True)
+    calls += [linear(w, 3, dtype, bias=torch.randn(w.n).half()) for w in odd for dtype in BOUND]
+    calls.append(linear(Weight(66, 128, offset=1), 4))  # codes that begin at an odd byte
+    calls.append(linear(Weight(66, 128), 4, ldx=136))  # rows of x with something between them
+    calls.append(linear(Weight(66, 128), 4, ldx=131))  # so that they begin anywhere
+    calls.append(linear(Weight(66, 128), 4, x=torch.randn(5 + 4 * 128).bfloat16()[5:].view(4, 128)))
+    run(plain, calls)
+    check_linear(calls)
+
+
+@pytest.mark.parametrize("processors", [1, 5, 40])
+def test_splits_over_the_columns_add_up_one_call_after_another(plain, processors):
+    calls = [linear(Weight(n, k), m) for n, k, m in [(64, 2112, 2), (130, 1024, 16), (70, 640, 70)]]
+    calls.append(linear(Weight(64, 2112), 2, lora=Lora(5)))
+    calls.append(linear(Weight(67, 999), 2, lora=Lora(5)))
+    run(plain, calls * 2, processors=processors)
+    check_linear(calls)
+
+
+def test_adapters_of_any_rank_are_added(plain):
+    calls = []
+    for rank, (m, n, k) in zip(
+        (1, 2, 7, 8, 15, 16, 17, 32, 33, 64, 70),
+        itertools.cycle([(1, 67, 640), (9, 64, 192), (20, 130, 1088), (3, 5, 33)]),
+    ):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[rank % 3]
+        lora = Lora(rank, dtype=dtype, scaled=rank % 2 == 0, b_transposed=rank % 5 == 0)
+        calls.append(linear(Weight(n, k), m, torch.float16 if rank % 4 == 0 else torch.bfloat16, lora))
+    run(plain, calls)
+    check_linear(calls)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_each_row_has_the_adapter_of_its_slot_or_none(plain, seed):
+    rows = [[-1, 0, 1, 2, 3, 0, 7, -5, 2], [2] * 9, [-1] * 9, [0, 1, 2] * 6, [*range(12), 99]]
+    calls = [linear(Weight(70, 640), len(r), lora=Lora(9, 3, r)) for r in rows]
+    calls.append(linear(Weight(33, 1100), 9, lora=Lora(20, 3, rows[0], dtype=torch.bfloat16)))
+    calls.append(linear(Weight(70, 320), 0, lora=Lora(4, 2, [])))
+    run(plain, calls, seed=seed, resident=1 + seed)
+    check_linear([call for call in calls if call.results[0].numel()])
+
+
+def test_the_same_call_gives_the_same_bits_in_every_schedule(plain):
+    calls = [
+        linear(Weight(70, 2112), 9, lora=Lora(20, 3, [-1, 0, 1, 2, 3, 0, 7, -5, 2])),
+        linear(Weight(66, 512, "int4", 32, True), 33, torch.float16),
+    ]
+    run(plain, calls)
+    first = [call.results[0] for call in calls]
+    for seed in range(1, 5):
+        run(plain, calls, seed=seed, resident=1 + seed % 4)
+        assert all(torch.equal(call.results[0], y) for call, y in zip(calls, first, strict=True))
+
+
+def test_nan_and_inf_stay_in_their_rows_and_adapters(plain):
+    w = Weight(70, 320)
+    x = torch.randn(6, 320).bfloat16()
+    x[1, 7], x[3, 300] = float("nan"), float("inf")
+    plain_call, slots = linear(w, 6, x=x), linear(w, 6, x=x, lora=Lora(8, 2, [0, -1, 1, -1, -1, 0]))
+    slots.buffers[10][1] = float("nan")  # B of slot 1
+    slots.buffers[9][0, 3, 5] = float("inf")  # A of slot 0
+    weight = linear(Weight(70, 77, "int4"), 6, x=torch.randn(6, 77).bfloat16())
+    weight.buffers[1][3] = float("nan")
+    calls = [plain_call, slots, weight]
+    run(plain, calls)
+    finite = [call.results[0].isfinite().all(1).tolist() for call in calls[:2]]
+    assert finite[0] == [True, False, True, False, True, True]
+    assert finite[1] == [False, False, False, False, True, False]
+    columns = weight.results[0].isnan().all(0)
+    blocks = torch.arange(70 * 77).view(70, 77) // 64
+    assert torch.equal(columns, (blocks == 3).any(1)) and weight.results[0][:, ~columns].isfinite().all()
+
+
+# ---- quantize_4bit, dequantize_4bit ----------------------------------------------------------------------------------
+
+
+def quantize(values: torch.Tensor, quant_type: str, blocksize: int) -> Call:
+    fmt, count = FORMATS[quant_type], values.numel()
+    blocks = -(-count // blocksize)
+    outputs = [
+        poisoned((count + 1) // 2, dtype=torch.uint8),
+        poisoned(blocks, dtype=torch.float32),
+        poisoned(blocks, dtype=torch.float32) if fmt.has_zero else torch.empty(0),
+    ]
+    call = Call(2, [DTYPES[values.dtype], count, fmt.id, blocksize], [values, *outputs], 3)
+    call.reference = torch.ops.pyfastpeft.quantize_4bit(values, fmt.id, blocksize)
+    return call
+
+
+def test_quantize_gives_the_bits_of_the_cpu(plain):
+    calls = []
+    for quant_type, blocksize in itertools.product(FORMATS, (32, 64, 128, 256, 512, 4096)):
+        if blocksize not in FORMATS[quant_type].blocksizes:
+            continue
+        for dtype, count in zip(itertools.cycle(DTYPES), (1, blocksize - 1, blocksize, 3 * blocksize + 5, 4097)):
+            values = torch.randn(count).to(dtype)
+            if count > 40:
+                values[:31], values[-1] = 0.0, -0.0
+            calls.append(quantize(values, quant_type, blocksize))
+    unusual = torch.randn(8 * 64 + 3)
+    unusual[0:64] = 0.0
+    unusual[70], unusual[135], unusual[200] = float("nan"), float("inf"), float("-inf")
+    unusual[256:320] = 1e-41
+    unusual[320:384], unusual[384:448] = 3.0, torch.linspace(-1, 1, 64)
+    # Midpoints between codes: a tie takes the lower one.
+    for name in ("nf4", "fp4"):
+        ordered = FORMATS[name].table.sort().values
+        ties = torch.cat([torch.ones(1), (ordered[:-1] + ordered[1:]) / 2, torch.zeros(48)])
+        calls.append(quantize(torch.cat([unusual, torch.zeros(61), ties]), name, 64))
+        calls.append(quantize(ties[:40].clone(), name, 64))
+    calls.append(quantize(unusual, "int4", 64))
+    calls.append(quantize(torch.randn(203).bfloat16()[3:], "nf4", 64))  # not aligned
+    run(plain, calls)
+    for call in calls:
+        codes, scale, zero = call.reference
+        assert torch.equal(call.results[0], codes.flatten()), call.numbers
+        assert torch.equal(call.results[1].nan_to_num(7e7), scale.nan_to_num(7e7)), call.numbers
+        if zero.numel():
+            assert torch.equal(call.results[2].nan_to_num(7e7), zero.nan_to_num(7e7)), call.numbers
+
+
+def dequantize(w: Weight, row0: int, rows: int, dtype: torch.dtype) -> Call:
+    out = poisoned(rows, w.k, dtype=dtype)
+    call = Call(1, [*w.numbers, row0, rows, DTYPES[dtype]], [*w.buffers, out], 1)
+    codes, fmt = w.codes.clone().unsqueeze(1), FORMATS[w.quant_type]
+    whole = torch.ops.pyfastpeft.dequantize_4bit(codes, w.scale, w.zero, fmt.id, w.blocksize, [w.n, w.k], dtype)
+    call.reference = whole[row0 : row0 + rows]
+    return call
+
+
+def test_dequantize_gives_the_bits_of_the_cpu(plain):
+    weights = [
+        Weight(n, k, q, b, nested)
+        for n, k in ((20, 512), (7, 77), (9, 4))
+        for q, b in (("nf4", 64), ("fp4", 256), ("int4", 32))
+        for nested in (False, True)
+    ]
+    weights += [Weight(9, 513, blocksize=4096), Weight(6, 64, offset=1)]
+    parts = [(0, None), (1, 3), (2, 1), (3, 0)]
+    calls = [
+        dequantize(w, row0, w.n if rows is None else rows, dtype)
+        for w in weights
+        for row0, rows in parts
+        for dtype in DTYPES
+    ]
+    run(plain, calls)
+    for call in calls:
+        assert torch.equal(call.results[0], call.reference), call.numbers
+
+
+# ---- seeded faults, and the sanitizers -------------------------------------------------------------------------------
+
+LINEAR, DEQUANTIZE, QUANTIZE = "linear_4bit.cu", "dequantize_4bit.cu", "quantize_4bit.cu"
+# What: a text that is there once, and what stands there instead, FAULT being 1 while the fault is asked for.
+FAULTS = {
+    "a wait that leaves a group too many": (
+        LINEAR,
+        "cp_async_wait<kStages - 2>();",
+        "if (FAULT) cp_async_wait<kStages - 1>(); else cp_async_wait<kStages - 2>();",
+    ),
+    "no barrier in the sweep": (LINEAR, "__syncthreads();\n    copy(", "if (!FAULT) __syncthreads();\n    copy("),
+    "no barrier before warps are added": (
+        LINEAR,
+        "__syncthreads();\n  const int row = threadIdx",
+        "if (!FAULT) __syncthreads();\n  const int row = threadIdx",
+    ),
+    "no barrier before a split arrives": (
+        LINEAR,
+        "__syncthreads();\n  if (threadIdx.x == 0) {\n    flags[1]",
+        "if (!FAULT) __syncthreads();\n  if (threadIdx.x == 0) {\n    flags[1]",
+    ),
+    "no wait for S": (LINEAR, "while (load_acquire(p.at.ready)", "while (!FAULT && load_acquire(p.at.ready)"),
+    "a counter that stays": (
+        LINEAR,
+        "store_relaxed(p.at.splits_done + tile, 0)",
+        "store_relaxed(p.at.splits_done + tile, FAULT)",
+    ),
+    "a unit too many in the last step": (LINEAR, "unit < last_units", "unit < last_units + FAULT"),
+    "a row too many": (LINEAR, "if (n >= p.w.n) return", "if (n >= p.w.n + FAULT) return"),
+    "a slot too many": (LINEAR, "slot < lora.slots", "slot < lora.slots + FAULT"),
+    "the nibbles of a pair swapped": (
+        LINEAR,
+        "[entry / 16], kValues[w.format][entry % 16]",
+        "[FAULT ? entry % 16 : entry / 16], kValues[w.format][FAULT ? entry / 16 : entry % 16]",
+    ),
+    "the scales of another step": (LINEAR, "= step % 2 * scale_stage + (", "= (step + FAULT) % 2 * scale_stage + ("),
+    "dequantize: the other nibble": (DEQUANTIZE, "4 * (e ^ 1)", "4 * (e ^ !FAULT)"),
+    "dequantize: a group past the end": (
+        DEQUANTIZE,
+        "if (words && i + 8 <= count) {",
+        "if (words && (FAULT || i + 8 <= count)) {",
+    ),
+    "quantize: an element too many": (QUANTIZE, "if (c + i >= size) continue", "if (c + i >= size + FAULT) continue"),
+    "quantize: lanes that are not asked": (QUANTIZE, "other < lanes;", "other < lanes / (1 + FAULT);"),
+}
+ONLY_A_RACE = "no barrier before a split arrives"  # hardly ever a wrong sum: ThreadSanitizer sees it
+RACES = [name for name in FAULTS if name.startswith("no barrier")]
+
+
+def sanitizer(tmp_path_factory, name: str, *flags: str) -> Path:
+    folder = tmp_path_factory.mktemp("cuda")
+    (folder / "empty.cpp").write_text("int main() {}")
+    probe = subprocess.run([COMPILER, *flags, folder / "empty.cpp", "-o", folder / "probe"], capture_output=True)
+    if probe.returncode != 0 or subprocess.run([folder / "probe"], capture_output=True).returncode != 0:
+        pytest.skip(f"{COMPILER} has no working {name}")
+    return build(folder / "faulty", ("-g1", *flags), FAULTS)
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory) -> Path:
+    flags = ("-fsanitize=address,alignment", "-fno-sanitize-recover=all")
+    return sanitizer(tmp_path_factory, "AddressSanitizer", *flags)
+
+
+@pytest.fixture(scope="session")
+def threads(tmp_path_factory) -> Path:
+    return sanitizer(tmp_path_factory, "ThreadSanitizer", "-fsanitize=thread", "-DPF_THREADS")
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("cuda") / "faulty", faults=FAULTS)
+
+
+def small_calls() -> list[Call]:
+    """One of each kind, with the ends that faults like."""
+    return [
+        linear(Weight(67, 1088, nested=True), 9, lora=Lora(20, 3, [-1, 0, 1, 2, 3, 0, 7, -5, 2])),
+        linear(Weight(65, 576), 3, lora=Lora(5)),
+        linear(Weight(65, 576), 3, lora=Lora(5)),
+        linear(Weight(20, 77, "int4", 32), 3),
+        dequantize(Weight(7, 76), 0, 7, torch.float16),
+        quantize(torch.rand(131) + 0.1, "int4", 64),
+    ]
+
+
+def hopper_calls() -> list[Call]:
+    """For the kernel of sm_90: a pair of blocks, adapters of each row."""
+    return [linear(Weight(67, 320, nested=True), 18, lora=Lora(9, 3, [-1, 0, 1, 2, 3, 0, 7, -5, 2] * 2))]
+
+
+def check(calls: list[Call]) -> None:
+    check_linear([call for call in calls if call.operation == 0])
+    for call in calls:
+        if call.operation == 1:
+            assert torch.equal(call.results[0], call.reference)
+        if call.operation == 2:
+            for result, reference in zip(call.results, call.reference, strict=True):
+                assert torch.equal(result, reference.flatten())
+
+
+def test_nothing_outside_of_what_was_given_is_touched(address):
+    calls = [*small_calls(), linear(Weight(70, 192, "int4", 32, True), 33), linear(Weight(3, 64), 1)]
+    calls += [linear(Weight(3, 5), 2, lora=Lora(3)), dequantize(Weight(5, 9), 2, 3, torch.float32)]
+    calls += [quantize(torch.randn(n), "nf4", 64) for n in (1, 65, 4097)]
+    run(address, calls)
+    check(calls)
+    calls = hopper_calls()
+    run(address, calls, processors=1, capability=9)
+    check(calls)
+
+
+def test_no_thread_reads_what_another_is_writing(threads):
+    calls = small_calls()
+    run(threads, calls, resident=3)
+    check(calls)
+    calls = hopper_calls()
+    run(threads, calls, processors=1, capability=9)
+    check(calls)
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != ONLY_A_RACE])
+def test_each_seeded_fault_is_found(faulty, fault):
+    calls = small_calls()
+    for seed in range(4):
+        try:
+            run(faulty, calls, seed=seed, resident=2 + 2 * seed, fault=fault)
+            check(calls)
+        except (AssertionError, RuntimeError) as error:
+            print(f"found with seed {seed}: {error}")
+            return
+    pytest.fail(f"{fault}: nothing was wrong")
+
+
+@pytest.mark.parametrize("fault", RACES)
+def test_missing_barriers_are_races(threads, fault):
+    with pytest.raises(RuntimeError, match="data race"):
+        for _ in range(6):  # ThreadSanitizer remembers few accesses, and forgets some when there are many threads
+            run(threads, small_calls(), fault=fault, resident=3)

@@ -46,6 +46,14 @@ struct F32 {
     V::store(dst, V::first_of_pairs(pairs));
     V::store(dst + stride, V::second_of_pairs(pairs));
   }
+  // Products with such pairs: two columns of x.
+  struct Pairs {
+    V::F first, second;
+  };
+  static Pairs load_pairs(const uint16_t* p) { return {V::first_of_pairs(p), V::second_of_pairs(p)}; }
+  static V::F fma_pairs(V::F acc, const Pairs& w, const Elem* x) {
+    return V::fma(w.second, V::set1(x[1]), V::fma(w.first, V::set1(x[0]), acc));
+  }
 };
 
 #ifdef PF_BF16
@@ -75,6 +83,8 @@ struct BF16 {
   static void store_lanes(Elem* dst, const V::F* lanes) { V::store_two(dst, lanes[0], lanes[1]); }
   static void interleave(const void* even, const void* odd, Elem* dst) { V::interleave_rows(even, odd, dst); }
   static void store_pairs(Elem* dst, const uint16_t* pairs, int64_t) { copy_bytes(dst, pairs, V::kLanes * 4); }
+  static W load_pairs(const uint16_t* p) { return load(p); }
+  static V::F fma_pairs(V::F acc, W w, const Elem* x) { return fma(acc, w, broadcast(x)); }
 };
 #endif
 
@@ -88,6 +98,7 @@ constexpr int64_t kLateRows = 160;  // up to here scales are cheaper on the sums
 // end of a tile, the time becomes the larger of arithmetic and memory, not their sum (4096 x 4096, 4 rows: 345 us for
 // 880).
 constexpr int64_t kCodesAhead = 8192, kScalesAhead = 1024;
+constexpr int64_t kTilesAhead = 8;  // for the B of the branch: a tile's is short, and no hardware sees it coming
 
 // Calls body.operator()<I>() for each I, everything inlined.
 #define PF_BODY(index) [&]<index>() __attribute__((always_inline))
@@ -676,15 +687,19 @@ struct Algorithm {
     return out;
   }
 
-  // Asks for the B of the next tile.
+  // Asks for a tile's B, into the second-level cache: it is read tiles later.
   static void prefetch_b(const Matrix& b, int64_t tile) {
     if (b.packed) {
-      const char* next = reinterpret_cast<const char*>(b.pairs(tile + 1, 0));
-      for (int64_t i = 0; i < b.cols * kTile * 2; i += 64) __builtin_prefetch(next + i);
+      const char* pairs = reinterpret_cast<const char*>(b.pairs(tile, 0));
+      for (int64_t i = 0; i < b.cols * kTile * 2; i += 64) __builtin_prefetch(pairs + i, 0, 2);
     } else {
-      for (int64_t row = (tile + 1) * kTile; row < min64((tile + 2) * kTile, b.rows); ++row)
-        __builtin_prefetch(b.row(row));
+      for (int64_t row = tile * kTile; row < min64((tile + 1) * kTile, b.rows); ++row)
+        __builtin_prefetch(b.row(row), 0, 2);
     }
+  }
+
+  static void prefetch_first_b(const Matrix& b, int64_t tile0) {
+    for (int64_t tile = tile0; tile < min64(tile0 + kTilesAhead, ceil_div(b.rows, kTile)); ++tile) prefetch_b(b, tile);
   }
 
   static void to_steps(const float* src, int64_t rows, int64_t cols, void* dst) {
@@ -701,11 +716,11 @@ struct Algorithm {
       }
   }
 
-  // MB rows of x times a tile's panel of `steps`, in kParts independent chains a row. What lies kCodesAhead further is
+  // MB rows of x times `steps` pairs of a tile, in kParts independent chains a row. What lies kCodesAhead further is
   // asked for, up to `end` and then from `next` on.
   template <int MB>
-  static void dots_rows(const E* x, int64_t ldx, const E* panel, int64_t steps, const char* end, const char* next,
-                        float* out) {
+  static void dots_rows(const E* x, int64_t ldx, const uint16_t* pairs, int64_t steps, const char* end,
+                        const char* next, float* out) {
     constexpr int kParts = MB >= 8 ? 1 : 8 / MB;
     constexpr MakeInts<MB> rows{};
     constexpr MakeInts<kParts> parts{};
@@ -713,122 +728,145 @@ struct Algorithm {
       F part[MB][kParts];
       each(rows, PF_BODY(int M) { each(parts, PF_BODY(int P) { part[M][P] = V::zero(); }); });
       const auto step = [&]<int P>(int64_t s) __attribute__((always_inline)) {
-        const E* at = panel + (s * kTileVecs + u) * kLanes * kStep;
+        const uint16_t* at = pairs + (s * kTileVecs + u) * kLanes * 2;
         const char* ahead = reinterpret_cast<const char*>(at) + kCodesAhead;
         __builtin_prefetch(ahead < end ? ahead : next + (ahead - end));
-        const typename A::W w = A::load(at);
-        each(rows, PF_BODY(int M) { part[M][P] = A::fma(part[M][P], w, A::broadcast(x + M * ldx + s * kStep)); });
+        const auto w = A::load_pairs(at);
+        each(rows, PF_BODY(int M) { part[M][P] = A::fma_pairs(part[M][P], w, x + M * ldx + s * 2); });
       };
       int64_t s = 0;
       for (; s + kParts <= steps; s += kParts) each(parts, PF_BODY(int P) { step.template operator()<P>(s + P); });
       for (; s < steps; ++s) step.template operator()<0>(s);
       each(
           rows, PF_BODY(int M) {
-            float* at = out + M * kTile + u * kLanes;
-            F sum = V::load(at);
-            each(parts, PF_BODY(int P) { sum = V::add(sum, part[M][P]); });
-            V::store(at, sum);
+            F sum = part[M][0];
+            for (int p = 1; p < kParts; ++p) sum = V::add(sum, part[M][p]);
+            V::store(out + M * kTile + u * kLanes, sum);
           });
     }
   }
 
-  static void dots_packed(const GemvArgs& g, const Matrix& p, float* out, int64_t tile0, int64_t tile1) {
-    E* made = static_cast<E*>(scratch(0, kBlock * kTile * sizeof(E)));
+  static void dots_packed(const GemvArgs& g, const Matrix& p, int64_t col0, int64_t col1, const void* next,
+                          float* out) {
     alignas(64) float sums[16][kTile];
-    const char* end = reinterpret_cast<const char*>(p.pairs(tile1, 0));
-    const char* next = reinterpret_cast<const char*>(g.w.codes);
-    for (int64_t tile = tile0; tile < tile1; ++tile) {
-      __builtin_memset(sums, 0, sizeof(sums));
-      for (int64_t col0 = 0; col0 < p.cols; col0 += kBlock) {
-        const int64_t n = min64(kBlock, p.cols - col0), steps = n / kStep;
-        const E* panel = tile_panel(p, tile, col0, n, made);
-        const E* x = static_cast<const E*>(g.x) + col0;
-        int64_t m = 0;
-        for (; m + 4 <= g.rows; m += 4) dots_rows<4>(x + m * g.ldx, g.ldx, panel, steps, end, next, sums[m]);
-        for (; m + 2 <= g.rows; m += 2) dots_rows<2>(x + m * g.ldx, g.ldx, panel, steps, end, next, sums[m]);
-        for (; m < g.rows; ++m) dots_rows<1>(x + m * g.ldx, g.ldx, panel, steps, end, next, sums[m]);
-      }
+    const int64_t tiles = ceil_div(p.rows, kTile), steps = (col1 - col0) / 2;
+    const E* x = static_cast<const E*>(g.x) + col0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const uint16_t* pairs = p.pairs(tile, col0);
+      const char* end = reinterpret_cast<const char*>(p.pairs(tile, col1));
+      const char* then = static_cast<const char*>(tile + 1 < tiles ? p.pairs(tile + 1, col0) : next);
+      int64_t m = 0;
+      for (; m + 4 <= g.rows; m += 4) dots_rows<4>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
+      for (; m + 2 <= g.rows; m += 2) dots_rows<2>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
+      for (; m < g.rows; ++m) dots_rows<1>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
       const int64_t lanes = min64(kTile, p.rows - tile * kTile);
-      for (int64_t m = 0; m < g.rows; ++m) copy_bytes(out + m * p.rows + tile * kTile, sums[m], lanes * sizeof(float));
+      for (m = 0; m < g.rows; ++m) copy_bytes(out + m * p.rows + tile * kTile, sums[m], lanes * sizeof(float));
     }
   }
 
-  // MB rows of x, from row0, times one tile. Sums of a segment are kept in kParts independent chains a row, to hide the
-  // latency of the multiply-add; every index is a compile-time constant, so that all sums stay in registers.
-  template <int MB>
-  static void gemv_rows(const GemvArgs& g, int64_t row0, int64_t tile, const float* scales, const float* zeros,
-                        const E* b, const typename A::Table& table) {
-    constexpr int kParts = V::gemv_parts(MB);
+  // Few rows' decoding where lanes are the rows of a tile: a vector of codes gives its columns one step after the
+  // other. An instruction set may have another (see BytePlanes in avx2.cpp): `weights<S>` times `operand<S>` adds to
+  // the sum S % parts, and `join` makes the rows of these sums.
+  struct Lanes {
+    using Table = typename A::Table;
+    static constexpr int kUnits = kGroupColumns / kStep;
+    static constexpr int kMostRows = V::kGemvRows;
+    static constexpr int parts(int rows) { return V::gemv_parts(rows); }
+    static Table table(const float* t) { return A::table(t); }
+    template <int S>
+    static typename A::W weights(const Table& t, V::C codes) {
+      return A::template decode<S>(t, codes);
+    }
+    template <int S>
+    static typename A::X operand(const E* x) {
+      return A::broadcast(x + S * kStep);
+    }
+    template <int N>
+    static F join(const F* part) {
+      return sum<N>(part);
+    }
+    static const E* arranged(const GemvArgs& g, int64_t* ldx) {
+      *ldx = g.ldx;
+      return static_cast<const E*>(g.x);
+    }
+  };
+
+  template <int N>
+  static F sum(const F* part) {
+    if constexpr (N == 1) return part[0];
+    if constexpr (N == 2) return V::add(part[0], part[1]);
+    if constexpr (N == 4) return V::add(V::add(part[0], part[1]), V::add(part[2], part[3]));
+  }
+
+  // What gemv_rows is told of its tile.
+  template <class D>
+  struct GemvTile {
+    const E* x;
+    int64_t ldx;
+    int64_t tile;
+    const float *scales, *zeros;
+    const E* b;  // null without a branch
+    typename D::Table table;
+  };
+
+  // MB rows of x, from row0, times one tile. Sums of a segment are kept in independent chains, to hide the latency of
+  // the multiply-add; every index is a compile-time constant, so that all sums stay in registers.
+  template <class D, int MB>
+  static void gemv_rows(const GemvArgs& g, const GemvTile<D>& t, int64_t row0) {
+    constexpr int kParts = D::parts(MB), kChains = V::gemv_parts(MB);
     constexpr MakeInts<MB> rows{};
     constexpr MakeInts<kTileVecs> vecs{};
-    constexpr MakeInts<kParts> parts{};
-    constexpr MakeInts<kGroupColumns / kStep> steps{};
-    const uint8_t* codes = g.w.codes + tile * g.w.k * (kTile / 2);
-    const E* x = static_cast<const E*>(g.x) + row0 * g.ldx;
-    F acc[MB][kTileVecs], part[MB][kTileVecs][kParts];
-    const auto clear = [&]() __attribute__((always_inline)) {
-      each(
-          rows, PF_BODY(int M) {
-            each(vecs, PF_BODY(int U) { each(parts, PF_BODY(int P) { part[M][U][P] = V::zero(); }); });
-          });
-    };
-    const auto joined = [&]<int M, int U>() __attribute__((always_inline)) {
-      F sum = part[M][U][0];
-      if constexpr (kParts == 2) sum = V::add(sum, part[M][U][1]);
-      if constexpr (kParts == 4) sum = V::add(V::add(sum, part[M][U][1]), V::add(part[M][U][2], part[M][U][3]));
-      return sum;
-    };
+    F acc[MB][kTileVecs];
     // The branch first: its sums run while the first codes are still on their way.
-    clear();
-    const int64_t rank = b == nullptr ? 0 : ceil_div(g.lora_b.cols, kStep) * kStep;
+    const int64_t rank = t.b == nullptr ? 0 : ceil_div(g.lora_b.cols, kStep) * kStep;
     const E* s_rows = static_cast<const E*>(g.s) + row0 * rank;
-    const auto branch_step = [&]<int P>(int64_t r) __attribute__((always_inline)) {
+    each(
+        vecs, PF_BODY(int U) {
+          F part[MB][kChains];
+          each(rows, PF_BODY(int M) { each(MakeInts<kChains>{}, PF_BODY(int P) { part[M][P] = V::zero(); }); });
+          const auto step = [&]<int P>(int64_t r) __attribute__((always_inline)) {
+            const typename A::W w = A::load(t.b + r * kTile + U * kLanes * kStep);
+            each(rows, PF_BODY(int M) { part[M][P] = A::fma(part[M][P], w, A::broadcast(s_rows + M * rank + r)); });
+          };
+          int64_t r = 0;
+          for (; r + kChains * kStep <= rank; r += kChains * kStep)
+            each(MakeInts<kChains>{}, PF_BODY(int P) { step.template operator()<P>(r + P * kStep); });
+          for (; r < rank; r += kStep) step.template operator()<0>(r);
+          each(rows, PF_BODY(int M) { acc[M][U] = sum<kChains>(part[M]); });
+        });
+    const uint8_t* codes = g.w.codes + t.tile * g.w.k * (kTile / 2);
+    const E* x = t.x + row0 * t.ldx;
+    const int64_t segments = g.w.segments(), groups = g.w.segment / kGroupColumns;
+    for (int64_t s = 0; s < segments; ++s, codes += groups * 64, x += g.w.segment) {
+      __builtin_prefetch(reinterpret_cast<const char*>(t.scales + s * kTile) + kScalesAhead);
       each(
           vecs, PF_BODY(int U) {
-            const typename A::W w = A::load(b + r * kTile + U * kLanes * kStep);
-            each(
-                rows,
-                PF_BODY(int M) { part[M][U][P] = A::fma(part[M][U][P], w, A::broadcast(s_rows + M * rank + r)); });
-          });
-    };
-    int64_t r = 0;
-    for (; r + kParts * kStep <= rank; r += kParts * kStep)
-      each(parts, PF_BODY(int P) { branch_step.template operator()<P>(r + P * kStep); });
-    for (; r < rank; r += kStep) branch_step.template operator()<0>(r);
-    each(rows, PF_BODY(int M) { each(vecs, PF_BODY(int U) { acc[M][U] = joined.template operator()<M, U>(); }); });
-    const int64_t segments = g.w.segments(), groups = g.w.segment / kGroupColumns;
-    for (int64_t s = 0; s < segments; ++s) {
-      __builtin_prefetch(reinterpret_cast<const char*>(scales + s * kTile) + kScalesAhead);
-      clear();
-      for (int64_t group = 0; group < groups; ++group, codes += 64, x += kGroupColumns) {
-        __builtin_prefetch(codes + kCodesAhead);
-        each(
-            vecs, PF_BODY(int U) {
-              const V::C c = V::load_codes(codes + U * kLanes * 4);
+            F part[MB][kParts];
+            each(rows, PF_BODY(int M) { each(MakeInts<kParts>{}, PF_BODY(int P) { part[M][P] = V::zero(); }); });
+            for (int64_t group = 0; group < groups; ++group) {
+              const uint8_t* at = codes + group * 64;
+              if constexpr (U == 0) __builtin_prefetch(at + kCodesAhead);
+              const V::C c = V::load_codes(at + U * kLanes * 4);
               each(
-                  steps, PF_BODY(int S) {
-                    const typename A::W w = A::template decode<S>(table, c);
+                  MakeInts<D::kUnits>{}, PF_BODY(int S) {
+                    const typename A::W w = D::template weights<S>(t.table, c);
                     each(
                         rows, PF_BODY(int M) {
-                          F& sum = part[M][U][S % kParts];
-                          sum = A::fma(sum, w, A::broadcast(x + M * g.ldx + S * kStep));
+                          F& sum = part[M][S % kParts];
+                          sum = A::fma(sum, w, D::template operand<S>(x + M * t.ldx + group * kGroupColumns));
                         });
                   });
-            });
-      }
-      each(
-          rows, PF_BODY(int M) {
+            }
             each(
-                vecs, PF_BODY(int U) {
-                  const F sum = joined.template operator()<M, U>();
-                  acc[M][U] = V::fma(sum, V::load(scales + s * kTile + U * kLanes), acc[M][U]);
-                  if (zeros != nullptr)
-                    acc[M][U] = V::fma(V::load(zeros + s * kTile + U * kLanes),
-                                       V::set1(g.xsum[(row0 + M) * segments + s]), acc[M][U]);
+                rows, PF_BODY(int M) {
+                  const int64_t lane = s * kTile + U * kLanes;
+                  acc[M][U] = V::fma(D::template join<kParts>(part[M]), V::load(t.scales + lane), acc[M][U]);
+                  if (t.zeros != nullptr)
+                    acc[M][U] = V::fma(V::load(t.zeros + lane), V::set1(g.xsum[(row0 + M) * segments + s]), acc[M][U]);
                 });
           });
     }
-    const int64_t n0 = tile * kTile, lanes = min64(kTile, g.w.n - n0);
+    const int64_t n0 = t.tile * kTile, lanes = min64(kTile, g.w.n - n0);
     each(
         rows, PF_BODY(int M) {
           alignas(64) float out[kTile];
@@ -840,30 +878,44 @@ struct Algorithm {
         });
   }
 
-  static void gemv(const GemvArgs& g, int64_t tile0, int64_t tile1) {
+  template <class D>
+  static void gemv_with(const GemvArgs& g, int64_t tile0, int64_t tile1) {
     const int64_t segments = g.w.segments();
     const int64_t rank = g.s == nullptr ? 0 : g.lora_b.cols, padded_rank = ceil_div(rank, 16) * 16;
     float* decoded = static_cast<float*>(scratch(0, (segments + padded_rank) * kTile * sizeof(float)));
     E* made = reinterpret_cast<E*>(decoded + segments * kTile);
-    const typename A::Table table = A::table(kTables[g.w.format]);
-    for (int64_t tile = tile0; tile < tile1; ++tile) {
+    GemvTile<D> t{};
+    t.x = D::arranged(g, &t.ldx);
+    t.table = D::table(kTables[g.w.format]);
+    for (t.tile = tile0; t.tile < tile1; ++t.tile) {
       if (g.w.scale == nullptr)  // memory works while the scales are decoded
         for (int64_t i = 0; i < segments * kTile; i += 16)
-          __builtin_prefetch(g.w.codes + tile * g.w.k * (kTile / 2) + kCodesAhead + i * 4);
-      const float* scales = tile_scales(g.w, tile, 0, segments, decoded);
-      const float* zeros = g.w.zero == nullptr ? nullptr : g.w.zero + tile * segments * kTile;
-      const E* b = rank == 0 ? nullptr : tile_panel(g.lora_b, tile, 0, rank, made);
-      if (rank != 0 && tile + 1 < tile1) prefetch_b(g.lora_b, tile);
+          __builtin_prefetch(g.w.codes + t.tile * g.w.k * (kTile / 2) + kCodesAhead + i * 4);
+      t.scales = tile_scales(g.w, t.tile, 0, segments, decoded);
+      t.zeros = g.w.zero == nullptr ? nullptr : g.w.zero + t.tile * segments * kTile;
+      t.b = rank == 0 ? nullptr : tile_panel(g.lora_b, t.tile, 0, rank, made);
+      if (rank != 0 && t.tile + kTilesAhead < tile1) prefetch_b(g.lora_b, t.tile + kTilesAhead);
       int64_t m = 0;
-      if constexpr (V::kGemvRows >= 8)
-        for (; m + 8 <= g.rows; m += 8) gemv_rows<8>(g, m, tile, scales, zeros, b, table);
-      if constexpr (V::kGemvRows >= 4)
-        for (; m + 4 <= g.rows; m += 4) gemv_rows<4>(g, m, tile, scales, zeros, b, table);
-      if constexpr (V::kGemvRows >= 2)
-        for (; m + 2 <= g.rows; m += 2) gemv_rows<2>(g, m, tile, scales, zeros, b, table);
-      for (; m < g.rows; ++m) gemv_rows<1>(g, m, tile, scales, zeros, b, table);
+      if constexpr (D::kMostRows >= 8)
+        for (; m + 8 <= g.rows; m += 8) gemv_rows<D, 8>(g, t, m);
+      if constexpr (D::kMostRows >= 4)
+        for (; m + 4 <= g.rows; m += 4) gemv_rows<D, 4>(g, t, m);
+      if constexpr (D::kMostRows >= 2)
+        for (; m + 2 <= g.rows; m += 2) gemv_rows<D, 2>(g, t, m);
+      for (; m < g.rows; ++m) gemv_rows<D, 1>(g, t, m);
     }
   }
+
+  template <class Vocabulary>
+  static void gemv_of(const GemvArgs& g, int64_t tile0, int64_t tile1) {
+    if constexpr (requires { typename Vocabulary::template BytePlanes<4>; }) {
+      if (g.x_dtype == kBFloat16) return gemv_with<typename Vocabulary::template BytePlanes<2>>(g, tile0, tile1);
+      gemv_with<typename Vocabulary::template BytePlanes<4>>(g, tile0, tile1);
+    } else {
+      gemv_with<Lanes>(g, tile0, tile1);
+    }
+  }
+  static void gemv(const GemvArgs& g, int64_t tile0, int64_t tile1) { gemv_of<V>(g, tile0, tile1); }
 
   // ---- forward, many rows: decode a panel, then a dense product ----
 
@@ -1056,8 +1108,9 @@ struct Algorithm {
   }
 
   static Arithmetic table() {
-    return {kGroupLanes, kFewRows,    packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t,  pack_panels_t,
-            gemv,        dots_packed, to_steps,          gemm,         dx,        rows_times_t, rows_times};
+    return {kGroupLanes, kFewRows,    packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t, pack_panels_t,
+            gemv,        dots_packed, prefetch_first_b,  to_steps,     gemm,      dx,          rows_times_t,
+            rows_times};
   }
 };
 

@@ -103,6 +103,73 @@ struct V {
     return lookup(t, index, _mm256_slli_epi32(index, 28));
   }
 
+  // Few rows' decoding: vpshufb looks 32 codes up at once, a byte of the table's values an instruction, where vpermps
+  // looks up 8. Four planes of bytes hold the values themselves; two hold them rounded to bf16, for x that is bf16.
+  // A vector of codes is 8 rows of 8 columns. Its low nibbles are columns 0 4 1 5 of every row, byte by byte, the high
+  // ones 2 6 3 7. Planes interleaved to values have columns for lanes, two rows or four a vector.
+  template <int N>
+  struct BytePlanes {
+    struct Table {
+      __m256i plane[N];
+    };
+    static constexpr int kUnits = 8;  // four from each half of the nibbles
+    static constexpr int kMostRows = N == 2 ? 2 * kGemvRows : kGemvRows;
+    static constexpr int parts(int rows) { return rows == 4 ? 2 : 4; }
+    static Table table(const float* t) {
+      alignas(16) uint8_t bytes[N][16];
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t bits = N == 4 ? float_to_bits(t[i]) : float_to_bf16(t[i]);
+        for (int p = 0; p < N; ++p) bytes[p][i] = static_cast<uint8_t>(bits >> 8 * p);
+      }
+      Table planes;
+      for (int p = 0; p < N; ++p)
+        planes.plane[p] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[p])));
+      return planes;
+    }
+    template <int S>
+    static F weights(const Table& t, C codes) {
+      const __m256i shifted = S < 4 ? codes : _mm256_srli_epi16(codes, 4);
+      const __m256i index = _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+      const auto interleave = [&](bool high, int p) {
+        const __m256i a = _mm256_shuffle_epi8(t.plane[p], index), b = _mm256_shuffle_epi8(t.plane[p + 1], index);
+        return high ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b);
+      };
+      if constexpr (N == 4) {  // row S % 4 and the fourth after it
+        const __m256i low = interleave(S % 4 / 2, 0), high = interleave(S % 4 / 2, 2);
+        return _mm256_castsi256_ps(S % 2 ? _mm256_unpackhi_epi16(low, high) : _mm256_unpacklo_epi16(low, high));
+      }
+      // Two rows, from 2 (S % 2) on, and the fourth after each: of either two columns.
+      const __m256i pairs = interleave(S % 2, 0);
+      return _mm256_castsi256_ps(S % 4 < 2 ? _mm256_slli_epi32(pairs, 16)
+                                           : _mm256_and_si256(pairs, _mm256_set1_epi32(~0xFFFF)));
+    }
+    template <int S>
+    static F operand(const float* x) {
+      if constexpr (N == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + S / 4 * 4));
+      const float* two = x + S / 4 * 2 + S % 4 / 2 * 4;
+      return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(two)));
+    }
+    template <int Parts>
+    static F join(const F* part) {
+      if constexpr (N == 4) return _mm256_hadd_ps(_mm256_hadd_ps(part[0], part[1]), _mm256_hadd_ps(part[2], part[3]));
+      if constexpr (Parts == 2) return _mm256_hadd_ps(part[0], part[1]);
+      return _mm256_hadd_ps(add(part[0], part[2]), add(part[1], part[3]));
+    }
+    // x, the columns of each group in the order of four planes.
+    static const float* arranged(const GemvArgs& g, int64_t* ldx) {
+      const float* x = static_cast<const float*>(g.x);
+      *ldx = g.ldx;
+      if constexpr (N == 2) return x;
+      *ldx = g.w.k;
+      float* out = static_cast<float*>(scratch(1, g.rows * g.w.k * sizeof(float)));
+      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+      for (int64_t r = 0; r < g.rows; ++r)
+        for (int64_t c = 0; c < g.w.k; c += 8)
+          store(out + r * g.w.k + c, _mm256_permutevar8x32_ps(load(x + r * g.ldx + c), order));
+      return out;
+    }
+  };
+
   static void lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
     scalar_lookup_bytes(table, index, n, out);
   }

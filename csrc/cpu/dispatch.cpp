@@ -100,6 +100,8 @@ struct Registry {
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (bf16 && allows_tiles()) add(with_int8(avx512_amx_kernels(), avx512_amx_int8));
     if (bf16) add(with_int8(avx512_bf16_kernels(), avx512_bf16_int8));
+    // Intel's vdpbf16ps takes two cycles for what two float32 multiply-adds do in one.
+    for (int i = 0; i < count; ++i) kernels[i].slow_bf16 = __builtin_cpu_is("intel");
     if (avx512) add(with_int8(avx512_kernels(), avx512_int8));
     if (avx2) add(avx2_kernels());
 #elif defined(__aarch64__)

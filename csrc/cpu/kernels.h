@@ -17,6 +17,7 @@ struct Dropout {
 struct GemvArgs {  // y[m, tile rows] for rows <= 16
   Weight w;
   const void* x;  // [rows, K] in the arithmetic's element type, contiguous columns
+  int x_dtype;    // what it was before
   int64_t ldx, rows;
   const float* xsum;  // [rows, segments] sums of x over each segment, or null (formats without a zero)
   const float* bias;  // [N] or null
@@ -159,8 +160,11 @@ struct Arithmetic {
   // Vector-side operand with lanes = rows of `src` (contraction contiguous): lane groups [group0, group1).
   void (*pack_panels_t)(const Matrix& src, void* dst, int64_t group0, int64_t group1);
   void (*gemv)(const GemvArgs&, int64_t tile0, int64_t tile1);
-  // Few rows of x (as GemvArgs has them) times the rows [16 tile0, 16 tile1) of a packed matrix: out [rows, p.rows].
-  void (*dots_packed)(const GemvArgs& x, const Matrix& p, float* out, int64_t tile0, int64_t tile1);
+  // Few rows of x (as GemvArgs has them) times a packed matrix over its columns [col0, col1), both even: out [rows,
+  // p.rows]. `next` is what the caller reads afterwards.
+  void (*dots_packed)(const GemvArgs& x, const Matrix& p, int64_t col0, int64_t col1, const void* next, float* out);
+  // Asks for what gemv reads first of the branch's B.
+  void (*prefetch_b)(const Matrix& b, int64_t tile0);
   // Float32 [rows, cols] to the element type, rows padded with zero to whole steps.
   void (*to_steps)(const float* src, int64_t rows, int64_t cols, void* dst);
   void (*gemm)(const GemmArgs&, int64_t tile0, int64_t tile1);
@@ -177,6 +181,7 @@ struct Kernels {
   const char* name;
   Arithmetic f32;
   Arithmetic bf16;                                 // gemv null where the instruction set has no bf16 products
+  bool slow_bf16;                                  // a bf16 product takes longer than two of float32
   AttentionKernels attention_f32, attention_bf16;  // forward null where there are no bf16 products
   PF_INLINE const AttentionKernels& attention(int dtype) const {
     return dtype == kBFloat16 && attention_bf16.forward != nullptr ? attention_bf16 : attention_f32;

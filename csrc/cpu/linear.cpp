@@ -1,9 +1,11 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
+#include "../spin.h"
 #include "dispatch.h"
 
 namespace pf {
@@ -27,6 +29,11 @@ int64_t grain_of(int64_t work_per_item) { return kThreadWork / std::max<int64_t>
 
 const Arithmetic& arithmetic_for(const Kernels& k, int dtype) {
   return dtype == kBFloat16 && k.bf16.gemv != nullptr ? k.bf16 : k.f32;
+}
+
+// Of the kernels that decode in registers: bf16 products pay where they take no longer than those of float32.
+const Arithmetic& few_rows_arithmetic(const Kernels& k, int dtype) {
+  return k.slow_bf16 ? k.f32 : arithmetic_for(k, dtype);
 }
 
 // scaling * row_scale, as [R] (ld 0) or [rows, R] (ld R).
@@ -85,23 +92,70 @@ FewRows few_rows(const Kernels& k, const Arithmetic& arith, const Matrix& x, boo
   return few;
 }
 
-// s [rows, R] = x A^T for few rows.
-void few_rows_sums(const Kernels& k, const Arithmetic& arith, const Weight& w, const FewRows& few, const Matrix& x,
-                   const Branch& branch, float* s, ParallelFor parallel) {
-  const int64_t rank = branch.rank();
-  if (branch.a.packed) {
-    GemvArgs args{};
-    args.w = w;
-    args.x = few.x;
-    args.ldx = few.ldx;
-    args.rows = x.rows;
-    run(parallel, (rank + kTile - 1) / kTile, grain_of(x.cols * x.rows * kTile),
-        [&](int64_t t0, int64_t t1) { arith.dots_packed(args, branch.a, s, t0, t1); });
-  } else {
-    run(parallel, rank, grain_of(x.cols * 4),
-        [&](int64_t r0, int64_t r1) { k.dots(few.xf, few.ldxf, x.rows, branch.a, s, r0, r1); });
+// s [rows, R] = x A^T for few rows, in parts that threads take as they come. The sums do not depend on who took what.
+class FewRowsSums {
+ public:
+  FewRowsSums(const Kernels& k, const Arithmetic& arith, const Weight& w, const FewRows& few, int64_t rows,
+              const Branch& branch)
+      : k_(k), arith_(arith), few_(few), branch_(branch), count_(rows * branch.rank()) {
+    args_.w = w;
+    args_.x = few.x;
+    args_.ldx = few.ldx;
+    args_.rows = rows;
+    // A part of a packed A is a range of columns, and adds to every sum; else it is a range of rows.
+    size_ = branch.a.packed ? branch.a.cols : branch.a.rows;
+    const int64_t unit = branch.a.packed ? 256 : 4;
+    step_ = (size_ + kMostParts * unit - 1) / (kMostParts * unit) * unit;
+    parts_ = (size_ + step_ - 1) / step_;
+    summands_ = branch.a.packed ? parts_ : 1;
+    sums_ = static_cast<float*>(scratch(kSlotDs, summands_ * count_ * sizeof(float)));
   }
-}
+
+  // Computes parts until none is left, and waits for those that other threads are at. `next` is read afterwards.
+  void finish(const void* next) {
+    int64_t part = taken_.fetch_add(1, std::memory_order_relaxed);
+    while (part < parts_) {
+      const int64_t then = taken_.fetch_add(1, std::memory_order_relaxed);
+      const bool goes_on = then < parts_ && branch_.a.packed;
+      compute(part, goes_on ? branch_.a.pairs(0, then * step_) : next);
+      done_.fetch_add(1, std::memory_order_release);
+      part = then;
+    }
+    for (int spins = 0; done_.load(std::memory_order_acquire) < parts_; ++spins) relax(spins);
+  }
+
+  // Everything, for a caller that has no other work for the threads.
+  void finish(ParallelFor parallel) {
+    run(parallel, parts_, grain_of(count_ * step_), [&](int64_t, int64_t) { finish(args_.w.codes); });
+  }
+
+  // After `finish`: out [rows, R] = s.
+  void store(float* out) const {
+    std::memcpy(out, sums_, count_ * sizeof(float));
+    for (int64_t p = 1; p < summands_; ++p)
+      for (int64_t i = 0; i < count_; ++i) out[i] += sums_[p * count_ + i];
+  }
+
+ private:
+  static constexpr int64_t kMostParts = 8;
+
+  void compute(int64_t part, const void* next) {
+    const int64_t begin = part * step_, end = std::min(begin + step_, size_);
+    if (branch_.a.packed)
+      arith_.dots_packed(args_, branch_.a, begin, end, next, sums_ + part * count_);
+    else
+      k_.dots(few_.xf, few_.ldxf, args_.rows, branch_.a, sums_, begin, end);
+  }
+
+  const Kernels& k_;
+  const Arithmetic& arith_;
+  const FewRows few_;
+  const Branch& branch_;
+  GemvArgs args_{};
+  int64_t count_, size_, step_, parts_, summands_;
+  float* sums_;
+  std::atomic<int64_t> taken_{0}, done_{0};
+};
 
 // s [rows, R] = dropout(x) A^T, given x packed.
 void many_rows_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& packed, const Branch& branch, float* s,
@@ -121,14 +175,6 @@ bool is_few(const Arithmetic& arith, const Matrix& x, const Branch& branch) {
   return x.rows <= arith.few_rows && branch.dropout.threshold == 0;
 }
 
-// out [rows, R] = s * factor.
-void scale_sums(const float* s, int64_t rows, const Branch& branch, float* out) {
-  const int64_t rank = branch.rank();
-  const float* factor = branch_factor(branch, rows, rank);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < rank; ++i) out[r * rank + i] = s[r * rank + i] * factor[r * branch.row_scale_ld + i];
-}
-
 // s * factor, packed.
 PackedRows pack_scaled(const Arithmetic& arith, const float* s, int64_t rows, const Branch& branch,
                        ParallelFor parallel) {
@@ -139,28 +185,34 @@ PackedRows pack_scaled(const Arithmetic& arith, const float* s, int64_t rows, co
 
 void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
                       void* y, int y_dtype, float* s, ParallelFor parallel) {
-  const Arithmetic& arith = arithmetic_for(k, x.dtype);
-  const int64_t rank = branch.rank();
+  const Arithmetic& arith = few_rows_arithmetic(k, x.dtype);
+  const int64_t rank = branch.rank(), grain = grain_of(kTile * w.k * ((x.rows + 3) / 4));
   const FewRows few = few_rows(k, arith, x, (rank > 0 && !branch.a.packed) || w.zero != nullptr);
-  GemvArgs args{w, few.x, few.ldx, x.rows, nullptr, bias, nullptr, branch.b, y, y_dtype, w.n};
+  GemvArgs args{w, few.x, x.dtype, few.ldx, x.rows, nullptr, bias, nullptr, branch.b, y, y_dtype, w.n};
   if (w.zero != nullptr) {
     float* sums = static_cast<float*>(scratch(kSlotDropped, x.rows * w.segments() * sizeof(float)));
     for (int64_t r = 0; r < x.rows; ++r)
       k.segment_sums(few.xf + r * few.ldxf, w.segment, w.segments(), sums + r * w.segments());
     args.xsum = sums;
   }
-  if (rank > 0) {
-    const char* b = branch.b.row(0);
-    for (int64_t i = 0; i < 512; i += 64) __builtin_prefetch(b + i);  // for the first tile, which nothing comes before
-    few_rows_sums(k, arith, w, few, x, branch, s, parallel);
+  if (rank == 0) return run(parallel, w.tiles(), grain, [&](int64_t t0, int64_t t1) { arith.gemv(args, t0, t1); });
+  // One region for both: whoever comes to his tiles takes parts of s first.
+  FewRowsSums sums(k, arith, w, few, x.rows, branch);
+  const float* factor = branch_factor(branch, x.rows, rank);
+  run(parallel, w.tiles(), grain, [&](int64_t t0, int64_t t1) {
     const int64_t count = x.rows * rank;
     float* scaled = static_cast<float*>(scratch(kSlotS, 2 * (count + x.rows) * sizeof(float)));
-    scale_sums(s, x.rows, branch, scaled);
+    arith.prefetch_b(branch.b, t0);
+    sums.finish(w.codes + t0 * w.k * (kTile / 2));
+    sums.store(scaled);
+    for (int64_t r = 0; r < x.rows; ++r)
+      for (int64_t i = 0; i < rank; ++i) scaled[r * rank + i] *= factor[r * branch.row_scale_ld + i];
     arith.to_steps(scaled, x.rows, rank, scaled + count);
-    args.s = scaled + count;
-  }
-  run(parallel, w.tiles(), grain_of(kTile * w.k * ((x.rows + 3) / 4)),
-      [&](int64_t t0, int64_t t1) { arith.gemv(args, t0, t1); });
+    GemvArgs own = args;
+    own.s = scaled + count;
+    arith.gemv(own, t0, t1);
+  });
+  if (s != nullptr) sums.store(s);
 }
 
 }  // namespace
@@ -169,9 +221,9 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
                     float* s, ParallelFor parallel) {
   if (x.rows == 0 || w.n == 0) return;
   const Kernels& k = *kernels();
-  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, x.rows * branch.rank() * sizeof(float)));
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   if (is_few(arith, x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
+  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, x.rows * branch.rank() * sizeof(float)));
   const int64_t rank = branch.rank();
   GemmArgs args{w, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
   if (rank > 0) {
@@ -193,11 +245,14 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   const int64_t rank = branch.rank();
   Int8Args args{w, nullptr, x.rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
   if (rank > 0) {
-    float* s = static_cast<float*>(scratch(kSlotDs, x.rows * rank * sizeof(float)));
-    if (is_few(arith, x, branch))
-      few_rows_sums(k, arith, w, few_rows(k, arith, x, !branch.a.packed), x, branch, s, parallel);
-    else
+    float* s = static_cast<float*>(scratch(kSlotDy, x.rows * rank * sizeof(float)));
+    if (is_few(arith, x, branch)) {
+      FewRowsSums sums(k, arith, w, few_rows(k, arith, x, !branch.a.packed), x.rows, branch);
+      sums.finish(parallel);
+      sums.store(s);
+    } else {
       many_rows_sums(arith, x, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), branch, s, parallel);
+    }
     args.s = pack_scaled(arith, s, x.rows, branch, parallel);
   }
   const int64_t blocks = (x.cols + kByteBlock - 1) / kByteBlock, group = k.int8.group_tiles;

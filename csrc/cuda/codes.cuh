@@ -18,14 +18,15 @@ namespace pf {
 static __constant__ const float kValues[3][16] = {
     {PF_NF4_VALUES}, {PF_FP4_VALUES}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
 
-// What is loaded for the scale of a block; `scale` makes it a number. In two halves, so that loads can be early.
+// What is loaded for the scale of a block; `scale_of` makes it a number. In two halves, so that loads can be early.
 struct RawScale {
-  float scale = 0.0f;  // of the second level when double-quantized
-  uint32_t code = 0;
+  float scale;  // of the second level when double-quantized
+  uint32_t code;
 };
 PF_DEVICE RawScale load_scale(const PfWeight& w, int64_t block) {
-  if (w.scale != nullptr) return {__ldg(w.scale + block), 0};
-  return {__ldg(w.absmax2 + block / 256), __ldg(w.scale8 + block)};
+  const bool nested = w.scale == nullptr;
+  const float* scale = nested ? w.absmax2 : w.scale;
+  return {__ldg(scale + (block >> (nested ? 8 : 0))), nested ? __ldg(w.scale8 + block) : 0u};
 }
 // Rounded as the CPU rounds it: no fused multiply-add.
 PF_DEVICE float scale_of(const RawScale& raw, const float* dynamic_map, float offset) {

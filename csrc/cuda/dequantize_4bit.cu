@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 256, kGroups = 4;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     dequantize_kernel(const PF_GRID_CONSTANT PfWeight w, int64_t first, int64_t count, T* out) {
   float* values = reinterpret_cast<float*>(shared_memory());  // [code][lane]
   const int lane = threadIdx.x % 32;
@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(kThreads)
   const int block_bits = __ffs(w.blocksize) - 1;
 
   const int64_t start = (static_cast<int64_t>(blockIdx.x) * kGroups * kThreads + threadIdx.x) * 8;
-  uint32_t codes[kGroups];  // of elements 0 to 7 from the lowest nibble of the lowest byte, neighbours swapped
-  RawScale raw[kGroups];
-  float zero[kGroups];
+  uint32_t codes[kGroups] = {};  // of elements 0 to 7 from the lowest nibble of the lowest byte, neighbours swapped
+  RawScale raw[kGroups] = {};
+  float zero[kGroups] = {};
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
     const int64_t i = start + j * kThreads * 8, at = first + i;

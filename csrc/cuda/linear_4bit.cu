@@ -19,17 +19,20 @@
 // wants to add S · Bᵀ first takes what slices nobody has begun, then waits: whatever the order in which blocks start,
 // it waits only for blocks that run.
 //
-// A 16 x 64 piece of W (512 bytes of codes, 64 of scales; 39 cycles of an H100's HBM, a 132nd of 3.35 TB/s at 1.7 GHz)
-// costs a block's shared memory 4 cycles to arrive, 4 to be read, 16 of lookups, 4 to 8 for x, and 46 to 58
-// instructions of the 156 that four schedulers issue meanwhile.
+// What bounds it, for 16 x 64 weights (512 bytes of codes, 64 of scales), as long as rows of x are 16 or fewer:
+//
+//   HBM            39 cycles of an H100's multiprocessor (a 132nd of 3.35 TB/s at 1.7 GHz), 43 of an A100's
+//   shared memory  4 cycles to write the codes, 4 to read them, 16 of lookups, 4 (8 rows) or 8 for x, 2 for scales
+//   instructions   90 (8 rows) or 98 of the 156 that an H100 issues in 39 cycles; 46 and 54 decode and multiply
 #include "codes.cuh"
 #include "elements.cuh"
+#include "linear_4bit_sm90.h"
 
 namespace pf {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kStages = 4;
+constexpr int kStages = 4;                         // of 8 KB of codes
 constexpr int kUnit = 64;                          // columns that a warp takes at a time
 constexpr int kWarpRows = 32;                      // of W, two products high
 constexpr int kMostRows = 128, kMostRowsAny = 16;  // of x; where K or an address is odd
@@ -38,6 +41,8 @@ constexpr int kTable = 64 << 10;  // bytes of the pairs and, between them, of th
 constexpr int kSlice = 512;       // columns of x · Aᵀ that a block takes
 constexpr int kRanks = 32;        // of S that are in shared memory at a time
 constexpr int kCounters = 4096;   // of each kind, at the start of the workspace
+constexpr int kHeader = 4 + 2 * kCounters;
+constexpr int kFewRows = 16;  // that even on sm_90 are this kernel's
 
 // How a block cuts its part when 8 NT rows of x are its columns.
 template <int NT>
@@ -161,6 +166,11 @@ PF_DEVICE void sum_slice(const Arguments& p, unsigned char* memory, int64_t task
       const int64_t m = m0 + 2 * t + i % 2;
       if (m < p.m && slot_of(lora, m) == slot) sums[i] = product[i];
     }
+    // This adapter's B is wanted next: each slice asks for a part of its rows.
+    for (int64_t n = slice * kThreads + threadIdx.x; n < p.w.n; n += p.plan.slices * kThreads) {
+      const int64_t b = slot * lora.b_slot_stride + n * lora.b_stride + rank0 * lora.b_column_stride;
+      prefetch_l2(static_cast<const char*>(lora.b) + b * element_size(lora.b_dtype));
+    }
   }
   float* partial = reinterpret_cast<float*>(memory);  // [warp][16][8]
   __syncthreads();
@@ -215,9 +225,9 @@ PF_DEVICE void leave(const Arguments& p) {
 // Where a chunk of a row's codes lies in its stage: between the entries of the table, in lines of eight chunks,
 // swizzled so that the same chunk of eight rows lies in eight places of a line.
 template <typename C>
-PF_DEVICE int codes_offset(int stage, int row, int chunk) {
-  const int i = row * C::kChunks + chunk, line = i / 8, place = i % 8 ^ (line & (C::kChunks - 1));
-  return (stage * (C::kRows * C::kChunks / 8) + line) * 256 + 128 + place * 16;
+PF_DEVICE unsigned codes_offset(int row, int chunk) {
+  const unsigned i = row * C::kChunks + chunk, line = i / 8, place = i % 8 ^ (line & (C::kChunks - 1));
+  return line * 256 + 128 + place * 16;
 }
 // Where 8 columns of a row of x lie in their stage: chunks of odd rows are swapped by fours.
 template <typename C>
@@ -228,11 +238,11 @@ PF_DEVICE int x_offset(int row, int chunk) {
 // acc [32 rows of the warp, 8 NT rows of x] += W · xᵀ over this warp's columns of steps [step0, step1). Needs K % 64 ==
 // 0 and 16-byte aligned codes and rows of x; without ANY_BLOCK, blocks of 64 at least and no zeros.
 //
-// A thread copies, loads and reads the same places of every step, so that all of that is worked out once. Its part of a
-// step is inside the matrix while the step is below an end of its own.
+// A thread copies, loads and reads the same places of every step. Rows past the last are not read; what is computed for
+// them is not used.
 template <typename T, int NT, bool ANY_BLOCK>
-PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, int64_t m0, int step0, int step1,
-                     float (&acc)[2][NT][4]) {
+PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, int64_t m0, unsigned step0,
+                     unsigned step1, float (&acc)[2][NT][4]) {
   using C = Tile<NT>;
   const PfWeight& w = p.w;
   const int row_warp = warp() % C::kRowWarps, depth_warp = warp() / C::kRowWarps, g = lane() / 4, t = lane() % 4;
@@ -246,72 +256,73 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
   float* zeros = scales + 2 * scale_stage;
   float* dynamic_map = has_zero ? zeros + 2 * scale_stage : zeros;
   const uint64_t policy = evict_first();
-  const auto end_of = [&](int column, bool inside) {
-    return inside ? static_cast<int>(min64(step1, (w.k - column + C::kColumns - 1) >> C::kColumnBits)) : 0;
-  };
+  // Whether a unit of a step is inside the matrix: of the last step perhaps not all are.
+  const unsigned whole_steps = static_cast<unsigned>(w.k >> C::kColumnBits);
+  const int last_units = static_cast<int>(w.k & (C::kColumns - 1)) / kUnit;
+  const auto inside = [&](unsigned step, int unit) { return step < whole_steps + (unit < last_units); };
+  const int rows = static_cast<int>(min64(w.n - row0, C::kRows));
 
-  // Codes: a chunk of kCodes rows.
+  // Codes: a chunk of kCodes rows. Places in memory, of a stage and of what is read, go round 64 KB in four steps.
   constexpr int kCodes = C::kRows * C::kChunks / kThreads, kCodeRows = kThreads / C::kChunks;
+  constexpr int kCodeStage = kTable / kStages, kCodeStep = kCodeRows * C::kChunks / 8 * 256;
   const int code_row = threadIdx.x / C::kChunks, code_chunk = threadIdx.x % C::kChunks;
-  const uint8_t* codes = w.codes + (row0 + code_row) * (w.k / 2) + code_chunk * 16;
-  unsigned char* codes_to = memory + codes_offset<C>(0, code_row, code_chunk);
-  int codes_end[kCodes];
-#pragma unroll
-  for (int j = 0; j < kCodes; ++j) codes_end[j] = end_of(code_chunk * 32, row0 + code_row + j * kCodeRows < w.n);
+  unsigned codes_to = codes_offset<C>(code_row, code_chunk);
+  const uint8_t* codes = w.codes + ((row0 + code_row) * w.k + int64_t{step0} * C::kColumns) / 2 + code_chunk * 16;
   // x: a chunk of kXs rows.
   constexpr int kXChunks = C::kColumns / 8, kXRowsAtOnce = kThreads / kXChunks;
   constexpr int kXs = (C::kXRows + kXRowsAtOnce - 1) / kXRowsAtOnce;
   const int x_row = threadIdx.x / kXChunks, x_chunk = threadIdx.x % kXChunks;
-  const T* x = static_cast<const T*>(p.x) + (m0 + x_row) * p.ldx + x_chunk * 8;
-  unsigned char* x_to = x_stages + x_offset<C>(x_row, x_chunk);
-  int x_end[kXs];
+  const int x_to = kTable + x_offset<C>(x_row, x_chunk);
+  const T* x = static_cast<const T*>(p.x) + (m0 + x_row) * p.ldx + int64_t{step0} * C::kColumns + x_chunk * 8;
+  const auto copy = [&](unsigned step) {
+    if (step < step1) {
+      if (inside(step, code_chunk / 2)) {
 #pragma unroll
-  for (int j = 0; j < kXs; ++j) x_end[j] = end_of(x_chunk * 8, x_row + j * kXRowsAtOnce < x_rows);
-  const auto copy = [&](int step) {
-    const int stage = step % kStages;
+        for (int j = 0; j < kCodes; ++j)
+          if (code_row + j * kCodeRows < rows)
+            cp_async16(memory + codes_to + j * kCodeStep, codes + j * kCodeRows * (w.k / 2), policy);
+      }
+      if (inside(step, x_chunk / 8)) {
 #pragma unroll
-    for (int j = 0; j < kCodes; ++j)
-      if (step < codes_end[j])
-        cp_async16(codes_to + codes_offset<C>(stage, j * kCodeRows, 0) - codes_offset<C>(0, 0, 0),
-                   codes + j * kCodeRows * (w.k / 2) + static_cast<int64_t>(step) * (C::kColumns / 2), policy);
-#pragma unroll
-    for (int j = 0; j < kXs; ++j)
-      if (step < x_end[j])
-        cp_async16(x_to + stage * x_stage + x_offset<C>(j * kXRowsAtOnce, 0),
-                   x + j * kXRowsAtOnce * p.ldx + static_cast<int64_t>(step) * C::kColumns);
+        for (int j = 0; j < kXs; ++j)
+          if (x_row + j * kXRowsAtOnce < x_rows)
+            cp_async16(memory + x_to + step % kStages * x_stage + x_offset<C>(j * kXRowsAtOnce, 0),
+                       x + j * kXRowsAtOnce * p.ldx);
+      }
+    }
     cp_async_commit();
+    codes_to = (codes_to + kCodeStage) % kTable;
+    codes += C::kColumns / 2;
+    x += C::kColumns;
   };
   // Scales (up to kScales): loaded a step ahead and written when the step is over, so that nobody waits for them.
   constexpr int kScales = C::kRows * C::kColumns / (ANY_BLOCK ? 32 : kUnit) / kThreads;
-  const auto scale_row = [&](int j) { return (threadIdx.x + j * kThreads) >> row_bits; };
-  const auto scale_block = [&](int j) { return (threadIdx.x + j * kThreads) & (per_row - 1); };
-  int64_t scale_at[kScales];
-  int scales_end[kScales];
-#pragma unroll
-  for (int j = 0; j < kScales; ++j) {
-    const int column = scale_block(j) << unit_bits;
-    scale_at[j] = (row0 + scale_row(j)) * w.k + column;
-    scales_end[j] = end_of(column, scale_row(j) < C::kRows && row0 + scale_row(j) < w.n);
-  }
-  RawScale raw[kScales];
-  float raw_zero[kScales];
-  const auto load_scales = [&](int step) {
+  const int scale_row = threadIdx.x >> row_bits, scale_block = threadIdx.x & (per_row - 1);
+  const int scale_rows = kThreads >> row_bits;  // between the scales of a thread
+  int64_t scale_at = (row0 + scale_row) * w.k + int64_t{step0} * C::kColumns + (scale_block << unit_bits);
+  RawScale raw[kScales] = {};
+  float raw_zero[kScales] = {};
+  const auto has_scales = [&](unsigned step, int j) {
+    return step < step1 && scale_row + j * scale_rows < rows && inside(step, (scale_block << unit_bits) / kUnit);
+  };
+  const auto load_scales = [&](unsigned step) {
 #pragma unroll
     for (int j = 0; j < kScales; ++j) {
-      if (step >= scales_end[j]) continue;
-      const int64_t block = (scale_at[j] + static_cast<int64_t>(step) * C::kColumns) >> block_bits;
+      if (!has_scales(step, j)) continue;
+      const int64_t block = (scale_at + j * scale_rows * w.k) >> block_bits;
       raw[j] = load_scale(w, block);
       if (has_zero) raw_zero[j] = __ldg(w.zero + block);
     }
+    scale_at += C::kColumns;
   };
   const float offset = w.scale != nullptr ? 0.0f : __ldg(w.offset);
-  const auto store_scales = [&](int step) {
+  const auto store_scales = [&](unsigned step) {
+    float* to = scales + step % 2 * scale_stage + scale_block * C::kScaleStride + scale_row;
 #pragma unroll
     for (int j = 0; j < kScales; ++j) {
-      if (step >= scales_end[j]) continue;
-      const int at = step % 2 * scale_stage + scale_block(j) * C::kScaleStride + scale_row(j);
-      scales[at] = scale_of(raw[j], w.scale != nullptr ? nullptr : dynamic_map, offset);
-      if (has_zero) zeros[at] = raw_zero[j];
+      if (!has_scales(step, j)) continue;
+      to[j * scale_rows] = scale_of(raw[j], w.scale != nullptr ? nullptr : dynamic_map, offset);
+      if (has_zero) to[j * scale_rows + 2 * scale_stage] = raw_zero[j];
     }
   };
 
@@ -327,55 +338,42 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
   __syncthreads();
   store_scales(step0);
 
-  // The two values of a byte of `codes`.
+  // The two values of one of four bytes.
   const uint32_t own = lane() * 4;
-  const auto values = [&](uint32_t codes, int byte) {
-    return *reinterpret_cast<const uint32_t*>(memory + __byte_perm(codes, own, 0x5504 | byte << 4));
+  const auto values = [&](uint32_t bytes, int byte) {
+    return *reinterpret_cast<const uint32_t*>(memory + __byte_perm(bytes, own, 0x5504 | byte << 4));
   };
-  const unsigned char* codes_from =
-      memory + codes_offset<C>(0, row_warp * kWarpRows + lane() % 16, depth_warp * 2 + lane() / 16);
+  unsigned codes_from = codes_offset<C>(row_warp * kWarpRows + lane() % 16, depth_warp * 2 + lane() / 16);
   int x_from[NT];
 #pragma unroll
   for (int n = 0; n < NT; ++n)
     x_from[n] = kTable + x_offset<C>(min(n * 8 + g, x_rows - 1), depth_warp * (kUnit / 8) + t);
   const float* scales_from = scales + (depth_warp << (6 - unit_bits)) * C::kScaleStride + row_warp * kWarpRows + g;
-  const int depth_end = end_of(depth_warp * kUnit, true);
 
-  for (int step = step0; step < step1; ++step) {
+  for (unsigned step = step0; step < step1; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();
     copy(step + kStages - 1);
     load_scales(step + 1);
-    if (step < depth_end) {
-      const int stage = step % kStages;
+    if (inside(step, depth_warp)) {
+      const int x_stage_at = step % kStages * x_stage;
       uint32_t fragments[2][4][4];  // [16 rows][16 columns]
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        uint32_t codes[4];  // rows g, g + 8 of columns 8 t to 8 t + 7; the same 32 columns on
-        ldmatrix_x4(codes, codes_from + codes_offset<C>(stage, r * 16, 0) - codes_offset<C>(0, 0, 0));
+        uint32_t bytes[4];  // rows g, g + 8 of columns 8 t to 8 t + 7; the same 32 columns on
+        ldmatrix_x4(bytes, memory + codes_from + r * (C::kChunks * 2 * 256));
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) fragments[r][k][i] = values(codes[k / 2 * 2 + i % 2], k % 2 * 2 + i / 2);
+          for (int i = 0; i < 4; ++i) fragments[r][k][i] = values(bytes[k / 2 * 2 + i % 2], k % 2 * 2 + i / 2);
       }
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         float sums[2][4] = {}, x_sum[4] = {};
-        const auto add = [&](int block) {
-          const int at = step % 2 * scale_stage + block * C::kScaleStride;
-#pragma unroll
-          for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float* scale = scales_from + at + r * 16 + i / 2 * 8;
-              acc[r][n][i] = fmaf(*scale, sums[r][i], acc[r][n][i]);
-              if (has_zero) acc[r][n][i] = fmaf(scale[2 * scale_stage], x_sum[i % 2], acc[r][n][i]);
-            }
-        };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int at = (x_from[n] + stage * x_stage) ^ (half * 64);  // the second half is the row's other four chunks
-          const uint4 v = *reinterpret_cast<const uint4*>(memory + at);
+          const int x_at = (x_from[n] + x_stage_at) ^ (half * 64);  // the second half is the row's other four chunks
+          const uint4 v = *reinterpret_cast<const uint4*>(memory + x_at);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             mma<T>(sums[r], fragments[r][half * 2], v.x, v.y);
@@ -386,15 +384,22 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
             mma<T>(x_sum, {one, one, one, one}, v.x, v.y);
             mma<T>(x_sum, {one, one, one, one}, v.z, v.w);
           }
-          if (halves && half == 0) {
-            add(0);
+          if (half == 0 && !ANY_BLOCK) continue;
+          const int at = step % 2 * scale_stage + (halves ? half : 0) * C::kScaleStride;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = x_sum[i] = 0.0f;
-          }
+          for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float* scale = scales_from + at + r * 16 + i / 2 * 8;
+              acc[r][n][i] = fmaf(*scale, sums[r][i], acc[r][n][i]);
+              if (has_zero) acc[r][n][i] = fmaf(scale[2 * scale_stage], x_sum[i % 2], acc[r][n][i]);
+              sums[r][i] = 0.0f;
+            }
+          x_sum[0] = x_sum[1] = x_sum[2] = x_sum[3] = 0.0f;
         }
-        add(halves ? 1 : 0);
       }
     }
+    codes_from = (codes_from + kCodeStage) % kTable;
     store_scales(step + 1);
   }
   cp_async_wait<0>();
@@ -498,13 +503,6 @@ PF_DEVICE bool multiply(const Arguments& p, unsigned char* memory, int64_t split
   const int step1 = static_cast<int>(min64(step0 + p.plan.span, p.plan.steps));
   const int x_rows = static_cast<int>(min64(p.m - m0, C::kXRows));
   const bool branch = p.plan.pairs > 0;
-  if (branch && split == 0)
-    for (int i = threadIdx.x; i < x_rows * C::kRows; i += kThreads) {
-      if (p.lora.rows == nullptr && i >= C::kRows) break;
-      const int64_t slot = slot_of(p.lora, m0 + i / C::kRows), n = row0 + i % C::kRows;
-      const int64_t at = (slot * p.lora.b_slot_stride + n * p.lora.b_stride) * element_size(p.lora.b_dtype);
-      if (slot >= 0 && n < p.w.n) prefetch_l2(static_cast<const char*>(p.lora.b) + at);
-    }
 
   float acc[2][NT][4] = {};
   if constexpr (ACCESS == kElements)
@@ -560,7 +558,7 @@ PF_DEVICE bool multiply(const Arguments& p, unsigned char* memory, int64_t split
 }
 
 template <typename T, int NT, Access ACCESS>
-__global__ void __launch_bounds__(kThreads, NT == 8 ? 1 : 2) linear_4bit_kernel(const PF_GRID_CONSTANT Arguments p) {
+__global__ void __launch_bounds__(kThreads, NT >= 4 ? 1 : 2) linear_4bit_kernel(const PF_GRID_CONSTANT Arguments p) {
   using C = Tile<NT>;
   unsigned char* memory = shared_memory();
   const int64_t block = blockIdx.x - p.plan.tasks(), split_tile = block / p.plan.x_tiles;
@@ -631,13 +629,13 @@ Plan plan_of(const PfWeight& w, const PfLora* lora, int64_t m, bool aligned) {
 template <typename C>
 int64_t lay_out(const Plan& plan, int64_t m, int64_t rank, void* memory, Workspace* at) {
   uint32_t* counters = static_cast<uint32_t*>(memory);
-  float* floats = reinterpret_cast<float*>(counters + 4 + 2 * kCounters);
+  float* floats = reinterpret_cast<float*>(counters + kHeader);
   const int64_t slice_sums = plan.tasks() * 128, s = plan.pairs > 0 ? m * rank : 0;
   const int64_t split_sums = plan.splits > 1 ? plan.tiles() * plan.splits * C::kXRows * C::kRows : 0;
   if (at != nullptr)
     *at = {counters, counters + 1,        counters + 2,           counters + 4, counters + 4 + kCounters,
            floats,   floats + slice_sums, floats + slice_sums + s};
-  return (4 + 2 * kCounters + slice_sums + s + split_sums) * 4;
+  return (kHeader + slice_sums + s + split_sums) * 4;
 }
 
 // body(Tile): as many rows of x as there are, in so far as the device's shared memory holds them.
@@ -683,7 +681,8 @@ using namespace pf;
 int64_t pf_linear_4bit_most_rows(const PfWeight* w, int32_t dtype) {
   const bool tensor_cores = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
   if (!tensor_cores || (dtype != kBFloat16 && dtype != kFloat16)) return 0;
-  return aligned_weight(*w) ? kMostRows : kMostRowsAny;
+  const int64_t hopper = pf_linear_4bit_sm90_most_rows(w, dtype);
+  return hopper != 0 ? hopper : aligned_weight(*w) ? kMostRows : kMostRowsAny;
 }
 
 int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t m, int32_t) {
@@ -701,6 +700,10 @@ int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t 
 int32_t pf_linear_4bit(const PfWeight* w, const void* x, int64_t ldx, const void* bias, int32_t bias_dtype,
                        const PfLora* lora, void* y, int64_t m, int32_t dtype, void* workspace, void* stream) {
   if (m == 0 || w->n == 0) return cudaSuccess;
+  if (m > kFewRows && pf_linear_4bit_sm90_takes(w, x, ldx, y, m, dtype)) {
+    float* s = static_cast<float*>(workspace) + kHeader;  // beyond the counters
+    return pf_linear_4bit_sm90(w, x, ldx, bias, bias_dtype, lora, y, m, dtype, s, stream);
+  }
   const bool aligned = aligned_weight(*w) && aligned16(x) && ldx % 8 == 0;
   const Arguments p{*w, lora == nullptr ? PfLora{} : *lora, x, bias, y, ldx, m, bias_dtype, {}, {}};
   if (dtype == kBFloat16) return run<bf16>(p, lora, workspace, aligned, stream);

@@ -33,7 +33,7 @@ constexpr Codebook codebook(const float (&values)[16]) {
 static __constant__ const Codebook kCodebooks[2] = {codebook(kNf4), codebook(kFp4)};
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     quantize_kernel(const T* src, int64_t count, int format, int blocksize, uint8_t* codes, float* scale, float* zero) {
   float* midpoints = reinterpret_cast<float*>(shared_memory());  // [rank][lane]
   const int lane = threadIdx.x % 32, lanes = blocksize < 256 ? blocksize / 8 : 32;

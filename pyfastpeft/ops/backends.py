@@ -69,7 +69,8 @@ def _check_forced(device: torch.device) -> None:
 
 def native(w: Packed4bit) -> bool:
     """Whether the CPU operators serve ``w``, whatever it is multiplied with."""
-    return w.layout == "tiles" and _FORCED in (None, Backend.NATIVE)
+    # For every token: in Python 3.11 a name looked up in an enumeration costs a fifth of a microsecond.
+    return w.layout == "tiles" and (_FORCED is None or _FORCED is Backend.NATIVE)
 
 
 def choose(w: Packed4bit, rows: int, dtype: torch.dtype, infers: bool, drops: bool = False) -> Backend:

@@ -105,6 +105,7 @@ class BankView(NamedTuple):
 
 
 AnyLora = Lora | PackedLora | BankView | tuple
+_HELD = torch.ops.pyfastpeft.linear_4bit_held.default
 # The longest block whose values 8 bits hold to the int8 tier's error: those of longer ones crowd around zero.
 _INT8_BLOCKSIZE = 256
 
@@ -208,9 +209,7 @@ def _inference(
     if not native(w):
         return None
     try:
-        return torch.ops.pyfastpeft.linear_4bit_held.default(
-            x, w.held, bias, branch, scaling, compute is not None and takes_int8(w, compute)
-        )
+        return _HELD(x, w.held, bias, branch, scaling, compute is not None and takes_int8(w, compute))
     except RuntimeError:  # the long way says what it is
         return None
 

@@ -201,7 +201,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return emulator::settings.shared_bytes - 1024;
     case cudaDevAttrComputeCapabilityMajor:
-      return 9;
+      return emulator::settings.capability;
   }
   return 0;
 }

@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,8 +19,6 @@
 #include <random>
 #include <vector>
 #ifdef PF_THREADS
-#include <condition_variable>
-#include <mutex>
 #include <thread>
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -33,6 +32,8 @@ struct Settings {
   int resident = 2;  // blocks at once
   int multiprocessors = 4;
   int shared_bytes = 228 << 10;
+  int capability = 8;  // the major number
+  int fault = 0;       // for sources with faults seeded in them
 };
 inline Settings settings;
 
@@ -42,28 +43,18 @@ inline thread_local Thread* current = nullptr;
 
 [[noreturn]] void fail(const char* what);
 
-// ---- fibers and threads: park, release
-
-#ifdef PF_THREADS
-struct Parked {
-  std::mutex mutex;
-  std::condition_variable changed;
-  unsigned generation = 0;
-};
-using Lock = std::unique_lock<std::mutex>;
-#define PF_LOCK(gate) emulator::Lock lock((gate).parked.mutex)
-#else
-struct Parked {
-  std::vector<Thread*> threads;
-};
-#define PF_LOCK(gate)
-#endif
-
-// Where `expected` threads meet; the last to come runs an action for all.
+// Where `expected` threads meet.
 struct Gate {
-  Parked parked;
-  int expected = 0, arrived = 0, place = 0;
-  std::function<void()> action;
+  std::atomic<int> expected{0};
+#ifdef PF_THREADS
+  // Who goes on has seen what the others did before they came, and nothing that they did since: no lock, in which
+  // ThreadSanitizer would see more order than there is.
+  std::atomic<int> arrived{0};
+  std::atomic<unsigned> generation{0};
+#else
+  int arrived = 0;
+  std::vector<Thread*> parked;
+#endif
 };
 
 struct Copy {
@@ -74,9 +65,11 @@ struct Copy {
 struct Thread {
   Block* block;
   int index;
-  void* operands = nullptr;  // of the collective it waits in
+  int place = 0;  // of the collective it waits in
+  void* operands = nullptr;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  std::shared_ptr<void> products;  // of wgmma, under way
 #ifndef PF_THREADS
   ucontext_t context;
   char* stack = nullptr;
@@ -84,26 +77,41 @@ struct Thread {
 #endif
 };
 
+// Blocks that run together and see one another's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;  // null: has ended
+  Gate gate;
+};
+
 struct Block {
   int64_t index;
+  uint32_t rank = 0;
+  std::shared_ptr<Cluster> cluster;
   std::function<void()> body;
   std::vector<Thread> threads;
   std::unique_ptr<Gate[]> warps;
-  Gate barrier;
+  Gate barrier, named[16];
+  std::vector<std::shared_ptr<void>> kept;  // until its memory goes
   std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, std::free};
   int live;
 };
 
 #ifdef PF_THREADS
 
-inline void wait(Gate& gate, Lock& lock) {
-  const unsigned generation = gate.parked.generation;
-  gate.parked.changed.wait(lock, [&] { return gate.parked.generation != generation; });
+// Meets the others; the last one runs `action`.
+template <typename Action>
+void meet(Gate& gate, Action action) {
+  const unsigned generation = gate.generation.load(std::memory_order_relaxed);
+  if (gate.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < gate.expected) {
+    gate.generation.wait(generation, std::memory_order_acquire);
+    return;
+  }
+  action();
+  gate.arrived.store(0, std::memory_order_relaxed);
+  gate.generation.store(generation + 1, std::memory_order_release);
+  gate.generation.notify_all();
 }
-inline void release(Gate& gate) {
-  ++gate.parked.generation;
-  gate.parked.changed.notify_all();
-}
+inline void leave() {}  // fibers see who leaves while others meet
 inline void yield() { std::this_thread::yield(); }
 
 #else
@@ -119,12 +127,20 @@ struct Scheduler {
   const void* home_stack = nullptr;
   size_t home_size = 0;
   void* fake_stack = nullptr;
+  ~Scheduler() {
+    for (char* stack : stacks) std::free(stack);
+  }
 };
-inline Scheduler scheduler;
+inline thread_local Scheduler scheduler;
+
+// Lets something happen that no thread does; false: there is nothing.
+inline bool (*beside)() = nullptr;
 
 inline Thread* next() {
   auto& ready = scheduler.ready;
-  if (ready.empty()) fail("deadlock: not all threads reach a barrier or a collective");
+  if (settings.seed > 1 && beside != nullptr && scheduler.random() % 16 == 0) beside();
+  while (ready.empty())
+    if (beside == nullptr || !beside()) fail("deadlock: not all threads reach a barrier or a collective");
   size_t i = settings.seed == 0 ? ready.size() - 1 : settings.seed == 1 ? 0 : scheduler.random() % ready.size();
   Thread* thread = ready[i];
   ready.erase(ready.begin() + static_cast<ptrdiff_t>(i));
@@ -152,13 +168,25 @@ inline void go_on_with_another() {
   Thread *me = current, *other = next();
   if (other != me) change(me, other, false);
 }
-inline void wait(Gate& gate) {
-  gate.parked.threads.push_back(current);
-  go_on_with_another();
-}
 inline void release(Gate& gate) {
-  for (Thread* thread : gate.parked.threads) scheduler.ready.push_back(thread);
-  gate.parked.threads.clear();
+  gate.arrived = 0;
+  for (Thread* thread : gate.parked) scheduler.ready.push_back(thread);
+  gate.parked.clear();
+}
+// Meets the others; the last one runs `action`.
+template <typename Action>
+void meet(Gate& gate, Action action) {
+  if (++gate.arrived < gate.expected) {
+    gate.parked.push_back(current);
+    go_on_with_another();
+    return;
+  }
+  action();
+  release(gate);
+}
+inline void leave() {
+  for (Gate* gate : {&current->block->warps[current->index / 32], &current->block->barrier})
+    if (gate->arrived == --gate->expected && gate->arrived > 0) release(*gate);
 }
 inline void yield() {  // all others go first
   if (settings.seed == 1)
@@ -177,34 +205,8 @@ inline void fail(const char* what) {
   std::_Exit(3);
 }
 
-inline void open_if_complete(Gate& gate) {
-  if (gate.arrived == 0 || gate.arrived < gate.expected) return;
-  if (gate.action) gate.action();
-  gate.arrived = 0;
-  release(gate);
-}
-
-// Meets the others of `gate` at `place`; the last one runs `action`.
-template <typename Action>
-void meet(Gate& gate, int place, Action action) {
-  PF_LOCK(gate);
-  if (gate.arrived == 0) gate.place = place;
-  if (gate.place != place) fail("a warp's threads are at different collectives");
-  if (++gate.arrived < gate.expected) {
-#ifdef PF_THREADS
-    wait(gate, lock);
-#else
-    wait(gate);
-#endif
-    return;
-  }
-  action();
-  gate.arrived = 0;
-  release(gate);
-}
-
 inline void barrier() {
-  meet(current->block->barrier, 0, [] {});
+  meet(current->block->barrier, [] {});
 }
 
 // `action(operands of the 32 lanes)`, once for the warp.
@@ -212,25 +214,23 @@ template <typename Operands, typename Action>
 void collective(int place, Operands& mine, Action action) {
   Block& block = *current->block;
   const int warp = current->index / 32;
+  current->place = place;
   current->operands = &mine;
-  meet(block.warps[warp], place, [&] {
+  meet(block.warps[warp], [&] {
     Operands* lanes[32];
-    for (int i = 0; i < 32; ++i) lanes[i] = static_cast<Operands*>(block.threads[warp * 32 + i].operands);
+    for (int i = 0; i < 32; ++i) {
+      const Thread& thread = block.threads[warp * 32 + i];
+      if (thread.place != place) fail("a warp's threads are at different collectives");
+      lanes[i] = static_cast<Operands*>(thread.operands);
+    }
     action(lanes);
   });
 }
 
-inline void leave() {
-  Block& block = *current->block;
-  if (!current->open.empty() || !current->groups.empty())
-    for (const auto& group : current->groups)
-      if (!group.empty()) fail("a thread ends with copies that it never waited for");
-  for (Gate* gate : {&block.warps[current->index / 32], &block.barrier}) {
-    PF_LOCK(*gate);
-    --gate->expected;
-    gate->action = nullptr;
-    open_if_complete(*gate);
-  }
+inline void end() {
+  for (const auto& group : current->groups)
+    if (!group.empty()) fail("a thread ends with copies that it never waited for");
+  leave();
 }
 
 inline std::unique_ptr<Block> make_block(int64_t index, int threads, int shared_bytes,
@@ -261,66 +261,80 @@ inline void fiber() {
   if (scheduler.home_stack == nullptr) scheduler.home_stack = stack, scheduler.home_size = size;
 #endif
   current->block->body();
-  leave();
+  end();
   scheduler.ended = current;
   change(current, nullptr, true);
 }
 #endif
 
-inline void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body) {
+// In clusters of `size` blocks, which are resident together.
+inline void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body, int size = 1) {
   if (shared_bytes > settings.shared_bytes) fail("more shared memory than the device has");
-  std::vector<int64_t> order(blocks);
-  for (int64_t i = 0; i < blocks; ++i) order[i] = settings.seed == 0 ? i : blocks - 1 - i;
+  std::vector<int64_t> order(blocks / size);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = settings.seed == 0 ? i : order.size() - 1 - i;
   std::mt19937 random(settings.seed);
   if (settings.seed > 1) std::shuffle(order.begin(), order.end(), random);
   size_t started = 0;
   std::vector<std::unique_ptr<Block>> resident;
+  const auto room = static_cast<size_t>(std::max(settings.resident, size));
+  const auto start = [&] {  // a cluster
+    auto cluster = std::make_shared<Cluster>();
+    cluster->gate.expected = size * threads;
+    for (int rank = 0; rank < size; ++rank) {
+      resident.push_back(make_block(order[started] * size + rank, threads, shared_bytes, body));
+      resident.back()->rank = rank;
+      resident.back()->cluster = cluster;
+      cluster->blocks.push_back(resident.back().get());
+    }
+    ++started;
+  };
 #ifdef PF_THREADS
   while (started < order.size()) {
     std::vector<std::thread> all;
     resident.clear();
-    for (; started < order.size() && static_cast<int>(resident.size()) < settings.resident; ++started) {
-      resident.push_back(make_block(order[started], threads, shared_bytes, body));
-      for (Thread& thread : resident.back()->threads)
+    while (started < order.size() && resident.size() + size <= room) start();
+    for (const auto& block : resident)
+      for (Thread& thread : block->threads)
         all.emplace_back([&thread] {
           current = &thread;
           thread.block->body();
-          leave();
+          end();
         });
-    }
     for (std::thread& thread : all) thread.join();
   }
 #else
   scheduler.random.seed(settings.seed);
   std::vector<char*> free_stacks = scheduler.stacks;
-  const auto start = [&] {
-    resident.push_back(make_block(order[started++], threads, shared_bytes, body));
-    std::vector<Thread*> all;
-    for (Thread& thread : resident.back()->threads) {
-      if (free_stacks.empty()) {
-        scheduler.stacks.push_back(static_cast<char*>(std::malloc(kStack)));
-        free_stacks.push_back(scheduler.stacks.back());
+  const auto fill = [&] {
+    const size_t before = resident.size();
+    while (started < order.size() && resident.size() + size <= room) start();
+    for (size_t i = before; i < resident.size(); ++i)
+      for (Thread& thread : resident[i]->threads) {
+        if (free_stacks.empty()) {
+          scheduler.stacks.push_back(static_cast<char*>(std::malloc(kStack)));
+          free_stacks.push_back(scheduler.stacks.back());
+        }
+        thread.stack = free_stacks.back();
+        free_stacks.pop_back();
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack;
+        thread.context.uc_stack.ss_size = kStack;
+        thread.context.uc_link = nullptr;
+        makecontext(&thread.context, fiber, 0);
+        scheduler.ready.push_back(&thread);
       }
-      thread.stack = free_stacks.back();
-      free_stacks.pop_back();
-      getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack;
-      thread.context.uc_stack.ss_size = kStack;
-      thread.context.uc_link = nullptr;
-      makecontext(&thread.context, fiber, 0);
-      scheduler.ready.push_back(&thread);
-    }
   };
-  while (started < order.size() && static_cast<int>(resident.size()) < settings.resident) start();
+  fill();
   while (!resident.empty()) {
     change(nullptr, next(), false);  // comes back when a fiber has ended
     Thread* ended = scheduler.ended;
     free_stacks.push_back(ended->stack);
     Block* block = ended->block;
     if (--block->live > 0) continue;
+    block->cluster->blocks[block->rank] = nullptr;
     resident.erase(
         std::find_if(resident.begin(), resident.end(), [&](const auto& other) { return other.get() == block; }));
-    if (started < order.size()) start();
+    fill();
   }
 #endif
 }

@@ -1,7 +1,7 @@
-// main CASES RESULTS SEED RESIDENT MULTIPROCESSORS SHARED_BYTES: calls csrc/cuda/api.h with the arguments in a file, in
-// which a case is (int64) its operation, how many numbers, the numbers, how many buffers, and of each its bytes (-1: a
-// null pointer) and where in it the pointer points, and the bytes. The last `outputs` buffers are written after the
-// call.
+// main CASES RESULTS SEED RESIDENT MULTIPROCESSORS SHARED_BYTES FAULT CAPABILITY: calls csrc/cuda/api.h with the
+// arguments in a file, in which a case is (int64) its operation, how many numbers, the numbers, how many buffers, and
+// of each its bytes (-1: a null pointer) and where in it the pointer points, and the bytes. The last `outputs` buffers
+// are written after the call.
 #include <memory>
 
 #include "api.h"
@@ -39,6 +39,8 @@ int main(int, char** arguments) {
   emulator::settings.resident = std::atoi(arguments[4]);
   emulator::settings.multiprocessors = std::atoi(arguments[5]);
   emulator::settings.shared_bytes = std::atoi(arguments[6]);
+  emulator::settings.fault = std::atoi(arguments[7]);
+  emulator::settings.capability = std::atoi(arguments[8]);
   std::unique_ptr<unsigned char[]> workspace;
   int64_t workspace_bytes = 0;
   for (;;) {
