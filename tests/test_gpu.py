@@ -6,8 +6,8 @@ import torch
 from test_linear_4bit import FORWARD, adapter, error, float64, packed_weight
 
 import pyfastpeft as fp
-from pyfastpeft.formats import why_not_cuda
 from pyfastpeft.ops import BankView, Lora, backends, linear_4bit
+from pyfastpeft.ops.cuda_kernels import why_not
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
 GPU = torch.device("cuda", 0)
@@ -31,7 +31,7 @@ def close(got, x, w, bias, lora):
 
 
 def test_the_cuda_kernels_serve_this_gpu():
-    assert why_not_cuda(GPU) is None
+    assert why_not(GPU) is None
     assert backends.choose(packed_weight(N, K), 1, DTYPE, infers=True) is backends.Backend.CUDA
 
 
