@@ -50,7 +50,10 @@ def library(tmp_path_factory):
     nvcc += ["-gencode", f"arch={arch},code={arch}", "--keep", "--keep-dir", folder]
     linked = []
     sources = {CSRC / "cuda" / name: only for name, only in KERNELS.items()}
-    for source, only in [*sources.items(), (CSRC / "cuda/api.cu", None), (HERE / "cudart.cpp", None)]:
+    # Hopper's own kernel uses what the translator does not know; linear_4bit.cu asks its host code whether it serves.
+    for source in (CSRC / "cuda/api.cu", CSRC / "cuda/linear_4bit_sm90.cu", HERE / "cudart.cpp"):
+        sources[source] = None
+    for source, only in sources.items():
         host = (folder / source.name).with_suffix(".o")
         subprocess.run([*nvcc, f"-I{HERE}", "-c", source, "-o", host], check=True)
         linked.append(host)

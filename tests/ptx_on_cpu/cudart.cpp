@@ -64,6 +64,17 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t function, dim3 grid, dim3 block, voi
   return cudaErrorLaunchFailure;
 }
 
+// Hopper's kernel for many rows asks for these; nothing here has so many.
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
+  fault = "a launch in clusters, which cudart.cpp does not know";
+  return cudaErrorNotSupported;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult*) {
+  fault = "a function of the driver, which cudart.cpp does not know";
+  return cudaErrorNotSupported;
+}
+
 cudaError_t cudaGetLastError() { return fault.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
 const char* cudaGetErrorString(cudaError_t) { return fault.c_str(); }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
