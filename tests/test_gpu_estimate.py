@@ -4,8 +4,7 @@ import importlib.util
 import json
 
 import pytest
-
-from bench import gpu_estimate
+from pyfastpeft.bench import gpu_estimate
 
 # Two loops, the second with a loop in it; the innermost with the most products is of six instructions and a branch.
 SASS = """
