@@ -19,6 +19,11 @@
 #include <random>
 #include <vector>
 #ifdef PF_THREADS
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
 #include <thread>
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -98,18 +103,24 @@ struct Block {
 
 #ifdef PF_THREADS
 
+// The system's own sleep: std::atomic's has counters that all gates share, and with them an order that no barrier made.
+inline void sleep_on(std::atomic<unsigned>& word, int operation, unsigned value) {
+  syscall(SYS_futex, &word, operation, value, nullptr, nullptr, 0);
+}
+
 // Meets the others; the last one runs `action`.
 template <typename Action>
 void meet(Gate& gate, Action action) {
   const unsigned generation = gate.generation.load(std::memory_order_relaxed);
   if (gate.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < gate.expected) {
-    gate.generation.wait(generation, std::memory_order_acquire);
+    while (gate.generation.load(std::memory_order_acquire) == generation)
+      sleep_on(gate.generation, FUTEX_WAIT_PRIVATE, generation);
     return;
   }
   action();
   gate.arrived.store(0, std::memory_order_relaxed);
   gate.generation.store(generation + 1, std::memory_order_release);
-  gate.generation.notify_all();
+  sleep_on(gate.generation, FUTEX_WAKE_PRIVATE, INT_MAX);
 }
 inline void leave() {}  // fibers see who leaves while others meet
 inline void yield() { std::this_thread::yield(); }
