@@ -156,7 +156,7 @@ def test_each_seeded_fault_is_found(plain, fault):
         try:
             run(plain, calls, seed=seed, processors=1 + 8 * (seed % 2), fault=fault)
             check_linear(calls)
-        except (AssertionError, RuntimeError) as error:
-            print(f"found with seed {seed}: {error}")
+        except (AssertionError, RuntimeError) as found:
+            print(f"found with seed {seed}: {found}")
             return
     pytest.fail(f"{fault}: nothing was wrong")
