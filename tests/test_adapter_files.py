@@ -15,6 +15,8 @@ import pyfastpeft as fp
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+EQUAL = 1e-5  # "equal logits" in fp32: peft adds the same products in another order, and a small head's logits cancel
+
 CASES = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -64,7 +66,7 @@ class TestRoundTrip:
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
         batch = tiny.inputs()
         tiny.use_plain_layers(model)
-        assert relative(theirs(**batch).logits, model(**batch).logits) < 1e-6
+        assert relative(theirs(**batch).logits, model(**batch).logits) < EQUAL
         written = load_file(tmp_path / "adapter_model.safetensors")
         read = peft.get_peft_model_state_dict(theirs)
         assert written.keys() == read.keys()
@@ -77,7 +79,7 @@ class TestRoundTrip:
         model = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
         batch = tiny.inputs()
         tiny.use_plain_layers(model)
-        assert relative(model(**batch).logits, theirs(**batch).logits) < 1e-6
+        assert relative(model(**batch).logits, theirs(**batch).logits) < EQUAL
         written = load_file(tmp_path / "adapter_model.safetensors")
         read = fp.get_peft_model_state_dict(model)
         assert written.keys() == read.keys()
@@ -118,7 +120,7 @@ def test_every_architecture_makes_the_round_trip(architecture, tmp_path):
         folder = tmp_path / attach.__module__
         model.save_pretrained(folder)
         again = load(copy.deepcopy(base), folder).eval()
-        assert relative(again(**batch).logits, model(**batch).logits) < 1e-6
+        assert relative(again(**batch).logits, model(**batch).logits) < EQUAL
 
 
 def test_an_adapter_trained_over_4_bits_loads_in_peft(tmp_path):

@@ -182,7 +182,7 @@ class TestLikePeft:
             if q.grad is None:
                 assert p.grad is None or not p.grad.any(), key
             else:
-                atol = 1e-4 * q.grad.abs().max().item() + 1e-7  # a bias that moves all logits alike has none
+                atol = 1e-4 * q.grad.abs().max().item() + 1e-6  # of a bias that moves all logits alike, only roundings
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=atol, msg=key)
 
     def test_training_gives_the_loss_curve_of_peft(self, name, method, seed):
