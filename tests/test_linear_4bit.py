@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,10 +33,12 @@ def pick(options):
     return options[int(torch.randint(len(options), ()))]
 
 
-def error(got, expected, roundings=None):
+def error(got, expected, roundings=None, squares=None):
     """Relative Frobenius error, allowing for its scatter where few independent roundings make it up.
 
     Args:
+        squares: of each element, the sum of the squares of the products that it sums: where these happen to cancel, the
+            error is relative to what they would make with random signs.
         roundings: how many there are; default one an element. Through a LoRA branch it is rows times rank: all outputs
             of a row share the roundings of its S.
     """
@@ -44,7 +47,8 @@ def error(got, expected, roundings=None):
     if expected.numel() == 0:
         return 0.0
     scatter = 1 + 3 / math.sqrt(min(roundings or math.inf, expected.numel()))
-    return float((got - expected).norm() / expected.norm().clamp(min=1e-30) / scatter)
+    size = expected.norm() if squares is None else torch.maximum(expected.norm(), squares.sum().sqrt())
+    return float((got - expected).norm() / size.clamp(min=1e-30) / scatter)
 
 
 def assert_same(got, expected):
@@ -299,13 +303,18 @@ def check_gradients(dtype, m, n, k, r, adapter_dtype, bias, scaling, dropout=0.0
     got = torch.autograd.grad(y, list(leaves.values()), dy)
     expected_y = float64(x, w, bias, lora, keep)
     expected = torch.autograd.grad(expected_y, list(leaves.values()), dy.double())
+    squared = {name: leaf.detach().double().square().requires_grad_() for name, leaf in leaves.items()}
+    w2 = SimpleNamespace(dequantize=lambda dtype: w.dequantize(dtype).square())
+    lora2 = (squared["a"], squared["b"], scaling**2 / (1 - dropout), dropout) if r else None
+    y2 = float64(squared["x"], w2, squared.get("bias"), lora2, keep)
+    squares = torch.autograd.grad(y2, list(squared.values()), dy.double().square())
     what = f"M={m} {w} r={r} {adapter_dtype}"
-    got_y = error(y, expected_y, m * r)
+    got_y = error(y, expected_y, m * r, y2.detach())
     assert got_y <= FORWARD[dtype], f"y, {what}: {got_y:.1e}"
-    for (name, leaf), mine, theirs in zip(leaves.items(), got, expected, strict=True):
+    for (name, leaf), mine, theirs, square in zip(leaves.items(), got, expected, squares, strict=True):
         assert mine.dtype == leaf.dtype
         limit = GRADIENT[dtype] if leaf.dtype == torch.float32 else max(GRADIENT[dtype], GRADIENT[torch.bfloat16])
-        wrong = error(mine, theirs, m * r)
+        wrong = error(mine, theirs, m * r, square)
         assert wrong <= limit, f"gradient of {name}, {what}: {wrong:.1e}"
 
 
@@ -436,6 +445,34 @@ def test_nan_and_inf_stay_in_their_row_and_are_never_lost(device, dtype):
             assert not y[row][~expected[row].isfinite()].isfinite().any()
             others = torch.arange(m) != row
             assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_columns_of_x_do_not_drown_small_ones(device, dtype):
+    """Kernels that hold x in integers must see that: rows of W with zeros for the large columns show what is left."""
+    k = pick([64, 576, 1024])
+    for m in (1, 3, 8, 16):
+        x = torch.randn(m, k)
+        large = torch.randperm(k)[: pick([1, 4, k // 8])]
+        x[:, large] = torch.randn(m, len(large)) * 10.0 ** pick([2, 4, 6, 20])
+        x = x.to(dtype)
+        weight = torch.randn(64, k)
+        weight[:32, large] = 0
+        w = fp.quantize_4bit(weight, pick(["nf4", "fp4"]), pick([32, 64, 128]))
+        y, expected = linear_4bit(x, w), float64(x, w)
+        assert error(y, expected) <= FORWARD[dtype]
+        assert error(y[:, :32], expected[:, :32]) <= FORWARD[dtype]
+
+
+def test_sparse_and_extreme_values_of_x(device):
+    for value in (1e-38, 1e-25, 1.0, 1e25, 1e36):
+        x = torch.zeros(pick([1, 5]), 192)
+        x[:, torch.randperm(192)[: pick([1, 100, 192])]] = value
+        x = (x * torch.randn(192).sign()).bfloat16()
+        w = fp.quantize_4bit(torch.randn(48, 192) / 8, pick(["nf4", "fp4"]), 64)
+        y, expected = linear_4bit(x, w).double() / value, float64(x, w) / value
+        bound = FORWARD[torch.bfloat16] if value > 1e-30 else 2e-2  # results are subnormal
+        assert error(y, expected, 48) <= bound, value
 
 
 def test_nan_in_a_weight_block_reaches_its_outputs_only(device):

@@ -267,7 +267,7 @@ struct Algorithm {
   // quarter of them: 1.3 times the time).
   static constexpr int kPanelTiles = kHasTiles ? 32 : 8;
   static constexpr int64_t kColumnChunk = kPanelTiles * kTile;
-  static constexpr int64_t kFewRows = kHasTiles ? 4 : 16;  // up to here decoding in registers is faster
+  static constexpr int64_t kFewRows = kHasTiles ? 8 : 16;  // up to here decoding in registers is faster
 
   // Tiles also read what follows the last rows, and ignore it.
   static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
@@ -765,14 +765,18 @@ struct Algorithm {
   }
 
   // Few rows' decoding where lanes are the rows of a tile: a vector of codes gives its columns one step after the
-  // other. An instruction set may have another (see BytePlanes in avx2.cpp): `weights<S>` times `operand<S>` adds to
-  // the sum S % parts, and `join` makes the rows of these sums.
+  // other. An instruction set may have others (BytePlanes in avx2.cpp, Words in avx512.h): `weights<S>` times
+  // `operand<S>` adds to the sum S % parts, `join` makes the rows of these sums, times the scale of x where `arrange`
+  // gave it one every `unit` columns.
   struct Lanes {
+    using Elem = E;
+    using Sum = F;
     using Table = typename A::Table;
     static constexpr int kUnits = kGroupColumns / kStep;
     static constexpr int kMostRows = V::kGemvRows;
     static constexpr int parts(int rows) { return V::gemv_parts(rows); }
-    static Table table(const float* t) { return A::table(t); }
+    static int64_t unit(const Weight& w) { return w.segment; }
+    static Table table(const Weight& w) { return A::table(kTables[w.format]); }
     template <int S>
     static typename A::W weights(const Table& t, V::C codes) {
       return A::template decode<S>(t, codes);
@@ -781,14 +785,13 @@ struct Algorithm {
     static typename A::X operand(const E* x) {
       return A::broadcast(x + S * kStep);
     }
+    static F zero() { return V::zero(); }
+    static F fma(F acc, typename A::W w, typename A::X x) { return A::fma(acc, w, x); }
     template <int N>
-    static F join(const F* part) {
+    static F join(const F* part, const FewColumns<E>&, int64_t, int64_t) {
       return sum<N>(part);
     }
-    static const E* arranged(const GemvArgs& g, int64_t* ldx) {
-      *ldx = g.ldx;
-      return static_cast<const E*>(g.x);
-    }
+    static FewColumns<E> arrange(const GemvArgs& g) { return {static_cast<const E*>(g.x), g.ldx}; }
   };
 
   template <int N>
@@ -801,8 +804,7 @@ struct Algorithm {
   // What gemv_rows is told of its tile.
   template <class D>
   struct GemvTile {
-    const E* x;
-    int64_t ldx;
+    FewColumns<typename D::Elem> x;
     int64_t tile;
     const float *scales, *zeros;
     const E* b;  // null without a branch
@@ -835,36 +837,45 @@ struct Algorithm {
           each(rows, PF_BODY(int M) { acc[M][U] = sum<kChains>(part[M]); });
         });
     const uint8_t* codes = g.w.codes + t.tile * g.w.k * (kTile / 2);
-    const E* x = t.x + row0 * t.ldx;
-    const int64_t segments = g.w.segments(), groups = g.w.segment / kGroupColumns;
-    for (int64_t s = 0; s < segments; ++s, codes += groups * 64, x += g.w.segment) {
+    const typename D::Elem* x = t.x.data + row0 * t.x.ld;
+    const int64_t segments = g.w.segments(), unit = D::unit(g.w), groups = unit / kGroupColumns;
+    int64_t at_unit = 0;
+    for (int64_t s = 0; s < segments; ++s) {
       __builtin_prefetch(reinterpret_cast<const char*>(t.scales + s * kTile) + kScalesAhead);
-      each(
-          vecs, PF_BODY(int U) {
-            F part[MB][kParts];
-            each(rows, PF_BODY(int M) { each(MakeInts<kParts>{}, PF_BODY(int P) { part[M][P] = V::zero(); }); });
-            for (int64_t group = 0; group < groups; ++group) {
-              const uint8_t* at = codes + group * 64;
-              if constexpr (U == 0) __builtin_prefetch(at + kCodesAhead);
-              const V::C c = V::load_codes(at + U * kLanes * 4);
+      for (int64_t column = 0; column < g.w.segment; column += unit, codes += groups * 64, x += unit, ++at_unit)
+        each(
+            vecs, PF_BODY(int U) {
+              typename D::Sum part[MB][kParts];
+              each(rows, PF_BODY(int M) { each(MakeInts<kParts>{}, PF_BODY(int P) { part[M][P] = D::zero(); }); });
+              for (int64_t group = 0; group < groups; ++group) {
+                const uint8_t* at = codes + group * 64;
+                if constexpr (U == 0) __builtin_prefetch(at + kCodesAhead);
+                const V::C c = V::load_codes(at + U * kLanes * 4);
+                each(
+                    MakeInts<D::kUnits>{}, PF_BODY(int S) {
+                      const auto w = D::template weights<S>(t.table, c);
+                      each(
+                          rows, PF_BODY(int M) {
+                            auto& sum = part[M][S % kParts];
+                            sum = D::fma(sum, w, D::template operand<S>(x + M * t.x.ld + group * kGroupColumns));
+                          });
+                    });
+              }
+              const F scale = V::load(t.scales + s * kTile + U * kLanes);
               each(
-                  MakeInts<D::kUnits>{}, PF_BODY(int S) {
-                    const typename A::W w = D::template weights<S>(t.table, c);
-                    each(
-                        rows, PF_BODY(int M) {
-                          F& sum = part[M][S % kParts];
-                          sum = A::fma(sum, w, D::template operand<S>(x + M * t.ldx + group * kGroupColumns));
-                        });
+                  rows, PF_BODY(int M) {
+                    const F sum = D::template join<kParts>(part[M], t.x, row0 + M, at_unit);
+                    acc[M][U] = V::fma(sum, scale, acc[M][U]);
                   });
-            }
-            each(
-                rows, PF_BODY(int M) {
-                  const int64_t lane = s * kTile + U * kLanes;
-                  acc[M][U] = V::fma(D::template join<kParts>(part[M]), V::load(t.scales + lane), acc[M][U]);
-                  if (t.zeros != nullptr)
-                    acc[M][U] = V::fma(V::load(t.zeros + lane), V::set1(g.xsum[(row0 + M) * segments + s]), acc[M][U]);
-                });
-          });
+            });
+      if (t.zeros != nullptr)
+        each(
+            vecs, PF_BODY(int U) {
+              const F zero = V::load(t.zeros + s * kTile + U * kLanes);
+              each(
+                  rows,
+                  PF_BODY(int M) { acc[M][U] = V::fma(zero, V::set1(g.xsum[(row0 + M) * segments + s]), acc[M][U]); });
+            });
     }
     const int64_t n0 = t.tile * kTile, lanes = min64(kTile, g.w.n - n0);
     each(
@@ -879,14 +890,14 @@ struct Algorithm {
   }
 
   template <class D>
-  static void gemv_with(const GemvArgs& g, int64_t tile0, int64_t tile1) {
+  static void gemv_with(const GemvArgs& g, const FewColumns<typename D::Elem>& x, int64_t tile0, int64_t tile1) {
     const int64_t segments = g.w.segments();
     const int64_t rank = g.s == nullptr ? 0 : g.lora_b.cols, padded_rank = ceil_div(rank, 16) * 16;
     float* decoded = static_cast<float*>(scratch(0, (segments + padded_rank) * kTile * sizeof(float)));
     E* made = reinterpret_cast<E*>(decoded + segments * kTile);
     GemvTile<D> t{};
-    t.x = D::arranged(g, &t.ldx);
-    t.table = D::table(kTables[g.w.format]);
+    t.x = x;
+    t.table = D::table(g.w);
     for (t.tile = tile0; t.tile < tile1; ++t.tile) {
       if (g.w.scale == nullptr)  // memory works while the scales are decoded
         for (int64_t i = 0; i < segments * kTile; i += 16)
@@ -908,14 +919,38 @@ struct Algorithm {
 
   template <class Vocabulary>
   static void gemv_of(const GemvArgs& g, int64_t tile0, int64_t tile1) {
+    const auto by = [&]<class D>(const D&, const GemvArgs& args) {
+      const FewColumns<typename D::Elem> x = D::arrange(args);
+      gemv_with<D>(args, x, tile0, tile1);
+      return x.left_out;
+    };
     if constexpr (requires { typename Vocabulary::template BytePlanes<4>; }) {
-      if (g.x_dtype == kBFloat16) return gemv_with<typename Vocabulary::template BytePlanes<2>>(g, tile0, tile1);
-      gemv_with<typename Vocabulary::template BytePlanes<4>>(g, tile0, tile1);
-    } else {
-      gemv_with<Lanes>(g, tile0, tile1);
+      if (g.x_dtype == kBFloat16)
+        by(typename Vocabulary::template BytePlanes<2>{}, g);
+      else
+        by(typename Vocabulary::template BytePlanes<4>{}, g);
+      return;
     }
+    if constexpr (requires { typename Vocabulary::Words; } && kStep == 1)
+      if (g.x_dtype == kBFloat16) {
+        const uint32_t left_out = by(typename Vocabulary::Words{}, g);
+        for (int64_t r = 0; r < g.rows; ++r)
+          if (left_out >> r & 1) by(Lanes{}, row_of(g, r));
+        return;
+      }
+    by(Lanes{}, g);
   }
   static void gemv(const GemvArgs& g, int64_t tile0, int64_t tile1) { gemv_of<V>(g, tile0, tile1); }
+
+  static GemvArgs row_of(const GemvArgs& g, int64_t r) {
+    GemvArgs row = g;
+    row.x = static_cast<const E*>(g.x) + r * g.ldx;
+    row.rows = 1;
+    if (g.xsum != nullptr) row.xsum = g.xsum + r * g.w.segments();
+    if (g.s != nullptr) row.s = static_cast<const E*>(g.s) + r * ceil_div(g.lora_b.cols, kStep) * kStep;
+    row.y = static_cast<char*>(g.y) + r * g.ldy * dtype_size(g.y_dtype);
+    return row;
+  }
 
   // ---- forward, many rows: decode a panel, then a dense product ----
 
@@ -1108,9 +1143,9 @@ struct Algorithm {
   }
 
   static Arithmetic table() {
-    return {kGroupLanes, kFewRows,    packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t, pack_panels_t,
-            gemv,        dots_packed, prefetch_first_b,  to_steps,     gemm,      dx,          rows_times_t,
-            rows_times};
+    return {kGroupLanes,   kFewRows,  kHasTiles,   packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t,
+            pack_panels_t, gemv,      dots_packed, prefetch_first_b,  to_steps,     gemm,      dx,
+            rows_times_t,  rows_times};
   }
 };
 

@@ -112,10 +112,14 @@ struct V {
     struct Table {
       __m256i plane[N];
     };
+    using Elem = float;
+    using Sum = F;
     static constexpr int kUnits = 8;  // four from each half of the nibbles
     static constexpr int kMostRows = N == 2 ? 2 * kGemvRows : kGemvRows;
     static constexpr int parts(int rows) { return rows == 4 ? 2 : 4; }
-    static Table table(const float* t) {
+    static int64_t unit(const Weight& w) { return w.segment; }
+    static Table table(const Weight& w) {
+      const float* t = kTables[w.format];
       alignas(16) uint8_t bytes[N][16];
       for (int i = 0; i < 16; ++i) {
         const uint32_t bits = N == 4 ? float_to_bits(t[i]) : float_to_bf16(t[i]);
@@ -149,24 +153,24 @@ struct V {
       const float* two = x + S / 4 * 2 + S % 4 / 2 * 4;
       return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(two)));
     }
+    static F zero() { return V::zero(); }
+    static F fma(F acc, F w, F x) { return V::fma(w, x, acc); }
     template <int Parts>
-    static F join(const F* part) {
+    static F join(const F* part, const FewColumns<float>&, int64_t, int64_t) {
       if constexpr (N == 4) return _mm256_hadd_ps(_mm256_hadd_ps(part[0], part[1]), _mm256_hadd_ps(part[2], part[3]));
       if constexpr (Parts == 2) return _mm256_hadd_ps(part[0], part[1]);
       return _mm256_hadd_ps(add(part[0], part[2]), add(part[1], part[3]));
     }
-    // x, the columns of each group in the order of four planes.
-    static const float* arranged(const GemvArgs& g, int64_t* ldx) {
+    // The columns of each group in the order of four planes.
+    static FewColumns<float> arrange(const GemvArgs& g) {
       const float* x = static_cast<const float*>(g.x);
-      *ldx = g.ldx;
-      if constexpr (N == 2) return x;
-      *ldx = g.w.k;
+      if constexpr (N == 2) return {x, g.ldx};
       float* out = static_cast<float*>(scratch(1, g.rows * g.w.k * sizeof(float)));
       const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
       for (int64_t r = 0; r < g.rows; ++r)
         for (int64_t c = 0; c < g.w.k; c += 8)
           store(out + r * g.w.k + c, _mm256_permutevar8x32_ps(load(x + r * g.ldx + c), order));
-      return out;
+      return {out, g.w.k};
     }
   };
 

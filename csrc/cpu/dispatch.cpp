@@ -27,6 +27,9 @@ extern const float kTables[3][16] = {
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
 };
 
+// NF4: of all steps up to 2^13, that with the least error (3.6e-5). FP4 and INT4: exact.
+extern const float kWordSteps[3] = {7854.0f, 8064.0f, 546.0f};
+
 // NF4: of all steps and shifts with 8 bits, those with the least error over normally distributed weights in blocks of
 // 64 (3.3e-3). FP4: all but the smallest value are exact.
 extern const ByteTable kByteTables[3] = {

@@ -38,6 +38,16 @@ struct GemmArgs {  // y = x * W^T + s * B^T + bias
   int64_t ldy;
 };
 
+// Few rows of x as a way of decoding wants them.
+template <class Elem>
+struct FewColumns {
+  const Elem* data;
+  int64_t ld;
+  const float* scale = nullptr;  // [rows, units of columns], of the ways that scale x
+  int64_t ld_scale = 0;
+  uint32_t left_out = 0;  // bits: rows that this way does not serve; their results mean nothing
+};
+
 struct DxArgs {  // dx = dy * W + ds * A
   Weight w;
   const void* dy;  // panels of dy, from pack_panels_t: lanes are rows, contraction over N
@@ -150,6 +160,7 @@ struct AttentionKernels {
 struct Arithmetic {
   int64_t group_lanes;  // lanes of a panel
   int64_t few_rows;     // up to here gemv is faster than gemm
+  bool tiles;           // gemm has instructions that multiply tiles of rows
   int64_t (*packed_rows_bytes)(int64_t rows, int64_t cols);
   int64_t (*panels_bytes)(int64_t lanes, int64_t contraction);
   // Rows [row0, row1) of `src` into PackedRows of `src.rows` rows, times `factor` [rows or 1, cols] when not null.

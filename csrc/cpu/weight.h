@@ -75,6 +75,7 @@ using MakeInts = typename MakeIntsImpl<N>::type;
 
 // Code tables, in dispatch.cpp.
 extern const float kTables[3][16];
+extern const float kWordSteps[3];  // a value times this, rounded, fits 14 bits
 extern float kDynamicMap[256];
 
 }  // namespace pf

@@ -127,8 +127,8 @@ def linear_4bit(
             with one slot number a row of x (rows counted over all leading dimensions).
         compute: None for the exact product; ``"int8"`` allows x and the weight to be rounded to 8 bits on their way
             into it (relative error up to 7e-3; the LoRA branch and the bias stay exact), for inference only. Where
-            there is no such kernel (blocks longer than 256, other devices), or nothing to gain by it (one row or two in
-            bfloat16, on CPUs with bf16 products), the product is exact.
+            there is no such kernel (blocks longer than 256, other devices), or nothing to gain by it (in bfloat16, one
+            row or two on CPUs with bf16 products, more than 16 on those with AMX), the product is exact.
 
     Returns:
         [..., N] in x's dtype. Products accumulate in float32. Differentiable in x, bias, A and B.
