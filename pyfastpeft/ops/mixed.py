@@ -29,7 +29,7 @@ def tells(result: Tensor) -> bool:
 
 def is_finite(*results: Tensor | None) -> bool:
     """Whether all elements are (never true where one is not)."""
-    return all(t is None or math.isfinite(t.detach().sum(dtype=torch.float32)) for t in results)
+    return all(t is None or math.isfinite(torch.linalg.vector_norm(t.detach()).item()) for t in results)
 
 
 def _spoiled(factor: Tensor, finite: Tensor) -> Tensor:
