@@ -38,9 +38,10 @@ def _cross_entropy(
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), 0)
         top = most
     label = tl.load(labels + row)
-    at_label = tl.load(logits + label, mask=(label >= 0) & (label < C), other=float("nan")).to(tl.float32)
+    known = (label >= 0) & (label < C)
+    at_label = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
     tl.store(losses + row, tl.log(total) + (top - at_label))
-    inverse = 1.0 / total
+    inverse = tl.where(known, 1.0 / total, float("nan"))
     for c0 in range(0, C, COLUMNS):
         c = c0 + columns
         x = tl.load(logits + c, mask=c < C, other=0.0).to(tl.float32)
@@ -54,7 +55,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: [n, C].
-        labels: int64 [n]. The loss of one outside of [0, C) is NaN.
+        labels: int64 [n]. Of one outside of [0, C) the loss and the gradient are NaN.
     """
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         logits = logits.contiguous()

@@ -143,10 +143,11 @@ def _decode(
 
 @triton.jit
 def _scaled(s, factor, factor_stride, scaling, rows, ranks, M, R):
-    """s [rows, ranks] ∘ f, f = scaling · row_scale."""
+    """s [rows, ranks] ∘ f, f = scaling · row_scale; zero where that is, whatever s is."""
     if factor is not None:
         at = factor + rows.to(tl.int64)[:, None] * factor_stride + ranks[None, :]
-        s = s * tl.load(at, mask=(rows < M)[:, None] & (ranks < R)[None, :], other=0.0)
+        f = tl.load(at, mask=(rows < M)[:, None] & (ranks < R)[None, :], other=0.0)
+        s = tl.where(f == 0, 0.0, s * f)
     return s * scaling
 
 

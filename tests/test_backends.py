@@ -11,7 +11,7 @@ import torch
 
 import pyfastpeft as fp
 from pyfastpeft.ops import Backend, backends, cuda_kernels, swiglu, triton_kernels
-from pyfastpeft.ops.backends import choose, choose_plain, choose_quantizer
+from pyfastpeft.ops.backends import choose, choose_attention, choose_plain, choose_quantizer
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +150,35 @@ def test_plain_tensors_are_served_by_the_kernels_of_their_device(gpu, monkeypatc
     assert choose_plain(gpu((9, 0)).device) is Backend.TRITON
     with pytest.raises(RuntimeError, match="has compute capability"):
         choose_plain(gpu((7, 5)).device)
+
+
+@pytest.mark.parametrize("forced", [Backend.CUDA, Backend.SLABS])
+def test_what_a_forced_backend_has_no_kernel_for_is_left_to_plain_torch(gpu, monkeypatch, forced):
+    monkeypatch.setattr(backends, "_FORCED", forced)
+    for device in (torch.device("cpu"), gpu((9, 0)).device, gpu((9, 0), "NVIDIA's driver is not installed").device):
+        assert choose_plain(device) is choose_attention(torch.empty(1, 1, 1, 64, device="meta")) is Backend.REFERENCE
+    x, up = torch.randn(2, 3, 16)
+    monkeypatch.setattr(torch.ops.pyfastpeft.swiglu, "default", None)
+    torch.testing.assert_close(swiglu(x, up), torch.nn.functional.silu(x) * up)
+
+
+def test_a_forced_backend_quantizes_or_says_why_it_cannot(gpu, monkeypatch):
+    missing = "NVIDIA's driver is not installed"
+    for forced, without in ((Backend.CUDA, None), (Backend.SLABS, Backend.REFERENCE), (None, Backend.TRITON)):
+        monkeypatch.setattr(backends, "_FORCED", forced)
+        assert choose_quantizer(gpu((9, 0)).device) is Backend.CUDA
+        device = gpu((9, 0), missing).device
+        if without is None:
+            with pytest.raises(RuntimeError, match=f"PYFASTPEFT_BACKEND is 'cuda', and {missing}"):
+                choose_quantizer(device)
+        else:
+            with pytest.warns(UserWarning, match=missing):
+                assert choose_quantizer(device) is without
+    for forced in Backend:
+        monkeypatch.setattr(backends, "_FORCED", forced)
+        assert choose_quantizer(torch.device("cpu")) is Backend.NATIVE
+        w = torch.randn(16, 64)
+        assert (fp.quantize_4bit(w).dequantize() - w).abs().max() < 1
 
 
 def test_whole_tensors_are_quantized_and_decoded_by_the_cuda_kernels_where_they_serve(gpu, monkeypatch):

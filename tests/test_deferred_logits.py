@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 import pyfastpeft as fp
 from pyfastpeft.integrations import deferred_logits
 from pyfastpeft.integrations.deferred_logits import DeferredLogits, chunked_cross_entropy, defer_logits
+from pyfastpeft.ops import backends, cross_entropy_with_gradient
 
 IGNORED = -100
 SMALL = {
@@ -294,6 +295,45 @@ def test_a_label_that_is_no_class_is_an_error():
     for labels in ([0, 50], [-1, 0]):
         with pytest.raises(IndexError, match="50 classes"):
             chunked_cross_entropy(hidden, torch.tensor(labels), head, 50)
+
+
+@pytest.mark.parametrize("chunk", [None, 50 * 3])
+def test_a_chunk_waits_for_no_device(monkeypatch, chunk):
+    """Tensors on "meta" have no values that could be looked at."""
+    if chunk is not None:
+        monkeypatch.setattr(deferred_logits, "_CHUNK_LOGITS", chunk)
+        monkeypatch.setattr(deferred_logits, "_GPU_ROWS", 1)
+    head = nn.Linear(8, 50, device="meta").requires_grad_(False)
+    hidden, labels = torch.empty(9, 8, device="meta", requires_grad=True), torch.zeros(9, device="meta").long()
+    for ignore in (None, labels == 0):
+        loss = chunked_cross_entropy(hidden, labels, head, 50, ignore)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        assert loss.is_meta and gradient.shape == hidden.shape
+
+
+def test_rows_without_a_label_count_for_nothing_in_a_recorded_step(monkeypatch):
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    batch["labels"][0, :3] = IGNORED
+    expected = loss_and_gradients(model, batch)
+    monkeypatch.setattr(deferred_logits, "_is_captured", lambda t: True)
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_on_a_device_a_label_that_is_no_class_spoils_its_row_and_the_loss(monkeypatch):
+    """Plain torch's way there, which no exception leaves."""
+    monkeypatch.setattr(backends, "_FORCED", backends.Backend.REFERENCE)
+    logits, labels = torch.randn(4, 50), torch.tensor([3, 50, -1, 49])
+    with pytest.raises((IndexError, RuntimeError)):
+        cross_entropy_with_gradient(logits, labels)
+    elsewhere = labels.as_subclass(Elsewhere)
+    losses, gradient = cross_entropy_with_gradient(logits, elsewhere)
+    known = torch.tensor([True, False, False, True])
+    torch.testing.assert_close(losses[known], F.cross_entropy(logits[known], labels[known], reduction="none"))
+    assert losses[~known].isnan().all() and gradient[~known].isnan().all() and gradient[known].isfinite().all()
+
+
+class Elsewhere(torch.Tensor):
+    is_cpu = False
 
 
 def test_a_batch_without_labels_has_the_loss_that_torch_gives_it():

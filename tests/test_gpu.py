@@ -6,6 +6,7 @@ import torch
 from test_linear_4bit import FORWARD, adapter, error, float64, packed_weight
 
 import pyfastpeft as fp
+from pyfastpeft.integrations.deferred_logits import chunked_cross_entropy
 from pyfastpeft.ops import BankView, Lora, backends, linear_4bit
 from pyfastpeft.ops.cuda_kernels import why_not
 
@@ -104,15 +105,34 @@ def test_torch_compile_takes_the_whole_graph_in_both_directions(m):
 def test_nothing_waits_for_the_gpu(m):
     w, bias, lora = layer()
     a, b = (t.requires_grad_() for t in lora[:2])
-    x = torch.randn(m, K).to(DTYPE)
-    linear_4bit(x, w, bias, (a, b, 2.0)).sum().backward()
+    bank = BankView(a.unsqueeze(0), b.unsqueeze(0), torch.ones(1), torch.arange(m) % 2 - 1)
+    x, head = torch.randn(m, K).to(DTYPE), torch.randn(50, N).to(DTYPE)
+    labels = torch.randint(0, 50, (m,))
+
+    def step():
+        for branch in ((a, b, 2.0), bank):
+            y = linear_4bit(x, w, bias, branch)
+            chunked_cross_entropy(y, labels, lambda h: h @ head.t(), 50).backward(retain_graph=True)
+            with torch.no_grad():
+                linear_4bit(x, w, bias, branch)
+
+    step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        linear_4bit(x, w, bias, (a, b, 2.0)).sum().backward()
-        with torch.no_grad():
-            linear_4bit(x, w, bias, (a, b, 2.0))
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("forced", [None, backends.Backend.REFERENCE])
+def test_a_label_that_is_no_class_makes_the_loss_nan_and_the_next_call_works(monkeypatch, forced):
+    monkeypatch.setattr(backends, "_FORCED", forced)
+    head, hidden = torch.randn(50, K).to(DTYPE), torch.randn(5, K).to(DTYPE).requires_grad_()
+    for labels, bad in (([1, 50, 2, -1, 3], [1, 3]), ([1, 2, 3, 4, 5], [])):
+        loss = chunked_cross_entropy(hidden, torch.tensor(labels), lambda h: h @ head.t(), 50)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        assert bool(loss.isnan()) is bool(bad)
+        assert gradient.isnan().any(1).nonzero().flatten().tolist() == bad
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU is here")

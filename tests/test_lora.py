@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 
 import architectures as tiny
 import peft
@@ -430,6 +431,56 @@ class TestSeveralAdapters:
             for n, p in model.named_parameters():
                 if n.endswith(f".{name}") or f".{name}." in n:
                     torch.testing.assert_close(mixed[n], p.grad, rtol=1e-3, atol=1e-4, msg=n)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("quantized", [False, True], ids=["full precision", "4-bit"])
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {"target_modules": "all-linear"},
+            {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "lora_dropout": 0.5},
+            {"target_modules": ["embed_tokens", "v_proj", "lm_head"]},
+            {"target_modules": ["q_proj", "down_proj"], "lora_bias": True, "modules_to_save": ["lm_head"]},
+        ],
+        ids=["plain", "dora", "embedding", "bias and a module of its own"],
+    )
+    def test_an_adapter_that_is_not_finite_reaches_no_other_rows_and_no_other_gradients(self, kwargs, quantized, dtype):
+        base = tiny.make(dtype=dtype)
+        model = fp.get_peft_model(tiny.quantized(base) if quantized else base, fp.LoraConfig(**kwargs), "a").train()
+        for name in ("b", "c"):
+            model.add_adapter(name, fp.LoraConfig(**kwargs))
+        tiny.randomize(model)
+        model.set_adapter(["a", "b"] if "modules_to_save" not in kwargs else "a")
+        of_a = {n: p for n, p in model.named_parameters() if p.requires_grad and ".a." in f"{n}."}
+        ids = torch.randint(0, tiny.VOCAB, (5, 6))
+        names = (
+            ["a", "__base__", "b", "a", "b"] if "modules_to_save" in kwargs else ["a", "__base__", "b", ["a", "c"], "b"]
+        )
+        rows = torch.tensor([0, 1, 3])
+
+        def run(grad):
+            with torch.set_grad_enabled(grad), torch.random.fork_rng():
+                torch.manual_seed(0)
+                logits = model(ids, adapter_names=names).logits
+                if grad:
+                    model.zero_grad()
+                    logits.float().square().sum().backward()
+                    assert all(p.grad.isfinite().all() for p in of_a.values())
+                return logits[rows].clone(), {n: p.grad.clone() for n, p in of_a.items() if grad}
+
+        expected = run(False), run(True)
+        theirs = [(n, p) for n, p in model.named_parameters() if ".b." in f"{n}." and p.numel()]
+        for part in sorted({n.split(".b")[0].rpartition(".")[2] for n, _ in theirs}):
+            _, parameter = random.choice([(n, p) for n, p in theirs if n.split(".b")[0].endswith(part)])
+            with torch.no_grad():
+                before = parameter.clone()
+                parameter.view(-1)[int(torch.randint(parameter.numel(), ()))] = random.choice([math.nan, math.inf])
+            for grad in (False, True):
+                logits, grads = run(grad)
+                assert torch.equal(logits, expected[grad][0]), part
+                assert all(torch.equal(g, expected[grad][1][n]) for n, g in grads.items()), part
+            with torch.no_grad():
+                parameter.copy_(before)
 
     def test_generate_with_a_different_adapter_in_every_row(self):
         model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(), adapter_name="a").eval()

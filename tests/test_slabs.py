@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from test_linear_4bit import DTYPES, FORWARD, adapter, check_gradients, error, float64, packed_weight, pick
+from test_linear_4bit import (
+    DTYPES,
+    FORWARD,
+    adapter,
+    check_gradients,
+    check_isolation,
+    error,
+    float64,
+    packed_weight,
+    pick,
+)
 
-from pyfastpeft.ops import Lora, backends, linear_4bit, slabs
+from pyfastpeft.ops import Lora, backends, linear_4bit, mixed, slabs
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +52,11 @@ def test_products_and_gradients_match_float64(device, cut, dtype):
 def test_dropout_drops_the_same_elements_forward_and_backward(device, cut, dtype):
     for m, (n, k) in [(5, (100, 64)), (70, (33, 96))]:
         check_gradients(dtype, m, n, k, 8, torch.float32, None, 2.0, 0.4)
+
+
+def test_what_is_not_finite_stays_in_its_rows_and_slot(device, cut, monkeypatch):
+    monkeypatch.setattr(mixed, "tells", lambda _: False)  # as on a GPU
+    check_isolation(torch.float32, 40, 33, 96)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

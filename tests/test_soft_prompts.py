@@ -412,6 +412,38 @@ class TestWherePeftFails:
         for a, b in zip(got, self.gradients(own, x), strict=True):
             close(a, b, 1e-4 * float(b.abs().max()))
 
+    @pytest.mark.parametrize(
+        ("method", "rows", "broken"),
+        [
+            ("prefix_projection", "alike", False),
+            ("deep_prefix", "alike", False),
+            ("prefix", "mixed", False),
+            ("prefix", "mixed", True),
+        ],
+    )
+    def test_keys_and_values_are_compiled_along(self, method, rows, broken):
+        own = ours(llama(), method).train()
+        own.add_adapter("lora", fp.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        tiny.randomize(own)
+        x = tiny.inputs()
+        if rows == "mixed":
+            x["adapter_names"] = ["default", "lora", ["lora", "default"]]
+        if broken:
+            own.get_base_model().model.layers[1].register_forward_hook(torch.compiler.disable(lambda *_: None))
+        torch._dynamo.reset()
+        compiled = torch.compile(own, fullgraph=not broken, backend="eager" if broken else "aot_eager")
+        expected = own(**x)
+        out = compiled(**x)
+        close(out.logits, expected.logits)
+        out.loss.backward()
+        got = [p.grad.clone() for p in own.prompt_encoder.parameters()]
+        for a, b in zip(got, self.gradients(own, x), strict=True):
+            close(a, b, 1e-4 * float(b.abs().max()))
+        if not broken:
+            with torch.no_grad():
+                close(compiled(**x).logits, expected.logits)
+        torch._dynamo.reset()
+
     @pytest.mark.parametrize("method", METHODS)
     def test_a_static_cache_in_forward(self, method):
         base = llama()

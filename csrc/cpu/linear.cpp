@@ -37,12 +37,23 @@ const Arithmetic& few_rows_arithmetic(const Kernels& k, int dtype) {
 }
 
 // scaling * row_scale, as [R] (ld 0) or [rows, R] (ld R).
-const float* branch_factor(const Branch& branch, int64_t rows, int64_t rank) {
+float* branch_factor(const Branch& branch, int64_t rows, int64_t rank) {
   const int64_t count = branch.row_scale_ld == 0 ? rank : rows * rank;
   float* factor = static_cast<float*>(scratch(kSlotFactor, std::max<int64_t>(count, 1) * sizeof(float)));
   for (int64_t i = 0; i < count; ++i)
     factor[i] = branch.row_scale == nullptr ? branch.scaling : branch.scaling * branch.row_scale[i];
   return factor;
+}
+
+// out [rows, R] = s * factor; in place if need be. Where rows choose, a zero leaves out what s is: that of an adapter
+// which the row does not use, and which may not be finite.
+void times_factor(const float* s, const float* factor, const Branch& branch, int64_t rows, float* out) {
+  const int64_t rank = branch.rank(), ld = branch.row_scale_ld;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < rank; ++i) {
+      const float f = factor[r * ld + i];
+      out[r * rank + i] = ld != 0 && f == 0.0f ? 0.0f : s[r * rank + i] * f;
+    }
 }
 
 PackedRows pack_rows(const Arithmetic& arith, const Matrix& m, const float* factor, int64_t factor_ld,
@@ -179,8 +190,11 @@ bool is_few(const Arithmetic& arith, const Matrix& x, const Branch& branch) {
 PackedRows pack_scaled(const Arithmetic& arith, const float* s, int64_t rows, const Branch& branch,
                        ParallelFor parallel) {
   const int64_t rank = branch.rank();
-  const Matrix sums{s, kFloat32, rows, rank, rank};
-  return pack_rows(arith, sums, branch_factor(branch, rows, rank), branch.row_scale_ld, {}, kSlotS, parallel);
+  float* factor = branch_factor(branch, rows, rank);
+  if (branch.row_scale_ld == 0)
+    return pack_rows(arith, {s, kFloat32, rows, rank, rank}, factor, 0, {}, kSlotS, parallel);
+  times_factor(s, factor, branch, rows, factor);
+  return pack_rows(arith, {factor, kFloat32, rows, rank, rank}, nullptr, 0, {}, kSlotS, parallel);
 }
 
 void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
@@ -205,8 +219,7 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
     arith.prefetch_b(branch.b, t0);
     sums.finish(w.codes + t0 * w.k * (kTile / 2));
     sums.store(scaled);
-    for (int64_t r = 0; r < x.rows; ++r)
-      for (int64_t i = 0; i < rank; ++i) scaled[r * rank + i] *= factor[r * branch.row_scale_ld + i];
+    times_factor(scaled, factor, branch, x.rows, scaled);
     arith.to_steps(scaled, x.rows, rank, scaled + count);
     GemvArgs own = args;
     own.s = scaled + count;
@@ -276,9 +289,7 @@ void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, vo
     const PackedRows rows = pack_rows(arith, dy, nullptr, 0, {}, kSlotX, parallel);
     run(parallel, dy.rows, grain_of(dy.cols * rank),
         [&](int64_t r0, int64_t r1) { arith.rows_times(rows, branch.b, {}, ds, false, r0, r1, 0, rank); });
-    const float* factor = branch_factor(branch, dy.rows, rank);
-    for (int64_t r = 0; r < dy.rows; ++r)
-      for (int64_t i = 0; i < rank; ++i) ds[r * rank + i] *= factor[r * branch.row_scale_ld + i];
+    times_factor(ds, branch_factor(branch, dy.rows, rank), branch, dy.rows, ds);
   }
   if (dx == nullptr) return;
   const DxArgs args{w,

@@ -50,6 +50,8 @@ from ..ops.reference import prefix_rows, sees_keys, sees_prefix
 
 NAME = "pyfastpeft"
 """Of this attention, for ``attn_implementation``."""
+HANDED_DOWN = "pyfastpeft_prefixes"
+"""The argument by which a compiled forward hands down the layers' prefixes."""
 
 logger = logging.get_logger(__name__)
 
@@ -181,7 +183,9 @@ def attention_forward(
             leaves it out, or in a sliding window under a mask of another kind.
     """
     holder = vars(module).get("_prefix")
-    prefix: Prefix | None = None if holder is None else holder.current(query.shape[0])
+    handed, prefix = kwargs.pop(HANDED_DOWN, None), None
+    if holder is not None:
+        prefix: Prefix | None = holder.current(query.shape[0]) if handed is None else holder.among(handed)
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     bias = kwargs.get("position_bias")
     if causal and key.shape[2] > query.shape[2] > 1:

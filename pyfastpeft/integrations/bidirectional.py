@@ -248,7 +248,7 @@ class BidirectionalPrefixes(Prefixes):
 
     def _tokens(self, batch: int) -> Tokens | None:
         """What goes in front of ``batch`` rows at the embedding: none, where they have keys and values alone."""
-        rows = self._rows
+        rows = self.rows
         used = {name for names in rows for name in names}
         if self.bank.run is OFF or used.isdisjoint([*self.tokens, *self.sources]):
             return None
@@ -273,13 +273,13 @@ class BidirectionalPrefixes(Prefixes):
 
     @torch.compiler.disable
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        rows = self._rows
-        if self.bank.run is OFF or not any(name in self.sources for names in rows for name in names):
+        rows = self.rows
+        if self.bank.run is OFF or not self.uses(rows):
             return
         self._check_attention()
         inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
         batch = next(len(x) for x in inputs if x is not None)
-        self.bank.run = self._run(rows, batch, bool(past_of(kwargs)))
+        self.bank.run = self.run_of(rows, batch, bool(past_of(kwargs)))
         self._collect(self.bank.run)
 
     @torch.compiler.disable

@@ -28,28 +28,34 @@ _GPU_ROWS = 512
 """Rows of a chunk at least, on a GPU: of fewer, the product takes the time that reading the head's weight does."""
 
 
-def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], classes: int) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], classes: int, ignore: Tensor | None = None
+) -> Tensor:
     """Sum of the cross-entropies of ``head(hidden)`` against ``labels``, in float32, a chunk of rows at a time.
 
     Args:
         hidden: [n, H].
         labels: int64 [n], each in [0, classes).
         head: [m, H] → [m, classes]; its parameters receive no gradients.
+        ignore: bool [n], rows that do not count, whatever their labels; leaving them out of the rest is faster.
 
     Returns:
-        A scalar, differentiable once in ``hidden``.
+        A scalar, differentiable once in ``hidden``. Nothing waits for a device: a label there that is no class makes
+        the loss NaN, and the gradient of its row.
 
     Raises:
-        IndexError: a label that is no class.
+        IndexError: a label that is no class, on a CPU.
     """
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if ignore is not None:
+        labels = labels.masked_fill(ignore, 0)
+    if labels.is_cpu and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise IndexError(f"labels lie in [{int(labels.min())}, {int(labels.max())}]; there are {classes} classes")
-    return _ChunkedCrossEntropy.apply(hidden, labels, head, classes)
+    return _ChunkedCrossEntropy.apply(hidden, labels, head, classes, ignore)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, labels, head, classes):  # noqa: ANN001
+    def forward(ctx, hidden, labels, head, classes, ignore):  # noqa: ANN001
         differentiates = ctx.needs_input_grad[0]
         d_hidden = torch.empty_like(hidden) if differentiates else None
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -60,6 +66,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part = hidden[chunk].detach().requires_grad_(differentiates)
                 logits = head(part)
             losses, d_logits = cross_entropy_with_gradient(logits.detach(), labels[chunk])
+            if ignore is not None:
+                losses = losses.masked_fill(ignore[chunk], 0)
+                d_logits.masked_fill_(ignore[chunk, None], 0)
             total += losses.sum()
             if differentiates:
                 (d_hidden[chunk],) = torch.autograd.grad(logits, part, d_logits)
@@ -71,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), None, None, None
+        return d_hidden * grad.to(d_hidden.dtype), *[None] * 4
 
 
 class _Call:
@@ -186,6 +195,11 @@ def _sliced(logits: DeferredLogits, index: Any) -> Any:
     return _deferred(logits.call, lambda t: arranged(t)[index], logits.dtype)
 
 
+def _is_captured(t: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, in which no shape may depend on values."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _cross_entropy(
     logits: DeferredLogits,
     target: Tensor,
@@ -202,9 +216,11 @@ def _cross_entropy(
         return NotImplemented
     call = logits.call
     call.loss_taken = True
-    keep = target != ignore_index
-    hidden = logits.arranged(call.hidden)[keep]
-    loss = chunked_cross_entropy(hidden, target[keep], call.project, call.head.out_features)
+    keep, hidden = target != ignore_index, logits.arranged(call.hidden)
+    if _is_captured(hidden):
+        loss = chunked_cross_entropy(hidden, target, call.project, call.head.out_features, ~keep)
+    else:
+        loss = chunked_cross_entropy(hidden[keep], target[keep], call.project, call.head.out_features)
     loss = loss if reduction == "sum" else loss / keep.sum()
     return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(logits.dtype)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import operator
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,8 +100,11 @@ class _LayerPrefix:
 
     def current(self, batch: int) -> Prefix | None:
         """The prefix of ``batch`` rows in the forward that is running."""
-        # A compiler takes what it finds in this thread's run for good.
-        return _of_run(self, batch) if torch.compiler.is_compiling() else self._current(batch)
+        return _apart(self._looked_up, batch) if torch.compiler.is_compiling() else self._current(batch)
+
+    def among(self, layers: Sequence[Prefix]) -> Prefix | None:
+        """The prefix among those that a compiled forward hands down; of none there are no layers."""
+        return layers[self.layer] if layers else None
 
     def _current(self, batch: int) -> Prefix | None:
         bank = self.prefixes.bank
@@ -117,10 +120,19 @@ class _LayerPrefix:
             return None
         return run.layers[self.layer]
 
+    def _looked_up(self, batch: int) -> Prefix | None:
+        """For compiled code whose model did not hand down what there is."""
+        prefixes = self.prefixes
+        rows = prefixes.rows
+        if prefixes.bank.run is None and prefixes.uses(rows) and prefixes.can_follow(rows):
+            return prefixes.run_of(rows, batch, False).layers[self.layer]
+        return self._current(batch)
+
 
 @torch.compiler.disable
-def _of_run(layer: _LayerPrefix, batch: int) -> Prefix | None:
-    return layer._current(batch)
+def _apart(function: Callable[..., Any], *args: Any) -> Any:
+    """``function`` of ``args``, not compiled along: a compiler may take for good what it finds in this thread's run."""
+    return function(*args)
 
 
 class _Asked(threading.local):
@@ -146,6 +158,8 @@ class Prefixes:
     """
 
     ATTENTION = attention.NAME
+    _hands_down = False
+    """Whether the decoder hands what it does not know down to its layers."""
 
     def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
         self.model, self.bank = model, bank
@@ -163,7 +177,9 @@ class Prefixes:
         self.decoder = self.model.get_decoder()
         self.attentions, self._blocks = _attentions(self.decoder)
         self.shape = KeyValueShape.of(self.decoder.config)
-        self._parameters = tuple(inspect.signature(type(self.decoder).forward).parameters)[1:]
+        parameters = inspect.signature(type(self.decoder).forward).parameters
+        self._parameters = tuple(parameters)[1:]
+        self._hands_down = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if "position_ids" not in self._parameters:
             raise ValueError(
                 f"a {type(self.model).__name__} takes no position_ids, so no text can stand after a soft prompt in it"
@@ -199,7 +215,7 @@ class Prefixes:
             vars(module)["_prefix"] = _LayerPrefix(self, i)
         self._handles = [
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.decoder.register_forward_hook(self._after, always_call=True),
+            self.decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if head is not None and self.model is not self.decoder:
@@ -229,21 +245,41 @@ class Prefixes:
             vars(module).pop("_prefix", None)
         self._set_attention(self._attention_before)
 
-    # Around every forward of the decoder.
+    # Around every forward of the decoder. What compilers can follow is compiled along, the rest runs by itself: what
+    # compiled code would set in a thread's own memory is lost, so the prefixes are handed down as an argument.
 
-    @torch.compiler.disable
+    def uses(self, rows: Sequence[tuple[str, ...]]) -> bool:
+        """Whether rows that use the adapters ``rows`` have a soft prompt."""
+        return any(name in self.sources for names in rows for name in names)
+
+    def can_follow(self, rows: Sequence[tuple[str, ...]]) -> bool:
+        """Whether a compiler can: keys and values themselves need no forward of their own, and have no first label."""
+        return all(self.sources[n].form is Form.KEYS_VALUES for names in rows for n in names if n in self.sources)
+
+    def _follows(self) -> bool:
+        return torch.compiler.is_compiling() and self._hands_down and self.can_follow(self.rows)
+
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        alone = kwargs.get(self._cache_name) is None  # how much a cache holds may be a tensor's value
+        return self._begin(args, kwargs) if alone and self._follows() else _apart(self._begin, args, kwargs)
+
+    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if self.bank.run is OFF:
             return None
-        rows = self._rows
-        if not any(name in self.sources for names in rows for name in names):
-            return None
+        rows = self.rows
+        follows = torch.compiler.is_compiling()
+        if not self.uses(rows):
+            return (args, kwargs | {attention.HANDED_DOWN: ()}) if follows else None
         self._check_attention()
         kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
         inputs = kwargs.get("inputs_embeds")
         inputs = kwargs["input_ids"] if inputs is None else inputs
         past = past_of(kwargs)
-        self.bank.run = run = self._run(rows, len(inputs), bool(past))
+        run = self.run_of(rows, len(inputs), bool(past))
+        if follows:
+            kwargs[attention.HANDED_DOWN] = run.layers
+        else:
+            self.bank.run = run
         kwargs["position_ids"] = self._positions(kwargs, inputs, past) + run.shift
         self._collect(run)
         return (), kwargs
@@ -255,8 +291,10 @@ class Prefixes:
                 f"prompts need {self.ATTENTION!r}"
             )
 
-    @torch.compiler.disable
-    def _after(self, decoder: nn.Module, args: tuple, output: Any) -> Any:
+    def _after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return None if attention.HANDED_DOWN in kwargs else _apart(self._end, output)
+
+    def _end(self, output: Any) -> Any:
         run = self.bank.run
         if run is OFF:
             return None
@@ -277,9 +315,11 @@ class Prefixes:
     # that token has a label. The logits of the last virtual token are there for the loss alone, in front of all others,
     # or where the padding on the left ends.
 
-    @torch.compiler.disable
     def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        labels, rows = kwargs.get("labels"), self._rows
+        return None if self._follows() else _apart(self._begin_loss, args, kwargs)
+
+    def _begin_loss(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        labels, rows = kwargs.get("labels"), self.rows
         self._asked.first = None
         if self.bank.run is OFF or not rows or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
@@ -298,8 +338,10 @@ class Prefixes:
         labels[:, 1].masked_fill_(~ends, IGNORED)
         return args, kwargs | {"labels": labels}
 
-    @torch.compiler.disable
     def _after_loss(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        return None if self._follows() else _apart(self._end_loss, output)
+
+    def _end_loss(self, output: Any) -> Any:
         if self._asked.first is None or output is None:
             return None
         self._asked.first = None
@@ -307,7 +349,7 @@ class Prefixes:
         return _with_item(output, "logits", 1, output[at][:, 1:])
 
     @property
-    def _rows(self) -> tuple[tuple[str, ...], ...]:
+    def rows(self) -> tuple[tuple[str, ...], ...]:
         """The adapters of each row; one for all where rows do not choose."""
         return (self.bank.active,) if self.bank.mode is None else self.bank.mode.of_row
 
@@ -332,7 +374,7 @@ class Prefixes:
 
     # What the prefixes are.
 
-    def _run(self, rows: Sequence[tuple[str, ...]], batch: int, decoding: bool) -> _Run:
+    def run_of(self, rows: Sequence[tuple[str, ...]], batch: int, decoding: bool) -> _Run:
         """For rows that use the adapters ``rows`` (one: all use these); several consecutive ones of the batch each.
 
         Args:
@@ -342,6 +384,8 @@ class Prefixes:
             raise ValueError(f"adapter_names has {len(rows)} names; the batch has {batch} rows")
         different, index = distinct(names if any(n in self.sources for n in names) else () for names in rows)
         values = [self._of_row(names, decoding) for names in different]
+        if torch.compiler.is_compiling():
+            return self._stacked(values, index, batch)
         runs = self.bank.kept.setdefault("runs", {})
         held = runs.get((rows, batch))
         if held is not None and all(map(operator.is_, held[0], values)):
@@ -381,17 +425,19 @@ class Prefixes:
         parts = [self._of_prompt(n, others, decoding) for n in names if n in self.sources]
         if len(parts) == 1:
             return parts[0]
-        held = self.bank.kept.get(("joined", names))
+        held = None if torch.compiler.is_compiling() else self.bank.kept.get(("joined", names))
         if held is not None and all(map(operator.is_, held[0], parts)):
             return held[1]
         tensors = zip(*(part.tensors for part in parts), strict=True)
         joined = Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
-        if not joined.records:
+        if not (joined.records or torch.compiler.is_compiling()):
             self.bank.kept["joined", names] = (parts, joined)
         return joined
 
     def _of_prompt(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
         source = self.sources[name]
+        if torch.compiler.is_compiling():
+            return self._work_out(source, others)
         parameters = list(source.module.parameters())
         if source.form is Form.KEYS_VALUES:
             others = ()

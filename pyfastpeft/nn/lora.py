@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Rows
 from ..formats import quantize_4bit
-from ..ops import Lora, PackedLora, linear_4bit, pack_lora
+from ..ops import Lora, PackedLora, linear_4bit, mixed, pack_lora
 from .linear4bit import Linear4bit
 
 is_compiling = torch.compiler.is_dynamo_compiling
@@ -311,7 +311,7 @@ class LoraLayer(nn.Module):
         if mode is None:
             return scale
         ranks = tuple(len(self._scale[n]) for n in names)
-        return mode.mask(names, ranks, rows, x.device) * scale
+        return mixed.own(mode.mask(names, ranks, rows, x.device) > 0, scale)
 
     def norm(self, name: str) -> Tensor:
         """Float32 [out]: ||M + scaling · B A|| a row; no gradient flows into it."""
@@ -347,7 +347,7 @@ class LoraLayer(nn.Module):
         extra = torch.stack([gains[n] - 1 for n in names])
         if mode is None:
             return 1 + extra.sum(0)
-        return 1 + mode.mask(names, (1,) * len(names), rows, x.device) @ extra
+        return 1 + mixed.summed(mode.mask(names, (1,) * len(names), rows, x.device), extra)
 
     def _gained(self, name: str, gains: dict[str, Tensor]) -> Tensor:
         b = self.factors(name)[1]
@@ -489,12 +489,14 @@ class LoraLinear(LoraLayer):
             for dropout, group in groups.items():
                 a, b, scale = self.stacked(group)
                 scale = self._column_scale(group, scale, mode, x, rows)
-                if mode is not None:
-                    scale = scale.view(*lead, -1)
                 if gains:
                     b = torch.cat([self._gained(n, gains) for n in group], dim=1)
-                h = F.linear(F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype), a)
-                y = y + F.linear(h * scale.to(h.dtype), b)
+                h = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
+                if mode is None:
+                    h = F.linear(h, a)
+                    y = y + F.linear(h * scale.to(h.dtype), b)
+                else:
+                    y = y + mixed.added(mixed.projected(h, a), scale, b)
         return self._with_biases(y, names, mode, x, rows).to(dtype)
 
     def _scaled_without_bias(self, y: Tensor, factor: Tensor) -> Tensor:
@@ -508,8 +510,8 @@ class LoraLinear(LoraLayer):
         scaled = torch.stack([bias * self._scale[n][0] for n, bias in held.items()])
         if mode is None:
             return y + scaled.sum(0)
-        chosen = mode.mask(tuple(held), (1,) * len(held), rows, x.device).to(scaled.dtype)
-        return y + (chosen @ scaled).view(*x.shape[:-1], -1)
+        chosen = mode.mask(tuple(held), (1,) * len(held), rows, x.device)
+        return y + mixed.summed(chosen, scaled).view(*x.shape[:-1], -1)
 
     def matrix(self) -> Tensor:
         if self._fused:
@@ -656,8 +658,8 @@ class LoraEmbedding(LoraLayer):
             y = y * (factor if mode is None else factor.view(*lead, -1))
             b = torch.cat([self._gained(n, gains) for n in names], dim=1)
         h = self._looked_up(x, a)
-        h = h * (scale if mode is None else scale.view(*lead, -1)).to(h.dtype)
-        return (y + self._as_output(F.linear(h, b))).to(dtype)
+        added = F.linear(h * scale.to(h.dtype), b) if mode is None else mixed.added(h, scale, b)
+        return (y + self._as_output(added)).to(dtype)
 
     def _looked_up(self, ids: Tensor, a: Tensor) -> Tensor:
         """Column of A for every id, [..., r]."""
@@ -711,7 +713,9 @@ class ModulesToSave(nn.Module):
         # Each adapter's copy is another weight, so it runs by itself; shapes do not depend on who asked for what.
         for i, name in enumerate(names):
             chosen = mode.mask(names, (1,) * len(names), x.shape[0], x.device)[:, i].bool()
-            own = self.modules_to_save[name](x, *args, **kwargs)
+            # Neither may the other rows reach its gradient, nor it theirs, by a product with zero.
+            mine = mixed.own(chosen.view(-1, *[1] * (x.dim() - 1)), x) if x.is_floating_point() else x
+            own = self.modules_to_save[name](mine, *args, **kwargs)
             y = torch.where(chosen.view(-1, *[1] * (y.dim() - 1)), own, y)
         return y
 

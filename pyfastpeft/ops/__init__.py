@@ -1,6 +1,7 @@
 """The fused operators as Python sees them."""
 
 from . import library as library  # loads the compiled operators
+from . import mixed as mixed
 from .backends import Backend
 from .copy import copy_alike, copy_tensors, large_pages
 from .cross_entropy import cross_entropy_with_gradient

@@ -62,9 +62,12 @@ def _serving(device: torch.device) -> tuple[bool, bool]:
     return no_cuda is None, no_triton is None
 
 
-def _check_forced(device: torch.device) -> None:
-    if _FORCED is Backend.TRITON and (why := why_not_triton(device)) is not None:
-        raise RuntimeError(f"PYFASTPEFT_BACKEND is 'triton', and {why}")
+def _check_forced(device: torch.device, *having: Backend) -> None:
+    """``having``: those that have such a kernel."""
+    if _FORCED in having:
+        why_not = why_not_cuda if _FORCED is Backend.CUDA else why_not_triton
+        if (why := why_not(device)) is not None:
+            raise RuntimeError(f"PYFASTPEFT_BACKEND is {_FORCED.value!r}, and {why}")
 
 
 def native(w: Packed4bit) -> bool:
@@ -89,9 +92,7 @@ def choose(w: Packed4bit, rows: int, dtype: torch.dtype, infers: bool, drops: bo
     """
     if native(w):
         return Backend.NATIVE
-    for backend, why_not in ((Backend.CUDA, why_not_cuda), (Backend.TRITON, why_not_triton)):
-        if _FORCED is backend and (why := why_not(w.device)) is not None:
-            raise RuntimeError(f"PYFASTPEFT_BACKEND is {backend.value!r}, and {why}")
+    _check_forced(w.device, Backend.CUDA, Backend.TRITON)
     if _FORCED in (Backend.SLABS, Backend.TRITON, Backend.REFERENCE):
         return _FORCED
     cuda, triton = _serving(w.device)
@@ -107,14 +108,15 @@ def choose(w: Packed4bit, rows: int, dtype: torch.dtype, infers: bool, drops: bo
 def choose_plain(device: torch.device) -> Backend:
     """The backend for operators over plain tensors on ``device``: norms, activations, losses, attention.
 
-    Native on a CPU, Triton on a GPU that it compiles for, else the reference.
+    Native on a CPU, Triton on a GPU that it compiles for, else the reference. Where a backend is forced that has no
+    such operator (``cuda``, ``slabs``), plain torch computes it, not the kernels of a third.
 
     Raises:
-        RuntimeError: as ``choose``.
+        RuntimeError: Triton is forced and cannot serve; it says why.
     """
-    _check_forced(device)
-    if _FORCED is Backend.REFERENCE:
-        return _FORCED
+    _check_forced(device, Backend.TRITON)
+    if _FORCED in (Backend.REFERENCE, Backend.CUDA, Backend.SLABS):
+        return Backend.REFERENCE
     if device.type in triton_devices():
         return Backend.TRITON if why_not_triton(device) is None else Backend.REFERENCE
     return Backend.NATIVE if device.type == "cpu" else Backend.REFERENCE
@@ -156,11 +158,15 @@ for _name in _COMPILED:
 
 
 def choose_quantizer(device: torch.device) -> Backend:
-    """The backend that quantizes and decodes whole tensors: as for plain tensors, but CUDA where its kernels serve.
+    """The backend that quantizes and decodes whole tensors: native on a CPU whatever is forced, since weights are
+    prepared there for other devices; else as for plain tensors, but CUDA where its kernels serve.
 
     Raises:
         RuntimeError: as ``choose``.
     """
+    if device.type == "cpu":
+        return Backend.NATIVE
+    _check_forced(device, Backend.CUDA, Backend.TRITON)
     cuda = _FORCED not in (Backend.TRITON, Backend.REFERENCE) and _serving(device)[0]
     return Backend.CUDA if cuda else choose_plain(device)
 

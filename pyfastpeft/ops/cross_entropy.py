@@ -17,10 +17,15 @@ def cross_entropy_with_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor,
 
     Returns:
         losses float32 [n], and softmax(logits) - onehot(labels) in the dtype of ``logits``. Arithmetic is float32.
+        Loss and gradient of a row whose label is no class are NaN; on a CPU that is an error instead.
     """
     if choose_plain(logits.device) is not Backend.REFERENCE:
         return torch.ops.pyfastpeft.cross_entropy.default(logits, labels)
     log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
+    if not labels.is_cpu:  # where an index out of range is no error that can be caught
+        known = (labels >= 0) & (labels < logits.shape[1])
+        log_probabilities = log_probabilities.masked_fill(~known[:, None], torch.nan)
+        labels = labels.where(known, 0)
     losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     gradient = log_probabilities.exp_()
     gradient[torch.arange(len(labels), device=labels.device), labels] -= 1

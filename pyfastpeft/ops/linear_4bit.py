@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from ..formats import Packed4bit
 from ..formats.held import HeldBranch
-from . import cuda_kernels, reference, triton_kernels
+from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
 from .backends import FLOATS, Backend, choose, native
 
@@ -26,7 +26,7 @@ class Lora(NamedTuple):
         a: [R, K], any floating dtype.
         b: [N, R], any floating dtype.
         scaling: a number; or a tensor [R], or [rows, R] where each row of x has its own (several adapters, stacked
-            along R, are then mixed in one batch: zero switches one off for a row).
+            along R, are then mixed in one batch: zero switches one off for a row, whatever it holds).
         dropout: probability with which an element of x is dropped on its way into ``a``.
     """
 
@@ -100,7 +100,7 @@ class BankView(NamedTuple):
         """The slots side by side along R, each row of x scaled by its own slot's scaling and by zero elsewhere."""
         slots, r, k = self.a.shape
         chosen = self.rows.unsqueeze(1) == torch.arange(slots, device=self.rows.device)
-        scale = (chosen * self.scaling.float()).repeat_interleave(r, dim=1)
+        scale = mixed.own(chosen, self.scaling.float()).repeat_interleave(r, dim=1)
         return Lora(self.a.reshape(slots * r, k), self.b.transpose(0, 1).reshape(-1, slots * r), scale)
 
 
@@ -179,17 +179,10 @@ def linear_4bit(
         if compute is not None:
             raise ValueError(f"compute is {compute!r}, for inference only; x, bias or lora requires a gradient here")
         y = _Linear4bit.apply(x2, bias, *branch, backend, *weight)
-    elif backend is Backend.NATIVE:
-        if type(lora) is PackedLora and x.dtype is torch.bfloat16:
-            if row_scale is not None and row_scale.shape[-1] % 2:
-                row_scale = pad(row_scale, (0, 1))  # as the rank is, to whole pairs
-            branch = (lora.a_pairs, lora.b_pairs, row_scale, scaling, seed, dropout)
-        if takes_int8(w, compute):
-            y = torch.ops.pyfastpeft.linear_4bit_int8.default(x2, *weight, bias, *branch)
-        else:
-            y = _forward(backend, x2, bias, branch, weight)[0]
     else:
-        y = _forward(backend, x2, bias, branch, weight)[0]
+        packed = backend is Backend.NATIVE and type(lora) is PackedLora and x.dtype is torch.bfloat16
+        pairs = (lora.a_pairs, lora.b_pairs) if packed else None
+        y = _forward(backend, x2, bias, branch, weight, pairs, takes_int8(w, compute))[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -303,11 +296,50 @@ _IN_PYTHON = {Backend.REFERENCE: reference, Backend.TRITON: triton_kernels, Back
 _WITH_SLOTS = {Backend.TRITON: triton_kernels, Backend.CUDA: cuda_kernels}
 
 
-def _forward(backend: Backend, x: Tensor, bias: Tensor | None, branch: tuple, weight: tuple) -> tuple[Tensor, Tensor]:
+def _mixes(branch: tuple) -> bool:
+    """Whether the rows of x choose among adapters."""
+    return branch[2] is not None and branch[2].dim() == 2
+
+
+def _with_finite_columns(branch: tuple, dtype: torch.dtype) -> tuple:
+    return *mixed.finite_columns(*branch[:3], dtype), *branch[3:]
+
+
+def _forward(
+    backend: Backend,
+    x: Tensor,
+    bias: Tensor | None,
+    branch: tuple,
+    weight: tuple,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    int8: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, S); ``pairs``: A and B in bf16, as the native kernels read them; S is None in the ``int8`` tier."""
+    if _mixes(branch):
+        if mixed.tells(x):
+            y, s = _product(backend, x, bias, branch, weight, pairs, int8)
+            if mixed.is_finite(y[:1]):
+                return y, s
+        branch = _with_finite_columns(branch, x.dtype)
+        if pairs is not None:
+            pairs = tuple(map(torch.ops.pyfastpeft.pack_pairs.default, branch[:2]))
+    return _product(backend, x, bias, branch, weight, pairs, int8)
+
+
+def _product(
+    backend: Backend, x: Tensor, bias: Tensor | None, branch: tuple, weight: tuple, pairs: tuple | None, int8: bool
+) -> tuple[Tensor, Tensor | None]:
     if backend in _IN_PYTHON:
         return _IN_PYTHON[backend].forward(x, weight[5], bias, *branch)
     if backend is Backend.SLABS:
         return torch.ops.pyfastpeft.linear_4bit_slabs.default(x, *weight, bias, *branch)
+    if pairs is not None:
+        row_scale = branch[2]
+        if row_scale is not None and row_scale.shape[-1] % 2:
+            row_scale = pad(row_scale, (0, 1))  # as the rank is, to whole pairs
+        branch = (*pairs, row_scale, *branch[3:])
+    if int8:
+        return torch.ops.pyfastpeft.linear_4bit_int8.default(x, *weight, bias, *branch), None
     return torch.ops.pyfastpeft.linear_4bit.default(x, *weight, bias, *branch)
 
 
@@ -326,22 +358,58 @@ class _Linear4bit(torch.autograd.Function):
     def backward(ctx, dy):  # noqa: ANN001
         x, s, a, b, row_scale, seed, *held = ctx.saved_tensors
         scaling, dropout, backend, meta, k, x_dtype, bias_dtype = ctx.rest
-        need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
-        branch = (a, b, row_scale, scaling, seed, dropout)
+        need_x, need_bias, *needs_lora = ctx.needs_input_grad[:4]
+        branch, needs = (a, b, row_scale, scaling, seed, dropout), (need_x, *needs_lora)
         dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
-        dy = dy.to(x_dtype)
-        if backend in _IN_PYTHON:
-            dx, da, db = _IN_PYTHON[backend].backward(dy, x, s, meta[0], *branch, need_x, need_a, need_b)
-        elif backend is Backend.SLABS:
-            needs = need_x, need_a, need_b
-            found = torch.ops.pyfastpeft.linear_4bit_slabs_backward.default(dy, x, s, *held, *meta, k, *branch, *needs)
-            dx, da, db = (grad if needed else None for grad, needed in zip(found, needs, strict=True))
-        else:
-            dx, ds = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, *held, *meta, *branch, need_x)
-            dx = dx if need_x else None
-            da = db = None
-            if need_a or need_b:
-                da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, ds, row_scale, scaling, seed, dropout)
-                da = da.to(a.dtype) if need_a else None
-                db = db.to(b.dtype) if need_b else None
-        return dx, dbias, da, db, *([None] * (len(ctx.needs_input_grad) - 4))
+        grads = _backward(backend, dy.to(x_dtype), x, s, branch, (*held, *meta), k, needs)
+        return *grads[:1], dbias, *grads[1:], *([None] * (len(ctx.needs_input_grad) - 4))
+
+
+def _backward(
+    backend: Backend,
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    branch: tuple,
+    weight: tuple,
+    k: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB), None where not in ``needs``; ``x`` and ``s``, the S of ``_forward``, where A or B trains."""
+    if not _mixes(branch):
+        return _gradients(backend, dy, x, s, branch, weight, k, needs)
+    if mixed.tells(dy):
+        dx, da, db = _gradients(backend, dy, x, s, branch, weight, k, needs)
+        if mixed.is_finite(None if dx is None else dx[:1], da, db):
+            return dx, da, db
+    a, b, factor, *rest = _with_finite_columns(branch, dy.dtype)
+    if x is not None:
+        # S as it was, before its columns were: here it is left out where its factor is zero.
+        bad, factor, dy, x = mixed.finite_rows(factor, dy, x)
+        s = s.masked_fill(bad | (factor == 0), 0)
+    dx, da, db = _gradients(backend, dy, x, s, (a, b, factor, *rest), weight, k, needs)
+    return dx if x is None or dx is None else dx.masked_fill(bad, torch.nan), da, db
+
+
+def _gradients(
+    backend: Backend,
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    branch: tuple,
+    weight: tuple,
+    k: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if backend in _IN_PYTHON:
+        return _IN_PYTHON[backend].backward(dy, x, s, weight[5], *branch, *needs)
+    if backend is Backend.SLABS:
+        found = torch.ops.pyfastpeft.linear_4bit_slabs_backward.default(dy, x, s, *weight, k, *branch, *needs)
+        return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
+    need_x, need_a, need_b = needs
+    a, b, *scaled = branch
+    dx, ds = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, *weight, *branch, need_x)
+    da = db = None
+    if need_a or need_b:
+        da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, ds, *scaled)
+    return dx if need_x else None, da.to(a.dtype) if need_a else None, db.to(b.dtype) if need_b else None

@@ -37,7 +37,11 @@ def dropped(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
 
 
 def scaled(s: Tensor, row_scale: Tensor | None, scaling: float) -> Tensor:
-    return s * scaling if row_scale is None else s * row_scale * scaling
+    """S ∘ f; where rows choose, zero where f is, whatever S is."""
+    if row_scale is None:
+        return s * scaling
+    s = s * row_scale * scaling
+    return s.masked_fill(row_scale == 0, 0) if row_scale.dim() == 2 else s
 
 
 def forward(

@@ -38,9 +38,10 @@ def test_the_maximum_may_lie_in_any_step_and_nothing_before_it(top, monkeypatch)
     assert torch.equal(gradient[0], torch.zeros(37))
 
 
-def test_the_loss_of_a_label_that_is_no_class_is_nan():
-    losses, _ = cross_entropy_with_gradient(torch.randn(3, 5), torch.tensor([5, 1, -1]))
+def test_loss_and_gradient_of_a_label_that_is_no_class_are_nan():
+    losses, gradient = cross_entropy_with_gradient(torch.randn(3, 5), torch.tensor([5, 1, -1]))
     assert losses.isnan().tolist() == [True, False, True]
+    assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == [True, False, True]
 
 
 def test_a_head_and_its_loss_a_chunk_at_a_time(monkeypatch):

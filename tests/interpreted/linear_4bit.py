@@ -7,11 +7,22 @@ import math
 import pytest
 import repair
 import torch
-from test_linear_4bit import DTYPES, FORWARD, QUANT_TYPES, adapter, check_gradients, error, float64, packed_weight, pick
+from test_linear_4bit import (
+    DTYPES,
+    FORWARD,
+    QUANT_TYPES,
+    adapter,
+    check_gradients,
+    check_isolation,
+    error,
+    float64,
+    packed_weight,
+    pick,
+)
 
 import pyfastpeft as fp
 from pyfastpeft.formats import FORMATS
-from pyfastpeft.ops import BankView, Lora, linear_4bit
+from pyfastpeft.ops import BankView, Lora, linear_4bit, mixed
 from pyfastpeft.ops.backends import Backend, choose
 from pyfastpeft.ops.triton_kernels import _kernels
 
@@ -103,6 +114,12 @@ def test_an_adapter_that_is_not_finite_stays_in_its_rows(m):
         y = linear_4bit(x, w, None, BankView(*dirty, rows))
         assert torch.equal(y[rows != 1], clean[rows != 1])
         assert not y[rows == 1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_keeps_what_is_not_finite_to_its_rows_and_slot(monkeypatch, dtype):
+    monkeypatch.setattr(mixed, "tells", lambda _: False)  # as on a GPU
+    check_isolation(dtype, *pick([(5, 24, 64), (17, 33, 35)]))
 
 
 def test_mixed_adapters_train():
