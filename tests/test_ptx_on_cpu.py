@@ -15,10 +15,16 @@ NVCC = shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"),
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler is here")
 
 
-def run_checks(name, tmp_path, **variables):
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder for what the checks compile and have in common."""
+    return tmp_path_factory.mktemp("ptx")
+
+
+def run_checks(name, compiled, tmp_path, **variables):
     """In a process of its own: triton decides when it is imported for which GPU it compiles."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TMPDIR": str(tmp_path)}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TMPDIR": str(tmp_path), "PTX_FOLDER": str(compiled)}
     environment["PYTHONPATH"] = os.pathsep.join([str(CHECKS.parent), str(CHECKS), *sys.path])
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CHECKS / f"{name}.py")]
@@ -29,11 +35,11 @@ def run_checks(name, tmp_path, **variables):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("operator", ["linear_4bit", "prefix_attention", "small_operators"])
-def test_triton_kernels_compute_what_they_promise(operator, target, tmp_path):
-    run_checks(operator, tmp_path, PTX_TARGET=target, PYFASTPEFT_BACKEND="triton")
+def test_triton_kernels_compute_what_they_promise(operator, target, compiled, tmp_path):
+    run_checks(operator, compiled, tmp_path, PTX_TARGET=target, PYFASTPEFT_BACKEND="triton")
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is in neither CUDA_HOME, /usr/local/cuda nor PATH")
 @pytest.mark.parametrize("target", TARGETS)
-def test_cuda_kernels_compute_what_they_promise(target, tmp_path):
-    run_checks("cuda_kernels", tmp_path, PTX_TARGET=target, NVCC=NVCC)
+def test_cuda_kernels_compute_what_they_promise(target, compiled, tmp_path):
+    run_checks("cuda_kernels", compiled, tmp_path, PTX_TARGET=target, NVCC=NVCC)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import re
 import subprocess
 
 import pytest
 import torch
-from launch import COMPILER, HERE, allow
+from launch import COMPILER, HERE, allow, in_parallel, load
 from test_linear_4bit import FORWARD, adapter, error, float64
 from translate import translate
 
@@ -21,9 +22,11 @@ CHIP = int(os.environ["PTX_TARGET"].removeprefix("cuda:"))
 CSRC = HERE.parents[1] / "csrc"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KERNELS = {  # what of each source is translated: the kernels that the tests below launch
-    "linear_4bit.cu": "linear_4bit_kernel(I13__nv_bfloat16Li1ELNS0_6AccessE[01]E|I6__halfLi2ELNS0_6AccessE0E)",
-    "dequantize_4bit.cu": "bfloat16|half",
-    "quantize_4bit.cu": "",
+    "linear_4bit": "linear_4bit_kernel(I13__nv_bfloat16Li1ELNS0_6AccessE[01]E|I6__halfLi2ELNS0_6AccessE0E)",
+    "linear_4bit_sm90": "" if CHIP == 90 else None,
+    "dequantize_4bit": "bfloat16|half",
+    "quantize_4bit": "",
+    "api": None,
 }
 
 
@@ -43,27 +46,26 @@ PfLora = structure(
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
+def compiled(tmp_path_factory):
+    """A folder with the PTX of each source and kernels.so, their host code over cudart.cpp."""
     folder = tmp_path_factory.mktemp("cuda")
     arch = f"compute_{CHIP}{'a' if CHIP == 90 else ''}"
-    nvcc = [os.environ["NVCC"], "-std=c++20", "-O3", "-cudart", "none", "-Xcompiler", "-fPIC", f"-I{CSRC}"]
+    nvcc = [os.environ["NVCC"], "-std=c++20", "-O3", "-cudart", "none", "-Xcompiler", "-fPIC", f"-I{CSRC}", f"-I{HERE}"]
     nvcc += ["-gencode", f"arch={arch},code={arch}", "--keep", "--keep-dir", folder]
-    linked = []
-    sources = {CSRC / "cuda" / name: only for name, only in KERNELS.items()}
-    # Hopper's own kernel uses what the translator does not know; linear_4bit.cu asks its host code whether it serves.
-    for source in (CSRC / "cuda/api.cu", CSRC / "cuda/linear_4bit_sm90.cu", HERE / "cudart.cpp"):
-        sources[source] = None
-    for source, only in sources.items():
-        host = (folder / source.name).with_suffix(".o")
-        subprocess.run([*nvcc, f"-I{HERE}", "-c", source, "-o", host], check=True)
-        linked.append(host)
-        if only is not None:
-            linked.append(host.with_suffix(".ptx.cpp"))
-            linked[-1].write_text(translate(host.with_suffix(".ptx").read_text(), only))
-    subprocess.run([*COMPILER, "-shared", *linked, "-o", folder / "kernels.so"], check=True)
-    loaded = ctypes.CDLL(str(folder / "kernels.so"))
+    sources = [*(CSRC / f"cuda/{name}.cu" for name in KERNELS), HERE / "cudart.cpp"]
+    in_parallel([[*nvcc, "-c", source, "-o", folder / f"{source.stem}.o"] for source in sources])
+    subprocess.run([*COMPILER, "-shared", *folder.glob("*.o"), "-o", folder / "kernels.so"], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def library(compiled):
+    loaded = ctypes.CDLL(str(compiled / "kernels.so"))
     loaded.pf_cuda_error.restype = ctypes.c_char_p
     loaded.pf_linear_4bit_workspace.restype = ctypes.c_int64
+    for name, only in KERNELS.items():
+        if only is not None:
+            load(loaded, translate((compiled / f"{name}.ptx").read_text(), only))
     return loaded
 
 
@@ -104,14 +106,15 @@ def poisoned(*shape, dtype):
 
 
 def linear(library, x, w, bias=None, bank=None):
-    """y; bank: (a [slots, r, K], b [slots, N, r], scaling [slots], rows [M])."""
+    """y; bank: (a [slots, r, K], b [slots, N, r], scaling [slots], rows [M] or None: all have slot 0)."""
     m, n, dtype = len(x), w.shape[0], DTYPES[x.dtype]
     weight, tensors = operand(w)
     lora = None
     if bank is not None:
         a, b, scaling, rows = bank
-        lora = PfLora(a.data_ptr(), b.data_ptr(), scaling.data_ptr(), rows.data_ptr(), 1.0, DTYPES[a.dtype],
-                      DTYPES[b.dtype], a.shape[1], len(a), *a.stride()[:2], *b.stride())  # fmt: skip
+        which = None if rows is None else rows.data_ptr()
+        lora = PfLora(a.data_ptr(), b.data_ptr(), scaling.data_ptr(), which, 1.0, DTYPES[a.dtype], DTYPES[b.dtype],
+                      a.shape[1], len(a), *a.stride()[:2], *b.stride())  # fmt: skip
     size = library.pf_linear_4bit_workspace(
         ctypes.byref(weight), None if lora is None else ctypes.byref(lora), ctypes.c_int64(m), ctypes.c_int32(dtype)
     )
@@ -123,6 +126,7 @@ def linear(library, x, w, bias=None, bank=None):
     allow(library, *tensors, x, bias, y, workspace, *(bank or ()))
     bias_dtype = DTYPES[torch.float32 if bias is None else bias.dtype]
     call(library, "pf_linear_4bit", weight, x, x.stride(0), bias, (bias_dtype,), lora, y, m, (dtype,), workspace, None)
+    call(library, "ptx_finish")
     assert not workspace[: counters // 4].any()
     return y
 
@@ -143,17 +147,24 @@ def test_products_match_float64(library, m, n, k, dtype, quant_type, blocksize, 
     assert error(linear(library, x, w, bias), float64(x, w, bias)) <= FORWARD[dtype]
 
 
-@pytest.mark.parametrize("m, k, dtype", [(1, 1088, torch.bfloat16), (7, 512, torch.bfloat16), (13, 512, torch.float16)])
-def test_rows_of_mixed_adapters_match_each_alone(library, m, k, dtype):
-    n, r, slots = 70, 16, 3
+def mixed_adapters_error(library, m, n, k, r, dtype):
+    """The largest of a row's, whose adapter is drawn."""
+    slots = 3
     w = fp.quantize_4bit(torch.randn(n, k))
     pairs = [adapter(n, k, r, random.choice([torch.float32, dtype])) for _ in range(slots)]
     a, b = (torch.stack([p[i].to(pairs[0][i].dtype) for p in pairs]) for i in (0, 1))
     scaling, rows, x = torch.rand(slots) + 0.5, torch.randint(-1, slots, (m,)), torch.randn(m, k).to(dtype)
-    y = linear(library, x, w, None, (a, b, scaling, rows))
+    y, largest = linear(library, x, w, None, (a, b, scaling, rows)), 0.0
     for i, slot in enumerate(rows.tolist()):
         lora = None if slot < 0 else (a[slot], b[slot], float(scaling[slot]))
-        assert error(y[i : i + 1], float64(x[i : i + 1], w, None, lora), r) <= FORWARD[dtype]
+        wrong = error(y[i : i + 1], float64(x[i : i + 1], w, None, lora), r)
+        largest = wrong if wrong > largest or wrong != wrong else largest
+    return largest
+
+
+@pytest.mark.parametrize("m, k, dtype", [(1, 1088, torch.bfloat16), (7, 512, torch.bfloat16), (13, 512, torch.float16)])
+def test_rows_of_mixed_adapters_match_each_alone(library, m, k, dtype):
+    assert mixed_adapters_error(library, m, 70, k, 16, dtype) <= FORWARD[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -182,3 +193,86 @@ def test_weights_are_encoded_as_the_reference_does(library, quant_type):
     call(library, "pf_quantize_4bit", source, (0,), count, form, (blocksize,), codes, scale, zero, None)
     assert torch.equal(codes, expected.codes) and torch.equal(scale, expected.scale)
     assert zero is None or torch.equal(zero, expected.zero)
+
+
+# ---- Hopper's own kernels --------------------------------------------------------------------------------------------
+
+hopper = pytest.mark.skipif(CHIP != 90, reason="kernels for Hopper")
+
+
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [18, 64, 90, 128, 150, 200])  # each kernel has the rows up to a number of its own
+def test_many_rows_on_hopper_match_float64(library, m, dtype):
+    n, k, r = random.choice([70, 130]), random.choice([64, 320]), random.choice([5, 40])
+    quant_type, nested = random.choice([("nf4", False), ("nf4", True), ("fp4", False), ("int4", False)])
+    w = fp.quantize_4bit(torch.randn(n, k), quant_type, random.choice([32, 64]), nested)
+    x, bias = torch.randn(m, k).to(dtype), random.choice([None, torch.randn(n), torch.randn(n).to(dtype)])
+    a, b = adapter(n, k, r, random.choice([torch.float32, dtype]))
+    y = linear(library, x, w, bias, (a[None], b[None], torch.tensor([0.5]), None))
+    assert error(y, float64(x, w, bias, (a, b, 0.5)), m * r) <= FORWARD[dtype]
+
+
+@hopper
+@pytest.mark.parametrize("m, k, dtype", [(18, 1344, torch.bfloat16), (100, 320, torch.float16)], ids=str)
+def test_many_rows_of_mixed_adapters_match_each_alone(library, m, k, dtype):
+    for seed in range(4):
+        library.ptx_device(CHIP, 132, seed)
+        assert mixed_adapters_error(library, m, 70, k, 9, dtype) <= FORWARD[dtype]
+
+
+@hopper
+@pytest.mark.parametrize("multiprocessors", [2, 4, 132])
+def test_splits_over_the_columns_add_up(library, multiprocessors):
+    library.ptx_device(CHIP, multiprocessors, random.randrange(100))
+    w, x = fp.quantize_4bit(torch.randn(66, 1088)), torch.randn(18, 1088).bfloat16()
+    assert error(linear(library, x, w), float64(x, w)) <= FORWARD[x.dtype]
+
+
+FAULTS = {  # what stands in the PTX, what does instead, and what is said where the result alone would not tell
+    "a product that nothing waits for": (r"wgmma\.wait_group\.sync\.aligned\s+1;", "", "operand is written before"),
+    "sums read before they are there": (r"wgmma\.wait_group\.sync\.aligned\s+0;", "", "sum is accessed before"),
+    "a wait for one product less": (r"(wgmma\.wait_group\.sync\.aligned\s+)0;", r"\g<1>1;", "sum is accessed before"),
+    "products of no group": (r"wgmma\.commit_group\.sync\.aligned;", "", "before wgmma.wait_group"),
+    "no fence before products": (r"wgmma\.fence\.sync\.aligned;", "", "after the last wgmma.fence"),
+    "registers of A in another order": (r"(\}, \{%r\d+),(%r\d+),(%r\d+)", r"\1,\3,\2", None),
+    "columns of x of the next product": (r"(add\.s64 \s*%rd\d+, %rd\d+), 2;", r"\1, 4;", None),
+    "eight rows further than they are": (r"4611686293305360384", str(1 << 62 | 128 << 32 | 1 << 16), None),
+    "another swizzle": (r"4611686293305360384", str(2 << 62 | 64 << 32 | 1 << 16), None),
+    "stores of the branch that wgmma does not see": (r"fence\.proxy\.async\.shared::cta;", "", None),
+    "no wait for copies": (r"@!ended bra again;", "", None),
+    "S read before it is there": (r"griddepcontrol\.wait;", "", None),
+    "another block's sums read before they are there": (r"barrier\.cluster\.wait\.acquire;", "", None),
+    "copies to one block of two": (r"(\.multicast::cluster \[[^;]*), %rs\d+;", r"\1, 1;", None),
+}
+
+
+@pytest.fixture(scope="session")
+def sweep(compiled):
+    """PTX of what serves up to 32 rows of bfloat16, and the module that it is."""
+    head, *kernels = re.split(r"(?=\.entry)", (compiled / "linear_4bit_sm90.ptx").read_text())
+    ptx = head + "".join(k for k in kernels if re.match(r"\S+\s+\S+(project|sweep)I13__nv_bfloat16(Li16ELi1E)?E", k))
+    return ptx, translate(ptx)
+
+
+@hopper
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_in_hopper_kernels_are_seen(library, sweep, fault):
+    pattern, replacement, message = FAULTS[fault]
+    ptx, count = re.subn(pattern, replacement, sweep[0])
+    assert count > 0
+    load(library, translate(ptx))
+    try:
+        for seed in range(4):
+            library.ptx_device(CHIP, 132, seed)
+            try:
+                wrong = mixed_adapters_error(library, 18, 70, 1344, 9, torch.bfloat16)
+            except AssertionError as found:
+                assert message is None or message in str(found)
+                return
+            if not wrong <= FORWARD[torch.bfloat16]:
+                assert message is None, f"a result {wrong} off, and no error"
+                return
+        pytest.fail("nothing was wrong")
+    finally:
+        load(library, sweep[1])

@@ -1,8 +1,9 @@
 // In the place of CUDA's runtime (13) beneath host code that nvcc compiled: launches run translated PTX at once, on one
-// imagined device.
+// imagined device. A grid that lets the next one start is held there: the next does without it whatever it may.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include "runtime.h"
+#include "machine.h"
 
 namespace {
 
@@ -19,6 +20,33 @@ struct {
 } configuration;
 uint32_t seed = 0;
 int processors = 4, capability = 80;
+std::shared_ptr<ptx::Launch> held;
+
+cudaError_t start(const void* function, dim3 grid, dim3 block, size_t shared, uint32_t cluster, bool overlaps,
+                  void** arguments) try {
+  const std::string& name = names().at(function);
+  const auto kernel = ptx::kernels.find(name);
+  if (kernel == ptx::kernels.end()) ptx::fail("it was not translated");
+  std::string parameters;
+  for (size_t i = 0; i < kernel->second.parameters.size(); ++i) {
+    const auto [offset, bytes] = kernel->second.parameters[i];
+    parameters.resize(offset);
+    parameters.append(static_cast<const char*>(arguments[i]), bytes);
+  }
+  if (cluster > 8 || grid.x % cluster != 0) ptx::fail("a grid that its clusters do not make up");
+  if (shared > 227 << 10) ptx::fail("more shared memory than a block may have");
+  const auto launched = std::make_shared<ptx::Launch>(
+      name, ptx::Dim3{grid.x, grid.y, grid.z}, ptx::Dim3{block.x, block.y, block.z}, static_cast<uint32_t>(shared),
+      parameters, seed, cluster, std::exchange(held, nullptr));
+  if (!overlaps) launched->wait_for_previous();
+  launched->run();
+  launched->wait_for_previous();
+  if (!launched->ended()) held = launched;
+  return cudaSuccess;
+} catch (const std::exception& e) {
+  fault = names()[function] + ": " + e.what();
+  return cudaErrorLaunchFailure;
+}
 
 }  // namespace
 
@@ -47,32 +75,44 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
   return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t function, dim3 grid, dim3 block, void** arguments, size_t shared,
-                               cudaStream_t) try {
-  const std::string& name = names().at(function);
-  const auto kernel = ptx::kernels().find(name);
-  if (kernel == ptx::kernels().end()) ptx::fail("it was not translated");
-  std::string parameters;
-  for (size_t i = 0; i < kernel->second.parameters.size(); ++i) {
-    const auto [offset, bytes] = kernel->second.parameters[i];
-    parameters.resize(offset);
-    parameters.append(static_cast<const char*>(arguments[i]), bytes);
+                               cudaStream_t) {
+  return start(function, grid, block, shared, 1, false, arguments);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+  uint32_t cluster = 1;
+  bool overlaps = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = attribute.val.clusterDim.x;
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      overlaps = attribute.val.programmaticStreamSerializationAllowed;
   }
-  ptx::launch(kernel->second, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, parameters.data(), seed);
-  return cudaSuccess;
-} catch (const std::exception& e) {
-  fault = names()[function] + ": " + e.what();
-  return cudaErrorLaunchFailure;
+  return start(function, config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster, overlaps, arguments);
 }
 
-// Hopper's kernel for many rows asks for these; nothing here has so many.
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
-  fault = "a launch in clusters, which cudart.cpp does not know";
-  return cudaErrorNotSupported;
+// The driver's part of TMA: matrices, whose boxes have swizzled rows of 128 bytes.
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
+                      const cuuint64_t* pitches, const cuuint32_t* box, const cuuint32_t* steps,
+                      CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                      CUtensorMapFloatOOBfill fill) {
+  const uint32_t element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_UINT16 ? 2 : 0;
+  const uint64_t at = reinterpret_cast<uint64_t>(base);
+  const bool known = element != 0 && rank == 2 && steps[0] == 1 && steps[1] == 1 && fill == 0 &&
+                     interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  if (!known || box[0] * element != 128 || box[1] == 0 || box[1] > 256 || at % 16 != 0 || pitches[0] % 16 != 0 ||
+      sizes[0] == 0 || sizes[1] == 0 || (reinterpret_cast<uint64_t>(map) % 64) != 0)
+    return CUDA_ERROR_INVALID_VALUE;
+  *map = {};
+  const ptx::TensorMap encoded{
+      ptx::TensorMap::kMark, at, int64_t(sizes[1]), int64_t(sizes[0] * element), int64_t(pitches[0]), element, box[1]};
+  std::memcpy(map, &encoded, sizeof encoded);
+  return CUDA_SUCCESS;
 }
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long,
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult*) {
-  fault = "a function of the driver, which cudart.cpp does not know";
-  return cudaErrorNotSupported;
+  if (std::string(name) != "cuTensorMapEncodeTiled") return fault = "a function of the driver", cudaErrorNotSupported;
+  *function = reinterpret_cast<void*>(encode_tiled);
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetLastError() { return fault.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
@@ -103,9 +143,17 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaSuccess;
 }
 
+// Whatever is held goes on to its end.
+__attribute__((visibility("default"))) cudaError_t ptx_finish() try {
+  if (const auto last = std::exchange(held, nullptr)) last->finish();
+  return cudaSuccess;
+} catch (const std::exception& e) {
+  fault = e.what();
+  return cudaErrorLaunchFailure;
+}
 // The device, and the order of warps of what follows; forgets a fault.
 __attribute__((visibility("default"))) void ptx_device(int sm, int multiprocessors, uint32_t order) {
   capability = sm, processors = multiprocessors, seed = order;
-  fault.clear();
+  fault.clear(), held = nullptr;
 }
 }

@@ -1,10 +1,10 @@
-// What translated PTX runs on (see translate.py): grids, blocks and warps, memory that is checked, and the instructions
+// What functions of translate.py's are written in: threads, warps and blocks, memory that is checked, and instructions
 // that are more than an expression.
 //
-// A warp runs a basic block at a time for the lanes whose next block is the lowest, so lanes that diverged meet again.
-// It runs ahead until a barrier or a failed wait; which warp is next depends on the seed. That, shared memory and
-// registers that begin as NaN, copies that land only when something waits for them, and the order of a block's warps
-// make a missing wait or barrier a wrong result. Registers are bits: an instruction gives them a type.
+// Which warp is next depends on the seed. That, shared memory and registers that begin as NaN, copies that land only
+// when something waits for them, wgmma that reads shared memory as early or as late as it may, and the order of a
+// block's warps make a missing wait or barrier a wrong result; a register of a wgmma in flight that another instruction
+// touches is an error. Registers are bits: an instruction gives them a type.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +21,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define PF_INLINE inline
@@ -272,32 +273,36 @@ struct Dim3 {
   uint32_t x, y, z;
 };
 
+struct Block;
+
 // Bytes that land later; what `filled` does not cover becomes zero.
 struct Copy {
   char* to;
   const char* from;
   uint32_t bytes, filled;
 
-  void land() const {
-    std::memcpy(to, from, filled);
-    std::memset(to + filled, 0, bytes - filled);
-  }
+  void land(Block& block) const;
 };
 
 constexpr int kFinished = INT_MAX;
 
 struct Thread {
-  virtual ~Thread() = default;
+  std::vector<uint64_t> registers;
   Dim3 id{};
   uint32_t lane = 0;
   int next = 0;  // basic block
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 
+  template <class T>
+  T& at(uint32_t i) {
+    return reinterpret_cast<T&>(registers[i]);
+  }
+  uint64_t local(uint32_t i) { return reinterpret_cast<uint64_t>(&registers[i]); }
   void commit() { groups.push_back(std::move(open)), open.clear(); }
-  void wait(size_t most) {
+  void wait(Block& block, size_t most) {
     for (; groups.size() > most; groups.pop_front())
-      for (const Copy& copy : groups.front()) copy.land();
+      for (const Copy& copy : groups.front()) copy.land(block);
   }
 };
 
@@ -306,18 +311,30 @@ struct Barrier {
   std::vector<struct Warp*> waiting;
 };
 
-struct Block;
+// A register that some wgmma adds to, or reads A from: what the rules for such registers ask about.
+struct MatrixRegister {
+  uint64_t sum = 0, operand = 0;  // number of the last group that adds to it, that reads it
+  int shape = 0;                  // of what adds to it, until a fence
+  bool accessed = false;          // by another instruction since the last fence
+  bool moved = false;             // by mov
+};
 
 struct Warp {
   Block* block = nullptr;
+  const uint64_t* constants = nullptr;
   uint32_t index = 0;
   std::vector<std::unique_ptr<Thread>> threads;
   uint32_t active = 0;                      // lanes that run the present basic block
   bool waits = false;                       // at a barrier
+  bool holds = false;                       // where it let the next grid start
   bool yields = false;                      // for something that another warp does
   const char* doing = "";                   // the present instruction, where it touches memory
+  uint32_t cluster_phase = 0;               // in which it arrived at the cluster's barrier
   std::vector<std::function<void()>> open;  // wgmma, in the order of issue
   std::deque<std::vector<std::function<void()>>> groups;
+  uint64_t finished_groups = 0;
+  std::vector<MatrixRegister> matrix;
+  bool fenced = false;  // by wgmma.fence since the last group
 
   // The basic block that comes next, or kFinished.
   int begin() {
@@ -335,37 +352,80 @@ struct Warp {
     for (const auto& t : threads) lanes |= uint32_t(t->next != kFinished) << t->lane;
     return lanes;
   }
-  void commit() { groups.push_back(std::move(open)), open.clear(); }
+  void fence() {
+    fenced = true;
+    for (MatrixRegister& r : matrix) {
+      r.accessed = r.moved = false;
+      if (r.sum <= finished_groups) r.shape = 0;
+    }
+  }
+  // An instruction that is no wgmma reads or writes a matrix register.
+  void access(int which, bool writes, bool moves) {
+    MatrixRegister& r = matrix[which];
+    if (r.sum > finished_groups) fail("wgmma: a sum is accessed before wgmma.wait_group");
+    if (writes && r.operand > finished_groups) fail("wgmma: an operand is written before wgmma.wait_group");
+    (moves ? r.moved : r.accessed) = true;
+  }
+  // A wgmma begins to use one. A mov between the fence and a wgmma is the compiler's own, which ptxas moves before it.
+  void use(int which, bool adds, int shape) {
+    MatrixRegister& r = matrix[which];
+    if (r.accessed || (r.moved && !fenced)) fail("wgmma: a register was accessed after the last wgmma.fence");
+    if ((adds ? r.operand : r.sum) > finished_groups) fail("wgmma: a register is both a sum and an operand");
+    (adds ? r.sum : r.operand) = finished_groups + groups.size() + 1;
+    if (!adds) return;
+    if (r.shape != 0 && r.shape != shape) fail("wgmma: a sum of another shape without wgmma.fence");
+    r.shape = shape;
+  }
+  void commit() { groups.push_back(std::move(open)), open.clear(), fenced = false; }
   void wait(size_t most) {
-    for (; groups.size() > most; groups.pop_front())
+    for (; groups.size() > most; groups.pop_front(), ++finished_groups)
       for (auto& operation : groups.front()) operation();
   }
   void arrive(uint32_t barrier, uint32_t count, bool stays);
+  void arrive_in_cluster();
+  void wait_in_cluster();
+  void let_next_grid_start();
+};
+
+// Blocks that read one another's shared memory; null: it ended.
+struct Cluster {
+  std::vector<Block*> blocks;
+  uint32_t arrived = 0, phase = 0;
+  std::vector<Warp*> waiting;
+
+  void open_full();
 };
 
 struct Range {
   uint64_t begin, end;
 };
-// Global memory: what a launch may touch, and before it the modules' own tables.
-inline std::vector<Range> memory, tables;
-struct Table {
-  Table(const void* at, uint64_t bytes) {
-    const auto begin = reinterpret_cast<uint64_t>(at);
-    tables.push_back({begin, begin + bytes});
-    memory = tables;
-  }
-};
 
-// Where shared memory begins; below is what nothing may touch.
-constexpr uint32_t kSharedBase = 1024;
+constexpr uint32_t kSharedBase = 1024;  // as SHARED_BASE in translate.py
+
+// A launch.
+struct Grid {
+  std::vector<Range> memory;  // what it may touch
+  bool holds = true;          // where it lets the next grid start
+
+  virtual ~Grid() = default;
+  // What came before in the stream has ended.
+  virtual void wait_for_previous() = 0;
+};
 
 struct Block {
   Dim3 id{}, size{}, grid{};
   const char* parameters = nullptr;
-  uint32_t seed = 0;
+  uint32_t parameter_bytes = 0;
+  uint32_t seed = 0, draws = 0;
+  Grid* of = nullptr;
+  std::shared_ptr<Cluster> cluster;
+  uint32_t rank = 0;  // in the cluster
+  bool lets_next_start = false;
   std::vector<char> held;
   char* shared_memory = nullptr;  // aligned as the swizzled layouts of wgmma and TMA want it
   uint32_t shared_bytes = 0;
+  std::vector<char> async;  // shared memory as wgmma sees it: without stores that no fence followed. Empty: no wgmma
+  std::vector<Range> unfenced;  // of shared memory
   std::vector<std::unique_ptr<Warp>> warps;
   std::map<uint32_t, Barrier> barriers;
   std::deque<std::function<void()>> in_flight;  // bulk copies
@@ -389,10 +449,13 @@ struct Block {
     const auto inside = [&](uint64_t begin, uint64_t end) {
       return address >= begin && address < end && bytes <= end - address;
     };
-    const uint64_t own = reinterpret_cast<uint64_t>(shared_memory);
-    if (inside(own, own + shared_bytes)) return reinterpret_cast<char*>(address);
+    for (const Block* block : cluster->blocks) {
+      if (block == nullptr) continue;
+      const uint64_t own = reinterpret_cast<uint64_t>(block->shared_memory);
+      if (inside(own, own + shared_bytes)) return reinterpret_cast<char*>(address);
+    }
     uint64_t behind = UINT64_MAX;
-    for (const Range& r : memory) {
+    for (const Range& r : of->memory) {
       if (inside(r.begin, r.end)) return reinterpret_cast<char*>(address);
       if (address + bytes > r.end) behind = std::min(behind, address + bytes - r.end);
     }
@@ -405,6 +468,41 @@ struct Block {
   uint32_t to_shared(uint64_t address) const {
     return static_cast<uint32_t>(address - reinterpret_cast<uint64_t>(shared_memory)) + kSharedBase;
   }
+
+  Block& other(uint32_t rank_there) {
+    if (rank_there >= cluster->blocks.size()) fail("a block beyond the cluster");
+    if (cluster->blocks[rank_there] == nullptr) fail("shared memory of a block that ended");
+    return *cluster->blocks[rank_there];
+  }
+  // Addresses in the shared memory of a cluster have the rank in the upper byte, counted from one; zero: this block's.
+  static uint32_t in_cluster(uint32_t address, uint32_t rank_there) { return address | (rank_there + 1) << 24; }
+  Block& owner(uint32_t address) { return address >> 24 == 0 ? *this : other((address >> 24) - 1); }
+  static uint32_t within(uint32_t address) { return address & 0xFFFFFF; }
+
+  // How far a pointer is into shared memory, if it is.
+  bool offset_of(const char* at, uint32_t* offset) const {
+    *offset = static_cast<uint32_t>(at - shared_memory);
+    return at >= shared_memory && at < shared_memory + shared_bytes;
+  }
+  // Of stores, which wgmma sees after a fence, and of copies, which it sees at once.
+  void wrote(const char* at, uint32_t bytes) {
+    uint32_t offset;
+    if (async.empty() || !offset_of(at, &offset)) return;
+    std::memset(async.data() + offset, 0xFF, bytes);
+    unfenced.push_back({offset, offset + bytes});
+  }
+  void landed(const char* at, uint32_t bytes) {
+    uint32_t offset;
+    if (!async.empty() && offset_of(at, &offset)) std::memcpy(async.data() + offset, at, bytes);
+  }
+  void fence_async() {
+    for (const auto [begin, end] : unfenced) landed(shared_memory + begin, end - begin);
+    unfenced.clear();
+  }
+  // One of n; with seed 0 always the first.
+  uint32_t draw(uint32_t n) { return seed == 0 ? 0 : ((seed + draws++) * 2654435761u >> 16) % n; }
+  // Whether what may happen at once or later happens at once: with seed 0 never, with seed 1 always.
+  bool at_once() { return seed == 1 || draw(2) == 1; }
 
   uint32_t alive() const {
     uint32_t threads = 0;
@@ -420,6 +518,34 @@ struct Block {
   }
 };
 
+inline void Copy::land(Block& block) const {
+  std::memcpy(to, from, filled);
+  std::memset(to + filled, 0, bytes - filled);
+  block.landed(to, bytes);
+}
+
+inline void Cluster::open_full() {
+  uint32_t alive = 0;
+  for (const Block* block : blocks) alive += block == nullptr ? 0 : block->alive();
+  if (arrived < alive || arrived == 0) return;
+  for (Warp* w : waiting) w->waits = false;
+  arrived = 0, phase += 1, waiting.clear();
+}
+inline void Warp::arrive_in_cluster() {
+  Cluster& cluster = *block->cluster;
+  cluster.arrived += __builtin_popcount(active), cluster_phase = cluster.phase;
+  cluster.open_full();
+}
+inline void Warp::wait_in_cluster() {
+  Cluster& cluster = *block->cluster;
+  if (cluster.phase != cluster_phase) return;
+  waits = true;
+  cluster.waiting.push_back(this);
+}
+inline void Warp::let_next_grid_start() {
+  block->lets_next_start = true;
+  waits = holds = block->of->holds;
+}
 inline void Warp::arrive(uint32_t barrier, uint32_t count, bool stays) {
   if (active != alive()) fail("bar.sync in code where the lanes of a warp diverged");
   Barrier& b = block->barriers[barrier];
@@ -494,14 +620,16 @@ void load_matrices(const Block& block, uint32_t active, bool transposed, const L
 }
 // in: the address, then N registers.
 template <int N>
-void store_matrices(const Block& block, uint32_t active, bool transposed, const Lanes<N + 1>& in) {
+void store_matrices(Block& block, uint32_t active, bool transposed, const Lanes<N + 1>& in) {
   need_all(active, "stmatrix");
   for (int i = 0; i < N; ++i)
     for (int lane = 0; lane < 32; ++lane)
       for (int half = 0; half < 2; ++half) {
         int row = lane / 4, column = lane % 4 * 2 + half;
         if (transposed) std::swap(row, column);
-        store<uint16_t>(block.shared(in[8 * i + row][0], 16) + 2 * column, in[lane][1 + i] >> 16 * half);
+        char* const at = block.shared(in[8 * i + row][0], 16) + 2 * column;
+        store<uint16_t>(at, in[lane][1 + i] >> 16 * half);
+        block.wrote(at, 2);
       }
 }
 
@@ -514,7 +642,7 @@ struct Fragment {
   static float element(uint32_t held, int i) { return static_cast<float>(as<E>(held >> (i * 8 * sizeof(E) % 32))); }
   // Rows 0 to 15 of A from the four registers of each lane.
   template <class Registers>
-  static void unpack_a(const Registers& in, float (&a)[16][depth]) {
+  static void unpack_a(const Registers& in, std::array<std::array<float, depth>, 16>& a) {
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 4; ++i)
         for (int j = 0; j < per; ++j)
@@ -530,7 +658,8 @@ template <class E>
 void mma(uint32_t active, const Lanes<10>& in, Lanes<4>& out) {
   need_all(active, "mma");
   using F = Fragment<E>;
-  float a[16][F::depth], b[F::depth][8];
+  std::array<std::array<float, F::depth>, 16> a;
+  float b[F::depth][8];
   F::unpack_a(in, a);
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 2; ++i)
@@ -552,6 +681,7 @@ struct Descriptor {
     const uint32_t start = (held & 0x3FFF) << 4, leading = (held >> 16 & 0x3FFF) << 4,
                    stride = (held >> 32 & 0x3FFF) << 4;
     if (held >> 49 & 7) fail("wgmma: a base offset in a descriptor");
+    if (held & 0x3FF1C000C000C000) fail("wgmma: a bit in a descriptor that means nothing");
     const int mode = held >> 62, width = mode == 0 ? 16 : 256 >> mode, per = width / size;
     uint32_t at = start;
     if (!major)
@@ -565,35 +695,54 @@ struct Descriptor {
   }
 };
 
-// One warp's part, 16 rows, of a warp group's D [64, n] = A [64, depth] * B [depth, n] (+ D).
+inline uint32_t swizzled_128(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
+
+// One warp's part, 16 rows, of a warp group's D [64, n] = A [64, depth] * B [depth, n] (+ D). What it takes from shared
+// memory it reads when it is issued or when somebody waits for it: each is as early or as late as hardware may.
 template <class E, int N>
 struct Wgmma {
-  const Warp* warp;
+  using F = Fragment<E>;
+  Warp* warp;
   bool a_in_registers, a_major, b_major;
   bool adds = true;
   Lanes<4> a_registers{};
   Descriptor a{}, b{};
   std::array<std::array<uint32_t*, N / 2>, 32> d{};
+  std::array<std::array<float, F::depth>, 16> left{};
+  std::array<std::array<float, N>, F::depth> right{};
 
-  void operator()() const {
-    using F = Fragment<E>;
-    const auto read = [&](Descriptor from, int row, int k, bool major) {
-      return static_cast<float>(load<E>(warp->block->shared(from.address(row, k, sizeof(E), major), sizeof(E))));
+  void read() {
+    const Block& block = *warp->block;
+    const auto element = [&](Descriptor from, int row, int k, bool major) {
+      const char* at = block.shared(from.address(row, k, sizeof(E), major), sizeof(E));
+      return static_cast<float>(load<E>(block.async.data() + (at - block.shared_memory)));
     };
-    static thread_local float left[16][F::depth], right[F::depth][N];
     if (a_in_registers)
       F::unpack_a(a_registers, left);
     else
       for (int r = 0; r < 16; ++r)
-        for (int k = 0; k < F::depth; ++k) left[r][k] = read(a, warp->index % 4 * 16 + r, k, a_major);
+        for (int k = 0; k < F::depth; ++k) left[r][k] = element(a, warp->index % 4 * 16 + r, k, a_major);
     for (int k = 0; k < F::depth; ++k)
-      for (int c = 0; c < N; ++c) right[k][c] = read(b, c, k, b_major);
+      for (int c = 0; c < N; ++c) right[k][c] = element(b, c, k, b_major);
+  }
+  void add() const {
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < N / 2; ++i) {
         float sum = 0;
         for (int k = 0; k < F::depth; ++k) sum += left[d_row(lane, i)][k] * right[k][i / 4 * 8 + d_column(lane, i)];
         *d[lane][i] = float_to_bits((adds ? bits_to_float(*d[lane][i]) : 0.0f) + sum);
       }
+  }
+  // Of matrix registers: those of D, then those of A.
+  void issue(const uint32_t* registers) {
+    for (int i = 0; i < N / 2 + 4 * a_in_registers; ++i) warp->use(registers[i], i < N / 2, N * 64 + F::depth);
+    auto held = std::make_shared<Wgmma>(*this);
+    const bool early = warp->block->at_once();
+    if (early) held->read();
+    warp->open.push_back([held, early] {
+      if (!early) held->read();
+      held->add();
+    });
   }
 };
 
@@ -603,8 +752,8 @@ struct MBarrier {
   int32_t bytes;  // expected and not yet there
   uint16_t pending, count : 15, phase : 1;
 
-  static MBarrier& at(const Block& block, uint32_t address) {
-    return *reinterpret_cast<MBarrier*>(block.shared(address, 8));
+  static MBarrier& at(Block& block, uint32_t address) {
+    return *reinterpret_cast<MBarrier*>(block.owner(address).shared(Block::within(address), 8));
   }
   void begin(uint32_t arrivals) { *this = {0, uint16_t(arrivals), uint16_t(arrivals), 0}; }
   void change(int arrivals, int more_bytes) {
@@ -620,21 +769,60 @@ inline bool try_wait(Warp& warp, uint32_t address, uint32_t parity) {
   Block& block = *warp.block;
   const auto over = [&] { return MBarrier::at(block, address).phase != (parity & 1); };
   if (!over() && !block.in_flight.empty()) {
-    auto landing = block.in_flight.begin() + (block.seed ? block.seed++ * 7919 % block.in_flight.size() : 0);
+    auto landing = block.in_flight.begin() + block.draw(block.in_flight.size());
     (*landing)();
     block.in_flight.erase(landing);
   }
   warp.yields |= !over();
   return over();
 }
-inline void bulk_copy(Block& block, uint32_t to, uint64_t from, uint32_t bytes, uint32_t barrier) {
-  if ((to | from | bytes) % 16 != 0) fail("cp.async.bulk: addresses and size must be multiples of 16");
+inline void send(Block& block, uint32_t to, uint32_t bytes, uint32_t barrier, std::function<void(char*)> bring) {
   char* const into = block.shared_span(to, bytes);
-  const char* const source = block.generic_span(from, bytes);
+  std::memset(into, 0xFF, bytes);
+  block.landed(into, bytes);
   block.in_flight.push_back([=, &block] {
-    std::memcpy(into, source, bytes);
+    bring(into);
+    block.landed(into, bytes);
     MBarrier::at(block, barrier).change(0, -int(bytes));
   });
+}
+inline void bulk_copy(Block& block, uint32_t to, uint64_t from, uint32_t bytes, uint32_t barrier) {
+  if ((to | from | bytes) % 16 != 0) fail("cp.async.bulk: addresses and size must be multiples of 16");
+  const char* const source = block.generic_span(from, bytes);
+  send(block, to, bytes, barrier, [=](char* into) { std::memcpy(into, source, bytes); });
+}
+// What cudart.cpp makes of a matrix for TMA; it lies among a kernel's parameters. Boxes have rows of 128 bytes.
+struct TensorMap {
+  uint64_t mark, base;
+  int64_t rows, row_bytes, pitch;
+  uint32_t element, box_rows;
+
+  static constexpr uint64_t kMark = 0x70616d2061206d61;
+};
+// The box at (column, row), swizzled, zero where it leaves the matrix, into each block of `blocks`.
+inline void tensor_copy(Block& block, uint32_t to, uint64_t map_at, int32_t column, int32_t row, uint32_t barrier,
+                        uint32_t blocks) {
+  const uint64_t offset = map_at - reinterpret_cast<uint64_t>(block.parameters);
+  if (offset % 64 != 0 || offset + 128 > block.parameter_bytes) fail("cp.async.bulk.tensor: no tensor map is there");
+  const auto map = load<TensorMap>(block.parameters + offset);
+  if (map.mark != TensorMap::kMark) fail("cp.async.bulk.tensor: no tensor map is there");
+  if (to % 128 != 0) fail("cp.async.bulk.tensor: the address must be a multiple of 128");
+  if (blocks == 0) fail("cp.async.bulk.tensor: for no block");
+  for (uint32_t rank = 0; blocks >> rank != 0; ++rank) {
+    if (!in_mask(blocks, rank)) continue;
+    send(block.other(rank), to, map.box_rows * 128, barrier, [=, &block](char* into) {
+      for (int64_t r = 0; r < map.box_rows; ++r)
+        for (int chunk = 0; chunk < 8; ++chunk) {
+          char* const there = into - to + swizzled_128(to + r * 128 + chunk * 16);
+          const int64_t from = int64_t(column) * map.element + chunk * 16, i = row + r;
+          std::memset(there, 0, 16);
+          const int64_t begin = std::max<int64_t>(from, 0), end = std::min(from + 16, map.row_bytes);
+          if (i < 0 || i >= map.rows || begin >= end) continue;
+          std::memcpy(there + (begin - from), block.generic_span(map.base + i * map.pitch + begin, end - begin),
+                      end - begin);
+        }
+    });
+  }
 }
 // The thread's arrival at a barrier once its copies landed: together they are in flight.
 inline void arrive_after_copies(Block& block, Thread& t, uint32_t barrier, bool counted) {
@@ -643,98 +831,15 @@ inline void arrive_after_copies(Block& block, Thread& t, uint32_t barrier, bool 
   for (auto& group : t.groups) copies.insert(copies.end(), group.begin(), group.end()), group.clear();
   if (!counted) MBarrier::at(block, barrier).pending += 1;
   block.in_flight.push_back([=, &block] {
-    for (const Copy& copy : copies) copy.land();
+    for (const Copy& copy : copies) copy.land(block);
     MBarrier::at(block, barrier).change(1, 0);
   });
-}
-
-// ---- launches ------------------------------------------------------------------------------------------------------
-
-struct Parameter {
-  uint32_t offset, bytes;
-};
-struct Kernel {
-  void (*run)(Warp&);
-  std::unique_ptr<Thread> (*thread)();
-  uint32_t static_shared;
-  std::vector<Parameter> parameters;
-};
-inline std::map<std::string, Kernel>& kernels() {
-  static std::map<std::string, Kernel> all;
-  return all;
-}
-struct Registration {
-  Registration(const char* name, Kernel kernel) { kernels()[name] = kernel; }
-};
-
-inline std::unique_ptr<Block> make_block(const Kernel& kernel, Dim3 id, Dim3 grid, Dim3 size, uint32_t shared,
-                                         const char* parameters) {
-  auto block = std::make_unique<Block>();
-  block->id = id, block->grid = grid, block->size = size, block->parameters = parameters;
-  block->shared_bytes = kernel.static_shared + shared;
-  block->held.assign(block->shared_bytes + 1024, '\xFF');  // NaN in every format
-  block->shared_memory = block->held.data() + (-reinterpret_cast<uintptr_t>(block->held.data()) & 1023);
-  const uint32_t threads = size.x * size.y * size.z;
-  for (uint32_t i = 0; i < threads; ++i) {
-    if (i % 32 == 0) {
-      block->warps.push_back(std::make_unique<Warp>());
-      block->warps.back()->block = block.get(), block->warps.back()->index = i / 32;
-    }
-    auto t = kernel.thread();
-    t->id = {i % size.x, i / size.x % size.y, i / size.x / size.y}, t->lane = i % 32;
-    block->warps.back()->threads.push_back(std::move(t));
-  }
-  return block;
-}
-
-// Blocks run one after the other; when all that are there only wait, one more joins them.
-// seed 0: warps in order; 1: in reverse; any other: shuffled at each turn.
-inline void launch(const Kernel& kernel, Dim3 grid, Dim3 size, uint32_t shared, const char* parameters, uint32_t seed) {
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  std::vector<std::unique_ptr<Block>> present;
-  std::mt19937 random(seed);
-  uint64_t begun = 0;
-  int idle = 0;
-  bool stuck = true;
-  while (begun < blocks || !present.empty()) {
-    if (stuck && begun < blocks) {
-      const Dim3 id{uint32_t(begun % grid.x), uint32_t(begun / grid.x % grid.y), uint32_t(begun / grid.x / grid.y)};
-      present.push_back(make_block(kernel, id, grid, size, shared, parameters));
-      present.back()->seed = seed;
-      ++begun;
-    } else if (stuck && ++idle > 10000) {
-      fail("deadlock: every warp waits");
-    }
-    stuck = true;
-    for (auto& block : present) {
-      std::vector<Warp*> order;
-      for (auto& w : block->warps) order.push_back(w.get());
-      if (seed == 1) std::reverse(order.begin(), order.end());
-      if (seed > 1) std::shuffle(order.begin(), order.end(), random);
-      for (Warp* w : order) {
-        if (w->waits || w->finished()) continue;
-        w->yields = false;
-        try {
-          kernel.run(*w);
-        } catch (const std::exception& e) {
-          fail(std::string(e.what()) + ", in warp " + std::to_string(w->index) + " of block " +
-               std::to_string(block->id.x) + "," + std::to_string(block->id.y) + "," + std::to_string(block->id.z) +
-               ": " + w->doing);
-        }
-        if (w->yields) continue;
-        stuck = false, idle = 0;
-        if (w->finished()) block->open_full(0, 0);
-      }
-    }
-    std::erase_if(present, [](const auto& b) { return b->alive() == 0; });
-    stuck |= present.empty();
-  }
 }
 
 // Loops over the lanes of `active` that translated code stands in.
 #define EACH_LANE                                                                                           \
   for (uint32_t left = active, lane = 0; left != 0 && (lane = __builtin_ctz(left), true); left &= left - 1) \
-    if (R& t = static_cast<R&>(*w.threads[lane]); true)
+    if (Thread& t = *w.threads[lane]; true)
 // Narrows `active` to the lanes of a predicate.
 #define ONLY_LANES(predicate)  \
   const uint32_t all = active; \
@@ -742,24 +847,3 @@ inline void launch(const Kernel& kernel, Dim3 grid, Dim3 size, uint32_t shared, 
   EACH_LANE if (!(predicate)) active &= ~(1u << lane);
 
 }  // namespace ptx
-
-extern "C" {
-// Takes all global memory away but the modules' tables, and adds a range.
-__attribute__((used, visibility("default"))) inline void ptx_forget() { ptx::memory = ptx::tables; }
-__attribute__((used, visibility("default"))) inline void ptx_allow(uint64_t begin, uint64_t bytes) {
-  ptx::memory.push_back({begin, begin + bytes});
-}
-// `error` takes what went wrong, and is empty where nothing did.
-__attribute__((used, visibility("default"))) inline void ptx_launch(const char* name, const uint32_t* grid,
-                                                                    const uint32_t* size, uint32_t shared,
-                                                                    const char* parameters, uint32_t seed, char* error,
-                                                                    uint64_t error_bytes) try {
-  error[0] = 0;
-  const auto found = ptx::kernels().find(name);
-  if (found == ptx::kernels().end()) ptx::fail(std::string("no kernel ") + name);
-  ptx::launch(found->second, {grid[0], grid[1], grid[2]}, {size[0], size[1], size[2]}, shared, parameters, seed);
-} catch (const std::exception& e) {
-  std::strncpy(error, e.what(), error_bytes - 1);
-  error[error_bytes - 1] = 0;
-}
-}

@@ -1,17 +1,21 @@
-"""From PTX to C++ that runs on runtime.h: what a compiler emitted for a GPU, on a CPU.
+"""From PTX to programs that machine.h runs: what a compiler emitted for a GPU, on a CPU.
 
-A kernel becomes a structure of a thread's registers and a function that runs one warp, a ``case`` a basic block. In a
-block, instructions of a lane become one loop over the lanes that are there; instructions of a warp (mma, shfl, ...)
-stand between such loops. What is not known here raises, with the instruction.
+An instruction becomes a C++ function of a warp and of operands: numbers of registers, of constants, or other words. The
+same function serves wherever the same is done to other operands, so few are compiled; a kernel is a list of them, cut
+into basic blocks. In a function, what each lane does is a loop over the lanes that are there; instructions of a warp
+(mma, shfl, ...) stand beside such loops. What is not known here raises, with the instruction.
 """
 
 from __future__ import annotations
 
-import json
 import re
+import struct
+from array import array
+from dataclasses import dataclass
 from typing import NamedTuple
 
 C_TYPES = {"pred": "bool", "f16": "F16", "bf16": "BF16", "f32": "float", "f64": "double", "tf32": "TF32"}
+REGISTERS = {"pred": "uint8_t", "b16": "uint16_t", "b32": "uint32_t", "b64": "uint64_t"}
 C_TYPES |= {"f16x2": "Pair<F16>", "bf16x2": "Pair<BF16>"}
 SIZES = {"pred": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "tf32": 4, "f16x2": 4, "bf16x2": 4}
 for bits in (8, 16, 32, 64):
@@ -23,6 +27,7 @@ SPECIAL = {
     **{f"%ntid.{d}": f"block.size.{d}" for d in "xyz"},
     **{f"%ctaid.{d}": f"block.id.{d}" for d in "xyz"},
     **{f"%nctaid.{d}": f"block.grid.{d}" for d in "xyz"},
+    "%cluster_ctarank": "block.rank",
     "%laneid": "t.lane",
     "%warpid": "w.index",
     "%lanemask_lt": "((1u << t.lane) - 1)",
@@ -45,6 +50,10 @@ COMPARE = {
     "hs": ">=",
 }
 OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
+
+
+SHARED_BASE = 1024  # where shared memory begins; below is what nothing may touch
+FINISHED = 2**31 - 1  # in the place of a basic block
 
 
 class UnknownPTX(Exception):
@@ -110,27 +119,30 @@ def statements(body: str) -> list[str]:
 
 
 class Scope:
-    """Names of registers and labels, a dictionary an open ``{``."""
+    """Names of registers (type, number) and labels, a dictionary an open ``{``."""
 
     def __init__(self):
-        self.names: list[dict[str, str]] = [{}]
+        self.names: list[dict] = [{}]
 
-    def find(self, name: str) -> str | None:
+    def find(self, name: str):
         return next((names[name] for names in reversed(self.names) if name in names), None)
 
 
 class KernelTranslator:
-    def __init__(self, name: str, parameters: str, body: str, symbols: dict[str, str]):
-        self.name = name
-        self.symbols = symbols  # of the module: C++ of each
+    def __init__(self, parameters: str, body: str, symbols: dict[str, int | str]):
+        self.symbols = symbols  # of the module: addresses in shared memory, and tables
         self.parameters: dict[str, tuple[int, int]] = {}  # offset, bytes
-        self.registers: list[str] = []
+        self.registers = 0
+        self.constants: dict[int | str, int] = {}  # place of each value, or of a symbol's address
         self.scope = Scope()
-        self.blocks: list[list[str]] = [[]]
-        self.in_lanes = False
-        self.temporary = 0
+        self.blocks: list[list[tuple[str, list[int | str], str]]] = [[]]  # function, operands, PTX
+        self._begin("")
         self._read_parameters(parameters)
-        self._translate(statements(body))
+        items = statements(body)
+        products = " ".join(item for item in items if item.startswith("wgmma.mma_async"))
+        found = dict.fromkeys(name for held in re.findall(r"\{(.*?)\}", products) for name in split_list(held))
+        self.matrix = {name: i for i, name in enumerate(found)}  # registers that wgmma uses
+        self._translate(items)
 
     # ---- structure ---------------------------------------------------------------------------------------------------
 
@@ -148,6 +160,7 @@ class KernelTranslator:
         # A label may be used before it stands there: each gets its basic block by its place among all labels.
         labels: list[dict[str, str]] = []
         open_: list[dict[str, str]] = [{}]
+        labels_seen = 0
         for item in items:
             if item == "{":
                 open_.append({})
@@ -155,7 +168,8 @@ class KernelTranslator:
             elif item == "}":
                 open_.pop()
             elif item.endswith(":"):
-                open_[-1][item[:-1]] = f"kLabel{self._unique()}"
+                labels_seen += 1
+                open_[-1][item[:-1]] = f"label {labels_seen}"
         self.scope.names = [open_[0]]
         scopes = iter(labels)
         self.places: dict[str, int] = {}
@@ -165,64 +179,73 @@ class KernelTranslator:
             elif item == "}":
                 self.scope.names.pop()
             elif item.endswith(":"):
+                self._begin(item)
                 if self.blocks[-1]:
-                    self._end_block(None)
+                    self._end_block()
                 self.places[self.scope.find(item[:-1])] = len(self.blocks) - 1
             elif item.startswith("."):
                 self._declare(item)
             else:
                 self._instruction(item)
-        self.lane("t.next = kFinished;")
-        self._close_lanes()
+        self._begin("}")
+        self._end_block(FINISHED)
 
     def _declare(self, text: str) -> None:
         if m := re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text, re.DOTALL):
             type_ = "pred" if m[1] == "pred" else f"b{8 * max(SIZES[m[1]], 2)}"
             for name in split_list(m[2]):
                 many = re.fullmatch(r"(%?[\w$]+)<(\d+)>", name)
-                stem = re.sub(r"\W", "_", many[1] if many else name)
-                field = f"{stem}_{self._unique()}"
-                self.registers.append(f"{C_TYPES[type_]} {field}[{many[2] if many else 1}];")
                 for i in range(int(many[2])) if many else [0]:
-                    self.scope.names[-1][f"{many[1]}{i}" if many else name] = f"t.{field}[{i}]"
+                    self.scope.names[-1][f"{many[1]}{i}" if many else name] = type_, self.registers
+                    self.registers += 1
         elif m := re.match(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]$", text):
-            self.registers.append(f"alignas({m[1]}) char {m[2]}[{m[3]}];")
-            self.scope.names[-1][m[2]] = f"reinterpret_cast<uint64_t>(t.{m[2]})"
+            self.scope.names[-1][m[2]] = "local", self.registers
+            self.registers += -(-int(m[3]) // 8)
         elif not text.startswith((".pragma", ".loc", ".file")):
             raise UnknownPTX(text)
 
-    def _unique(self) -> int:
-        self.temporary += 1
-        return self.temporary
+    def _begin(self, text: str) -> None:
+        """Of a statement: its functions share one list of operands."""
+        self.text, self.operands, self.code, self.in_lanes = text, [], "", False
+
+    def word(self, *words: int | str) -> str:
+        """C++ of the first of these words among the operands: numbers, or labels."""
+        self.operands += words
+        return f"o[{len(self.operands) - len(words)}]"
+
+    def constant(self, value: int | str) -> str:
+        return f"w.constants[{self.word(self.constants.setdefault(value, len(self.constants)))}]"
 
     def lane(self, code: str) -> None:
         """Code of one lane, t."""
-        if not self.in_lanes:
-            self.blocks[-1].append("EACH_LANE {")
-            self.in_lanes = True
-        self.blocks[-1].append("  " + code)
+        self.code += code if self.in_lanes else f"EACH_LANE {{ {code}"
+        self.in_lanes = True
 
     def _close_lanes(self) -> None:
-        if self.in_lanes:
-            self.blocks[-1].append("}")
-            self.in_lanes = False
+        self.code += " }" * self.in_lanes
+        self.in_lanes = False
 
     def warp(self, code: str, predicate: str = "") -> None:
         """Code of a warp, for the lanes in ``active``."""
         self._close_lanes()
-        self.blocks[-1].append(
-            f"{{ ONLY_LANES({predicate}) if (active != 0) {{ {code} }} }}" if predicate else f"{{ {code} }}"
-        )
+        self.code += f"{{ ONLY_LANES({predicate}) if (active != 0) {{ {code} }} }}" if predicate else f"{{ {code} }}"
 
-    def _end_block(self, go_on: str | None) -> None:
-        """Ends a basic block; ``go_on``: C++ of the block that comes next, by default the following one."""
-        self.lane(f"t.next = {go_on or len(self.blocks)};")
+    def _end_statement(self) -> None:
         self._close_lanes()
+        if self.code:
+            self.blocks[-1].append((self.code, self.operands, self.text))
+            self.code = ""
+
+    def _end_block(self, to: int | str | None = None, predicate: str = "") -> None:
+        """Ends a basic block; ``to``: the one that comes next, where ``predicate`` is; else the following one."""
+        following = self.word(len(self.blocks))
+        self.lane(f"t.next = {f'{predicate or 1} ? {self.word(to)} : ' if to is not None else ''}{following};")
+        self._end_statement()
         self.blocks.append([])
 
     def pause(self) -> None:
         """Ends the basic block, so that a warp that waits or yields may stop."""
-        self._end_block(None)
+        self._end_block()
 
     # ---- operands ----------------------------------------------------------------------------------------------------
 
@@ -230,14 +253,20 @@ class KernelTranslator:
         """C++ of an operand's bits."""
         if operand.startswith("!"):
             return f"!{self.bits(operand[1:])}"
-        if (known := self.scope.find(operand) or SPECIAL.get(operand) or self.symbols.get(operand)) is not None:
-            return known
+        if (known := self.scope.find(operand)) is not None:
+            type_, register = known
+            held = self.word(register)
+            return f"t.local({held})" if type_ == "local" else f"t.at<{REGISTERS[type_]}>({held})"
+        if operand in SPECIAL:
+            return SPECIAL[operand]
+        if operand in self.symbols:
+            return self.constant(self.symbols[operand])
         if operand in self.parameters:
-            return f"{self.parameters[operand][0]}u"
+            return self.constant(self.parameters[operand][0])
         if m := re.fullmatch(r"0[fFdD]([0-9a-fA-F]{8}|[0-9a-fA-F]{16})", operand):
-            return f"0x{m[1]}ull"
+            return self.constant(int(m[1], 16))
         if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", operand):
-            return f"uint64_t({operand.rstrip('U')}{'ull' if operand.startswith('0x') else 'll'})"
+            return self.constant(int(operand.rstrip("U"), 0) % 2**64)
         if m := re.fullmatch(r"([\w$%.]+)\s*\+\s*(\d+)", operand):
             return f"({self.bits(m[1])} + {m[2]})"
         raise UnknownPTX(f"operand {operand}")
@@ -272,16 +301,28 @@ class KernelTranslator:
         m = re.match(r"(?:@(!?)(%?[\w$]+)\s+)?([a-z]\w*)((?:\.[\w:]+)*)\s*(.*)$", text, re.DOTALL)
         if m is None:
             raise UnknownPTX(text)
+        self._begin(text)
         predicate = m[1] + self.bits(m[2]) if m[2] else ""
         ins = Instruction(text, predicate, m[3], m[4].split(".")[1:], split_list(m[5]))
         handler = getattr(self, f"do_{ins.name}", None)
         if handler is None:
             raise UnknownPTX(text)
-        if ins.has("shared", "global") or any(m.startswith("shared::") for m in ins.modifiers):
-            self.lane(f"w.doing = {json.dumps(text)};")
+        accesses = "" if ins.name == "wgmma" else self._accesses(ins)
+        if accesses:
+            self.lane(f"if ({predicate}) {{ {accesses} }}" if predicate else accesses)
         code = handler(ins)
         if code:
             self.lane(f"if ({predicate}) {{ {code} }}" if predicate else code)
+        self._end_statement()
+
+    def _accesses(self, ins: Instruction) -> str:
+        """C++ that asks whether registers may be touched that wgmma uses."""
+        code = ""
+        for i, operand in enumerate(ins.operands if self.matrix else []):
+            for name in re.findall(r"%\w+", operand):
+                if name in self.matrix:
+                    code += f"w.access({self.word(self.matrix[name])}, {int(i == 0)}, {int(ins.name == 'mov')});"
+        return code
 
     def _simple(self, ins: Instruction, function: str, *types: str) -> str:
         arguments = [self.value(o, t) for o, t in zip(ins.operands[1:], types, strict=True)]
@@ -471,9 +512,11 @@ class KernelTranslator:
         )
 
     def do_cvta(self, ins: Instruction) -> str:
-        ins.allow("to", "global", "shared", "local", "const")
+        ins.allow("to", "global", "shared", "local", "const", "param")
         to, source = ins.operands
         code = self.bits(source)
+        if ins.has("param"):
+            code = f"reinterpret_cast<uint64_t>(block.parameters + uint32_t({code}))"
         if ins.has("shared"):
             code = f"block.{'to_shared' if ins.has('to') else 'to_generic'}({code})"
         return self.assign(to, code)
@@ -499,6 +542,8 @@ class KernelTranslator:
         size, c = SIZES[ins.type], C_TYPES[ins.type]
         code = f"char* const at = {self.memory(ins.operands[0], ins, size * len(values))};"
         code += "".join(f"store<{c}>(at + {i * size}, {self.value(o, ins.type)});" for i, o in enumerate(values))
+        if self.matrix:
+            code += f"block.wrote(at, {size * len(values)});"
         return f"{{ {code} }}"
 
     def _spin(self) -> None:
@@ -541,14 +586,16 @@ class KernelTranslator:
         if ins.has("commit_group", "wait_group", "wait_all") and not ins.has("bulk"):
             if ins.has("commit_group"):
                 return "t.commit();"
-            return "t.commit(); t.wait(0);" if ins.has("wait_all") else f"t.wait({ins.operands[0]});"
+            return "t.commit(); t.wait(block, 0);" if ins.has("wait_all") else f"t.wait(block, {ins.operands[0]});"
         if ins.has("mbarrier"):
             ins.allow("async", "mbarrier", "arrive", "noinc", "shared")
             barrier = self.address(ins.operands[0])
             return f"arrive_after_copies(block, t, uint32_t({barrier}), {'true' if ins.has('noinc') else 'false'});"
+        if ins.has("tensor"):
+            return self._tensor_copy(ins)
         if ins.has("bulk"):
             ins.allow("async", "bulk", "global", "mbarrier::complete_tx::bytes")
-            if not ins.modifiers[2].startswith("shared") or ins.has("tensor"):
+            if not ins.modifiers[2].startswith("shared"):
                 raise UnknownPTX(ins.text)
             to, source, size, barrier = ins.operands
             return (
@@ -569,22 +616,48 @@ class KernelTranslator:
             f"t.open.push_back({{into, from, {size}, filled}}); }}"
         )
 
+    def _tensor_copy(self, ins: Instruction) -> str:
+        ins.allow("async", "bulk", "tensor", "2d", "global", "mbarrier::complete_tx::bytes", "multicast::cluster")
+        if not ins.modifiers[4].startswith("shared"):
+            raise UnknownPTX(ins.text)
+        to, tile, barrier, *rest = ins.operands
+        map_, (column, row) = tile.strip("[] ").split(",")[0], vector(tile[tile.index("{") : tile.index("}") + 1])
+        blocks = self.value(rest[0], "u16") if ins.has("multicast::cluster") else "1u << block.rank"
+        return (
+            f"tensor_copy(block, uint32_t({self.address(to)}), {self.bits(map_.strip())}, {self.value(column, 's32')}, "
+            f"{self.value(row, 's32')}, uint32_t({self.address(barrier)}), {blocks});"
+        )
+
+    def do_mapa(self, ins: Instruction) -> str:
+        ins.allow()
+        to, at, rank = ins.operands
+        if any(m.startswith("shared") for m in ins.modifiers):
+            return self.assign(to, f"Block::in_cluster(uint32_t({self.bits(at)}), uint32_t({self.bits(rank)}))")
+        there = f"block.other(uint32_t({self.bits(rank)})).to_generic(block.to_shared({self.bits(at)}))"
+        return self.assign(to, there)
+
     def do_createpolicy(self, ins: Instruction) -> str:
         return self.assign(ins.operands[0], "0")
 
     def _nothing(self, ins: Instruction) -> None:
         """Orders memory, or tells caches: one thread runs at a time."""
 
-    do_membar = do_fence = do_prefetch = do_prefetchu = do_griddepcontrol = do_discard = do_setmaxnreg = _nothing
+    do_membar = do_prefetch = do_prefetchu = do_discard = do_setmaxnreg = _nothing
+
+    def do_fence(self, ins: Instruction) -> str | None:
+        return "block.fence_async();" if ins.has("proxy") and ins.has("async") else None
+
+    def do_griddepcontrol(self, ins: Instruction) -> None:
+        self.warp("w.let_next_grid_start();" if ins.has("launch_dependents") else "block.of->wait_for_previous();")
+        self.pause()
 
     # ---- control -----------------------------------------------------------------------------------------------------
 
     def do_bra(self, ins: Instruction) -> None:
-        label = self.scope.find(ins.operands[0])
-        self._end_block(f"{ins.predicate} ? {label} : {len(self.blocks)}" if ins.predicate else label)
+        self._end_block(self.scope.find(ins.operands[0]), ins.predicate)
 
     def do_ret(self, ins: Instruction) -> None:
-        self._end_block(f"{ins.predicate} ? kFinished : {len(self.blocks)}" if ins.predicate else "kFinished")
+        self._end_block(FINISHED, ins.predicate)
 
     do_exit = do_ret
 
@@ -597,14 +670,18 @@ class KernelTranslator:
             self.warp("")
             return
         barrier, count = [*ins.operands, "0"][:2]
-        first = "static_cast<R&>(*w.threads[__builtin_ctz(active)])"
-        code = f"R& t = {first}; (void)t; "
+        code = "Thread& t = *w.threads[__builtin_ctz(active)]; (void)t; "
         stays = "false" if ins.has("arrive") else "true"
         code += f"w.arrive(uint32_t({self.bits(barrier)}), uint32_t({self.bits(count)}), {stays});"
         self.warp(code, ins.predicate)
         self.pause()
 
-    do_barrier = do_bar
+    def do_barrier(self, ins: Instruction) -> None:
+        if not ins.has("cluster"):
+            return self.do_bar(ins)
+        ins.allow("arrive", "wait")
+        self.warp(f"w.{'arrive' if ins.has('arrive') else 'wait'}_in_cluster();", ins.predicate)
+        return self.pause()
 
     def do_nanosleep(self, ins: Instruction) -> None:
         self._spin()
@@ -681,6 +758,7 @@ class KernelTranslator:
 
     def do_wgmma(self, ins: Instruction) -> None:
         if ins.has("fence"):
+            self.warp("w.fence();")
             return
         if ins.has("commit_group", "wait_group"):
             self.warp("w.commit();" if ins.has("commit_group") else f"w.wait({ins.operands[0]});")
@@ -696,14 +774,17 @@ class KernelTranslator:
         majors = [flag != "0" for flag in flags[2:]]
         a_major, b_major = (False, *majors, False)[:2] if in_registers else (*majors, False, False)[:2]
         bools = ", ".join(str(v).lower() for v in (in_registers, a_major, b_major))
+        registers = self.word(*(self.matrix[o] for o in (d + a if in_registers else d)))
         code = f'need_all(active, "wgmma"); Wgmma<{C_TYPES[element]}, {columns}> product{{&w, {bools}}}; EACH_LANE {{ '
         code += f"product.adds = {self.bits(scale)}; product.b.held = {self.bits(b)}; "
         if in_registers:
-            code += "".join(f"product.a_registers[lane][{i}] = {self.bits(o)};" for i, o in enumerate(a))
+            first = self.word(*(self.scope.find(o)[1] for o in a))
+            code += f"for (int i = 0; i < {len(a)}; ++i) product.a_registers[lane][i] = t.at<uint32_t>((&{first})[i]);"
         else:
             code += f"product.a.held = {self.bits(a[0])};"
-        code += "".join(f"product.d[lane][{i}] = &{self.bits(o)};" for i, o in enumerate(d))
-        self.warp(code + " } w.open.push_back(product);")
+        first = self.word(*(self.scope.find(o)[1] for o in d))
+        code += f"for (int i = 0; i < {len(d)}; ++i) product.d[lane][i] = &t.at<uint32_t>((&{first})[i]);"
+        self.warp(f"{code} }} product.issue(&{registers});")
 
     # ---- mbarrier ----------------------------------------------------------------------------------------------------
 
@@ -734,45 +815,61 @@ class KernelTranslator:
             change = f"0, {'-' if ins.has('complete_tx') else ''}int({count})"
         return f"{barrier}.change({change}); {used}"
 
-    # ---- C++ ---------------------------------------------------------------------------------------------------------
+    # ---- programs ----------------------------------------------------------------------------------------------------
 
-    def source(self, static_shared: str) -> list[str]:
-        lines = [f"namespace of_{self.name} {{", "struct R : Thread {"]
-        lines += [f"  {r}" for r in self.registers]
-        numbers = [m[1] for r in self.registers if (m := re.match(r"uint\d+_t (\w+)\[", r))]
-        lines += [
-            f"  R() {{ {' '.join(f'std::memset({n}, 0xFF, sizeof {n});' for n in numbers)} }}",
-            "};",
-            f"enum {{ {', '.join(f'{label} = {at}' for label, at in self.places.items())} }};",
-        ]
-        lines += ["void run(Warp& w) {", "Block& block = *w.block;", "for (;;) {", "const int next = w.begin();"]
-        lines += ["const uint32_t active = w.active;", "switch (next) {"]
-        for i, block in enumerate(self.blocks):
-            lines += [f"case {i}: {{", *block, "} break;"]
-        lines += ["default: return;", "}", "if (w.waits || w.yields) return;", "}", "}"]
-        parameters = ", ".join(f"{{{offset}, {size}}}" for offset, size in self.parameters.values())
-        lines += [
-            "std::unique_ptr<Thread> thread() { return std::make_unique<R>(); }",
-            f'const Registration registration("{self.name}", {{run, thread, {static_shared}, {{{parameters}}}}});',
-            "}",
-        ]
-        return lines
+    def program(self, static_shared: int) -> Program:
+        functions: dict[str, int] = {}
+        code, blocks, texts = array("I"), array("I"), bytearray()
+        for block in self.blocks:
+            blocks.append(len(code))
+            for function, operands, text in block:
+                code.extend((functions.setdefault(function, len(functions)), len(texts), len(operands)))
+                code.extend(self.places[o] if isinstance(o, str) else o for o in operands)
+                texts += text.encode() + b"\0"
+        blocks.append(len(code))
+        parameters = array("I", [word for place in self.parameters.values() for word in place])
+        sizes = array("I", [self.registers, static_shared, len(self.matrix)])
+        return Program(list(functions), code, blocks, list(self.constants), bytes(texts), parameters, sizes)
 
 
-def translate(ptx: str, only: str = "") -> str:
-    """C++ of a module's kernels whose names match ``only``; they register themselves under their names."""
+class Program(NamedTuple):
+    """A kernel as machine.h takes it."""
+
+    functions: list[str]  # C++ of their bodies
+    code: array  # of each instruction: function, place of its text, count of operands, operands
+    blocks: array  # where each begins in ``code``, and the end
+    constants: list[int | str]  # a string: the address of a table
+    texts: bytes
+    parameters: array  # offset and bytes of each
+    sizes: array  # registers, bytes of static shared memory, registers of wgmma
+
+
+@dataclass
+class Module:
+    kernels: dict[str, Program]
+    tables: dict[str, bytes]  # in global memory
+
+
+def table_bytes(type_: str, count: int, values: str | None) -> bytes:
+    found = [int(v, 0) for v in split_list((values or "").strip("{} "))]
+    return struct.pack(f"<{count}{'BHIQ'[SIZES[type_].bit_length() - 1]}", *(found + [0] * (count - len(found))))
+
+
+def translate(ptx: str, only: str = "") -> Module:
+    """A module, of whose kernels those are translated whose names match ``only``."""
     text = re.sub(r"/\*.*?\*/", "", re.sub(r"//[^\n]*", "", ptx), flags=re.DOTALL)
     text = re.sub(r"^\s*\.(loc|file)\b[^\n]*$", "", text, flags=re.MULTILINE)
-    symbols: dict[str, str] = {}
-    lines = ['#include "runtime.h"', "", "namespace ptx {"]
+    symbols: dict[str, int | str] = {}
+    module = Module({}, {})
     kernels = []
     outside = ""
     position = 0
     for m in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{;]*)\{", text, re.DOTALL):
         end, depth = m.end(), 1
         while depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
+            following = re.compile("[{}]").search(text, end)
+            depth += 1 if following[0] == "{" else -1
+            end = following.end()
         outside += text[position : m.start()]
         kernels.append((m[1], m[2], text[m.end() : end - 1]))
         position = end
@@ -786,27 +883,21 @@ def translate(ptx: str, only: str = "") -> str:
         if m[1]:
             continue
         static = -(-static // int(m[2])) * int(m[2])
-        symbols[m[4]] = f"uint32_t(kSharedBase + {static})"
+        symbols[m[4]] = SHARED_BASE + static
         static += int(m[5] or 1) * SIZES[m[3]]
     static = -(-static // 128) * 128 if static else 0
     for m in re.finditer(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.\w+\s+([\w$]+)\[\s*\]", outside):
-        symbols[m[1]] = f"uint32_t(kSharedBase + {static})"
+        symbols[m[1]] = SHARED_BASE + static
     table = (
         r"\.(?:global|const)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?\s*(?:=\s*(\{[^}]*\}|[^;]*))?;"
     )
     for m in re.finditer(table, outside):
-        align, type_, name, count, values = m.groups()
-        stem = re.sub(r"\W", "_", name)
-        values = values or "{}"
-        lines.append(
-            f"alignas({align or SIZES[type_]}) static {C_TYPES[type_]} g_{stem}[{count or 1}] = "
-            f"{values if values.startswith('{') else '{' + values + '}'};"
-        )
-        lines.append(f"static const Table table_{stem}(g_{stem}, sizeof g_{stem});")
-        symbols[name] = f"reinterpret_cast<uint64_t>(g_{stem})"
+        _, type_, name, count, values = m.groups()
+        module.tables[name] = table_bytes(type_, int(count or 1), values)
+        symbols[name] = name
     for name, parameters, body in kernels:
         if not re.search(only, name):
             continue
         body = re.sub(r"\.shared\s+\.align\s+\d+\s+\.\w+\s+[\w$]+(?:\[\d*\])?\s*;", "", body)
-        lines += ["", *KernelTranslator(name, parameters, body, symbols).source(str(static))]
-    return "\n".join([*lines, "}", ""])
+        module.kernels[name] = KernelTranslator(parameters, body, symbols).program(static)
+    return module

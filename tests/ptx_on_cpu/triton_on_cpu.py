@@ -8,27 +8,30 @@ from __future__ import annotations
 import functools
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import triton
-from launch import allow, build, launch
+from launch import allow, launch, load, machine
+from translate import translate
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 
 from pyfastpeft.ops import backends, triton_kernels
 
 TARGET = GPUTarget("cuda", int(os.environ["PTX_TARGET"].removeprefix("cuda:")), 32)
-LIBRARIES = tempfile.TemporaryDirectory()
+LIBRARY = machine()
 edit: Callable[[str], str] | None = None
 """A change of the PTX before it runs: a fault that must be seen."""
 
 
 @functools.cache
-def library(ptx: str):
-    return build(ptx, Path(LIBRARIES.name) / f"kernel{library.cache_info().misses}.so")
+def loaded(ptx: str) -> str:
+    """The prefix of a module's kernels."""
+    prefix = f"{loaded.cache_info().misses}:"
+    load(LIBRARY, translate(ptx), prefix)
+    return prefix
 
 
 def parameters(value, type_) -> Iterator[torch.Tensor | int | float | None]:
@@ -45,18 +48,24 @@ def launcher(kernel: triton.JITFunction, grid: tuple[int, ...]) -> Callable:
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | given
         compiled = kernel.run(grid=(1,), warmup=True, **given)
         ptx = compiled.asm["ptx"] if edit is None else edit(compiled.asm["ptx"])
-        loaded = library(ptx)
+        name = loaded(ptx) + compiled.metadata.name
         types = re.findall(r"\.param\s+\.(\w+)[^,)]*", ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))])
         values = [v for name, type_ in compiled.src.signature.items() for v in parameters(given[name], type_)]
-        allow(loaded, *(v for v in values if isinstance(v, torch.Tensor)))
+        allow(LIBRARY, *(v for v in values if isinstance(v, torch.Tensor)))
         values += [None] * (len(types) - len(values))  # scratch memory, which none of the kernels asks for
         threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
         typed = list(zip(types, values, strict=True))
-        launch(loaded, compiled.metadata.name, grid, threads, compiled.metadata.shared, typed)
+        launch(LIBRARY, name, grid, threads, compiled.metadata.shared, typed)
 
     return run
 
 
+def without_assembler(backend, stages, *arguments) -> None:
+    add_stages(backend, stages, *arguments)
+    stages["cubin"] = lambda ptx, metadata: b""
+
+
+add_stages, CUDABackend.add_stages = CUDABackend.add_stages, without_assembler
 triton.runtime.driver.set_active(
     SimpleNamespace(
         get_current_target=lambda: TARGET,
