@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +55,39 @@ def test_the_environment_chooses_architectures(build, monkeypatch):
             build.chosen_architectures("nvcc")
 
 
-def test_gpus_of_other_generations_find_ptx(build):
-    for architectures in (["9.0a"], ["8.0", "12.0"]):
-        flags = build.nvcc_flags(architectures)
-        assert "-gencode=arch=compute_80,code=compute_80" in flags
-        assert sum("code=sm_" in flag for flag in flags) == len(architectures)
+def codes(flags):
+    """The code for each real GPU, or PTX, and the PTX that it is made from."""
+    pairs = [re.fullmatch(r"-gencode=arch=compute_(\w+),code=(\w+)", flag) for flag in flags]
+    return {m[2]: m[1] for m in pairs if m}
+
+
+def test_each_architecture_has_its_code_and_gpus_of_other_generations_find_ptx(build):
+    made_from = codes(build.nvcc_flags("csrc/cuda/linear_4bit.cu", build.ARCHITECTURES))
+    assert made_from == {
+        **{"compute_80": "80", "sm_80": "80", "sm_86": "80", "sm_89": "80", "sm_90a": "90a"},
+        **{"sm_100": "100", "sm_120": "100"},
+    }
+    assert codes(build.nvcc_flags("csrc/cuda/linear_4bit.cu", ["12.0"])) == {"compute_80": "80", "sm_120": "100"}
+    # What only Hopper runs is compiled for it alone; without it, once, for the host code.
+    for_hopper = "csrc/cuda/linear_4bit_sm90.cu"
+    assert codes(build.nvcc_flags(for_hopper, build.ARCHITECTURES)) == {"sm_90a": "90a"}
+    assert codes(build.nvcc_flags(for_hopper, ["8.6", "12.0"])) == {"sm_86": "80"}
+
+
+def test_architectures_whose_ptx_is_compiled_once_have_the_same(build, tmp_path):
+    """By the source that compiles soonest."""
+    if (nvcc := build.find_nvcc()) is None:
+        pytest.skip("nvcc is in neither CUDA_HOME, /usr/local/cuda nor PATH")
+
+    def ptx(architecture):
+        target = tmp_path / architecture
+        virtual = f"compute_{architecture.replace('.', '')}"
+        command = [nvcc, "-O3", "-std=c++20", "-Icsrc", f"-arch={virtual}", "-ptx", "-o", target]
+        subprocess.run([*command, "csrc/cuda/quantize_4bit.cu"], check=True, cwd=ROOT)
+        return re.sub(r"^\.target .*", "", target.read_text(), flags=re.M)
+
+    for architecture, front_end in build.FRONT_END.items():
+        assert ptx(architecture) == ptx(front_end)
 
 
 def test_without_nvcc_the_build_goes_on_unless_kernels_were_asked_for(build, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds a wheel with each Python and installs it into empty environments, one a torch version, outside the source tree.
 #
-#   tests/wheel_check.sh WORK_FOLDER PYTHON...          TORCHES="2.15.* 2.11.*" to choose (the first one builds)
+#   tests/wheel_check.sh WORK_FOLDER PYTHON...          TORCHES="2.* 2.11.*" to choose (the first one builds)
 #                                                       WHEEL=file.whl: that one, for one Python, is not built
 #
 # Needs the package index, and about 8 GB in WORK_FOLDER for CUDA builds of torch (an environment is removed after its
@@ -11,7 +11,7 @@ set -euo pipefail
 work=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 source_tree=$(cd "$(dirname "$0")/.." && pwd)
-read -ra torches <<<"${TORCHES:-2.15.* 2.11.*}"
+read -ra torches <<<"${TORCHES:-2.* 2.11.*}"
 failed=0
 
 check() { # the environment's python
