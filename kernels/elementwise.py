@@ -14,6 +14,8 @@ from torch import Tensor
 
 _ELEMENTS = 4096
 """Of a program's tile: 16 bytes a thread, several times over."""
+_HELD = tl.constexpr(8192)
+"""The most columns of which a program keeps the weight and its gradient's part in registers."""
 _PROGRAMS = 512
 """Programs that fill any GPU, where each keeps a partial sum: of more rows each takes several tiles."""
 _HEADS = 32
@@ -111,6 +113,7 @@ def _rms_norm_backward(
 ):
     columns = tl.arange(0, COLUMNS)
     w = tl.load(weight + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
+    part_at = None if dweight is None else dweight + tl.program_id(0) * H + columns[None, :]
     part = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(TILES):
         rows = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
@@ -118,15 +121,21 @@ def _rms_norm_backward(
         d = _load(dy, dy_stride, rows, columns, M, H)
         inverse = _inverse_norm(h, H, eps)
         if dweight is not None:
+            if COLUMNS > _HELD:  # the part lies where it is stored in the end
+                part = tl.load(part_at, mask=(columns < H)[None, :] & (tile > 0), other=0.0)
             part += d * (h * inverse)
+            if COLUMNS > _HELD:
+                tl.store(part_at, part, mask=(columns < H)[None, :])
+        if COLUMNS > _HELD:
+            w = tl.load(weight + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
         d *= w
         shift = inverse * inverse * inverse * tl.sum(d * h, 1, keep_dims=True) / H
         d = d * inverse - h * shift
         if dsum is not None:
             d += _load(dsum, dsum_stride, rows, columns, M, H)
         _store(dx, d, rows, columns, M, H)
-    if dweight is not None:
-        tl.store(dweight + tl.program_id(0) * H + columns, tl.sum(part, 0), mask=columns < H)
+    if dweight is not None and COLUMNS <= _HELD:
+        tl.store(part_at, tl.sum(part, 0, keep_dims=True), mask=(columns < H)[None, :])
 
 
 @triton.jit

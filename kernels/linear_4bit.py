@@ -9,8 +9,9 @@ Four kernels, each a sweep over one dimension with float32 accumulators in regis
 
 W is read as it lies in storage (bitsandbytes' order: the flattened matrix, two codes to a byte, the high nibble first,
 one scale a block of consecutive elements), so a row of odd length may start in the middle of a byte, and a block may
-straddle rows. A tile of W is decoded once, in float32, and rounded to x's dtype. The factors of the branch are rounded
-to x's dtype where they meet x or dy; S and dS stay float32 beside float16, which could not hold their range.
+straddle rows. A tile of W is decoded once, in float32, and rounded to x's dtype; for few rows, which memory should
+bound, the code table is rounded instead, and scales multiply float32 sums. The factors of the branch are rounded to x's
+dtype where they meet x or dy; S and dS stay float32 beside float16, which could not hold their range.
 Offsets that grow with a matrix are 64-bit. Sums are ordered: the same call gives the same bits.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,8 @@ _SWEEP_RANK = 32
 """The largest rank whose S fits into registers beside the accumulator of the forward sweep."""
 _SWEEP_ROWS = 128
 """The least height of a block whose sweep takes S along; in a lower one every warp would decode the whole tile of W."""
+_FEW_ROWS = 32
+"""The most rows whose products with W, by words, fit into registers."""
 _RANKS = 64
 """Columns of Q and T that a program of ``_project`` takes, and of S that ``_branch`` takes at a time."""
 _CHUNK = 512
@@ -43,36 +47,57 @@ _PROGRAMS = 512
 
 
 @functools.cache
-def lookup_asm(table: tuple[float, ...]) -> str:
-    """PTX from four bytes of codes ($4) to four words ($0 to $3), each the float16 values of a byte's two codes, the
-    high nibble's first.
+def table_words(table: tuple[float, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """The table's values in ``dtype`` (of two bytes) as eight words: the sixteen low bytes, then the high ones."""
+    halves = torch.tensor(table, dtype=dtype).view(torch.uint8).view(16, 2).t().contiguous()
+    return tuple(halves.view(torch.int32).flatten().tolist())
 
-    A byte permutation looks four codes up among eight bytes, so the table lies there as the low and the high bytes of
-    codes 0 to 7 and of 8 to 15; bit 3 of a code chooses between the two.
+
+def lookup_asm(words: Sequence[str]) -> str:
+    """PTX from four bytes of codes ($4) to four words ($0 to $3), each the values of a byte's two codes, the high
+    nibble's first; ``words``: operands, see ``table_words``.
+
+    A byte permutation looks four codes up among eight bytes, so codes 0 to 7 and 8 to 15 are looked up apart; bit 3,
+    spread over a byte by another permutation, chooses between the two. Shifts are products, for which GPUs have another
+    pipe than the one that permutations fill.
     """
-    halves = torch.tensor(table, dtype=torch.float16).view(torch.uint8).view(16, 2)
     lines = [
-        ".reg .b32 index, upper, mask, below, above, low, high;",
+        ".reg .b32 index, next, mask, below, above, low, high;",
         "and.b32 index, $4, 0x77777777;",
-        "shr.b32 upper, $4, 3;",
-        "and.b32 upper, upper, 0x11111111;",
+        "mul.lo.u32 next, $4, 16;",
     ]
-    for first in (0, 2):
-        lines.append("prmt.b32 mask, 0x0000ff00, 0, upper;")
-        for name, part in (("low", halves[:, 0]), ("high", halves[:, 1])):
-            words = [f"0x{int.from_bytes(bytes(part[i : i + 4].tolist()), 'little'):08x}" for i in range(0, 16, 4)]
+    for first, bytes_of_bit_3 in ((0, "0xd9c8"), (2, "0xfbea")):
+        lines.append(f"prmt.b32 mask, next, $4, {bytes_of_bit_3};")
+        for name, (a, b, c, d) in (("low", words[:4]), ("high", words[4:])):
             lines += [
-                f"prmt.b32 below, {words[0]}, {words[1]}, index;",
-                f"prmt.b32 above, {words[2]}, {words[3]}, index;",
+                f"prmt.b32 below, {a}, {b}, index;",
+                f"prmt.b32 above, {c}, {d}, index;",
                 f"lop3.b32 {name}, mask, above, below, 0xca;",
             ]
         lines += [
             f"prmt.b32 ${first}, low, high, 0x4051;",
             f"prmt.b32 ${first + 1}, low, high, 0x6273;",
-            "shr.b32 index, index, 16;",
-            "shr.b32 upper, upper, 16;",
+            "mul.hi.u32 index, index, 65536;",
         ]
     return "{ " + " ".join(lines) + " }"
+
+
+@functools.cache
+def table_asm(table: tuple[float, ...]) -> str:
+    """``lookup_asm`` of a table in float16."""
+    return lookup_asm([f"0x{word & 0xFFFFFFFF:08x}" for word in table_words(table, torch.float16)])
+
+
+_WORDS_ASM = tl.constexpr(lookup_asm([f"${i}" for i in range(5, 13)]))
+
+
+@functools.cache
+def _table_on(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """int32 [8, 4]: ``table_words``, each for the four lanes that share a row of W.
+
+    A value that all lanes share would be kept in a register they share, and be copied from there for every lookup.
+    """
+    return torch.tensor(table_words(table, dtype), dtype=torch.int32)[:, None].repeat(1, 4).to(device)
 
 
 @triton.jit
@@ -86,6 +111,18 @@ def _lookup(code, TABLE: tl.constexpr):
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scales(scale, absmax2, offset, dynamic_map, block, inside):
+    """The scale of each block in float32, 0 where not ``inside``."""
+    if absmax2 is None:
+        s = tl.load(scale + block, mask=inside, other=0.0)
+    else:
+        s = tl.load(dynamic_map + tl.load(scale + block, mask=inside, other=0))
+        s = s * tl.load(absmax2 + block // 256, mask=inside, other=0.0) + tl.load(offset)
+        s = tl.where(inside, s, 0.0)
+    return s
 
 
 @triton.jit
@@ -106,7 +143,7 @@ def _decode(
     BLOCKSIZE: tl.constexpr,
     GROUP: tl.constexpr,  # columns of a tile's row that share a scale; 1 where K is odd
     TABLE: tl.constexpr,  # the value of each code
-    ASM: tl.constexpr,  # lookup_asm(TABLE), or None: selections
+    ASM: tl.constexpr,  # table_asm(TABLE), or None: selections
 ):
     """W[rows, k0 : k0 + COLUMNS] in float32, zero outside the matrix."""
     inside = (rows < N)[:, None]
@@ -129,16 +166,81 @@ def _decode(
     k = k0 + tl.arange(0, COLUMNS // GROUP) * GROUP
     inside = inside & (k < K)[None, :]
     block = (rows[:, None] * K + k[None, :]) // BLOCKSIZE
-    if absmax2 is None:
-        s = tl.load(scale + block, mask=inside, other=0.0)
-    else:
-        s = tl.load(dynamic_map + tl.load(scale + block, mask=inside, other=0))
-        s = s * tl.load(absmax2 + block // 256, mask=inside, other=0.0) + tl.load(offset)
-        s = tl.where(inside, s, 0.0)
+    s = _scales(scale, absmax2, offset, dynamic_map, block, inside)
     w = tl.reshape(w, (ROWS, COLUMNS // GROUP, GROUP)) * s[:, :, None]
     if zero is not None:
         w += tl.load(zero + block, mask=inside, other=0.0)[:, :, None]
     return tl.reshape(w, (ROWS, COLUMNS))
+
+
+@triton.jit
+def _few_rows(
+    x_rows,  # pointers [BM, 1] to the rows of x
+    codes,  # int32 [N, K // 8]
+    scale,
+    zero,
+    absmax2,
+    offset,
+    dynamic_map,
+    table,  # int32 [8, 4]: see _table_on
+    inside,  # [BM, 1], which rows of x there are
+    columns,  # int64 [BN], of y
+    first,
+    last,
+    K,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GROUPS: tl.constexpr,  # of a step
+    GROUP: tl.constexpr,  # columns that share a scale, a multiple of 32
+    BLOCKSIZE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """x[:, first:last] · W[columns, first:last]ᵀ, float32 [BM, BN].
+
+    W comes first in the products, so that eight rows of x cost what one does. Every group of columns is a product for
+    itself, a warp's, and its scale multiplies the sums. The order of a contraction is free: of 32 columns the eight of
+    word t stand at 4 t to 4 t + 3 and 16 + 4 t to 16 + 4 t + 3, in W as in x, which is where tensor cores want what
+    lane t of four holds. So ldmatrix brings every lane its word, and what is decoded from that moves no more.
+
+    For 16 x 64 weights and 8 rows of x on an H100 memory takes 42 cycles of a multiprocessor, issuing 122 instructions
+    31, and the integer pipe's 83 of these, 80 of which decode, 42.
+    """
+    like: tl.constexpr = x_rows.dtype.element_ty
+    WORDS: tl.constexpr = GROUPS * GROUP // 8
+    entry = table + tl.arange(0, 4)[None, None, :]
+    t0, t1, t2, t3 = tl.load(entry), tl.load(entry + 4), tl.load(entry + 8), tl.load(entry + 12)
+    t4, t5, t6, t7 = tl.load(entry + 16), tl.load(entry + 20), tl.load(entry + 24), tl.load(entry + 28)
+    row_words = tl.multiple_of(K // 8, 4)  # as K is a multiple of 32
+    w_rows = codes + columns[:, None] * row_words
+    acc = tl.zeros((GROUPS, BN, BM), tl.float32)
+    for k0 in tl.range(first, last, GROUPS * GROUP, num_stages=STAGES):
+        k = k0 + tl.arange(0, GROUPS * GROUP)
+        x = tl.load(x_rows + k[None, :], mask=inside & (k < K)[None, :], other=0.0)
+        x = tl.permute(tl.reshape(x, (BM, GROUPS, GROUP // 32, 4, 2, 4)), (1, 2, 4, 3, 5, 0))
+        x = tl.reshape(x, (GROUPS, GROUP, BM))
+        at = tl.multiple_of(k0 >> 3, 4) + tl.arange(0, WORDS)
+        word = tl.load(w_rows + at[None, :], mask=(at < row_words)[None, :], other=0)
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            _WORDS_ASM, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+            [tl.reshape(word, (BN, WORDS // 4, 4)), t0, t1, t2, t3, t4, t5, t6, t7],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+        pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        w = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)).to(like, bitcast=True)
+        w = tl.permute(tl.reshape(w, (BN, GROUPS, GROUP // 32, 4, 2, 4)), (1, 0, 2, 4, 3, 5))
+        part = tl.dot(tl.reshape(w, (GROUPS, BN, GROUP)), x)
+        group = k0 // GROUP + tl.arange(0, GROUPS)
+        block = (columns[:, None] * (K // GROUP) + group[None, :]) // (BLOCKSIZE // GROUP)
+        there = (group < K // GROUP)[None, :]
+        s = _scales(scale, absmax2, offset, dynamic_map, block, there)
+        part *= tl.trans(s)[:, :, None]
+        if zero is not None:
+            z = tl.load(zero + block, mask=there, other=0.0)
+            sums = tl.dot(tl.full((GROUPS, 16, GROUP), 1.0, like), x)  # in every row the same
+            sums = tl.broadcast_to(sums[:, None, :, :], (GROUPS, BN // 16, 16, BM))
+            part += tl.reshape(sums, (GROUPS, BN, BM)) * tl.trans(z)[:, :, None]
+        acc += part
+    return tl.trans(tl.sum(acc, 0))
 
 
 @triton.jit
@@ -249,6 +351,7 @@ def _forward(
     absmax2,
     offset,
     dynamic_map,
+    table,  # int32 [8, 4], for few rows: `codes` are then words, int32 [N, K // 8]; else None
     bias,  # [N], or None
     a,  # [R, K], columns side by side, or None: no branch, or S is given
     b,  # [N, R], or None: no branch
@@ -279,6 +382,7 @@ def _forward(
     TABLE: tl.constexpr,
     ASM: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row_block, column_block = _block_of(M, N, BM, BN)
     split = tl.program_id(1)
@@ -287,20 +391,27 @@ def _forward(
     ranks = tl.arange(0, RANK)
     places = _places(order, rows, M)
     x_rows = x + places[:, None] * x_stride
-    acc = tl.zeros((BM, BN), tl.float32)
     sums = tl.zeros((BM, RANK), tl.float32)
-    for k0 in range(split * span, tl.minimum(split * span + span, K), BK):
-        k = k0 + tl.arange(0, BK)
-        x_tile = tl.load(x_rows + k[None, :], mask=(rows < M)[:, None] & (k < K)[None, :], other=0.0)
-        w = _decode(
-            codes, scale, zero, absmax2, offset, dynamic_map, columns.to(tl.int64), k0, N, K, row_bytes,
-            BN, BK, BLOCKSIZE, GROUP, TABLE, ASM,
+    first, last = split * span, tl.minimum(split * span + span, K)
+    if table is not None:
+        acc = _few_rows(
+            x_rows, codes, scale, zero, absmax2, offset, dynamic_map, table, (rows < M)[:, None],
+            tl.minimum(columns, N - 1).to(tl.int64), first, last, K, BM, BN, BK // GROUP, GROUP, BLOCKSIZE, STAGES,
         )  # fmt: skip
-        acc = tl.dot(x_tile, tl.trans(w.to(x_tile.dtype)), acc, input_precision=PRECISION)
-        if a is not None:
-            a_at = a + ranks.to(tl.int64)[:, None] * a_stride + k[None, :]
-            a_tile = tl.load(a_at, mask=(ranks < R)[:, None] & (k < K)[None, :], other=0.0).to(x_tile.dtype)
-            sums = tl.dot(x_tile, tl.trans(a_tile), sums, input_precision=PRECISION)
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k0 in range(first, last, BK):
+            k = k0 + tl.arange(0, BK)
+            x_tile = tl.load(x_rows + k[None, :], mask=(rows < M)[:, None] & (k < K)[None, :], other=0.0)
+            w = _decode(
+                codes, scale, zero, absmax2, offset, dynamic_map, columns.to(tl.int64), k0, N, K, row_bytes,
+                BN, BK, BLOCKSIZE, GROUP, TABLE, ASM,
+            )  # fmt: skip
+            acc = tl.dot(x_tile, tl.trans(w.to(x_tile.dtype)), acc, input_precision=PRECISION)
+            if a is not None:
+                a_at = a + ranks.to(tl.int64)[:, None] * a_stride + k[None, :]
+                a_tile = tl.load(a_at, mask=(ranks < R)[:, None] & (k < K)[None, :], other=0.0).to(x_tile.dtype)
+                sums = tl.dot(x_tile, tl.trans(a_tile), sums, input_precision=PRECISION)
     if a is not None:
         if column_block == 0:
             s_at = s + (split.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
@@ -504,8 +615,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(m: int, plain: bool) -> Tiles:
-    """The cut for ``m`` rows; ``plain``: where no tensor core (float32) or no whole byte (K odd) helps.
+def tiles(m: int, plain: bool, words: bool = False) -> Tiles:
+    """The cut for ``m`` rows; ``plain``: where no tensor core (float32) or no whole byte (K odd) helps; ``words``:
+    where W can be read by words.
 
     A program decodes its part of W for itself, so blocks are as high as ``m`` asks for, up to what registers hold.
     Few rows leave narrow blocks, deep steps and many stages: that keeps the most of W in flight.
@@ -513,6 +625,8 @@ def tiles(m: int, plain: bool) -> Tiles:
     rows = min(max(16, triton.next_power_of_2(m)), 128)
     if plain:
         return Tiles(min(rows, 32), 32, 32, 4, 2)
+    if words and rows <= _FEW_ROWS:  # every block of 64 columns reads x again, from the L2 cache
+        return Tiles(8 if m <= 8 else rows, 64, 128, 4 if rows == 32 else 2, 4)
     if rows <= 32:
         return Tiles(rows, 32, 128, 4, 5)
     if rows == 64:
@@ -520,9 +634,9 @@ def tiles(m: int, plain: bool) -> Tiles:
     return Tiles(rows, 128, 64, 8, 3)
 
 
-def formula(x: Tensor, w: Weight) -> Tiles:
+def formula(x: Tensor, w: Weight, forward: bool) -> Tiles:
     """``tiles`` for the rows of x or of dy."""
-    return tiles(x.shape[0], x.dtype == torch.float32 or w.k % 2 == 1)
+    return tiles(x.shape[0], x.dtype == torch.float32 or w.k % 2 == 1, forward and w.in_words(x.dtype))
 
 
 def around(cut: Tiles) -> list[Tiles]:
@@ -559,10 +673,24 @@ class Weight(NamedTuple):
     def arguments(self, columns: int, like: torch.dtype) -> dict:
         """Of the kernels, for tiles of ``columns`` columns decoded to ``like``."""
         group = math.gcd(self.k, self.blocksize, columns)
-        asm = lookup_asm(self.table) if like != torch.float32 and torch.version.hip is None else None
+        asm = table_asm(self.table) if like != torch.float32 and torch.version.hip is None else None
         tensors = {name: getattr(self, name) for name in self._fields[:6]}
         sizes = {"N": self.n, "K": self.k, "row_bytes": self.k // 2}
         return tensors | sizes | {"BLOCKSIZE": self.blocksize, "GROUP": group, "TABLE": self.table, "ASM": asm}
+
+    def in_words(self, like: torch.dtype) -> bool:
+        """Whether few rows of ``like`` can be multiplied by words of W."""
+        whole = math.gcd(self.k, self.blocksize) % 32 == 0 and self.codes.storage_offset() % 4 == 0
+        return whole and like != torch.float32 and torch.version.hip is None
+
+    def words(self, cut: Tiles, like: torch.dtype) -> dict:
+        """What ``arguments`` become for few rows, a group of columns for every warp; nothing if these are not few."""
+        group = math.gcd(self.k, self.blocksize, cut.depth // cut.warps)
+        if cut.rows > _FEW_ROWS or group % 32 != 0 or not self.in_words(like):
+            return {"table": None}
+        codes = self.codes.view(-1).view(torch.int32)
+        table = _table_on(self.table, like, codes.device)
+        return {"table": table, "codes": codes, "BK": group * cut.warps, "GROUP": group, "ASM": None}
 
 
 class Branch(NamedTuple):
@@ -700,7 +828,7 @@ def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Ten
 def _split(x: Tensor, w: Weight, cut: Tiles | None = None) -> tuple[Tiles, int, int]:
     """(tiles of x · Wᵀ, parts of the sweep, columns of a part)."""
     (m, k), n = x.shape, w.n
-    cut = cut or formula(x, w)
+    cut = cut or formula(x, w, True)
     span = triton.cdiv(triton.cdiv(k, splits(m, n, k, cut)), cut.depth) * cut.depth if m and n else k
     return cut, triton.cdiv(k, span), span
 
@@ -722,12 +850,12 @@ def _product(
             span=span,
             BM=cut.rows,
             BN=cut.columns,
-            BK=cut.depth,
             RANK=_rank_block(lora["R"]),
             PRECISION=_precision(x.dtype),
+            STAGES=cut.stages,
             num_warps=cut.warps,
             num_stages=cut.stages,
-            **w.arguments(cut.depth, x.dtype),
+            **{"BK": cut.depth} | w.arguments(cut.depth, x.dtype) | w.words(cut, x.dtype),
             **lora,
         )
     return _summed(y).to(x.dtype)
@@ -763,7 +891,7 @@ def backward(
         if need_a:
             x = _with_contiguous_columns(x)
             da = _projected(x, t=ds, scaling=branch.keep_scale, **branch.dropping)[1].t()
-    return (_dx(dy, w, branch, ds, cut or formula(dy, w)) if need_x else None), da, db
+    return (_dx(dy, w, branch, ds, cut or formula(dy, w, False)) if need_x else None), da, db
 
 
 def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None, cut: Tiles) -> Tensor:

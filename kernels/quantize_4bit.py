@@ -8,6 +8,7 @@ products and sums are not contracted, as the definitions know of neither.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -16,6 +17,8 @@ from torch import Tensor
 
 _ELEMENTS = 4096
 """Of a program: the longest block, or several shorter ones."""
+_PER_UNIT, _MIDDLE = tl.constexpr(15.25), tl.constexpr(2.0**23 + 16)
+"""Scaled values, -1 to 1, are rounded into bins 1 to 31: bins a unit, and 0's. At no edge of a bin lies a threshold."""
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -28,9 +31,9 @@ def _absmax_bits(v):
 
 
 @triton.jit
-def _codebook_codes(v, short, MIDPOINTS: tl.constexpr, ORDER: tl.constexpr):
+def _codebook_codes(v, short, bins, THRESHOLDS: tl.constexpr):
     """(codes int32, absmax) of v float32 [BLOCKS, BLOCKSIZE]: the nearest code, a tie taking the lower rank, NaN the
-    last. ``short`` [BLOCKS, 1]: of the short last block."""
+    last. ``short`` [BLOCKS, 1]: of the short last block; ``bins``: see ``_bins``."""
     absmax = _absmax_bits(v).to(tl.float32, bitcast=True)
     least = tl.full((1, 1), 1e-38, tl.float32)
     least = tl.where(absmax < least, least, absmax)
@@ -38,9 +41,13 @@ def _codebook_codes(v, short, MIDPOINTS: tl.constexpr, ORDER: tl.constexpr):
     # bitsandbytes divides in the short last block and multiplies by the reciprocal elsewhere.
     if tl.program_id(0) == tl.num_programs(0) - 1:
         scaled = tl.where(short, tl.div_rn(v, tl.broadcast_to(least, v.shape)), scaled)
-    code = tl.full(v.shape, ORDER[0], tl.int32)
-    for i in tl.static_range(15):
-        code = tl.where(scaled <= MIDPOINTS[i], code, ORDER[i + 1])
+    # The sum is rounded to an integer, which is its low bits: see _integer_codes. NaN's exceed all others'.
+    number = tl.fma(scaled, _PER_UNIT, _MIDDLE).to(tl.uint32, bitcast=True) - 0x4B000000
+    at = bins + tl.minimum(number, 31).to(tl.int32) * (1 + THRESHOLDS)
+    passed = tl.zeros(v.shape, tl.int32)
+    for i in tl.static_range(THRESHOLDS):
+        passed += tl.where(scaled <= tl.load(at + 1 + i).to(tl.float32, bitcast=True), 0, 4)
+    code = tl.load(at) >> passed & 15
     return code, tl.where(short, least, absmax)
 
 
@@ -66,19 +73,19 @@ def _quantize(
     codes,  # uint8 [ceil(n / 2)]
     scale,  # float32 [blocks]
     zero,  # float32 [blocks] of a format that has zeros, else None
+    bins,  # int32 [32, 1 + THRESHOLDS], see _bins, of a format without zeros, else None
     n,
     byte_count,  # ceil(n / 2)
     BLOCKS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    MIDPOINTS: tl.constexpr,  # between neighbours of the sorted code table
-    ORDER: tl.constexpr,  # the code of each rank in it
+    THRESHOLDS: tl.constexpr,  # of a bin
     PAD: tl.constexpr,  # the code that fills up the last byte
 ):
     block = (tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS))[:, None]
     at = block * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     v = tl.load(w + at, mask=at < n, other=0.0).to(tl.float32)
     if zero is None:
-        code, s = _codebook_codes(v, (block + 1) * BLOCKSIZE > n, MIDPOINTS, ORDER)
+        code, s = _codebook_codes(v, (block + 1) * BLOCKSIZE > n, bins, THRESHOLDS)
     else:
         code, s, low = _integer_codes(v, at < n)
         tl.store(zero + block, low, mask=block * BLOCKSIZE < n)
@@ -116,12 +123,22 @@ def _dequantize(
 
 
 @functools.cache
-def _codebook(table: tuple[float, ...]) -> dict:
-    values = torch.tensor(table, dtype=torch.float32)
-    ordered, order = values.sort(stable=True)  # FP4 holds 0 twice
-    midpoints = (ordered[:-1] + ordered[1:]) / 2
-    pad = int(values.abs().argmin())
-    return {"MIDPOINTS": tuple(midpoints.tolist()), "ORDER": tuple(order.tolist()), "PAD": pad}
+def _bins(table: tuple[float, ...], device: torch.device) -> Tensor:
+    """int32 [32, 1 + the most thresholds of a bin]: the codes that scaled values of a bin can have, four bits each, in
+    order, and the bits of the thresholds between them, among which are some that every value passes, or none.
+    """
+    ordered, order = torch.tensor(table, dtype=torch.float32).sort(stable=True)  # FP4 holds 0 twice
+    thresholds = (ordered[:-1] + ordered[1:]) / 2
+    of = (thresholds.double() * _PER_UNIT.value + _MIDDLE.value).float().view(torch.int32) - 0x4B000000
+    most = int(of.bincount().max())
+    rows = []
+    for number in range(32):
+        below, here = int((of < number).sum()), thresholds[of == number].tolist()
+        first = min(below, 15 - most)  # the rank of the first code
+        held = [-math.inf] * (below - first) + here + [math.inf] * most
+        codes = sum(int(order[first + i]) << 4 * i for i in range(most + 1))
+        rows.append([codes, *torch.tensor(held[:most]).view(torch.int32).tolist()])
+    return torch.tensor(rows, dtype=torch.int32).to(device)
 
 
 def quantize(w: Tensor, table: tuple[float, ...], has_zero: bool, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,6 +155,7 @@ def quantize(w: Tensor, table: tuple[float, ...], has_zero: bool, blocksize: int
     scale = w.new_empty(blocks, dtype=torch.float32)
     zero = w.new_empty(blocks if has_zero else 0, dtype=torch.float32)
     if n > 0:
+        bins = None if has_zero else _bins(table, w.device)
         _quantize[(triton.cdiv(n, _ELEMENTS),)](
             w=w,
             codes=codes,
@@ -145,7 +163,9 @@ def quantize(w: Tensor, table: tuple[float, ...], has_zero: bool, blocksize: int
             zero=zero if has_zero else None,
             n=n,
             byte_count=len(codes),
-            **_codebook(table),
+            bins=bins,
+            THRESHOLDS=0 if has_zero else bins.shape[1] - 1,
+            PAD=min(range(16), key=lambda code: abs(table[code])),
             **_blocks_of(blocksize),
         )
     return codes, scale, zero

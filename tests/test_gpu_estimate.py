@@ -76,4 +76,5 @@ def test_it_estimates_the_kernels_that_the_operator_launches(tmp_path, monkeypat
     assert [(e["m"], e["n"]) for e in written["estimates"]] == [(1, 4096), (1, 8192)]
     for e in written["estimates"]:
         assert e["predicted_us"] == max(e["us"].values()) >= e["us"]["memory"] > 0
-        assert 0 < e["fraction_of_limit"] <= 1 and e["step"]["mma"] + e["step"]["wgmma"] > 0
+        assert 0.9 < e["fraction_of_limit"] <= 1  # decoding is bound by memory, or all but
+        assert e["step"]["mma"] + e["step"]["wgmma"] > 0

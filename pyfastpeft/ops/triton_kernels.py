@@ -92,7 +92,7 @@ def _best(direction: str, kernels: ModuleType, x: Tensor, w: tuple, lora: tuple 
     """``run`` with the tiles for the rows of x."""
     rows, rank = 1 << max(len(x) - 1, 0).bit_length(), 0 if lora is None else lora.rank
     call = ("linear_4bit", direction, x.dtype, rows, w.n, w.k, rank)
-    return run(tuned(call, x.device, kernels.formula(x, w), kernels.around, run))
+    return run(tuned(call, x.device, kernels.formula(x, w, direction == "forward"), kernels.around, run))
 
 
 def forward(x: Tensor, w: Packed4bit, bias: Tensor | None, *branch: Tensor | float | None) -> tuple[Tensor, Tensor]:

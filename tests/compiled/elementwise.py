@@ -33,6 +33,7 @@ def cases() -> dict[str, Callable]:
     return {
         "4096 columns": lambda: norm(4096, 4096),
         "8192 columns, float32": lambda: norm(4096, 8192, torch.float32),
+        "16384 columns, float32": lambda: norm(4096, 16384, torch.float32),
         "heads of 128": lambda: norm(65536, 128),
         "14336 columns": lambda: activation(4096, 14336),
         "one row, float32": lambda: activation(1, 14336, torch.float32),

@@ -47,6 +47,7 @@ def cases() -> dict[str, Callable]:
         "one row": lambda: forward(1, weight("nf4", n, k), bf16),
         "one row, lora 16": lambda: forward(1, weight("nf4", n, k), bf16, branch(16, n, k)),
         "16 rows, int4, fp16": lambda: forward(16, weight("int4", n, k, 128), torch.float16, branch(16, n, k)),
+        "32 rows, nested": lambda: forward(32, weight("nf4", n, k, nested=True), bf16),
         "64 rows": lambda: forward(64, weight("nf4", n, k), bf16, branch(16, n, k)),
         "many rows": lambda: forward(4096, weight("nf4", n, k), bf16),
         "many rows, lora 16, nested": lambda: forward(4096, weight("nf4", n, k, nested=True), bf16, branch(16, n, k)),

@@ -41,10 +41,11 @@ def test_the_kernels_serve_here():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_gradient_of_a_weight_is_summed_over_programs_of_several_tiles(dtype, monkeypatch):
+@pytest.mark.parametrize("shape", [(41, 24), (7, 9000)], ids=str)
+def test_the_gradient_of_a_weight_is_summed_over_programs_of_several_tiles(shape, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_PROGRAMS", 3)
     monkeypatch.setattr(kernels, "_ELEMENTS", 64)
-    x, weight = torch.randn(41, 24), torch.randn(24)
+    x, weight = torch.randn(shape), torch.randn(shape[1])
     check_gradients(rms_norm, norm64, (x, weight), dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import repair
 import torch
@@ -36,15 +37,21 @@ def test_the_kernels_serve_here():
     assert choose(packed_weight(16, 32), 1, torch.float32, infers=True) is Backend.TRITON
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_the_byte_permutations_are_the_code_table(quant_type):
+def test_the_byte_permutations_are_the_code_table(quant_type, dtype):
     table = FORMATS[quant_type].table
-    words = torch.arange(256, dtype=torch.uint8).view(torch.uint32).numpy()
-    out = repair.run_ptx(kernels.lookup_asm(tuple(table.tolist())), words, 4)
-    for i, word in enumerate(out):
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.uint32).numpy()
+    words = kernels.table_words(tuple(table.tolist()), dtype)
+    by_operand = [np.full_like(codes, word & 0xFFFFFFFF) for word in words]
+    asm = kernels.lookup_asm([f"${i}" for i in range(5, 13)])
+    for i, word in enumerate(repair.run_ptx(asm, [codes, *by_operand], 4)):
         byte = torch.arange(i, 256, 4)
-        pair = torch.from_numpy(word.copy()).view(torch.float16).view(-1, 2)
-        assert torch.equal(pair, table.half()[torch.stack([byte >> 4, byte & 15], 1)])
+        pair = torch.from_numpy(word.copy()).view(dtype).view(-1, 2)
+        assert torch.equal(pair, table.to(dtype)[torch.stack([byte >> 4, byte & 15], 1)])
+    if dtype == torch.float16:
+        constant = repair.run_ptx(kernels.table_asm(tuple(table.tolist())), [codes], 4)
+        assert all(map(np.array_equal, constant, repair.run_ptx(asm, [codes, *by_operand], 4)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,8 +75,19 @@ def test_several_blocks_of_every_kind(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_cut_that_tuning_tries_computes_the_same(dtype, monkeypatch):
     for cut in kernels.around(kernels.tiles(5, dtype == torch.float32)):
-        monkeypatch.setattr(kernels, "formula", lambda x, w: cut)  # noqa: B023
+        monkeypatch.setattr(kernels, "formula", lambda *_: cut)  # noqa: B023
         check_gradients(dtype, 5, 70, 140, 4, dtype, None, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 32])
+def test_few_rows_by_words_of_the_weight(m, dtype):
+    for quant_type in QUANT_TYPES:
+        n, k = pick([(5, 32), (70, 96), (33, 416), (64, 1056)])
+        double_quant = quant_type != "int4" and pick([False, True])
+        w = fp.quantize_4bit(torch.randn(n, k), quant_type, pick([32, 64, 128]), double_quant)
+        x, bias = torch.randn(m, k).to(dtype), pick([None, torch.randn(n)])
+        assert error(linear_4bit(x, w, bias), float64(x, w, bias)) <= FORWARD[dtype], w
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -52,21 +52,22 @@ def lop3(a, b, c, table):
 
 INSTRUCTIONS = {
     "and": lambda a, b: a & b,
-    "shr": lambda a, b: a >> b,
+    "mul.lo": lambda a, b: a * b,
+    "mul.hi": lambda a, b: (a.astype(np.uint64) * b >> np.uint64(32)).astype(np.uint32),
     "prmt": prmt,
     "lop3": lop3,
 }
 
 
-def run_ptx(text, word, outputs):
-    """The registers $0 to $outputs-1 after the PTX ``text``, its next operand being ``word`` (uint32 [n])."""
-    registers = {f"${outputs}": word}
+def run_ptx(text, operands, outputs):
+    """The registers $0 to $outputs-1 after the PTX ``text``, the next ones being ``operands`` (uint32 [n] each)."""
+    registers = {f"${outputs + i}": operand for i, operand in enumerate(operands)}
     for statement in text.strip("{ }").split(";"):
         if not statement.strip() or statement.strip().startswith(".reg"):
             continue
-        name, operands = re.fullmatch(r"\s*(\w+)\.b32 (.+)", statement).groups()
-        into, *given = operands.split(", ")
-        values = [registers[g] if g in registers else np.full_like(word, int(g, 0)) for g in given]
+        name, listed = re.fullmatch(r"\s*([\w.]+)\.[bu]32 (.+)", statement).groups()
+        into, *given = listed.split(", ")
+        values = [registers[g] if g in registers else np.full_like(operands[0], int(g, 0)) for g in given]
         registers[into] = INSTRUCTIONS[name](*values)
     return [registers[f"${i}"] for i in range(outputs)]
 
@@ -95,13 +96,17 @@ def binary(self, a, b, operation):
 
 
 def inline_asm(self, text, constraints, values, types, pure, pack):
-    """A statement over four bytes packed in a word, giving a word for each."""
-    assert pack == 4 and constraints == "=r,=r,=r,=r,r", "only what the kernels use is repaired"
-    (codes,) = values
-    words = np.ascontiguousarray(codes.data).reshape(-1, 4).view(np.uint32).reshape(-1)
-    out = np.stack(run_ptx(text, words, 4), axis=1).reshape(codes.data.shape)
+    """A statement that takes words and gives four: for words, or with ``pack`` one for each of four bytes."""
+    inputs = constraints.split(",").count("r")
+    assert len(values) == inputs and len(constraints.split(",")) == inputs + 4 and pack * len(types) == 4
+    words = [np.ascontiguousarray(v.data).reshape(-1).view(np.uint32) for v in values]
+    out = run_ptx(text, words, 4)
+    if pack == 4:
+        out = [np.stack(out, axis=1)]
+    shape = values[0].data.shape
+    out = [Handle(o.reshape(shape), t.scalar) for o, t in zip(out, types, strict=True)]
     # Stands for the builder's operation, which is asked for its results.
-    return type("Result", (), {"get_result": lambda self, i: Handle(out, types[0].scalar)})()
+    return type("Result", (), {"get_result": lambda self, i: out[i]})()
 
 
 def patch_tensor(tensor, scope):
