@@ -24,6 +24,7 @@ from ..ops.backends import FLOATS, Backend, choose_plain
 from .forwards import ModuleForward, autocast_of, hooked, install, remove
 
 _ROPE = "apply_rotary_pos_emb"
+_FEW_ROWS = 32
 
 
 def _code(function: Callable) -> tuple:
@@ -64,9 +65,10 @@ def _activated(x: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]], *l
     """``swiglu`` of what ``layers`` project x to.
 
     Gate and up are most of what a layer of a model would keep for the backward pass. Where all that this pass wants of
-    them is x's gradient, they are computed again instead, which takes a tenth of a training step.
+    them is x's gradient, they are computed again instead, which takes a tenth of a training step. Of few rows they are
+    little, and reading the weights once more is not.
     """
-    if not (_plain(*layers) and _frozen(*layers)):
+    if x[..., 0].numel() <= _FEW_ROWS or not (_plain(*layers) and _frozen(*layers)):
         return swiglu(*project(x))
     autocast = autocast_of(x)
 
