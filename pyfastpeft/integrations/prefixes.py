@@ -281,7 +281,7 @@ class Prefixes:
         else:
             self.bank.run = run
         kwargs["position_ids"] = self._positions(kwargs, inputs, past) + run.shift
-        if past is None and decoder.training and torch.is_grad_enabled() and "use_cache" in self._parameters:
+        if past is None and self.decoder.training and torch.is_grad_enabled() and "use_cache" in self._parameters:
             # Nothing goes on from a training step, and a cache would copy all keys and values.
             kwargs["use_cache"] = bool(kwargs.get("use_cache"))
         self._collect(run)
