@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from functools import partial
 
 import pytest
@@ -227,6 +228,22 @@ def test_each_row_has_its_own_adapters():
             peft_model.set_adapter(chosen)
             alone = logits(peft_model, **row)
         torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_an_adapter_holds_reaches_no_row_of_others(value):
+    peft_model, batch = several(), inputs(rows=4)
+    names = ["a", "b", "__base__", ["c", "lora"]]
+    clean = logits(peft_model, **batch, adapter_names=names)
+    for parameter in ("down.weight", "down.bias", "up.weight", "up.bias"):
+        dirty = copy.deepcopy(peft_model)
+        held = [p for n, p in dirty.named_parameters() if n.endswith(f"bottleneck.b.{parameter}")]
+        with torch.no_grad():
+            held[0].view(-1)[1] = value
+        got = logits(dirty, **batch, adapter_names=names)
+        assert got[1].isnan().any() or value == math.inf  # which tanh makes 1
+        others = torch.tensor([0, 2, 3])
+        assert torch.equal(got[others], clean[others])
 
 
 def test_several_active_at_once_add_their_updates():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Rows
+from ..ops import mixed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -114,6 +115,6 @@ class BottleneckLayer(nn.Module):
             return y + _linear(inner, up, bias.sum(0))
         rows, lead = y.numel() // y.shape[-1], y.shape[:-1]
         sizes = tuple(adapter.size for adapter in adapters)
-        inner = inner * mode.mask(names, sizes, rows, y.device).view(*lead, -1).to(y.dtype)
-        own = mode.mask(names, (1,) * len(names), rows, y.device).to(bias.dtype) @ bias
-        return y + (F.linear(inner, up.to(y.dtype)) + own.view(*lead, -1).to(y.dtype))
+        update = mixed.added(inner, mode.mask(names, sizes, rows, y.device), up.to(y.dtype))
+        own = mixed.summed(mode.mask(names, (1,) * len(names), rows, y.device), bias)
+        return y + (update + own.view(*lead, -1).to(y.dtype))
