@@ -49,6 +49,15 @@ def adapters(model_folder, data_file, tmp_path_factory):
     return {name: str(root / name) for name in ("a", "b")}
 
 
+@pytest.fixture
+def one_arithmetic():
+    """For few rows and for many: what a random model answers hangs on their roundings."""
+    before = torch.ops.pyfastpeft.isa()
+    torch.ops.pyfastpeft.set_isa("generic")
+    yield
+    torch.ops.pyfastpeft.set_isa(before)
+
+
 def run(capsys, *arguments):
     """(exit code, stdout, stderr) of a command."""
     try:
@@ -79,7 +88,7 @@ def test_help_lists_every_command(capsys):
 def test_info_reports_the_kernels_in_use(capsys):
     result = run_json(capsys, "info")
     assert result["isa"] in result["available_isas"] and "generic" in result["available_isas"]
-    assert result["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["packages"]["torch"])
     code, out, _ = run(capsys, "info")
     assert code == 0 and result["isa"] in out
 
@@ -251,6 +260,7 @@ def test_train_resumes_from_its_checkpoint(capsys, tmp_path, model_folder, data_
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
+@pytest.mark.usefixtures("one_arithmetic")
 def test_every_adapter_answers_the_prompt(capsys, model_folder, adapters):
     given = [f"--adapter={name}={path}" for name, path in adapters.items()]
     arguments = ["generate", "--model", model_folder, "--prompt", "hello", "--max-new-tokens", "8"]
@@ -261,6 +271,7 @@ def test_every_adapter_answers_the_prompt(capsys, model_folder, adapters):
     assert [entry["adapter"] for entry in run_json(capsys, *arguments)["answers"]] == ["base"]
 
 
+@pytest.mark.usefixtures("one_arithmetic")
 def test_adapters_switch_at_the_interactive_prompt(capsys, monkeypatch, model_folder, adapters):
     given = [f"--adapter={name}={path}" for name, path in adapters.items()]
     arguments = ["generate", "--model", model_folder, "--max-new-tokens", "8"]

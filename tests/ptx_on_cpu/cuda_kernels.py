@@ -54,7 +54,9 @@ def compiled(tmp_path_factory):
     nvcc += ["-gencode", f"arch={arch},code={arch}", "--keep", "--keep-dir", folder]
     sources = [*(CSRC / f"cuda/{name}.cu" for name in KERNELS), HERE / "cudart.cpp"]
     in_parallel([[*nvcc, "-c", source, "-o", folder / f"{source.stem}.o"] for source in sources])
-    subprocess.run([*COMPILER, "-shared", *folder.glob("*.o"), "-o", folder / "kernels.so"], check=True)
+    subprocess.run(
+        [*COMPILER, "-shared", "-Wl,-Bsymbolic", *folder.glob("*.o"), "-o", folder / "kernels.so"], check=True
+    )
     return folder
 
 
