@@ -314,7 +314,7 @@ def _reach(module: nn.Module, kwargs: dict[str, Any]) -> float:
         getattr(module, "sliding_window", None),
         getattr(getattr(module, "config", None), "attention_chunk_size", None),
     )
-    return min((size for size in sizes if size is not None), default=math.inf)
+    return min([math.inf, *(size for size in sizes if size is not None)])  # compilers follow no default
 
 
 def _spread(places: Tensor, queries: int) -> Tensor:
