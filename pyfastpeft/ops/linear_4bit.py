@@ -6,6 +6,8 @@ and the element's position, recomputed where it is needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -361,25 +363,19 @@ class _Linear4bit(torch.autograd.Function):
         need_x, need_bias, *needs_lora = ctx.needs_input_grad[:4]
         branch, needs = (a, b, row_scale, scaling, seed, dropout), (need_x, *needs_lora)
         dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
-        grads = _backward(backend, dy.to(x_dtype), x, s, branch, (*held, *meta), k, needs)
+        gradients = partial(_gradients, backend, (*held, *meta), k, needs)
+        if _mixes(branch):
+            gradients = partial(_isolated, gradients)
+        grads = gradients(dy.to(x_dtype), x, s, branch)
         return *grads[:1], dbias, *grads[1:], *([None] * (len(ctx.needs_input_grad) - 4))
 
 
-def _backward(
-    backend: Backend,
-    dy: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    branch: tuple,
-    weight: tuple,
-    k: int,
-    needs: tuple[bool, bool, bool],
+def _isolated(
+    gradients: Callable[..., tuple], dy: Tensor, x: Tensor | None, s: Tensor | None, branch: tuple
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB), None where not in ``needs``; ``x`` and ``s``, the S of ``_forward``, where A or B trains."""
-    if not _mixes(branch):
-        return _gradients(backend, dy, x, s, branch, weight, k, needs)
+    """``gradients``, of which what one adapter or row holds reaches no other's."""
     if mixed.tells(dy):
-        dx, da, db = _gradients(backend, dy, x, s, branch, weight, k, needs)
+        dx, da, db = gradients(dy, x, s, branch)
         if mixed.is_finite(None if dx is None else dx[:1], da, db):
             return dx, da, db
     a, b, factor, *rest = _with_finite_columns(branch, dy.dtype)
@@ -387,20 +383,21 @@ def _backward(
         # S as it was, before its columns were: here it is left out where its factor is zero.
         bad, factor, dy, x = mixed.finite_rows(factor, dy, x)
         s = s.masked_fill(bad | (factor == 0), 0)
-    dx, da, db = _gradients(backend, dy, x, s, (a, b, factor, *rest), weight, k, needs)
+    dx, da, db = gradients(dy, x, s, (a, b, factor, *rest))
     return dx if x is None or dx is None else dx.masked_fill(bad, torch.nan), da, db
 
 
 def _gradients(
     backend: Backend,
+    weight: tuple,
+    k: int,
+    needs: tuple[bool, bool, bool],
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
     branch: tuple,
-    weight: tuple,
-    k: int,
-    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB), None where not in ``needs``; ``x`` and ``s``, the S of ``_forward``, where A or B trains."""
     if backend in _IN_PYTHON:
         return _IN_PYTHON[backend].backward(dy, x, s, weight[5], *branch, *needs)
     if backend is Backend.SLABS:
