@@ -45,11 +45,11 @@ float* branch_factor(const Branch& branch, int64_t rows, int64_t rank) {
   return factor;
 }
 
-// out [rows, R] = s * factor; in place if need be. Where rows choose, a zero leaves out what s is: that of an adapter
-// which the row does not use, and which may not be finite.
-void times_factor(const float* s, const float* factor, const Branch& branch, int64_t rows, float* out) {
+// Rows [r0, r1) of out [rows, R] = s * factor; in place if need be. Where rows choose, a zero leaves out what s is:
+// that of an adapter which the row does not use, and which may not be finite.
+void times_factor(const float* s, const float* factor, const Branch& branch, int64_t r0, int64_t r1, float* out) {
   const int64_t rank = branch.rank(), ld = branch.row_scale_ld;
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = r0; r < r1; ++r)
     for (int64_t i = 0; i < rank; ++i) {
       const float f = factor[r * ld + i];
       out[r * rank + i] = ld != 0 && f == 0.0f ? 0.0f : s[r * rank + i] * f;
@@ -193,7 +193,8 @@ PackedRows pack_scaled(const Arithmetic& arith, const float* s, int64_t rows, co
   float* factor = branch_factor(branch, rows, rank);
   if (branch.row_scale_ld == 0)
     return pack_rows(arith, {s, kFloat32, rows, rank, rank}, factor, 0, {}, kSlotS, parallel);
-  times_factor(s, factor, branch, rows, factor);
+  run(parallel, rows, grain_of(rank * 4),
+      [&](int64_t r0, int64_t r1) { times_factor(s, factor, branch, r0, r1, factor); });
   return pack_rows(arith, {factor, kFloat32, rows, rank, rank}, nullptr, 0, {}, kSlotS, parallel);
 }
 
@@ -219,7 +220,7 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
     arith.prefetch_b(branch.b, t0);
     sums.finish(w.codes + t0 * w.k * (kTile / 2));
     sums.store(scaled);
-    times_factor(scaled, factor, branch, x.rows, scaled);
+    times_factor(scaled, factor, branch, 0, x.rows, scaled);
     arith.to_steps(scaled, x.rows, rank, scaled + count);
     GemvArgs own = args;
     own.s = scaled + count;
@@ -289,7 +290,7 @@ void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, vo
     const PackedRows rows = pack_rows(arith, dy, nullptr, 0, {}, kSlotX, parallel);
     run(parallel, dy.rows, grain_of(dy.cols * rank),
         [&](int64_t r0, int64_t r1) { arith.rows_times(rows, branch.b, {}, ds, false, r0, r1, 0, rank); });
-    times_factor(ds, branch_factor(branch, dy.rows, rank), branch, dy.rows, ds);
+    times_factor(ds, branch_factor(branch, dy.rows, rank), branch, 0, dy.rows, ds);
   }
   if (dx == nullptr) return;
   const DxArgs args{w,
