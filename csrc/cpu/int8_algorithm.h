@@ -21,7 +21,7 @@ inline float rounding_error(const float* values, int64_t n, float inverse) {
 // One row's block of columns in 8 bits. Of two scales a unit takes the one with the smaller error. In passes over all
 // units: one unit's steps each wait for the one before.
 inline void quantize_row(const float* values, int64_t unit, int64_t units, const ByteTable& table, ByteRow& row) {
-  constexpr float kTop = 127.0f, kLower = 126.4f;
+  constexpr float kTop = 127.0f, kLower = 126.0f;
   float absmax[kByteUnits], gain[kByteUnits];
   int32_t sums[kByteUnits];
   for (int64_t u = 0; u < units; ++u) absmax[u] = B::absmax(values + u * unit, unit);
