@@ -249,7 +249,7 @@ PF_DEVICE void consume(const Arguments& g, Shared<2 * D * kCount>& sh) {
 #pragma unroll
       for (int c = 0; c < kRows / 16; ++c) {
         float part[8] = {};
-        wgmma_fence();
+        wgmma_fence(part);
 #pragma unroll
         for (int i = 0; i < 4; ++i) wgmma_tf32(part, b + 2 * i, tile_operand(sh.x[x_at][16 * c]) + 2 * i);
         wgmma_commit();

@@ -144,6 +144,13 @@ PF_DEVICE uint64_t tile_operand(const void* tile) {
 }
 // Before the first wgmma that reads registers which were written since the last.
 PF_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// The same, and `d` is written before: the compiler may move a constant past a fence that does not name it.
+template <int D>
+PF_DEVICE void wgmma_fence(float (&d)[D]) {
+#pragma unroll
+  for (int i = 0; i < D; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  wgmma_fence();
+}
 PF_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // All but the last N groups are done: their operands may be overwritten, their sums read.
 template <int N>

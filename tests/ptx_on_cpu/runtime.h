@@ -316,7 +316,6 @@ struct MatrixRegister {
   uint64_t sum = 0, operand = 0;  // number of the last group that adds to it, that reads it
   int shape = 0;                  // of what adds to it, until a fence
   bool accessed = false;          // by another instruction since the last fence
-  bool moved = false;             // by mov
 };
 
 struct Warp {
@@ -334,7 +333,6 @@ struct Warp {
   std::deque<std::vector<std::function<void()>>> groups;
   uint64_t finished_groups = 0;
   std::vector<MatrixRegister> matrix;
-  bool fenced = false;  // by wgmma.fence since the last group
 
   // The basic block that comes next, or kFinished.
   int begin() {
@@ -353,30 +351,29 @@ struct Warp {
     return lanes;
   }
   void fence() {
-    fenced = true;
     for (MatrixRegister& r : matrix) {
-      r.accessed = r.moved = false;
+      r.accessed = false;
       if (r.sum <= finished_groups) r.shape = 0;
     }
   }
   // An instruction that is no wgmma reads or writes a matrix register.
-  void access(int which, bool writes, bool moves) {
+  void access(int which, bool writes) {
     MatrixRegister& r = matrix[which];
     if (r.sum > finished_groups) fail("wgmma: a sum is accessed before wgmma.wait_group");
     if (writes && r.operand > finished_groups) fail("wgmma: an operand is written before wgmma.wait_group");
-    (moves ? r.moved : r.accessed) = true;
+    r.accessed = true;
   }
-  // A wgmma begins to use one. A mov between the fence and a wgmma is the compiler's own, which ptxas moves before it.
+  // A wgmma begins to use one.
   void use(int which, bool adds, int shape) {
     MatrixRegister& r = matrix[which];
-    if (r.accessed || (r.moved && !fenced)) fail("wgmma: a register was accessed after the last wgmma.fence");
+    if (r.accessed) fail("wgmma: a register was accessed after the last wgmma.fence");
     if ((adds ? r.operand : r.sum) > finished_groups) fail("wgmma: a register is both a sum and an operand");
     (adds ? r.sum : r.operand) = finished_groups + groups.size() + 1;
     if (!adds) return;
     if (r.shape != 0 && r.shape != shape) fail("wgmma: a sum of another shape without wgmma.fence");
     r.shape = shape;
   }
-  void commit() { groups.push_back(std::move(open)), open.clear(), fenced = false; }
+  void commit() { groups.push_back(std::move(open)), open.clear(); }
   void wait(size_t most) {
     for (; groups.size() > most; groups.pop_front(), ++finished_groups)
       for (auto& operation : groups.front()) operation();

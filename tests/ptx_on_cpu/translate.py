@@ -321,7 +321,7 @@ class KernelTranslator:
         for i, operand in enumerate(ins.operands if self.matrix else []):
             for name in re.findall(r"%\w+", operand):
                 if name in self.matrix:
-                    code += f"w.access({self.word(self.matrix[name])}, {int(i == 0)}, {int(ins.name == 'mov')});"
+                    code += f"w.access({self.word(self.matrix[name])}, {int(i == 0)});"
         return code
 
     def _simple(self, ins: Instruction, function: str, *types: str) -> str:
