@@ -1098,14 +1098,15 @@ struct Algorithm {
 
   // ---- the branch's small products ----
 
-  static void rows_times_t(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1) {
+  static void rows_times_t(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1, int64_t begin,
+                           int64_t end) {
     [[maybe_unused]] const Tiles held;
     const int64_t tiles = ceil_div(p.rows, kTile), groups = ceil_div(tiles, kGroupTiles), rows = row1 - row0;
     E* panels = static_cast<E*>(scratch(0, groups * kGroupPanel * sizeof(E)));
     float* c = static_cast<float*>(scratch(1, rows * groups * kGroupLanes * sizeof(float)));
     __builtin_memset(c, 0, rows * groups * kGroupLanes * sizeof(float));
-    for (int64_t col0 = 0; col0 < p.cols; col0 += kBlock) {
-      const int64_t n = min64(kBlock, p.cols - col0);
+    for (int64_t col0 = begin; col0 < end; col0 += kBlock) {
+      const int64_t n = min64(kBlock, end - col0);
       for (int64_t t = 0; t < tiles; ++t) {
         const bool whole = tiles - t / kGroupTiles * kGroupTiles >= kGroupTiles;
         pack_lanes_t(p, t * kTile, col0, n, panels + t / kGroupTiles * kGroupPanel, t % kGroupTiles * kTileVecs,
@@ -1143,9 +1144,9 @@ struct Algorithm {
   }
 
   static Arithmetic table() {
-    return {kGroupLanes,   kFewRows,  kHasTiles,   packed_rows_bytes, panels_bytes, pack_rows, pack_rows_t,
-            pack_panels_t, gemv,      dots_packed, prefetch_first_b,  to_steps,     gemm,      dx,
-            rows_times_t,  rows_times};
+    return {kGroupLanes, kBlock,        kFewRows,  kHasTiles,   packed_rows_bytes, panels_bytes, pack_rows,
+            pack_rows_t, pack_panels_t, gemv,      dots_packed, prefetch_first_b,  to_steps,     gemm,
+            dx,          rows_times_t,  rows_times};
   }
 };
 

@@ -159,6 +159,7 @@ struct AttentionKernels {
 // One arithmetic: float32 FMA, or bf16 pairs into float32.
 struct Arithmetic {
   int64_t group_lanes;  // lanes of a panel
+  int64_t block;        // columns of a block of PackedRows
   int64_t few_rows;     // up to here gemv is faster than gemm
   bool tiles;           // gemm has instructions that multiply tiles of rows
   int64_t (*packed_rows_bytes)(int64_t rows, int64_t cols);
@@ -180,8 +181,10 @@ struct Arithmetic {
   void (*to_steps)(const float* src, int64_t rows, int64_t cols, void* dst);
   void (*gemm)(const GemmArgs&, int64_t tile0, int64_t tile1);
   void (*dx)(const DxArgs&, int64_t col0, int64_t col1);
-  // out [rows, lanes] float32 = x * p^T for a plain matrix p [lanes, contraction]: rows [row0, row1).
-  void (*rows_times_t)(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1);
+  // out [rows, lanes] float32 = x * p^T for a matrix p [lanes, contraction]: rows [row0, row1), over the contraction
+  // from `begin`, the beginning of a block, to `end`.
+  void (*rows_times_t)(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1, int64_t begin,
+                       int64_t end);
   // out [rows, lanes] float32 = x * p for a plain matrix p [contraction, lanes]: lanes [lane0, lane1), optionally
   // stored transposed as [lanes, rows], with dropout on p.
   void (*rows_times)(const PackedRows& x, const Matrix& p, const Dropout&, float* out, bool transposed, int64_t row0,

@@ -103,6 +103,18 @@ FewRows few_rows(const Kernels& k, const Arithmetic& arith, const Matrix& x, boo
   return few;
 }
 
+// Columns of x A^T are summed in so many parts at most, which threads share and which do not depend on their number.
+constexpr int64_t kMostParts = 8;
+constexpr int64_t kMostSplitRows = 64;  // more are shared as rows
+constexpr int64_t kReading = 20;        // multiply-adds in the time that an element of A takes to arrive
+
+// out = the sum of `parts` arrays.
+void sum_parts(const float* sums, int64_t parts, int64_t count, float* out) {
+  std::memcpy(out, sums, count * sizeof(float));
+  for (int64_t p = 1; p < parts; ++p)
+    for (int64_t i = 0; i < count; ++i) out[i] += sums[p * count + i];
+}
+
 // s [rows, R] = x A^T for few rows, in parts that threads take as they come. The sums do not depend on who took what.
 class FewRowsSums {
  public:
@@ -141,15 +153,9 @@ class FewRowsSums {
   }
 
   // After `finish`: out [rows, R] = s.
-  void store(float* out) const {
-    std::memcpy(out, sums_, count_ * sizeof(float));
-    for (int64_t p = 1; p < summands_; ++p)
-      for (int64_t i = 0; i < count_; ++i) out[i] += sums_[p * count_ + i];
-  }
+  void store(float* out) const { sum_parts(sums_, summands_, count_, out); }
 
  private:
-  static constexpr int64_t kMostParts = 8;
-
   void compute(int64_t part, const void* next) {
     const int64_t begin = part * step_, end = std::min(begin + step_, size_);
     if (branch_.a.packed)
@@ -175,11 +181,25 @@ void many_rows_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& 
   PackedRows dropped = packed;
   if (branch.dropout.threshold != 0)
     dropped = pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotDropped, parallel);
-  run(parallel, x.rows, grain_of(x.cols * rank), [&](int64_t r0, int64_t r1) {
-    arith.rows_times_t(dropped, branch.a, s, r0, r1);
+  const auto finish = [&](int64_t r0, int64_t r1) {
     if (branch.dropout.threshold != 0)
       for (int64_t i = r0 * rank; i < r1 * rank; ++i) s[i] *= branch.dropout.scale;
+  };
+  if (x.rows > kMostSplitRows)
+    return run(parallel, x.rows, grain_of(x.cols * rank), [&](int64_t r0, int64_t r1) {
+      arith.rows_times_t(dropped, branch.a, s, r0, r1, 0, x.cols);
+      finish(r0, r1);
+    });
+  // Reading A takes the time: threads share its columns.
+  const int64_t step = (x.cols + kMostParts * arith.block - 1) / (kMostParts * arith.block) * arith.block;
+  const int64_t parts = (x.cols + step - 1) / step, count = x.rows * rank;
+  float* sums = static_cast<float*>(scratch(kSlotS, parts * count * sizeof(float)));
+  run(parallel, parts, grain_of(step * rank * (x.rows + kReading)), [&](int64_t p0, int64_t p1) {
+    for (int64_t p = p0; p < p1; ++p)
+      arith.rows_times_t(dropped, branch.a, sums + p * count, 0, x.rows, p * step, std::min((p + 1) * step, x.cols));
   });
+  sum_parts(sums, parts, count, s);
+  finish(0, x.rows);
 }
 
 bool is_few(const Arithmetic& arith, const Matrix& x, const Branch& branch) {
