@@ -146,7 +146,7 @@ def test_long_sums_and_outliers_stay_within_their_unit(isa):
     w7 = w.dequantize(torch.float64)[:, 7]
     rest = linear_4bit(loud, w, compute="int8").double() - 1000.0 * w7
     # The loud unit's other values are lost, and the weight beside it is off by its own rounding; no more than that.
-    assert (rest - (x.double() @ w.dequantize(torch.float64).t() - x[:, 7:8].double() * w7)).abs().max() < 40
+    assert (rest - (x.double() @ w.dequantize(torch.float64).t() - x[:, 7:8].double() * w7)).abs().max() < 60
 
 
 class TestInference:

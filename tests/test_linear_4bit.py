@@ -550,7 +550,8 @@ def test_sparse_and_extreme_values_of_x(device):
         w = fp.quantize_4bit(torch.randn(48, 192) / 8, pick(["nf4", "fp4"]), 64)
         y, expected = linear_4bit(x, w).double() / value, float64(x, w) / value
         bound = FORWARD[torch.bfloat16] if value > 1e-30 else 2e-2  # results are subnormal
-        assert error(y, expected, 48) <= bound, value
+        flushed = value < 1e-37 and not y.any()  # instructions on bf16 take what is subnormal for zero
+        assert flushed or error(y, expected, 48) <= bound, value
 
 
 def test_nan_in_a_weight_block_reaches_its_outputs_only(device):

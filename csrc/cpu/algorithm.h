@@ -15,7 +15,7 @@ inline void copy_bytes(void* dst, const void* src, int64_t n) { __builtin_memcpy
 
 // Instructions that multiply matrices of several rows (amx.h), where there are any.
 struct NoTiles {
-  static constexpr int kRows = 1;
+  static constexpr int kRows = 1, kColumns = 1;
 };
 
 // Arithmetic in float32: one column a step.
@@ -93,7 +93,6 @@ constexpr int kTileVecs = kTile / kLanes;
 constexpr int kGroupTiles = V::kGroupVecs / kTileVecs;
 constexpr int kGroupLanes = V::kGroupVecs * kLanes;
 constexpr int64_t kRowChunk = 512;  // rows whose float32 results stay in cache together
-constexpr int64_t kLateRows = 160;  // up to here scales are cheaper on the sums (3 %) than on every decoded weight
 // Few rows stream codes and scales once, slower than memory delivers them: asked for this far ahead (bytes), across the
 // end of a tile, the time becomes the larger of arithmetic and memory, not their sum (4096 x 4096, 4 rows: 345 us for
 // 880).
@@ -267,7 +266,10 @@ struct Algorithm {
   // quarter of them: 1.3 times the time).
   static constexpr int kPanelTiles = kHasTiles ? 32 : 8;
   static constexpr int64_t kColumnChunk = kPanelTiles * kTile;
-  static constexpr int64_t kFewRows = kHasTiles ? 8 : 16;  // up to here decoding in registers is faster
+  // Up to here decoding in registers is faster; then scales cost less on the sums than on every decoded weight, which
+  // zeros do not allow.
+  static constexpr int64_t kFewRows = kHasTiles ? 4 : 16, kFewRowsOfZeros = kHasTiles ? 8 : 16;
+  static constexpr int64_t kLateRows = kHasTiles ? 32 : 160;
 
   // Tiles also read what follows the last rows, and ignore it.
   static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
@@ -398,6 +400,43 @@ struct Algorithm {
     }
   }
 
+  // What comes next, asked for while a block is worked on: decoding alone takes less time than it needs to arrive.
+  struct Ahead {
+    const uint8_t* codes = nullptr;
+    int64_t tile_stride = 0;
+    int64_t steps = 0;  // of the product that ask, for every second line of kGroupTiles tiles; decoding asks for others
+
+    Ahead tile(int64_t i) const { return {codes + i * tile_stride, tile_stride}; }
+    void next_line() {
+      __builtin_prefetch(codes);
+      codes += kHasTiles ? 128 : 64;
+    }
+    void next_step() {
+      if (steps-- <= 0) return;
+      for (int64_t i = 0; i < kGroupTiles * tile_stride; i += tile_stride) {
+        __builtin_prefetch(codes + i + 64);
+        __builtin_prefetch(codes + i + 192);
+      }
+      codes += 256;
+    }
+  };
+
+  // Of columns [col0, col0 + n) of the group from `tile` on, where tiles [tile0, tile1) make a panel: with tiles the
+  // next group's columns, at the end the first group's next ones. Else what comes kCodesAhead later, at the end of the
+  // rows the first columns of the next panel.
+  static Ahead codes_ahead(const Weight& w, int64_t tile, int64_t tile0, int64_t tile1, int64_t col0, int64_t n) {
+    int64_t column = col0;
+    if constexpr (kHasTiles) {
+      tile += kGroupTiles;
+      if (tile >= tile1) tile = tile0, column += n;
+    } else {
+      column += kCodesAhead / (kTile / 2);
+      tile += column / w.k * kPanelTiles;
+      column %= w.k;
+    }
+    return {w.codes + (tile * w.k + column) * (kTile / 2), w.k * (kTile / 2), n / Tiles::kColumns};
+  }
+
   // ---- the product ----
 
   // c[r][lane] += sum over steps of x[r] * panel: MR rows by NV vectors, held in registers.
@@ -497,13 +536,13 @@ struct Algorithm {
   // c[group][rows][ldc] += x rows * panels of `tiles` tiles, groups of kGroupTiles (the last may hold fewer). Where
   // there are instructions on tiles, the caller holds them.
   static void multiply(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t tiles, float* c,
-                       int64_t ldc) {
+                       int64_t ldc, Ahead ahead = {}) {
     if constexpr (kHasTiles) {
       for (int64_t t = 0; t < tiles; t += kGroupTiles, panels += kGroupPanel, c += rows * ldc) {
         if (tiles - t >= kGroupTiles)
-          multiply_tiles<kGroupTiles>(x, rows, panels, contraction, c, ldc);
+          multiply_tiles<kGroupTiles>(x, rows, panels, contraction, ahead, c, ldc);
         else
-          multiply_tiles<1>(x, rows, panels, contraction, c, ldc);
+          multiply_tiles<1>(x, rows, panels, contraction, ahead, c, ldc);
       }
     } else {
       const int64_t steps = ceil_div(contraction, kStep);
@@ -521,11 +560,12 @@ struct Algorithm {
   // The same for one group of L tiles. What does not fill a tile goes through a whole one: last rows with sums that
   // nothing reads, last columns with zeros.
   template <int L>
-  static void multiply_tiles(const E* x, int64_t rows, const E* panel, int64_t contraction, float* c, int64_t ldc) {
+  static void multiply_tiles(const E* x, int64_t rows, const E* panel, int64_t contraction, Ahead ahead, float* c,
+                             int64_t ldc) {
     constexpr int64_t kRows = Tiles::kRows, kColumns = Tiles::kColumns, kWide = L * kTile;
     const int64_t steps = contraction / kColumns, rest = contraction - steps * kColumns;
     const int64_t pairs = rows / (2 * kRows) * (2 * kRows);
-    if (pairs > 0 && steps > 0) Tiles::template add<2, L>(x, kStride, pairs, panel, steps, c, ldc);
+    if (pairs > 0 && steps > 0) Tiles::template add<2, L>(x, kStride, pairs, panel, steps, ahead, c, ldc);
     alignas(64) float part[kRows * kWide];
     // body(sums) for the rows from r on, fewer than a pair of tiles.
     const auto whole = [&](int64_t r, const auto& body) {
@@ -538,7 +578,7 @@ struct Algorithm {
     if (steps > 0)
       for (int64_t r = pairs; r < rows; r += kRows)
         whole(r, [&](float* sums, int64_t ld) {
-          Tiles::template add<1, L>(x + r * kStride, kStride, kRows, panel, steps, sums, ld);
+          Tiles::template add<1, L>(x + r * kStride, kStride, kRows, panel, steps, ahead, sums, ld);
         });
     if (rest == 0) return;
     alignas(64) E last_panel[kColumns * kWide] = {}, last_columns[kRows * kColumns];
@@ -546,43 +586,46 @@ struct Algorithm {
     for (int64_t r = 0; r < rows; r += kRows) {
       Tiles::copy_columns(x + r * kStride + steps * kColumns, kStride, rest, last_columns);
       whole(r, [&](float* sums, int64_t ld) {
-        Tiles::template add<1, L>(last_columns, kColumns, kRows, last_panel, 1, sums, ld);
+        Tiles::template add<1, L>(last_columns, kColumns, kRows, last_panel, 1, ahead, sums, ld);
       });
     }
   }
 
   // The same for panels without scales: `scales` [tiles][`segments` of them and room][16], `tile_stride` floats a tile.
   static void multiply_late(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t segments,
-                            const float* scales, int64_t tile_stride, int64_t tiles, float* c, int64_t ldc) {
-    const int64_t steps = contraction / kStep / segments;
-    row_blocks(rows, [&](int64_t r0, int n) {
-      const MicroLate whole = pick_late<V::kGroupVecs>(n), single = pick_late<kTileVecs>(n);
+                            const float* scales, int64_t tile_stride, int64_t tiles, Ahead ahead, float* c,
+                            int64_t ldc) {
+    if constexpr (kHasTiles) {
+      const int64_t steps = contraction / Tiles::kColumns / segments;
       for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-        const MicroLate kernel = tiles - t >= kGroupTiles ? whole : single;
-        kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, segments, scales + t * tile_stride,
-               tile_stride, c + (t / kGroupTiles * rows + r0) * ldc, ldc);
+        const auto add = tiles - t >= kGroupTiles ? Tiles::template add_scaled<kGroupTiles, Ahead>
+                                                  : Tiles::template add_scaled<1, Ahead>;
+        for (int64_t r = 0; r < rows; r += Tiles::kRows)
+          add(x + r * kStride, kStride, min64(Tiles::kRows, rows - r), panels + t / kGroupTiles * kGroupPanel, steps,
+              segments, scales + t * tile_stride, tile_stride, ahead, c + (t / kGroupTiles * rows + r) * ldc, ldc);
       }
-    });
+    } else {
+      const int64_t steps = contraction / kStep / segments;
+      row_blocks(rows, [&](int64_t r0, int n) {
+        const MicroLate whole = pick_late<V::kGroupVecs>(n), single = pick_late<kTileVecs>(n);
+        for (int64_t t = 0; t < tiles; t += kGroupTiles) {
+          const MicroLate kernel = tiles - t >= kGroupTiles ? whole : single;
+          kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, segments, scales + t * tile_stride,
+                 tile_stride, c + (t / kGroupTiles * rows + r0) * ldc, ldc);
+        }
+      });
+    }
   }
 
   // ---- decoding ----
 
-  // What is asked for while columns from col0 on of a tile are decoded: what comes kCodesAhead later, at the end of the
-  // rows the first columns of the next panel. With tiles a block takes so little time, and so many sums pass through
-  // the caches meanwhile, that it is the next group's.
-  static const uint8_t* codes_ahead(const Weight& w, int64_t tile, int64_t col0) {
-    if constexpr (kHasTiles) return w.codes + ((tile + kGroupTiles) * w.k + col0) * (kTile / 2);
-    const int64_t column = col0 + kCodesAhead / (kTile / 2);
-    return w.codes + ((tile + column / w.k * kPanelTiles) * w.k + column % w.k) * (kTile / 2);
-  }
-
   // Columns [col0, col0 + n) of a tile, code values without scales, into vectors vec.. of a panel of `vecs` vectors.
-  static void decode_codes(const Weight& w, int64_t tile, int64_t col0, int64_t n, E* panel, int vec, int vecs) {
+  static void decode_codes(const Weight& w, int64_t tile, int64_t col0, int64_t n, Ahead ahead, E* panel, int vec,
+                           int vecs) {
     const typename A::Table table = A::table(kTables[w.format]);
     const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
-    const uint8_t* ahead = codes_ahead(w, tile, col0);
-    for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64, ahead += 64) {
-      __builtin_prefetch(ahead);
+    for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64) {
+      if (!kHasTiles || c % (2 * kGroupColumns) == 0) ahead.next_line();
       for (int v = 0; v < kTileVecs; ++v) {
         const V::C lanes = V::load_codes(codes + v * kLanes * 4);
         each(
@@ -607,20 +650,20 @@ struct Algorithm {
   }
 
   // Columns [col0, col0 + n) of a tile, dequantized, into vectors vec.. of a panel of `vecs` vectors.
-  static void decode_tile(const Weight& w, int64_t tile, int64_t col0, int64_t n, E* panel, int vec, int vecs) {
+  static void decode_tile(const Weight& w, int64_t tile, int64_t col0, int64_t n, Ahead ahead, E* panel, int vec,
+                          int vecs) {
     const V::T table = V::table(kTables[w.format]);
     const int64_t seg0 = col0 / w.segment, segs = (col0 + n - 1) / w.segment - seg0 + 1;
     alignas(64) float decoded[(kBlock / 32 + 1) * kTile];
     const float* scales = tile_scales(w, tile, seg0, segs, decoded);
     const float* zeros = w.zero == nullptr ? nullptr : w.zero + (tile * w.segments() + seg0) * kTile;
     const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
-    const uint8_t* ahead = codes_ahead(w, tile, col0);
     if constexpr (kHasTiles)
       for (int64_t s = 0; s < segs; ++s) __builtin_prefetch(scales + (kGroupTiles * w.segments() + s) * kTile);
     const int64_t columns = min64(w.segment, n);  // blocks are whole segments, or a part of one
     for (int64_t c0 = 0; c0 < n; c0 += columns, scales += kTile)
-      for (int64_t c = c0; c < c0 + columns; c += kGroupColumns, codes += 64, ahead += 64) {
-        __builtin_prefetch(ahead);
+      for (int64_t c = c0; c < c0 + columns; c += kGroupColumns, codes += 64) {
+        if (!kHasTiles || c % (2 * kGroupColumns) == 0) ahead.next_line();
         for (int v = 0; v < kTileVecs; ++v) {
           const F zero = zeros == nullptr ? V::zero() : V::load(zeros + c0 / columns * kTile + v * kLanes);
           decode_group(table, V::load_codes(codes + v * kLanes * 4), V::load(scales + v * kLanes), zero,
@@ -959,7 +1002,7 @@ struct Algorithm {
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     float* c = static_cast<float*>(scratch(1, kRowChunk * kPanelTiles * kTile * sizeof(float)));
     const int64_t count = ceil_div(tile1 - tile0, kPanelTiles);
-    const bool late = kStep == 2 && !kHasTiles && g.w.zero == nullptr && g.x.rows <= kLateRows;
+    const bool late = kStep == 2 && g.w.zero == nullptr && g.x.rows <= kLateRows;
     [[maybe_unused]] const Tiles held;
     constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
     alignas(64) float scales[kGroupTiles * kScaleStride];
@@ -986,20 +1029,21 @@ struct Algorithm {
           const int64_t n = min64(kBlock, k - col0), segments = n > g.w.segment ? n / g.w.segment : 1;
           const E* x = packed_block(g.x, col0 / kBlock) + row0 * kStride;
           groups([&](int64_t t, int64_t tiles, float* out) {
+            const Ahead ahead = codes_ahead(g.w, t, t0, t1, col0, n);
             for (int64_t i = 0; i < tiles; ++i) {
               if (late) {
                 float* own = scales + i * kScaleStride;
                 const float* from = tile_scales(g.w, t + i, col0 / g.w.segment, segments, own);
                 if (from != own) copy_bytes(own, from, segments * kTile * sizeof(float));
-                decode_codes(g.w, t + i, col0, n, panel, i * kTileVecs, vecs_of(tiles));
+                decode_codes(g.w, t + i, col0, n, ahead.tile(i), panel, i * kTileVecs, vecs_of(tiles));
               } else {
-                decode_tile(g.w, t + i, col0, n, panel, i * kTileVecs, vecs_of(tiles));
+                decode_tile(g.w, t + i, col0, n, ahead.tile(i), panel, i * kTileVecs, vecs_of(tiles));
               }
             }
             if (late)
-              multiply_late(x, rows, panel, n, segments, scales, kScaleStride, tiles, out, kGroupLanes);
+              multiply_late(x, rows, panel, n, segments, scales, kScaleStride, tiles, ahead, out, kGroupLanes);
             else
-              multiply(x, rows, panel, n, tiles, out, kGroupLanes);
+              multiply(x, rows, panel, n, tiles, out, kGroupLanes, ahead);
           });
         }
         for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
@@ -1144,9 +1188,24 @@ struct Algorithm {
   }
 
   static Arithmetic table() {
-    return {kGroupLanes, kBlock,        kFewRows,  kHasTiles,   packed_rows_bytes, panels_bytes, pack_rows,
-            pack_rows_t, pack_panels_t, gemv,      dots_packed, prefetch_first_b,  to_steps,     gemm,
-            dx,          rows_times_t,  rows_times};
+    return {kGroupLanes,
+            kBlock,
+            kFewRows,
+            kFewRowsOfZeros,
+            kHasTiles,
+            packed_rows_bytes,
+            panels_bytes,
+            pack_rows,
+            pack_rows_t,
+            pack_panels_t,
+            gemv,
+            dots_packed,
+            prefetch_first_b,
+            to_steps,
+            gemm,
+            dx,
+            rows_times_t,
+            rows_times};
   }
 };
 

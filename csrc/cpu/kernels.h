@@ -158,10 +158,11 @@ struct AttentionKernels {
 
 // One arithmetic: float32 FMA, or bf16 pairs into float32.
 struct Arithmetic {
-  int64_t group_lanes;  // lanes of a panel
-  int64_t block;        // columns of a block of PackedRows
-  int64_t few_rows;     // up to here gemv is faster than gemm
-  bool tiles;           // gemm has instructions that multiply tiles of rows
+  int64_t group_lanes;        // lanes of a panel
+  int64_t block;              // columns of a block of PackedRows
+  int64_t few_rows;           // up to here gemv is faster than gemm
+  int64_t few_rows_of_zeros;  // the same where the weight has zeros
+  bool tiles;                 // gemm has instructions that multiply tiles of rows
   int64_t (*packed_rows_bytes)(int64_t rows, int64_t cols);
   int64_t (*panels_bytes)(int64_t lanes, int64_t contraction);
   // Rows [row0, row1) of `src` into PackedRows of `src.rows` rows, times `factor` [rows or 1, cols] when not null.

@@ -202,8 +202,8 @@ void many_rows_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& 
   finish(0, x.rows);
 }
 
-bool is_few(const Arithmetic& arith, const Matrix& x, const Branch& branch) {
-  return x.rows <= arith.few_rows && branch.dropout.threshold == 0;
+bool is_few(const Arithmetic& arith, const Weight& w, const Matrix& x, const Branch& branch) {
+  return x.rows <= (w.zero == nullptr ? arith.few_rows : arith.few_rows_of_zeros) && branch.dropout.threshold == 0;
 }
 
 // s * factor, packed.
@@ -256,7 +256,7 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   if (x.rows == 0 || w.n == 0) return;
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
-  if (is_few(arith, x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
+  if (is_few(arith, w, x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
   if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, x.rows * branch.rank() * sizeof(float)));
   const int64_t rank = branch.rank();
   GemmArgs args{w, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
@@ -282,7 +282,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   Int8Args args{w, nullptr, x.rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
   if (rank > 0) {
     float* s = static_cast<float*>(scratch(kSlotDy, x.rows * rank * sizeof(float)));
-    if (is_few(arith, x, branch)) {
+    if (is_few(arith, w, x, branch)) {
       FewRowsSums sums(k, arith, w, few_rows(k, arith, x, !branch.a.packed), x.rows, branch);
       sums.finish(parallel);
       sums.store(s);
