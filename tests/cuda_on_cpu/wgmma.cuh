@@ -296,6 +296,10 @@ inline void wgmma_fence() {
   if (emulator::current->products == nullptr) emulator::current->products = std::make_shared<emulator::Products>();
   emulator::products().fenced = true;
 }
+template <int D>
+void wgmma_fence(float (&)[D]) {
+  wgmma_fence();
+}
 inline void queue_product(const emulator::Product& product) {
   if (emulator::current->products == nullptr || !emulator::products().fenced) emulator::fail("wgmma without a fence");
   emulator::products().open.push_back(product);
