@@ -16,8 +16,8 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -64,7 +64,7 @@ def _prepare(problem: Problem, case: Case, rotate: int) -> list[Layer]:
     prepare = REGISTRY[case.name].prepare
     first = prepare(problem)
     copies = min(MOST_COPIES, math.ceil(rotate / first.nbytes))
-    layers = [first, *(prepare(problem) for _ in range(copies - 1))]
+    layers = [first, *(prepare(replace(problem, copy=i)) for i in range(1, copies))]
     warm = torch.zeros(1, problem.k, dtype=problem.dtype)
     for layer in layers:
         # bitsandbytes repacks the weight on the first call of each layer, ONNX Runtime and OpenVINO bind.
@@ -73,12 +73,13 @@ def _prepare(problem: Problem, case: Case, rotate: int) -> list[Layer]:
     return layers
 
 
-def _call(layers: list[Layer], x: Tensor, dy: Tensor | None) -> Callable[[], object]:
-    ring = itertools.cycle(layer.call for layer in layers)
+def _call(layers: list[Layer], turn: Iterator[int], x: Tensor, dy: Tensor | None) -> Callable[[], object]:
+    """``turn`` is common to all cases: whoever shares a copy finds it as cold."""
+    ring = [layer.call for layer in layers]
     if dy is None:
-        return lambda: next(ring)(x)
+        return lambda: ring[next(turn) % len(ring)](x)
     x = x.clone().requires_grad_(True)
-    return lambda: next(ring)(x).backward(dy)
+    return lambda: ring[next(turn) % len(ring)](x).backward(dy)
 
 
 def _error(layer: Layer, x: Tensor, dy: Tensor | None, expected: Tensor) -> float:
@@ -129,7 +130,8 @@ def measure(
     for m in rows:
         xs = {name: all_x[:m].to(dtype) for name, dtype in DTYPES.items()}
         dys = {name: all_dy[:m].to(dtype) if train else None for name, dtype in DTYPES.items()}
-        calls = {case: _call(layers, xs[case.dtype], dys[case.dtype]) for case, (layers, _) in ready.items()}
+        turn = itertools.count()
+        calls = {case: _call(layers, turn, xs[case.dtype], dys[case.dtype]) for case, (layers, _) in ready.items()}
         with harness.Load() as load, torch.set_grad_enabled(train):
             timings = harness.interleave(calls, rounds, budget_s=budget_s)
         for case, timing in timings.items():

@@ -59,6 +59,8 @@ class Problem:
         adapters: how many of that rank one batch mixes, row i taking adapter i % adapters.
         train: whether gradients to x and the adapters are wanted.
         threads: torch's number of threads, which peers with pools of their own must use too.
+        copy: which of the copies of the weight this is. Cases of one contender's weight, with a branch or without,
+            share them: where a copy lies in memory can cost more than a branch.
     """
 
     weight: Weight
@@ -67,6 +69,7 @@ class Problem:
     adapters: int = 1
     train: bool = False
     threads: int = 1
+    copy: int = 0
     scaling: float = SCALING
 
     @property

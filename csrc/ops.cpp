@@ -95,7 +95,6 @@ Tensor pack_pairs(Tensor m) {
   uint16_t* dst = static_cast<uint16_t*>(out.mutable_data_ptr());
   const auto body = [&](int64_t t0, int64_t t1) { k.pack_pairs(src, dst, t0, t1); };
   if (tiles > 0) torch::stable::parallel_for(0, tiles, kFlatGrain / (pairs * pf::kTile * 2 + 1) + 1, body);
-  pf::move_to_huge_pages(dst, tiles * pairs * pf::kTile * 4);
   return out;
 }
 

@@ -1014,3 +1014,19 @@ def test_large_pages_change_no_value():
         before = t.clone()
         large_pages(t)
         assert t.is_meta or torch.equal(t, before)
+
+
+def test_a_shelf_keeps_every_value_in_every_mode():
+    from pyfastpeft.ops.copy import Shelf
+
+    shelf, given, kept = Shelf(), [], []
+    for i, shape in enumerate([(3,), (0,), (5, 7), (40, 1000, 16, 2), (2, 500, 16, 2), (1,)] * 3):
+        t = torch.randn(shape).to([torch.bfloat16, torch.float32][i % 2])
+        with torch.inference_mode(i % 3 == 0):
+            kept.append(shelf.put(t.t() if t.dim() == 2 else t))
+        given.append(t.t() if t.dim() == 2 else t)
+    for t, copy in zip(given, kept, strict=True):
+        assert torch.equal(t, copy) and copy.dtype == t.dtype and copy.is_contiguous() and not copy.is_inference()
+        assert copy.data_ptr() % 64 == 0
+    kept[2].zero_()
+    assert all(torch.equal(t, copy) for i, (t, copy) in enumerate(zip(given, kept, strict=True)) if i != 2)

@@ -14,7 +14,8 @@ from ..registry import Layer, Problem, Unavailable, contender, variants
 
 def _packed(p: Problem, quant_type: str, double_quant: bool = False) -> fp.Packed4bit:
     key = ("ours", quant_type, double_quant)
-    return p.weight.once(key, lambda: fp.quantize_4bit(p.weight.dense, quant_type, 64, double_quant)).clone()
+    packed = p.weight.once(key, lambda: fp.quantize_4bit(p.weight.dense, quant_type, 64, double_quant))
+    return p.weight.once((*key, p.copy), packed.clone)
 
 
 def _bank(p: Problem) -> fp.ops.BankView:

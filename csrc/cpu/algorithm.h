@@ -339,10 +339,12 @@ struct Algorithm {
   static void pack_lanes_t(const Matrix& src, int64_t row0, int64_t col0, int64_t n, E* panel, int vec, int vecs) {
     if (src.packed) {
       const uint16_t* pairs = src.pairs(row0 / kTile, col0);
-      for (int64_t i = 0; i < n; i += 2, pairs += 2 * kTile)
+      for (int64_t i = 0; i < n; i += 2, pairs += 2 * kTile) {
+        __builtin_prefetch(reinterpret_cast<const char*>(pairs) + kCodesAhead);
         for (int v = 0; v < kTileVecs; ++v)
           A::store_pairs(panel + (i / kStep * vecs + vec + v) * kLanes * kStep, pairs + v * kLanes * 2,
                          vecs * kLanes * kStep);
+      }
       return;
     }
     alignas(64) float square[16 * 16];
@@ -745,8 +747,11 @@ struct Algorithm {
     for (int64_t tile = tile0; tile < min64(tile0 + kTilesAhead, ceil_div(b.rows, kTile)); ++tile) prefetch_b(b, tile);
   }
 
+  // Elements from one row of few to the next, where packed matrices meet them: an odd last column with a zero.
+  static int64_t steps_ld(int64_t cols) { return ceil_div(cols, 2) * 2; }
+
   static void to_steps(const float* src, int64_t rows, int64_t cols, void* dst) {
-    const int64_t ld = ceil_div(cols, kStep) * kStep;
+    const int64_t ld = steps_ld(cols);
     alignas(64) float in[kLanes];
     alignas(64) E out[kLanes];
     for (int64_t r = 0; r < rows; ++r)
@@ -850,7 +855,8 @@ struct Algorithm {
     FewColumns<typename D::Elem> x;
     int64_t tile;
     const float *scales, *zeros;
-    const E* b;  // null without a branch
+    const E* b;               // of a branch
+    const uint16_t* b_pairs;  // of a packed one
     typename D::Table table;
   };
 
@@ -863,22 +869,30 @@ struct Algorithm {
     constexpr MakeInts<kTileVecs> vecs{};
     F acc[MB][kTileVecs];
     // The branch first: its sums run while the first codes are still on their way.
-    const int64_t rank = t.b == nullptr ? 0 : ceil_div(g.lora_b.cols, kStep) * kStep;
-    const E* s_rows = static_cast<const E*>(g.s) + row0 * rank;
-    each(
-        vecs, PF_BODY(int U) {
-          F part[MB][kChains];
-          each(rows, PF_BODY(int M) { each(MakeInts<kChains>{}, PF_BODY(int P) { part[M][P] = V::zero(); }); });
-          const auto step = [&]<int P>(int64_t r) __attribute__((always_inline)) {
-            const typename A::W w = A::load(t.b + r * kTile + U * kLanes * kStep);
-            each(rows, PF_BODY(int M) { part[M][P] = A::fma(part[M][P], w, A::broadcast(s_rows + M * rank + r)); });
-          };
-          int64_t r = 0;
-          for (; r + kChains * kStep <= rank; r += kChains * kStep)
-            each(MakeInts<kChains>{}, PF_BODY(int P) { step.template operator()<P>(r + P * kStep); });
-          for (; r < rank; r += kStep) step.template operator()<0>(r);
-          each(rows, PF_BODY(int M) { acc[M][U] = sum<kChains>(part[M]); });
-        });
+    const int64_t rank = g.s == nullptr ? 0 : g.lora_b.cols, ld = steps_ld(rank);
+    const E* s_rows = static_cast<const E*>(g.s) + row0 * ld;
+    const auto branch = [&]<int Columns>(const auto& weights, const auto& fma) __attribute__((always_inline)) {
+      each(
+          vecs, PF_BODY(int U) {
+            F part[MB][kChains];
+            each(rows, PF_BODY(int M) { each(MakeInts<kChains>{}, PF_BODY(int P) { part[M][P] = V::zero(); }); });
+            const auto step = [&]<int P>(int64_t r) __attribute__((always_inline)) {
+              const auto w = weights(r * kTile + U * kLanes * Columns);
+              each(rows, PF_BODY(int M) { part[M][P] = fma(part[M][P], w, s_rows + M * ld + r); });
+            };
+            int64_t r = 0;
+            for (; r + kChains * Columns <= rank; r += kChains * Columns)
+              each(MakeInts<kChains>{}, PF_BODY(int P) { step.template operator()<P>(r + P * Columns); });
+            for (; r < rank; r += Columns) step.template operator()<0>(r);
+            each(rows, PF_BODY(int M) { acc[M][U] = sum<kChains>(part[M]); });
+          });
+    };
+    if (g.lora_b.packed)
+      branch.template operator()<2>([&](int64_t at) { return A::load_pairs(t.b_pairs + at); },
+                                    [](F acc, auto w, const E* x) { return A::fma_pairs(acc, w, x); });
+    else
+      branch.template operator()<kStep>([&](int64_t at) { return A::load(t.b + at); },
+                                        [](F acc, auto w, const E* x) { return A::fma(acc, w, A::broadcast(x)); });
     const uint8_t* codes = g.w.codes + t.tile * g.w.k * (kTile / 2);
     const typename D::Elem* x = t.x.data + row0 * t.x.ld;
     const int64_t segments = g.w.segments(), unit = D::unit(g.w), groups = unit / kGroupColumns;
@@ -947,7 +961,10 @@ struct Algorithm {
           __builtin_prefetch(g.w.codes + t.tile * g.w.k * (kTile / 2) + kCodesAhead + i * 4);
       t.scales = tile_scales(g.w, t.tile, 0, segments, decoded);
       t.zeros = g.w.zero == nullptr ? nullptr : g.w.zero + t.tile * segments * kTile;
-      t.b = rank == 0 ? nullptr : tile_panel(g.lora_b, t.tile, 0, rank, made);
+      if (rank != 0 && g.lora_b.packed)
+        t.b_pairs = g.lora_b.pairs(t.tile, 0);
+      else if (rank != 0)
+        pack_lanes_t(g.lora_b, t.tile * kTile, 0, rank, const_cast<E*>(t.b = made), 0, kTileVecs);
       if (rank != 0 && t.tile + kTilesAhead < tile1) prefetch_b(g.lora_b, t.tile + kTilesAhead);
       int64_t m = 0;
       if constexpr (D::kMostRows >= 8)
@@ -990,7 +1007,7 @@ struct Algorithm {
     row.x = static_cast<const E*>(g.x) + r * g.ldx;
     row.rows = 1;
     if (g.xsum != nullptr) row.xsum = g.xsum + r * g.w.segments();
-    if (g.s != nullptr) row.s = static_cast<const E*>(g.s) + r * ceil_div(g.lora_b.cols, kStep) * kStep;
+    if (g.s != nullptr) row.s = static_cast<const E*>(g.s) + r * steps_ld(g.lora_b.cols);
     row.y = static_cast<char*>(g.y) + r * g.ldy * dtype_size(g.y_dtype);
     return row;
   }
@@ -1031,6 +1048,7 @@ struct Algorithm {
           groups([&](int64_t t, int64_t tiles, float* out) {
             const Ahead ahead = codes_ahead(g.w, t, t0, t1, col0, n);
             for (int64_t i = 0; i < tiles; ++i) {
+              if (rank != 0 && col0 + n == k) prefetch_b(g.lora_b, t + i);
               if (late) {
                 float* own = scales + i * kScaleStride;
                 const float* from = tile_scales(g.w, t + i, col0 / g.w.segment, segments, own);

@@ -21,7 +21,7 @@ struct GemvArgs {  // y[m, tile rows] for rows <= 16
   int64_t ldx, rows;
   const float* xsum;  // [rows, segments] sums of x over each segment, or null (formats without a zero)
   const float* bias;  // [N] or null
-  const void* s;      // [rows, R] scaled, in the arithmetic's element type, rows padded to whole steps; or null
+  const void* s;      // [rows, R] scaled, in the arithmetic's element type, rows padded to an even length; or null
   Matrix lora_b;      // [N, R]
   void* y;            // [rows, N]
   int y_dtype;
@@ -178,7 +178,7 @@ struct Arithmetic {
   void (*dots_packed)(const GemvArgs& x, const Matrix& p, int64_t col0, int64_t col1, const void* next, float* out);
   // Asks for what gemv reads first of the branch's B.
   void (*prefetch_b)(const Matrix& b, int64_t tile0);
-  // Float32 [rows, cols] to the element type, rows padded with zero to whole steps.
+  // Float32 [rows, cols] to the element type, rows of odd length padded with a zero.
   void (*to_steps)(const float* src, int64_t rows, int64_t cols, void* dst);
   void (*gemm)(const GemmArgs&, int64_t tile0, int64_t tile1);
   void (*dx)(const DxArgs&, int64_t col0, int64_t col1);

@@ -19,6 +19,7 @@ from ..formats.held import HeldBranch
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
 from .backends import FLOATS, Backend, choose, native
+from .copy import Shelf
 
 
 class Lora(NamedTuple):
@@ -81,8 +82,11 @@ def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora
             raise ValueError(f"lora {name} is {what}; it must be a floating-point matrix on the CPU")
     if a.shape[0] < 1 or a.shape[0] != b.shape[1]:
         raise ValueError(f"lora A is {tuple(a.shape)}, B {tuple(b.shape)}; they must be [r, K] and [N, r], r >= 1")
-    pack = torch.ops.pyfastpeft.pack_pairs.default
-    return _hold(a, b, scaling, pack(a.detach()), pack(b.detach()), (b.shape[0], a.shape[1]))
+    pairs = (_SHELF.put(torch.ops.pyfastpeft.pack_pairs.default(t.detach())) for t in (a, b))
+    return _hold(a, b, scaling, *pairs, (b.shape[0], a.shape[1]))
+
+
+_SHELF = Shelf()
 
 
 class BankView(NamedTuple):
