@@ -1025,8 +1025,8 @@ def test_a_shelf_keeps_every_value_in_every_mode():
         with torch.inference_mode(i % 3 == 0):
             kept.append(shelf.put(t.t() if t.dim() == 2 else t))
         given.append(t.t() if t.dim() == 2 else t)
-    for t, copy in zip(given, kept, strict=True):
-        assert torch.equal(t, copy) and copy.dtype == t.dtype and copy.is_contiguous() and not copy.is_inference()
-        assert copy.data_ptr() % 64 == 0
+    for t, own in zip(given, kept, strict=True):
+        assert torch.equal(t, own) and own.dtype == t.dtype and own.is_contiguous() and not own.is_inference()
+        assert own.data_ptr() % 64 == 0
     kept[2].zero_()
-    assert all(torch.equal(t, copy) for i, (t, copy) in enumerate(zip(given, kept, strict=True)) if i != 2)
+    assert all(torch.equal(t, own) for i, (t, own) in enumerate(zip(given, kept, strict=True)) if i != 2)

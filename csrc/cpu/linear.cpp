@@ -103,35 +103,31 @@ FewRows few_rows(const Kernels& k, const Arithmetic& arith, const Matrix& x, boo
   return few;
 }
 
-// Columns of x A^T are summed in so many parts at most, which threads share and which do not depend on their number.
-constexpr int64_t kMostParts = 8;
-constexpr int64_t kMostSplitRows = 64;  // more are shared as rows
+constexpr int64_t kMostSplitRows = 64;  // of which threads share the columns; more they share as rows
 constexpr int64_t kReading = 20;        // multiply-adds in the time that an element of A takes to arrive
 
-// out = the sum of `parts` arrays.
-void sum_parts(const float* sums, int64_t parts, int64_t count, float* out) {
-  std::memcpy(out, sums, count * sizeof(float));
-  for (int64_t p = 1; p < parts; ++p)
-    for (int64_t i = 0; i < count; ++i) out[i] += sums[p * count + i];
-}
-
-// s [rows, R] = x A^T for few rows, in parts that threads take as they come. The sums do not depend on who took what.
-class FewRowsSums {
+// s [rows, R] = dropout(x) A^T, in parts that threads take as they come. The sums do not depend on who took what.
+class BranchSums {
  public:
-  FewRowsSums(const Kernels& k, const Arithmetic& arith, const Weight& w, const FewRows& few, int64_t rows,
-              const Branch& branch)
-      : k_(k), arith_(arith), few_(few), branch_(branch), count_(rows * branch.rank()) {
+  // Of few rows as they are, without dropout.
+  BranchSums(const Kernels& k, const Arithmetic& arith, const Weight& w, const FewRows& few, int64_t rows,
+             const Branch& branch)
+      : arith_(arith), branch_(branch), count_(rows * branch.rank()), kernels_(&k), few_(few) {
     args_.w = w;
     args_.x = few.x;
     args_.ldx = few.ldx;
     args_.rows = rows;
     // A part of a packed A is a range of columns, and adds to every sum; else it is a range of rows.
-    size_ = branch.a.packed ? branch.a.cols : branch.a.rows;
-    const int64_t unit = branch.a.packed ? 256 : 4;
-    step_ = (size_ + kMostParts * unit - 1) / (kMostParts * unit) * unit;
-    parts_ = (size_ + step_ - 1) / step_;
-    summands_ = branch.a.packed ? parts_ : 1;
-    sums_ = static_cast<float*>(scratch(kSlotDs, summands_ * count_ * sizeof(float)));
+    if (branch.a.packed)
+      split(branch.a.cols, 256, true);
+    else
+      split(branch.a.rows, 4, false);
+  }
+
+  // Of up to kMostSplitRows rows, packed.
+  BranchSums(const Arithmetic& arith, const PackedRows& dropped, const Branch& branch)
+      : arith_(arith), branch_(branch), count_(dropped.rows * branch.rank()), dropped_(dropped) {
+    split(dropped.cols, arith.block, true);
   }
 
   // Computes parts until none is left, and waits for those that other threads are at. `next` is read afterwards.
@@ -149,57 +145,66 @@ class FewRowsSums {
 
   // Everything, for a caller that has no other work for the threads.
   void finish(ParallelFor parallel) {
-    run(parallel, parts_, grain_of(count_ * step_), [&](int64_t, int64_t) { finish(args_.w.codes); });
+    const int64_t work = (count_ + branch_.rank() * kReading) * step_;
+    run(parallel, parts_, grain_of(work), [&](int64_t, int64_t) { finish(branch_.a.data); });
   }
 
   // After `finish`: out [rows, R] = s.
-  void store(float* out) const { sum_parts(sums_, summands_, count_, out); }
-
- private:
-  void compute(int64_t part, const void* next) {
-    const int64_t begin = part * step_, end = std::min(begin + step_, size_);
-    if (branch_.a.packed)
-      arith_.dots_packed(args_, branch_.a, begin, end, next, sums_ + part * count_);
-    else
-      k_.dots(few_.xf, few_.ldxf, args_.rows, branch_.a, sums_, begin, end);
+  void store(float* out) const {
+    std::memcpy(out, sums_, count_ * sizeof(float));
+    for (int64_t p = 1; p < summands_; ++p)
+      for (int64_t i = 0; i < count_; ++i) out[i] += sums_[p * count_ + i];
+    if (branch_.dropout.threshold != 0)
+      for (int64_t i = 0; i < count_; ++i) out[i] *= branch_.dropout.scale;
   }
 
-  const Kernels& k_;
+ private:
+  void split(int64_t size, int64_t unit, bool adds) {
+    constexpr int64_t kMostParts = 8;
+    size_ = size;
+    step_ = (size + kMostParts * unit - 1) / (kMostParts * unit) * unit;
+    parts_ = (size + step_ - 1) / step_;
+    summands_ = adds ? parts_ : 1;
+    sums_ = static_cast<float*>(scratch(kSlotDs, summands_ * count_ * sizeof(float)));
+  }
+
+  void compute(int64_t part, const void* next) {
+    const int64_t begin = part * step_, end = std::min(begin + step_, size_);
+    if (kernels_ == nullptr)
+      arith_.rows_times_t(dropped_, branch_.a, sums_ + part * count_, 0, dropped_.rows, begin, end);
+    else if (branch_.a.packed)
+      arith_.dots_packed(args_, branch_.a, begin, end, next, sums_ + part * count_);
+    else
+      kernels_->dots(few_.xf, few_.ldxf, args_.rows, branch_.a, sums_, begin, end);
+  }
+
   const Arithmetic& arith_;
-  const FewRows few_;
   const Branch& branch_;
-  GemvArgs args_{};
   int64_t count_, size_, step_, parts_, summands_;
   float* sums_;
+  const Kernels* kernels_ = nullptr;  // of few rows
+  FewRows few_{};
+  GemvArgs args_{};
+  PackedRows dropped_{};  // of more
   std::atomic<int64_t> taken_{0}, done_{0};
 };
 
-// s [rows, R] = dropout(x) A^T, given x packed.
-void many_rows_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& packed, const Branch& branch, float* s,
+// dropout(x) packed, but for its scale; x packed is given.
+PackedRows pack_dropped(const Arithmetic& arith, const Matrix& x, const PackedRows& packed, const Dropout& dropout,
+                        ParallelFor parallel) {
+  if (dropout.threshold == 0) return packed;
+  return pack_rows(arith, x, nullptr, 0, mask_only(dropout), kSlotDropped, parallel);
+}
+
+// s [rows, R] of many rows.
+void many_rows_sums(const Arithmetic& arith, const PackedRows& dropped, const Branch& branch, float* s,
                     ParallelFor parallel) {
   const int64_t rank = branch.rank();
-  PackedRows dropped = packed;
-  if (branch.dropout.threshold != 0)
-    dropped = pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotDropped, parallel);
-  const auto finish = [&](int64_t r0, int64_t r1) {
+  run(parallel, dropped.rows, grain_of(dropped.cols * rank), [&](int64_t r0, int64_t r1) {
+    arith.rows_times_t(dropped, branch.a, s, r0, r1, 0, dropped.cols);
     if (branch.dropout.threshold != 0)
       for (int64_t i = r0 * rank; i < r1 * rank; ++i) s[i] *= branch.dropout.scale;
-  };
-  if (x.rows > kMostSplitRows)
-    return run(parallel, x.rows, grain_of(x.cols * rank), [&](int64_t r0, int64_t r1) {
-      arith.rows_times_t(dropped, branch.a, s, r0, r1, 0, x.cols);
-      finish(r0, r1);
-    });
-  // Reading A takes the time: threads share its columns.
-  const int64_t step = (x.cols + kMostParts * arith.block - 1) / (kMostParts * arith.block) * arith.block;
-  const int64_t parts = (x.cols + step - 1) / step, count = x.rows * rank;
-  float* sums = static_cast<float*>(scratch(kSlotS, parts * count * sizeof(float)));
-  run(parallel, parts, grain_of(step * rank * (x.rows + kReading)), [&](int64_t p0, int64_t p1) {
-    for (int64_t p = p0; p < p1; ++p)
-      arith.rows_times_t(dropped, branch.a, sums + p * count, 0, x.rows, p * step, std::min((p + 1) * step, x.cols));
   });
-  sum_parts(sums, parts, count, s);
-  finish(0, x.rows);
 }
 
 bool is_few(const Arithmetic& arith, const Weight& w, const Matrix& x, const Branch& branch) {
@@ -232,7 +237,7 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
   }
   if (rank == 0) return run(parallel, w.tiles(), grain, [&](int64_t t0, int64_t t1) { arith.gemv(args, t0, t1); });
   // One region for both: whoever comes to his tiles takes parts of s first.
-  FewRowsSums sums(k, arith, w, few, x.rows, branch);
+  BranchSums sums(k, arith, w, few, x.rows, branch);
   const float* factor = branch_factor(branch, x.rows, rank);
   run(parallel, w.tiles(), grain, [&](int64_t t0, int64_t t1) {
     const int64_t count = x.rows * rank;
@@ -257,16 +262,37 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   if (is_few(arith, w, x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
-  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, x.rows * branch.rank() * sizeof(float)));
-  const int64_t rank = branch.rank();
+  const int64_t rank = branch.rank(), rows = x.rows;
   GemmArgs args{w, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
-  if (rank > 0) {
-    many_rows_sums(arith, x, args.x, branch, s, parallel);
-    args.s = pack_scaled(arith, s, x.rows, branch, parallel);
-  }
   constexpr int64_t kPair = 2;  // keep groups of two tiles together
-  run(parallel, (w.tiles() + kPair - 1) / kPair, grain_of(kPair * kTile * w.k * x.rows),
-      [&](int64_t u0, int64_t u1) { arith.gemm(args, u0 * kPair, std::min(u1 * kPair, w.tiles())); });
+  const int64_t units = (w.tiles() + kPair - 1) / kPair, grain = grain_of(kPair * kTile * w.k * rows);
+  const auto product = [&](const GemmArgs& own, int64_t u0, int64_t u1) {
+    arith.gemm(own, u0 * kPair, std::min(u1 * kPair, w.tiles()));
+  };
+  const auto whole = [&](int64_t u0, int64_t u1) { product(args, u0, u1); };
+  if (rank == 0) return run(parallel, units, grain, whole);
+  const PackedRows dropped = pack_dropped(arith, x, args.x, branch.dropout, parallel);
+  if (rows > kMostSplitRows) {
+    if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, rows * rank * sizeof(float)));
+    many_rows_sums(arith, dropped, branch, s, parallel);
+    args.s = pack_scaled(arith, s, rows, branch, parallel);
+    return run(parallel, units, grain, whole);
+  }
+  // One region for both, as with few rows.
+  BranchSums sums(arith, dropped, branch);
+  const float* factor = branch_factor(branch, rows, rank);
+  run(parallel, units, grain, [&](int64_t u0, int64_t u1) {
+    float* scaled = static_cast<float*>(scratch(kSlotDy, rows * rank * sizeof(float)));
+    void* packed = scratch(kSlotS, arith.packed_rows_bytes(rows, rank));
+    sums.finish(branch.a.data);
+    sums.store(scaled);
+    times_factor(scaled, factor, branch, 0, rows, scaled);
+    arith.pack_rows({scaled, kFloat32, rows, rank, rank}, nullptr, 0, {}, packed, 0, rows);
+    GemmArgs own = args;
+    own.s = {packed, rows, rank};
+    product(own, u0, u1);
+  });
+  if (s != nullptr) sums.store(s);
 }
 
 void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y,
@@ -275,19 +301,25 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   // Rounding would only cost where reading the weight takes the time, and where instructions on tiles beat it (4096 x
-  // 4096, 256 rows: 6.7 ms for 16).
-  const bool pays = x.rows > 2 && (x.rows <= 16 || !arith.tiles);
+  // 4096, 16 rows: 1.3 ms for 1.5, 256 rows: 6.7 for 16).
+  const bool pays = x.rows > 2 && (x.rows <= 10 || !arith.tiles);
   if (&arith == &k.bf16 && !pays) return linear_forward(w, x, bias, branch, y, y_dtype, nullptr, parallel);
   const int64_t rank = branch.rank();
   Int8Args args{w, nullptr, x.rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
   if (rank > 0) {
     float* s = static_cast<float*>(scratch(kSlotDy, x.rows * rank * sizeof(float)));
-    if (is_few(arith, w, x, branch)) {
-      FewRowsSums sums(k, arith, w, few_rows(k, arith, x, !branch.a.packed), x.rows, branch);
+    const auto all = [&](BranchSums&& sums) {
       sums.finish(parallel);
       sums.store(s);
+    };
+    if (is_few(arith, w, x, branch)) {
+      all(BranchSums(k, arith, w, few_rows(k, arith, x, !branch.a.packed), x.rows, branch));
     } else {
-      many_rows_sums(arith, x, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), branch, s, parallel);
+      const PackedRows packed = pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel);
+      if (x.rows <= kMostSplitRows)
+        all(BranchSums(arith, packed, branch));
+      else
+        many_rows_sums(arith, packed, branch, s, parallel);
     }
     args.s = pack_scaled(arith, s, x.rows, branch, parallel);
   }

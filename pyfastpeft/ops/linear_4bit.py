@@ -60,14 +60,7 @@ class PackedLora(NamedTuple):
     held: HeldBranch
 
     def __reduce__(self) -> tuple:
-        return _hold, self[:-1]
-
-
-def _hold(
-    a: Tensor, b: Tensor, scaling: float | Tensor, a_pairs: Tensor, b_pairs: Tensor, shape: tuple[int, int]
-) -> PackedLora:
-    held = HeldBranch(torch.ops.pyfastpeft.hold_branch.default(a_pairs, b_pairs, *shape))
-    return PackedLora(a, b, scaling, a_pairs, b_pairs, shape, held)
+        return pack_lora, self[:3]
 
 
 def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora:
@@ -82,8 +75,10 @@ def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora
             raise ValueError(f"lora {name} is {what}; it must be a floating-point matrix on the CPU")
     if a.shape[0] < 1 or a.shape[0] != b.shape[1]:
         raise ValueError(f"lora A is {tuple(a.shape)}, B {tuple(b.shape)}; they must be [r, K] and [N, r], r >= 1")
-    pairs = (_SHELF.put(torch.ops.pyfastpeft.pack_pairs.default(t.detach())) for t in (a, b))
-    return _hold(a, b, scaling, *pairs, (b.shape[0], a.shape[1]))
+    pairs = [_SHELF.put(torch.ops.pyfastpeft.pack_pairs.default(t.detach())) for t in (a, b)]
+    shape = b.shape[0], a.shape[1]
+    held = HeldBranch(torch.ops.pyfastpeft.hold_branch.default(*pairs, *shape))
+    return PackedLora(a, b, scaling, *pairs, shape, held)
 
 
 _SHELF = Shelf()
