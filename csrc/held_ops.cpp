@@ -47,17 +47,35 @@ struct Rows {
   }
 };
 
-Tensor linear_4bit_held(Tensor x, int64_t weight, OptTensor bias, int64_t branch, double scaling, bool int8) {
+// Whether no element has all the bits of its exponent.
+template <class T>
+bool all_finite(const void* values, int64_t n, T exponent) {
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) finite &= (static_cast<const T*>(values)[i] & exponent) != exponent;
+  return finite;
+}
+
+// Where the rows of x choose among adapters, a result that is not finite is for the caller to find out about (see
+// pyfastpeft/ops/mixed.py): any row tells.
+Tensor linear_4bit_held(Tensor x, int64_t weight, OptTensor bias, int64_t branch, double scaling, OptTensor row_scale,
+                        bool int8) {
   kernels();
   const pf::Weight w = weights.find(weight, "weight")->now();
-  const pf::Branch lora = branch == 0 ? pf::Branch{} : branches.find(branch, "branch")->now(scaling, w);
+  pf::Branch lora = branch == 0 ? pf::Branch{} : branches.find(branch, "branch")->now(scaling, w);
   const Rows rows(x, w);
+  if (row_scale.has_value()) set_factor(lora, row_scale, scaling, rows.matrix.rows, lora.rank(), std::nullopt, 0.0);
   const Bias bias_data(bias, w.n);
   void* y = rows.y.mutable_data_ptr();
   if (int8)
     pf::linear_forward_int8(w, rows.matrix, bias_data.data, lora, y, rows.matrix.dtype, parallel);
   else
     pf::linear_forward(w, rows.matrix, bias_data.data, lora, y, rows.matrix.dtype, nullptr, parallel);
+  if (lora.row_scale_ld != 0 && rows.matrix.rows > 0) {
+    const int dtype = rows.matrix.dtype;
+    const bool finite = dtype == pf::kFloat32 ? all_finite<uint32_t>(y, w.n, 0x7F800000)
+                                              : all_finite<uint16_t>(y, w.n, dtype == pf::kBFloat16 ? 0x7F80 : 0x7C00);
+    STD_TORCH_CHECK(finite, "the result is not finite: rows may have taken something from other rows' adapters");
+  }
   return rows.y;
 }
 
@@ -70,7 +88,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("release_weight(int weight) -> ()");
   m.def("hold_branch(Tensor a_pairs, Tensor b_pairs, int n, int k) -> int");
   m.def("release_branch(int branch) -> ()");
-  m.def("linear_4bit_held(Tensor x, int weight, Tensor? bias, int branch, float scaling, bool int8) -> Tensor");
+  m.def(
+      "linear_4bit_held(Tensor x, int weight, Tensor? bias, int branch, float scaling, Tensor? row_scale, bool int8) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {

@@ -986,10 +986,10 @@ def test_what_is_held_lives_as_long_as_its_owner_and_no_longer():
     gc.collect()
     call = torch.ops.pyfastpeft.linear_4bit_held.default
     with pytest.raises(RuntimeError, match="weight is"):
-        call(x, number, None, 0, 1.0, False)
+        call(x, number, None, 0, 1.0, None, False)
     other = packed_weight(40, 64).held
     with pytest.raises(RuntimeError, match="branch is"):
-        call(x, other, None, branch, 1.0, False)
+        call(x, other, None, branch, 1.0, None, False)
 
 
 def test_a_held_weight_may_move_into_shared_memory():

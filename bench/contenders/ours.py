@@ -29,6 +29,14 @@ def _routed(rows: int, adapters: int) -> Tensor:
     return torch.arange(rows) % adapters
 
 
+@functools.cache
+def _row_scale(rows: int, adapters: int, rank: int, scaling: float) -> Tensor:
+    """[rows, adapters * rank], which all layers of a model share."""
+    a, b = torch.empty(adapters, rank, 1), torch.empty(adapters, 1, rank)
+    bank = fp.ops.BankView(a, b, torch.full((adapters,), scaling), _routed(rows, adapters))
+    return bank.stacked().scaling
+
+
 def _layer(
     p: Problem,
     quant_type: str,
@@ -73,15 +81,14 @@ def _serving(p: Problem, quant_type: str, **how: str) -> Layer:
     """One adapter, or several side by side with a scale a row, as a model that serves holds them."""
     if p.adapters == 1:
         return _layer(p, quant_type, pack=True, **how)
-    packed, bank = _packed(p, quant_type), _bank(p)
-    side_by_side = fp.ops.pack_lora(*bank._replace(rows=_routed(1, p.adapters)).stacked()[:2])
+    packed = _packed(p, quant_type)
+    branch = fp.ops.pack_lora(*_bank(p)._replace(rows=_routed(1, p.adapters)).stacked()[:2])
 
-    @functools.cache
-    def branch(rows: int) -> fp.ops.PackedLora:
-        return side_by_side._replace(scaling=bank._replace(rows=_routed(rows, p.adapters)).stacked().scaling)
+    def scaled(rows: int) -> fp.ops.PackedLora:
+        return branch._replace(scaling=_row_scale(rows, p.adapters, p.rank, p.scaling))
 
     return Layer(
-        lambda x: fp.ops.linear_4bit(x, packed, None, branch(len(x)), **how),
+        lambda x: fp.ops.linear_4bit(x, packed, None, scaled(len(x)), **how),
         packed.nbytes,
         lambda: p.adapted(packed.dequantize(torch.float64)),
     )

@@ -195,16 +195,18 @@ def _inference(
         return None
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
         return None
-    branch, scaling = 0, 1.0
+    branch, scaling, row_scale = 0, 1.0, None
     if lora is not None:
-        if type(lora) is not PackedLora or type(lora.scaling) is not float or x.dtype is not torch.bfloat16:
+        if type(lora) is not PackedLora or x.dtype is not torch.bfloat16:
             return None
         branch, scaling = lora.held, lora.scaling
+        if isinstance(scaling, Tensor):
+            row_scale, scaling = scaling.float(), 1.0
     if not native(w):
         return None
     try:
-        return _HELD(x, w.held, bias, branch, scaling, compute is not None and takes_int8(w, compute))
-    except RuntimeError:  # the long way says what it is
+        return _HELD(x, w.held, bias, branch, scaling, row_scale, compute is not None and takes_int8(w, compute))
+    except RuntimeError:  # the long way says what it is, or deals with it
         return None
 
 
