@@ -44,6 +44,8 @@ struct Attention {
   static constexpr int64_t kSuper = 4;        // groups whose rows are contracted at once in the backward pass
   static constexpr int64_t kRow = 256 + 64 / sizeof(E);  // elements between rows to broadcast from
   static constexpr int64_t kPanelStep = kGroupLanes * kStep;
+  static constexpr bool kTiles = Algorithm<A>::kHasTiles;
+  static_assert(!kTiles || (kRow == Algorithm<A>::kStride && kTileKeys % (2 * A::Tiles::kRows) == 0));
   static constexpr float kLeast = -3e38f;  // a running maximum of nothing: finite, so that differences are
   static_assert(kGroupLanes % (16 * kStep) == 0 && kTileKeys % kStep == 0 && kTileKeys >= kGroupLanes &&
                 kSuper * kGroupLanes <= 256);
@@ -115,6 +117,32 @@ struct Attention {
           copy_bytes(dst + i / kGroupLanes * group, rows + r * ld + i, kGroupLanes * sizeof(E));
   }
 
+  // Of gathered keys, the matrix [dim][key] whose product with weights sums over keys: keys as steps; for instructions
+  // on tiles, rows of dim with keys side by side, kRow apart. `column(packed, j)` is where key j begins.
+  static void pack_columns(const E* rows, int64_t ld, int64_t n, int64_t dim, E* dst) {
+    if constexpr (kTiles) {
+      constexpr int64_t kKeys = 32;
+      alignas(64) E pairs[kKeys / 2][2 * kGroupLanes];
+      alignas(64) float square[16 * 16];  // words: pairs of keys
+      for (int64_t j = 0; j < n; j += kKeys, rows += kKeys * ld, dst += kKeys)
+        for (int64_t d = 0; d < dim; d += kGroupLanes) {
+          for (int64_t p = 0; p < kKeys / 2; ++p)
+            A::interleave(rows + 2 * p * ld + d, rows + (2 * p + 1) * ld + d, pairs[p]);
+          for (int64_t half = 0; half < kGroupLanes; half += 16) {
+            V::transpose16(reinterpret_cast<const float*>(pairs[0]) + half, kGroupLanes, square);
+            for (int64_t i = 0; i < 16; ++i) copy_bytes(dst + (d + half + i) * kRow, square + i * 16, 64);
+          }
+        }
+    } else {
+      pack_steps(rows, ld, n, dim, dst, kPanelStep, padded(dim) * kStep);
+    }
+  }
+  static int64_t columns_size(int64_t dim) { return padded(dim) * (kTiles ? kRow : kTileKeys); }
+  template <class Elem>
+  static Elem* column(Elem* packed, int64_t j, int64_t dim) {
+    return packed + (kTiles ? j : j * padded(dim));
+  }
+
   // ---- products ----
 
   // c[r][lane] = sum over steps of x[r] * panel: times *factor (kNew), or added to c, times factor[lane] if there is
@@ -160,10 +188,33 @@ struct Attention {
   template <int64_t kStride, bool kNew>
   static void multiply(const E* x, int64_t x_step, int64_t rows, const E* panel, int64_t steps, float* c, int64_t ldc,
                        const float* factor) {
-    Algorithm<A>::row_blocks(rows, [&](int64_t r0, int n) {
-      pick<kStride, kNew>(n, MakeInts<V::kMicroRows>{})(x + r0 * kStride, x_step, panel, steps, c + r0 * ldc, ldc,
-                                                        factor);
-    });
+    if constexpr (kTiles) {
+      const auto times = [&](const auto& by) {
+        for (int64_t r = 0; r < rows; ++r)
+          for (int v = 0; v < kVecs; ++v) {
+            float* at = c + r * ldc + v * kLanes;
+            V::store(at, V::mul(V::load(at), by(v)));
+          }
+      };
+      if (kNew) __builtin_memset(c, 0, rows * ldc * sizeof(float));
+      if (!kNew && factor != nullptr) times([&](int v) { return V::load(factor + v * kLanes); });
+      Algorithm<A>::template multiply_tiles<kGroupTiles>(x, rows, panel, steps * kStep, {}, c, ldc);
+      if (kNew && *factor != 1.0f) times([&](int) { return V::set1(*factor); });
+    } else {
+      Algorithm<A>::row_blocks(rows, [&](int64_t r0, int n) {
+        pick<kStride, kNew>(n, MakeInts<V::kMicroRows>{})(x + r0 * kStride, x_step, panel, steps, c + r0 * ldc, ldc,
+                                                          factor);
+      });
+    }
+  }
+
+  // c [dim][lane] = c * factor, if there is one, + columns * panel, over n keys.
+  static void multiply_columns(const E* columns, int64_t dim, const E* panel, int64_t n, float* c,
+                               const float* factor) {
+    if constexpr (kTiles)
+      multiply<kRow, false>(columns, kStep, dim, panel, n / kStep, c, kGroupLanes, factor);
+    else
+      multiply<kStep, false>(columns, padded(dim) * kStep, dim, panel, n / kStep, c, kGroupLanes, factor);
   }
 
   // ---- which keys there are, and who sees them ----
@@ -295,6 +346,7 @@ struct Attention {
   }
 
   static void forward(const AttentionArgs& g, int64_t unit) {
+    [[maybe_unused]] const typename A::Tiles held;
     const int64_t heads = g.batch * g.kv_heads;
     const int64_t block = g.causal ? forward_blocks(g) - 1 - unit / heads : unit / heads;  // the longest first
     const Unit u(g, unit % heads / g.kv_heads, unit % g.kv_heads);
@@ -304,13 +356,14 @@ struct Attention {
     const int64_t panel = wide * kGroupLanes, steps = ceil_div(g.dim, kStep);
     constexpr int64_t kMost = kQueryRows / kGroupLanes;
     Memory m{static_cast<char*>(scratch(0, kMost * panel * sizeof(E) + kMost * tall * kGroupLanes * 4 +
-                                               kMost * kGroupLanes * 16 + kTileKeys * (kRow + 2 * wide) * sizeof(E) +
+                                               kMost * kGroupLanes * 16 +
+                                               (kTileKeys * (kRow + wide) + columns_size(g.dim)) * sizeof(E) +
                                                kTileKeys * kGroupLanes * (4 + sizeof(E)) + 4096))};
     E* q = m.template take<E>(kMost * panel);
     float* out = m.template take<float>(kMost * tall * kGroupLanes);
     float *most = m.template take<float>(kMost * kGroupLanes), *sum = m.template take<float>(kMost * kGroupLanes);
     float *upper = m.template take<float>(kMost * kGroupLanes), *lower = m.template take<float>(kMost * kGroupLanes);
-    E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(kTileKeys * wide);
+    E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(columns_size(g.dim));
     E* rows = m.template take<E>(kTileKeys * wide);
     float* scores = m.template take<float>(kTileKeys * kGroupLanes);
     E* weights = m.template take<E>(kTileKeys * kGroupLanes);
@@ -344,7 +397,7 @@ struct Attention {
       gather(at(g.k, g.k_strides, g.prefix_k, g.prefix_k_strides), end - first, g.dtype, g.dim, keys + first * kRow,
              kRow);
       gather(at(g.v, g.v_strides, g.prefix_v, g.prefix_v_strides), end - first, g.dtype, g.dim, rows, wide);
-      pack_steps(rows, wide, end - first, g.dim, values + first * wide, kPanelStep, wide * kStep);
+      pack_columns(rows, wide, end - first, g.dim, column(values, first, g.dim));
       for (int64_t i = 0; i < groups; ++i) {
         int64_t lo = first, hi = end;
         places.range(bounds[i], lo, hi);
@@ -353,8 +406,7 @@ struct Attention {
         alignas(64) float factor[kGroupLanes];
         softmax(places, lo, hi, places.all_seen(lo, hi, bounds[i]), g.window > 0, upper + i * kGroupLanes,
                 lower + i * kGroupLanes, scores, most + i * kGroupLanes, sum + i * kGroupLanes, factor, weights);
-        multiply<kStep, false>(values + lo * wide, wide * kStep, g.dim, weights, (hi - lo) / kStep,
-                               out + i * tall * kGroupLanes, kGroupLanes, factor);
+        multiply_columns(column(values, lo, g.dim), g.dim, weights, hi - lo, out + i * tall * kGroupLanes, factor);
       }
     }
 
@@ -420,6 +472,7 @@ struct Attention {
   // Of one batch row and one head of keys: what all its tiles of keys read of the queries. A unit takes the keys of one
   // chunk, so its gradient of the queries is a part of theirs.
   static void backward(const AttentionBackwardArgs& a, int64_t unit) {
+    [[maybe_unused]] const typename A::Tiles held;
     const AttentionArgs& g = a.forward;
     const int64_t heads = g.batch * g.kv_heads, chunk = a.chunks - 1 - unit / heads, head = unit % heads;
     const Unit u(g, head / g.kv_heads, head % g.kv_heads);
@@ -430,7 +483,7 @@ struct Attention {
     const int64_t tile0 = tiles * chunk / a.chunks, tile1 = tiles * (chunk + 1) / a.chunks;
     Memory m{static_cast<char*>(scratch(
         0,
-        (4 * side + kTileKeys * (4 * kRow + 2 * wide + kGroupLanes)) * sizeof(E) +
+        (4 * side + kTileKeys * (4 * kRow + wide + kGroupLanes) + columns_size(g.dim)) * sizeof(E) +
             (lanes * 4 + (a.chunks > 1 ? 0 : groups * tall * kGroupLanes) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 +
             8192))};
     E *q = m.template take<E>(side), *dout = m.template take<E>(side);
@@ -439,7 +492,7 @@ struct Attention {
     float *lse = m.template take<float>(lanes), *delta = m.template take<float>(lanes);
     float *upper = m.template take<float>(lanes), *lower = m.template take<float>(lanes);
     E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(kTileKeys * kRow);
-    E* key_steps = m.template take<E>(kTileKeys * wide);
+    E* key_columns = m.template take<E>(columns_size(g.dim));
     E *weights = m.template take<E>(kTileKeys * kRow), *dscores = m.template take<E>(kTileKeys * kRow);
     E* dscore_steps = m.template take<E>(kTileKeys * kGroupLanes);
     float* scores = m.template take<float>(kTileKeys * kGroupLanes);
@@ -486,7 +539,7 @@ struct Attention {
       const int64_t end = ceil_div(n, kStep) * kStep;
       gather(at(g.k, g.k_strides, g.prefix_k, g.prefix_k_strides), end, g.dtype, g.dim, keys, kRow);
       gather(at(g.v, g.v_strides, g.prefix_v, g.prefix_v_strides), end, g.dtype, g.dim, values, kRow);
-      pack_steps(keys, kRow, end, g.dim, key_steps, kPanelStep, wide * kStep);
+      pack_columns(keys, kRow, end, g.dim, key_columns);
       __builtin_memset(dk, 0, end * wide * sizeof(float));
       __builtin_memset(dv, 0, end * wide * sizeof(float));
       for (int64_t super = 0; super < groups; super += kSuper) {
@@ -508,8 +561,8 @@ struct Attention {
           score_gradients(places, lo[s], hi[s], places.all_seen(lo[s], hi[s], bounds), g.window > 0, upper + r0,
                           lower + r0, lse + r0, delta + r0, scores, dweights, weights + s * kGroupLanes,
                           dscores + s * kGroupLanes, dscore_steps);
-          multiply<kStep, false>(key_steps + lo[s] * wide, wide * kStep, g.dim, dscore_steps, seen / kStep,
-                                 dq + i * tall * kGroupLanes, kGroupLanes, nullptr);
+          multiply_columns(column(key_columns, lo[s], g.dim), g.dim, dscore_steps, seen, dq + i * tall * kGroupLanes,
+                           nullptr);
         }
         for (int64_t s = 0; s < count; ++s)
           for (int64_t j = least; j < most; ++j)
@@ -518,18 +571,23 @@ struct Attention {
               __builtin_memset(dscores + j * kRow + s * kGroupLanes, 0, kGroupLanes * sizeof(E));
             }
         if (least >= most) continue;
-        Algorithm<A>::row_blocks(most - least, [&](int64_t k0, int nk) {
+        key_blocks(most - least, [&](int64_t k0, int nk) {
           k0 += least;
           int64_t from = 0, to = count;  // groups that see any of these keys
           while (from < to && (lo[from] >= k0 + nk || hi[from] <= k0)) ++from;
           while (to > from && (lo[to - 1] >= k0 + nk || hi[to - 1] <= k0)) --to;
           const int64_t contraction = (to - from) * kGroupLanes / kStep;
-          const auto add = pick<kRow, false>(nk, MakeInts<V::kMicroRows>{});
+          const auto add = [&](const E* x, const E* panel, float* c) {
+            if constexpr (kTiles)
+              multiply<kRow, false>(x, kStep, nk, panel, contraction, c, wide, nullptr);
+            else
+              pick<kRow, false>(nk, MakeInts<V::kMicroRows>{})(x, kStep, panel, contraction, c, wide, nullptr);
+          };
           for (int64_t d = 0; d < g.dim; d += kGroupLanes) {
             const int64_t at = d * lanes + (super + from) * kGroupLanes * kGroupLanes;
             const int64_t x = k0 * kRow + from * kGroupLanes, c = k0 * wide + d;
-            add(weights + x, kStep, dout_steps + at, contraction, dv + c, wide, nullptr);
-            add(dscores + x, kStep, q_steps + at, contraction, dk + c, wide, nullptr);
+            add(weights + x, dout_steps + at, dv + c);
+            add(dscores + x, q_steps + at, dk + c);
           }
         });
       }
@@ -553,6 +611,17 @@ struct Attention {
     if (a.chunks > 1) return;
     for (int64_t i = 0; i < groups; ++i)
       store_rows(u, dq + i * tall * kGroupLanes, i * kGroupLanes, u.rows, g.scale, a.dq, g.out_strides);
+  }
+
+  // Runs `body(first key, keys)` over [0, n) in blocks that a product takes at once.
+  template <class Body>
+  static void key_blocks(int64_t n, const Body& body) {
+    if constexpr (kTiles) {
+      constexpr int64_t kKeys = 2 * A::Tiles::kRows;
+      for (int64_t j = 0; j < n; j += kKeys) body(j, static_cast<int>(min64(kKeys, n - j)));
+    } else {
+      Algorithm<A>::row_blocks(n, body);
+    }
   }
 
   static float dot(const char* x, const char* y, int dtype, int64_t n) {
