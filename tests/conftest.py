@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import contextlib
 import random
+import sys
 import zlib
 
 import numpy as np
@@ -65,6 +66,13 @@ def seed(request):
     np.random.seed(value)
     random.seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """What a test before compiled, or gave up compiling, is nothing to this one."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 _RUN_SEED = random.SystemRandom().randrange(2**31)
