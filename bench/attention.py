@@ -7,7 +7,8 @@
 concatenated in every row, keys and values repeated for every head, and a boolean mask (made beforehand: a model makes
 it once a step). A shape is batch × tokens. Queries, keys and values are [batch, tokens, heads, size] in memory, as
 linear layers leave them. The floor is the time that the products of the pairs (query, key) that are seen take at the
-rate of dense products, and one exponential a pair and direction, of 14 vector instructions at the rate of fp32's.
+rate of dense products by vectors (AMX is faster, and comes below it), and one exponential a pair and direction, of 14
+vector instructions at the rate of fp32's.
 """
 
 from __future__ import annotations
