@@ -539,24 +539,25 @@ struct Algorithm {
   // there are instructions on tiles, the caller holds them.
   static void multiply(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t tiles, float* c,
                        int64_t ldc, Ahead ahead = {}) {
-    if constexpr (kHasTiles) {
-      for (int64_t t = 0; t < tiles; t += kGroupTiles, panels += kGroupPanel, c += rows * ldc) {
-        if (tiles - t >= kGroupTiles)
-          multiply_tiles<kGroupTiles>(x, rows, panels, contraction, ahead, c, ldc);
-        else
-          multiply_tiles<1>(x, rows, panels, contraction, ahead, c, ldc);
-      }
-    } else {
-      const int64_t steps = ceil_div(contraction, kStep);
-      row_blocks(rows, [&](int64_t r0, int n) {
-        const Micro whole = pick<V::kGroupVecs>(n), single = pick<kTileVecs>(n);
-        for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-          const Micro kernel = tiles - t >= kGroupTiles ? whole : single;
-          kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps,
-                 c + (t / kGroupTiles * rows + r0) * ldc, ldc);
+    if constexpr (kHasTiles)
+      if (rows > Tiles::kRows / 2 || contraction >= Tiles::kColumns) {  // else a tile is filled for little
+        for (int64_t t = 0; t < tiles; t += kGroupTiles, panels += kGroupPanel, c += rows * ldc) {
+          if (tiles - t >= kGroupTiles)
+            multiply_tiles<kGroupTiles>(x, rows, panels, contraction, ahead, c, ldc);
+          else
+            multiply_tiles<1>(x, rows, panels, contraction, ahead, c, ldc);
         }
-      });
-    }
+        return;
+      }
+    const int64_t steps = ceil_div(contraction, kStep);
+    row_blocks(rows, [&](int64_t r0, int n) {
+      const Micro whole = pick<V::kGroupVecs>(n), single = pick<kTileVecs>(n);
+      for (int64_t t = 0; t < tiles; t += kGroupTiles) {
+        const Micro kernel = tiles - t >= kGroupTiles ? whole : single;
+        kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, c + (t / kGroupTiles * rows + r0) * ldc,
+               ldc);
+      }
+    });
   }
 
   // The same for one group of L tiles. What does not fill a tile goes through a whole one: last rows with sums that

@@ -201,17 +201,17 @@ struct Part {
   float* sums(int64_t group) const { return c + group * rows * kByteLanes; }
 };
 
-// Adds the branch, in the arithmetic A that made g.s. `made` has room for a block of B of one tile.
+// Adds the branch, in the arithmetic A that made g.s. `made` has room for a block of B of one tile. Where there are
+// instructions on tiles, the caller holds them.
 template <class A>
 void add_branch(const Part& part, void* made) {
   using Exact = Algorithm<A>;
-  [[maybe_unused]] const typename A::Tiles held;
   const Int8Args& g = part.g;
   for (int64_t i = 0; i < part.groups(); ++i)
     for (int t = 0; t < kByteGroupTiles; ++t)
       for (int64_t col0 = 0; col0 < g.s.cols; col0 += Exact::kBlock) {
         const int64_t n = min64(Exact::kBlock, g.s.cols - col0), tile = part.tile(i, t);
-        if (col0 == 0 && tile + 1 < g.w.tiles()) Exact::prefetch_b(g.lora_b, tile);
+        if (col0 == 0 && tile + kTilesAhead < g.w.tiles()) Exact::prefetch_b(g.lora_b, tile + kTilesAhead);
         const typename Exact::E* panel =
             Exact::tile_panel(g.lora_b, tile, col0, n, static_cast<typename Exact::E*>(made));
         Exact::multiply(Exact::packed_block(g.s, col0 / Exact::kBlock) + part.row0 * Exact::kStride, part.rows, panel,
@@ -297,6 +297,9 @@ inline void byte_product(const Int8Args& g, int64_t tile0, int64_t tile1) {
   float* c = static_cast<float*>(scratch(0, part_tiles * kTile * part_rows * sizeof(float)));
   constexpr int64_t kPanelBytes = kByteBlock * kByteLanes;
   uint8_t* panel = static_cast<uint8_t*>(scratch(1, kPanelBytes + Algorithm<F32>::kBlock * kTile * sizeof(float)));
+#ifdef PF_BF16
+  [[maybe_unused]] const BF16::Tiles held;  // for the branch: holding them anew for each part shows
+#endif
   for (int64_t row0 = 0; row0 < g.rows; row0 += kRowChunk)
     for (int64_t t0 = tile0; t0 < tile1; t0 += part_tiles) {
       const Part part{g, row0, min64(kRowChunk, g.rows - row0), t0, min64(part_tiles, tile1 - t0), c};
