@@ -140,13 +140,14 @@ def test_zeros_and_extreme_magnitudes(isa):
 def test_long_sums_and_outliers_stay_within_their_unit(isa):
     w, x = packed_weight(48, 16384, "nf4", False), torch.randn(5, 16384)
     assert error(linear_4bit(x, w, compute="int8"), float64(x, w), 5 * 256) <= BOUND
-    w, x = fp.quantize_4bit(torch.randn(48, 1024), "nf4"), torch.randn(5, 1024)
+    w, x = fp.quantize_4bit(torch.randn(48, 1024), "nf4"), torch.randn(200, 1024)
     loud = x.clone()
     loud[:, 7] = 1000.0
     w7 = w.dequantize(torch.float64)[:, 7]
     rest = linear_4bit(loud, w, compute="int8").double() - 1000.0 * w7
     # The loud unit's other values are lost, and the weight beside it is off by its own rounding; no more than that.
-    assert (rest - (x.double() @ w.dequantize(torch.float64).t() - x[:, 7:8].double() * w7)).abs().max() < 60
+    off = rest - (x.double() @ w.dequantize(torch.float64).t() - x[:, 7:8].double() * w7)
+    assert off.square().mean().sqrt() < 10  # 63 lost products of a variance near 1: 8 and the weight's rounding
 
 
 class TestInference:

@@ -97,7 +97,7 @@ class TestLikePeft:
         ours, theirs = pair(base, seed, target_modules="all-linear", task_type=tiny.TASKS[architecture])
         batch = tiny.inputs(architecture)
         curves = [tiny.loss_curve(model.train(), batch, rate=3e-3) for model in (ours, theirs)]
-        assert curves[0][-1] < curves[0][0]
+        assert curves[0][-1] < 0.97 * curves[0][0]
         torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
 
     def test_same_seed_gives_the_same_initial_values_bit_for_bit(self, seed):

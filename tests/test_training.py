@@ -248,7 +248,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path):
     model, losses = adapter(targets="all-linear"), Losses()
     base = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
     train_adapter(model, examples(4), 0, tmp_path, epochs=30, learning_rate=2e-2, batch_size=4, callbacks=[losses])
-    assert len(losses.values) == 30 and losses.values[-1] < losses.values[0]
+    assert len(losses.values) == 30 and losses.values[-1] < 0.9 * losses.values[0]
     for name, parameter in base.items():
         assert torch.equal(model.get_parameter(name), parameter), name
 

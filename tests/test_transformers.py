@@ -226,7 +226,7 @@ def test_the_int8_tier_reaches_the_layers_and_is_saved(tmp_path, ids):
     exact = auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig())
     fast = auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig(compute="int8"))
     y, expected = output(fast, ids), output(exact, ids)
-    assert 0 < (y - expected).norm() <= 0.1 * expected.norm()
+    assert 0 < (y - expected).norm() <= 0.05 * expected.norm()
     fast.save_pretrained(tmp_path / "fast")
     again = auto.from_pretrained(tmp_path / "fast")
     assert {layer.compute for layer in layers_4bit(again).values()} == {"int8"}
