@@ -194,7 +194,7 @@ class TestLikePeft:
         rate = 3e-3 if method.startswith("ptuning") else 1e-2
         batches = ((ours, batch), (theirs, for_peft(name, method, batch)))
         curves = [tiny.loss_curve(m.train(), b, rate=rate) for m, b in batches]
-        assert curves[0].max() - curves[0].min() > 1e-2  # something was trained
+        assert curves[0][-1] < curves[0][0]
         torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
 
     def test_folders_load_in_both_directions_bit_for_bit(self, name, method, seed, tmp_path):

@@ -427,10 +427,15 @@ class TestAccelerate:
         assert len(layers_4bit(tuned)) == 14
         tuned.eval()(input_ids=ids)
 
+        batches = [ids, *(torch.randint_like(ids, 2, int(ids.max()) + 1) for _ in range(11))]
+
         def gradients():
-            tuned.zero_grad()
-            tuned.train()(input_ids=ids, labels=ids).loss.backward()
-            return {n: p.grad.float() for n, p in tuned.named_parameters() if p.grad is not None}
+            found = []
+            for batch in batches:
+                tuned.zero_grad()
+                tuned.train()(input_ids=batch, labels=batch).loss.backward()
+                found.append({n: p.grad.float() for n, p in tuned.named_parameters() if p.grad is not None})
+            return {name: torch.stack([f[name] for f in found]) for name in found[0]}
 
         def decoded(layer, dtype):
             plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype)
@@ -454,8 +459,7 @@ class TestAccelerate:
         for name, gradient in gradients().items():
             assert (gradient - right[name]).norm() <= 1e-5 * right[name].norm(), name
         got, usual, right = (torch.cat([g[n].flatten() for n in right]) for g in (got, usual, right))
-        # In so small a model few roundings make up an error: the ratio was seen between 0.5 and 2.8.
-        assert (got - right).norm() <= 4 * (usual - right).norm()
+        assert (got - right).norm() <= 2 * (usual - right).norm()
 
     def test_real_peft_trains_on_a_model_loaded_by_us(self, tmp_path, ids):
         _, auto = saved(tmp_path)
