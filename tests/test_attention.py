@@ -240,7 +240,6 @@ def test_compiled_whole(name):
         assert near(got[mask.bool()] if m is not None else got, expected[mask.bool()] if m is not None else expected)
     expected, got = gradients(plain, ids, mask), gradients(compiled, ids, mask, use_cache=False)
     assert all(near(got[f"_orig_mod.{name}"], expected[name], 1e-4) for name in expected)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])
@@ -250,7 +249,6 @@ def test_generation_compiled_over_a_static_cache(name):
     expected = generate(plain, ids, mask)
     ours.forward = torch.compile(ours.forward, fullgraph=True, backend="aot_eager")
     assert torch.equal(generate(ours, ids, mask, cache_implementation="static"), expected)
-    torch._dynamo.reset()
 
 
 LENGTH = 5
@@ -503,7 +501,6 @@ def test_a_prefix_in_compiled_code(name):
     assert near(got, expected)
     for a, b in zip(*(torch.autograd.grad(out, leaves, cotangent) for out in (got, expected)), strict=True):
         assert near(a, b, 1e-4)
-    torch._dynamo.reset()
 
 
 def test_a_model_that_works_on_its_masks_is_left_alone():

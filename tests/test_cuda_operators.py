@@ -219,7 +219,6 @@ def test_a_call_leaves_nothing_behind_for_the_next():
 
 def test_torch_compile_takes_the_whole_graph():
     w, (a, b) = rows_weight(24, 64), adapter(24, 64, 4)
-    torch._dynamo.reset()
     compiled = torch.compile(lambda x: linear_4bit(x, w, None, (a, b, 2.0)), fullgraph=True, backend="aot_eager")
     x = torch.randn(6, 64).bfloat16()
     with torch.no_grad():

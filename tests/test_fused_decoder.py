@@ -519,7 +519,6 @@ def test_a_compiled_model_is_compiled_from_transformers_own_forward():
 
 
 def test_a_compiled_model_stays_compiled_while_modules_come_and_go():
-    torch._dynamo.reset()
     plain, fused = pair()
     generate(fused, torch.randint(1, VOCAB, (1, 5)))
     batch = {"input_ids": torch.randint(1, VOCAB, (2, 6)), "use_cache": False}

@@ -89,7 +89,6 @@ def test_the_same_call_gives_the_same_bits():
 
 @pytest.mark.parametrize("m", [4, 300])
 def test_torch_compile_takes_the_whole_graph_in_both_directions(m):
-    torch._dynamo.reset()
     w, bias, lora = layer()
     a, b = (t.requires_grad_() for t in lora[:2])
     x, dy = torch.randn(m, K).to(DTYPE).requires_grad_(), torch.randn(m, N).to(DTYPE)

@@ -180,7 +180,6 @@ def test_exchanging_adapters_recompiles_nothing(four_bits, kwargs):
         for name in ("1", "default"):
             model.set_adapter(name)
             expected[name] = model(**batch).logits
-        torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert_close(compiled(**batch).logits, expected["default"])
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -189,7 +188,6 @@ def test_exchanging_adapters_recompiles_nothing(four_bits, kwargs):
                 assert_close(compiled(**batch).logits, expected[name])
             model.hotswap_adapter(tensors_of(model, "1"), "default", model.peft_config["1"])
             assert_close(compiled(**batch).logits, expected["1"])
-    torch._dynamo.reset()
 
 
 def assert_close(a, b):

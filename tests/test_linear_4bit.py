@@ -303,7 +303,10 @@ def test_an_adapter_that_is_not_finite_stays_in_its_rows(device, dtype):
             yield linear_4bit(x, w, None, lora, compute)
             if x.is_cpu and k % 2 == 0:
                 a, b, scaling, _ = lora.stacked()
-                yield linear_4bit(x, w, None, pack_lora(a, b, scaling), compute)
+                packed = pack_lora(a, b, scaling)
+                yield linear_4bit(x, w, None, packed, compute)
+                with torch.no_grad():
+                    yield linear_4bit(x, w, None, packed, compute)
 
         finite = list(products(*bank))
         for tensors in spoiled(bank):
@@ -550,7 +553,8 @@ def test_sparse_and_extreme_values_of_x(device):
         w = fp.quantize_4bit(torch.randn(48, 192) / 8, pick(["nf4", "fp4"]), 64)
         y, expected = linear_4bit(x, w).double() / value, float64(x, w) / value
         bound = FORWARD[torch.bfloat16] if value > 1e-30 else 2e-2  # results are subnormal
-        flushed = value < 1e-37 and not y.any()  # instructions on bf16 take what is subnormal for zero
+        # Instructions on bf16, where there are any, take what is subnormal for zero.
+        flushed = value < 1e-37 and "avx512_" in torch.ops.pyfastpeft.isa() and not y.any()
         assert flushed or error(y, expected, 48) <= bound, value
 
 
@@ -651,17 +655,14 @@ def compiled_agrees(backend, dynamic=None):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_torch_compile_takes_the_whole_graph(dynamic):
-    torch._dynamo.reset()
     compiled_agrees("aot_eager", dynamic)
 
 
 def test_torch_compile_with_inductor():
-    torch._dynamo.reset()
     compiled_agrees("inductor")
 
 
 def test_torch_compile_of_a_bank_and_of_dropout():
-    torch._dynamo.reset()
     n, k, m = 24, 64, 6
     w = packed_weight(n, k, "nf4")
     a, b, scaling = torch.randn(3, 4, k) * 0.1, torch.randn(3, n, 4) * 0.3, torch.rand(3)

@@ -610,7 +610,6 @@ class TestInTraining:
         assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
     def test_a_compiled_model_is_one_graph_and_agrees(self):
-        torch._dynamo.reset()
         model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(target_modules="all-linear"))
         tiny.randomize(model)
         batch = tiny.inputs()
@@ -627,7 +626,6 @@ class TestInTraining:
 
     @pytest.mark.parametrize("use_dora", [False, True])
     def test_a_compiled_mixed_batch_is_one_graph_and_agrees(self, use_dora):
-        torch._dynamo.reset()
         model = block("a", "b", use_dora=use_dora).eval()
         ids = torch.randint(0, 20, (3, 4))
         compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -386,7 +386,6 @@ def test_opcheck(device, dtype):
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_torch_compile_takes_the_whole_graph(device, backend, dynamic):
-    torch._dynamo.reset()
 
     def layer(q, k, v, pk, pv, mask):
         return torch.tanh(prefix_attention(q * 2, k, v, pk, pv, mask=mask, window=9)) * 2

@@ -89,7 +89,6 @@ def test_torch_compile_takes_the_whole_graph():
     def layer(x):
         return torch.tanh(linear_4bit(x, w, bias, (a, b, 2.0))) * 2
 
-    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, dy = torch.randn(m, k, requires_grad=True), torch.randn(m, n)
     expected = torch.autograd.grad(layer(x), (x, a, b, bias), dy)

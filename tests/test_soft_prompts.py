@@ -430,7 +430,6 @@ class TestWherePeftFails:
             x["adapter_names"] = ["default", "lora", ["lora", "default"]]
         if broken:
             own.get_base_model().model.layers[1].register_forward_hook(torch.compiler.disable(lambda *_: None))
-        torch._dynamo.reset()
         compiled = torch.compile(own, fullgraph=not broken, backend="eager" if broken else "aot_eager")
         expected = own(**x)
         out = compiled(**x)
@@ -442,7 +441,6 @@ class TestWherePeftFails:
         if not broken:
             with torch.no_grad():
                 close(compiled(**x).logits, expected.logits)
-        torch._dynamo.reset()
 
     @pytest.mark.parametrize("method", METHODS)
     def test_a_static_cache_in_forward(self, method):

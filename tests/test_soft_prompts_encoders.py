@@ -713,7 +713,6 @@ def test_all_linear_leaves_such_heads_to_be_trained_whole():
 def test_a_prefix_in_compiled_code(name, seed):
     own, _ = pair(name, "prefix", seed)
     batch = batch_of(name)
-    torch._dynamo.reset()
     compiled = torch.compile(own, backend="eager")
     with torch.no_grad():
         assert_same_outputs(compiled(**batch), own(**batch))

@@ -955,6 +955,7 @@ struct Algorithm {
     E* made = reinterpret_cast<E*>(decoded + segments * kTile);
     GemvTile<D> t{};
     t.x = x;
+    t.b = made;
     t.table = D::table(g.w);
     for (t.tile = tile0; t.tile < tile1; ++t.tile) {
       if (g.w.scale == nullptr)  // memory works while the scales are decoded
@@ -965,7 +966,7 @@ struct Algorithm {
       if (rank != 0 && g.lora_b.packed)
         t.b_pairs = g.lora_b.pairs(t.tile, 0);
       else if (rank != 0)
-        pack_lanes_t(g.lora_b, t.tile * kTile, 0, rank, const_cast<E*>(t.b = made), 0, kTileVecs);
+        pack_lanes_t(g.lora_b, t.tile * kTile, 0, rank, made, 0, kTileVecs);
       if (rank != 0 && t.tile + kTilesAhead < tile1) prefetch_b(g.lora_b, t.tile + kTilesAhead);
       int64_t m = 0;
       if constexpr (D::kMostRows >= 8)

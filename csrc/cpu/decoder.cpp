@@ -70,12 +70,9 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   const Kernels& k = *kernels();
   const int64_t m = in.batch * in.tokens, size = dtype_size(d.dtype);
   const int64_t q_width = d.heads * d.dim, kv_width = d.kv_heads * d.dim;
-  int64_t rank = 0;
-  for (const DecoderLayer& layer : d.layers)
-    for (const DecoderLinear& linear : layer.linear) rank = std::max(rank, linear.branch.rank());
   const int64_t widths[] = {d.hidden, d.hidden, d.hidden,       q_width,       q_width,
                             kv_width, kv_width, d.intermediate, d.intermediate};
-  int64_t bytes = Buffers::aligned(m * rank * sizeof(float));
+  int64_t bytes = 0;
   for (int64_t width : widths) bytes += Buffers::aligned(m * width * size);
   const int64_t places = in.mask == nullptr ? 0 : in.batch * (in.past + in.tokens);
   bytes += Buffers::aligned(places * sizeof(int32_t));
@@ -84,7 +81,6 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   char *stream = take(d.hidden), *normed = take(d.hidden), *added = take(d.hidden);
   char *q = take(q_width), *attended = take(q_width), *key = take(kv_width), *value = take(kv_width);
   char *gate = take(d.intermediate), *up = take(d.intermediate);
-  float* s = reinterpret_cast<float*>(buffers.take(m * rank * sizeof(float)));
   int32_t* positions = nullptr;
   if (in.mask != nullptr) {
     positions = reinterpret_cast<int32_t*>(buffers.take(places * sizeof(int32_t)));
@@ -99,7 +95,7 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
     if (linear.int8)
       return linear_forward_int8(linear.w, rows_of(from, m, linear.w.k), linear.bias, linear.branch, to, d.dtype,
                                  parallel);
-    linear_forward(linear.w, rows_of(from, m, linear.w.k), linear.bias, linear.branch, to, d.dtype, s, parallel);
+    linear_forward(linear.w, rows_of(from, m, linear.w.k), linear.bias, linear.branch, to, d.dtype, nullptr, parallel);
   };
   // stream += added, where there is something to add; out = norm(stream).
   const auto norm = [&](bool adds, const void* weight, void* out) {
