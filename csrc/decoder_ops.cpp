@@ -14,7 +14,9 @@ namespace {
 using namespace pf::tensors;
 
 struct HeldLinear {
-  std::shared_ptr<const HeldWeight> weight;
+  int64_t n, k;
+  std::shared_ptr<const HeldWeight> weight;  // or
+  OptTensor dense;                           // in full precision
   OptTensor bias, lora_a, lora_b;
   double scaling;
   bool int8;
@@ -47,22 +49,33 @@ int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> 
 
 void free_decoder(int64_t stack) { stacks.release(stack); }
 
-void add_decoder_linear(int64_t id, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
-                        int64_t format, int64_t n, int64_t blocksize, OptTensor bias, OptTensor lora_a,
-                        OptTensor lora_b, double scaling, bool int8) {
+void add(int64_t id, HeldLinear linear) {
   const std::shared_ptr<Stack> stack = stacks.find(id, "stack");
   pf::Decoder& d = stack->shape;
-  auto held = std::make_shared<const HeldWeight>(codes, scale, zero, absmax2, offset, format, n, blocksize);
   const size_t which = stack->linears.size() % pf::kProjections;
-  if (d.intermediate == 0 && which == pf::kGate) d.intermediate = n;
+  if (d.intermediate == 0 && which == pf::kGate) d.intermediate = linear.n;
   const int64_t q = d.heads * d.dim, kv = d.kv_heads * d.dim, wide = d.intermediate;
   const int64_t outs[] = {q, kv, kv, d.hidden, wide, wide, d.hidden},
                 ins[] = {d.hidden, d.hidden, d.hidden, q, d.hidden, d.hidden, wide};
-  STD_TORCH_CHECK(
-      stack->linears.size() < stack->norms.size() / 2 * pf::kProjections && n == outs[which] && held->k() == ins[which],
-      "projection ", which, " of a layer is (", n, ", ", held->k(), "); it must be (", outs[which], ", ", ins[which],
-      ")");
-  stack->linears.push_back({std::move(held), bias, lora_a, lora_b, scaling, int8});
+  STD_TORCH_CHECK(stack->linears.size() < stack->norms.size() / 2 * pf::kProjections && linear.n == outs[which] &&
+                      linear.k == ins[which],
+                  "projection ", which, " of a layer is (", linear.n, ", ", linear.k, "); it must be (", outs[which],
+                  ", ", ins[which], ")");
+  stack->linears.push_back(std::move(linear));
+}
+
+void add_decoder_linear(int64_t id, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
+                        int64_t format, int64_t n, int64_t blocksize, OptTensor bias, OptTensor lora_a,
+                        OptTensor lora_b, double scaling, bool int8) {
+  auto held = std::make_shared<const HeldWeight>(codes, scale, zero, absmax2, offset, format, n, blocksize);
+  const int64_t k = held->k();
+  add(id, {n, k, std::move(held), std::nullopt, bias, lora_a, lora_b, scaling, int8});
+}
+
+void add_decoder_dense(int64_t id, Tensor weight, OptTensor bias, OptTensor lora_a, OptTensor lora_b, double scaling) {
+  STD_TORCH_CHECK(weight.dim() == 2 && dtype_of(weight, "weight") == stacks.find(id, "stack")->shape.dtype,
+                  "weight must be a matrix in the dtype of the norms");
+  add(id, {weight.size(0), weight.size(1), nullptr, weight, bias, lora_a, lora_b, scaling, false});
 }
 
 const void* vector_data(const Tensor& t, int64_t n, int dtype, const char* name) {
@@ -93,6 +106,7 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == d.hidden && x.is_contiguous() && dtype_of(x, "x") == d.dtype,
                   "x must be contiguous [batch, tokens, ", d.hidden, "] in the dtype of the norms");
   const int64_t batch = x.size(0), tokens = x.size(1), length = past + tokens;
+  STD_TORCH_CHECK(batch * tokens <= pf::kTile, "x has ", batch * tokens, " rows; it must have at most ", pf::kTile);
   STD_TORCH_CHECK(keys.size() == layers && values.size() == layers && past >= 0,
                   "keys and values must be one a layer, past not negative");
   for (const Tensor* t : {&cos, &sin})
@@ -116,8 +130,10 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
   d.norm = vector_data(stack->norm, d.hidden, d.dtype, "norm");
   std::vector<BranchTensors> branches;
   std::vector<Bias> biases;
+  std::vector<Tensor> dense;
   branches.reserve(stack->linears.size());
   biases.reserve(stack->linears.size());
+  dense.reserve(stack->linears.size());
   d.layers.resize(layers);
   for (size_t i = 0; i < layers; ++i) {
     pf::DecoderLayer& layer = d.layers[i];
@@ -140,10 +156,19 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
     }
     for (int p = 0; p < pf::kProjections; ++p) {
       const HeldLinear& held = stack->linears[i * pf::kProjections + p];
-      const pf::Weight w = held.weight->now();
-      branches.emplace_back(held.lora_a, held.lora_b, std::nullopt, held.scaling, batch * tokens, std::nullopt, 0.0, w);
-      biases.emplace_back(held.bias, w.n);
-      layer.linear[p] = {w, biases.back().data, branches.back().branch, held.int8};
+      branches.emplace_back(held.lora_a, held.lora_b, std::nullopt, held.scaling, batch * tokens, std::nullopt, 0.0,
+                            held.n, held.k);
+      biases.emplace_back(held.bias, held.n);
+      layer.linear[p] = {{}, {}, biases.back().data, branches.back().branch, held.int8};
+      if (!held.dense.has_value()) {
+        layer.linear[p].w = held.weight->now();
+        continue;
+      }
+      // Unlike a packed weight it may have been cast or replaced since.
+      const Tensor& weight = dense.emplace_back(with_contiguous_columns(*held.dense));
+      STD_TORCH_CHECK(weight.size(0) == held.n && weight.size(1) == held.k && dtype_of(weight, "weight") == d.dtype,
+                      "weight must be [", held.n, ", ", held.k, "] in the dtype of x");
+      layer.linear[p].dense = matrix(weight, "weight");
     }
   }
   const pf::DecoderInput in{x.const_data_ptr(),
@@ -172,6 +197,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
       "add_decoder_linear(int stack, Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, "
       "int format, int n, int blocksize, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, bool int8) -> "
       "()");
+  m.def(
+      "add_decoder_dense(int stack, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling) -> ()");
   m.def("free_decoder(int stack) -> ()");
   m.def(
       "decoder_forward(int stack, Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!)[] keys, "
@@ -182,6 +209,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("new_decoder", TORCH_BOX(&new_decoder));
   m.impl("add_decoder_linear", TORCH_BOX(&add_decoder_linear));
+  m.impl("add_decoder_dense", TORCH_BOX(&add_decoder_dense));
   m.impl("decoder_forward", TORCH_BOX(&decoder_forward));
 }
 

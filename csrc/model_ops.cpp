@@ -158,29 +158,15 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels) {
 
 // x W^T + bias for few rows, reading W once, in float32.
 Tensor few_rows_linear(Tensor x, Tensor weight, OptTensor bias) {
-  const pf::Kernels& k = kernels();
+  kernels();
   x = with_contiguous_columns(x);
   weight = with_contiguous_columns(weight);
   const pf::Matrix xm = matrix(x, "x"), w = matrix(weight, "weight");
+  STD_TORCH_CHECK(xm.rows <= pf::kTile, "x has ", xm.rows, " rows; it must have at most ", pf::kTile);
   STD_TORCH_CHECK(xm.cols == w.cols && xm.dtype == w.dtype, "weight must be [N, ", xm.cols, "] in the dtype of x");
   const Bias added(bias, w.rows);
-  Tensor y = new_matrix(xm.rows, w.rows, xm.dtype), wide = new_matrix(xm.rows, xm.cols, pf::kFloat32);
-  Tensor sums = new_matrix(xm.rows, w.rows, pf::kFloat32);
-  float *xf = static_cast<float*>(wide.mutable_data_ptr()), *s = static_cast<float*>(sums.mutable_data_ptr());
-  for (int64_t r = 0; r < xm.rows; ++r) k.to_float(xm.row(r), xm.dtype, xf + r * xm.cols, xm.cols);
-  constexpr int64_t kRows = 32;  // of W, which stay in cache while the rows of x pass
-  char* out = static_cast<char*>(y.mutable_data_ptr());
-  const int64_t size = pf::dtype_size(xm.dtype);
-  over((w.rows + kRows - 1) / kRows, row_grain(kRows * w.cols), [&](int64_t u0, int64_t u1) {
-    const int64_t end = std::min(u1 * kRows, w.rows);
-    for (int64_t n = u0 * kRows; n < end; n += kRows) k.dots(xf, xm.cols, xm.rows, w, s, n, std::min(n + kRows, end));
-    for (int64_t r = 0; r < xm.rows; ++r) {
-      float* row = s + r * w.rows;
-      if (added.data != nullptr)
-        for (int64_t n = u0 * kRows; n < end; ++n) row[n] += added.data[n];
-      k.from_float(row + u0 * kRows, out + (r * w.rows + u0 * kRows) * size, xm.dtype, end - u0 * kRows);
-    }
-  });
+  Tensor y = new_matrix(xm.rows, w.rows, xm.dtype);
+  pf::dense_forward(w, xm, added.data, {}, y.mutable_data_ptr(), xm.dtype, parallel);
   return y;
 }
 

@@ -140,22 +140,22 @@ struct BranchTensors {
   pf::Branch branch;
 
   BranchTensors(const OptTensor& lora_a, const OptTensor& lora_b, const OptTensor& row_scale, double scaling,
-                int64_t rows, const OptTensor& seed, double dropout, const pf::Weight& w) {
+                int64_t rows, const OptTensor& seed, double dropout, int64_t n, int64_t k) {
     if (!lora_a.has_value()) return;
     STD_TORCH_CHECK(lora_b.has_value(), "lora A needs lora B");
     if (lora_a->dim() == 4) {
       a = *lora_a;
       b = *lora_b;
       const int64_t rank = b.dim() == 4 ? b.size(1) * 2 : 0;
-      branch.a = packed_matrix(a, rank, w.k);
-      branch.b = packed_matrix(b, w.n, rank);
+      branch.a = packed_matrix(a, rank, k);
+      branch.b = packed_matrix(b, n, rank);
     } else {
       a = with_contiguous_columns(*lora_a);
       b = with_contiguous_columns(*lora_b);
       branch.a = matrix(a, "lora A");
       branch.b = matrix(b, "lora B");
     }
-    STD_TORCH_CHECK(branch.a.cols == w.k && branch.b.rows == w.n && branch.b.cols == branch.a.rows,
+    STD_TORCH_CHECK(branch.a.cols == k && branch.b.rows == n && branch.b.cols == branch.a.rows,
                     "lora A must be [R, K] and lora B [N, R]");
     set_factor(branch, row_scale, scaling, rows, branch.a.rows, seed, dropout);
   }

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
   kernels();
   const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
   const pf::Matrix xm = input_of(x, w);
-  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w);
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w.n, w.k);
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
   Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
   const Bias bias_data(bias, n);
@@ -39,7 +39,7 @@ Tensor linear_4bit_int8(Tensor x, Tensor codes, Tensor scale, OptTensor zero, Op
   kernels();
   const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
   const pf::Matrix xm = input_of(x, w);
-  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w);
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w.n, w.k);
   const Bias bias_data(bias, n);
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
   pf::linear_forward_int8(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype, parallel);
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> linear_4bit_backward(Tensor dy, Tensor codes, Tensor 
   dy = with_contiguous_columns(dy);
   const pf::Matrix dym = matrix(dy, "dy");
   STD_TORCH_CHECK(dym.cols == n, "dy has ", dym.cols, " columns; it must have N = ", n);
-  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, dym.rows, seed, dropout, w);
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, dym.rows, seed, dropout, w.n, w.k);
   Tensor dx = new_matrix(need_dx ? dym.rows : 0, w.k, dym.dtype);
   Tensor ds = new_matrix(dym.rows, lora.branch.rank(), pf::kFloat32);
   pf::linear_backward(w, dym, lora.branch, need_dx ? dx.mutable_data_ptr() : nullptr,

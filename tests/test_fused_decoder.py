@@ -64,9 +64,11 @@ def adapted(model, **changes):
     return peft_model.eval()
 
 
-def pair(name="llama", dtype=torch.float32, lora=False, **changes):
-    """The same 4-bit model twice: as transformers runs it, and fused."""
-    plain = quantized(family(name, dtype, **changes))
+def pair(name="llama", dtype=torch.float32, lora=False, dense=False, **changes):
+    """The same model, in 4 bits or ``dense``, twice: as transformers runs it, and fused."""
+    plain = family(name, dtype, **changes)
+    if not dense:
+        plain = quantized(plain)
     if lora:
         plain = adapted(plain)
         remove(plain)
@@ -93,10 +95,11 @@ def logits_along(model, ids, chunks, mask=None):
     return torch.cat(out, 1)
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_the_unfused_models(isa, name, lora, served):
-    plain, fused = pair(name, lora=lora)
+def test_logits_equal_the_unfused_models(isa, name, lora, dense, served):
+    plain, fused = pair(name, lora=lora, dense=dense)
     ids = torch.randint(1, VOCAB, (2, 19))
     chunks = [9, 1, 1, 2, 5, 1]
     expected, got = logits_along(plain, ids, chunks), logits_along(fused, ids, chunks)
@@ -104,10 +107,11 @@ def test_logits_equal_the_unfused_models(isa, name, lora, served):
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, dtype, inference, served):
-    plain, fused = pair(dtype=dtype, lora=True)
+def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, dtype, inference, dense, served):
+    plain, fused = pair(dtype=dtype, lora=True, dense=dense)
     exact = copy.deepcopy(plain).float()
     for model in (plain, fused):
         model.set_adapter("default", inference_mode=inference)  # for inference: packed
@@ -255,9 +259,11 @@ def test_a_cache_grows_far_past_its_first_room(served):
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_adapters_take_effect_at_the_next_token(dtype, served):
-    model = adapted(quantized(family("llama", dtype)))
+def test_adapters_take_effect_at_the_next_token(dtype, dense, served):
+    model = family("llama", dtype)
+    model = adapted(model if dense else quantized(model))
     model.add_adapter("other", fp.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     randomize(model)
     for name in ("other", "default"):
@@ -303,9 +309,12 @@ def test_adapters_take_effect_at_the_next_token(dtype, served):
     assert served == [True] * 9
 
 
-def test_pefts_own_layers_are_served_and_obeyed(served):
+@pytest.mark.parametrize("dense", [False, True])
+def test_pefts_own_layers_are_served_and_obeyed(dense, served):
     peft = pytest.importorskip("peft")
-    model = quantized(family("llama"))
+    model = family("llama")
+    if not dense:
+        model = quantized(model)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear"))
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     randomize(model)
@@ -356,11 +365,45 @@ def test_what_the_stack_does_not_know_goes_the_ordinary_way(served):
     expected = generate(model, ids, adapter_names=names)
     fp.accelerate(model)
     assert torch.equal(generate(model, ids, adapter_names=names), expected)
-    plain = family("llama")  # full precision
-    expected = generate(plain, ids)
-    fp.accelerate(plain)
-    assert torch.equal(generate(plain, ids), expected)
+    half = family("llama").double()
+    expected = generate(half, ids)
+    fp.accelerate(half)
+    assert torch.equal(generate(half, ids), expected)
     assert not any(served)
+
+
+def test_a_dense_weight_counts_as_it_is_now(served):
+    """It may be written, replaced, cast or made anew, unlike a packed one."""
+    plain, fused = pair(dense=True)
+    ids = torch.randint(1, VOCAB, (2, 12))
+
+    def logits(model):
+        layers, cache, out = model.model.layers, tf.DynamicCache(config=model.config), []
+
+        def step(start, end):
+            with torch.no_grad():
+                out.append(model(input_ids=ids[:, start:end], **{fused_decoder._CACHE: cache}).logits[:, -1])
+
+        step(0, 5)
+        step(5, 6)
+        with torch.no_grad():
+            layers[0].mlp.up_proj.weight.mul_(1.5)
+        step(6, 7)
+        layers[1].self_attn.v_proj.weight.data = layers[1].self_attn.v_proj.weight.data.t().contiguous().t()
+        step(7, 8)
+        layers[1].mlp.gate_proj.weight = torch.nn.Parameter(layers[1].mlp.gate_proj.weight * 0.5)
+        step(8, 9)
+        layers[0].self_attn.q_proj = torch.nn.Linear(*layers[0].self_attn.q_proj.weight.shape[::-1], bias=True)
+        torch.nn.init.constant_(layers[0].self_attn.q_proj.weight, 0.01)
+        torch.nn.init.constant_(layers[0].self_attn.q_proj.bias, 0.1)
+        step(9, 10)
+        layers[0].self_attn.q_proj.weight.data = layers[0].self_attn.q_proj.weight.data.bfloat16()
+        with pytest.raises(RuntimeError, match="dtype"):
+            step(10, 11)
+        return torch.cat(out)
+
+    assert torch.allclose(logits(fused), logits(plain), rtol=1e-5, atol=1e-5)
+    assert served.count(True) == 6
 
 
 def test_a_model_whose_parts_have_another_dtype_goes_the_ordinary_way(served):
@@ -534,7 +577,7 @@ def test_a_compiled_model_stays_compiled_while_modules_come_and_go():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_few_rows_of_a_dense_product(isa, dtype):
-    for rows, n, k in [(1, 49, 37), (2, 300, 64), (5, 64, 576), (16, 33, 8), (0, 5, 4)]:
+    for rows, n, k in [(1, 49, 37), (2, 300, 64), (5, 64, 576), (7, 81, 67), (16, 33, 8), (0, 5, 4)]:
         x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
         for bias in (None, torch.randn(n).to(dtype)):
             got = torch.ops.pyfastpeft.few_rows_linear(x, weight, bias)
@@ -546,6 +589,26 @@ def test_few_rows_of_a_dense_product(isa, dtype):
     got = torch.ops.pyfastpeft.few_rows_linear(*(t.to(dtype) for t in strided), None)
     contiguous = torch.ops.pyfastpeft.few_rows_linear(*(t.to(dtype).contiguous() for t in strided), None)
     assert torch.equal(got, contiguous)
+    with pytest.raises(RuntimeError, match="x has 17 rows; it must have at most 16"):
+        torch.ops.pyfastpeft.few_rows_linear(torch.zeros(17, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype), None)
+
+
+def test_a_row_of_a_dense_product_is_its_own(isa):
+    """What is not finite stays in its row, or in its column; and a row does not depend on its company."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.randn(11, 100).to(dtype), torch.randn(70, 100).to(dtype)
+        linear = torch.ops.pyfastpeft.few_rows_linear
+        expected = linear(x, weight, None)
+        alone = torch.cat([linear(row, weight, None) for row in x.split(1)])
+        assert torch.allclose(alone, expected, rtol=1e-5 if dtype is torch.float32 else 8e-3, atol=1e-4)
+        broken_x, broken_weight = x.clone(), weight.clone()
+        broken_x[3, 99], broken_x[8, 0] = torch.nan, torch.inf
+        broken_weight[69, 99], broken_weight[16, 3] = torch.nan, -torch.inf
+        got = linear(broken_x, broken_weight, None)
+        rows, columns = torch.ones(11, dtype=torch.bool), torch.ones(70, dtype=torch.bool)
+        rows[[3, 8]], columns[[16, 69]] = False, False
+        assert torch.equal(got[rows][:, columns], expected[rows][:, columns])
+        assert not got[~rows].isfinite().any() and not got[:, ~columns].isfinite().any()
 
 
 def test_the_head_takes_the_last_position_of_many_rows_and_trains():
@@ -577,6 +640,7 @@ def test_the_operator_refuses_what_does_not_fit():
         ((x, angle, angle, None, room, room, 4), "keys must be"),
         ((x, angle, angle, None, room[:1], room, 0), "one a layer"),
         ((x[..., :16], angle, angle, None, room, room, 0), "x must be"),
+        ((x.expand(1, 17, 32).contiguous(), angle, angle, None, room, room, 0), "x has 17 rows; .* at most 16"),
         ((x, angle[..., :4], angle, None, room, room, 0), "cos and sin"),
         ((x, angle, angle, torch.ones(1, 2), room, room, 0), "mask must be"),
         ((x.bfloat16(), angle, angle, None, room, room, 0), "x must be"),

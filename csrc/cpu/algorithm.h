@@ -251,6 +251,52 @@ inline const float* tile_scales(const Weight& w, int64_t tile, int64_t seg0, int
   return out;
 }
 
+// ---- few rows of x times A ------------------------------------------------------------------------------------------
+
+template <int D, int MB, int RB>
+void dot_block(const float* x, int64_t ldx, const Matrix& a, int64_t r0, float* s) {
+  constexpr int kSize = D == kFloat32 ? 4 : 2;
+  V::F acc[MB][RB];
+  each(MakeInts<MB>{}, PF_BODY(int M) { each(MakeInts<RB>{}, PF_BODY(int R) { acc[M][R] = V::zero(); }); });
+  const int64_t whole = a.cols / kLanes * kLanes;
+  const char* row = a.row(r0);
+  for (int64_t k = 0; k < whole; k += kLanes)
+    each(
+        MakeInts<RB>{}, PF_BODY(int R) {
+          const char* at = row + (R * a.ld + k) * kSize;
+          const V::F w = load_as<D>(at);
+          each(MakeInts<MB>{}, PF_BODY(int M) { acc[M][R] = V::fma(w, V::load(x + M * ldx + k), acc[M][R]); });
+        });
+  alignas(64) float tail[RB][kLanes];
+  for (int r = 0; r < RB; ++r) to_float(a.row(r0 + r) + whole * kSize, D, tail[r], a.cols - whole);
+  each(
+      MakeInts<MB>{}, PF_BODY(int M) {
+        each(
+            MakeInts<RB>{}, PF_BODY(int R) {
+              float sum = V::reduce(acc[M][R]);
+              for (int64_t k = whole; k < a.cols; ++k) sum += tail[R][k - whole] * x[M * ldx + k];
+              s[M * a.rows + r0 + R] = sum;
+            });
+      });
+}
+
+template <int D, int MB>
+void dot_rows(const float* x, int64_t ldx, const Matrix& a, float* s, int64_t r0, int64_t r1) {
+  int64_t r = r0;
+  for (; r + 4 <= r1; r += 4) dot_block<D, MB, 4>(x, ldx, a, r, s);
+  for (; r < r1; ++r) dot_block<D, MB, 1>(x, ldx, a, r, s);
+}
+
+void dots(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1) {
+  with_dtype(
+      a.dtype, PF_BODY(int D) {
+        int64_t m = 0;
+        for (; m + 4 <= rows; m += 4) dot_rows<D, 4>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
+        for (; m + 2 <= rows; m += 2) dot_rows<D, 2>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
+        for (; m < rows; ++m) dot_rows<D, 1>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
+      });
+}
+
 template <class A>
 struct Algorithm {
   using E = typename A::Elem;
@@ -543,9 +589,9 @@ struct Algorithm {
       if (rows > Tiles::kRows / 2 || contraction >= Tiles::kColumns) {  // else a tile is filled for little
         for (int64_t t = 0; t < tiles; t += kGroupTiles, panels += kGroupPanel, c += rows * ldc) {
           if (tiles - t >= kGroupTiles)
-            multiply_tiles<kGroupTiles>(x, rows, panels, contraction, ahead, c, ldc);
+            multiply_tiles<kGroupTiles>(x, kStride, rows, panels, contraction, ahead, c, ldc);
           else
-            multiply_tiles<1>(x, rows, panels, contraction, ahead, c, ldc);
+            multiply_tiles<1>(x, kStride, rows, panels, contraction, ahead, c, ldc);
         }
         return;
       }
@@ -560,15 +606,15 @@ struct Algorithm {
     });
   }
 
-  // The same for one group of L tiles. What does not fill a tile goes through a whole one: last rows with sums that
-  // nothing reads, last columns with zeros.
+  // The same for one group of L tiles and rows `ldx` apart. What does not fill a tile goes through a whole one: last
+  // rows with sums that nothing reads, last columns with zeros.
   template <int L>
-  static void multiply_tiles(const E* x, int64_t rows, const E* panel, int64_t contraction, Ahead ahead, float* c,
-                             int64_t ldc) {
+  static void multiply_tiles(const E* x, int64_t ldx, int64_t rows, const E* panel, int64_t contraction, Ahead ahead,
+                             float* c, int64_t ldc) {
     constexpr int64_t kRows = Tiles::kRows, kColumns = Tiles::kColumns, kWide = L * kTile;
     const int64_t steps = contraction / kColumns, rest = contraction - steps * kColumns;
     const int64_t pairs = rows / (2 * kRows) * (2 * kRows);
-    if (pairs > 0 && steps > 0) Tiles::template add<2, L>(x, kStride, pairs, panel, steps, ahead, c, ldc);
+    if (pairs > 0 && steps > 0) Tiles::template add<2, L>(x, ldx, pairs, panel, steps, ahead, c, ldc);
     alignas(64) float part[kRows * kWide];
     // body(sums) for the rows from r on, fewer than a pair of tiles.
     const auto whole = [&](int64_t r, const auto& body) {
@@ -581,13 +627,13 @@ struct Algorithm {
     if (steps > 0)
       for (int64_t r = pairs; r < rows; r += kRows)
         whole(r, [&](float* sums, int64_t ld) {
-          Tiles::template add<1, L>(x + r * kStride, kStride, kRows, panel, steps, ahead, sums, ld);
+          Tiles::template add<1, L>(x + r * ldx, ldx, kRows, panel, steps, ahead, sums, ld);
         });
     if (rest == 0) return;
     alignas(64) E last_panel[kColumns * kWide] = {}, last_columns[kRows * kColumns];
     copy_bytes(last_panel, panel + steps * kColumns * kWide, ceil_div(rest, kStep) * kStep * kWide * sizeof(E));
     for (int64_t r = 0; r < rows; r += kRows) {
-      Tiles::copy_columns(x + r * kStride + steps * kColumns, kStride, rest, last_columns);
+      Tiles::copy_columns(x + r * ldx + steps * kColumns, ldx, rest, last_columns);
       whole(r, [&](float* sums, int64_t ld) {
         Tiles::template add<1, L>(last_columns, kColumns, kRows, last_panel, 1, ahead, sums, ld);
       });
@@ -1083,6 +1129,56 @@ struct Algorithm {
     }
   }
 
+  // ---- forward, few rows of x times a weight in full precision ----
+
+  // c[row of x][lane] = x * W^T for rows [n0, n0 + lanes) of W, up to kGroupLanes. With tiles, W is the side that lies
+  // in rows; `panel` is x as a tile of lanes.
+  static void dense_sums(const DenseArgs& g, const E* panel, int64_t n0, int64_t lanes, float* c) {
+    int64_t done = 0;
+    if constexpr (kHasTiles)
+      if (panel != nullptr) {
+        alignas(64) float sums[kGroupLanes * kTile] = {}, square[kTile * kTile];
+        done = lanes / kTile * kTile;
+        multiply_tiles<1>(reinterpret_cast<const E*>(g.w.row(n0)), g.w.ld, done, panel, g.w.cols, {}, sums, kTile);
+        for (int64_t i = 0; i < done; i += kTile) {
+          V::transpose16(sums + i * kTile, kTile, square);
+          for (int64_t r = 0; r < g.x.rows; ++r)
+            copy_bytes(c + r * kGroupLanes + i, square + r * kTile, kTile * sizeof(float));
+        }
+      }
+    Matrix part = g.w;
+    part.data = g.w.row(n0);
+    part.rows = kGroupLanes;
+    dots(g.xf, g.ldxf, g.x.rows, part, c, done, lanes);
+  }
+
+  static void dense(const DenseArgs& g, int64_t group0, int64_t group1) {
+    [[maybe_unused]] const Tiles held;
+    const int64_t rows = g.x.rows, rank = g.lora_b.data == nullptr ? 0 : g.lora_b.cols;
+    E *b_panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E))), *x_panel = nullptr;
+    if (kHasTiles && g.x.dtype == kBFloat16 && g.w.dtype == kBFloat16) {
+      x_panel = static_cast<E*>(scratch(1, ceil_div(g.x.cols, kStep) * kStep * kTile * sizeof(E)));
+      pack_lanes_t(g.x, 0, 0, g.x.cols, x_panel, 0, kTileVecs);
+    }
+    alignas(64) float c[kTile * kGroupLanes];
+    for (int64_t n0 = group0 * kGroupLanes; n0 < min64(group1 * kGroupLanes, g.w.rows); n0 += kGroupLanes) {
+      const int64_t lanes = min64(kGroupLanes, g.w.rows - n0), tiles = ceil_div(lanes, kTile);
+      dense_sums(g, x_panel, n0, lanes, c);
+      for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
+        const int64_t n = min64(kBlock, rank - col0);
+        for (int64_t i = 0; i < tiles; ++i)
+          pack_lanes_t(g.lora_b, n0 + i * kTile, col0, n, b_panel, i * kTileVecs, tiles * kTileVecs);
+        multiply(packed_block(g.s, col0 / kBlock), rows, b_panel, n, tiles, c, kGroupLanes);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        float* sums = c + r * kGroupLanes;
+        if (g.bias != nullptr)
+          for (int64_t i = 0; i < lanes; ++i) sums[i] += g.bias[n0 + i];
+        from_float(sums, static_cast<char*>(g.y) + (r * g.w.rows + n0) * dtype_size(g.y_dtype), g.y_dtype, lanes);
+      }
+    }
+  }
+
   // ---- backward ----
 
   static void dx(const DxArgs& g, int64_t col0, int64_t col1) {
@@ -1208,72 +1304,12 @@ struct Algorithm {
   }
 
   static Arithmetic table() {
-    return {kGroupLanes,
-            kBlock,
-            kFewRows,
-            kFewRowsOfZeros,
-            kHasTiles,
-            packed_rows_bytes,
-            panels_bytes,
-            pack_rows,
-            pack_rows_t,
-            pack_panels_t,
-            gemv,
-            dots_packed,
-            prefetch_first_b,
-            to_steps,
-            gemm,
-            dx,
-            rows_times_t,
+    return {kGroupLanes,      kBlock,    kFewRows,    kFewRowsOfZeros, kHasTiles, packed_rows_bytes,
+            panels_bytes,     pack_rows, pack_rows_t, pack_panels_t,   gemv,      dots_packed,
+            prefetch_first_b, to_steps,  gemm,        dense,           dx,        rows_times_t,
             rows_times};
   }
 };
-
-// ---- few rows of x times A ------------------------------------------------------------------------------------------
-
-template <int D, int MB, int RB>
-void dot_block(const float* x, int64_t ldx, const Matrix& a, int64_t r0, float* s) {
-  constexpr int kSize = D == kFloat32 ? 4 : 2;
-  V::F acc[MB][RB];
-  each(MakeInts<MB>{}, PF_BODY(int M) { each(MakeInts<RB>{}, PF_BODY(int R) { acc[M][R] = V::zero(); }); });
-  const int64_t whole = a.cols / kLanes * kLanes;
-  const char* row = a.row(r0);
-  for (int64_t k = 0; k < whole; k += kLanes)
-    each(
-        MakeInts<RB>{}, PF_BODY(int R) {
-          const char* at = row + (R * a.ld + k) * kSize;
-          const V::F w = load_as<D>(at);
-          each(MakeInts<MB>{}, PF_BODY(int M) { acc[M][R] = V::fma(w, V::load(x + M * ldx + k), acc[M][R]); });
-        });
-  alignas(64) float tail[RB][kLanes];
-  for (int r = 0; r < RB; ++r) to_float(a.row(r0 + r) + whole * kSize, D, tail[r], a.cols - whole);
-  each(
-      MakeInts<MB>{}, PF_BODY(int M) {
-        each(
-            MakeInts<RB>{}, PF_BODY(int R) {
-              float sum = V::reduce(acc[M][R]);
-              for (int64_t k = whole; k < a.cols; ++k) sum += tail[R][k - whole] * x[M * ldx + k];
-              s[M * a.rows + r0 + R] = sum;
-            });
-      });
-}
-
-template <int D, int MB>
-void dot_rows(const float* x, int64_t ldx, const Matrix& a, float* s, int64_t r0, int64_t r1) {
-  int64_t r = r0;
-  for (; r + 4 <= r1; r += 4) dot_block<D, MB, 4>(x, ldx, a, r, s);
-  for (; r < r1; ++r) dot_block<D, MB, 1>(x, ldx, a, r, s);
-}
-
-void dots(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1) {
-  with_dtype(
-      a.dtype, PF_BODY(int D) {
-        int64_t m = 0;
-        for (; m + 4 <= rows; m += 4) dot_rows<D, 4>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
-        for (; m + 2 <= rows; m += 2) dot_rows<D, 2>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
-        for (; m < rows; ++m) dot_rows<D, 1>(x + m * ldx, ldx, a, s + m * a.rows, r0, r1);
-      });
-}
 
 void pack_pairs(const Matrix& src, uint16_t* dst, int64_t tile0, int64_t tile1) {
   alignas(64) float square[16 * 16];

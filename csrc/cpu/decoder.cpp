@@ -92,6 +92,9 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
     return Matrix{data, d.dtype, rows, cols, cols};
   };
   const auto project = [&](const DecoderLinear& linear, const void* from, void* to) {
+    if (linear.dense.data != nullptr)
+      return dense_forward(linear.dense, rows_of(from, m, linear.dense.cols), linear.bias, linear.branch, to, d.dtype,
+                           parallel);
     if (linear.int8)
       return linear_forward_int8(linear.w, rows_of(from, m, linear.w.k), linear.bias, linear.branch, to, d.dtype,
                                  parallel);

@@ -1,5 +1,5 @@
-// A stack of decoder layers for few rows: norm, projections, rotary embeddings, attention over a cache, SwiGLU, each
-// layer in place on one residual stream. No torch in it; threads come from the caller.
+// A stack of decoder layers for up to kTile rows: norm, projections, rotary embeddings, attention over a cache, SwiGLU,
+// each layer in place on one residual stream. No torch in it; threads come from the caller.
 #pragma once
 #include <vector>
 
@@ -9,6 +9,7 @@ namespace pf {
 
 struct DecoderLinear {
   Weight w;
+  Matrix dense;  // instead of w where its data is not null: [N, K] in full precision
   const float* bias = nullptr;
   Branch branch;
   bool int8 = false;  // the tier of linear_forward_int8

@@ -38,6 +38,17 @@ struct GemmArgs {  // y = x * W^T + s * B^T + bias
   int64_t ldy;
 };
 
+struct DenseArgs {  // y [rows, N] = x * W^T + s * B^T + bias for up to kTile rows and a weight [N, K] in full precision
+  Matrix w, x;
+  const float* xf;  // x in float32
+  int64_t ldxf;
+  PackedRows s;
+  Matrix lora_b;  // [N, R]; data null without a branch
+  const float* bias;
+  void* y;
+  int y_dtype;
+};
+
 // Few rows of x as a way of decoding wants them.
 template <class Elem>
 struct FewColumns {
@@ -181,6 +192,7 @@ struct Arithmetic {
   // Float32 [rows, cols] to the element type, rows of odd length padded with a zero.
   void (*to_steps)(const float* src, int64_t rows, int64_t cols, void* dst);
   void (*gemm)(const GemmArgs&, int64_t tile0, int64_t tile1);
+  void (*dense)(const DenseArgs&, int64_t group0, int64_t group1);  // groups of group_lanes rows of W
   void (*dx)(const DxArgs&, int64_t col0, int64_t col1);
   // out [rows, lanes] float32 = x * p^T for a matrix p [lanes, contraction]: rows [row0, row1), over the contraction
   // from `begin`, the beginning of a block, to `end`.

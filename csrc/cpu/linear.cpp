@@ -110,10 +110,8 @@ constexpr int64_t kReading = 20;        // multiply-adds in the time that an ele
 class BranchSums {
  public:
   // Of few rows as they are, without dropout.
-  BranchSums(const Kernels& k, const Arithmetic& arith, const Weight& w, const FewRows& few, int64_t rows,
-             const Branch& branch)
+  BranchSums(const Kernels& k, const Arithmetic& arith, const FewRows& few, int64_t rows, const Branch& branch)
       : arith_(arith), branch_(branch), count_(rows * branch.rank()), kernels_(&k), few_(few) {
-    args_.w = w;
     args_.x = few.x;
     args_.ldx = few.ldx;
     args_.rows = rows;
@@ -223,6 +221,18 @@ PackedRows pack_scaled(const Arithmetic& arith, const float* s, int64_t rows, co
   return pack_rows(arith, {factor, kFloat32, rows, rank, rank}, nullptr, 0, {}, kSlotS, parallel);
 }
 
+// The same of sums that are finished, by and for the calling thread.
+PackedRows pack_sums(const Arithmetic& arith, const BranchSums& sums, const float* factor, const Branch& branch,
+                     int64_t rows) {
+  const int64_t rank = branch.rank();
+  float* scaled = static_cast<float*>(scratch(kSlotDy, rows * rank * sizeof(float)));
+  void* packed = scratch(kSlotS, arith.packed_rows_bytes(rows, rank));
+  sums.store(scaled);
+  times_factor(scaled, factor, branch, 0, rows, scaled);
+  arith.pack_rows({scaled, kFloat32, rows, rank, rank}, nullptr, 0, {}, packed, 0, rows);
+  return {packed, rows, rank};
+}
+
 void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
                       void* y, int y_dtype, float* s, ParallelFor parallel) {
   const Arithmetic& arith = few_rows_arithmetic(k, x.dtype);
@@ -237,7 +247,7 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
   }
   if (rank == 0) return run(parallel, w.tiles(), grain, [&](int64_t t0, int64_t t1) { arith.gemv(args, t0, t1); });
   // One region for both: whoever comes to his tiles takes parts of s first.
-  BranchSums sums(k, arith, w, few, x.rows, branch);
+  BranchSums sums(k, arith, few, x.rows, branch);
   const float* factor = branch_factor(branch, x.rows, rank);
   run(parallel, w.tiles(), grain, [&](int64_t t0, int64_t t1) {
     const int64_t count = x.rows * rank;
@@ -282,17 +292,33 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   BranchSums sums(arith, dropped, branch);
   const float* factor = branch_factor(branch, rows, rank);
   run(parallel, units, grain, [&](int64_t u0, int64_t u1) {
-    float* scaled = static_cast<float*>(scratch(kSlotDy, rows * rank * sizeof(float)));
-    void* packed = scratch(kSlotS, arith.packed_rows_bytes(rows, rank));
-    sums.finish(branch.a.data);
-    sums.store(scaled);
-    times_factor(scaled, factor, branch, 0, rows, scaled);
-    arith.pack_rows({scaled, kFloat32, rows, rank, rank}, nullptr, 0, {}, packed, 0, rows);
     GemmArgs own = args;
-    own.s = {packed, rows, rank};
+    sums.finish(branch.a.data);
+    own.s = pack_sums(arith, sums, factor, branch, rows);
     product(own, u0, u1);
   });
   if (s != nullptr) sums.store(s);
+}
+
+void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
+                   ParallelFor parallel) {
+  if (x.rows == 0 || w.rows == 0) return;
+  const Kernels& k = *kernels();
+  const Arithmetic& arith = arithmetic_for(k, x.dtype);
+  const int64_t lanes = arith.group_lanes, groups = (w.rows + lanes - 1) / lanes;
+  const int64_t grain = grain_of(lanes * w.cols * ((x.rows + 3) / 4));
+  const FewRows few = few_rows(k, arith, x, true);
+  const DenseArgs args{w, x, few.xf, few.ldxf, {}, branch.b, bias, y, y_dtype};
+  if (branch.rank() == 0)
+    return run(parallel, groups, grain, [&](int64_t g0, int64_t g1) { arith.dense(args, g0, g1); });
+  BranchSums sums(k, arith, few, x.rows, branch);
+  const float* factor = branch_factor(branch, x.rows, branch.rank());
+  run(parallel, groups, grain, [&](int64_t g0, int64_t g1) {
+    DenseArgs own = args;
+    sums.finish(w.row(g0 * lanes));
+    own.s = pack_sums(arith, sums, factor, branch, x.rows);
+    arith.dense(own, g0, g1);
+  });
 }
 
 void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y,
@@ -313,7 +339,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
       sums.store(s);
     };
     if (is_few(arith, w, x, branch)) {
-      all(BranchSums(k, arith, w, few_rows(k, arith, x, !branch.a.packed), x.rows, branch));
+      all(BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), x.rows, branch));
     } else {
       const PackedRows packed = pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel);
       if (x.rows <= kMostSplitRows)

@@ -32,6 +32,9 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
 // The same y with x rounded to 8 bits on its way into W; the branch is exact.
 void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y,
                          int y_dtype, ParallelFor parallel);
+// The same as linear_forward for up to kTile rows and a weight [N, K] in full precision, without dropout.
+void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
+                   ParallelFor parallel);
 // ds [rows, R] float32 = (dy B) * factor (computed when there is a branch); dx [rows, K] in dy's dtype, or null.
 void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, void* dx, float* ds,
                      ParallelFor parallel);

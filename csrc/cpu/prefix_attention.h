@@ -198,7 +198,7 @@ struct Attention {
       };
       if (kNew) __builtin_memset(c, 0, rows * ldc * sizeof(float));
       if (!kNew && factor != nullptr) times([&](int v) { return V::load(factor + v * kLanes); });
-      Algorithm<A>::template multiply_tiles<kGroupTiles>(x, rows, panel, steps * kStep, {}, c, ldc);
+      Algorithm<A>::template multiply_tiles<kGroupTiles>(x, kStride, rows, panel, steps * kStep, {}, c, ldc);
       if (kNew && *factor != 1.0f) times([&](int) { return V::set1(*factor); });
     } else {
       Algorithm<A>::row_blocks(rows, [&](int64_t r0, int n) {

@@ -29,12 +29,10 @@ from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear, stamp_of
 from ..ops import PackedLora
 from ..ops.backends import Backend, choose_attention, native
+from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
 from .forwards import ModuleForward, install
-
-FEW_ROWS = 16
-"""Rows (batch times new tokens) up to which the fused stack serves a call."""
 
 _FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 _PROJECTIONS = (
@@ -241,8 +239,8 @@ class _Stack:
                 eps,
                 attention.scaling,
             )
-            for linear in linears:
-                torch.ops.pyfastpeft.add_decoder_linear.default(self.number, *linear)
+            for add, *linear in linears:
+                add(self.number, *linear)
         except RuntimeError as error:
             self._free()
             raise _Unsupported from error
@@ -258,12 +256,19 @@ class _Stack:
         elif type(module).__module__.startswith("peft.tuners.lora."):
             branch = self._peft_branch(module)
             module = look.module(module, "base_layer")
+        bias = look.get(module._parameters, "bias")
+        if type(module) is nn.Linear:
+            weight = look.get(module._parameters, "weight")
+            if type(weight) not in (Tensor, nn.Parameter) or not weight.is_cpu:
+                raise _Unsupported
+            return torch.ops.pyfastpeft.add_decoder_dense.default, weight, bias, *branch
         if type(module) is not Linear4bit or module.compute_dtype not in (None, dtype):
             raise _Unsupported
-        packed, bias = look.get(vars(module), "packed"), look.get(module._parameters, "bias")
+        packed = look.get(vars(module), "packed")
         if packed is None or not native(packed):
             raise _Unsupported
-        return (*packed.operands, bias, *branch, takes_int8(packed, look.get(vars(module), "compute")))
+        int8 = takes_int8(packed, look.get(vars(module), "compute"))
+        return torch.ops.pyfastpeft.add_decoder_linear.default, *packed.operands, bias, *branch, int8
 
     def _without_bottleneck(self, module: BottleneckLayer) -> nn.Module:
         plan = self.lookups.get(vars(module), "_plan")
