@@ -36,6 +36,7 @@ CONFIGS = [
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(deferred_logits, "_CHUNK_LOGITS", 200 * 7)
+    monkeypatch.setattr(deferred_logits, "_CPU_ROWS", 1)
 
 
 @pytest.fixture
@@ -303,6 +304,7 @@ def test_a_chunk_waits_for_no_device(monkeypatch, chunk):
     if chunk is not None:
         monkeypatch.setattr(deferred_logits, "_CHUNK_LOGITS", chunk)
         monkeypatch.setattr(deferred_logits, "_GPU_ROWS", 1)
+        monkeypatch.setattr(deferred_logits, "_CPU_ROWS", 1)
     head = nn.Linear(8, 50, device="meta").requires_grad_(False)
     hidden, labels = torch.empty(9, 8, device="meta", requires_grad=True), torch.zeros(9, device="meta").long()
     for ignore in (None, labels == 0):

@@ -23,11 +23,11 @@ from ..ops import cross_entropy_with_gradient, dense_linear, large_pages
 from ..ops.backends import FLOATS
 from .forwards import ModuleForward, autocast_of, hooked, install, remove
 
-_CHUNK_LOGITS = 1 << 23
+_CHUNK_LOGITS = 1 << 22
 _PARTS = 8
 """Of a chunk: logits and their gradient are in memory together for one of these only."""
-_GPU_ROWS = 512
-"""Rows of a chunk at least, on a GPU: of fewer, the product takes the time that reading the head's weight does."""
+_CPU_ROWS, _GPU_ROWS = 64, 512
+"""Rows of a chunk at least: of fewer, the product takes the time that reading the head's weight does."""
 
 
 def chunked_cross_entropy(
@@ -61,7 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         differentiates = ctx.needs_input_grad[0]
         d_hidden = torch.empty_like(hidden) if differentiates else None
         losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        rows = max(1 if hidden.is_cpu else _GPU_ROWS, _CHUNK_LOGITS // classes)
+        rows = max(_CPU_ROWS if hidden.is_cpu else _GPU_ROWS, _CHUNK_LOGITS // classes)
         step = -(-rows // _PARTS)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)

@@ -46,6 +46,7 @@ def test_loss_and_gradient_of_a_label_that_is_no_class_are_nan():
 
 def test_a_head_and_its_loss_a_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(deferred_logits, "_CHUNK_LOGITS", 50 * 7)
+    monkeypatch.setattr(deferred_logits, "_CPU_ROWS", 1)
     hidden, head, labels = torch.randn(23, 16, requires_grad=True), torch.randn(50, 16), torch.randint(50, (23,))
     loss = deferred_logits.chunked_cross_entropy(hidden, labels, lambda h: h @ head.t(), 50)
     exact = torch.nn.functional.cross_entropy(hidden.double() @ head.double().t(), labels, reduction="sum")
