@@ -19,6 +19,7 @@ struct HeldLinear {
   OptTensor dense;                           // in full precision
   OptTensor bias, lora_a, lora_b;
   double scaling;
+  OptTensor row_scale;  // [R], or [groups, R]: one for equally many consecutive rows
   bool int8;
 };
 
@@ -66,16 +67,17 @@ void add(int64_t id, HeldLinear linear) {
 
 void add_decoder_linear(int64_t id, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
                         int64_t format, int64_t n, int64_t blocksize, OptTensor bias, OptTensor lora_a,
-                        OptTensor lora_b, double scaling, bool int8) {
+                        OptTensor lora_b, double scaling, OptTensor row_scale, bool int8) {
   auto held = std::make_shared<const HeldWeight>(codes, scale, zero, absmax2, offset, format, n, blocksize);
   const int64_t k = held->k();
-  add(id, {n, k, std::move(held), std::nullopt, bias, lora_a, lora_b, scaling, int8});
+  add(id, {n, k, std::move(held), std::nullopt, bias, lora_a, lora_b, scaling, row_scale, int8});
 }
 
-void add_decoder_dense(int64_t id, Tensor weight, OptTensor bias, OptTensor lora_a, OptTensor lora_b, double scaling) {
+void add_decoder_dense(int64_t id, Tensor weight, OptTensor bias, OptTensor lora_a, OptTensor lora_b, double scaling,
+                       OptTensor row_scale) {
   STD_TORCH_CHECK(weight.dim() == 2 && dtype_of(weight, "weight") == stacks.find(id, "stack")->shape.dtype,
                   "weight must be a matrix in the dtype of the norms");
-  add(id, {weight.size(0), weight.size(1), nullptr, weight, bias, lora_a, lora_b, scaling, false});
+  add(id, {weight.size(0), weight.size(1), nullptr, weight, bias, lora_a, lora_b, scaling, row_scale, false});
 }
 
 const void* vector_data(const Tensor& t, int64_t n, int dtype, const char* name) {
@@ -93,6 +95,19 @@ void set_strides(const Tensor& t, const pf::Decoder& d, int64_t rows, int64_t le
                   name, " must be [", rows, ", ", d.kv_heads, ", ", length, cache ? " or more, " : ", ", d.dim,
                   "] in the dtype of x, its last dimension contiguous");
   for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
+}
+
+// Factors [groups, R] of so many rows.
+OptTensor of_rows(const OptTensor& row_scale, int64_t rows) {
+  if (!row_scale.has_value() || row_scale->dim() < 2 || row_scale->size(0) == rows) return row_scale;
+  const int64_t groups = row_scale->size(0), rank = row_scale->size(1);
+  STD_TORCH_CHECK(groups > 0 && rows % groups == 0, "x has ", rows, " rows; they must be a multiple of the ", groups,
+                  " of row_scale");
+  Tensor all = new_matrix(rows, rank, pf::kFloat32);
+  const float* from = row_scale->const_data_ptr<float>();
+  float* to = all.mutable_data_ptr<float>();
+  for (int64_t r = 0; r < rows; ++r, to += rank) std::copy_n(from + r * groups / rows * rank, rank, to);
+  return all;
 }
 
 Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor mask, std::vector<Tensor> keys,
@@ -131,9 +146,11 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
   std::vector<BranchTensors> branches;
   std::vector<Bias> biases;
   std::vector<Tensor> dense;
+  std::vector<OptTensor> factors;
   branches.reserve(stack->linears.size());
   biases.reserve(stack->linears.size());
   dense.reserve(stack->linears.size());
+  factors.reserve(stack->linears.size());
   d.layers.resize(layers);
   for (size_t i = 0; i < layers; ++i) {
     pf::DecoderLayer& layer = d.layers[i];
@@ -156,7 +173,8 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
     }
     for (int p = 0; p < pf::kProjections; ++p) {
       const HeldLinear& held = stack->linears[i * pf::kProjections + p];
-      branches.emplace_back(held.lora_a, held.lora_b, std::nullopt, held.scaling, batch * tokens, std::nullopt, 0.0,
+      factors.push_back(of_rows(held.row_scale, batch * tokens));
+      branches.emplace_back(held.lora_a, held.lora_b, factors.back(), held.scaling, batch * tokens, std::nullopt, 0.0,
                             held.n, held.k);
       biases.emplace_back(held.bias, held.n);
       layer.linear[p] = {{}, {}, biases.back().data, branches.back().branch, held.int8};
@@ -195,10 +213,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
       "float scale) -> int");
   m.def(
       "add_decoder_linear(int stack, Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, "
-      "int format, int n, int blocksize, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, bool int8) -> "
+      "int format, int n, int blocksize, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, "
+      "Tensor? row_scale, bool int8) -> "
       "()");
   m.def(
-      "add_decoder_dense(int stack, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling) -> ()");
+      "add_decoder_dense(int stack, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, "
+      "Tensor? row_scale) -> ()");
   m.def("free_decoder(int stack) -> ()");
   m.def(
       "decoder_forward(int stack, Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!)[] keys, "

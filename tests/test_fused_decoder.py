@@ -309,6 +309,89 @@ def test_adapters_take_effect_at_the_next_token(dtype, dense, served):
     assert served == [True] * 9
 
 
+def three_adapters(dtype=torch.float32, dense=False):
+    """For inference, of different ranks (an odd sum), modules and scalings; and the model without the stack."""
+    model = family("llama", dtype)
+    model = adapted(model if dense else quantized(model))
+    model.add_adapter("short", fp.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    model.add_adapter("odd", fp.LoraConfig(r=5, lora_alpha=3, target_modules=["q_proj", "o_proj", "up_proj"]))
+    randomize(model, std=0.1)
+    for name in ("short", "odd", "default"):
+        model.set_adapter(name, inference_mode=True)
+    plain = copy.deepcopy(model)
+    remove(plain)
+    plain.set_attn_implementation("sdpa")
+    return plain, model
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_choose_and_several_active_adapters(isa, dtype, dense, served):
+    plain, model = three_adapters(dtype, dense)
+    ids = torch.randint(1, VOCAB, (4, 11))
+    exact = copy.deepcopy(plain).float()
+
+    def along(m, active=None, names=None):
+        m.set_adapter(active or "default")
+        cache, out = tf.DynamicCache(config=m.config), []
+        with torch.no_grad():
+            for part in ids.split([6, 1, 3, 1], 1):
+                rows = {} if names is None else {"adapter_names": names}
+                out.append(m(input_ids=part, **{fused_decoder._CACHE: cache}, **rows).logits)
+        return torch.cat(out, 1).float()
+
+    for active, names in (
+        (["default", "odd"], None),
+        (["short", "odd", "default"], None),
+        (None, ["default", "odd", "__base__", "short"]),
+        (None, ["short", ["default", "odd"], "odd", "odd"]),
+        (None, ["__base__"] * 4),
+    ):
+        served.clear()
+        expected, unfused, got = (along(m, active, names) for m in (exact, plain, model))
+        assert served == [False, True, True, True], (active, names)
+        if dtype is torch.float32:
+            assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+        else:
+            assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
+
+
+def test_rows_that_choose_see_what_changes_and_nothing_of_each_other(served):
+    plain, model = three_adapters()
+    ids = torch.randint(1, VOCAB, (2, 6))
+    rows = {"adapter_names": ["odd", "short"]}
+
+    def layer(m):
+        return m.base_model.model.model.layers[1].self_attn.q_proj
+
+    def check(serves):
+        served.clear()
+        expected, got = (generate(m, ids, **rows) for m in (plain, model))
+        assert torch.equal(got, expected) and any(served) is serves
+        return got
+
+    first = check(True)
+    beams = {"num_beams": 3, "num_return_sequences": 3}
+    assert torch.equal(generate(model, ids, **rows, **beams), generate(plain, ids, **rows, **beams))
+    for m in (plain, model):
+        state = {k: v * 3 for k, v in fp.get_peft_model_state_dict(m, "short").items()}
+        m.hotswap_adapter(state, "short")
+    check(True)
+    for m in (plain, model):
+        layer(m).set_scaling("odd", 40.0)
+        m.base_model.bank.refresh()
+    check(True)
+    for m in (plain, model):
+        layer(m).set_scaling("odd", 0.6)
+        m.base_model.bank.refresh()
+        layer(m).lora_B["short"].weight.data[3, 1] = torch.nan
+        layer(m)._changed()
+    served.clear()
+    assert torch.equal(generate(model, ids, **rows)[0], first[0]) and not any(served)
+    with pytest.raises(ValueError, match="adapter_names"):
+        generate(model, ids, adapter_names=["odd", "short", "odd"])
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_pefts_own_layers_are_served_and_obeyed(dense, served):
     peft = pytest.importorskip("peft")
@@ -765,3 +848,23 @@ def test_a_prefix_may_come_and_go(served):
         for layer in model.model.layers:
             vars(layer.self_attn).pop("_prefix", None)
     assert torch.allclose(check(), without, rtol=1e-5)
+
+
+def test_rows_of_several_methods_are_served_together(served):
+    plain, model = three_adapters()
+    virtual = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    torch.manual_seed(0)
+    model.add_adapter("prefix", fp.PrefixTuningConfig(**virtual))
+    model.add_adapter("prompt", fp.PromptTuningConfig(**virtual))
+    for name in ("prefix", "prompt", "default"):
+        model.set_adapter(name, inference_mode=True)
+    alone = copy.deepcopy(model)
+    remove(alone, fused_decoder._FewRows)
+    ids = torch.randint(1, VOCAB, (5, 6))
+    names = ["odd", ["prefix", "short"], "prompt", "__base__", "prefix"]
+    together = generate(model, ids, adapter_names=names)
+    assert any(served)
+    served.clear()
+    assert torch.equal(together, generate(alone, ids, adapter_names=names)) and not any(served)
+    for i, name in enumerate(names):
+        assert torch.equal(generate(alone, ids[i : i + 1], adapter_names=[name])[0], together[i])

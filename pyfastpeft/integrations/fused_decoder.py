@@ -17,13 +17,14 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..adapters import AdapterBank
+from ..adapters import AdapterBank, Rows
 from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear, stamp_of
@@ -44,6 +45,7 @@ _PROJECTIONS = (
     ("mlp", "up_proj"),
     ("mlp", "down_proj"),
 )
+_NO_BRANCH = None, None, 1.0, None  # A, B, scaling, and the factors of the columns or of each row's
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _STACKS_KEPT = 4  # switching between this many sets of adapters builds nothing
@@ -177,6 +179,10 @@ class _Stack:
             return None
         return [p.k.to(self.dtype) for p in held], [p.v.to(self.dtype) for p in held], first.index, first.lengths
 
+    def serves(self, rows: int) -> bool:
+        """Whether the rows that chose, where they did, stand for as many each."""
+        return all(mode is None or not mode.names or rows % len(mode.of_row) == 0 for mode in self._modes)
+
     def _modes_now(self) -> list:
         return [bank.mode for bank in self.banks]
 
@@ -247,7 +253,7 @@ class _Stack:
 
     def _linear(self, module: nn.Module, dtype: torch.dtype) -> tuple:
         look = self.lookups
-        branch: tuple = (None, None, 1.0)
+        branch = _NO_BRANCH
         if type(module) is BottleneckLayer:
             module = self._without_bottleneck(module)
         if type(module) is LoraLinear:
@@ -282,18 +288,39 @@ class _Stack:
         look = self.lookups
         self.banks.add(module.bank)
         mode, plan = module.bank.mode, look.get(vars(module), "_plan")
-        if mode is not None and mode.names:
-            raise _Unsupported
-        if mode is not None or plan is None:
-            return None, None, 1.0
-        if not plan.simple or plan.magnitude is not None or (plan.dropout and look.get(vars(module), "training")):
+        if mode is not None:
+            names = module.present(mode)
+            return self._stacked_branch(module, names, mode, dtype) if names else _NO_BRANCH
+        if plan is None:
+            return _NO_BRANCH
+        if not plan.simple:
+            return self._stacked_branch(module, plan.names, None, dtype)
+        if plan.magnitude is not None or (plan.dropout and look.get(vars(module), "training")):
             raise _Unsupported
         a, b = look.get(plan.a, "weight"), look.get(plan.b, "weight")
         branch = module.branch(dtype, plan.names, a, b, plan.scaling, 0.0)
         if isinstance(branch, PackedLora):
             self._copied += (a, b)
-            return branch.a_pairs, branch.b_pairs, plan.scaling
-        return a, b, plan.scaling
+            return branch.a_pairs, branch.b_pairs, plan.scaling, None
+        return a, b, plan.scaling, None
+
+    def _stacked_branch(
+        self, module: LoraLinear, names: tuple[str, ...], mode: Rows | None, dtype: torch.dtype
+    ) -> tuple:
+        """Of several adapters, or of those that the rows choose among."""
+        if not module.only_product(names) or not module.bank.frozen.issuperset(names):
+            raise _Unsupported  # one that trains may change without a trace, and these are copies
+        if any(module.dropout[name] for name in names) and self.lookups.get(vars(module), "training"):
+            raise _Unsupported
+        self._copied += module.parts(names)
+        a, b, scale = module.stacked(names)
+        if mode is not None and not module.all_finite(names, dtype):
+            raise _Unsupported  # a zero of the factor leaves out what is finite; see ops/mixed.py
+        factor = module.column_scale(names, scale, mode, 0 if mode is None else len(mode.of_row))
+        branch = module.branch(dtype, names, a, b, factor, 0.0)
+        if isinstance(branch, PackedLora):
+            a, b, factor = branch.a_pairs, branch.b_pairs, F.pad(factor, (0, factor.shape[-1] % 2))
+        return a, b, 1.0, factor.contiguous()
 
     def _peft_branch(self, module: nn.Module) -> tuple:
         """Of peft's own layer, over a base layer of ours."""
@@ -304,7 +331,7 @@ class _Stack:
         factors = [look.get(module._modules, name) for name in ("lora_A", "lora_B")]
         names = [name for name in ([active] if isinstance(active, str) else active) if name in factors[0]]
         if look.get(state, "_disable_adapters") or not names:
-            return None, None, 1.0
+            return _NO_BRANCH
         name = names[0]
         dropout = look.module(module.lora_dropout, name)
         a, b = (look.module(holder, name) for holder in factors)
@@ -316,7 +343,7 @@ class _Stack:
         ):
             raise _Unsupported
         a, b = (look.get(m._parameters, "weight") for m in (a, b))
-        return a, b, look.get(module.scaling, name)
+        return a, b, look.get(module.scaling, name), None
 
 
 class _Growing:
@@ -422,7 +449,7 @@ class _FewRows(ModuleForward):
         ):
             return None
         stack = self._stack(cache)
-        if stack.number is None:
+        if stack.number is None or not stack.serves(batch):
             return None
         x = model.embed_tokens(input_ids)
         shape = (batch, stack.kv_heads, length, stack.dim)

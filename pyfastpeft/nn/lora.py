@@ -260,10 +260,21 @@ class LoraLayer(nn.Module):
             return plan.magnitude["weight"] / self._norm(a, b, plan.scale)
         return self.gain(plan.names[0])
 
+    def all_finite(self, names: tuple[str, ...], dtype: torch.dtype) -> bool:
+        """Whether A and B of these adapters are finite in ``dtype``."""
+        factors = [t for name in names for t in self.factors(name)]
+        compute = lambda: all(bool(t.to(dtype).isfinite().all()) for t in factors)  # noqa: E731
+        return self._cached(names, ("finite", names, dtype), factors, compute)
+
+    def only_product(self, names: tuple[str, ...]) -> bool:
+        """Whether these adapters add (x · Aᵀ ∘ f) · Bᵀ and nothing else: no DoRA, no bias."""
+        return not any(n in self.lora_magnitude_vector or self._bias_of(n) is not None for n in names)
+
     def _bias_of(self, name: str) -> Tensor | None:
         return self.lora_B[name].bias if name in self.lora_B else None
 
-    def _present(self, mode: Rows) -> tuple[str, ...]:
+    def present(self, mode: Rows) -> tuple[str, ...]:
+        """The adapters that the rows choose among and that this layer has."""
         if self.merged and mode.names:
             raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
         return tuple(n for n in mode.names if n in self.r)
@@ -287,13 +298,16 @@ class LoraLayer(nn.Module):
         """A's one below the other [R, in], B's side by side [out, R], the scaling of each column [R]."""
         if len(names) == 1:
             return (*self.factors(names[0]), self._scale[names[0]])
-        pairs = [self.factors(n) for n in names]
-        scales = [self._scale[n] for n in names]
+        tensors = self.parts(names)
 
         def stack() -> tuple[Tensor, Tensor, Tensor]:
-            return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1), torch.cat(scales)
+            return torch.cat(tensors[::3]), torch.cat(tensors[1::3], dim=1), torch.cat(tensors[2::3])
 
-        return self._cached(names, names, [t for pair in pairs for t in pair] + scales, stack)
+        return self._cached(names, names, tensors, stack)
+
+    def parts(self, names: tuple[str, ...]) -> list[Tensor]:
+        """What :meth:`stacked` puts together: A, B and the scaling of each."""
+        return [t for n in names for t in (*self.factors(n), self._scale[n])]
 
     def branch(
         self, dtype: torch.dtype, names: tuple[str, ...], a: Tensor, b: Tensor, scaling: Any, dropout: float
@@ -306,12 +320,12 @@ class LoraLayer(nn.Module):
         packed = self._cached(names, ("packed", names), tensors, lambda: pack_lora(a, b))
         return PackedLora(a, b, scaling, *packed[3:])
 
-    def _column_scale(self, names: tuple[str, ...], scale: Tensor, mode: Rows | None, x: Tensor, rows: int) -> Tensor:
-        """The factor of each column [R], or of each row's columns [rows, R]."""
+    def column_scale(self, names: tuple[str, ...], scale: Tensor, mode: Rows | None, rows: int) -> Tensor:
+        """The factor of each column [R], or of each row's columns [rows, R], from the ``scale`` of :meth:`stacked`."""
         if mode is None:
             return scale
         ranks = tuple(len(self._scale[n]) for n in names)
-        return mixed.own(mode.mask(names, ranks, rows, x.device) > 0, scale)
+        return mixed.own(mode.mask(names, ranks, rows, scale.device) > 0, scale)
 
     def norm(self, name: str) -> Tensor:
         """Float32 [out]: ||M + scaling · B A|| a row; no gradient flows into it."""
@@ -439,7 +453,7 @@ class LoraLinear(LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mode = self.bank.mode
         if mode is not None:
-            names = self._present(mode)
+            names = self.present(mode)
             return self._general(x, names, mode, args, kwargs) if names else self.base_layer(x, *args, **kwargs)
         plan = self._plan
         if plan is None:
@@ -475,7 +489,7 @@ class LoraLinear(LoraLayer):
 
         if self._fused and len(groups) == 1 and (not gains or (len(names) == 1 and mode is None)):
             a, b, scale = self.stacked(names)
-            scale = self._column_scale(names, scale, mode, x, rows)
+            scale = self.column_scale(names, scale, mode, rows)
             y = self.base_layer(x, self.branch(x.dtype, names, a, b, scale, next(iter(groups))))
             dtype = y.dtype
             if gains:
@@ -488,7 +502,7 @@ class LoraLinear(LoraLayer):
                 y = self._scaled_without_bias(y, factor if mode is None else factor.view(*lead, -1))
             for dropout, group in groups.items():
                 a, b, scale = self.stacked(group)
-                scale = self._column_scale(group, scale, mode, x, rows)
+                scale = self.column_scale(group, scale, mode, rows)
                 if gains:
                     b = torch.cat([self._gained(n, gains) for n in group], dim=1)
                 h = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
@@ -646,13 +660,13 @@ class LoraEmbedding(LoraLayer):
                     gain = self._plan_gain(plan, a, b)
                     return (y * gain + added * gain).to(dtype)
                 return (y + added).to(dtype)
-        names = plan.names if mode is None else self._present(mode)
+        names = plan.names if mode is None else self.present(mode)
         if not names:
             return y
         rows, lead = x.numel(), x.shape
         gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
         a, b, scale = self.stacked(names)
-        scale = self._column_scale(names, scale, mode, x, rows)
+        scale = self.column_scale(names, scale, mode, rows)
         if gains:
             factor = self._base_gain(gains, mode, x, rows)
             y = y * (factor if mode is None else factor.view(*lead, -1))
