@@ -68,6 +68,7 @@ def _llama_cpp(folder: str, threads: int) -> Callable[[int], None]:
 CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str, int], Callable[[int], None]]]] = {
     "ours_nf4": ((), lambda folder, _: _generate(models.accelerated_ours(folder))),
     "ours_nf4_lora": ((), lambda folder, _: _generate(models.adapted_ours(folder))),
+    "ours_bf16_lora": ((), lambda folder, _: _generate(models.lora_over(models.load_dense(folder)))),
     "bf16": ((), lambda folder, _: _generate(models.load_dense(folder))),
     "peft_bf16_lora": (("peft",), lambda folder, _: _generate(models.peft_over(models.load_dense(folder)))),
     "bnb_nf4": (("bitsandbytes",), lambda folder, _: _generate(models.load_bnb(folder))),

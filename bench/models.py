@@ -87,10 +87,14 @@ def accelerated_ours(folder: str) -> nn.Module:
     return fp.accelerate(load_ours(folder))
 
 
-def adapted_ours(folder: str) -> nn.Module:
+def lora_over(model: nn.Module) -> nn.Module:
     import pyfastpeft as fp
 
-    return fp.accelerate(fp.get_peft_model(load_ours(folder), fp.LoraConfig(task_type="CAUSAL_LM", **LORA)))
+    return fp.accelerate(fp.get_peft_model(model, fp.LoraConfig(task_type="CAUSAL_LM", **LORA)))
+
+
+def adapted_ours(folder: str) -> nn.Module:
+    return lora_over(load_ours(folder))
 
 
 def peft_over(model: nn.Module) -> nn.Module:
