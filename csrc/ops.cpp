@@ -65,6 +65,35 @@ std::tuple<Tensor, Tensor> linear_4bit_backward(Tensor dy, Tensor codes, Tensor 
   return {dx, ds};
 }
 
+// The branch alone, beside a product of somebody else's.
+std::tuple<Tensor, Tensor> lora_forward(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, OptTensor row_scale,
+                                        double scaling, OptTensor seed, double dropout) {
+  kernels();
+  base = with_contiguous_columns(base);
+  x = with_contiguous_columns(x);
+  const pf::Matrix bm = matrix(base, "base"), xm = matrix(x, "x");
+  STD_TORCH_CHECK(bm.rows == xm.rows && bm.dtype == xm.dtype, "base must have the rows of x and its dtype");
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, bm.cols, xm.cols);
+  Tensor y = new_matrix(xm.rows, bm.cols, xm.dtype);
+  Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
+  pf::lora_forward(bm, xm, lora.branch, y.mutable_data_ptr(), static_cast<float*>(s.mutable_data_ptr()), parallel);
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor> lora_input_backward(Tensor dy, Tensor lora_a, Tensor lora_b, OptTensor row_scale,
+                                               double scaling, OptTensor seed, double dropout, bool need_dx) {
+  kernels();
+  dy = with_contiguous_columns(dy);
+  const pf::Matrix dym = matrix(dy, "dy");
+  const int64_t k = lora_a.size(lora_a.dim() - 1);
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, dym.rows, seed, dropout, dym.cols, k);
+  Tensor dx = new_matrix(need_dx ? dym.rows : 0, k, dym.dtype);
+  Tensor ds = new_matrix(dym.rows, lora.branch.rank(), pf::kFloat32);
+  pf::lora_input_backward(dym, lora.branch, need_dx ? dx.mutable_data_ptr() : nullptr,
+                          static_cast<float*>(ds.mutable_data_ptr()), parallel);
+  return {dx, ds};
+}
+
 std::tuple<Tensor, Tensor> lora_backward(Tensor dy, Tensor x, Tensor s, Tensor ds, OptTensor row_scale, double scaling,
                                          OptTensor seed, double dropout) {
   kernels();
@@ -248,6 +277,12 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def("linear_4bit_int8(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ") -> Tensor");
   m.def("linear_4bit_backward(Tensor dy, " PF_WEIGHT ", " PF_BRANCH ", bool need_dx) -> (Tensor, Tensor)");
   m.def(
+      "lora_forward(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? row_scale, float scaling, "
+      "Tensor? seed, float dropout) -> (Tensor, Tensor)");
+  m.def(
+      "lora_input_backward(Tensor dy, Tensor lora_a, Tensor lora_b, Tensor? row_scale, float scaling, Tensor? seed, "
+      "float dropout, bool need_dx) -> (Tensor, Tensor)");
+  m.def(
       "lora_backward(Tensor dy, Tensor x, Tensor s, Tensor ds, Tensor? row_scale, float scaling, Tensor? seed, "
       "float dropout) -> (Tensor, Tensor)");
   m.def("quantize_4bit(Tensor w, int format, int blocksize) -> (Tensor, Tensor, Tensor)");
@@ -270,6 +305,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
   m.impl("linear_4bit_int8", TORCH_BOX(&linear_4bit_int8));
   m.impl("linear_4bit_backward", TORCH_BOX(&linear_4bit_backward));
+  m.impl("lora_forward", TORCH_BOX(&lora_forward));
+  m.impl("lora_input_backward", TORCH_BOX(&lora_input_backward));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
   m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));
   m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import pyfastpeft  # noqa: F401  (registers the operators)
+from pyfastpeft.ops import backends
 
 ISAS = list(torch.ops.pyfastpeft.available_isas())
 
@@ -37,6 +38,12 @@ def isa(request):
     """Run the test once under each instruction set this machine has kernels for."""
     with instruction_set(request.param):
         yield request.param
+
+
+@pytest.fixture
+def plain_torch(monkeypatch):
+    """Operators over plain tensors are torch's, so that a comparison with what runs on torch may be of every bit."""
+    monkeypatch.setattr(backends, "_FORCED", backends.Backend.REFERENCE)
 
 
 @pytest.fixture(params=[*ISAS, "cuda"])

@@ -851,7 +851,7 @@ def test_a_prefix_may_come_and_go(served):
 
 
 def test_rows_of_several_methods_are_served_together(served):
-    plain, model = three_adapters()
+    _, model = three_adapters()
     virtual = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
     torch.manual_seed(0)
     model.add_adapter("prefix", fp.PrefixTuningConfig(**virtual))

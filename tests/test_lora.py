@@ -81,7 +81,7 @@ class TestLikePeft:
             assert relative(own[name].grad, others[name].grad) < 2e-5, name
 
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-    def test_every_architecture_gives_the_outputs_of_peft(self, architecture, seed):
+    def test_every_architecture_gives_the_outputs_of_peft(self, architecture, seed, plain_torch):
         kwargs = {"target_modules": "all-linear"}
         ours, theirs = pair(tiny.make(architecture), seed, **kwargs)
         assert dict(ours.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
@@ -90,6 +90,23 @@ class TestLikePeft:
         batch = tiny.inputs(architecture)
         tiny.use_plain_layers(ours)
         assert relative(ours(**batch).logits, theirs(**batch).logits) < 1e-6
+
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_every_architecture_gives_the_outputs_and_gradients_of_peft_by_the_operator(self, architecture, seed):
+        kwargs = {"target_modules": "all-linear", "task_type": tiny.TASKS[architecture]}
+        ours, theirs = pair(tiny.make(architecture), seed, **kwargs)
+        tiny.randomize(ours)
+        tiny.copy_adapters(ours, theirs)
+        batch = tiny.inputs(architecture)
+        outputs = [model(**batch) for model in (ours, theirs)]
+        assert relative(outputs[0].logits, outputs[1].logits) < 1e-5
+        for output in outputs:
+            (output.logits * torch.linspace(-1, 1, output.logits.shape[-1])).sum().backward()
+        grads = [
+            torch.cat([p.grad.flatten() for n, p in sorted(m.named_parameters()) if "lora_" in n])
+            for m in (ours, theirs)
+        ]
+        assert relative(*grads) < 1e-4
 
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_training_from_the_same_seed_gives_the_loss_curve_of_peft(self, architecture, seed):
@@ -113,7 +130,7 @@ class TestLikePeft:
         assert any(n.endswith("bias") for n in trains)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_adapters_over_a_16_bit_base_are_float32(self, dtype, seed):
+    def test_adapters_over_a_16_bit_base_are_float32(self, dtype, seed, plain_torch):
         ours, theirs = pair(tiny.make(dtype=dtype), seed)
         tiny.use_plain_layers(ours)
         tiny.randomize(ours)
@@ -487,7 +504,8 @@ class TestSeveralAdapters:
         model.add_adapter("b", fp.LoraConfig(r=4, target_modules="all-linear"))
         tiny.randomize(model, 0.5)
         ids = torch.randint(1, tiny.VOCAB, (3, 5))
-        kwargs = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2, "attention_mask": torch.ones_like(ids)}
+        kwargs = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 2}
+        kwargs["attention_mask"] = torch.ones_like(ids)
         names = ["b", "__base__", "a"]
         mixed = model.generate(ids, adapter_names=names, **kwargs)
         for i, name in enumerate(names):

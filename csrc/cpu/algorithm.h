@@ -1085,9 +1085,14 @@ struct Algorithm {
         };
         groups([&](int64_t t, int64_t, float* out) {
           alignas(64) float bias[kGroupLanes] = {};
-          if (g.bias != nullptr)
-            copy_bytes(bias, g.bias + t * kTile, min64(kGroupLanes, g.w.n - t * kTile) * sizeof(float));
-          for (int64_t r = 0; r < rows; ++r) copy_bytes(out + r * kGroupLanes, bias, sizeof(bias));
+          const int64_t lanes = min64(kGroupLanes, g.w.n - t * kTile);
+          if (g.bias != nullptr) copy_bytes(bias, g.bias + t * kTile, lanes * sizeof(float));
+          for (int64_t r = 0; r < rows; ++r) {
+            copy_bytes(out + r * kGroupLanes, bias, sizeof(bias));
+            if (g.base.data == nullptr) continue;
+            const char* from = g.base.row(row0 + r) + t * kTile * dtype_size(g.base.dtype);
+            to_float(from, g.base.dtype, out + r * kGroupLanes, lanes);
+          }
         });
         const auto vecs_of = [](int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; };
         for (int64_t col0 = 0; col0 < k; col0 += kBlock) {

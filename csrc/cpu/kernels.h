@@ -28,14 +28,15 @@ struct GemvArgs {  // y[m, tile rows] for rows <= 16
   int64_t ldy;
 };
 
-struct GemmArgs {  // y = x * W^T + s * B^T + bias
-  Weight w;
+struct GemmArgs {  // y = x * W^T + s * B^T + (base or bias)
+  Weight w;        // K may be 0
   PackedRows x, s;
   Matrix lora_b;  // [N, R]; data null without a branch
   const float* bias;
   void* y;
   int y_dtype;
   int64_t ldy;
+  Matrix base;  // [rows, N], or data null
 };
 
 struct DenseArgs {  // y [rows, N] = x * W^T + s * B^T + bias for up to kTile rows and a weight [N, K] in full precision
@@ -59,8 +60,8 @@ struct FewColumns {
   uint32_t left_out = 0;  // bits: rows that this way does not serve; their results mean nothing
 };
 
-struct DxArgs {  // dx = dy * W + ds * A
-  Weight w;
+struct DxArgs {    // dx = dy * W + ds * A
+  Weight w;        // N may be 0
   const void* dy;  // panels of dy, from pack_panels_t: lanes are rows, contraction over N
   const void* ds;  // panels of ds: lanes are rows, contraction over R; null without a branch
   Matrix lora_a;   // [R, K]

@@ -205,6 +205,9 @@ void many_rows_sums(const Arithmetic& arith, const PackedRows& dropped, const Br
   });
 }
 
+constexpr int64_t kPair = 2;  // tiles that stay together, as a group
+int64_t pairs_of(const Weight& w) { return (w.tiles() + kPair - 1) / kPair; }
+
 bool is_few(const Arithmetic& arith, const Weight& w, const Matrix& x, const Branch& branch) {
   return x.rows <= (w.zero == nullptr ? arith.few_rows : arith.few_rows_of_zeros) && branch.dropout.threshold == 0;
 }
@@ -231,6 +234,40 @@ PackedRows pack_sums(const Arithmetic& arith, const BranchSums& sums, const floa
   times_factor(scaled, factor, branch, 0, rows, scaled);
   arith.pack_rows({scaled, kFloat32, rows, rank, rank}, nullptr, 0, {}, packed, 0, rows);
   return {packed, rows, rank};
+}
+
+// s [rows, R] = dropout(x) A^T for any rows, by all threads.
+void branch_sums(const Kernels& k, const Arithmetic& arith, const Matrix& x, const Branch& branch, bool few, float* s,
+                 ParallelFor parallel) {
+  const auto all = [&](BranchSums&& sums) {
+    sums.finish(parallel);
+    sums.store(s);
+  };
+  if (few) return all(BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), x.rows, branch));
+  const PackedRows dropped = pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
+  if (x.rows <= kMostSplitRows) return all(BranchSums(arith, dropped, branch));
+  many_rows_sums(arith, dropped, branch, s, parallel);
+}
+
+// ds of linear_backward, where there is a branch.
+void branch_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& branch, float* ds, ParallelFor parallel) {
+  const int64_t rank = branch.rank();
+  if (rank == 0) return;
+  const PackedRows rows = pack_rows(arith, dy, nullptr, 0, {}, kSlotX, parallel);
+  run(parallel, dy.rows, grain_of(dy.cols * rank),
+      [&](int64_t r0, int64_t r1) { arith.rows_times(rows, branch.b, {}, ds, false, r0, r1, 0, rank); });
+  times_factor(ds, branch_factor(branch, dy.rows, rank), branch, 0, dy.rows, ds);
+}
+
+// dx of linear_backward, from dy as panels (of a weight that has rows) and ds.
+void input_gradient(const Arithmetic& arith, const Weight& w, const void* panels, const Matrix& dy,
+                    const Branch& branch, void* dx, const float* ds, ParallelFor parallel) {
+  const int64_t rank = branch.rank();
+  const void* branch_panels =
+      rank > 0 ? pack_panels(arith, {ds, kFloat32, dy.rows, rank, rank}, kSlotDs, parallel) : nullptr;
+  const DxArgs args{w, panels, branch_panels, branch.a, dy.rows, branch.dropout, dx, dy.dtype, w.k};
+  run(parallel, (w.k + kUnit - 1) / kUnit, grain_of(kUnit * (w.n + rank) * dy.rows),
+      [&](int64_t u0, int64_t u1) { arith.dx(args, u0 * kUnit, std::min(u1 * kUnit, w.k)); });
 }
 
 void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
@@ -274,8 +311,7 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   if (is_few(arith, w, x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
   const int64_t rank = branch.rank(), rows = x.rows;
   GemmArgs args{w, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
-  constexpr int64_t kPair = 2;  // keep groups of two tiles together
-  const int64_t units = (w.tiles() + kPair - 1) / kPair, grain = grain_of(kPair * kTile * w.k * rows);
+  const int64_t units = pairs_of(w), grain = grain_of(kPair * kTile * w.k * rows);
   const auto product = [&](const GemmArgs& own, int64_t u0, int64_t u1) {
     arith.gemm(own, u0 * kPair, std::min(u1 * kPair, w.tiles()));
   };
@@ -298,6 +334,21 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
     product(own, u0, u1);
   });
   if (s != nullptr) sums.store(s);
+}
+
+void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, void* y, float* s, ParallelFor parallel) {
+  const int64_t rows = x.rows, rank = branch.rank();
+  if (rows == 0 || base.cols == 0) return;
+  const Kernels& k = *kernels();
+  const Arithmetic& arith = arithmetic_for(k, x.dtype);
+  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDy, rows * rank * sizeof(float)));
+  branch_sums(k, arith, x, branch, rows <= arith.few_rows && branch.dropout.threshold == 0, s, parallel);
+  GemmArgs args{{},         {nullptr, rows, 0}, pack_scaled(arith, s, rows, branch, parallel), branch.b, nullptr, y,
+                base.dtype, base.cols};
+  args.w.n = base.cols;
+  args.base = base;
+  run(parallel, pairs_of(args.w), grain_of(kPair * kTile * (rank + kReading) * rows),
+      [&](int64_t u0, int64_t u1) { arith.gemm(args, u0 * kPair, std::min(u1 * kPair, args.w.tiles())); });
 }
 
 void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
@@ -334,19 +385,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   Int8Args args{w, nullptr, x.rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
   if (rank > 0) {
     float* s = static_cast<float*>(scratch(kSlotDy, x.rows * rank * sizeof(float)));
-    const auto all = [&](BranchSums&& sums) {
-      sums.finish(parallel);
-      sums.store(s);
-    };
-    if (is_few(arith, w, x, branch)) {
-      all(BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), x.rows, branch));
-    } else {
-      const PackedRows packed = pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel);
-      if (x.rows <= kMostSplitRows)
-        all(BranchSums(arith, packed, branch));
-      else
-        many_rows_sums(arith, packed, branch, s, parallel);
-    }
+    branch_sums(k, arith, x, branch, is_few(arith, w, x, branch), s, parallel);
     args.s = pack_scaled(arith, s, x.rows, branch, parallel);
   }
   const int64_t blocks = (x.cols + kByteBlock - 1) / kByteBlock, group = k.int8.group_tiles;
@@ -360,28 +399,20 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
 void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, void* dx, float* ds,
                      ParallelFor parallel) {
   if (dy.rows == 0 || w.n == 0) return;
-  const Kernels& k = *kernels();
-  const Arithmetic& arith = arithmetic_for(k, dy.dtype);
-  const int64_t rank = branch.rank();
-  const Matrix dsm{ds, kFloat32, dy.rows, rank, rank};
-  if (rank > 0) {
-    const PackedRows rows = pack_rows(arith, dy, nullptr, 0, {}, kSlotX, parallel);
-    run(parallel, dy.rows, grain_of(dy.cols * rank),
-        [&](int64_t r0, int64_t r1) { arith.rows_times(rows, branch.b, {}, ds, false, r0, r1, 0, rank); });
-    times_factor(ds, branch_factor(branch, dy.rows, rank), branch, 0, dy.rows, ds);
-  }
+  const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
+  branch_gradient(arith, dy, branch, ds, parallel);
   if (dx == nullptr) return;
-  const DxArgs args{w,
-                    pack_panels(arith, dy, kSlotDy, parallel),
-                    rank > 0 ? pack_panels(arith, dsm, kSlotDs, parallel) : nullptr,
-                    branch.a,
-                    dy.rows,
-                    branch.dropout,
-                    dx,
-                    dy.dtype,
-                    w.k};
-  run(parallel, w.k / kUnit, grain_of(kUnit * w.n * dy.rows),
-      [&](int64_t u0, int64_t u1) { arith.dx(args, u0 * kUnit, u1 * kUnit); });
+  const void* panels = pack_panels(arith, dy, kSlotDy, parallel);
+  input_gradient(arith, w, panels, dy, branch, dx, ds, parallel);
+}
+
+void lora_input_backward(const Matrix& dy, const Branch& branch, void* dx, float* ds, ParallelFor parallel) {
+  if (dy.rows == 0) return;
+  const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
+  branch_gradient(arith, dy, branch, ds, parallel);
+  Weight none{};
+  none.k = branch.a.cols;
+  if (dx != nullptr) input_gradient(arith, none, nullptr, dy, branch, dx, ds, parallel);
 }
 
 void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& s, const Matrix& ds, const Branch& branch,

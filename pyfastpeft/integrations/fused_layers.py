@@ -19,6 +19,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.phi3 import modeling_phi3 as phi3
 
 from ..nn import Linear4bit
+from ..nn.lora import LoraLinear
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.backends import FLOATS, Backend, choose_plain
 from .forwards import ModuleForward, autocast_of, hooked, install, remove
@@ -123,6 +124,8 @@ class _LlamaLayer(ModuleForward):
     @staticmethod
     def _sum(x: Tensor, y: Tensor, module: nn.Module, last: nn.Module | None) -> Tensor:
         """x + y, which ``module`` made, by ``last`` in the end."""
+        if type(last) is LoraLinear and not hooked(last):
+            last = last.base_layer  # around it nothing is kept of the result
         own = _plain(last) and not hooked(module) and x.dtype == y.dtype
         return _Sum.apply(x, y) if own else x + y
 

@@ -6,9 +6,10 @@ M is the layer's matrix [out, in] whatever the module stores. With DoRA, ``y = g
 ``g = magnitude / ||M + scaling · B A||`` a row, the norm detached; several adapters add up their differences from the
 base. Dropout is on the LoRA branch alone.
 
-Over a :class:`Linear4bit` the base product and the branch are one call of ``ops.linear_4bit``; over full precision they
-are plain torch with PEFT's dtypes: x is cast to the adapter's dtype, the result returns in the base layer's. Several
-adapters run stacked along the rank, also when each row of the batch has its own.
+Over a :class:`Linear4bit` the base product and the branch are one call of ``ops.linear_4bit``; over full precision the
+branch of one adapter is ``ops.add_lora``. Whatever else is added there (several adapters, DoRA, biases) is plain torch
+with PEFT's dtypes: x is cast to the adapter's, the result returns in the base layer's. Several adapters run stacked
+along the rank, also when each row of the batch has its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Rows
 from ..formats import quantize_4bit
-from ..ops import Lora, PackedLora, linear_4bit, mixed, pack_lora
+from ..ops import Lora, PackedLora, add_lora, linear_4bit, mixed, pack_lora
 from .linear4bit import Linear4bit
 
 is_compiling = torch.compiler.is_dynamo_compiling
@@ -470,10 +471,12 @@ class LoraLinear(LoraLayer):
                 return y
             return self._scaled_without_bias(y, self._plan_gain(plan, a, b)).to(y.dtype)
         y = base_layer(x, *args, **kwargs)
-        x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
-        added = F.linear(F.linear(x, a), b) * (scaling[0] if is_compiling() else scaling)
+        if is_compiling():
+            scaling = scaling[0]
         if plan.magnitude is None:
-            return (y + added).to(y.dtype)
+            return add_lora(y, x, a, b, scaling, dropout)
+        x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
+        added = F.linear(F.linear(x, a), b) * scaling
         gain = self._plan_gain(plan, a, b)
         return (self._scaled_without_bias(y, gain) + added * gain).to(y.dtype)
 

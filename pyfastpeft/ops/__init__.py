@@ -8,6 +8,7 @@ from .cross_entropy import cross_entropy_with_gradient
 from .dense import dense_linear
 from .elementwise import projected_swiglu, rms_norm, rope, swiglu
 from .linear_4bit import BankView, Lora, PackedLora, linear_4bit, pack_lora
+from .lora import add_lora
 from .prefix_attention import HIDDEN, key_positions, prefix_attention
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "BankView",
     "Lora",
     "PackedLora",
+    "add_lora",
     "copy_alike",
     "copy_tensors",
     "cross_entropy_with_gradient",

@@ -1,0 +1,68 @@
+"""``add_lora``: the LoRA branch beside a product in full precision."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import FLOATS, Backend, choose_plain
+
+
+def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
+    """``base + scaling · (dropout(x) · Aᵀ) · Bᵀ``, in one pass over x and one over ``base``.
+
+    On CPUs as in :func:`linear_4bit`: the operands of a product have 16 bits where x has (what is added errs by up to
+    4e-3 then, as under autocast), sums are float32, and of x and S = x · Aᵀ no copies are kept. Elsewhere, under
+    autocast and in compiled code it is plain torch in A's dtype.
+
+    Args:
+        base: [..., N], the product with the layer's own weight.
+        x: [..., K].   a: [R, K].   b: [N, R], of float32, bfloat16 or float16 each, or all of another dtype.
+        scaling: a number, or a tensor of one.
+        dropout: the probability with which an element of x is left out.
+
+    Returns:
+        [..., N] in the dtype of ``base``. Differentiable, once, in ``base``, ``x``, ``a`` and ``b``.
+    """
+    if not _served(base, x, a, b) or isinstance(scaling, Tensor):
+        x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
+        return (base + F.linear(F.linear(x, a), b) * scaling).to(base.dtype)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64) if dropout else None
+    rows = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, a, b)):
+        y = _AddLora.apply(*rows, a, b, scaling, seed, dropout)
+    else:
+        y = torch.ops.pyfastpeft.lora_forward.default(*rows, a, b, None, scaling, seed, dropout)[0]
+    return y.view(base.shape)
+
+
+def _served(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or type(x) is not Tensor:
+        return False
+    floats = x.dtype is base.dtype and all(t.is_cpu and t.dtype in FLOATS for t in (base, x, a, b))
+    return floats and choose_plain(x.device) is Backend.NATIVE
+
+
+class _AddLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, base, x, a, b, scaling, seed, dropout):  # noqa: ANN001
+        y, s = torch.ops.pyfastpeft.lora_forward.default(base, x, a, b, None, scaling, seed, dropout)
+        trains = a.requires_grad or b.requires_grad
+        ctx.save_for_backward(x if trains else None, s if trains else None, a, b, seed)
+        ctx.scaling, ctx.dropout = scaling, dropout
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # noqa: ANN001
+        x, s, a, b, seed = ctx.saved_tensors
+        rest = None, ctx.scaling, seed, ctx.dropout
+        _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        dx, ds = torch.ops.pyfastpeft.lora_input_backward.default(dy, a, b, *rest, need_x)
+        da = db = None
+        if need_a or need_b:
+            da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, ds, *rest)
+            da, db = da.to(a.dtype) if need_a else None, db.to(b.dtype) if need_b else None
+        return dy, dx if need_x else None, da, db, None, None, None

@@ -1,0 +1,140 @@
+"""The LoRA branch beside a full-precision product: against float64, both directions, under every instruction set."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_linear_4bit import DTYPES, FORWARD, GRADIENT, adapter, error, pick
+
+from pyfastpeft.ops import add_lora, backends
+from pyfastpeft.ops.backends import Backend
+from pyfastpeft.ops.reference import keep_mask
+
+SHAPES = [(16, 32), (33, 95), (100, 64), (257, 161), (48, 1024), (129, 545), (7, 33), (1, 100), (24, 8), (5, 1)]
+
+
+def float64(base, x, a, b, scaling, keep=None, dropout=0.0):
+    dropped = x.double() if keep is None else x.double() * keep / (1 - dropout)
+    return base.double() + dropped @ a.double().t() @ b.double().t() * scaling
+
+
+def check(m, n, k, r, dtype, adapter_dtype=torch.float32, dropout=0.0):
+    leaves = [torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype), *adapter(n, k, r, adapter_dtype)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    dy = torch.randn(m, n).to(dtype)
+    with torch.random.fork_rng():
+        y = add_lora(*leaves, 2.0, dropout)
+    keep = None
+    if dropout:  # one seed a call is drawn from torch's generator
+        keep = keep_mask(m, k, torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64), dropout)
+    expected = float64(*leaves, 2.0, keep, dropout)
+    squared = [leaf.detach().double().square().requires_grad_() for leaf in leaves]
+    squares = float64(*squared, 4.0 / (1 - dropout), keep, dropout)
+    what = f"M={m} N={n} K={k} R={r} {dtype} {adapter_dtype} dropout={dropout}"
+    assert y.dtype == dtype
+    assert error(y, expected, m * r, squares.detach()) <= FORWARD[dtype], what
+    with torch.no_grad(), torch.random.fork_rng():
+        if not dropout:
+            assert torch.equal(add_lora(*leaves, 2.0), y), what
+    got = torch.autograd.grad(y, leaves, dy)
+    wanted = torch.autograd.grad(expected, leaves, dy.double())
+    sizes = torch.autograd.grad(squares, squared, dy.double().square())
+    assert torch.equal(got[0], dy)
+    for name, leaf, mine, theirs, size in zip("xab", leaves[1:], got[1:], wanted[1:], sizes[1:], strict=True):
+        assert mine.dtype == leaf.dtype
+        limit = GRADIENT[dtype] if leaf.dtype == torch.float32 else max(GRADIENT[dtype], GRADIENT[torch.bfloat16])
+        assert error(mine, theirs, m * r, size) <= limit, f"gradient of {name}, {what}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients_match_float64(isa, dtype):
+    for m in (0, 1, 2, 3, 5, 8, 16, 17, 64, 65, 130):
+        n, k = pick(SHAPES)
+        check(m, n, k, pick([1, 2, 8, 16, 17, 40]), dtype, pick([torch.float32, torch.bfloat16]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_drops_the_same_elements_in_both_directions(isa, dtype):
+    for m, n, k in ((1, 24, 8), (5, 33, 95), (70, 100, 64)):
+        check(m, n, k, pick([4, 17]), dtype, dropout=pick([0.1, 0.5]))
+
+
+def test_a_long_branch_and_many_rows(isa):
+    check(600, 70, 2050, 300, torch.float32)
+
+
+def test_what_is_not_contiguous_and_leading_dimensions(isa):
+    a, b = adapter(24, 64, 4)
+    wide_base, wide_x = torch.randn(6, 48), torch.randn(6, 128)
+    for base, x in (
+        (wide_base[:, ::2], wide_x[:, ::2]),
+        (wide_base[:, :24], wide_x[:, 64:]),
+        (torch.randn(24, 6).t(), torch.randn(64, 6).t()),
+    ):
+        assert error(add_lora(base, x, a, b, 0.5), float64(base, x, a, b, 0.5)) <= 1e-5
+        strided = a.t().contiguous().t(), torch.randn(24, 8)[:, ::2]
+        assert error(add_lora(base, x, *strided, 0.5), float64(base, x, *strided, 0.5)) <= 1e-5
+    for lead in ((), (3,), (2, 3), (2, 0, 3)):
+        base, x = torch.randn(*lead, 24), torch.randn(*lead, 64)
+        y = add_lora(base, x, a, b, 0.5)
+        assert y.shape == base.shape and error(y, float64(base, x, a, b, 0.5)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_in_its_row(isa, dtype):
+    a, b = adapter(24, 64, 4)
+    for m in (3, 40):
+        base, x = torch.randn(m, 24).to(dtype), torch.randn(m, 64).to(dtype)
+        y = add_lora(base, x, a, b, 1.0)
+        x[1, 63], base[2, 5] = math.nan, math.inf
+        got = add_lora(base, x, a, b, 1.0)
+        others = [row for row in range(m) if row not in (1, 2)]
+        assert torch.equal(got[others], y[others]) and got[1].isnan().all()
+        assert torch.equal(got[2, 6:], y[2, 6:]) and got[2, 5] == math.inf
+
+
+def test_only_what_needs_a_gradient_gets_one(isa):
+    leaves = [torch.randn(5, 24), torch.randn(5, 64), *adapter(24, 64, 4)]
+    dy = torch.randn(5, 24)
+    for needed in range(1, 16):
+        wants = [bool(needed >> i & 1) for i in range(4)]
+        mine = [leaf.clone().requires_grad_(wants[i]) for i, leaf in enumerate(leaves)]
+        theirs = [leaf.clone().requires_grad_(wants[i]) for i, leaf in enumerate(leaves)]
+        add_lora(*mine, 2.0).backward(dy)
+        (theirs[0] + F.linear(F.linear(theirs[1], theirs[2]), theirs[3]) * 2.0).backward(dy)
+        for got, expected, wanted in zip(mine, theirs, wants, strict=True):
+            assert (got.grad is not None) is wanted
+            assert not wanted or torch.allclose(got.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_torch_serves_the_rest(monkeypatch):
+    base, x, (a, b) = torch.randn(5, 24), torch.randn(5, 64), adapter(24, 64, 4)
+    expected = float64(base, x, a, b, 2.0)
+    called, linear = [], F.linear
+    plain = lambda *args: called.append(args) or linear(*args)  # noqa: E731
+    monkeypatch.setattr("pyfastpeft.ops.lora.F.linear", plain)
+    assert error(add_lora(base, x, a, b, 2.0), expected) <= 1e-5 and not called
+    doubles = [t.double() for t in (base, x, a, b)]
+    assert torch.allclose(add_lora(*doubles, 2.0), expected) and len(called) == 2
+    assert error(add_lora(base, x, a, b, torch.tensor(2.0)), expected) <= 1e-5 and len(called) == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(add_lora(base, x, a, b, 2.0), expected) <= 2e-2 and len(called) == 6
+    monkeypatch.setattr(backends, "_FORCED", Backend.REFERENCE)
+    assert error(add_lora(base, x, a, b, 2.0), expected) <= 1e-5 and len(called) == 8
+
+
+def test_operands_that_do_not_fit_are_named():
+    forward, backward = torch.ops.pyfastpeft.lora_forward, torch.ops.pyfastpeft.lora_input_backward
+    base, x, (a, b) = torch.randn(5, 24), torch.randn(5, 64), adapter(24, 64, 4)
+    for operands, words in (
+        ((base[:4], x, a, b), "base must have the rows of x"),
+        ((base.bfloat16(), x, a, b), "and its dtype"),
+        ((base, x, a[:, :63], b), r"lora A must be \[R, K\]"),
+        ((base, x, a, b[:23]), r"lora B \[N, R\]"),
+        ((base.double(), x, a, b), "must be float32, bfloat16 or float16"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            forward(*operands, None, 1.0, None, 0.0)
+    with pytest.raises(RuntimeError, match="lora A must be"):
+        backward(base, a, b[:23], None, 1.0, None, 0.0, True)
