@@ -1,7 +1,7 @@
 """Makes Triton's interpreter right about bfloat16, and lets it run the inline PTX of these kernels.
 
 As it ships (3.6 to 3.9), the interpreter keeps bfloat16 as uint16 and computes with those bits, truncates where it
-converts float32, and loses denormals. Import this after setting TRITON_INTERPRET=1.
+converts float32, loses denormals, and before 3.9 has no constants of it. Import this after setting TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -95,6 +95,10 @@ def binary(self, a, b, operation):
     return out if out.data.dtype == np.bool_ else Handle(rounded(out.data), tl.bfloat16)
 
 
+def constant(self, value):
+    return Handle(rounded([value]), tl.bfloat16)
+
+
 def inline_asm(self, text, constraints, values, types, pure, pack):
     """A statement that takes words and gives four: for words, or with ``pack`` one for each of four bytes."""
     inputs = constraints.split(",").count("r")
@@ -117,4 +121,4 @@ def patch_tensor(tensor, scope):
 
 interpreter._patch_lang_tensor = patch_tensor
 Builder.create_dot, Builder.cast_impl, Builder.binary_op = dot, cast, binary
-Builder.create_inline_asm = inline_asm
+Builder.create_inline_asm, Builder.get_bf16 = inline_asm, constant
