@@ -112,9 +112,11 @@ def _dequantize(
     byte = block * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
     pair = tl.load(codes + byte, mask=byte < byte_count, other=0)
     v = tl.interleave(tl.load(table + (pair >> 4)), tl.load(table + (pair & 15)))
-    v *= tl.load(scale + block, mask=block * BLOCKSIZE < n, other=0.0)
+    inside = block * BLOCKSIZE < n
+    v *= tl.load(scale + block, mask=inside, other=0.0)
     if zero is not None:
-        v += tl.load(zero + block, mask=block * BLOCKSIZE < n, other=0.0)
+        # The selection keeps them apart: Triton 3.6's ptxas contracts packed products and sums whatever it is told.
+        v = tl.where(inside, v, 0.0) + tl.load(zero + block, mask=inside, other=0.0)
     at = block * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(out + at, v.to(out.dtype.element_ty), mask=at < n)
 
