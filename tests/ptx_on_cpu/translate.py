@@ -336,10 +336,12 @@ class KernelTranslator:
     do_add = do_sub = do_neg = do_abs = do_fma = do_div = _arithmetic
 
     def _extreme(self, ins: Instruction) -> str:
-        ins.allow("NaN")
-        count = len(ins.operands) - 1
+        ins.allow("NaN", *(["relu"] if ins.type == "s32" else []))
         function = f"{ins.name}_or_nan" if ins.has("NaN") else ins.name
-        return self._simple(ins, function, *[ins.type] * count)
+        found = f"{function}({', '.join(self.value(o, ins.type) for o in ins.operands[1:])})"
+        if ins.has("relu"):
+            found = f"max({found}, 0)"
+        return self.assign(ins.operands[0], f"bits({found})")
 
     do_min = do_max = _extreme
 
