@@ -88,10 +88,14 @@ NO_ROWS = Rows((), ())
 
 
 class _Mode(threading.local):
-    """What is in force in the calling thread: requests that are served side by side choose their rows apart."""
+    """What is in force in the calling thread: requests that are served side by side choose their rows apart.
 
-    rows: Rows | None = None
-    run: Any = None
+    Held by the instance: compilers guard nothing that they find in the class of a ``local``.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Rows | None = None
+        self.run: Any = None
 
     def __reduce__(self) -> tuple:
         return _Mode, ()

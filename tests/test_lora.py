@@ -650,6 +650,17 @@ class TestInTraining:
         names = ["b", "__base__", "a"]
         torch.testing.assert_close(compiled(ids, adapter_names=names), model(ids, adapter_names=names))
 
+    def test_a_compiled_model_without_its_adapter_is_the_base_model(self):
+        model = block().eval()
+        ids = torch.randint(0, 20, (3, 4))
+        compiled = torch.compile(model, fullgraph=True, backend="eager")  # before it has run
+        adapted = compiled(ids)
+        torch.testing.assert_close(adapted, model(ids))
+        with model.disable_adapter():
+            torch.testing.assert_close(compiled(ids), model(ids))
+            assert not torch.allclose(compiled(ids), adapted)
+        torch.testing.assert_close(compiled(ids), adapted)
+
     def test_copies_and_casts_keep_adapters_working(self):
         model = block()
         ids = torch.randint(0, 20, (2, 3))
