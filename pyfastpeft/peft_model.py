@@ -194,7 +194,7 @@ class PeftModel(nn.Module):
         bank = self.base_model.bank
         checkpointed = []
         if torch.is_grad_enabled() and self.training:
-            for module in self.modules():
+            for module in self.get_base_model().modules():
                 if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in vars(module):
                     checkpointed.append((module, module._gradient_checkpointing_func))
 

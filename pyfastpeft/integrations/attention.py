@@ -185,7 +185,7 @@ def attention_forward(
     holder = vars(module).get("_prefix")
     handed, prefix = kwargs.pop(HANDED_DOWN, None), None
     if holder is not None:
-        prefix: Prefix | None = holder.current(query.shape[0]) if handed is None else holder.among(handed)
+        prefix: Prefix | None = holder.current(query.shape[0]) if handed is None else holder.of(handed)
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     bias = kwargs.get("position_bias")
     if causal and key.shape[2] > query.shape[2] > 1:

@@ -29,9 +29,13 @@ from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ..nn.lora import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
 from . import attention
+from .prompt_operator import compiled_tensors, number_of
 
 OFF = object()
 """``bank.run`` while a soft prompt itself is worked out: no prefix."""
+
+_FIRST = "pyfastpeft_first"
+"""The argument by which a model tells its decoder where the texts begin [batch], if their first tokens have labels."""
 
 IGNORED = -100
 """The label of what is not learned."""
@@ -83,13 +87,17 @@ class _Run:
     """The prefixes of one forward.
 
     Attributes:
-        layers: the layers' prefixes.
+        layers: the layers' prefixes; empty where there are none.
         shift: where the text starts: a number, or one a row [batch, 1].
         last: as in :class:`Values`, [batch or 1, 1, hidden].
     """
 
     def __init__(self, layers: list[Prefix], shift: int | Tensor, last: Tensor | None) -> None:
         self.layers, self.shift, self.last = layers, shift, last
+
+
+_NOTHING = _Run([], 0, None)
+"""Handed down: no prefix."""
 
 
 class _LayerPrefix:
@@ -102,9 +110,9 @@ class _LayerPrefix:
         """The prefix of ``batch`` rows in the forward that is running."""
         return _apart(self._looked_up, batch) if torch.compiler.is_compiling() else self._current(batch)
 
-    def among(self, layers: Sequence[Prefix]) -> Prefix | None:
-        """The prefix among those that a compiled forward hands down; of none there are no layers."""
-        return layers[self.layer] if layers else None
+    def of(self, run: _Run) -> Prefix | None:
+        """The prefix in what a compiled forward hands down."""
+        return run.layers[self.layer] if run.layers else None
 
     def _current(self, batch: int) -> Prefix | None:
         bank = self.prefixes.bank
@@ -124,24 +132,15 @@ class _LayerPrefix:
         """For compiled code whose model did not hand down what there is."""
         prefixes = self.prefixes
         rows = prefixes.rows
-        if prefixes.bank.run is None and prefixes.uses(rows) and prefixes.can_follow(rows):
+        if prefixes.bank.run is None and prefixes.uses(rows):
             return prefixes.run_of(rows, batch, False).layers[self.layer]
         return self._current(batch)
 
 
 @torch.compiler.disable
 def _apart(function: Callable[..., Any], *args: Any) -> Any:
-    """``function`` of ``args``, not compiled along: a compiler may take for good what it finds in this thread's run."""
+    """``function`` of ``args``, not compiled along: this thread's run is another one in every forward."""
     return function(*args)
-
-
-class _Asked(threading.local):
-    """Where the texts begin [batch], if this thread's forward has labels for their first tokens."""
-
-    first: Tensor | None = None
-
-    def __reduce__(self) -> tuple:
-        return _Asked, ()
 
 
 class Prefixes:
@@ -152,6 +151,7 @@ class Prefixes:
         sources: adapter name → soft prompt.
         attentions: each layer's attention module.
         shape: of the keys and values.
+        number: by which compiled code knows this.
 
     Raises:
         ValueError: soft prompts do not apply to the model; says why.
@@ -169,8 +169,12 @@ class Prefixes:
         self._checkpointing = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles: list[Any] = []
         self._collecting: Any = None
-        self._asked = _Asked()
         self._attention_before: str = ""
+        self.number = number_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.number = number_of(self)  # a copy is another one
 
     def _find(self) -> None:
         """Find out what there is in the model."""
@@ -221,7 +225,7 @@ class Prefixes:
         if head is not None and self.model is not self.decoder:
             self._handles += [
                 self.model.register_forward_pre_hook(self._before_loss, with_kwargs=True),
-                self.model.register_forward_hook(self._after_loss, always_call=True),
+                self.model.register_forward_hook(self._after_loss, with_kwargs=True, always_call=True),
             ]
 
     def _set_attention(self, name: str | None = None) -> str:
@@ -252,32 +256,28 @@ class Prefixes:
         """Whether rows that use the adapters ``rows`` have a soft prompt."""
         return any(name in self.sources for names in rows for name in names)
 
-    def can_follow(self, rows: Sequence[tuple[str, ...]]) -> bool:
-        """Whether a compiler can: keys and values themselves need no forward of their own, and have no first label."""
-        return all(self.sources[n].form is Form.KEYS_VALUES for names in rows for n in names if n in self.sources)
-
     def _follows(self) -> bool:
-        return torch.compiler.is_compiling() and self._hands_down and self.can_follow(self.rows)
+        return torch.compiler.is_compiling() and self._hands_down
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        alone = kwargs.get(self._cache_name) is None  # how much a cache holds may be a tensor's value
-        return self._begin(args, kwargs) if alone and self._follows() else _apart(self._begin, args, kwargs)
+        return self._begin(args, kwargs) if self._follows() else _apart(self._begin, args, kwargs)
 
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if self.bank.run is OFF:
+        if self.bank.run is OFF or attention.HANDED_DOWN in kwargs:
             return None
         rows = self.rows
         follows = torch.compiler.is_compiling()
         if not self.uses(rows):
-            return (args, kwargs | {attention.HANDED_DOWN: ()}) if follows else None
+            return (args, kwargs | {attention.HANDED_DOWN: _NOTHING}) if follows else None
         self._check_attention()
         kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
         inputs = kwargs.get("inputs_embeds")
         inputs = kwargs["input_ids"] if inputs is None else inputs
         past = past_of(kwargs)
-        run = self.run_of(rows, len(inputs), bool(past))
+        decoding = not isinstance(past, Tensor) and bool(past)  # a compiler does not know what a tensor holds
+        run = self.run_of(rows, len(inputs), decoding)
         if follows:
-            kwargs[attention.HANDED_DOWN] = run.layers
+            kwargs[attention.HANDED_DOWN] = run
         else:
             self.bank.run = run
         kwargs["position_ids"] = self._positions(kwargs, inputs, past) + run.shift
@@ -295,9 +295,10 @@ class Prefixes:
             )
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        return None if attention.HANDED_DOWN in kwargs else _apart(self._end, output)
+        run, first = kwargs.get(attention.HANDED_DOWN), kwargs.get(_FIRST)
+        return _apart(self._end, output, first) if run is None else _with_last(output, run, first)
 
-    def _end(self, output: Any) -> Any:
+    def _end(self, output: Any, first: Tensor | None) -> Any:
         run = self.bank.run
         if run is OFF:
             return None
@@ -305,49 +306,39 @@ class Prefixes:
         if self._collecting is not None:
             self._collecting.remove()
             self._collecting = None
-        first = self._asked.first
-        if first is None or output is None:
-            return None
-        hidden = output[0]
-        hidden = torch.cat([run.last.expand(len(hidden), -1, -1), hidden], 1)
-        before_text = torch.arange(hidden.shape[1], device=hidden.device) == first.unsqueeze(1)
-        hidden = torch.where(before_text.unsqueeze(2), run.last, hidden)
-        return _with_item(output, "last_hidden_state", 0, hidden)
+        return _with_last(output, run, first)
 
     # The first label. What a prompt at the embedding says next is the text's first token, and PEFT trains it to where
     # that token has a label. The logits of the last virtual token are there for the loss alone, in front of all others,
     # or where the padding on the left ends.
 
     def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        return None if self._follows() else _apart(self._begin_loss, args, kwargs)
+        return self._begin_loss(args, kwargs) if self._follows() else _apart(self._begin_loss, args, kwargs)
 
     def _begin_loss(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         labels, rows = kwargs.get("labels"), self.rows
-        self._asked.first = None
         if self.bank.run is OFF or not rows or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
         if len(labels) % len(rows):
             return None
-        last = [next((n for n in reversed(names) if n in self.sources), None) for names in rows]
-        ends = torch.tensor([n is not None and self.sources[n].form is Form.EMBEDDINGS for n in last])
-        ends = ends.repeat_interleave(len(labels) // len(rows)).to(labels.device)
+        forms = [[self.sources[n].form for n in names if n in self.sources] for names in rows]
+        ends = [found[-1:] == [Form.EMBEDDINGS] for found in forms]
+        if not any(ends):
+            return None
+        ends = torch.tensor(ends).repeat_interleave(len(labels) // len(rows)).to(labels.device)
         first, mask = torch.zeros_like(labels[:, 0]), kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
             first = torch.where(ends, (mask != 0).int().argmax(1), first)
-        if not ((labels.gather(1, first.unsqueeze(1)).squeeze(1) != IGNORED) & ends).any():
+        learned = (labels.gather(1, first.unsqueeze(1)).squeeze(1) != IGNORED) & ends
+        if not (torch.compiler.is_compiling() or learned.any()):  # nothing may depend on values
             return None
-        self._asked.first = first
         labels = F.pad(labels, (1, 0), value=IGNORED)
         labels[:, 1].masked_fill_(~ends, IGNORED)
-        return args, kwargs | {"labels": labels}
+        return args, kwargs | {"labels": labels, _FIRST: first}
 
-    def _after_loss(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        return None if self._follows() else _apart(self._end_loss, output)
-
-    def _end_loss(self, output: Any) -> Any:
-        if self._asked.first is None or output is None:
+    def _after_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if _FIRST not in kwargs or output is None:
             return None
-        self._asked.first = None
         at = 1 if isinstance(output, tuple) else "logits"
         return _with_item(output, "logits", 1, output[at][:, 1:])
 
@@ -357,23 +348,22 @@ class Prefixes:
         return (self.bank.active,) if self.bank.mode is None else self.bank.mode.of_row
 
     @staticmethod
-    def _positions(kwargs: dict[str, Any], inputs: Tensor, past: int | None) -> Tensor:
+    def _positions(kwargs: dict[str, Any], inputs: Tensor, past: int | Tensor | None) -> Tensor:
         """Of the text, from 0 on."""
         room = past is not None  # beyond what is written
-        past, length = past or 0, inputs.shape[1]
+        past, length = past if room else 0, inputs.shape[1]
         given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        new = torch.arange(length, device=inputs.device) + past
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            if len(mask) != len(inputs) or mask.shape[1] < past + length or (mask.shape[1] > length and not room):
+            seen = length if isinstance(past, Tensor) else past + length
+            if len(mask) != len(inputs) or mask.shape[1] < seen or (mask.shape[1] > length and not room):
                 raise ValueError(
                     f"attention_mask has shape {tuple(mask.shape)}; it must be {(len(inputs), past + length)}: one "
                     "number a token of the text, none for virtual tokens"
                 )
             if given is None:
-                places = mask[:, : past + length].long().cumsum(1) - 1
-                return places.clamp(min=0)[:, past:]
-        if given is None:
-            given = torch.arange(past, past + length, device=inputs.device).unsqueeze(0)
-        return given
+                return (mask.long().cumsum(1) - 1).clamp(min=0)[:, new]
+        return new.unsqueeze(0) if given is None else given
 
     # What the prefixes are.
 
@@ -439,8 +429,16 @@ class Prefixes:
 
     def _of_prompt(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
         source = self.sources[name]
-        if torch.compiler.is_compiling():
-            return self._work_out(source, others)
+        if not torch.compiler.is_compiling():
+            return self._kept(name, others, decoding)
+        if source.form is Form.KEYS_VALUES:
+            return self._work_out(source, ())
+        tensors = compiled_tensors(self, (name, *others), self.decoder.training, decoding)
+        return Values(tensors[:-1], tensors[-1]) if source.form is Form.EMBEDDINGS else Values(tensors, None)
+
+    def _kept(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
+        """:meth:`_of_prompt`, kept where that is safe."""
+        source = self.sources[name]
         parameters = list(source.module.parameters())
         if source.form is Form.KEYS_VALUES:
             others = ()
@@ -459,6 +457,15 @@ class Prefixes:
             values = self._work_out(source, others)
         self.bank.kept[name, others] = (stamp, values)
         return values
+
+    def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
+        return [parameter for name in names for parameter in self.bank.parameters(name)]
+
+    def tensors(self, names: Sequence[str], decoding: bool) -> list[Tensor]:
+        name, others = names[0], tuple(names[1:])
+        with self.bank.using(Rows((others,), others)):
+            values = self._kept(name, others, decoding)
+        return values.tensors if values.last is None else [*values.tensors, values.last]
 
     def _work_out(self, source: Source, others: tuple[str, ...]) -> Values:
         rows = self.bank.mode and Rows((others,), others)
@@ -484,12 +491,14 @@ class Prefixes:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
         cache = DynamicCache()
         positions = torch.arange(len(embeddings), device=embeddings.device)
+        handed = {attention.HANDED_DOWN: _NOTHING} if self._hands_down else {}  # should the decoder be compiled code
         with self._bare(rows, layer_inputs):
             output = self.decoder(
                 inputs_embeds=embeddings.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
                 use_cache=True,
                 **{self._cache_name: cache},
+                **handed,
             )
         return Values([t for layer in cache.layers for t in (layer.keys, layer.values)], output[0][:, -1])
 
@@ -568,10 +577,14 @@ class _Collect(torch.autograd.Function):
         return grad, None, *gathered
 
 
-def past_of(kwargs: dict[str, Any]) -> int | None:
-    """How many tokens the cache among a decoder's arguments holds; None: there is no cache."""
+def past_of(kwargs: dict[str, Any]) -> int | Tensor | None:
+    """How many tokens the cache among a decoder's arguments holds, in compiled code maybe as a tensor; None: there is
+    no cache."""
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    return None if cache is None else int(cache.get_seq_length())
+    if cache is None:
+        return None
+    length = cache.get_seq_length()
+    return length if torch.compiler.is_compiling() else int(length)
 
 
 def distinct(rows: Iterable[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], list[int]]:
@@ -579,6 +592,18 @@ def distinct(rows: Iterable[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], li
     slots: dict[tuple[str, ...], int] = {}
     index = [slots.setdefault(names, len(slots)) if names else -1 for names in rows]
     return list(slots), index
+
+
+def _with_last(output: Any, run: _Run, first: Tensor | None) -> Any:
+    """A decoder's output with the last virtual token's in front of the texts, which begin at ``first``; None where
+    nobody asks for it."""
+    if first is None or output is None:
+        return None
+    hidden = output[0]
+    hidden = torch.cat([run.last.expand(len(hidden), -1, -1), hidden], 1)
+    before_text = torch.arange(hidden.shape[1], device=hidden.device) == first.unsqueeze(1)
+    hidden = torch.where(before_text.unsqueeze(2), run.last, hidden)
+    return _with_item(output, "last_hidden_state", 0, hidden)
 
 
 def _with_item(output: Any, name: str, index: int, value: Any) -> Any:

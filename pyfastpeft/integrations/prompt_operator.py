@@ -1,0 +1,137 @@
+"""What a soft prompt comes to, as one operator of compiled code.
+
+A prompt that runs through the model needs hooks, caches and modules that compilers do not follow, and at inference it
+is kept until something about it changes, which they cannot guard. So to a compiler it is one operator, from parameters
+to keys and values; inside, all is as without a compiler. Its backward works the prompt out again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+
+class _Form(NamedTuple):
+    """A tensor without its values."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Maker(Protocol):
+    """Who works soft prompts out. ``names`` are the prompt's own and those of the other adapters on its row.
+
+    Attributes:
+        number: what :func:`number_of` gave.
+    """
+
+    number: int
+
+    def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """All that may train and that the prompt may depend on."""
+
+    def tensors(self, names: Sequence[str], decoding: bool) -> list[Tensor]:
+        """What the prompt comes to; differentiable in what trains, where gradients are recorded."""
+
+
+_numbers = itertools.count()
+_makers: WeakValueDictionary[int, Maker] = WeakValueDictionary()
+_forms: WeakKeyDictionary[Maker, dict[str, list[_Form]]] = WeakKeyDictionary()
+with ThreadPoolExecutor(1) as _thread:
+    _DISPATCH = _thread.submit(
+        lambda: (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+    ).result()
+"""Of a thread in which no operator runs: it can record, and autocast is off."""
+
+
+def number_of(maker: Maker) -> int:
+    """A number by which compiled code knows ``maker``, for as long as that lives."""
+    number = next(_numbers)
+    _makers[number] = maker
+    return number
+
+
+def compiled_tensors(maker: Maker, names: tuple[str, ...], random: bool, decoding: bool) -> list[Tensor]:
+    """``maker.tensors(names, decoding)`` in code that is being compiled.
+
+    Args:
+        random: whether there may be dropout.
+    """
+    joined = "/".join(names)
+    _learn_forms(maker.number, joined)
+    seed = torch.randint(2**63 - 1, (1,), device="cpu") if random else None
+    return torch.ops.pyfastpeft.soft_prompt(maker.parameters(names), seed, maker.number, joined, decoding)
+
+
+@torch.compiler.assume_constant_result  # so it runs, while the code around it is only looked at
+def _learn_forms(number: int, joined: str) -> None:
+    maker, names = _makers[number], joined.split("/")
+    with _as_outside(maker.parameters(names), torch.zeros(1)), torch.no_grad():
+        made = maker.tensors(names, False)
+    _forms.setdefault(maker, {})[joined] = [_Form(t.shape, t.dtype, t.device) for t in made]
+
+
+@contextmanager
+def _as_outside(parameters: Sequence[Tensor], seed: Tensor | None) -> Iterator[None]:
+    """Run what is in an operator as if it were not; dropout, where the ``parameters`` are, draws from ``seed``."""
+    devices = list({p.device for p in parameters if p.is_cuda})
+    with torch._C._ForceDispatchKeyGuard(*_DISPATCH), torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[d.index] for d in devices)):
+                generator.manual_seed(int(seed))
+        yield
+
+
+@torch.library.custom_op("pyfastpeft::soft_prompt", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _soft_prompt(
+    parameters: Sequence[Tensor], seed: Tensor | None, maker: int, names: str, decoding: bool
+) -> list[Tensor]:
+    with _as_outside(parameters, seed), torch.no_grad():
+        made = _makers[maker].tensors(names.split("/"), decoding)
+        return [t.clone(memory_format=torch.contiguous_format) for t in made]  # some are kept
+
+
+@_soft_prompt.register_fake
+def _(parameters: Sequence[Tensor], seed: Tensor | None, maker: int, names: str, decoding: bool) -> list[Tensor]:
+    forms = _forms[_makers[maker]][names]
+    return [torch.empty(form.shape, dtype=form.dtype, device=form.device) for form in forms]
+
+
+@torch.library.custom_op("pyfastpeft::soft_prompt_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _soft_prompt_backward(
+    gradients: Sequence[Tensor], parameters: Sequence[Tensor], seed: Tensor | None, maker: int, names: str
+) -> list[Tensor]:
+    """The gradients of ``parameters``."""
+    live = _makers[maker].parameters(names.split("/"))
+    train = [p for p in live if p.requires_grad]
+    with _as_outside(parameters, seed), torch.enable_grad():
+        made = _makers[maker].tensors(names.split("/"), False)
+        found = iter(torch.autograd.grad(made, train, gradients, allow_unused=True, materialize_grads=True))
+    return [next(found).contiguous() if p.requires_grad else torch.zeros_like(p) for p in live]
+
+
+@_soft_prompt_backward.register_fake
+def _(gradients: Sequence[Tensor], parameters: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [torch.empty_like(p) for p in parameters]
+
+
+def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    parameters, seed, *ctx.rest, _ = inputs
+    ctx.save_for_backward(*parameters, seed)
+
+
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple:
+    *parameters, seed = ctx.saved_tensors
+    found = torch.ops.pyfastpeft.soft_prompt_backward(gradients, parameters, seed, *ctx.rest)
+    return found, None, None, None, None
+
+
+_soft_prompt.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,223 @@
+"""torch.compile of a whole model: every method is one graph, in training, at inference and over a static cache."""
+
+from __future__ import annotations
+
+import copy
+
+import architectures as tiny
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import StaticCache
+
+import pyfastpeft as fp
+
+_SOFT = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"}
+CONFIGS = {
+    "lora": lambda: fp.LoraConfig(r=4, task_type="CAUSAL_LM"),
+    "bottleneck": lambda: fp.BottleneckConfig(bottleneck_size=4, task_type="CAUSAL_LM"),
+    "prefix": lambda: fp.PrefixTuningConfig(**_SOFT),
+    "prefix_projection": lambda: fp.PrefixTuningConfig(**_SOFT, prefix_projection=True),
+    "prompt": lambda: fp.PromptTuningConfig(**_SOFT),
+    "ptuning": lambda: fp.PromptEncoderConfig(**_SOFT),
+    "ptuning_lstm": lambda: fp.PromptEncoderConfig(**_SOFT, encoder_reparameterization_type="LSTM"),
+    "deep": lambda: fp.DeepPromptConfig(**_SOFT),
+    "deep_prefix": lambda: fp.DeepPromptConfig(**_SOFT, prefix=True),
+}
+METHODS = list(CONFIGS)
+RUN_THROUGH_THE_MODEL = ["prompt", "deep"]
+
+
+def adapted(method: str, architecture: str = "llama", names: tuple[str, ...] = ("default",)) -> fp.PeftModel:
+    model = fp.get_peft_model(tiny.make(architecture), CONFIGS[method](), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, CONFIGS[method]())
+    tiny.randomize(model)
+    return model.eval()
+
+
+def whole(model, backend: str = "aot_eager"):
+    """The model compiled as one graph, and what counts how often that was done."""
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+def close(got, expected, tol: float = 1e-5) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=tol)
+
+
+def gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {name.removeprefix("_orig_mod."): grad for name, grad in found.items()}
+
+
+def agree_in_training(compiled, model, batch) -> None:
+    (loss, got), (expected_loss, expected) = gradients(compiled, batch), gradients(model, batch)
+    close(loss, expected_loss)
+    assert got.keys() == expected.keys()
+    for name, grad in expected.items():
+        close(got[name], grad, 1e-5 * max(1.0, float(grad.abs().max())))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_at_inference(method):
+    model = adapted(method, names=("a", "b"))
+    compiled, counter = whole(model)
+    with torch.no_grad():
+        for name in ("a", "b", "a"):
+            model.set_adapter(name)
+            for ids in (tiny.inputs()["input_ids"], tiny.inputs()["input_ids"]):
+                close(compiled(ids).logits, model(ids).logits)
+        assert counter.frame_count <= 2
+        with model.disable_adapter():
+            close(compiled(ids).logits, model(ids).logits)
+        model.set_adapter("a", inference_mode=True)
+        compiled(ids)
+        count = counter.frame_count
+        for tensor in (p for name, p in model.named_parameters() if ".a." in name):
+            before = model(ids).logits
+            tensor += torch.randn_like(tensor)
+            close(compiled(ids).logits, model(ids).logits)
+            assert not torch.equal(before, model(ids).logits)
+        assert counter.frame_count == count
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_in_training(method):
+    model = adapted(method).train()
+    compiled, counter = whole(model)  # before it has run
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for ignored in (0, 2, 4):
+        batch = tiny.inputs()
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][0, :ignored] = -100
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][1, :3] = 0
+        batch["labels"][1, :3] = -100
+        agree_in_training(compiled, model, batch)
+        optimizer.step()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_decoding_over_a_static_cache(method):
+    model = adapted(method)
+    compiled, counter = whole(model)
+    ids = tiny.inputs(length=12)["input_ids"]
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        close(model(ids[:, :4], past_key_values=cache, use_cache=True).logits, expected[:, :4])
+        for t in range(4, 12):
+            close(compiled(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits, expected[:, t : t + 1])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "deep"])
+def test_generation_over_a_static_cache(method):
+    model = adapted(method)
+    batch = {"input_ids": tiny.inputs()["input_ids"]}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, :2] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    expected = model.generate(**batch, **options)
+    base = model.get_base_model()
+    base.forward = torch.compile(base.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(model.generate(**batch, **options, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("method", RUN_THROUGH_THE_MODEL)
+@pytest.mark.parametrize("architecture", ["opt", "phi"])
+def test_other_architectures(method, architecture):
+    model = adapted(method, architecture).train()
+    agree_in_training(whole(model)[0], model, tiny.inputs(architecture))
+
+
+def test_by_inductor():
+    model = adapted("prompt").train()
+    agree_in_training(whole(model, "inductor")[0], model, tiny.inputs())
+
+
+@pytest.mark.parametrize("method", RUN_THROUGH_THE_MODEL)
+class TestPromptsThatRunThroughTheModel:
+    def test_rows_that_choose(self, method):
+        model = adapted(method, names=("a", "b")).train()
+        model.add_adapter("lora", CONFIGS["lora"]())
+        tiny.randomize(model)
+        model.base_model.bank.activate(("a", "lora"), {"a", "lora"})
+        batch = tiny.inputs(rows=5) | {"adapter_names": ["a", "lora", ["lora", "a"], "__base__", "b"]}
+        compiled, counter = whole(model)
+        for _ in range(2):
+            agree_in_training(compiled, model, batch)
+        assert counter.frame_count == 1
+
+    def test_a_graph_that_breaks_in_the_model(self, method):
+        model = adapted(method).train()
+        model.get_base_model().model.layers[1].register_forward_hook(torch.compiler.disable(lambda *_: None))
+        agree_in_training(torch.compile(model, backend="eager"), model, tiny.inputs())
+
+    def test_a_decoder_compiled_alone(self, method):
+        model = adapted(method).train()
+        plain = copy.deepcopy(model)
+        model.get_base_model().model.compile(backend="eager")
+        for _ in range(2):
+            agree_in_training(model, plain, tiny.inputs())
+
+    def test_gradient_checkpointing(self, method):
+        model = adapted(method).train()
+        batch = tiny.inputs()
+        plain = copy.deepcopy(model)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        agree_in_training(torch.compile(model, backend="eager"), plain, batch)
+
+    def test_a_copy_has_a_prompt_of_its_own(self, method):
+        model = adapted(method)
+        ids = tiny.inputs()["input_ids"]
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            expected = model(ids).logits
+            for parameter in twin.prompt_encoder.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            close(whole(twin)[0](ids).logits, twin(ids).logits)
+            close(whole(model)[0](ids).logits, expected)
+
+    def test_autocast(self, method):
+        model = adapted(method)
+        ids = tiny.inputs()["input_ids"]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            close(whole(model)[0](ids).logits.float(), model(ids).logits.float(), 0.05)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        fp.DeepPromptConfig(**_SOFT, prefix_dropout=0.3),
+        fp.PromptEncoderConfig(**_SOFT, encoder_reparameterization_type="LSTM", encoder_dropout=0.3),
+    ],
+    ids=["deep", "ptuning_lstm"],
+)
+def test_the_backward_drops_what_the_forward_dropped(config):
+    model = fp.get_peft_model(tiny.make(), config).train()
+    compiled, _ = whole(model)
+    batch = tiny.inputs()
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(1)
+        return compiled(**batch).loss
+
+    torch.manual_seed(2)
+    other = compiled(**batch).loss.detach()
+    assert not torch.equal(loss().detach(), other)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss(), parameters)
+    norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+    with torch.no_grad():
+        ends = []
+        for step in (1e-2, -2e-2):
+            for p, g in zip(parameters, grads, strict=True):
+                p += step * g / norm
+            ends.append(loss())
+    assert abs((ends[0] - ends[1]) / 2e-2 - norm) < 0.03 * norm
