@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 from functools import partial
 
 import pytest
@@ -244,6 +245,66 @@ def test_what_an_adapter_holds_reaches_no_row_of_others(value):
         assert got[1].isnan().any() or value == math.inf  # which tanh makes 1
         others = torch.tensor([0, 2, 3])
         assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_adapter_that_is_not_finite_reaches_no_other_rows_and_no_other_gradients(activation, dtype):
+    peft_model = fp.get_peft_model(make(dtype=dtype), config(activation=activation), "a").train()
+    for name in ("b", "c"):
+        peft_model.add_adapter(name, config(activation=activation))
+    randomize(peft_model)
+    peft_model.set_adapter(["a", "b"])
+    of_a = {n: p for n, p in peft_model.named_parameters() if ".a." in n}
+    ids = inputs(rows=5)["input_ids"]
+    names, rows = ["a", "__base__", "b", ["a", "c"], "b"], torch.tensor([0, 1, 3])
+
+    def run(grad):
+        with torch.set_grad_enabled(grad):
+            out = peft_model(ids, adapter_names=names).logits
+            if grad:
+                peft_model.zero_grad()
+                out.float().square().sum().backward()
+                assert all(p.grad.isfinite().all() and p.grad.any() for p in of_a.values())
+            return out[rows].clone(), {n: p.grad.clone() for n, p in of_a.items() if grad}
+
+    expected = run(False), run(True)
+    for part in ("down.weight", "down.bias", "up.weight", "up.bias"):
+        parameter = random.choice([p for n, p in peft_model.named_parameters() if n.endswith(f".b.{part}")])
+        with torch.no_grad():
+            before = parameter.clone()
+            parameter.view(-1)[int(torch.randint(parameter.numel(), ()))] = random.choice([math.nan, math.inf])
+        for grad in (False, True):
+            out, grads = run(grad)
+            assert torch.equal(out, expected[grad][0]), part
+            assert all(torch.equal(g, expected[grad][1][n]) for n, g in grads.items()), part
+        with torch.no_grad():
+            parameter.copy_(before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_row_that_is_not_finite_reaches_no_gradients_of_others(activation, value):
+    peft_model = fp.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config(target_modules=["0"], activation=activation))
+    peft_model.add_adapter("b", config(target_modules=["0"], activation=activation))
+    randomize(peft_model)
+    own = [p for n, p in peft_model.named_parameters() if ".default." in n]
+    x, cotangent = torch.randn(5, 8), torch.randn(5, 8)
+    names, rows = ["default", "b", "default", "__base__", "b"], torch.tensor([0, 2, 3])
+
+    def run(x, cotangent):
+        x = x.clone().requires_grad_()
+        out = peft_model(x, adapter_names=names)
+        dx, *grads = torch.autograd.grad(out, [x, *own], cotangent)
+        return out[rows], dx[rows], *grads
+
+    expected = run(x, cotangent)
+    assert all(t.isfinite().all() and t.any() for t in expected)
+    for spoiled in (x, cotangent):
+        before = spoiled.clone()
+        spoiled[1, 3] = spoiled[4, 0] = value
+        assert all(map(torch.equal, run(x, cotangent), expected))
+        spoiled.copy_(before)
 
 
 def test_several_active_at_once_add_their_updates():

@@ -56,7 +56,10 @@ class Bottleneck(nn.Module):
     def inner(self, y: Tensor) -> Tensor:
         """What passes the bottleneck, [..., size]."""
         down = self.down
-        return ACTIVATIONS[self.activation](_linear(y, down.weight, down.bias))
+        return self.activate(_linear(y, down.weight, down.bias))
+
+    def activate(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](x)
 
     def forward(self, y: Tensor) -> Tensor:
         up = self.up
@@ -102,19 +105,27 @@ class BottleneckLayer(nn.Module):
             plan = self._plan
             return plan[0](y) if len(plan) == 1 else self._several(y, plan) if plan else y
         names = tuple(n for n in mode.names if n in self.bottleneck)
-        return self._several(y, tuple(self.bottleneck[n] for n in names), names, mode) if names else y
+        return self._by_row(y, names, mode) if names else y
 
-    def _several(
-        self, y: Tensor, adapters: tuple[Bottleneck, ...], names: tuple[str, ...] = (), mode: Rows | None = None
-    ) -> Tensor:
-        """``y`` and the update of each adapter, in the rows that ``mode`` gives it."""
+    @staticmethod
+    def _several(y: Tensor, adapters: tuple[Bottleneck, ...]) -> Tensor:
+        """``y`` and the update of each adapter."""
         inner = torch.cat([adapter.inner(y) for adapter in adapters], dim=-1)
         up = torch.cat([adapter.up.weight for adapter in adapters], dim=1)
-        bias = torch.stack([adapter.up.bias for adapter in adapters])
-        if mode is None:
-            return y + _linear(inner, up, bias.sum(0))
-        rows, lead = y.numel() // y.shape[-1], y.shape[:-1]
-        sizes = tuple(adapter.size for adapter in adapters)
-        update = mixed.added(inner, mode.mask(names, sizes, rows, y.device), up.to(y.dtype))
-        own = mixed.summed(mode.mask(names, (1,) * len(names), rows, y.device), bias)
-        return y + (update + own.view(*lead, -1).to(y.dtype))
+        return y + _linear(inner, up, torch.stack([adapter.up.bias for adapter in adapters]).sum(0))
+
+    def _by_row(self, y: Tensor, names: tuple[str, ...], mode: Rows) -> Tensor:
+        """``y`` and the updates of the adapters that each row uses."""
+        adapters = [self.bottleneck[n] for n in names]
+        sizes, rows = tuple(adapter.size for adapter in adapters), y.numel() // y.shape[-1]
+        of_inner = mode.mask(names, sizes, rows, y.device)
+        of_bias = mode.mask(names, (1,) * len(names), rows, y.device)
+        down = torch.cat([adapter.down.weight for adapter in adapters])
+        inner = mixed.projected(y, down.to(y.dtype))
+        inner = inner + torch.cat([adapter.down.bias for adapter in adapters]).to(inner.dtype)
+        # Zero before the activation: its derivative at what is not finite would be NaN, whatever gradient comes.
+        parts = mixed.own(of_inner.view(inner.shape) > 0, inner).split(sizes, dim=-1)
+        inner = torch.cat([adapter.activate(part) for adapter, part in zip(adapters, parts, strict=True)], dim=-1)
+        up = torch.cat([adapter.up.weight for adapter in adapters], dim=1)
+        bias = mixed.summed(of_bias, torch.stack([adapter.up.bias for adapter in adapters]))
+        return y + (mixed.added(inner, of_inner, up.to(y.dtype)) + bias.view(*y.shape[:-1], -1).to(y.dtype))
