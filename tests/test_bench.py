@@ -224,8 +224,8 @@ def test_decode_counts_tokens_or_names_who_is_absent(tmp_path):
     result = run_bench("decode", tmp_path, "--model", "tiny", "--tokens", "3", "--rounds", "1", "--threads", "1")[
         "result"
     ]
-    assert {"ours_nf4", "ours_nf4_lora", "bf16"} <= set(result["contenders"])
-    assert len(result["contenders"]) + len(result["absent"]) == 7
+    assert {"ours_nf4", "ours_nf4_lora", "ours_bf16_lora", "bf16"} <= set(result["contenders"])
+    assert len(result["contenders"]) + len(result["absent"]) == 8
     assert all(row["tokens_per_s"] > 0 for row in result["contenders"].values())
 
 

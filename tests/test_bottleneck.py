@@ -256,8 +256,12 @@ def test_an_adapter_that_is_not_finite_reaches_no_other_rows_and_no_other_gradie
     randomize(peft_model)
     peft_model.set_adapter(["a", "b"])
     of_a = {n: p for n, p in peft_model.named_parameters() if ".a." in n}
-    ids = inputs(rows=5)["input_ids"]
-    names, rows = ["a", "__base__", "b", ["a", "c"], "b"], torch.tensor([0, 1, 3])
+    # So many rows that no unit of a relu is off in all of them.
+    ids = inputs(rows=20)["input_ids"]
+    names, rows = (
+        ["a", "__base__", "b", ["a", "c"], "b"] * 4,
+        torch.tensor([i for i in range(20) if i % 5 in (0, 1, 3)]),
+    )
 
     def run(grad):
         with torch.set_grad_enabled(grad):
@@ -289,8 +293,9 @@ def test_a_row_that_is_not_finite_reaches_no_gradients_of_others(activation, val
     peft_model.add_adapter("b", config(target_modules=["0"], activation=activation))
     randomize(peft_model)
     own = [p for n, p in peft_model.named_parameters() if ".default." in n]
-    x, cotangent = torch.randn(5, 8), torch.randn(5, 8)
-    names, rows = ["default", "b", "default", "__base__", "b"], torch.tensor([0, 2, 3])
+    x, cotangent = torch.randn(50, 8), torch.randn(50, 8)
+    names = ["default", "b", "default", "__base__", "b"] * 10
+    rows = torch.tensor([i for i in range(50) if i % 5 in (0, 2, 3)])
 
     def run(x, cotangent):
         x = x.clone().requires_grad_()

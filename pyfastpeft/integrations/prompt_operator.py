@@ -7,6 +7,7 @@ to keys and values; inside, all is as without a compiler. Its backward works the
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,11 +46,14 @@ class Maker(Protocol):
 _numbers = itertools.count()
 _makers: WeakValueDictionary[int, Maker] = WeakValueDictionary()
 _forms: WeakKeyDictionary[Maker, dict[str, list[_Form]]] = WeakKeyDictionary()
-with ThreadPoolExecutor(1) as _thread:
-    _DISPATCH = _thread.submit(
-        lambda: (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
-    ).result()
-"""Of a thread in which no operator runs: it can record, and autocast is off."""
+
+
+@functools.cache
+def _dispatch_outside() -> tuple[Any, Any]:
+    """Of a thread in which no operator runs: it can record, and autocast is off."""
+    with ThreadPoolExecutor(1) as thread:
+        sets = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
+        return thread.submit(lambda: tuple(get() for get in sets)).result()
 
 
 def number_of(maker: Maker) -> int:
@@ -83,7 +87,8 @@ def _learn_forms(number: int, joined: str) -> None:
 def _as_outside(parameters: Sequence[Tensor], seed: Tensor | None) -> Iterator[None]:
     """Run what is in an operator as if it were not; dropout, where the ``parameters`` are, draws from ``seed``."""
     devices = list({p.device for p in parameters if p.is_cuda})
-    with torch._C._ForceDispatchKeyGuard(*_DISPATCH), torch.random.fork_rng(devices, enabled=seed is not None):
+    drawn = torch.random.fork_rng(devices, enabled=seed is not None)
+    with torch._C._ForceDispatchKeyGuard(*_dispatch_outside()), drawn:
         if seed is not None:
             for generator in (torch.default_generator, *(torch.cuda.default_generators[d.index] for d in devices)):
                 generator.manual_seed(int(seed))
