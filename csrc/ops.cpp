@@ -245,6 +245,11 @@ Tensor unpack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
 }
 
 // Where the system can, moves the memory of t, which must be dense, onto large pages.
+void drop_mapped_pages(Tensor t) {
+  STD_TORCH_CHECK(t.is_contiguous(), "t must be contiguous");
+  pf::drop_mapped_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+}
+
 void large_pages(Tensor t) {
   pf::move_to_huge_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
 }
@@ -295,6 +300,7 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def("pack_scales(Tensor scale, int n, int k, int blocksize) -> Tensor");
   m.def("unpack_scales(Tensor scale, int n, int k, int blocksize) -> Tensor");
   m.def("large_pages(Tensor t) -> ()");
+  m.def("drop_mapped_pages(Tensor t) -> ()");
   m.def("set_dynamic_map(Tensor map) -> ()");
   m.def("available_isas() -> str[]");
   m.def("isa() -> str");
@@ -316,6 +322,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("pack_scales", TORCH_BOX(&pack_scales));
   m.impl("unpack_scales", TORCH_BOX(&unpack_scales));
   m.impl("large_pages", TORCH_BOX(&large_pages));
+  m.impl("drop_mapped_pages", TORCH_BOX(&drop_mapped_pages));
   m.impl("set_dynamic_map", TORCH_BOX(&set_dynamic_map));
 }
 

@@ -3,8 +3,10 @@
 import copy
 import gc
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import bitsandbytes as bnb
 import peft
@@ -487,3 +489,51 @@ class TestAccelerate:
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
         before = list(model.modules())
         assert fp.accelerate(model) is model and list(model.modules()) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of mapped files are given back on Linux")
+def test_pages_of_a_mapped_file_are_given_back_unless_they_were_written_to(tmp_path):
+    def resident(t):
+        begin = t.data_ptr() // 4096 * 4096
+        for region in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+            found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", region)
+            if found and int(found[1], 16) <= begin < int(found[2], 16):
+                return int(re.search(r"Rss:\s+(\d+) kB", region)[1])
+        raise AssertionError("not mapped")
+
+    drop = torch.ops.pyfastpeft.drop_mapped_pages
+    values = torch.arange(1 << 20, dtype=torch.int32)
+    values.numpy().tofile(tmp_path / "values")
+    mapped = torch.from_file(str(tmp_path / "values"), size=1 << 20, dtype=torch.int32)
+    assert torch.equal(mapped, values) and resident(mapped) >= 4000
+    drop(mapped[5:-7])
+    assert resident(mapped) <= 100
+    assert torch.equal(mapped, values)
+    mapped[70000] = -1
+    before = resident(mapped)
+    drop(mapped)
+    assert mapped[70000] == -1 and resident(mapped) == before
+    own = values.clone()
+    for t in (own, own[:3], own[:0]):
+        drop(t)
+    assert torch.equal(own, values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux")
+def test_a_model_that_loads_into_4_bits_never_holds_its_file_in_memory(tmp_path):
+    """Packed it has 0.28 of the file's size; more would be beside it only while a layer is read."""
+    sizes = GROUPED | {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6}
+    for name, config in (("small", GROUPED), ("large", sizes)):
+        model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**config), dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+    code = f"""
+import torch, transformers, pyfastpeft as fp
+def peak_after_loading(name):
+    folder = {str(tmp_path)!r} + "/" + name
+    transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=fp.FastPeftConfig("nf4"))
+    return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+before = peak_after_loading("small")
+print(peak_after_loading("large") - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(out.splitlines()[-1]) < 0.6 * (tmp_path / "large" / "model.safetensors").stat().st_size

@@ -188,9 +188,10 @@ class FastPeftQuantizer(HfQuantizer):
             if isinstance(layer, Linear4bit) and layer.packed is None:
                 layer.set_packed(self.quantized(layer.weight))
         for tensor in (*model.parameters(), *model.buffers()):
-            # A view of the mapped file keeps all of it in memory, also what was quantized.
+            # A view of the mapped file keeps all of it mapped, also what was quantized.
             if not tensor.untyped_storage().resizable():
-                tensor.data = tensor.data.clone()
+                mapped, tensor.data = tensor.data, tensor.data.clone()
+                _let_go(mapped)
         from .accelerate import accelerate  # not while transformers is still importing itself: it needs the models
 
         return accelerate(model)
@@ -254,6 +255,7 @@ class _Quantize(_Op):
             if isinstance(self.hf_quantizer.original(key.removesuffix(".weight")), Conv1D):
                 weight = weight.t()
             layer.set_packed(self.hf_quantizer.quantized(weight))
+            _let_go(weight)
             result[key] = layer.weight
         return result
 
@@ -280,7 +282,15 @@ class _Deserialize(_Op):
         if not isinstance(layer, Linear4bit):
             raise ValueError(f"{full_layer_name} is stored in 4 bits, but its layer is one that is not converted")
         layer.set_packed(packed_from_state(state, key))
+        for tensor in state.values():
+            _let_go(tensor)
         return {key: layer.weight}
+
+
+def _let_go(read: Tensor) -> None:
+    """What was ``read`` from a mapped file need not stay in memory: the whole file would add to the peak."""
+    if read.is_cpu and not read.untyped_storage().resizable():
+        torch.ops.pyfastpeft.drop_mapped_pages.default(read if read.is_contiguous() else read.t())
 
 
 def left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) -> set[str]:
