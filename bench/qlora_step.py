@@ -1,4 +1,5 @@
-"""One QLoRA step of SmolLM2-135M on the CPU (forward, backward, AdamW): ours beside peft over bitsandbytes NF4.
+"""One QLoRA step of SmolLM2-135M on the CPU (forward, backward, AdamW): ours beside peft over bitsandbytes NF4, and a
+step of LoRA over bf16 beside peft's.
 
     python -m bench.qlora_step --threads 2
 
@@ -19,7 +20,10 @@ from . import harness, models, training
 CONTENDERS: dict[str, Callable[[str], torch.nn.Module]] = {
     "ours": models.adapted_ours,
     "peft_bnb_nf4": models.adapted_peft,
+    "ours_bf16": lambda folder: models.lora_over(models.load_dense(folder)),
+    "peft_bf16": lambda folder: models.peft_over(models.load_dense(folder)),
 }
+PEERS = {"ours": "peft_bnb_nf4", "ours_bf16": "peft_bf16"}
 
 
 def stepper(name: str, folder: str, batch: int, length: int) -> Callable[[], float]:
@@ -29,10 +33,11 @@ def stepper(name: str, folder: str, batch: int, length: int) -> Callable[[], flo
 
 def measure(args: argparse.Namespace, console: Console) -> dict:
     names = [n for n in CONTENDERS if harness.matches(n, args.only)]
-    missing = [p for p in ("peft", "bitsandbytes") if not harness.installed(p)]
-    if missing:
-        console.print(f"[yellow]peft_bnb_nf4: not measured ({', '.join(missing)} absent)")
-        names.remove("peft_bnb_nf4")
+    for peer, packages in (("peft_bnb_nf4", ("peft", "bitsandbytes")), ("peft_bf16", ("peft",))):
+        missing = [p for p in packages if not harness.installed(p)]
+        if missing and peer in names:
+            console.print(f"[yellow]{peer}: not measured ({', '.join(missing)} absent)")
+            names.remove(peer)
     with models.checkpoint(args.model) as folder:
         options = [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
         peaks = {name: training.peak_mb(__spec__.name, name, folder, *options) for name in names}
@@ -42,9 +47,9 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
     rows = {}
     for name in names:
         rows[name] = timings[name].as_dict() | {"peak_mb": peaks[name], "first_losses": losses[name]}
-        if "peft_bnb_nf4" in timings:
-            rows[name]["speedup"] = round(timings["peft_bnb_nf4"].ratio(timings[name]), 3)
-            rows[name]["memory_ratio"] = round(peaks[name] / peaks["peft_bnb_nf4"], 3)
+        if (peer := PEERS.get(name)) in timings:
+            rows[name]["speedup"] = round(timings[peer].ratio(timings[name]), 3)
+            rows[name]["memory_ratio"] = round(peaks[name] / peaks[peer], 3)
     title = f"QLoRA step, {args.batch} × {args.length}, {args.threads} threads"
     columns = ("contender", "s a step", "peak MB", "speed against peft", "memory against peft")
     console.print(harness.table(title, columns, ((name, *training.cells(row, row)) for name, row in rows.items())))
