@@ -66,27 +66,27 @@ std::tuple<Tensor, Tensor> linear_4bit_backward(Tensor dy, Tensor codes, Tensor 
 }
 
 // The branch alone, beside a product of somebody else's.
-std::tuple<Tensor, Tensor> lora_forward(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, OptTensor row_scale,
-                                        double scaling, OptTensor seed, double dropout) {
+std::tuple<Tensor, Tensor> lora_forward(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, double scaling,
+                                        OptTensor seed, double dropout) {
   kernels();
   base = with_contiguous_columns(base);
   x = with_contiguous_columns(x);
   const pf::Matrix bm = matrix(base, "base"), xm = matrix(x, "x");
   STD_TORCH_CHECK(bm.rows == xm.rows && bm.dtype == xm.dtype, "base must have the rows of x and its dtype");
-  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, bm.cols, xm.cols);
+  const BranchTensors lora(lora_a, lora_b, std::nullopt, scaling, xm.rows, seed, dropout, bm.cols, xm.cols);
   Tensor y = new_matrix(xm.rows, bm.cols, xm.dtype);
   Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
   pf::lora_forward(bm, xm, lora.branch, y.mutable_data_ptr(), static_cast<float*>(s.mutable_data_ptr()), parallel);
   return {y, s};
 }
 
-std::tuple<Tensor, Tensor> lora_input_backward(Tensor dy, Tensor lora_a, Tensor lora_b, OptTensor row_scale,
-                                               double scaling, OptTensor seed, double dropout, bool need_dx) {
+std::tuple<Tensor, Tensor> lora_input_backward(Tensor dy, Tensor lora_a, Tensor lora_b, double scaling, OptTensor seed,
+                                               double dropout, bool need_dx) {
   kernels();
   dy = with_contiguous_columns(dy);
   const pf::Matrix dym = matrix(dy, "dy");
   const int64_t k = lora_a.size(lora_a.dim() - 1);
-  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, dym.rows, seed, dropout, dym.cols, k);
+  const BranchTensors lora(lora_a, lora_b, std::nullopt, scaling, dym.rows, seed, dropout, dym.cols, k);
   Tensor dx = new_matrix(need_dx ? dym.rows : 0, k, dym.dtype);
   Tensor ds = new_matrix(dym.rows, lora.branch.rank(), pf::kFloat32);
   pf::lora_input_backward(dym, lora.branch, need_dx ? dx.mutable_data_ptr() : nullptr,
@@ -282,10 +282,10 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def("linear_4bit_int8(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ") -> Tensor");
   m.def("linear_4bit_backward(Tensor dy, " PF_WEIGHT ", " PF_BRANCH ", bool need_dx) -> (Tensor, Tensor)");
   m.def(
-      "lora_forward(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? row_scale, float scaling, "
-      "Tensor? seed, float dropout) -> (Tensor, Tensor)");
+      "lora_forward(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, Tensor? seed, "
+      "float dropout) -> (Tensor, Tensor)");
   m.def(
-      "lora_input_backward(Tensor dy, Tensor lora_a, Tensor lora_b, Tensor? row_scale, float scaling, Tensor? seed, "
+      "lora_input_backward(Tensor dy, Tensor lora_a, Tensor lora_b, float scaling, Tensor? seed, "
       "float dropout, bool need_dx) -> (Tensor, Tensor)");
   m.def(
       "lora_backward(Tensor dy, Tensor x, Tensor s, Tensor ds, Tensor? row_scale, float scaling, Tensor? seed, "

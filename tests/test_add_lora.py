@@ -135,6 +135,6 @@ def test_operands_that_do_not_fit_are_named():
         ((base.double(), x, a, b), "must be float32, bfloat16 or float16"),
     ):
         with pytest.raises(RuntimeError, match=words):
-            forward(*operands, None, 1.0, None, 0.0)
+            forward(*operands, 1.0, None, 0.0)
     with pytest.raises(RuntimeError, match="lora A must be"):
-        backward(base, a, b[:23], None, 1.0, None, 0.0, True)
+        backward(base, a, b[:23], 1.0, None, 0.0, True)

@@ -341,7 +341,6 @@ void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, voi
   if (rows == 0 || base.cols == 0) return;
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
-  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDy, rows * rank * sizeof(float)));
   branch_sums(k, arith, x, branch, rows <= arith.few_rows && branch.dropout.threshold == 0, s, parallel);
   GemmArgs args{{},         {nullptr, rows, 0}, pack_scaled(arith, s, rows, branch, parallel), branch.b, nullptr, y,
                 base.dtype, base.cols};

@@ -35,7 +35,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
 // The same as linear_forward for up to kTile rows and a weight [N, K] in full precision, without dropout.
 void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
                    ParallelFor parallel);
-// y [x.rows, N] = base + the branch, in base's dtype; s as above.
+// y [x.rows, N] = base + the branch, in base's dtype; s [x.rows, R] as above.
 void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, void* y, float* s, ParallelFor parallel);
 // ds [rows, R] float32 = (dy B) * factor (computed when there is a branch); dx [rows, K] in dy's dtype, or null.
 void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, void* dx, float* ds,

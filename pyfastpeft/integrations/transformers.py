@@ -252,9 +252,8 @@ class _Quantize(_Op):
         for key, weight in input_dict.items():
             weight = weight[0] if isinstance(weight, list) else weight
             layer, _ = get_module_from_name(model, key)
-            if isinstance(self.hf_quantizer.original(key.removesuffix(".weight")), Conv1D):
-                weight = weight.t()
-            layer.set_packed(self.hf_quantizer.quantized(weight))
+            transposed = isinstance(self.hf_quantizer.original(key.removesuffix(".weight")), Conv1D)
+            layer.set_packed(self.hf_quantizer.quantized(weight.t() if transposed else weight))
             _let_go(weight)
             result[key] = layer.weight
         return result
@@ -289,8 +288,8 @@ class _Deserialize(_Op):
 
 def _let_go(read: Tensor) -> None:
     """What was ``read`` from a mapped file need not stay in memory: the whole file would add to the peak."""
-    if read.is_cpu and not read.untyped_storage().resizable():
-        torch.ops.pyfastpeft.drop_mapped_pages.default(read if read.is_contiguous() else read.t())
+    if read.is_cpu and read.is_contiguous() and not read.untyped_storage().resizable():
+        torch.ops.pyfastpeft.drop_mapped_pages.default(read)
 
 
 def left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) -> set[str]:

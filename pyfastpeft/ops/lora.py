@@ -14,7 +14,7 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
     """``base + scaling · (dropout(x) · Aᵀ) · Bᵀ``, in one pass over x and one over ``base``.
 
     On CPUs as in :func:`linear_4bit`: the operands of a product have 16 bits where x has (what is added errs by up to
-    4e-3 then, as under autocast), sums are float32, and of x and S = x · Aᵀ no copies are kept. Elsewhere, under
+    4e-3 then, as under autocast), sums are float32; the backward pass keeps x itself and S = x · Aᵀ. Elsewhere, under
     autocast and in compiled code it is plain torch in A's dtype.
 
     Args:
@@ -34,7 +34,7 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, a, b)):
         y = _AddLora.apply(*rows, a, b, scaling, seed, dropout)
     else:
-        y = torch.ops.pyfastpeft.lora_forward.default(*rows, a, b, None, scaling, seed, dropout)[0]
+        y = torch.ops.pyfastpeft.lora_forward.default(*rows, a, b, scaling, seed, dropout)[0]
     return y.view(base.shape)
 
 
@@ -48,7 +48,7 @@ def _served(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
 class _AddLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, base, x, a, b, scaling, seed, dropout):  # noqa: ANN001
-        y, s = torch.ops.pyfastpeft.lora_forward.default(base, x, a, b, None, scaling, seed, dropout)
+        y, s = torch.ops.pyfastpeft.lora_forward.default(base, x, a, b, scaling, seed, dropout)
         trains = a.requires_grad or b.requires_grad
         ctx.save_for_backward(x if trains else None, s if trains else None, a, b, seed)
         ctx.scaling, ctx.dropout = scaling, dropout
@@ -58,11 +58,11 @@ class _AddLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # noqa: ANN001
         x, s, a, b, seed = ctx.saved_tensors
-        rest = None, ctx.scaling, seed, ctx.dropout
+        rest = ctx.scaling, seed, ctx.dropout
         _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         dx, ds = torch.ops.pyfastpeft.lora_input_backward.default(dy, a, b, *rest, need_x)
         da = db = None
         if need_a or need_b:
-            da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, ds, *rest)
+            da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, ds, None, *rest)
             da, db = da.to(a.dtype) if need_a else None, db.to(b.dtype) if need_b else None
         return dy, dx if need_x else None, da, db, None, None, None
