@@ -57,3 +57,12 @@ def test_transformers_and_bitsandbytes_work_where_it_is_absent():
 
 def test_the_folder_is_no_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", [[], [ROOT]], ids=["installed", "source tree"])
+def test_the_kernels_are_a_part_of_the_package(path, tmp_path):
+    code = "import pyfastpeft.kernels, pyfastpeft.kernels.linear_4bit as m; print(m.__file__, pyfastpeft.__file__)"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.split()[0]).name == "linear_4bit.py"

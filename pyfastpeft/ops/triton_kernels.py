@@ -7,9 +7,7 @@ import functools
 import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -41,15 +39,7 @@ def why_not(device: torch.device) -> str | None:
 
 @functools.cache
 def _kernels(operator: str) -> ModuleType:
-    """The kernels of ``operator``: installed as pyfastpeft.kernels, or beside the package in a source tree."""
-    name = f"{__package__.rpartition('.')[0]}.kernels.{operator}"
-    with contextlib.suppress(ModuleNotFoundError):
-        return importlib.import_module(name)
-    # By its file: `kernels` itself is the name of a package on PyPI.
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "kernels" / f"{operator}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"..kernels.{operator}", __package__)
 
 
 @functools.cache
