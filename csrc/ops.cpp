@@ -244,12 +244,13 @@ Tensor unpack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   return out;
 }
 
-// Where the system can, moves the memory of t, which must be dense, onto large pages.
+// Gives the pages of t's memory that are a mapped file's back.
 void drop_mapped_pages(Tensor t) {
   STD_TORCH_CHECK(t.is_contiguous(), "t must be contiguous");
   pf::drop_mapped_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
 }
 
+// Where the system can, moves the memory of t, which must be dense, onto large pages.
 void large_pages(Tensor t) {
   pf::move_to_huge_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
 }
