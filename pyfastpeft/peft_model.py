@@ -503,8 +503,8 @@ class PeftModel(nn.Module):
         config = model.resolved(config)
         tuner = model.tuner(config)
         expected = model.expected(config, False, tensors)
-        optional = tuner.optional(config)
-        check_tensors(tensors, expected, {k: tuple(t.shape) for k, t in optional.items()}, source)
+        optional = {k: tuple(t.shape) for k, t in tuner.optional(config).items()}
+        check_tensors(tensors, expected, optional, source)
         exists = name in self.peft_config
         if exists:
             held, live = self.peft_config[name], model.tensors(name)
@@ -520,7 +520,8 @@ class PeftModel(nn.Module):
                 for key, tensor in live.items():
                     tensor.copy_(tensors[key])
                 tuner.filled(name, config, tensors)
-                for key, tensor in optional.items():
+                # Asked for again: what the adapter trains whole is no base weight any more, and others are new objects.
+                for key, tensor in tuner.optional(config).items():
                     if key in tensors and not torch.equal(tensor, tensors[key].to(tensor)):
                         tensor.copy_(tensors[key])
         except BaseException:

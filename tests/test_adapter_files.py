@@ -164,6 +164,26 @@ def test_new_values_load_into_an_adapter_that_exists(tmp_path):
     assert all(p is parameters[n] and p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_module_that_is_loaded_whole_leaves_the_base_models_own_alone(architecture, saved, tmp_path):
+    base, batch = tiny.make(architecture), tiny.inputs()  # the ends of a qwen2 are tied
+    model = trained(fp.get_peft_model, base, fp.LoraConfig(modules_to_save=[saved]))
+    model.save_pretrained(tmp_path)
+    again = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert relative(again(**batch).logits, model(**batch).logits) < EQUAL
+    assert all(torch.equal(t, base.get_parameter(n)) for n, t in again.unload().named_parameters())
+
+
+def test_a_base_embedding_in_the_file_replaces_the_one_that_initialization_left(tmp_path):
+    base, batch = tiny.make(), tiny.inputs()
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights="pissa_niter_1")
+    theirs = trained(peft.get_peft_model, base, config)
+    theirs.save_pretrained(tmp_path)
+    model = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert relative(model(**batch).logits, theirs(**batch).logits) < EQUAL
+
+
 def test_a_readme_that_exists_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path)
