@@ -184,6 +184,24 @@ def test_a_base_embedding_in_the_file_replaces_the_one_that_initialization_left(
     assert relative(model(**batch).logits, theirs(**batch).logits) < EQUAL
 
 
+def test_the_first_pattern_that_matches_still_holds_after_a_round_trip(tmp_path):
+    config = fp.LoraConfig(
+        r=4,
+        rank_pattern={"v_proj": 2, r"layers\.0\..*": 3},
+        alpha_pattern={"q_proj": 5, r"layers\.1\..*": 1, "k_proj": 9},
+        target_modules=["q_proj", "v_proj"],
+    )
+    base, batch = tiny.make(), tiny.inputs()
+    model = trained(fp.get_peft_model, base, config)
+    model.save_pretrained(tmp_path)
+    tiny.use_plain_layers(model)
+    for load in (fp.PeftModel.from_pretrained, peft.PeftModel.from_pretrained):
+        again = load(copy.deepcopy(base), tmp_path).eval()
+        assert relative(again(**batch).logits, model(**batch).logits) < EQUAL
+    config.save_pretrained(tmp_path)
+    assert list(fp.LoraConfig.from_pretrained(tmp_path).alpha_pattern) == list(config.alpha_pattern)
+
+
 def test_a_readme_that_exists_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path)

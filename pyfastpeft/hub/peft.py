@@ -118,7 +118,7 @@ def write_adapter(
         apart[key] = tensor.detach().clone() if shared else tensor
     # The configuration takes its name right after the weights, when both are on disk.
     with atomic_write(folder / CONFIG_NAME) as aside:
-        aside.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        aside.write_text(json.dumps(config, indent=2), encoding="utf-8")
         (folder / OWN_NAME).unlink(missing_ok=True)  # never beside weights that it does not belong to
         save_safetensors(apart, folder / WEIGHTS_NAME)
         if own:

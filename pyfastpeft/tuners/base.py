@@ -89,14 +89,16 @@ class PeftConfig:
             self.modules_to_save = as_list(self.modules_to_save)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration under PEFT's keys, ready for JSON."""
+        """The configuration under PEFT's keys, sorted, ready for JSON."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.NOT_SAVED}
         own = {k: sorted(v) if isinstance(v, set) else v for k, v in own.items()}
-        return self.ABSENT | {"auto_mapping": None, "peft_type": self.peft_type, "peft_version": PEFT_VERSION} | own
+        own |= {"auto_mapping": None, "peft_type": self.peft_type, "peft_version": PEFT_VERSION}
+        # Not deeper: of rank_pattern and alpha_pattern the first key that matches holds.
+        return dict(sorted((self.ABSENT | own).items()))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write ``adapter_config.json`` into ``save_directory``."""
-        write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True), Path(save_directory) / "adapter_config.json")
+        write_text(json.dumps(self.to_dict(), indent=2), Path(save_directory) / "adapter_config.json")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PeftConfig:
