@@ -202,6 +202,16 @@ def test_the_first_pattern_that_matches_still_holds_after_a_round_trip(tmp_path)
     assert list(fp.LoraConfig.from_pretrained(tmp_path).alpha_pattern) == list(config.alpha_pattern)
 
 
+def test_biases_that_peft_stores_more_than_once_are_read(tmp_path):
+    base, batch = tiny.make("bert"), tiny.inputs("bert")
+    config = peft.LoraConfig(bias="all", task_type="SEQ_CLS", modules_to_save=["pooler"])
+    theirs = trained(peft.get_peft_model, base, config)
+    theirs.save_pretrained(tmp_path)
+    assert any("original_module" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    model = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert relative(model(**batch).logits, theirs(**batch).logits) < EQUAL
+
+
 def test_a_readme_that_exists_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path)

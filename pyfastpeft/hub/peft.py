@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_NAME = "pyfastpeft_encoder.safetensors"
 """What PEFT does not keep and training needs to go on: the encoder of a soft prompt. PEFT never looks at it."""
+_OF_A_WRAPPER = re.compile(r"\.(modules_to_save|original_module)\..*bias$")
 
 _CARD = """---
 base_model: {base}
@@ -82,7 +84,8 @@ def read_tensors(
                 f"{folder} holds adapter_model.bin, a pickle, which is never loaded; convert it to {WEIGHTS_NAME} first"
             ) from None
         raise
-    return load_safetensors(path), path
+    # With bias="all" PEFT stores the biases of modules_to_save a second time, under the names its wrapper gives them.
+    return {k: t for k, t in load_safetensors(path).items() if not _OF_A_WRAPPER.search(k)}, path
 
 
 def read_own(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict[str, Tensor]:
