@@ -383,7 +383,11 @@ class PeftModel(nn.Module):
                 layer.merge(names, safe_merge)
         if dequantize:
             dequantize_model(self.get_base_model(), dtype)
-        return self._unloaded(names)
+        model = self._unloaded(names)
+        if dequantize and dtype is not None:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        return model
 
     def unload(self) -> nn.Module:
         """The base model as it was, without adapters."""

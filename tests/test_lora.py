@@ -329,6 +329,16 @@ class TestMerging:
         assert type(merged.packed) is nn.Linear
         assert torch.equal(merged.packed.weight, expected)
 
+    def test_a_model_that_merges_into_another_dtype_is_in_it_as_a_whole(self):
+        config = fp.LoraConfig(target_modules=["q_proj", "embed_tokens", "lm_head"], modules_to_save=["norm"])
+        model = fp.get_peft_model(tiny.quantized(tiny.make()), config)
+        tiny.randomize(model)
+        batch = tiny.inputs()
+        expected = model(**batch).logits
+        merged = model.merge_and_unload(dequantize=True, dtype=torch.bfloat16)
+        assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+        assert relative(merged(**batch).logits, expected) < 3e-2
+
     def test_a_4_bit_base_merges_back_into_4_bits_of_the_same_format(self):
         model = block()
         expected = model.get_base_model().packed.merged_matrix(("default",))
