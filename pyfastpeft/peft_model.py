@@ -381,12 +381,9 @@ class PeftModel(nn.Module):
                 layer.merge_dense(names, safe_merge, dtype)
             else:
                 layer.merge(names, safe_merge)
-        if dequantize:
-            dequantize_model(self.get_base_model(), dtype)
         model = self._unloaded(names)
-        if dequantize and dtype is not None:
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(dtype)
+        if dequantize:
+            dequantize_model(model, dtype)
         return model
 
     def unload(self) -> nn.Module:

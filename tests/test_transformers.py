@@ -215,6 +215,20 @@ def test_dequantize_gives_back_an_ordinary_model(tmp_path, ids):
         assert torch.equal(output(auto.from_pretrained(tmp_path / "plain"), ids), output(plain, ids))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merged_into_full_precision_it_is_an_ordinary_model(tmp_path, ids, name):
+    original, auto = saved(tmp_path / "full", name)
+    model = auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig())
+    names = [n for n in layers_4bit(model) if ".0." in n]
+    model = fp.get_peft_model(model, fp.LoraConfig(target_modules=names, init_lora_weights=False))
+    expected = output(model, ids)
+    plain = model.merge_and_unload(dequantize=True)
+    assert {n: type(m) for n, m in plain.named_modules()} == {n: type(m) for n, m in original.named_modules()}
+    assert (output(plain, ids) - expected).norm() <= 1e-5 * expected.norm()
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(output(auto.from_pretrained(tmp_path / "plain"), ids), output(plain, ids))
+
+
 def test_deepcopy_and_a_change_of_mode_leave_the_model_exact(tmp_path, ids):
     _, auto = saved(tmp_path)
     model = auto.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig())

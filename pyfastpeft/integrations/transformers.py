@@ -234,6 +234,15 @@ class FastPeftQuantizer(HfQuantizer):
             model.set_submodule(name, original.train(layer.training))
         return model
 
+    def transpose_back(self, model: nn.Module) -> None:
+        """Let ``Conv1D`` stand again where adapters left a linear layer in full precision."""
+        for name, original in self._originals.items():
+            layer = model.get_submodule(name)
+            if isinstance(original, Conv1D) and type(layer) is nn.Linear:
+                original.weight = nn.Parameter(layer.weight.t().contiguous(), requires_grad=False)
+                original.bias = layer.bias
+                model.set_submodule(name, original.train(layer.training))
+
 
 class _Op(ConversionOps):
     def __init__(self, hf_quantizer: FastPeftQuantizer) -> None:

@@ -105,15 +105,20 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Replace every :class:`Linear4bit` of ``model`` by an ``nn.Linear``, one at a time, and forget the quantization.
+    """Replace every :class:`Linear4bit` of ``model`` by its layer in full precision and forget the quantization.
 
     Args:
-        dtype: default: the one each weight was quantized from.
+        dtype: of all parameters. Default: each one's own, and of a weight the one it was quantized from.
     """
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
             put(model, path, dense(module, dtype))
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     if getattr(model, "hf_quantizer", None) is not None:
+        if hasattr(model.hf_quantizer, "transpose_back"):
+            model.hf_quantizer.transpose_back(model)
         model.hf_quantizer = None
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
