@@ -327,6 +327,7 @@ def test_dequantize_defaults_to_the_original_dtype():
         ((torch.ones(4, 4), "nf4", 8192), ValueError, "blocksize is 8192"),
         ((torch.ones(4, 4), "nf4", 0), ValueError, "blocksize is 0"),
         ((torch.ones(4, 4), "nf4", -64), ValueError, "blocksize is -64"),
+        ((torch.ones(4, 4), "nf4", 64.0), ValueError, "blocksize is 64.0"),
         ((torch.ones(4, 4), "int4", 256), ValueError, "blocksize is 256.*32, 64, 128"),
         ((torch.ones(4, 4), "int4", 64, True), ValueError, "double_quant is True"),
     ],
@@ -334,6 +335,12 @@ def test_dequantize_defaults_to_the_original_dtype():
 def test_bad_arguments_are_named(args, error, message):
     with pytest.raises(error, match=message):
         fp.quantize_4bit(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, "float32"])
+def test_what_is_no_floating_point_dtype_is_no_dtype_to_dequantize_to(dtype):
+    with pytest.raises(TypeError, match=r"dtype is .*must be a floating-point"):
+        fp.quantize_4bit(torch.ones(4, 4)).dequantize(dtype)
 
 
 @pytest.mark.parametrize(

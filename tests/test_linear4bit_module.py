@@ -210,5 +210,11 @@ def test_compute_dtype_decides_the_products_and_the_result_returns_in_the_inputs
     assert y.dtype == torch.float32 and torch.equal(y, module(x.bfloat16()).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, "bfloat16"])
+def test_a_compute_dtype_that_no_product_has_is_refused_at_once(dtype):
+    with pytest.raises(ValueError, match=r"compute_dtype is .*float32, bfloat16 or float16"):
+        fp.nn.Linear4bit(64, 64, compute_dtype=dtype)
+
+
 def test_it_is_a_linear_by_class_and_by_name():
     assert isinstance(layer(), torch.nn.Linear) and type(layer()).__name__ == "Linear4bit"

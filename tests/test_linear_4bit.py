@@ -853,6 +853,8 @@ def test_float64_reference_agrees_with_torch_linear():
         ({"lora": Lora(torch.ones(4, 64), torch.ones(24, 4), 1.0, -0.1)}, ValueError, "dropout is -0.1"),
         ({"lora": (torch.ones(4, 64), torch.ones(24, 4))}, (TypeError, ValueError), "lora"),
         ({"lora": "adapter"}, (TypeError, ValueError), "lora"),
+        ({"lora": (None, torch.ones(24, 4), 1.0)}, TypeError, "lora A is a NoneType"),
+        ({"lora": (torch.ones(4, 64), [1.0], 1.0)}, TypeError, "lora B is a list"),
     ],
 )
 def test_bad_arguments_are_named(change, kind, message):

@@ -125,7 +125,7 @@ def format_of(id: int) -> Format:
 
 
 def check_blocksize(fmt: Format, blocksize: int) -> int:
-    if blocksize not in fmt.blocksizes:
+    if isinstance(blocksize, float) or blocksize not in fmt.blocksizes:
         allowed = ", ".join(map(str, fmt.blocksizes))
         raise ValueError(f"blocksize is {blocksize!r}; for quant_type {fmt.name!r} it must be one of {allowed}")
     return blocksize

@@ -172,6 +172,9 @@ class Packed4bit:
         """The tensor in full precision, ``shape`` and ``dtype`` (default: the original's).
 
         Decoded in float32 and rounded once.
+
+        Raises:
+            TypeError: ``dtype`` is no floating-point dtype.
         """
         dtype = self.dtype if dtype is None else dtype
         if dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -179,6 +182,8 @@ class Packed4bit:
             return torch.ops.pyfastpeft.dequantize_4bit.default(
                 rows.codes, rows.block_scales(), rows.zero, self.format.id, self.blocksize, list(self.shape), dtype
             )
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype!r}; it must be a floating-point torch.dtype")
         return self.reference(dtype)
 
     def reference(self, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_blocksize, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
-from ..ops.linear_4bit import check_compute
+from ..ops.linear_4bit import check_compute, check_compute_dtype
 from .forwards import remove
 
 METHOD = "pyfastpeft"
@@ -66,13 +66,11 @@ class FastPeftConfig(QuantizationConfigMixin):
             raise ValueError("double_quant is True; it applies to quant_type 'nf4' and 'fp4' only")
         if isinstance(compute_dtype, str):
             compute_dtype = getattr(torch, compute_dtype, compute_dtype)
-        if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"compute_dtype is {compute_dtype!r}; it must be None, float32, bfloat16 or float16")
         self.quant_method = METHOD
         self.quant_type = quant_type
         self.blocksize = check_blocksize(fmt, blocksize)
         self.double_quant = double_quant
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = check_compute_dtype(compute_dtype)
         self.modules_to_not_convert = modules_to_not_convert
         self.compute = check_compute(compute)
 

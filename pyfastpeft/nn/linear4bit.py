@@ -11,7 +11,7 @@ from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_blocksize, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_bnb, packed_from_state, packed_to_state
 from ..ops import Lora, linear_4bit
-from ..ops.linear_4bit import check_compute, needs_grad
+from ..ops.linear_4bit import check_compute, check_compute_dtype, needs_grad
 
 
 class Linear4bit(nn.Linear):
@@ -51,7 +51,7 @@ class Linear4bit(nn.Linear):
         check_blocksize(get_format(quant_type), blocksize)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
-        self.compute_dtype, self.compute = compute_dtype, check_compute(compute)
+        self.compute_dtype, self.compute = check_compute_dtype(compute_dtype), check_compute(compute)
         if self.weight.is_meta:
             # Filled by load_state_dict or by the transformers integration; nothing to quantize yet.
             self.packed: Packed4bit | None = None

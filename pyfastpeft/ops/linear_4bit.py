@@ -230,6 +230,12 @@ def check_compute(compute: str | None) -> str | None:
     return compute
 
 
+def check_compute_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"compute_dtype is {dtype!r}; it must be None, float32, bfloat16 or float16")
+    return dtype
+
+
 def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
     if not isinstance(w, Packed4bit):
         raise TypeError(f"w is a {type(w).__name__}; it must be a Packed4bit (see quantize_4bit)")
@@ -280,6 +286,9 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
 
 
 def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, n: int, k: int) -> None:
+    for name, factor in (("A", a), ("B", b)):
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"lora {name} is a {type(factor).__name__}; it must be a tensor")
     if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != k or a.dtype not in FLOATS:
         raise ValueError(f"lora A is {a.dtype} of shape {tuple(a.shape)}; it must be floating point (r >= 1, K = {k})")
     r = a.shape[0]
