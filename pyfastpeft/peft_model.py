@@ -238,7 +238,8 @@ class PeftModel(nn.Module):
     def _layers(self) -> list[LoraLayer]:
         return list(self.base_model.bank.layers.values())
 
-    def _known(self, names: Sequence[str]) -> tuple[str, ...]:
+    def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
+        names = [names] if isinstance(names, str) else list(names)
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
             raise ValueError(f"there is no adapter {unknown[0]!r}; this model has {list(self.peft_config)}")
@@ -264,7 +265,7 @@ class PeftModel(nn.Module):
         Args:
             inference_mode: whether the active ones are frozen as well. Default: as each adapter was loaded.
         """
-        names = self._known([adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
+        names = self._known(adapter_name)
         if inference_mode is not None:
             for name in names:
                 self.peft_config[name].inference_mode = inference_mode
@@ -312,7 +313,7 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: the argument at fault; DoRA, lora_bias and modules_to_save cannot be combined.
         """
-        names = self._known(list(adapters))
+        names = self._known(adapters)
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name is {adapter_name!r}, which this model has already")
         config, tensors = combine(self.base_model, names, list(weights), combination_type, svd_rank)
@@ -343,7 +344,7 @@ class PeftModel(nn.Module):
             self.base_model.bank.refresh()
 
     def _mergeable(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
-        names = self._known(list(self.active_adapters if adapter_names is None else adapter_names))
+        names = self._known(self.active_adapters if adapter_names is None else adapter_names)
         for name in names:
             if not self.base_model.tuner_of(name).merges:
                 kind = self.peft_config[name].peft_type
@@ -418,7 +419,7 @@ class PeftModel(nn.Module):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization is False; adapters are written as safetensors only")
-        names = self._known(list(self.peft_config if selected_adapters is None else selected_adapters))
+        names = self._known(self.peft_config if selected_adapters is None else selected_adapters)
         if not is_main_process:
             return
         for name in names:
@@ -556,7 +557,7 @@ class PeftModel(nn.Module):
             ValueError: none of them is a soft prompt.
         """
         names = self.active_adapters if adapter_name is None else adapter_name
-        names = self._known([names] if isinstance(names, str) else list(names))
+        names = self._known(names)
         tuners = [self.base_model.tuner_of(name) for name in names]
         tuner = next((t for t in tuners if isinstance(t, SoftPromptTuner)), None)
         if tuner is None:

@@ -726,6 +726,16 @@ class TestBadArguments:
             ({"layers_pattern": "layers"}, "layers_pattern"),
             ({"task_type": "POETRY"}, "task_type is 'POETRY'"),
             ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+            ({"modules_to_save": [3]}, "modules_to_save is \\[3\\]"),
+            ({"target_modules": 5}, "target_modules is 5"),
+            ({"target_modules": [5]}, "target_modules is \\[5\\]"),
+            ({"lora_dropout": "x"}, "lora_dropout is 'x'"),
+            ({"rank_pattern": {"(": 2}}, "a key of rank_pattern is '\\('"),
+            ({"alpha_pattern": {5: 2}}, "a key of alpha_pattern is 5"),
+            ({"alpha_pattern": [1]}, "alpha_pattern is \\[1\\]"),
+            ({"layers_pattern": "(", "layers_to_transform": [0]}, "layers_pattern is '\\('"),
+            ({"layers_to_transform": "1"}, "layers_to_transform is '1'"),
+            ({"layers_to_transform": [0.5]}, "layers_to_transform is \\[0.5\\]"),
         ],
     )
     def test_a_wrong_field_is_named(self, kwargs, message):
@@ -740,6 +750,20 @@ class TestBadArguments:
             fp.get_peft_model(base, fp.LoraConfig(target_modules=names))
         assert [n for n, _ in base.named_modules()] == before
         assert all(p.requires_grad for p in base.parameters())
+
+    @pytest.mark.parametrize("kwargs", [{"exclude_modules": ["q_proj"]}, {"layers_to_transform": [7]}])
+    def test_what_leaves_none_of_the_targets_is_named(self, kwargs):
+        (name,) = kwargs
+        with pytest.raises(ValueError, match=rf"target_modules \['q_proj'\] are modules .*{name} \["):
+            fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["q_proj"], **kwargs))
+
+    def test_one_adapter_may_be_given_as_its_name_alone(self):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+        model.merge_adapter("default")
+        assert model.get_base_model().model.layers[0].self_attn.q_proj.merged_adapters == ["default"]
+        model.unmerge_adapter()
+        with pytest.raises(ValueError, match="no adapter 'other'"):
+            model.merge_adapter("other")
 
     def test_a_target_that_cannot_carry_lora_is_named(self):
         with pytest.raises(ValueError, match=r"input_layernorm.*Linear, Conv1D or Embedding"):

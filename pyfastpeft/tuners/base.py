@@ -6,7 +6,7 @@ import enum
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,8 +33,11 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-def as_list(names: Any) -> list[str]:
-    return sorted(names) if isinstance(names, (set, frozenset)) else list(names)
+def as_list(name: str, value: Any) -> list[str]:
+    """The argument ``name``, names of modules, as a list."""
+    if not isinstance(value, Collection) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{name} is {value!r}; it must be a list of names")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 
 METHODS: dict[str, type[PeftConfig]] = {}
@@ -86,7 +89,7 @@ class PeftConfig:
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save is {self.modules_to_save!r}; it must be a list of names")
         if self.modules_to_save is not None:
-            self.modules_to_save = as_list(self.modules_to_save)
+            self.modules_to_save = as_list("modules_to_save", self.modules_to_save)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration under PEFT's keys, sorted, ready for JSON."""

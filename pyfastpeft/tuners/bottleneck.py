@@ -70,7 +70,7 @@ class BottleneckConfig(PeftConfig):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
-            self.target_modules = as_list(self.target_modules)
+            self.target_modules = as_list("target_modules", self.target_modules)
 
     def size_for(self, features: int) -> int:
         """Of the bottleneck after a projection with ``features`` outputs."""

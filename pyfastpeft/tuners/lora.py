@@ -114,26 +114,38 @@ class LoraConfig(PeftConfig):
         super().__post_init__()
         _check_rank("r", self.r)
         self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
-        self.rank_pattern, self.alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name) or {}
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name} is {value!r}; it must be a dict from names or regular expressions")
+            for key in value:
+                _check_pattern(f"a key of {name}", key)
+            setattr(self, name, dict(value))
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
                 raise ValueError(f"{name} is {alpha!r}; it must be a number")
-        if not 0 <= self.lora_dropout < 1:
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}; it must be 'none', 'all' or 'lora_only'")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                setattr(self, name, as_list(value))
+                setattr(self, name, as_list(name, value))
             elif value is not None and value != ALL_LINEAR:
                 _check_pattern(name, value)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform is given; target_modules must then be a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given; it needs layers_to_transform, the numbers of the layers")
+        for pattern in self.layer_patterns:
+            _check_pattern("layers_pattern", pattern)
+        wanted = self.layers_to_transform
+        for number in wanted if isinstance(wanted, (list, tuple)) else [wanted or 0]:
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise ValueError(f"layers_to_transform is {wanted!r}; it must be a number or a list of numbers")
         self._check_init()
 
     def _check_init(self) -> None:
@@ -169,6 +181,12 @@ class LoraConfig(PeftConfig):
         """Whether attaching this adapter changes the base weights it sits on."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
 
+    @property
+    def layer_patterns(self) -> list[str]:
+        """``layers_pattern`` as a list; none is any name."""
+        patterns = self.layers_pattern or [r"[^.]*"]
+        return [patterns] if isinstance(patterns, str) else list(patterns)
+
     def rank_of(self, path: str) -> int:
         return _by_pattern(self.rank_pattern, path, self.r)
 
@@ -195,7 +213,7 @@ def _check_rank(name: str, rank: int) -> None:
 def _check_pattern(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(f"{name} is {pattern!r}; it must be a regular expression: {error}") from None
 
 
@@ -226,8 +244,7 @@ def matches(config: LoraConfig, path: str) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return True
-    patterns = config.layers_pattern or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in config.layer_patterns:
         found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
         if found:
             return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
@@ -260,6 +277,12 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
     unmatched: list[str] = []
     if isinstance(config.target_modules, list):
         unmatched = [n for n in config.target_modules if not any(ends_with(path, [n]) for path in candidates)]
+    if not targets and isinstance(config.target_modules, list) and config.target_modules and not unmatched:
+        raise ValueError(
+            f"target_modules {config.target_modules!r} are modules of {type(model).__name__}, but exclude_modules "
+            f"{config.exclude_modules!r}, layers_to_transform {config.layers_to_transform!r} and modules_to_save "
+            f"{config.modules_to_save!r} leave none of them"
+        )
     if not targets or (unmatched and strict):
         asked = unmatched if unmatched else config.target_modules
         raise ValueError(
