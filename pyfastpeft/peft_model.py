@@ -373,15 +373,22 @@ class PeftModel(nn.Module):
             dequantize: over a 4-bit base: the whole model in ``dtype``, the merged weights rounded once. Default:
                 merged weights are quantized again, in the same format.
             dtype: with ``dequantize``; default: the dtype the model was quantized from.
+
+        Raises:
+            ValueError: an adapter that cannot be merged; the model is then as it was.
         """
         names = self._mergeable(adapter_names)
         self.unmerge_adapter()
+        try:
+            for layer in self._layers():
+                if dequantize and isinstance(layer, LoraLinear):
+                    layer.merge_dense(names, safe_merge, dtype)
+                else:
+                    layer.merge(names, safe_merge)
+        except BaseException:
+            self.unmerge_adapter()
+            raise
         remove(self.get_base_model())
-        for layer in self._layers():
-            if dequantize and isinstance(layer, LoraLinear):
-                layer.merge_dense(names, safe_merge, dtype)
-            else:
-                layer.merge(names, safe_merge)
         model = self._unloaded(names)
         if dequantize:
             dequantize_model(model, dtype)

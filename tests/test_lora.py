@@ -380,6 +380,20 @@ class TestMerging:
             model.merge_adapter(safe_merge=True)
         assert all(torch.equal(value, before[n]) for n, value in base.state_dict().items())
 
+    @pytest.mark.parametrize("dequantize", [False, True])
+    def test_a_merge_and_unload_that_is_refused_changes_nothing(self, dequantize):
+        model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(target_modules=["q_proj", "lm_head"]))
+        tiny.randomize(model)
+        model.add_adapter("broken", fp.LoraConfig(target_modules=["q_proj"]))
+        model.get_base_model().model.layers[1].self_attn.q_proj.lora_B["broken"].weight.data.fill_(torch.inf)
+        batch = tiny.inputs()
+        expected, before = model(**batch).logits, {n: t.clone() for n, t in model.state_dict().items()}
+        with pytest.raises(ValueError, match="not finite"):
+            model.merge_and_unload(safe_merge=True, adapter_names=["default", "broken"], dequantize=dequantize)
+        assert torch.equal(model(**batch).logits, expected)
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
     def test_a_copy_of_a_merged_model_unmerges_by_itself(self):
         model = block()
         ids = torch.randint(0, 20, (2, 3))

@@ -555,7 +555,9 @@ class LoraLinear(LoraLayer):
         return old
 
     def put_back(self, held: Any) -> None:
-        if self._fused:
+        if isinstance(held, Linear4bit):
+            self.base_layer, self._fused = held, True
+        elif self._fused:
             self.base_layer.set_packed(held)
         else:
             super().put_back(held)
@@ -564,10 +566,13 @@ class LoraLinear(LoraLayer):
         """:meth:`merge`, with a 4-bit base layer exchanged for one in ``dtype``, rounded once."""
         if not self._fused:
             return self.merge(names, safe)
-        dtype = self.base_layer.packed.dtype if dtype is None else dtype
-        self.base_layer, self._fused = dense(self.base_layer, torch.float32), False
-        self.merge(names, safe)
-        self.base_layer.to(dtype)
+        packed = self.base_layer
+        self.base_layer, self._fused = dense(packed, torch.float32), False
+        try:
+            self.merge(names, safe)
+        finally:
+            self._unmerged = packed, packed.bias
+        self.base_layer.to(packed.packed.dtype if dtype is None else dtype)
 
     def times(self, a: Tensor) -> Tensor:
         if self._fused:
