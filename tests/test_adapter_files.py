@@ -302,6 +302,8 @@ class TestBadFolders:
             ({"r": 5}, r"must be \(5, 32\)"),
             ({"peft_type": "MAGIC"}, "peft_type is 'MAGIC'"),
             ({"peft_type": None}, "peft_type is None"),
+            ({"peft_type": ["LORA"]}, "peft_type is .'LORA'."),
+            ({"rank_pattern": {"(": 4}}, "a key of rank_pattern is"),
             ({"lora_dropout": "much"}, "lora_dropout is .much."),
             ({"loftq_config": 5}, "wrong type"),
             ({"target_modules": ["nothing"]}, "matches no module"),

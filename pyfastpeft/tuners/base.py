@@ -115,7 +115,7 @@ class PeftConfig:
         """
         values = dict(values)
         kind = values.pop("peft_type", None)
-        if kind not in METHODS:
+        if not isinstance(kind, str) or kind not in METHODS:
             known = ", ".join(sorted(METHODS))
             raise ValueError(f"peft_type is {kind!r}; it must be one of {known}")
         config_class = METHODS[kind]
