@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -148,6 +152,73 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         assert lines[-1].startswith(f"pyfastpeft {arguments[0]}: error: ") and says in lines[-1], lines
         assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def damaged(model_folder, tmp_path, name, change):
+    """A copy of the model in which ``change`` made another of the bytes of a file."""
+    folder = tmp_path / f"{name}-{change.__name__}"
+    shutil.copytree(model_folder, folder)
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    return str(folder)
+
+
+def truncated(data):
+    return data[: len(data) // 2]
+
+
+def of_another_shape(data):
+    return data.replace(b'"intermediate_size": 128', b'"intermediate_size": 96')
+
+
+def of_another_type(data):
+    return data.replace(b'"num_attention_heads": 4', b'"num_attention_heads": "4"')
+
+
+def empty_object(_):
+    return b"{}"
+
+
+def without_a_layer(data):
+    tensors = load_safetensors(data)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    return save_safetensors(tensors, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("model.safetensors", truncated, "cannot be loaded"),
+        ("config.json", of_another_shape, "cannot be loaded"),
+        ("config.json", of_another_type, "cannot be loaded"),
+        ("tokenizer.json", empty_object, "cannot be loaded"),
+        ("model.safetensors", without_a_layer, "lacks 1 weights of a LlamaForCausalLM, such as model.layers.1.mlp.up"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--full-precision"]], ids=" ".join)
+def test_a_damaged_model_is_named_in_one_line(capsys, tmp_path, model_folder, name, change, says, options):
+    model = damaged(model_folder, tmp_path, name, change)
+    code, _, err = run(capsys, "generate", "--model", model, "--prompt", "p", *options)
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and last.startswith(f"pyfastpeft generate: error: model {model!r}") and says in last
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left"), RuntimeError("can't allocate memory")])
+def test_a_full_disk_or_memory_ends_in_one_line(capsys, tmp_path, model_folder, monkeypatch, error):
+    def full(*_, **__):
+        raise error  # as safetensors and torch do
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    code, _, err = run(capsys, "quantize", model_folder, str(tmp_path / "small"))
+    assert code == 1 and err.endswith(f"pyfastpeft quantize: error: {error}\n") and list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_4_bits_stays_so_where_no_quantization_is_asked_for(capsys, tmp_path, model_folder, data_file):
+    small = str(tmp_path / "small")
+    run_json(capsys, "quantize", model_folder, small, "--quant-type", "int4")
+    arguments = ["generate", "--model", small, "--prompt", "p", "--max-new-tokens", "4"]
+    assert run_json(capsys, *arguments, "--full-precision") == run_json(capsys, *arguments)
+    arguments = ["--model", small, "--data", data_file, "--output", str(tmp_path / "out"), "--max-steps", "1"]
+    assert run_json(capsys, "train", *arguments, "--method", "lora")["steps"] == 1
 
 
 def test_the_process_exits_with_the_code(tmp_path):

@@ -7,8 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from . import bench, demo, generate, info, quantize, train
 
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=args.json, highlight=False)
     try:
         result = args.run(args, console)
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, SafetensorError, RuntimeError) as error:
+        # What torch has no memory for on a CPU is a RuntimeError.
         message = " ".join(str(error).split()) or "out of memory"
         print(f"pyfastpeft {args.command}: error: {message}", file=sys.stderr)
         return 1

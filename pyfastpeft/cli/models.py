@@ -48,17 +48,35 @@ def load_model(args: argparse.Namespace, quantized: bool = True) -> tuple[PreTra
     Args:
         args: ``model`` and what :func:`add_quantization_arguments` adds.
         quantized: bring the linear layers to 4 bits; what is in 4 bits already stays as it is.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be loaded whole.
     """
     source = _source(args.model)
     _quiet_libraries()
+    try:
+        return (_load_gguf if isinstance(source, Path) and source.is_file() else _load_hub)(source, args, quantized)
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # the libraries trust a model's files: a wrong value in one can fail in any way
+        raise ValueError(f"model {args.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _load_hub(
+    source: Path | str, args: argparse.Namespace, quantized: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .. import FastPeftConfig
 
-    if isinstance(source, Path) and source.is_file():
-        return _load_gguf(source, args, quantized)
-    config = FastPeftConfig(args.quant_type or "nf4", args.blocksize, args.double_quant) if quantized else None
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
+    config = {}  # None would take away that of a model in 4 bits
+    if quantized:
+        config["quantization_config"] = FastPeftConfig(args.quant_type or "nf4", args.blocksize, args.double_quant)
+    load = AutoModelForCausalLM.from_pretrained
+    model, found = load(source, dtype=torch.bfloat16, output_loading_info=True, **config)
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up
+        kind = type(model).__name__
+        raise ValueError(f"model {args.model!r} lacks {len(missing)} weights of a {kind}, such as {missing[0]}")
     return model, AutoTokenizer.from_pretrained(source)
 
 
