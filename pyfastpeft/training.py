@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -97,7 +98,10 @@ def _messages(row: dict[str, Any]) -> Messages:
 def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_next: bool) -> str:
     """The conversation as text; without a chat template, its contents one after the other."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+        except TemplateError as error:  # many refuse a system's message, or roles that do not take turns
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
     ends = ((tokenizer.eos_token or "") if m["role"] == "assistant" else "" for m in messages)
     return (tokenizer.bos_token or "") + "".join(m["content"] + end for m, end in zip(messages, ends, strict=True))
 
@@ -114,7 +118,8 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: i
     apart, as they are when the model answers.
 
     Raises:
-        ValueError: the chat template rewrites earlier messages, or no label is left within ``max_length``.
+        ValueError: the chat template refuses the messages or rewrites earlier ones, or no label is left within
+            ``max_length``.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -139,14 +144,8 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: i
 def load_dataset(
     path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024
 ) -> list[dict[str, list[int]]]:
-    """The rows of a JSONL file (:func:`read_rows`), encoded (:func:`encode`)."""
-    examples = []
-    for number, messages in enumerate(read_rows(path), 1):
-        try:
-            examples.append(encode(messages, tokenizer, max_length))
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
-    return examples
+    """The rows of a JSONL file (:func:`read_rows`), encoded (:func:`encode`); an error names the line."""
+    return _read(path, lambda row: encode(_messages(row), tokenizer, max_length))
 
 
 class Collator:

@@ -142,7 +142,7 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         ([*train, "--method", "prefix", "--init", "zero", "--init-text", "a"], "it needs --init text"),
         ([*train, "--method", "bottleneck", "--reduction-factor", "0"], "reduction_factor is 0"),
         ([*train, "--resume"], "no checkpoint"),
-        ([*train, "--max-length", "4"], "row 1"),
+        ([*train, "--max-length", "4"], "line 1"),
         (["generate", "--model", model_folder, "--adapter", f"a={tmp_path}", "--prompt", "p"], "adapter_config.json"),
     ]
     for arguments, says in cases:

@@ -96,10 +96,18 @@ def test_without_a_chat_template_the_completion_follows_the_prompt():
     assert tokenizer.decode(encode(TALK, tokenizer, 1000)["input_ids"]) == f"{QUESTION}{ANSWER}<|end|>"
 
 
-def test_a_row_whose_prompt_fills_max_length_is_an_error_with_its_number(tmp_path):
-    path = write(tmp_path / "d.jsonl", {"messages": TALK})
-    with pytest.raises(ValueError, match=r"row 1: .*max_length = 5"):
+def test_a_row_that_cannot_be_encoded_is_named_by_its_line(tmp_path):
+    path = write(tmp_path / "d.jsonl", "", {"messages": TALK})
+    with pytest.raises(ValueError, match=r"d.jsonl, line 2: .*max_length = 5"):
         load_dataset(path, tiny_tokenizer(), 5)
+    tokenizer = tiny_tokenizer()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    path = write(
+        tmp_path / "d.jsonl", {"messages": TALK}, "", {"messages": [{"role": "system", "content": "S"}, *TALK]}
+    )
+    with pytest.raises(ValueError, match=r"d.jsonl, line 3: the chat template refuses the messages: no system role"):
+        load_dataset(path, tokenizer)
 
 
 def test_batches_are_padded_on_the_right():
