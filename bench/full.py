@@ -101,5 +101,5 @@ def run(args: argparse.Namespace, console: Console) -> dict:
             for model in ("smollm2", "1.1b")
         ]
         payload = write()
-    console.print(f"written: {folder / 'report.json'}, {folder / 'report.html'}")
+    console.print(f"written: {folder / 'report.json'}, {folder / 'report.html'}", markup=False)
     return {"report": str(folder / "report.html"), "json": str(folder / "report.json"), "absent": payload["absent"]}

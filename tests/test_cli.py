@@ -276,6 +276,15 @@ def test_train_writes_a_folder_that_peft_loads(capsys, tmp_path, model_folder, d
     assert len(moved) == 4 and all(p.abs().sum() > 0 for p in moved)
 
 
+def test_brackets_in_a_path_are_no_markup(capsys, tmp_path, model_folder, data_file):
+    small, adapter = str(tmp_path / "small[/x]"), str(tmp_path / "a[bold]")
+    code, out, _ = run(capsys, "quantize", model_folder, small)
+    assert code == 0 and small in "".join(out.split())
+    code, out, _ = run(capsys, "train", "--model", small, "--data", data_file, "--output", adapter, "--max-steps", "1")
+    assert code == 0 and adapter in "".join(out.split())
+    assert run(capsys, "generate", "--model", small, "--prompt", "p", "--max-new-tokens", "1")[0] == 0
+
+
 def test_an_option_of_another_method_is_refused_by_name(capsys):
     code, _, err = run(capsys, *TRAIN, "--method", "bottleneck", "--r", "4")
     assert code == 2 and "--r does not go with --method bottleneck; it is an option of qlora, lora" in err

@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..data import drug_qa
@@ -144,4 +145,5 @@ def _report(console: Console, result: dict[str, Any]) -> None:
         console.print(f"[cyan]{name}[/cyan]")
         console.print(text, markup=False)
     console.print(f"adapters swapped in {result['swap_milliseconds']:.3f} ms (median of 20)\n")
-    console.print(f"PEFT folders: {result['output']}/{FACTS} and {result['output']}/{STYLE}; {result['seconds']:.0f} s")
+    output = escape(result["output"])
+    console.print(f"PEFT folders: {output}/{FACTS} and {output}/{STYLE}; {result['seconds']:.0f} s")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from .models import MODEL_HELP, add_quantization_arguments, load_model
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     names = [name for name, _ in args.adapter]
     if len(set(names)) != len(names):
         args.error(f"--adapter names must differ, got {' '.join(names)}")
-    with console.status(f"loading {args.model}"):
+    with console.status(f"loading {escape(args.model)}"):
         model, tokenizer = load_model(args, quantized=not args.full_precision)
         for i, (name, path) in enumerate(args.adapter):
             if i == 0:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from .memory import peak_bytes
 from .models import MODEL_HELP, add_quantization_arguments, load_model
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     output = Path(args.output)
     if output.exists():
         raise ValueError(f"output is {args.output!r}, which exists; name a new folder")
-    with console.status(f"quantizing {args.model}"):
+    with console.status(f"quantizing {escape(args.model)}"):
         model, tokenizer = load_model(args)
         aside = output.with_name(f".{output.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
@@ -45,5 +46,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             raise
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     result = {"output": str(output), "bytes": size, "peak_memory_bytes": peak_bytes()}
-    console.print(f"{output}: {size / 2**20:.0f} MiB, peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB")
+    console.print(
+        f"{escape(str(output))}: {size / 2**20:.0f} MiB, peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB"
+    )
     return result

@@ -17,6 +17,7 @@ import argparse
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from .memory import peak_bytes
 from .methods import add_method_arguments, chosen
@@ -102,5 +103,5 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         score = examine(console, "questions", model, tokenizer, questions)
         result |= score._asdict()
         console.print(f"of {len(questions)} answers {score.accuracy:.0%} exact, {score.format_validity:.0%} in form")
-    console.print(f"adapter saved in {args.output}")
+    console.print(f"adapter saved in {escape(args.output)}")
     return result
