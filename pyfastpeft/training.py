@@ -299,6 +299,7 @@ def train_adapter(
         save_steps=save_steps or 500,
         save_total_limit=2,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss of NaN is shown as one, not as 0
         seed=seed,
         label_names=["labels"],
         remove_unused_columns=False,

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import pyfastpeft as fp
 from pyfastpeft.cli import main
@@ -109,6 +109,11 @@ def test_info_reports_the_kernels_in_use(capsys):
         [*TRAIN, "--method", "ptuning", "--init-text", "text"],
         [*TRAIN, "--method", "ptuning-v2", "--projection"],
         [*TRAIN, "--method", "qlora", "--full-precision"],
+        [*TRAIN, "--accumulate", "0"],
+        [*TRAIN, "--max-length", "-3"],
+        [*TRAIN, "--epochs", "0"],
+        [*TRAIN, "--batch-size", "many"],
+        [*TRAIN, "--alpha", "nan"],
         ["quantize", "m", "o", "--quant-type", "int3"],
         ["generate", "--model", "m", "--adapter", "no-separator"],
         ["generate", "--model", "m", "--adapter", "base=somewhere"],
@@ -283,6 +288,14 @@ def test_brackets_in_a_path_are_no_markup(capsys, tmp_path, model_folder, data_f
     code, out, _ = run(capsys, "train", "--model", small, "--data", data_file, "--output", adapter, "--max-steps", "1")
     assert code == 0 and adapter in "".join(out.split())
     assert run(capsys, "generate", "--model", small, "--prompt", "p", "--max-new-tokens", "1")[0] == 0
+
+
+def test_a_loss_of_nan_is_shown_and_the_result_is_json(capsys, tmp_path, model_folder, data_file, monkeypatch):
+    whole = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda *a, **k: whole(*a, **k) * float("nan"))
+    arguments = ["--model", model_folder, "--data", data_file, "--output", str(tmp_path), "--max-steps", "1"]
+    code, out, err = run(capsys, "train", *arguments, "--json")
+    assert code == 0 and json.loads(out, parse_constant=pytest.fail)["loss"] is None and "loss nan" in err
 
 
 def test_an_option_of_another_method_is_refused_by_name(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -150,6 +151,19 @@ METHODS: dict[str, Method] = {
 """Defaults are what learned the drug facts that come with the package best (see README.md)."""
 
 
+def above_zero(kind: type) -> Callable[[str], Any]:
+    """For argparse: a finite number of that kind, above 0."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
 class _Option(NamedTuple):
     help: str
     keywords: dict[str, Any]
@@ -157,7 +171,7 @@ class _Option(NamedTuple):
 
 _OPTIONS: dict[str, _Option] = {
     "r": _Option("rank", {"type": int}),
-    "alpha": _Option("lora_alpha, 2 r if not given", {"type": float}),
+    "alpha": _Option("lora_alpha, 2 r if not given", {"type": above_zero(float)}),
     "dropout": _Option("lora_dropout", {"type": float}),
     "target_modules": _Option(
         "layers to adapt, or all-linear; bottleneck: the projections that end a sublayer",

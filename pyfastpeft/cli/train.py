@@ -14,13 +14,14 @@ examples:
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from .memory import peak_bytes
-from .methods import add_method_arguments, chosen
+from .methods import above_zero, add_method_arguments, chosen
 from .models import MODEL_HELP, add_quantization_arguments, load_model
 
 
@@ -31,13 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
     parser.add_argument("--test", help="JSONL file with rows to answer afterwards; the answers are scored")
     add_method_arguments(parser)
-    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default: %(default)s)")
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps instead")
+    parser.add_argument(
+        "--epochs", type=above_zero(float), default=3.0, help="passes over the data (default: %(default)s)"
+    )
+    parser.add_argument("--max-steps", type=above_zero(int), default=-1, help="stop after this many steps instead")
     parser.add_argument("--schedule", default="linear", help="transformers' lr_scheduler_type (default: %(default)s)")
     parser.add_argument("--warmup", type=float, default=0.05, help="steps, or a share below 1 (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows a step (default: %(default)s)")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches a step (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--batch-size", type=above_zero(int), default=8, help="rows a step (default: %(default)s)")
+    parser.add_argument("--accumulate", type=above_zero(int), default=1, help="batches a step (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=above_zero(int), default=1024, help="tokens of a row (default: %(default)s)"
+    )
     parser.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps (0: none)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "rows": len(dataset),
         "learning_rate": rate,
         "steps": output.global_step,
-        "loss": progress.losses[-1] if progress.losses else None,
+        "loss": next(filter(math.isfinite, progress.losses[-1:]), None),  # JSON has no NaN
         "trainable_parameters": trainable,
         "parameters": total,
         "seconds": round(progress.seconds, 3),
