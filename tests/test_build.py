@@ -3,8 +3,10 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,21 @@ def test_a_toolkit_is_found_where_it_says(build, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert build.find_nvcc() == str(nvcc)
     assert build.toolkit_version(str(nvcc)) == "12.9"
+
+
+def test_the_sdist_has_all_that_is_built_and_tested(tmp_path):
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("this is no git checkout")
+    files = {name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()}
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], check=True, cwd=tmp_path, capture_output=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert {name for name in files - held if not name.startswith(".git")} == set()
 
 
 KERNELS = ROOT / "pyfastpeft" / "libpyfastpeft_cuda.so"
