@@ -97,6 +97,13 @@ def test_info_reports_the_kernels_in_use(capsys):
     assert code == 0 and result["isa"] in out
 
 
+def test_info_serves_a_build_without_native_and_says_so(capsys, monkeypatch):
+    monkeypatch.delattr(fp, "_native", raising=False)
+    monkeypatch.setitem(sys.modules, "pyfastpeft._native", None)
+    result = run_json(capsys, "info")
+    assert result["isa"] in result["available_isas"] and "pybind11 was not there" in result["build"]["without"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -46,15 +46,19 @@ def _cuda_kernels(gpus: Sequence[int]) -> dict[str, str]:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Print the table and return it as a dictionary."""
-    from .. import _native
+    try:
+        from .. import _native
 
+        build, features = _native.build_info(), _native.cpu_features()
+    except ImportError:
+        build, features = {"without": "_native (pybind11 was not there)"}, []
     gpus = range(torch.cuda.device_count())
     result = {
         "version": _version("pyfastpeft"),
-        "build": _native.build_info(),
-        "isa": _native.isa(),
-        "available_isas": _native.available_isas(),
-        "cpu_features": _native.cpu_features(),
+        "build": build,
+        "isa": torch.ops.pyfastpeft.isa(),
+        "available_isas": torch.ops.pyfastpeft.available_isas(),
+        "cpu_features": features,
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in gpus],
         "cuda_kernels": _cuda_kernels(gpus),
