@@ -212,6 +212,14 @@ def test_biases_that_peft_stores_more_than_once_are_read(tmp_path):
     assert relative(model(**batch).logits, theirs(**batch).logits) < EQUAL
 
 
+@pytest.mark.parametrize("config", [fp.LoraConfig(), fp.BottleneckConfig(), fp.DeepPromptConfig(num_virtual_tokens=2)])
+def test_the_card_names_peft_where_peft_loads_the_folder(tmp_path, config):
+    fp.get_peft_model(tiny.make(), config).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    its = config.peft_type in peft.PeftType.__members__
+    assert ("library_name: peft" in card) == ("PEFT and pyfastpeft load it" in card) == its
+
+
 def test_a_readme_that_exists_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path)

@@ -22,7 +22,7 @@ _OF_A_WRAPPER = re.compile(r"\.(modules_to_save|original_module)\..*bias$")
 
 _CARD = """---
 base_model: {base}
-library_name: peft
+library_name: {library}
 tags:
 - base_model:adapter:{base}
 - {method}
@@ -30,8 +30,9 @@ tags:
 
 # {method} adapter
 
-An adapter in PEFT's format: PEFT and pyfastpeft load it with `PeftModel.from_pretrained(base_model, folder)`.
+{readers} it with `PeftModel.from_pretrained(base_model, folder)`.
 """
+_NOT_PEFTS = ("BOTTLENECK", "DEEP_PROMPT_TUNING")  # methods that PEFT does not have
 
 
 def locate(model_id: str | os.PathLike, filename: str, subfolder: str | None = None, **hub: Any) -> Path:
@@ -129,5 +130,9 @@ def write_adapter(
     card = folder / "README.md"
     if not card.exists():
         base = json.dumps(config.get("base_model_name_or_path") or "")
+        library, readers = "peft", "An adapter in PEFT's format: PEFT and pyfastpeft load"
+        if config["peft_type"] in _NOT_PEFTS:
+            library, readers = "pyfastpeft", "A method that PEFT does not have: pyfastpeft loads"
+        text = _CARD.format(base=base, library=library, method=config["peft_type"].lower(), readers=readers)
         with atomic_write(card) as aside:
-            aside.write_text(_CARD.format(base=base, method=config["peft_type"].lower()), encoding="utf-8")
+            aside.write_text(text, encoding="utf-8")
