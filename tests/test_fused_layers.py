@@ -33,9 +33,11 @@ CONFIGS = [
     tf.SmolLM3Config(**SMALL),
     tf.GemmaConfig(**SMALL, head_dim=8),
     tf.GraniteConfig(**SMALL),
+    tf.NanoChatConfig(**SMALL),
 ]
 # What of a layer has an operator, as counted over two layers and the last norm.
 FUSED = {"llama": 11, "mistral": 11, "qwen2": 11, "qwen3": 15, "phi3": 7, "smollm3": 11, "gemma": 4, "granite": 9}
+FUSED["nanochat"] = 2  # of its own are the norms, the MLP, and the way that it rotates
 
 
 def model_of(config, dtype=torch.float32):

@@ -170,9 +170,9 @@ def _with_rope(attention: type[nn.Module]) -> tuple[Callable, frozenset[str]]:
 @functools.cache
 def _rotates_as_llama(attention: type[nn.Module]) -> bool:
     own = inspect.unwrap(attention.forward)
-    function = own.__globals__.get(_ROPE)
-    return (
-        _ROPE in own.__code__.co_names and function is not None and _code(function) == _code(llama.apply_rotary_pos_emb)
+    return _ROPE in own.__code__.co_names and all(
+        name in own.__globals__ and _code(own.__globals__[name]) == _code(getattr(llama, name))
+        for name in (_ROPE, "rotate_half")  # the one calls the other: NanoChat's turns the other way
     )
 
 
