@@ -50,7 +50,18 @@ OTHERS = {
     ),
     "one projection": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**tiny._LLAMA)),
     "no rotation in some layers": lambda: tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**tiny._LLAMA)),
+    "scales in place": lambda: tf.CTRLLMHeadModel(
+        tf.CTRLConfig(
+            vocab_size=tiny.VOCAB, n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=64, resid_pdrop=0, embd_pdrop=0
+        )
+    ),
 }
+
+
+def narrow_opt() -> torch.nn.Module:
+    """An embedding narrower than the layers, as in OPT-350m."""
+    sizes = {"vocab_size": 320, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
+    return tf.OPTForCausalLM(tf.OPTConfig(**tiny._OPT | sizes))
 
 
 def config(library, method: str, **kwargs):
@@ -822,8 +833,9 @@ class TestDeepPrompts:
             close(got[2 * i + 1], v[0])
 
     @pytest.mark.parametrize("prefix", [False, True])
-    def test_first_values_are_those_of_a_text(self, prefix):
-        base = tiny_llama().eval()
+    @pytest.mark.parametrize("make", [tiny_llama, narrow_opt])
+    def test_first_values_are_those_of_a_text(self, make, prefix):
+        base = make().eval()
         tokenizer = tiny_tokenizer()
         text = "a text"
         kwargs = {"num_virtual_tokens": len(text), "prefix_init_text": text, "tokenizer_name_or_path": tokenizer}

@@ -296,8 +296,6 @@ class BidirectionalPrefixes(Prefixes):
         return [tensors[2 * slot + i] for slot in self._slots() for i in (0, 1)]
 
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
-        if layer_inputs:  # then what is at the embedding does not matter
-            embeddings = embeddings.new_zeros(len(embeddings), self.decoder.get_input_embeddings().weight.shape[1])
         stack = self.decoder if self.seq2seq else self.model.base_model
         attention_before = self._set_attention()
         _recorder.held = held = {}

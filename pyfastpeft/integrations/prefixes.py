@@ -475,10 +475,12 @@ class Prefixes:
             tensors = vectors.view(len(vectors), 2 * layers, 1, heads, dim).permute(1, 2, 3, 0, 4)
             values = Values(self._in_layers(list(tensors.contiguous().unbind(0))), None)
         elif source.form is Form.EMBEDDINGS:
-            values = self._computed(vectors, rows)
+            values = self._computed(vectors.clone(), rows)  # models may scale in place what they are given
         else:
             inputs = vectors.view(len(vectors), len(self._blocks), -1).unbind(1)
-            values = Values(self._computed(inputs[0], rows, inputs).tensors, None)
+            # What is at the embedding, which may be of another width, does not matter.
+            embeddings = vectors.new_zeros(len(vectors), self.decoder.get_input_embeddings().weight.shape[1])
+            values = Values(self._computed(embeddings, rows, inputs).tensors, None)
         if source.dropout and self.decoder.training:
             values = values._replace(tensors=[F.dropout(t, source.dropout) for t in values.tensors])
         return values
