@@ -50,6 +50,9 @@ OTHERS = {
     ),
     "one projection": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**tiny._LLAMA)),
     "no rotation in some layers": lambda: tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**tiny._LLAMA)),
+    "positions from 2 on": lambda: tf.RobertaForCausalLM(
+        tf.RobertaConfig(**tiny._BERT, is_decoder=True, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    ),
     "scales in place": lambda: tf.CTRLLMHeadModel(
         tf.CTRLConfig(
             vocab_size=tiny.VOCAB, n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=64, resid_pdrop=0, embd_pdrop=0

@@ -189,6 +189,9 @@ class Prefixes:
                 f"a {type(self.model).__name__} takes no position_ids, so no text can stand after a soft prompt in it"
             )
         self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
+        embeddings = getattr(self.decoder, "embeddings", None)
+        # RoBERTa's positions begin behind that of padding.
+        self._first = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
 
     def check(self, form: Form) -> None:
         """Whether the model can take soft prompts of that form.
@@ -347,9 +350,8 @@ class Prefixes:
         """The adapters of each row; one for all where rows do not choose."""
         return (self.bank.active,) if self.bank.mode is None else self.bank.mode.of_row
 
-    @staticmethod
-    def _positions(kwargs: dict[str, Any], inputs: Tensor, past: int | Tensor | None) -> Tensor:
-        """Of the text, from 0 on."""
+    def _positions(self, kwargs: dict[str, Any], inputs: Tensor, past: int | Tensor | None) -> Tensor:
+        """Of the text, from the model's first on."""
         room = past is not None  # beyond what is written
         past, length = past if room else 0, inputs.shape[1]
         given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
@@ -362,8 +364,8 @@ class Prefixes:
                     "number a token of the text, none for virtual tokens"
                 )
             if given is None:
-                return (mask.long().cumsum(1) - 1).clamp(min=0)[:, new]
-        return new.unsqueeze(0) if given is None else given
+                return (mask.long().cumsum(1) - 1).clamp(min=0)[:, new] + self._first
+        return new.unsqueeze(0) + self._first if given is None else given
 
     # What the prefixes are.
 
@@ -492,7 +494,7 @@ class Prefixes:
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
         cache = DynamicCache()
-        positions = torch.arange(len(embeddings), device=embeddings.device)
+        positions = torch.arange(len(embeddings), device=embeddings.device) + self._first
         handed = {attention.HANDED_DOWN: _NOTHING} if self._hands_down else {}  # should the decoder be compiled code
         with self._bare(rows, layer_inputs):
             output = self.decoder(
