@@ -50,6 +50,18 @@ OTHERS = {
     ),
     "one projection": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**tiny._LLAMA)),
     "no rotation in some layers": lambda: tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**tiny._LLAMA)),
+    "keys of other layers": lambda: tf.Gemma3nForCausalLM(
+        tf.Gemma3nTextConfig(
+            **_WINDOW | {"num_hidden_layers": 4, "intermediate_size": [64] * 4},
+            head_dim=8,
+            vocab_size_per_layer_input=tiny.VOCAB,
+            hidden_size_per_layer_input=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_kv_shared_layers=2,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 4,
+        )
+    ),
     "positions from 2 on": lambda: tf.RobertaForCausalLM(
         tf.RobertaConfig(**tiny._BERT, is_decoder=True, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
     ),

@@ -169,20 +169,15 @@ class BidirectionalPrefixes(Prefixes):
         layers = config.get_text_config(decoder=True).num_hidden_layers
         # Of an encoder–decoder PEFT counts the encoder's layers.
         self.shape = KeyValueShape(getattr(self.model.config, "num_hidden_layers", layers), heads, dim)
+        # PEFT lays out an encoder–decoder's keys and values in fours, and uses the first two of each.
+        step = 2 if self.seq2seq else 1
+        self.slots = [step * i % self.shape.layers for i in range(len(self.attentions))]
         self._whole = len(self.attentions) == layers
         self._biased = [m for m in self.attentions if getattr(m, "has_relative_attention_bias", False)]
         named = (
             m for n, m in self.decoder.named_modules() if n.rpartition(".")[2] in ("embed_positions", "embeddings")
         )
         self._places = [m for m in named if MovedPositions.fits(m)]
-
-    def _slots(self) -> list[int]:
-        """For each layer which one's keys and values of a file it reads.
-
-        PEFT lays out those of an encoder–decoder in fours and uses the first two of each.
-        """
-        step = 2 if self.seq2seq else 1
-        return [step * i % self.shape.layers for i in range(len(self.attentions))]
 
     # In the model and out of it.
 
@@ -292,9 +287,6 @@ class BidirectionalPrefixes(Prefixes):
             return length, None
         return length, run.shift.squeeze(1)
 
-    def _in_layers(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [tensors[2 * slot + i] for slot in self._slots() for i in (0, 1)]
-
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         stack = self.decoder if self.seq2seq else self.model.base_model
         attention_before = self._set_attention()
@@ -314,13 +306,13 @@ class BidirectionalPrefixes(Prefixes):
                 f"adapter {at_embedding[0]!r} is a prompt at the embedding of a {type(self.model).__name__}, where its "
                 "keys and values depend on the text; there is no prefix to export"
             )
-        return [t.clone() for t in super().export(names)]  # layers may read the same ones
+        return super().export(names)
 
     def keys_values(self, ids: Tensor) -> Tensor:
         """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
         with torch.no_grad():
             made = self._computed(self.decoder.get_input_embeddings()(ids), NO_ROWS).tensors
-        slots = self._slots()
+        slots = self.slots
         # What no layer reads is as of the layer of that number.
         readers = [slots.index(i) if i in slots else min(i, len(slots) - 1) for i in range(self.shape.layers)]
         return torch.cat([made[2 * r + i] for r in readers for i in (0, 1)]).permute(2, 0, 1, 3).flatten(1)

@@ -151,6 +151,7 @@ class Prefixes:
         sources: adapter name → soft prompt.
         attentions: each layer's attention module.
         shape: of the keys and values.
+        slots: for each layer, which one's keys and values of a file it reads.
         number: by which compiled code knows this.
 
     Raises:
@@ -181,6 +182,7 @@ class Prefixes:
         self.decoder = self.model.get_decoder()
         self.attentions, self._blocks = _attentions(self.decoder)
         self.shape = KeyValueShape.of(self.decoder.config)
+        self.slots = list(_owners(self.attentions))
         parameters = inspect.signature(type(self.decoder).forward).parameters
         self._parameters = tuple(parameters)[1:]
         self._hands_down = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -489,7 +491,7 @@ class Prefixes:
 
     def _in_layers(self, tensors: list[Tensor]) -> list[Tensor]:
         """Keys and values as the layers read them, from those of a file."""
-        return tensors
+        return [tensors[2 * slot + i] for slot in self.slots for i in (0, 1)]
 
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
@@ -504,7 +506,8 @@ class Prefixes:
                 **{self._cache_name: cache},
                 **handed,
             )
-        return Values([t for layer in cache.layers for t in (layer.keys, layer.values)], output[0][:, -1])
+        held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        return Values(self._in_layers(held), output[0][:, -1])
 
     @contextmanager
     def _bare(self, rows: Rows | None, layer_inputs: Sequence[Tensor]) -> Iterator[None]:
@@ -530,7 +533,7 @@ class Prefixes:
         self.decoder.eval()
         try:
             with self.bank.using(Rows((names,), names)):
-                return [t[0] for t in self._of_row(names, False).tensors]
+                return [t[0].clone() for t in self._of_row(names, False).tensors]  # layers may read the same ones
         finally:
             self.decoder.train(training)
 
@@ -674,6 +677,15 @@ def _attentions(decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         )
     paths, attentions = zip(*(found[i] for i in range(count)), strict=True)
     return list(attentions), [block_of(decoder, path) for path in paths]
+
+
+def _owners(attentions: Sequence[nn.Module]) -> Iterator[int]:
+    """For each layer the one whose keys and values it uses: its own, or the last of its kind that makes any."""
+    owners: dict[str | None, int] = {}
+    for i, module in enumerate(attentions):
+        if not getattr(module, "is_kv_shared_layer", False):
+            owners[getattr(module, "layer_type", None)] = i
+        yield owners[getattr(module, "layer_type", None)]
 
 
 def block_of(stack: nn.Module, path: str) -> nn.Module:
