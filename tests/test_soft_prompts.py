@@ -951,6 +951,56 @@ class TestBadInput:
         with pytest.raises(ValueError, match="no model of transformers"):
             fp.get_peft_model(torch.nn.Linear(2, 2), config(fp, "prefix"))
 
+    @pytest.mark.parametrize(
+        ("make", "match"),
+        [
+            (
+                lambda: tf.MiniCPM3ForCausalLM(
+                    tf.MiniCPM3Config(
+                        **tiny._LLAMA | {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8},
+                        qk_nope_head_dim=8,
+                        qk_rope_head_dim=4,
+                        v_head_dim=8,
+                    )
+                ),
+                "a MiniCPM3ForCausalLM keeps keys and values compressed",
+            ),
+            (lambda: tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**tiny._LLAMA)), "attends twice"),
+            (lambda: tf.DogeForCausalLM(tf.DogeConfig(**tiny._LLAMA)), "chooses its keys by their values"),
+            (
+                lambda: tf.Gemma4ForCausalLM(
+                    tf.Gemma4TextConfig(
+                        **_WINDOW,
+                        head_dim=8,
+                        global_head_dim=16,
+                        hidden_size_per_layer_input=0,
+                        layer_types=["sliding_attention", "full_attention"],
+                        num_kv_shared_layers=0,
+                    )
+                ),
+                "layers of a Gemma4ForCausalLM have heads of different sizes",
+            ),
+            (
+                lambda: tf.BartForCausalLM(
+                    tf.BartConfig(vocab_size=tiny.VOCAB, d_model=32, decoder_layers=2, decoder_attention_heads=4)
+                ),
+                "a BartDecoder has attention in 2 of its 12 layers",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
+    def test_a_model_to_which_a_prefix_is_not_what_tokens_are(self, make, match, method):
+        base = make()
+        with pytest.raises(ValueError, match=match):
+            fp.get_peft_model(base, config(fp, method))
+        assert all(p.requires_grad for p in base.parameters())
+
+    def test_layers_of_several_inputs_take_no_vectors_of_their_own(self):
+        with pytest.raises(
+            ValueError, match="layers of a Gemma3nForCausalLM have several inputs each; use prefix=True"
+        ):
+            ours(OTHERS["keys of other layers"](), "deep")
+
     def test_attention_exchanged_afterwards(self):
         model = ours(llama(), "prefix")
         model.get_base_model().set_attn_implementation("sdpa")

@@ -41,7 +41,7 @@ def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} is no model of transformers; soft prompts need one")
     known = _attentions(model.get_decoder())
-    causal = all(m.is_causal for m in known) if known else model.can_generate()
+    causal = any(m.is_causal for m in known) if known else model.can_generate()  # what attends across is not
     causal = causal and not model.config.is_encoder_decoder
     return (Prefixes if causal else BidirectionalPrefixes)(model, bank)
 

@@ -41,6 +41,13 @@ IGNORED = -100
 """The label of what is not learned."""
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
 
+_UNLIKE = {
+    "kv_lora_rank": "keeps keys and values compressed",
+    "lambda_std_dev": "attends twice, each time to half of the values",
+    "keep_window_size": "chooses its keys by their values",
+}
+"""What a causal model that has this in its configuration does, so that a prefix is not to it what tokens are."""
+
 
 class KeyValueShape(NamedTuple):
     """Of a model: how many layers, key/value heads a layer, and the size of a head."""
@@ -180,16 +187,22 @@ class Prefixes:
     def _find(self) -> None:
         """Find out what there is in the model."""
         self.decoder = self.model.get_decoder()
+        kind, config = type(self.model).__name__, self.decoder.config
+        for name, does in _UNLIKE.items():
+            if getattr(config, name, None):
+                raise ValueError(f"a {kind} {does}, so it cannot take a prefix")
+        layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)
+        shapes = set(map(KeyValueShape.of, layers))
+        if len(shapes) > 1:
+            raise ValueError(f"the layers of a {kind} have heads of different sizes or numbers; soft prompts need one")
+        self.shape = shapes.pop()
         self.attentions, self._blocks = _attentions(self.decoder)
-        self.shape = KeyValueShape.of(self.decoder.config)
         self.slots = list(_owners(self.attentions))
         parameters = inspect.signature(type(self.decoder).forward).parameters
         self._parameters = tuple(parameters)[1:]
         self._hands_down = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if "position_ids" not in self._parameters:
-            raise ValueError(
-                f"a {type(self.model).__name__} takes no position_ids, so no text can stand after a soft prompt in it"
-            )
+            raise ValueError(f"a {kind} takes no position_ids, so no text can stand after a soft prompt in it")
         self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
         embeddings = getattr(self.decoder, "embeddings", None)
         # RoBERTa's positions begin behind that of padding.
@@ -205,6 +218,11 @@ class Prefixes:
             raise ValueError(
                 f"the attention of a {type(self.model).__name__} cannot be exchanged through transformers' interface, "
                 "so it cannot take a prefix"
+            )
+        if form is Form.LAYER_INPUTS and hasattr(self.decoder.config, "altup_num_inputs"):
+            raise ValueError(
+                f"the layers of a {type(self.model).__name__} have several inputs each; use prefix=True, which learns "
+                "keys and values themselves"
             )
 
     # In the model and out of it.
