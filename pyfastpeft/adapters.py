@@ -57,9 +57,9 @@ class Rows:
     """
 
     def __init__(self, adapter_names: Sequence[Names], known: Sequence[str]) -> None:
-        wanted = [{names} if isinstance(names, str) else set(names) for names in adapter_names]
+        wanted = [set(names) if isinstance(names, (list, tuple, set)) else {names} for names in adapter_names]
         used = set().union(*wanted)
-        unknown = sorted(n for n in used if n != BASE and n not in known)
+        unknown = sorted((n for n in used if n != BASE and n not in known), key=str)
         if unknown:
             raise ValueError(f"adapter_names holds {unknown}; the adapters of this model are {list(known)}")
         self.of_row = tuple(tuple(n for n in known if n in row) for row in wanted)

@@ -941,8 +941,10 @@ class TestBadInput:
             model.generate(ids, adapter_names=["prefix"] * 4)
         with pytest.raises(ValueError, match=r"adapter_names holds \['other'\]"):
             model.generate(input_ids=ids, adapter_names=["prefix", "prompt", "other"])
+        with pytest.raises(ValueError, match=r"adapter_names holds \[None, 'other'\]"):
+            model(ids, adapter_names=[None, "prompt", ["prefix", "other"]])
 
-    @pytest.mark.parametrize("shape", [(3, 11), (3, 5), (2, 6)])
+    @pytest.mark.parametrize("shape", [(3, 11), (3, 5), (2, 6), (6,), (3, 6, 6)])
     def test_a_mask_of_the_wrong_shape(self, shape):
         with pytest.raises(ValueError, match=r"attention_mask has shape .* it must be \(3, 6\)"):
             ours(llama(), "prompt")(tiny.inputs()["input_ids"], attention_mask=torch.ones(shape))
@@ -1000,6 +1002,16 @@ class TestBadInput:
             ValueError, match="layers of a Gemma3nForCausalLM have several inputs each; use prefix=True"
         ):
             ours(OTHERS["keys of other layers"](), "deep")
+
+    def test_a_text_in_the_tokens_of_another_model(self):
+        text = {"num_virtual_tokens": P, "tokenizer_name_or_path": tiny_tokenizer()}
+        for made in (
+            fp.PromptTuningConfig(**text, prompt_tuning_init="TEXT", prompt_tuning_init_text="z"),
+            fp.PrefixTuningConfig(**text, prefix_init_text="z"),
+            fp.DeepPromptConfig(**text, prefix_init_text="z"),
+        ):
+            with pytest.raises(ValueError, match=r"text has token \d+, and a LlamaForCausalLM has 64"):
+                fp.get_peft_model(llama(), made)
 
     def test_attention_exchanged_afterwards(self):
         model = ours(llama(), "prefix")

@@ -376,9 +376,10 @@ class Prefixes:
         past, length = past if room else 0, inputs.shape[1]
         given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         new = torch.arange(length, device=inputs.device) + past
-        if isinstance(mask, Tensor) and mask.dim() == 2:
+        if isinstance(mask, Tensor) and mask.dim() != 4:
             seen = length if isinstance(past, Tensor) else past + length
-            if len(mask) != len(inputs) or mask.shape[1] < seen or (mask.shape[1] > length and not room):
+            fits = mask.dim() == 2 and len(mask) == len(inputs) and mask.shape[1] >= seen
+            if not fits or (mask.shape[1] > length and not room):
                 raise ValueError(
                     f"attention_mask has shape {tuple(mask.shape)}; it must be {(len(inputs), past + length)}: one "
                     "number a token of the text, none for virtual tokens"

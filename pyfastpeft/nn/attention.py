@@ -46,7 +46,9 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, value in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        counts = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        optional = {"head_dim": head_dim, "window": window}
+        for name, value in (counts | {n: v for n, v in optional.items() if v is not None}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be positive")
         if num_heads % num_kv_heads:

@@ -95,5 +95,5 @@ def check_initial(init: str, text: str | None, tokenizer: Any) -> None:
 
 
 def initial_ids(text: str | None, tokenizer: Any, model: nn.Module, count: int) -> torch.Tensor:
-    ids = random_ids(model, count) if text is None else text_ids(text, tokenizer, count)
+    ids = random_ids(model, count) if text is None else text_ids(text, tokenizer, model, count)
     return ids.to(model.get_input_embeddings().weight.device)

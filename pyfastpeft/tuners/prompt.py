@@ -79,7 +79,7 @@ class PromptTuningConfig(SoftPromptConfig):
             return
         if self.prompt_tuning_init is PromptTuningInit.TEXT:
             kwargs = self.tokenizer_kwargs or {}
-            ids = text_ids(self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.rows, **kwargs)
+            ids = text_ids(self.prompt_tuning_init_text, self.tokenizer_name_or_path, model, self.rows, **kwargs)
         else:
             ids = random_ids(model, self.rows)
         embedding = model.get_input_embeddings()

@@ -110,7 +110,7 @@ class SoftPromptConfig(PeftConfig):
         """Give the parameters other first values than ``module`` was made with."""
 
 
-def text_ids(text: str, tokenizer: Any, count: int, **kwargs: Any) -> Tensor:
+def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: Any) -> Tensor:
     """``count`` token ids: the text's, cut off, or repeated until there are enough.
 
     Args:
@@ -124,7 +124,13 @@ def text_ids(text: str, tokenizer: Any, count: int, **kwargs: Any) -> Tensor:
     ids = tokenizer(text)["input_ids"]
     if not ids:
         raise ValueError(f"the initial text is {text!r}, which has no tokens")
-    return torch.tensor((ids * -(-count // len(ids)))[:count])
+    ids, known = (ids * -(-count // len(ids)))[:count], model.get_input_embeddings().num_embeddings
+    if max(ids) >= known:
+        raise ValueError(
+            f"tokenizer_name_or_path is of another model: the initial text has token {max(ids)}, and a "
+            f"{type(model).__name__} has {known}"
+        )
+    return torch.tensor(ids)
 
 
 def random_ids(model: nn.Module, count: int) -> Tensor:
