@@ -299,3 +299,18 @@ def test_threads_change_nothing(isa):
         assert all(torch.equal(a, b) for a, b in zip(run(), one, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: rms_norm(x, torch.ones(16), 1e-5),
+        lambda x: swiglu(x, x),
+        lambda x: rope(x, x, torch.ones(1, 3, 16), torch.ones(1, 3, 16))[0],
+    ],
+)
+def test_second_derivatives_are_an_error(function):
+    x = torch.randn(1, 2, 3, 16, requires_grad=True)
+    (first,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()

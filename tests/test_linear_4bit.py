@@ -1033,3 +1033,11 @@ def test_a_shelf_keeps_every_value_in_every_mode():
         assert own.data_ptr() % 64 == 0
     kept[2].zero_()
     assert all(torch.equal(t, own) for i, (t, own) in enumerate(zip(given, kept, strict=True)) if i != 2)
+
+
+def test_second_derivatives_are_an_error():
+    x = torch.randn(2, 64, requires_grad=True)
+    y = linear_4bit(x, packed_weight(32, 64))
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()

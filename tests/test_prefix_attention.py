@@ -333,6 +333,13 @@ def test_float64_and_large_heads_take_plain_torch(device):
     check(make(1, 2, 1, 9, None, 300))
 
 
+def test_second_derivatives_are_an_error():
+    q, k, v = (t.requires_grad_() for t in make())
+    (first,) = torch.autograd.grad(prefix_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
 BAD = {
     "q has dtype torch.int64": lambda a: a.update(q=a["q"].long()),
     "v is torch.float64 on cpu; it must be torch.float32": lambda a: a.update(v=a["v"].double()),

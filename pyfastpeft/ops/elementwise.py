@@ -152,6 +152,7 @@ class _RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dsum=None):  # noqa: ANN001
         x, weight = ctx.saved_tensors
         need_x, need_residual, need_weight, _ = ctx.needs_input_grad
@@ -174,6 +175,7 @@ class _SwiGlu(torch.autograd.Function):
         return _swiglu(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # noqa: ANN001
         gate, up = ctx.saved_tensors
         dgate, dup = torch.ops.pyfastpeft.swiglu_backward.default(_rows(dy), _rows(gate), _rows(up))
@@ -214,6 +216,7 @@ class _Rope(torch.autograd.Function):
         return _rope(q, k, cos, sin, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq, dk):  # noqa: ANN001
         return (*_rope(dq, dk, *ctx.saved_tensors, True), None, None)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..formats import Packed4bit
@@ -367,6 +368,7 @@ class _Linear4bit(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # noqa: ANN001
         x, s, a, b, row_scale, seed, *held = ctx.saved_tensors
         scaling, dropout, backend, meta, k, x_dtype, bias_dtype = ctx.rest

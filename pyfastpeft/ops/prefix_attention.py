@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backends import Backend, choose_attention
@@ -191,6 +192,7 @@ class _PrefixAttention(torch.autograd.Function):
         return out.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):  # noqa: ANN001
         q, k, v, prefix_k, prefix_v, index, lengths, positions, out, lse = ctx.saved_tensors
         dq, dk, dv, *dprefix = torch.ops.pyfastpeft.prefix_attention_backward.default(
