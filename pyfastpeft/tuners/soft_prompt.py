@@ -124,7 +124,7 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
     ids = tokenizer(text)["input_ids"]
     if not ids:
         raise ValueError(f"the initial text is {text!r}, which has no tokens")
-    ids, known = (ids * -(-count // len(ids)))[:count], model.get_input_embeddings().num_embeddings
+    ids, known = (ids * -(-count // len(ids)))[:count], len(model.get_input_embeddings().weight)
     if max(ids) >= known:
         raise ValueError(
             f"tokenizer_name_or_path is of another model: the initial text has token {max(ids)}, and a "
