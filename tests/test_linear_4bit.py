@@ -210,6 +210,18 @@ def test_scaling_a_number_a_vector_or_a_row_each(device, dtype):
             assert error(linear_4bit(x, w, None, lora), float64(x, w, None, lora), m * r) <= FORWARD[dtype]
 
 
+def test_a_scaling_may_have_any_strides(device):
+    w, (a, b), x = packed_weight(40, 96), adapter(40, 96, 12), torch.randn(5, 96)
+    for scaling in (
+        torch.tensor(2.0).expand(12),
+        torch.rand(24)[::2],
+        torch.rand(12).expand(5, 12),
+        torch.rand(12, 5).t(),
+    ):
+        expected = linear_4bit(x, w, None, (a, b, scaling.contiguous()))
+        assert_same(linear_4bit(x, w, None, (a, b, scaling)), expected)
+
+
 def test_a_packed_adapter_is_the_adapter_in_bf16(isa):
     for n, k in [(40, 96), (17, 32), (129, 544), (48, 1056)]:
         w = packed_weight(n, k)

@@ -167,7 +167,7 @@ def linear_4bit(
         if type(lora) is not PackedLora or isinstance(scaling, Tensor) or lora.shape != w.shape:
             _check_lora(x2, a, b, scaling, dropout, n, k)
         if isinstance(scaling, Tensor):
-            row_scale, scaling = scaling.float(), 1.0
+            row_scale, scaling = scaling.float().contiguous(), 1.0
         if dropout > 0.0:
             seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     recorded = needs_grad(x, bias, lora)
@@ -202,7 +202,7 @@ def _inference(
             return None
         branch, scaling = lora.held, lora.scaling
         if isinstance(scaling, Tensor):
-            row_scale, scaling = scaling.float(), 1.0
+            row_scale, scaling = scaling.float().contiguous(), 1.0
     if not native(w):
         return None
     try:
