@@ -97,7 +97,8 @@ class HeldBranch {
   HeldBranch(Tensor a, Tensor b, int64_t n, int64_t k) : a_(std::move(a)), b_(std::move(b)) {
     STD_TORCH_CHECK(b_.dim() == 4, "a packed lora factor must have four dimensions");
     const int64_t rank = b_.size(1) * 2;
-    checked_.a = packed_matrix(a_, rank, k);
+    checked_.a = packed_matrix(a_, rank, k + k % 2);
+    checked_.a.cols = k;  // an odd k is no weight's in tiles
     checked_.b = packed_matrix(b_, n, rank);
   }
 

@@ -246,6 +246,13 @@ def test_a_packed_adapter_serves_gradients_and_other_dtypes_from_its_source(isa)
         assert torch.equal(linear_4bit(x, w, None, packed), linear_4bit(x, w, None, (a, b, 1.5)))
 
 
+def test_a_packed_adapter_serves_a_weight_of_odd_columns():
+    w, (a, b), x = packed_weight(40, 45), adapter(40, 45, 5), torch.randn(6, 45).bfloat16()
+    assert torch.equal(linear_4bit(x, w, None, pack_lora(a, b, 1.5)), linear_4bit(x, w, None, (a, b, 1.5)))
+    with pytest.raises(ValueError, match="lora A"):
+        linear_4bit(torch.randn(6, 64).bfloat16(), packed_weight(40, 64), None, pack_lora(*adapter(40, 63, 5)))
+
+
 @pytest.mark.parametrize("rows_or_columns", [(16, 96), (40, 64)])
 def test_a_packed_adapter_of_another_layer_is_refused(rows_or_columns):
     n, k = rows_or_columns
