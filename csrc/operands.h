@@ -156,9 +156,10 @@ struct BranchTensors {
       branch.a = matrix(a, "lora A");
       branch.b = matrix(b, "lora B");
     }
-    STD_TORCH_CHECK(branch.a.cols == k && branch.b.rows == n && branch.b.cols == branch.a.rows,
-                    "lora A must be [R, K] and lora B [N, R]");
-    set_factor(branch, row_scale, scaling, rows, branch.a.rows, seed, dropout);
+    const int64_t rank = branch.a.rows;
+    STD_TORCH_CHECK(branch.a.cols == k && branch.b.rows == n && branch.b.cols == rank && rank > 0 && k > 0,
+                    "lora A must be [R, K] and lora B [N, R], R and K at least 1");
+    set_factor(branch, row_scale, scaling, rows, rank, seed, dropout);
   }
 };
 

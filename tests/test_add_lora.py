@@ -132,6 +132,8 @@ def test_operands_that_do_not_fit_are_named():
         ((base.bfloat16(), x, a, b), "and its dtype"),
         ((base, x, a[:, :63], b), r"lora A must be \[R, K\]"),
         ((base, x, a, b[:23]), r"lora B \[N, R\]"),
+        ((base, x, a[:0], b[:, :0]), "R and K at least 1"),
+        ((base, x[:, :0], a[:, :0], b), "R and K at least 1"),
         ((base.double(), x, a, b), "must be float32, bfloat16 or float16"),
     ):
         with pytest.raises(RuntimeError, match=words):
