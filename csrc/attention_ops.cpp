@@ -92,6 +92,8 @@ struct Call {
                       "positions must be int32 [", args.batch, ", ", args.length, "]");
       args.positions = positions->const_data_ptr<int32_t>();
     }
+    STD_TORCH_CHECK(!causal || positions.has_value() || args.length >= args.tokens, "k has ", args.length,
+                    " keys; causal attention needs at least the ", args.tokens, " of the queries");
     args.causal = causal;
     args.window = window;
     args.scale = static_cast<float>(scale);

@@ -376,6 +376,13 @@ def test_bad_arguments_are_named(message):
     assert message in str(caught.value)
 
 
+def test_the_compiled_operator_refuses_fewer_keys_than_causal_queries_have(isa):
+    q, k, v = make(1, 2, 1, 4, 2, 32)[:3]
+    for need_lse in (False, True):
+        with pytest.raises(RuntimeError, match="k has 2 keys"):
+            torch.ops.pyfastpeft.prefix_attention(q, k, v, *[None] * 5, True, 1.0, 0, need_lse)
+
+
 @ONE_ISA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(device, dtype):
