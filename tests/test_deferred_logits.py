@@ -349,3 +349,11 @@ def test_float64_is_computed_at_once_by_torch():
     model = fp.get_peft_model(make().double(), fp.LoraConfig(target_modules=["q_proj"]))
     model.train()(**inputs()).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_head_takes_no_rows():
+    weight = torch.randn(7, 6)
+    for shape in ((0, 6), (2, 0, 6)):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert fp.ops.dense_linear(torch.empty(shape), weight).shape == (*shape[:-1], 7)

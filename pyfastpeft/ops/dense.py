@@ -27,7 +27,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         y = torch.ops.pyfastpeft.few_rows_linear.default(rows, weight, bias)
     else:
         y = F.linear(rows, weight, bias)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 @torch.library.register_fake("pyfastpeft::few_rows_linear")
