@@ -75,9 +75,11 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     result, more = Result(), {}
 
     def write() -> dict:
+        from pyfastpeft.hub.files import write_text
+
         payload = result.payload(**more)
         harness.write(str(folder / "report.json"), payload)
-        (folder / "report.html").write_text(html(payload), encoding="utf-8")
+        write_text(html(payload), folder / "report.html")
         return payload
 
     for part in parts(args):

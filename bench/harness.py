@@ -195,9 +195,10 @@ def machine() -> dict[str, object]:
 
 def write(name: str, payload: dict) -> Path:
     """Write ``payload`` as JSON into the results folder (or to ``name`` where it is a path)."""
+    from pyfastpeft.hub.files import write_text
+
     path = Path(name) if name.endswith(".json") else RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(payload, indent=1) + "\n")
+    write_text(json.dumps(payload, indent=1) + "\n", path)
     return path
 
 

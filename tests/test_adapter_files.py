@@ -31,6 +31,7 @@ CASES = {
     "excluded": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
+    "pissa_and_embedding": {"init_lora_weights": "pissa", "target_modules": ["embed_tokens", "q_proj"]},
     "bias_all": {"bias": "all"},
     "bias_lora_only": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},

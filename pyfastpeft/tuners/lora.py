@@ -63,7 +63,8 @@ class LoraConfig(PeftConfig):
         use_rslora: scale by ``lora_alpha / sqrt(r)``.
         use_dora: decompose into magnitude and direction (Liu et al. 2024).
         init_lora_weights: True (A Kaiming-uniform, B zero), False (neither zero), "gaussian", "pissa",
-            "pissa_niter_<n>", "olora" or "loftq"; the last four also change the base weight.
+            "pissa_niter_<n>", "olora" or "loftq"; the last four also change the base weight (but not of an embedding,
+            which starts as with True).
         loftq_config: ``{"loftq_bits": 4, "loftq_iter": n}``.
         fan_in_fan_out: kept for PEFT's files; the orientation is read from the layer's type.
     """
@@ -439,10 +440,12 @@ class LoraTuner(Tuner):
                 "from the model in 16 or 32 bits (the base weights become values that NF4 holds exactly)"
             )
         if callable(initial) and isinstance(layer.base_layer, nn.Embedding):
-            raise ValueError(
-                f"init_lora_weights is {config.init_lora_weights!r}, and target_modules holds the embedding {path!r}; "
-                "an embedding starts with True, False or 'gaussian'"
-            )
+            if config.init_lora_weights == "loftq":
+                raise ValueError(
+                    f"init_lora_weights is 'loftq', and target_modules holds the embedding {path!r}, which stays in "
+                    "full precision; leave it out"
+                )
+            initial = True  # as in PEFT: nothing multiplies by a table, so no product is to be approximated
         base = layer.base_layer
         dtype = base.packed.dtype if isinstance(base, Linear4bit) else base.weight.dtype
         layer.add_adapter(
