@@ -293,6 +293,10 @@ class TestInitialValues:
         with pytest.raises(ValueError, match=r"loftq.*quantized already"):
             fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["packed"], init_lora_weights="loftq"))
 
+    def test_loftq_on_an_embedding_is_refused(self):
+        with pytest.raises(ValueError, match=r"loftq.*the embedding 'embed'"):
+            fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["embed", "linear"], init_lora_weights="loftq"))
+
     def test_a_second_adapter_may_not_change_the_base_under_the_first(self):
         model = block()
         with pytest.raises(ValueError, match="must be the first adapter"):

@@ -224,12 +224,7 @@ class FastPeftQuantizer(HfQuantizer):
         for name, layer in list(model.named_modules()):
             if not isinstance(layer, Linear4bit):
                 continue
-            original = self.original(name)
-            weight = layer.dequantize(dtype)
-            weight = weight.t().contiguous() if isinstance(original, Conv1D) else weight
-            original.weight = nn.Parameter(weight, requires_grad=False)
-            original.bias = layer.bias
-            model.set_submodule(name, original.train(layer.training))
+            self._put_original(model, name, layer, layer.dequantize(dtype))
         return model
 
     def transpose_back(self, model: nn.Module) -> None:
@@ -237,9 +232,14 @@ class FastPeftQuantizer(HfQuantizer):
         for name, original in self._originals.items():
             layer = model.get_submodule(name)
             if isinstance(original, Conv1D) and type(layer) is nn.Linear:
-                original.weight = nn.Parameter(layer.weight.t().contiguous(), requires_grad=False)
-                original.bias = layer.bias
-                model.set_submodule(name, original.train(layer.training))
+                self._put_original(model, name, layer, layer.weight.detach())
+
+    def _put_original(self, model: nn.Module, name: str, layer: nn.Linear, weight: Tensor) -> None:
+        """Let what stood at ``name`` stand there again, with ``weight`` [out, in] and the rest of ``layer``."""
+        original = self.original(name)
+        weight = weight.t().contiguous() if isinstance(original, Conv1D) else weight
+        original.weight, original.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+        model.set_submodule(name, original.train(layer.training))
 
 
 class _Op(ConversionOps):
