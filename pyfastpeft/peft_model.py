@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -239,6 +239,8 @@ class PeftModel(nn.Module):
         return list(self.base_model.bank.layers.values())
 
     def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
+        if not isinstance(names, (str, Collection)):
+            raise ValueError(f"the adapter is {names!r}; it must be among {list(self.peft_config)}, or several of them")
         names = [names] if isinstance(names, str) else list(names)
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
@@ -266,6 +268,8 @@ class PeftModel(nn.Module):
             inference_mode: whether the active ones are frozen as well. Default: as each adapter was loaded.
         """
         names = self._known(adapter_name)
+        if len(set(names)) < len(names):
+            raise ValueError(f"adapter_name is {adapter_name!r}; each adapter can be named once")
         if inference_mode is not None:
             for name in names:
                 self.peft_config[name].inference_mode = inference_mode
@@ -601,8 +605,10 @@ class PeftModel(nn.Module):
             config = read_config(source, **hub) if config is None else config
             tensors, path = read_tensors(source, **hub)
             label = str(path)
-        else:
+        elif isinstance(source, Mapping):
             tensors, label = source, "the state dict"
+        else:
+            raise ValueError(f"source is {source!r}; it must be a folder, a hub repository or a dict of tensors")
         self.base_model.swap(adapter_name, config, tensors, label)
 
 

@@ -10,7 +10,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -209,13 +210,25 @@ class AdapterTrainer(Trainer):
         if checkpoint is not None:
             saved = read_json(Path(checkpoint) / "optimizer.json")
             tensors = load_safetensors(Path(checkpoint) / "optimizer.safetensors")
-            self.optimizer.load_state_dict(_join_tensors(tensors, saved["optimizer"]))
-            self.lr_scheduler.load_state_dict(saved["scheduler"])
+            with _of_checkpoint(checkpoint):
+                self.optimizer.load_state_dict(_join_tensors(tensors, saved["optimizer"]))
+                self.lr_scheduler.load_state_dict(saved["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             stem = Path(checkpoint) / f"random-{self.args.process_index}"
-            _set_random_state(load_safetensors(f"{stem}.safetensors"), read_json(f"{stem}.json"))
+            tensors, numbers = load_safetensors(f"{stem}.safetensors"), read_json(f"{stem}.json")
+            with _of_checkpoint(checkpoint):
+                _set_random_state(tensors, numbers)
+
+
+@contextmanager
+def _of_checkpoint(checkpoint: str) -> Iterator[None]:
+    """What the files of a checkpoint lack is an error that names it."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint} does not hold the state of a training: {error!r}") from error
 
 
 def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -280,8 +293,10 @@ def train_adapter(
         resume: go on from the newest checkpoint in ``output_dir``.
 
     Raises:
-        ValueError: ``resume`` without a checkpoint.
+        ValueError: ``resume`` without a checkpoint, or one that is damaged; ``save_steps`` below 0.
     """
+    if save_steps < 0:
+        raise ValueError(f"save_steps is {save_steps}; it must be 0 (no checkpoints) or more")
     last = get_last_checkpoint(str(output_dir)) if resume and Path(output_dir).is_dir() else None
     if resume and last is None:
         raise ValueError(f"resume is True, but {output_dir} holds no checkpoint")

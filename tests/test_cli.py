@@ -244,6 +244,14 @@ def test_the_process_exits_with_the_code(tmp_path):
     assert done.stderr.strip().endswith("there is no such file or folder")
 
 
+def test_a_reader_that_has_enough_is_no_error_to_speak_of(tmp_path):
+    path = Path(fp.__file__).parent.parent
+    command = f"{sys.executable} -m pyfastpeft.cli info --json | true; exit ${{PIPESTATUS[0]}}"
+    env = os.environ | {"PYTHONPATH": str(path)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 1 and "rror" not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_missing_smollm2_names_the_command_that_installs_it(capsys, monkeypatch):
     monkeypatch.setattr("pyfastpeft.cli.models.importlib.util.find_spec", lambda name: None)
     code, _, err = run(capsys, "demo")

@@ -238,6 +238,9 @@ class TestRefused:
     def test_modules_that_the_adapter_does_not_have(self, model):
         self.refused(model, tensors_of(model, "2"), r"keys that adapter 'default' does not have: .*k_proj")
 
+    def test_what_is_no_source(self, model):
+        self.refused(model, None, "source is None; it must be a folder")
+
     def test_half_a_layer(self, model):
         new = tensors_of(model, "default")
         del new[self.KEY]

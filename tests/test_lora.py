@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
 
 import architectures as tiny
 import peft
@@ -754,6 +755,8 @@ class TestBadArguments:
             ({"layers_pattern": "(", "layers_to_transform": [0]}, "layers_pattern is '\\('"),
             ({"layers_to_transform": "1"}, "layers_to_transform is '1'"),
             ({"layers_to_transform": [0.5]}, "layers_to_transform is \\[0.5\\]"),
+            ({"use_rslora": "false"}, "use_rslora is 'false'"),
+            ({"inference_mode": 1}, "inference_mode is 1"),
         ],
     )
     def test_a_wrong_field_is_named(self, kwargs, message):
@@ -774,6 +777,13 @@ class TestBadArguments:
         (name,) = kwargs
         with pytest.raises(ValueError, match=rf"target_modules \['q_proj'\] are modules .*{name} \["):
             fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["q_proj"], **kwargs))
+
+    @pytest.mark.parametrize("names", [None, 3, ["default", "default"]])
+    def test_active_adapters_that_make_no_sense_are_named(self, names):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+        with pytest.raises(ValueError, match=re.escape(f"is {names!r}; ")):
+            model.set_adapter(names)
+        assert model.active_adapters == ["default"]
 
     def test_one_adapter_may_be_given_as_its_name_alone(self):
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig())

@@ -200,6 +200,16 @@ def test_a_checkpoint_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_resume_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint"):
         run(adapter(), tmp_path / "none", resume=True)
+    with pytest.raises(ValueError, match="save_steps is -1"):
+        run(adapter(), tmp_path / "none", save_steps=-1)
+
+
+@pytest.mark.parametrize("name", ["optimizer.json", "random-0.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path, name):
+    run(adapter(), tmp_path, save_steps=2)
+    (tmp_path / "checkpoint-6" / name).write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint-6 does not hold the state of a training"):
+        run(adapter(), tmp_path, save_steps=2, resume=True)
 
 
 def trainer(model, output, **kwargs):

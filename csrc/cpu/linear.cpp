@@ -134,7 +134,12 @@ class BranchSums {
     while (part < parts_) {
       const int64_t then = taken_.fetch_add(1, std::memory_order_relaxed);
       const bool goes_on = then < parts_ && branch_.a.packed;
-      compute(part, goes_on ? branch_.a.pairs(0, then * step_) : next);
+      try {
+        compute(part, goes_on ? branch_.a.pairs(0, then * step_) : next);
+      } catch (...) {  // no memory: the region hands that on, and nobody waits for parts that do not come
+        done_.fetch_add(parts_, std::memory_order_release);
+        throw;
+      }
       done_.fetch_add(1, std::memory_order_release);
       part = then;
     }

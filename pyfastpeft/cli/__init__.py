@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -42,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=args.json, highlight=False)
     try:
         result = args.run(args, console)
+        if args.json:
+            print(json.dumps(result, indent=2))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as in `| head`; nor is there anybody for what Python flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError, MemoryError, SafetensorError, RuntimeError) as error:
         # What torch has no memory for on a CPU is a RuntimeError.
         message = " ".join(str(error).split()) or "out of memory"
@@ -50,6 +57,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"pyfastpeft {args.command}: interrupted", file=sys.stderr)
         return 1
-    if args.json:
-        print(json.dumps(result, indent=2))
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..tuners.base import PeftConfig
+from ..tuners.base import METHODS, PeftConfig
 from .files import atomic_write, load_safetensors, read_json, save_safetensors
 
 CONFIG_NAME = "adapter_config.json"
@@ -32,7 +32,6 @@ tags:
 
 {readers} it with `PeftModel.from_pretrained(base_model, folder)`.
 """
-_NOT_PEFTS = ("BOTTLENECK", "DEEP_PROMPT_TUNING")  # methods that PEFT does not have
 
 
 def locate(model_id: str | os.PathLike, filename: str, subfolder: str | None = None, **hub: Any) -> Path:
@@ -131,7 +130,7 @@ def write_adapter(
     if not card.exists():
         base = json.dumps(config.get("base_model_name_or_path") or "")
         library, readers = "peft", "An adapter in PEFT's format: PEFT and pyfastpeft load"
-        if config["peft_type"] in _NOT_PEFTS:
+        if not METHODS[config["peft_type"]].IN_PEFT:
             library, readers = "pyfastpeft", "A method that PEFT does not have: pyfastpeft loads"
         text = _CARD.format(base=base, library=library, method=config["peft_type"].lower(), readers=readers)
         with atomic_write(card) as aside:

@@ -65,6 +65,8 @@ class PeftConfig:
     peft_type: ClassVar[str]
     ABSENT: ClassVar[dict[str, Any]] = {}
     """PEFT's keys for what this library does not have, with the values that mean "not used"."""
+    IN_PEFT: ClassVar[bool] = True
+    """Whether PEFT has the method, so that it loads the folders."""
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset()
     """Fields that PEFT does not know and that mean nothing once the adapter exists."""
 
@@ -86,6 +88,10 @@ class PeftConfig:
             except ValueError:
                 choices = ", ".join(t.value for t in TaskType)
                 raise ValueError(f"task_type is {self.task_type!r}; it must be one of {choices}") from None
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool" and value is not None and not isinstance(value, bool):
+                raise ValueError(f"{field.name} is {value!r}; it must be True or False")
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save is {self.modules_to_save!r}; it must be a list of names")
         if self.modules_to_save is not None:

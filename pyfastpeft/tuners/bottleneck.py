@@ -46,6 +46,7 @@ class BottleneckConfig(PeftConfig):
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
+    IN_PEFT: ClassVar[bool] = False
 
     placement: str = "houlsby"
     reduction_factor: float = 16

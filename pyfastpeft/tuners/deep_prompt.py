@@ -38,6 +38,7 @@ class DeepPromptConfig(SoftPromptConfig):
     """
 
     peft_type: ClassVar[str] = "DEEP_PROMPT_TUNING"
+    IN_PEFT: ClassVar[bool] = False
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
 
     prefix: bool = False
