@@ -92,11 +92,11 @@ constexpr int kLanes = V::kLanes;
 constexpr int kTileVecs = kTile / kLanes;
 constexpr int kGroupTiles = V::kGroupVecs / kTileVecs;
 constexpr int kGroupLanes = V::kGroupVecs * kLanes;
-constexpr int64_t kRowChunk = 512;  // rows whose float32 results stay in cache together
 // Few rows stream codes and scales once, slower than memory delivers them: asked for this far ahead (bytes), across the
-// end of a tile, the time becomes the larger of arithmetic and memory, not their sum (4096 x 4096, 4 rows: 345 us for
-// 880).
-constexpr int64_t kCodesAhead = 8192, kScalesAhead = 1024;
+// end of a tile, the time becomes the larger of arithmetic and memory, not their sum. Codes come into the second-level
+// cache, which has more requests under way than the first (4096 x 4096, 2 rows: 418 us for 529 on Zen 4).
+constexpr int64_t kCodesAhead = 16384, kScalesAhead = 1024;
+PF_INLINE void prefetch_stream(const void* at) { __builtin_prefetch(at, 0, 2); }
 constexpr int64_t kTilesAhead = 8;  // for the B of the branch: a tile's is short, and no hardware sees it coming
 
 // Calls body.operator()<I>() for each I, everything inlined.
@@ -251,6 +251,16 @@ inline const float* tile_scales(const Weight& w, int64_t tile, int64_t seg0, int
   return out;
 }
 
+// Asks for the scales of a tile's columns [col0, col0 + n): lines that no stream leads to cost more than their share of
+// the bytes (4096 x 4096, 17 rows: a tenth of the time).
+inline void prefetch_scales(const Weight& w, int64_t tile, int64_t col0, int64_t n) {
+  const int64_t first = (tile * w.segments() + col0 / w.segment) * kTile, end = first + ceil_div(n, w.segment) * kTile;
+  if (w.scale != nullptr)
+    for (int64_t i = first; i < end; i += kTile) __builtin_prefetch(w.scale + i);
+  else
+    for (int64_t i = first; i < end; i += 4 * kTile) __builtin_prefetch(w.scale8 + i);
+}
+
 // ---- few rows of x times A ------------------------------------------------------------------------------------------
 
 template <int D, int MB, int RB>
@@ -311,11 +321,12 @@ struct Algorithm {
   // of a backward pass. Instructions on tiles are so fast that fetching the block anew shows (4096 x 4096, 512 rows, a
   // quarter of them: 1.3 times the time).
   static constexpr int kPanelTiles = kHasTiles ? 32 : 8;
+  static constexpr int64_t kRowChunk = kHasTiles ? 512 : 256;  // rows whose float32 results stay in cache together
   static constexpr int64_t kColumnChunk = kPanelTiles * kTile;
   // Up to here decoding in registers is faster; then scales cost less on the sums than on every decoded weight, which
   // zeros do not allow.
   static constexpr int64_t kFewRows = kHasTiles ? 4 : 16, kFewRowsOfZeros = kHasTiles ? 8 : 16;
-  static constexpr int64_t kLateRows = kHasTiles ? 32 : 160;
+  static constexpr int64_t kLateRows = kHasTiles ? 32 : INT64_MAX;
 
   // Tiles also read what follows the last rows, and ignore it.
   static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
@@ -386,7 +397,7 @@ struct Algorithm {
     if (src.packed) {
       const uint16_t* pairs = src.pairs(row0 / kTile, col0);
       for (int64_t i = 0; i < n; i += 2, pairs += 2 * kTile) {
-        __builtin_prefetch(reinterpret_cast<const char*>(pairs) + kCodesAhead);
+        prefetch_stream(reinterpret_cast<const char*>(pairs) + kCodesAhead);
         for (int v = 0; v < kTileVecs; ++v)
           A::store_pairs(panel + (i / kStep * vecs + vec + v) * kLanes * kStep, pairs + v * kLanes * 2,
                          vecs * kLanes * kStep);
@@ -469,20 +480,14 @@ struct Algorithm {
     }
   };
 
-  // Of columns [col0, col0 + n) of the group from `tile` on, where tiles [tile0, tile1) make a panel: with tiles the
-  // next group's columns, at the end the first group's next ones. Else what comes kCodesAhead later, at the end of the
-  // rows the first columns of the next panel.
+  // Of columns [col0, col0 + n) of the group from `tile` on, where tiles [tile0, tile1) make a panel: the next group's
+  // columns, at the end the first group's next ones, or the next panel's first.
   static Ahead codes_ahead(const Weight& w, int64_t tile, int64_t tile0, int64_t tile1, int64_t col0, int64_t n) {
-    int64_t column = col0;
-    if constexpr (kHasTiles) {
-      tile += kGroupTiles;
-      if (tile >= tile1) tile = tile0, column += n;
-    } else {
-      column += kCodesAhead / (kTile / 2);
-      tile += column / w.k * kPanelTiles;
-      column %= w.k;
-    }
-    return {w.codes + (tile * w.k + column) * (kTile / 2), w.k * (kTile / 2), n / Tiles::kColumns};
+    tile += kGroupTiles;
+    if (tile >= tile1) tile = tile0, col0 += n;
+    if (col0 >= w.k) tile = tile1, col0 = 0;
+    for (int64_t i = 0; i < kGroupTiles; ++i) prefetch_scales(w, tile + i, col0, n);
+    return {w.codes + (tile * w.k + col0) * (kTile / 2), w.k * (kTile / 2), n / Tiles::kColumns};
   }
 
   // ---- the product ----
@@ -512,46 +517,87 @@ struct Algorithm {
       for (int v = 0; v < NV; ++v) V::store(c + r * ldc + v * kLanes, acc[r][v]);
   }
 
-  // The same over a panel without its scales, which multiply the sums of each segment instead. `scales` are those of
-  // the first vector's tile, [segment][16]; the next tile's lie `tile_stride` floats further.
-  template <int MR, int NV>
-  static void micro_late(const E* x, const E* panel, int64_t steps, int64_t segments, const float* scales,
+  // Where micro_late takes the weight of a group of NV vectors from, without its scales: a panel, or the codes, which
+  // makes the panel on the way. `next` goes to the next eight columns; weight<S, U> are those of step S.
+  struct Panel {
+    const E* at;  // before the first columns
+
+    template <int NV>
+    PF_INLINE void next() {
+      at += NV * kLanes * kGroupColumns;
+    }
+    template <int NV, int S, int U>
+    PF_INLINE typename A::W weight() const {
+      return A::load(at + (S * NV + U) * kLanes * kStep);
+    }
+  };
+
+  struct Codes {
+    typename A::Table table;
+    const uint8_t* codes[kGroupTiles];
+    E* to;
+    Ahead ahead;
+    V::C held[V::kGroupVecs];
+
+    template <int NV>
+    PF_INLINE void next() {
+      each(
+          MakeInts<NV>{},
+          PF_BODY(int U) { held[U] = V::load_codes(codes[U / kTileVecs] + U % kTileVecs * kLanes * 4); });
+      each(
+          MakeInts<NV / kTileVecs>{}, PF_BODY(int T) {
+            codes[T] += 64;
+            __builtin_prefetch(ahead.codes + T * ahead.tile_stride);
+          });
+      ahead.codes += 64;
+      to += NV * kLanes * kGroupColumns;
+    }
+    template <int NV, int S, int U>
+    PF_INLINE typename A::W weight() const {
+      const typename A::W w = A::template decode<S>(table, held[U]);
+      A::store(to + (S * NV + U) * kLanes * kStep, w);
+      return w;
+    }
+  };
+
+  // The same where scales multiply the sums of each segment. `scales` are those of the first vector's tile,
+  // [segment][16]; the next tile's lie `tile_stride` floats further. Both kinds of sums stay in registers, for half as
+  // many rows: keeping those of all segments in memory cost 6 % of the speed.
+  template <int MR, int NV, class Source>
+  static void micro_late(const E* x, Source source, int64_t groups, int64_t segments, const float* scales,
                          int64_t tile_stride, float* c, int64_t ldc) {
-    constexpr int kUnroll = 4;  // divides the steps: a segment has 32 columns at least
+    constexpr MakeInts<MR> rows{};
+    constexpr MakeInts<NV> vecs{};
+    F sums[MR][NV];
+    each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { sums[R][U] = V::load(c + R * ldc + U * kLanes); }); });
     for (int64_t segment = 0; segment < segments; ++segment, scales += kTile) {
       F acc[MR][NV];
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = V::zero();
-      for (int64_t s = 0; s < steps; s += kUnroll, x += kUnroll * kStep, panel += kUnroll * NV * kLanes * kStep) {
-#pragma GCC unroll 8
-        for (int u = 0; u < kUnroll; ++u) {
-          typename A::W w[NV];
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) w[v] = A::load(panel + (u * NV + v) * kLanes * kStep);
-#pragma GCC unroll 16
-          for (int r = 0; r < MR; ++r) {
-            const typename A::X xb = A::broadcast(x + r * kStride + u * kStep);
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) acc[r][v] = A::fma(acc[r][v], w[v], xb);
-          }
-        }
+      each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { acc[R][U] = V::zero(); }); });
+      for (int64_t group = 0; group < groups; ++group, x += kGroupColumns) {
+        source.template next<NV>();
+        each(
+            MakeInts<kGroupColumns / kStep>{}, PF_BODY(int S) {
+              typename A::W w[NV];
+              each(vecs, PF_BODY(int U) { w[U] = source.template weight<NV, S, U>(); });
+              each(
+                  rows, PF_BODY(int R) {
+                    const typename A::X xb = A::broadcast(x + R * kStride + S * kStep);
+                    each(vecs, PF_BODY(int U) { acc[R][U] = A::fma(acc[R][U], w[U], xb); });
+                  });
+            });
       }
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const F scale = V::load(scales + v / kTileVecs * tile_stride + v % kTileVecs * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) {
-          float* at = c + r * ldc + v * kLanes;
-          V::store(at, V::fma(acc[r][v], scale, V::load(at)));
-        }
-      }
+      each(
+          vecs, PF_BODY(int U) {
+            const F scale = V::load(scales + U / kTileVecs * tile_stride + U % kTileVecs * kLanes);
+            each(rows, PF_BODY(int R) { sums[R][U] = V::fma(acc[R][U], scale, sums[R][U]); });
+          });
     }
+    each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { V::store(c + R * ldc + U * kLanes, sums[R][U]); }); });
   }
 
   using Micro = void (*)(const E*, const E*, int64_t, float*, int64_t);
-  using MicroLate = void (*)(const E*, const E*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
+  template <class Source>
+  using MicroLate = void (*)(const E*, Source, int64_t, int64_t, const float*, int64_t, float*, int64_t);
   template <int NV, int... R>
   static Micro pick(int rows, IntList<R...>) {
     static constexpr Micro kMicros[] = {micro<R + 1, NV>...};
@@ -561,20 +607,17 @@ struct Algorithm {
   static Micro pick(int rows) {
     return pick<NV>(rows, MakeInts<V::kMicroRows>{});
   }
-  template <int NV, int... R>
-  static MicroLate pick_late(int rows, IntList<R...>) {
-    static constexpr MicroLate kMicros[] = {micro_late<R + 1, NV>...};
+  template <int NV, class Source, int... R>
+  static MicroLate<Source> pick_late(int rows, IntList<R...>) {
+    static constexpr MicroLate<Source> kMicros[] = {micro_late<R + 1, NV, Source>...};
     return kMicros[rows - 1];
   }
-  template <int NV>
-  static MicroLate pick_late(int rows) {
-    return pick_late<NV>(rows, MakeInts<V::kMicroRows>{});
-  }
+  static constexpr int kLateMicroRows = V::kMicroRows > 1 ? V::kMicroRows / 2 : 1;
 
-  // Runs `body(first row, rows)` over [0, rows) in even blocks of at most kMicroRows.
+  // Runs `body(first row, rows)` over [0, rows) in even blocks of at most `most`.
   template <class Body>
-  static void row_blocks(int64_t rows, const Body& body) {
-    const int64_t blocks = ceil_div(rows, V::kMicroRows);
+  static void row_blocks(int64_t rows, const Body& body, int64_t most = V::kMicroRows) {
+    const int64_t blocks = ceil_div(rows, most);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t r0 = rows * b / blocks, r1 = rows * (b + 1) / blocks;
       body(r0, static_cast<int>(r1 - r0));
@@ -640,29 +683,43 @@ struct Algorithm {
     }
   }
 
-  // The same for panels without scales: `scales` [tiles][`segments` of them and room][16], `tile_stride` floats a tile.
-  static void multiply_late(const E* x, int64_t rows, const E* panels, int64_t contraction, int64_t segments,
-                            const float* scales, int64_t tile_stride, int64_t tiles, Ahead ahead, float* c,
-                            int64_t ldc) {
+  // c[rows][ldc] += x rows * columns [col0, col0 + n) of `tiles` tiles (one or a group), whose scales multiply the
+  // sums: `scales` [tiles][`segments` of them and room][16], `tile_stride` floats a tile. The rows after the first find
+  // the decoded columns in `panel`.
+  static void multiply_late(const E* x, int64_t rows, const Weight& w, int64_t tile, int64_t tiles, int64_t col0,
+                            int64_t n, E* panel, int64_t segments, const float* scales, int64_t tile_stride,
+                            Ahead ahead, float* c, int64_t ldc) {
     if constexpr (kHasTiles) {
-      const int64_t steps = contraction / Tiles::kColumns / segments;
-      for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-        const auto add = tiles - t >= kGroupTiles ? Tiles::template add_scaled<kGroupTiles, Ahead>
-                                                  : Tiles::template add_scaled<1, Ahead>;
-        for (int64_t r = 0; r < rows; r += Tiles::kRows)
-          add(x + r * kStride, kStride, min64(Tiles::kRows, rows - r), panels + t / kGroupTiles * kGroupPanel, steps,
-              segments, scales + t * tile_stride, tile_stride, ahead, c + (t / kGroupTiles * rows + r) * ldc, ldc);
-      }
+      const int64_t steps = n / Tiles::kColumns / segments;
+      for (int64_t i = 0; i < tiles; ++i)
+        decode_codes(w, tile + i, col0, n, ahead.tile(i), panel, i * kTileVecs, tiles * kTileVecs);
+      const auto add =
+          tiles == kGroupTiles ? Tiles::template add_scaled<kGroupTiles, Ahead> : Tiles::template add_scaled<1, Ahead>;
+      for (int64_t r = 0; r < rows; r += Tiles::kRows)
+        add(x + r * kStride, kStride, min64(Tiles::kRows, rows - r), panel, steps, segments, scales, tile_stride, ahead,
+            c + r * ldc, ldc);
     } else {
-      const int64_t steps = contraction / kStep / segments;
-      row_blocks(rows, [&](int64_t r0, int n) {
-        const MicroLate whole = pick_late<V::kGroupVecs>(n), single = pick_late<kTileVecs>(n);
-        for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-          const MicroLate kernel = tiles - t >= kGroupTiles ? whole : single;
-          kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, segments, scales + t * tile_stride,
-                 tile_stride, c + (t / kGroupTiles * rows + r0) * ldc, ldc);
-        }
-      });
+      const auto with = [&]<int NV>() {
+        constexpr int64_t kPanelGroup = NV * kLanes * kGroupColumns;
+        constexpr MakeInts<kLateMicroRows> sizes{};
+        const int64_t groups = n / kGroupColumns / segments;
+        Codes codes{A::table(kTables[w.format]), {}, panel - kPanelGroup, ahead, {}};
+        for (int64_t i = 0; i < tiles; ++i) codes.codes[i] = w.codes + ((tile + i) * w.k + col0) * (kTile / 2);
+        const auto body = [&](int64_t r, int m) {
+          const E* from = x + r * kStride;
+          float* to = c + r * ldc;
+          if (r == 0)
+            pick_late<NV, Codes>(m, sizes)(from, codes, groups, segments, scales, tile_stride, to, ldc);
+          else
+            pick_late<NV, Panel>(m, sizes)(from, Panel{panel - kPanelGroup}, groups, segments, scales, tile_stride, to,
+                                           ldc);
+        };
+        row_blocks(rows, body, kLateMicroRows);
+      };
+      if (tiles == kGroupTiles)
+        with.template operator()<V::kGroupVecs>();
+      else
+        with.template operator()<kTileVecs>();
     }
   }
 
@@ -825,7 +882,7 @@ struct Algorithm {
       const auto step = [&]<int P>(int64_t s) __attribute__((always_inline)) {
         const uint16_t* at = pairs + (s * kTileVecs + u) * kLanes * 2;
         const char* ahead = reinterpret_cast<const char*>(at) + kCodesAhead;
-        __builtin_prefetch(ahead < end ? ahead : next + (ahead - end));
+        prefetch_stream(ahead < end ? ahead : next + (ahead - end));
         const auto w = A::load_pairs(at);
         each(rows, PF_BODY(int M) { part[M][P] = A::fma_pairs(part[M][P], w, x + M * ldx + s * 2); });
       };
@@ -953,7 +1010,7 @@ struct Algorithm {
               each(rows, PF_BODY(int M) { each(MakeInts<kParts>{}, PF_BODY(int P) { part[M][P] = D::zero(); }); });
               for (int64_t group = 0; group < groups; ++group) {
                 const uint8_t* at = codes + group * 64;
-                if constexpr (U == 0) __builtin_prefetch(at + kCodesAhead);
+                if constexpr (U == 0) prefetch_stream(at + kCodesAhead);
                 const V::C c = V::load_codes(at + U * kLanes * 4);
                 each(
                     MakeInts<D::kUnits>{}, PF_BODY(int S) {
@@ -993,6 +1050,12 @@ struct Algorithm {
         });
   }
 
+  template <class D, int... M>
+  static auto pick_gemv(int rows, IntList<M...>) {
+    static constexpr void (*kRows[])(const GemvArgs&, const GemvTile<D>&, int64_t) = {gemv_rows<D, M + 1>...};
+    return kRows[rows - 1];
+  }
+
   template <class D>
   static void gemv_with(const GemvArgs& g, const FewColumns<typename D::Elem>& x, int64_t tile0, int64_t tile1) {
     const int64_t segments = g.w.segments();
@@ -1006,7 +1069,7 @@ struct Algorithm {
     for (t.tile = tile0; t.tile < tile1; ++t.tile) {
       if (g.w.scale == nullptr)  // memory works while the scales are decoded
         for (int64_t i = 0; i < segments * kTile; i += 16)
-          __builtin_prefetch(g.w.codes + t.tile * g.w.k * (kTile / 2) + kCodesAhead + i * 4);
+          prefetch_stream(g.w.codes + t.tile * g.w.k * (kTile / 2) + kCodesAhead + i * 4);
       t.scales = tile_scales(g.w, t.tile, 0, segments, decoded);
       t.zeros = g.w.zero == nullptr ? nullptr : g.w.zero + t.tile * segments * kTile;
       if (rank != 0 && g.lora_b.packed)
@@ -1014,14 +1077,7 @@ struct Algorithm {
       else if (rank != 0)
         pack_lanes_t(g.lora_b, t.tile * kTile, 0, rank, made, 0, kTileVecs);
       if (rank != 0 && t.tile + kTilesAhead < tile1) prefetch_b(g.lora_b, t.tile + kTilesAhead);
-      int64_t m = 0;
-      if constexpr (D::kMostRows >= 8)
-        for (; m + 8 <= g.rows; m += 8) gemv_rows<D, 8>(g, t, m);
-      if constexpr (D::kMostRows >= 4)
-        for (; m + 4 <= g.rows; m += 4) gemv_rows<D, 4>(g, t, m);
-      if constexpr (D::kMostRows >= 2)
-        for (; m + 2 <= g.rows; m += 2) gemv_rows<D, 2>(g, t, m);
-      for (; m < g.rows; ++m) gemv_rows<D, 1>(g, t, m);
+      row_blocks(g.rows, [&](int64_t m, int n) { pick_gemv<D>(n, MakeInts<D::kMostRows>{})(g, t, m); }, D::kMostRows);
     }
   }
 
@@ -1102,17 +1158,17 @@ struct Algorithm {
             const Ahead ahead = codes_ahead(g.w, t, t0, t1, col0, n);
             for (int64_t i = 0; i < tiles; ++i) {
               if (rank != 0 && col0 + n == k) prefetch_b(g.lora_b, t + i);
-              if (late) {
-                float* own = scales + i * kScaleStride;
-                const float* from = tile_scales(g.w, t + i, col0 / g.w.segment, segments, own);
-                if (from != own) copy_bytes(own, from, segments * kTile * sizeof(float));
-                decode_codes(g.w, t + i, col0, n, ahead.tile(i), panel, i * kTileVecs, vecs_of(tiles));
-              } else {
+              if (!late) {
                 decode_tile(g.w, t + i, col0, n, ahead.tile(i), panel, i * kTileVecs, vecs_of(tiles));
+                continue;
               }
+              float* own = scales + i * kScaleStride;
+              const float* from = tile_scales(g.w, t + i, col0 / g.w.segment, segments, own);
+              if (from != own) copy_bytes(own, from, segments * kTile * sizeof(float));
             }
             if (late)
-              multiply_late(x, rows, panel, n, segments, scales, kScaleStride, tiles, ahead, out, kGroupLanes);
+              multiply_late(x, rows, g.w, t, tiles, col0, n, panel, segments, scales, kScaleStride, ahead, out,
+                            kGroupLanes);
             else
               multiply(x, rows, panel, n, tiles, out, kGroupLanes, ahead);
           });

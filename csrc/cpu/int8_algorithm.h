@@ -4,6 +4,7 @@
 
 constexpr int kByteGroupTiles = B::kGroupVecs / kTileVecs;
 constexpr int kByteLanes = B::kGroupVecs * kLanes;
+constexpr int64_t kByteRows = 512;             // whose results stay in cache together
 constexpr int kPartGroups = 128 / kByteLanes;  // groups that read a block of x while it is in L2
 
 // Squared distance of n values times `inverse` from integers.
@@ -55,8 +56,9 @@ inline void quantize_bytes(const Matrix& x, const Weight& w, ByteRow* out, int64
     }
 }
 
-// Where a kernel takes the weight of one group from: the codes themselves, or a decoded panel. `next` goes to the next
-// eight columns; weight<0> and <1> are the two halves of them, in a ByteRow's order.
+// Where a kernel takes the weight of one group from: the codes themselves, with or without keeping what they decode to
+// as a panel, or such a panel. `next` goes to the next eight columns; weight<0> and <1> are the two halves of them, in
+// a ByteRow's order.
 struct Codes {
   B::Table table;
   const uint8_t* codes[kByteGroupTiles];
@@ -71,6 +73,22 @@ struct Codes {
   template <int S, int U>
   PF_INLINE B::W weight() const {
     return B::template decode<S>(table, held[U]);
+  }
+};
+
+struct MakingPanel {
+  Codes from;
+  uint8_t* at;  // before the first columns
+
+  PF_INLINE void next() {
+    from.next();
+    at += 2 * B::kGroupVecs * kLanes * 4;
+  }
+  template <int S, int U>
+  PF_INLINE B::W weight() const {
+    const B::W w = from.weight<S, U>();
+    B::store(at + (S * B::kGroupVecs + U) * kLanes * 4, w);
+    return w;
   }
 };
 
@@ -91,7 +109,7 @@ struct Ahead {
 
   PF_INLINE void step() {
     for (auto& at : codes) {
-      __builtin_prefetch(at);
+      prefetch_stream(at);
       at += 64;
     }
     __builtin_prefetch(x);
@@ -176,16 +194,24 @@ ByteMicro<Source> pick_byte(int rows, IntList<R...>) {
   return kMicros[rows - 1];
 }
 
-// Rows in even blocks of at most kMicroRows.
-template <class Source>
-void byte_rows(const ByteRow* x, int64_t rows, const Source& source, Ahead ahead, const float* const* scales, int shift,
-               int64_t unit, int64_t units, float* c) {
+// Rows in even blocks of at most kMicroRows: the first from the codes, the others from the panel that it makes.
+inline void byte_rows(const ByteRow* x, int64_t rows, const Codes& codes, uint8_t* panel, Ahead ahead,
+                      const float* const* scales, int shift, int64_t unit, int64_t units, float* c) {
   const int64_t blocks = ceil_div(rows, B::kMicroRows);
+  uint8_t* const before = panel - kGroupColumns * kByteLanes;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t r0 = rows * i / blocks, r1 = rows * (i + 1) / blocks;
     ahead.x = reinterpret_cast<const char*>(x + r1);
-    pick_byte<Source>(static_cast<int>(r1 - r0), MakeInts<B::kMicroRows>{})(x + r0, source, ahead, scales, shift, unit,
-                                                                            units, c + r0 * kByteLanes);
+    const auto add = [&]<class Source>(const Source& source) {
+      pick_byte<Source>(static_cast<int>(r1 - r0), MakeInts<B::kMicroRows>{})(x + r0, source, ahead, scales, shift,
+                                                                              unit, units, c + r0 * kByteLanes);
+    };
+    if (blocks == 1)
+      add(codes);
+    else if (i == 0)
+      add(MakingPanel{codes, before});
+    else
+      add(Panel{before});
   }
 }
 
@@ -235,14 +261,16 @@ inline void open_sums(const Part& part, void* made) {
   add_branch<F32>(part, made);
 }
 
-// Adds the columns of one ByteRow block, from col0 on. `panel` holds one group decoded; null where the rows are few:
-// they take the codes as they are, anew for every block of rows.
-inline void multiply_block(const Part& part, const B::Table& table, int64_t col0, uint8_t* panel) {
+// Adds the columns of one ByteRow block, from col0 on; what comes `columns_ahead` later is asked for. `panel` has room
+// for one group decoded.
+inline void multiply_block(const Part& part, const B::Table& table, int64_t col0, int64_t columns_ahead,
+                           uint8_t* panel) {
   const Weight& w = part.g.w;
   const int64_t n = min64(kByteBlock, w.k - col0), unit = byte_unit(w), units = n / unit;
   const int64_t seg0 = col0 / w.segment, segs = ceil_div(n, w.segment);
   const int shift = __builtin_ctzll(w.segment / unit);
   const ByteRow* x = part.g.x + col0 / kByteBlock * part.g.rows + part.row0;
+  const int64_t parts_later = (col0 + columns_ahead) / w.k, later = (col0 + columns_ahead) % w.k;
   alignas(64) float decoded[kByteGroupTiles][kByteUnits * kTile];
   for (int64_t i = 0; i < part.groups(); ++i) {
     Codes codes;
@@ -251,31 +279,16 @@ inline void multiply_block(const Part& part, const B::Table& table, int64_t col0
     const float* scales[kByteGroupTiles];
     float* c = part.sums(i);
     for (int t = 0; t < kByteGroupTiles; ++t) {
-      const int64_t tile = part.tile(i, t);
+      const int64_t tile = part.tile(i, t), tile_ahead = tile + parts_later * part.tiles;
       codes.codes[t] = w.codes + (tile * w.k + col0) * (kTile / 2);
-      // The tile's next block; after the last one, the tile that takes this one's place in the next part.
-      ahead.codes[t] = codes.codes[t] + n * (kTile / 2);
-      if (col0 + n == w.k) ahead.codes[t] += (part.tiles - 1) * w.k * (kTile / 2);
+      ahead.codes[t] = w.codes + (tile_ahead * w.k + later) * (kTile / 2);
+      prefetch_scales(w, tile_ahead, later, n);
       scales[t] = tile_scales(w, tile, seg0, segs, decoded[t]);
-      __builtin_prefetch(scales[t] + segs * kTile);
       if (w.zero != nullptr)
         outer(x->sum, sizeof(ByteRow) / sizeof(float), w.zero + (tile * w.segments() + seg0) * kTile, units, shift,
               part.rows, c + t * kTile);
     }
-    if (panel == nullptr) {
-      byte_rows(x, part.rows, codes, ahead, scales, shift, unit, units, c);
-      continue;
-    }
-    uint8_t* to = panel;
-    for (int64_t k = 0; k < n; k += kGroupColumns, to += kGroupColumns * kByteLanes) {
-      codes.next();
-      each(
-          MakeInts<B::kGroupVecs>{}, PF_BODY(int U) {
-            B::store(to + U * kLanes * 4, codes.template weight<0, U>());
-            B::store(to + (B::kGroupVecs + U) * kLanes * 4, codes.template weight<1, U>());
-          });
-    }
-    byte_rows(x, part.rows, Panel{panel - kGroupColumns * kByteLanes}, ahead, scales, shift, unit, units, c);
+    byte_rows(x, part.rows, codes, panel, ahead, scales, shift, unit, units, c);
   }
 }
 
@@ -293,18 +306,19 @@ inline void store_sums(const Part& part) {
 inline void byte_product(const Int8Args& g, int64_t tile0, int64_t tile1) {
   const B::Table table = B::table(kByteTables[g.w.format].code);
   const bool few = g.rows <= B::kFewRows;
-  const int64_t part_tiles = (few ? 1 : kPartGroups) * kByteGroupTiles, part_rows = min64(g.rows, kRowChunk);
+  const int64_t part_tiles = (few ? 1 : kPartGroups) * kByteGroupTiles, part_rows = min64(g.rows, kByteRows);
   float* c = static_cast<float*>(scratch(0, part_tiles * kTile * part_rows * sizeof(float)));
   constexpr int64_t kPanelBytes = kByteBlock * kByteLanes;
   uint8_t* panel = static_cast<uint8_t*>(scratch(1, kPanelBytes + Algorithm<F32>::kBlock * kTile * sizeof(float)));
 #ifdef PF_BF16
   [[maybe_unused]] const BF16::Tiles held;  // for the branch: holding them anew for each part shows
 #endif
-  for (int64_t row0 = 0; row0 < g.rows; row0 += kRowChunk)
+  for (int64_t row0 = 0; row0 < g.rows; row0 += kByteRows)
     for (int64_t t0 = tile0; t0 < tile1; t0 += part_tiles) {
-      const Part part{g, row0, min64(kRowChunk, g.rows - row0), t0, min64(part_tiles, tile1 - t0), c};
+      const Part part{g, row0, min64(kByteRows, g.rows - row0), t0, min64(part_tiles, tile1 - t0), c};
       open_sums(part, panel + kPanelBytes);
-      for (int64_t col0 = 0; col0 < g.w.k; col0 += kByteBlock) multiply_block(part, table, col0, few ? nullptr : panel);
+      for (int64_t col0 = 0; col0 < g.w.k; col0 += kByteBlock)
+        multiply_block(part, table, col0, few ? kCodesAhead / (kTile / 2) : kByteBlock, panel);
       store_sums(part);
     }
 }
