@@ -639,14 +639,11 @@ struct Algorithm {
         return;
       }
     const int64_t steps = ceil_div(contraction, kStep);
-    row_blocks(rows, [&](int64_t r0, int n) {
-      const Micro whole = pick<V::kGroupVecs>(n), single = pick<kTileVecs>(n);
-      for (int64_t t = 0; t < tiles; t += kGroupTiles) {
-        const Micro kernel = tiles - t >= kGroupTiles ? whole : single;
-        kernel(x + r0 * kStride, panels + t / kGroupTiles * kGroupPanel, steps, c + (t / kGroupTiles * rows + r0) * ldc,
-               ldc);
-      }
-    });
+    for (int64_t t = 0; t < tiles; t += kGroupTiles, panels += kGroupPanel, c += rows * ldc)
+      row_blocks(rows, [&](int64_t r0, int n) {
+        const Micro kernel = tiles - t >= kGroupTiles ? pick<V::kGroupVecs>(n) : pick<kTileVecs>(n);
+        kernel(x + r0 * kStride, panels, steps, c + r0 * ldc, ldc);
+      });
   }
 
   // The same for one group of L tiles and rows `ldx` apart. What does not fill a tile goes through a whole one: last
@@ -790,6 +787,7 @@ struct Algorithm {
       const uint8_t* codes[kGroupTiles];
       for (int i = 0; i < kGroupTiles; ++i) {
         const int64_t t = min64(tile + i, tile1 - 1);
+        prefetch_scales(w, t + kGroupTiles, col0, n);
         scales[i] = tile_scales(w, t, seg0, segs, decoded[i]);
         zeros[i] = w.zero == nullptr ? nullptr : w.zero + (t * w.segments() + seg0) * kTile;
         codes[i] = w.codes + (t * w.k + col0) * (kTile / 2);
