@@ -274,6 +274,7 @@ void dot_block(const float* x, int64_t ldx, const Matrix& a, int64_t r0, float* 
     each(
         MakeInts<RB>{}, PF_BODY(int R) {
           const char* at = row + (R * a.ld + k) * kSize;
+          prefetch_stream(at + kCodesAhead);
           const V::F w = load_as<D>(at);
           each(MakeInts<MB>{}, PF_BODY(int M) { acc[M][R] = V::fma(w, V::load(x + M * ldx + k), acc[M][R]); });
         });
@@ -1190,10 +1191,71 @@ struct Algorithm {
 
   // ---- forward, few rows of x times a weight in full precision ----
 
+#ifdef PF_BF16
+  // sums[m][n] = the products of row m of MB rows of x with row n of kTile rows of W, lane by lane; W's rows from
+  // `last` on are that one again. Contraction in pairs along the lanes.
+  template <int MB>
+  static void pair_dots(const Matrix& x, const Matrix& w, int64_t last, float (*sums)[kTile][kTile]) {
+    constexpr int kRows = MB >= 8 ? 2 : 4, kWide = kLanes * kStep;
+    constexpr MakeInts<MB> ms{};
+    constexpr MakeInts<kRows> rs{};
+    const int64_t whole = w.cols / kWide * kWide, rest = w.cols - whole;
+    const auto part = [](const char* row, int64_t col) { return reinterpret_cast<const E*>(row) + col; };
+    alignas(64) E padded_x[MB][kWide] = {}, padded_w[kRows][kWide] = {};
+    for (int m = 0; m < MB; ++m) copy_bytes(padded_x[m], part(x.row(m), whole), rest * sizeof(E));
+    for (int n = 0; n < kTile; n += kRows) {
+      const E* at[kRows];
+      for (int r = 0; r < kRows; ++r) at[r] = part(w.row(min64(n + r, last)), 0);
+      F acc[kRows][MB];
+      each(rs, PF_BODY(int R) { each(ms, PF_BODY(int M) { acc[R][M] = V::zero(); }); });
+      const auto step = [&](const auto& x_at, const auto& w_at) __attribute__((always_inline)) {
+        typename A::W xs[MB];
+        each(ms, PF_BODY(int M) { xs[M] = A::load(x_at(M)); });
+        each(
+            rs, PF_BODY(int R) {
+              const typename A::W weights = A::load(w_at(R));
+              each(ms, PF_BODY(int M) { acc[R][M] = A::fma(acc[R][M], weights, xs[M]); });
+            });
+      };
+      for (int64_t k = 0; k < whole; k += kWide)
+        step([&](int m) { return part(x.row(m), k); },
+             [&](int r) {
+               prefetch_stream(reinterpret_cast<const char*>(at[r] + k) + kCodesAhead);
+               return at[r] + k;
+             });
+      if (rest != 0) {
+        for (int r = 0; r < kRows; ++r) copy_bytes(padded_w[r], at[r] + whole, rest * sizeof(E));
+        step([&](int m) { return padded_x[m]; }, [&](int r) { return padded_w[r]; });
+      }
+      each(rs, PF_BODY(int R) { each(ms, PF_BODY(int M) { V::store(sums[M][n + R], acc[R][M]); }); });
+    }
+  }
+
+  // The same as dense_sums of matrices in pairs.
+  static void dense_pairs(const DenseArgs& g, int64_t n0, int64_t lanes, float* c) {
+    alignas(64) float sums[8][kTile][kTile];
+    for (int64_t i = 0; i < lanes; i += kTile) {
+      Matrix x = g.x, w = g.w;
+      w.data = g.w.row(n0 + i);
+      for (int64_t m = 0; m < g.x.rows;) {
+        const int64_t left = g.x.rows - m, n = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        x.data = g.x.row(m);
+        const auto dots = n == 8 ? pair_dots<8> : n == 4 ? pair_dots<4> : n == 2 ? pair_dots<2> : pair_dots<1>;
+        dots(x, w, lanes - i - 1, sums);
+        for (int64_t r = 0; r < n; ++r, ++m) V::store(c + m * kGroupLanes + i, V::sums16(sums[r][0]));
+      }
+    }
+  }
+#endif
+
   // c[row of x][lane] = x * W^T for rows [n0, n0 + lanes) of W, up to kGroupLanes. With tiles, W is the side that lies
   // in rows; `panel` is x as a tile of lanes.
   static void dense_sums(const DenseArgs& g, const E* panel, int64_t n0, int64_t lanes, float* c) {
     int64_t done = 0;
+#ifdef PF_BF16
+    if constexpr (kStep == 2 && !kHasTiles)
+      if (g.x.dtype == kBFloat16 && g.w.dtype == kBFloat16) return dense_pairs(g, n0, lanes, c);
+#endif
     if constexpr (kHasTiles)
       if (panel != nullptr) {
         alignas(64) float sums[kGroupLanes * kTile] = {}, square[kTile * kTile];
