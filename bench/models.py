@@ -87,24 +87,26 @@ def accelerated_ours(folder: str) -> nn.Module:
     return fp.accelerate(load_ours(folder))
 
 
-def lora_over(model: nn.Module) -> nn.Module:
+def lora_over(model: nn.Module, inference_mode: bool = False) -> nn.Module:
     import pyfastpeft as fp
 
-    return fp.accelerate(fp.get_peft_model(model, fp.LoraConfig(task_type="CAUSAL_LM", **LORA)))
+    config = fp.LoraConfig(task_type="CAUSAL_LM", inference_mode=inference_mode, **LORA)
+    return fp.accelerate(fp.get_peft_model(model, config))
 
 
-def adapted_ours(folder: str) -> nn.Module:
-    return lora_over(load_ours(folder))
+def adapted_ours(folder: str, inference_mode: bool = False) -> nn.Module:
+    return lora_over(load_ours(folder), inference_mode)
 
 
-def peft_over(model: nn.Module) -> nn.Module:
+def peft_over(model: nn.Module, inference_mode: bool = False) -> nn.Module:
     import peft
 
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", inference_mode=inference_mode, **LORA)
+    return peft.get_peft_model(model, config)
 
 
-def adapted_peft(folder: str) -> nn.Module:
-    return peft_over(load_bnb(folder))
+def adapted_peft(folder: str, inference_mode: bool = False) -> nn.Module:
+    return peft_over(load_bnb(folder), inference_mode)
 
 
 def write_gguf(folder: str, file: Path) -> None:
