@@ -207,8 +207,9 @@ def test_resume_without_a_checkpoint_says_so(tmp_path):
 @pytest.mark.parametrize("name", ["optimizer.json", "random-0.json"])
 def test_a_damaged_checkpoint_is_named(tmp_path, name):
     run(adapter(), tmp_path, save_steps=2)
-    (tmp_path / "checkpoint-6" / name).write_text("{}")
-    with pytest.raises(ValueError, match="checkpoint-6 does not hold the state of a training"):
+    shutil.rmtree(tmp_path / "checkpoint-6")  # the last: nothing would be left to do after it
+    (tmp_path / "checkpoint-4" / name).write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint-4 does not hold the state of a training"):
         run(adapter(), tmp_path, save_steps=2, resume=True)
 
 
