@@ -239,7 +239,7 @@ class PeftModel(nn.Module):
         return list(self.base_model.bank.layers.values())
 
     def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
-        if not isinstance(names, (str, Collection)):
+        if not isinstance(names, Collection):
             raise ValueError(f"the adapter is {names!r}; it must be among {list(self.peft_config)}, or several of them")
         names = [names] if isinstance(names, str) else list(names)
         unknown = [n for n in names if n not in self.peft_config]
