@@ -138,22 +138,21 @@ std::tuple<Tensor, Tensor> rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool
   return {rotated(kernel, q, cos, sin, transposed, "q"), rotated(kernel, k, cos, sin, transposed, "k")};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels) {
+Tensor cross_entropy_(Tensor logits, Tensor labels) {
   const pf::Kernels& k = kernels();
-  logits = with_contiguous_columns(logits);
   labels = torch::stable::contiguous(labels);
   const pf::Matrix x = matrix(logits, "logits");
+  STD_TORCH_CHECK(x.cols <= 1 || logits.stride(1) == 1, "logits must have contiguous columns: they become the gradient");
   STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == x.rows && labels.scalar_type() == ScalarType::Long,
                   "labels must be int64 [", x.rows, "]");
   const int64_t* label = labels.const_data_ptr<int64_t>();
   for (int64_t r = 0; r < x.rows; ++r)
     STD_TORCH_CHECK(label[r] >= 0 && label[r] < x.cols, "label ", label[r], " must lie in [0, ", x.cols, ")");
   Tensor losses = torch::stable::new_empty(logits, {x.rows}, ScalarType::Float);
-  Tensor gradient = new_matrix(x.rows, x.cols, x.dtype);
-  const pf::CrossEntropyArgs args{x, label, static_cast<float*>(losses.mutable_data_ptr()),
-                                  gradient.mutable_data_ptr()};
+  const pf::CrossEntropyArgs args{logits.mutable_data_ptr(), x.dtype, x.cols, x.ld, label,
+                                  static_cast<float*>(losses.mutable_data_ptr())};
   over(x.rows, row_grain(x.cols * 8), [&](int64_t r0, int64_t r1) { k.cross_entropy(args, r0, r1); });
-  return {losses, gradient};
+  return losses;
 }
 
 // x W^T + bias for few rows, reading W once, in float32.
@@ -181,7 +180,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) -> (Tensor, Tensor)");
-  m.def("cross_entropy(Tensor logits, Tensor labels) -> (Tensor, Tensor)");
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor labels) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
@@ -190,6 +189,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
   m.impl("rope", TORCH_BOX(&rope));
-  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   m.impl("few_rows_linear", TORCH_BOX(&few_rows_linear));
 }

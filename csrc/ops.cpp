@@ -5,6 +5,7 @@
 
 #include "memory.h"
 #include "operands.h"
+#include "team.h"
 
 namespace {
 
@@ -28,8 +29,10 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
   Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
   const Bias bias_data(bias, n);
-  pf::linear_forward(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype,
-                     static_cast<float*>(s.mutable_data_ptr()), parallel);
+  pf::with_threads_for(xm.rows * w.n * w.k, [&](pf::ParallelFor threads) {
+    pf::linear_forward(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype,
+                     static_cast<float*>(s.mutable_data_ptr()), threads);
+  });
   return {y, s};
 }
 
@@ -42,7 +45,9 @@ Tensor linear_4bit_int8(Tensor x, Tensor codes, Tensor scale, OptTensor zero, Op
   const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w.n, w.k);
   const Bias bias_data(bias, n);
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
-  pf::linear_forward_int8(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype, parallel);
+  pf::with_threads_for(xm.rows * w.n * w.k, [&](pf::ParallelFor threads) {
+    pf::linear_forward_int8(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype, threads);
+  });
   return y;
 }
 
@@ -59,8 +64,10 @@ std::tuple<Tensor, Tensor> linear_4bit_backward(Tensor dy, Tensor codes, Tensor 
   const BranchTensors lora(lora_a, lora_b, row_scale, scaling, dym.rows, seed, dropout, w.n, w.k);
   Tensor dx = new_matrix(need_dx ? dym.rows : 0, w.k, dym.dtype);
   Tensor ds = new_matrix(dym.rows, lora.branch.rank(), pf::kFloat32);
-  pf::linear_backward(w, dym, lora.branch, need_dx ? dx.mutable_data_ptr() : nullptr,
-                      static_cast<float*>(ds.mutable_data_ptr()), parallel);
+  pf::with_threads_for(dym.rows * w.n * w.k, [&](pf::ParallelFor threads) {
+    pf::linear_backward(w, dym, lora.branch, need_dx ? dx.mutable_data_ptr() : nullptr,
+                      static_cast<float*>(ds.mutable_data_ptr()), threads);
+  });
   if (need_dx && n == 0) torch::stable::zero_(dx);
   return {dx, ds};
 }

@@ -8,7 +8,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/linear.h"
 #include "spin.h"
+#include "tensors.h"
 
 namespace pf {
 
@@ -95,6 +97,13 @@ void with_team(const Lead& lead) {
     lead(parallel);
   };
   torch::stable::parallel_for(0, threads, 1, member);
+}
+
+// lead(parallel) where all of it is `work` multiply-adds: by a team if that is enough for two threads.
+template <class Lead>
+void with_threads_for(int64_t work, const Lead& lead) {
+  if (work < 2 * thread_work()) return lead(tensors::parallel);
+  with_team(lead);
 }
 
 }  // namespace pf

@@ -1,4 +1,4 @@
-"""``cross_entropy`` in Triton: the loss of each row of logits and its gradient.
+"""``cross_entropy_`` in Triton: the loss of each row of logits, which become its gradient.
 
 A program takes a row twice: once for its maximum and the sum of its exponentials, corrected whenever the maximum moves,
 once for the gradient. The second reading is of what the L2 cache still holds, so memory is read once and written once.
@@ -17,17 +17,19 @@ _COLUMNS = 8192
 
 @triton.jit
 def _cross_entropy(
-    logits,  # [n, C], columns side by side
+    logits,  # [n, C], columns side by side; become the gradient
     labels,  # int64 [n]
     losses,  # float32 [n]
-    gradient,  # [n, C], contiguous
     C,
     stride,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    gradient += row * C
+    label = tl.load(labels + row)
+    known = (label >= 0) & (label < C)
+    # Here, so that the sums' barriers lie between this and what another warp writes there.
+    at_label = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
     columns = tl.arange(0, COLUMNS)
     top = tl.full((), -float("inf"), tl.float32)
     total = tl.zeros((), tl.float32)
@@ -37,9 +39,6 @@ def _cross_entropy(
         shift = tl.where(most == -float("inf"), 0.0, most)  # nothing but -inf so far: the sum stays 0
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), 0)
         top = most
-    label = tl.load(labels + row)
-    known = (label >= 0) & (label < C)
-    at_label = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
     tl.store(losses + row, tl.log(total) + (top - at_label))
     inverse = tl.where(known, 1.0 / total, float("nan"))
     for c0 in range(0, C, COLUMNS):
@@ -47,30 +46,29 @@ def _cross_entropy(
         x = tl.load(logits + c, mask=c < C, other=0.0).to(tl.float32)
         d = tl.exp(x - top) * inverse
         d = tl.where(c == label, d - 1.0, d)
-        tl.store(gradient + c, d.to(gradient.dtype.element_ty), mask=c < C)
+        tl.store(logits + c, d.to(logits.dtype.element_ty), mask=c < C)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses float32 [n], softmax(logits) - onehot(labels) [n, C] in their dtype).
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    """Losses, float32 [n]; ``logits`` become softmax(logits) - onehot(labels).
 
     Args:
-        logits: [n, C].
+        logits: [n, C], columns side by side.
         labels: int64 [n]. Of one outside of [0, C) the loss and the gradient are NaN.
     """
     if logits.stride(1) != 1 and logits.shape[1] > 1:
-        logits = logits.contiguous()
+        raise ValueError("logits must have contiguous columns: they become the gradient")
     n, classes = logits.shape
-    losses, gradient = logits.new_empty(n, dtype=torch.float32), logits.new_empty((n, classes))
-    if gradient.numel() > 0:
+    losses = logits.new_empty(n, dtype=torch.float32)
+    if logits.numel() > 0:
         columns = min(triton.next_power_of_2(classes), _COLUMNS)
         _cross_entropy[(n,)](
             logits=logits,
             labels=labels.contiguous(),
             losses=losses,
-            gradient=gradient,
             C=classes,
             stride=logits.stride(0),
             COLUMNS=columns,
             num_warps=min(max(columns // 512, 4), 16),
         )
-    return losses, gradient
+    return losses

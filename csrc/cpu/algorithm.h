@@ -118,12 +118,6 @@ PF_INLINE V::F load_as(const char* p) {
   if constexpr (D == kFloat16) return V::load_f16(reinterpret_cast<const uint16_t*>(p));
 }
 
-inline V::F load_any(const char* p, int dtype) {
-  if (dtype == kFloat32) return load_as<kFloat32>(p);
-  if (dtype == kBFloat16) return load_as<kBFloat16>(p);
-  return load_as<kFloat16>(p);
-}
-
 // body.operator()<dtype>().
 template <class Body>
 PF_INLINE void with_dtype(int dtype, const Body& body) {
@@ -132,41 +126,47 @@ PF_INLINE void with_dtype(int dtype, const Body& body) {
   body.template operator()<kFloat16>();
 }
 
-inline void store_any(char* p, int dtype, V::F v) {
-  if (dtype == kFloat32)
-    V::store(reinterpret_cast<float*>(p), v);
-  else if (dtype == kBFloat16)
-    V::store_bf16(reinterpret_cast<uint16_t*>(p), v);
-  else
-    V::store_f16(reinterpret_cast<uint16_t*>(p), v);
+template <int D>
+PF_INLINE void store_as(char* p, V::F v) {
+  if constexpr (D == kFloat32) V::store(reinterpret_cast<float*>(p), v);
+  if constexpr (D == kBFloat16) V::store_bf16(reinterpret_cast<uint16_t*>(p), v);
+  if constexpr (D == kFloat16) V::store_f16(reinterpret_cast<uint16_t*>(p), v);
+}
+
+// Elements [i, min(i + kLanes, n)) of a row, zeros after the last.
+template <int D>
+PF_INLINE V::F load_part(const char* row, int64_t i, int64_t n) {
+  constexpr int kSize = D == kFloat32 ? 4 : 2;
+  if (i + kLanes <= n) return load_as<D>(row + i * kSize);
+  alignas(64) char part[kLanes * kSize] = {};
+  copy_bytes(part, row + i * kSize, (n - i) * kSize);
+  return load_as<D>(part);
+}
+
+template <int D>
+PF_INLINE void store_part(char* row, int64_t i, int64_t n, V::F v) {
+  constexpr int kSize = D == kFloat32 ? 4 : 2;
+  if (i + kLanes <= n) return store_as<D>(row + i * kSize, v);
+  alignas(64) char part[kLanes * kSize];
+  store_as<D>(part, v);
+  copy_bytes(row + i * kSize, part, (n - i) * kSize);
 }
 
 void to_float(const void* src, int dtype, float* dst, int64_t n) {
-  const char* s = static_cast<const char*>(src);
-  const int size = dtype_size(dtype);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) V::store(dst + i, load_any(s + i * size, dtype));
-  if (i < n) {
-    alignas(64) char in[64] = {};
-    alignas(64) float out[kLanes];
-    copy_bytes(in, s + i * size, (n - i) * size);
-    V::store(out, load_any(in, dtype));
-    copy_bytes(reinterpret_cast<char*>(dst + i), reinterpret_cast<char*>(out), (n - i) * 4);
-  }
+  with_dtype(
+      dtype, PF_BODY(int D) {
+        for (int64_t i = 0; i < n; i += kLanes)
+          store_part<kFloat32>(reinterpret_cast<char*>(dst), i, n, load_part<D>(static_cast<const char*>(src), i, n));
+      });
 }
 
 // n floats to `dtype`.
 inline void from_float(const float* src, char* dst, int dtype, int64_t n) {
-  const int size = dtype_size(dtype);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_any(dst + i * size, dtype, V::load(src + i));
-  if (i < n) {
-    alignas(64) float in[kLanes] = {};
-    alignas(64) char out[64];
-    copy_bytes(reinterpret_cast<char*>(in), reinterpret_cast<const char*>(src + i), (n - i) * 4);
-    store_any(out, dtype, V::load(in));
-    copy_bytes(dst + i * size, out, (n - i) * size);
-  }
+  with_dtype(
+      dtype, PF_BODY(int D) {
+        for (int64_t i = 0; i < n; i += kLanes)
+          store_part<D>(dst, i, n, load_part<kFloat32>(reinterpret_cast<const char*>(src), i, n));
+      });
 }
 
 // out[c][r] = m[row0 + r][col0 + c] as float32 for r < 16, c < ncols <= 16. Rows from nrows on are zero; columns from
@@ -193,6 +193,16 @@ inline void load_transposed(const Matrix& m, int64_t row0, int64_t nrows, int64_
     for (int64_t r = 0; r < nrows; ++r) to_float(from + r * stride, m.dtype, rows + r * 16, ncols);
   }
   V::transpose16(rows, 16, out);
+}
+
+// Steps [0, 16) of 16 rows, a word each and `ld` words from row to row, as the lanes of a panel whose steps are `step`
+// words apart.
+PF_INLINE void steps_to_lanes(const float* rows, int64_t ld, float* panel, int64_t step) {
+  alignas(64) float square[16 * 16];
+  V::transpose16(rows, ld, square);
+  for (int i = 0; i < 16; ++i)
+    for (int v = 0; v < kTileVecs; ++v)
+      V::store(panel + i * step + v * kLanes, V::load(square + i * 16 + v * kLanes));
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
@@ -329,6 +339,8 @@ struct Algorithm {
   static constexpr int64_t kFewRows = kHasTiles ? 4 : 16, kFewRowsOfZeros = kHasTiles ? 8 : 16;
   static constexpr int64_t kLateRows = kHasTiles ? 32 : INT64_MAX;
 
+  static constexpr bool is_element(int dtype) { return dtype == (sizeof(E) == 4 ? kFloat32 : kBFloat16); }
+
   // Tiles also read what follows the last rows, and ignore it.
   static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
     return (ceil_div(cols, kBlock) * rows + Tiles::kRows - 1) * kStride * sizeof(E);
@@ -354,7 +366,7 @@ struct Algorithm {
 
   static void pack_rows(const Matrix& src, const float* factor, int64_t factor_ld, const Dropout& d, void* out,
                         int64_t row0, int64_t row1) {
-    const bool same = src.dtype == (sizeof(E) == 4 ? kFloat32 : kBFloat16) && factor == nullptr && d.threshold == 0;
+    const bool same = is_element(src.dtype) && factor == nullptr && d.threshold == 0;
     alignas(64) float values[kBlock];
     for (int64_t r = row0; r < row1; ++r)
       for (int64_t block = 0; block * kBlock < src.cols; ++block) {
@@ -405,8 +417,13 @@ struct Algorithm {
       }
       return;
     }
+    int64_t c = 0;
+    if (is_element(src.dtype) && row0 + 16 <= src.rows && src.ld % kStep == 0)
+      for (; c + 16 * kStep <= n; c += 16 * kStep)
+        steps_to_lanes(reinterpret_cast<const float*>(src.row(row0) + (col0 + c) * sizeof(E)), src.ld / kStep,
+                       reinterpret_cast<float*>(panel + (c / kStep * vecs + vec) * kLanes * kStep), vecs * kLanes);
     alignas(64) float square[16 * 16];
-    for (int64_t c = 0; c < n; c += 16) {
+    for (; c < n; c += 16) {
       const int64_t nc = min64(16, n - c);
       load_transposed(src, row0, min64(16, src.rows - row0), col0 + c, nc, square);
       for (int64_t i = 0; i < nc; i += kStep)
@@ -1365,16 +1382,21 @@ struct Algorithm {
   // out[row0 + r][col0 + i] = c[i][r] in `dtype`.
   static void store_transposed(const float* c, int64_t ldc, int64_t cols, int64_t rows, void* out, int dtype,
                                int64_t ldout, int64_t row0, int64_t col0) {
-    alignas(64) float square[16 * 16];
-    const int size = dtype_size(dtype);
     const Matrix m{c, kFloat32, cols, rows, ldc};
-    for (int64_t r = 0; r < rows; r += 16)
-      for (int64_t i = 0; i < cols; i += 16) {
-        const int64_t nr = min64(16, rows - r), ni = min64(16, cols - i);
-        load_transposed(m, i, ni, r, nr, square);
-        for (int64_t j = 0; j < nr; ++j)
-          from_float(square + j * 16, static_cast<char*>(out) + ((row0 + r + j) * ldout + col0 + i) * size, dtype, ni);
-      }
+    with_dtype(
+        dtype, PF_BODY(int D) {
+          constexpr int kSize = D == kFloat32 ? 4 : 2;
+          alignas(64) float square[16 * 16];
+          for (int64_t r = 0; r < rows; r += 16)
+            for (int64_t i = 0; i < cols; i += 16) {
+              const int64_t nr = min64(16, rows - r), ni = min64(16, cols - i);
+              load_transposed(m, i, ni, r, nr, square);
+              for (int64_t j = 0; j < nr; ++j) {
+                char* to = static_cast<char*>(out) + ((row0 + r + j) * ldout + col0 + i) * kSize;
+                for (int64_t v = 0; v < ni; v += kLanes) store_part<D>(to, v, ni, V::load(square + j * 16 + v));
+              }
+            }
+        });
   }
 
   // ---- the branch's small products ----
@@ -1552,7 +1574,7 @@ void dequantize(const uint8_t* codes, const float* scale, const float* zero, int
     for (; i + kLanes <= count; i += kLanes) {
       V::F v = V::mul(V::decode_bytes(table, codes + (at + i) / 2), s);
       if (zero != nullptr) v = V::add(v, z);
-      store_any(out + i * size, dtype, v);
+      with_dtype(dtype, PF_BODY(int D) { store_as<D>(out + i * size, v); });
     }
     for (; i < count; ++i) {
       const int byte = codes[(at + i) / 2];

@@ -6,32 +6,6 @@
 
 // ---- parts of a row -------------------------------------------------------------------------------------------------
 
-template <int D>
-PF_INLINE void store_as(char* p, V::F v) {
-  if constexpr (D == kFloat32) V::store(reinterpret_cast<float*>(p), v);
-  if constexpr (D == kBFloat16) V::store_bf16(reinterpret_cast<uint16_t*>(p), v);
-  if constexpr (D == kFloat16) V::store_f16(reinterpret_cast<uint16_t*>(p), v);
-}
-
-// Elements [i, min(i + kLanes, n)) of a row, zeros after the last.
-template <int D>
-PF_INLINE V::F load_part(const char* row, int64_t i, int64_t n) {
-  constexpr int kSize = D == kFloat32 ? 4 : 2;
-  if (i + kLanes <= n) return load_as<D>(row + i * kSize);
-  alignas(64) char part[kLanes * kSize] = {};
-  copy_bytes(part, row + i * kSize, (n - i) * kSize);
-  return load_as<D>(part);
-}
-
-template <int D>
-PF_INLINE void store_part(char* row, int64_t i, int64_t n, V::F v) {
-  constexpr int kSize = D == kFloat32 ? 4 : 2;
-  if (i + kLanes <= n) return store_as<D>(row + i * kSize, v);
-  alignas(64) char part[kLanes * kSize];
-  store_as<D>(part, v);
-  copy_bytes(row + i * kSize, part, (n - i) * kSize);
-}
-
 // v as the dtype holds it.
 template <int D>
 PF_INLINE V::F rounded(V::F v) {
@@ -212,16 +186,18 @@ void rope(const RopeArgs& g, int64_t token0, int64_t token1) {
 
 // ---- cross-entropy --------------------------------------------------------------------------------------------------
 
-// loss = log(sum(e^x)) - x[label]; gradient = e^x / sum(e^x), less one at the label.
+// loss = log(sum(e^x)) - x[label]; then x = e^x / sum(e^x), less one at the label.
 void cross_entropy(const CrossEntropyArgs& g, int64_t row0, int64_t row1) {
-  const int64_t n = g.logits.cols, whole = n / kLanes * kLanes;
+  const int64_t n = g.cols, whole = n / kLanes * kLanes;
   with_dtype(
-      g.logits.dtype, PF_BODY(int D) {
+      g.dtype, PF_BODY(int D) {
         constexpr int kSize = D == kFloat32 ? 4 : 2;
         constexpr int kSums = 4;
         for (int64_t r = row0; r < row1; ++r) {
-          const char* x = g.logits.row(r);
-          char* gradient = row_of(g.gradient, D, n, r);
+          char* x = row_of(g.logits, D, g.ld, r);
+          char* at_label = x + g.labels[r] * kSize;
+          float label;
+          to_float(at_label, D, &label, 1);
           alignas(64) char tail[kLanes * kSize];
           store_as<D>(tail, V::set1(-__builtin_inff()));
           copy_bytes(tail, x + whole * kSize, (n - whole) * kSize);
@@ -240,14 +216,12 @@ void cross_entropy(const CrossEntropyArgs& g, int64_t row0, int64_t row1) {
 
           const V::F inverse = V::set1(1.0f / sum);
           for (i = 0; i < whole; i += kLanes)
-            store_as<D>(gradient + i * kSize, V::mul(exp(V::add(load_as<D>(x + i * kSize), shift)), inverse));
-          store_part<D>(gradient, whole, n, V::mul(exp(V::add(load_as<D>(tail), shift)), inverse));
+            store_as<D>(x + i * kSize, V::mul(exp(V::add(load_as<D>(x + i * kSize), shift)), inverse));
+          store_part<D>(x, whole, n, V::mul(exp(V::add(load_as<D>(tail), shift)), inverse));
 
           alignas(64) float one[kLanes];
-          float label;
-          to_float(x + g.labels[r] * kSize, D, &label, 1);
           V::store(one, V::add(V::mul(exp(V::set1(label - top)), inverse), V::set1(-1.0f)));
-          store_part<D>(gradient + g.labels[r] * kSize, 0, 1, V::load(one));
+          store_part<D>(at_label, 0, 1, V::load(one));
           g.losses[r] = __builtin_logf(sum) + (top - label);
         }
       });

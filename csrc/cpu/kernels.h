@@ -100,10 +100,11 @@ struct RopeArgs {
 };
 
 struct CrossEntropyArgs {
-  Matrix logits;
+  void* logits;  // [rows, cols], rows ld elements apart; become their gradient
+  int dtype;
+  int64_t cols, ld;
   const int64_t* labels;  // [rows], each below cols
   float* losses;          // [rows]
-  void* gradient;         // [rows, cols], contiguous, in the dtype of logits
 };
 
 constexpr int32_t kHiddenKey = 1 << 30;  // is added to the place of a key that nobody sees

@@ -20,8 +20,7 @@ bool threads_sleep() {
   return spins != nullptr ? std::strtoll(spins, nullptr, 10) == 0 : policy != nullptr && (*policy | 32) == 'p';
 }
 
-// Multiply-adds that a thread must get before another one pays: waking one that sleeps was seen to cost 55 us, one that
-// spins 3.
+// Waking a thread that sleeps was seen to cost 55 us, one that spins 3.
 const int64_t kThreadWork = int64_t{1} << (threads_sleep() ? 23 : 19);
 constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple of
 
@@ -307,6 +306,8 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
 }
 
 }  // namespace
+
+int64_t thread_work() { return kThreadWork; }
 
 void linear_forward(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
                     float* s, ParallelFor parallel) {

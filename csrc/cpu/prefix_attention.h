@@ -96,15 +96,10 @@ struct Attention {
   static void pack_lanes(const E* rows, int64_t dim, E* panel) {
     const int64_t words = padded(dim) / kStep;
     const float* from = reinterpret_cast<const float*>(rows);  // a step is a word, whatever it holds
-    alignas(64) float square[16 * 16];
     for (int64_t lane = 0; lane < kGroupLanes; lane += 16)
-      for (int64_t step = 0; step * kStep < dim; step += 16) {
-        V::transpose16(from + lane * words + step, words, square);
-        for (int i = 0; i < 16; ++i)
-          for (int v = 0; v < kTileVecs; ++v)
-            V::store(reinterpret_cast<float*>(panel + (step + i) * kPanelStep) + lane + v * kLanes,
-                     V::load(square + i * 16 + v * kLanes));
-      }
+      for (int64_t step = 0; step * kStep < dim; step += 16)
+        steps_to_lanes(from + lane * words + step, words, reinterpret_cast<float*>(panel + step * kPanelStep) + lane,
+                       kPanelStep * sizeof(E) / sizeof(float));
   }
 
   // n gathered rows as steps, lanes running over dim: [group of lanes, `group` apart][step, `step` apart][lane].

@@ -4,7 +4,7 @@ from . import library as library  # loads the compiled operators
 from . import mixed as mixed
 from .backends import Backend
 from .copy import copy_alike, copy_tensors, large_pages
-from .cross_entropy import cross_entropy_with_gradient
+from .cross_entropy import cross_entropy_
 from .dense import dense_linear
 from .elementwise import projected_swiglu, rms_norm, rope, swiglu
 from .linear_4bit import BankView, Lora, PackedLora, linear_4bit, pack_lora
@@ -20,7 +20,7 @@ __all__ = [
     "add_lora",
     "copy_alike",
     "copy_tensors",
-    "cross_entropy_with_gradient",
+    "cross_entropy_",
     "dense_linear",
     "key_positions",
     "large_pages",

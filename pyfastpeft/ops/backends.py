@@ -149,7 +149,7 @@ _COMPILED = (
     "swiglu",
     "swiglu_backward",
     "rope",
-    "cross_entropy",
+    "cross_entropy_",
     "prefix_attention",
     "prefix_attention_backward",
 )

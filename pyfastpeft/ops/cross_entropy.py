@@ -1,4 +1,4 @@
-"""``cross_entropy_with_gradient``: the loss of each row of logits and its gradient."""
+"""``cross_entropy_``: the loss of each row of logits, which become its gradient."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ from torch import Tensor
 
 from .backends import Backend, choose_plain
 
+_REFERENCE_ROWS = 64  # that are in memory in float32 together
 
-def cross_entropy_with_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy a row and the gradient of their sum.
+
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy a row; its gradient, of the sum over the rows, takes the logits' place.
 
     Args:
-        logits: [n, classes], float32, bfloat16 or float16.
+        logits: [n, classes], float32, bfloat16 or float16, columns contiguous. Become softmax(logits) - onehot(labels).
         labels: int64 [n], each in [0, classes).
 
     Returns:
-        losses float32 [n], and softmax(logits) - onehot(labels) in the dtype of ``logits``. Arithmetic is float32.
-        Loss and gradient of a row whose label is no class are NaN; on a CPU that is an error instead.
+        Losses, float32 [n], in which the arithmetic is done. Loss and gradient of a row whose label is no class are
+        NaN; on a CPU that is an error instead.
     """
     if choose_plain(logits.device) is not Backend.REFERENCE:
-        return torch.ops.pyfastpeft.cross_entropy.default(logits, labels)
+        return torch.ops.pyfastpeft.cross_entropy_.default(logits, labels)
+    parts = zip(logits.split(_REFERENCE_ROWS), labels.split(_REFERENCE_ROWS), strict=True)
+    return torch.cat([_reference(*part) for part in parts])
+
+
+def _reference(logits: Tensor, labels: Tensor) -> Tensor:
     log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
     if not labels.is_cpu:  # where an index out of range is no error that can be caught
         known = (labels >= 0) & (labels < logits.shape[1])
@@ -29,9 +36,10 @@ def cross_entropy_with_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor,
     losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     gradient = log_probabilities.exp_()
     gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return losses, gradient.to(logits.dtype)
+    logits.copy_(gradient)
+    return losses
 
 
-@torch.library.register_fake("pyfastpeft::cross_entropy")
-def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(labels.shape, dtype=torch.float32), logits.new_empty(logits.shape)
+@torch.library.register_fake("pyfastpeft::cross_entropy_")
+def _(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.new_empty(labels.shape, dtype=torch.float32)

@@ -132,7 +132,7 @@ rms_norm_backward = _operator("elementwise", "rms_norm_backward")
 swiglu = _operator("elementwise", "swiglu")
 swiglu_backward = _operator("elementwise", "swiglu_backward")
 rope = _operator("elementwise", "rope")
-cross_entropy = _operator("cross_entropy", "cross_entropy")
+cross_entropy_ = _operator("cross_entropy", "cross_entropy_")
 
 
 def quantize_4bit(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The launches of ``cross_entropy``, compiled: see toolchain.py."""
+"""The launches of ``cross_entropy_``, compiled: see toolchain.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pyfastpeft.ops.triton_kernels import _kernels
 
 
 def call(classes: int, dtype: torch.dtype) -> None:
-    _kernels("cross_entropy").cross_entropy(empty(512, classes, dtype=dtype), empty(512, dtype=torch.int64))
+    _kernels("cross_entropy").cross_entropy_(empty(512, classes, dtype=dtype), empty(512, dtype=torch.int64))
 
 
 if __name__ == "__main__":

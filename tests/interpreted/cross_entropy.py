@@ -1,4 +1,4 @@
-"""``cross_entropy`` by its Triton kernel in Triton's interpreter: the operator's own tests."""
+"""``cross_entropy_`` by its Triton kernel in Triton's interpreter: the operator's own tests."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import pytest
 import repair  # noqa: F401
 import torch
 from test_cross_entropy import (  # noqa: F401
+    losses_and_gradient,
+    test_columns_may_not,
     test_large_logits_and_large_differences,
     test_losses_and_gradients,
-    test_strides_do_not_matter,
+    test_rows_may_lie_apart,
     test_what_is_not_finite_shows_in_its_row_alone,
 )
 
 from pyfastpeft.integrations import deferred_logits
-from pyfastpeft.ops import cross_entropy_with_gradient
 from pyfastpeft.ops.triton_kernels import _kernels
 
 
@@ -32,14 +33,14 @@ def test_the_maximum_may_lie_in_any_step_and_nothing_before_it(top, monkeypatch)
     logits[1] = torch.randn(37)
     logits[1, top] = 30.0
     labels = torch.tensor([top, 3])
-    losses, gradient = cross_entropy_with_gradient(logits, labels)
+    losses, gradient = losses_and_gradient(logits, labels)
     expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(gradient[0], torch.zeros(37))
 
 
 def test_loss_and_gradient_of_a_label_that_is_no_class_are_nan():
-    losses, gradient = cross_entropy_with_gradient(torch.randn(3, 5), torch.tensor([5, 1, -1]))
+    losses, gradient = losses_and_gradient(torch.randn(3, 5), torch.tensor([5, 1, -1]))
     assert losses.isnan().tolist() == [True, False, True]
     assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == [True, False, True]
 
