@@ -51,25 +51,53 @@ Tensor linear_4bit_int8(Tensor x, Tensor codes, Tensor scale, OptTensor zero, Op
   return y;
 }
 
-std::tuple<Tensor, Tensor> linear_4bit_backward(Tensor dy, Tensor codes, Tensor scale, OptTensor zero,
-                                                OptTensor absmax2, OptTensor offset, int64_t format, int64_t n,
-                                                int64_t blocksize, OptTensor lora_a, OptTensor lora_b,
-                                                OptTensor row_scale, double scaling, OptTensor seed, double dropout,
-                                                bool need_dx) {
-  kernels();
-  const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
+// (dx, dA, dB) of a linear layer; w may have no rows: of the branch alone. x and s are there where A or B trains. What is
+// not wanted is empty.
+std::tuple<Tensor, Tensor, Tensor> gradients(const pf::Weight& w, Tensor dy, OptTensor x, OptTensor s, OptTensor lora_a,
+                                             OptTensor lora_b, OptTensor row_scale, double scaling, OptTensor seed,
+                                             double dropout, bool need_dx) {
   dy = with_contiguous_columns(dy);
   const pf::Matrix dym = matrix(dy, "dy");
-  STD_TORCH_CHECK(dym.cols == n, "dy has ", dym.cols, " columns; it must have N = ", n);
-  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, dym.rows, seed, dropout, w.n, w.k);
-  Tensor dx = new_matrix(need_dx ? dym.rows : 0, w.k, dym.dtype);
-  Tensor ds = new_matrix(dym.rows, lora.branch.rank(), pf::kFloat32);
-  pf::with_threads_for(dym.rows * w.n * w.k, [&](pf::ParallelFor threads) {
-    pf::linear_backward(w, dym, lora.branch, need_dx ? dx.mutable_data_ptr() : nullptr,
-                      static_cast<float*>(ds.mutable_data_ptr()), threads);
+  const int64_t rows = dym.rows, n = dym.cols;
+  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, rows, seed, dropout, n, w.k);
+  const int64_t rank = lora.branch.rank();
+  STD_TORCH_CHECK(!lora.branch.a.packed && !lora.branch.b.packed, "lora A and lora B must be matrices");
+  const bool trains = x.has_value();
+  STD_TORCH_CHECK(trains == s.has_value() && (!trains || rank > 0), "x, s, lora A and lora B belong together");
+  pf::BranchTraining training{};
+  if (trains) {
+    x = with_contiguous_columns(*x);
+    training.x = matrix(*x, "x");
+    training.s = matrix(*s, "s");
+    STD_TORCH_CHECK(training.x.rows == rows && training.x.cols == w.k, "x must be [rows of dy, K]");
+    STD_TORCH_CHECK(training.s.dtype == pf::kFloat32 && s->is_contiguous() && training.s.rows == rows &&
+                        training.s.cols == rank,
+                    "s must be contiguous float32 [rows of dy, R]");
+  }
+  Tensor dx = new_matrix(need_dx ? rows : 0, w.k, dym.dtype);
+  Tensor da = new_matrix(trains ? rank : 0, w.k, pf::kFloat32), db = new_matrix(trains ? n : 0, rank, pf::kFloat32);
+  training.da = static_cast<float*>(da.mutable_data_ptr());
+  training.db = static_cast<float*>(db.mutable_data_ptr());
+  if (rows == 0 || n == 0) {
+    for (Tensor* t : {&dx, &da, &db}) torch::stable::zero_(*t);
+    return {dx, da, db};
+  }
+  pf::with_threads_for(rows * w.k * (w.n + rank), [&](pf::ParallelFor threads) {
+    pf::linear_backward(w, dym, lora.branch, trains ? &training : nullptr, need_dx ? dx.mutable_data_ptr() : nullptr,
+                        threads);
   });
-  if (need_dx && n == 0) torch::stable::zero_(dx);
-  return {dx, ds};
+  return {dx, da, db};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_4bit_backward(Tensor dy, OptTensor x, OptTensor s, Tensor codes, Tensor scale,
+                                                        OptTensor zero, OptTensor absmax2, OptTensor offset,
+                                                        int64_t format, int64_t n, int64_t blocksize, OptTensor lora_a,
+                                                        OptTensor lora_b, OptTensor row_scale, double scaling,
+                                                        OptTensor seed, double dropout, bool need_dx) {
+  kernels();
+  const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
+  STD_TORCH_CHECK(dy.dim() == 2 && dy.size(1) == n, "dy must be [rows, N], N = ", n);
+  return gradients(w, dy, x, s, lora_a, lora_b, row_scale, scaling, seed, dropout, need_dx);
 }
 
 // The branch alone, beside a product of somebody else's.
@@ -83,40 +111,19 @@ std::tuple<Tensor, Tensor> lora_forward(Tensor base, Tensor x, Tensor lora_a, Te
   const BranchTensors lora(lora_a, lora_b, std::nullopt, scaling, xm.rows, seed, dropout, bm.cols, xm.cols);
   Tensor y = new_matrix(xm.rows, bm.cols, xm.dtype);
   Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
-  pf::lora_forward(bm, xm, lora.branch, y.mutable_data_ptr(), static_cast<float*>(s.mutable_data_ptr()), parallel);
+  pf::with_threads_for(xm.rows * lora.branch.rank() * (xm.cols + bm.cols), [&](pf::ParallelFor threads) {
+    pf::lora_forward(bm, xm, lora.branch, y.mutable_data_ptr(), static_cast<float*>(s.mutable_data_ptr()), threads);
+  });
   return {y, s};
 }
 
-std::tuple<Tensor, Tensor> lora_input_backward(Tensor dy, Tensor lora_a, Tensor lora_b, double scaling, OptTensor seed,
-                                               double dropout, bool need_dx) {
+std::tuple<Tensor, Tensor, Tensor> lora_backward(Tensor dy, OptTensor x, OptTensor s, Tensor lora_a, Tensor lora_b,
+                                                 double scaling, OptTensor seed, double dropout, bool need_dx) {
   kernels();
-  dy = with_contiguous_columns(dy);
-  const pf::Matrix dym = matrix(dy, "dy");
-  const int64_t k = lora_a.size(lora_a.dim() - 1);
-  const BranchTensors lora(lora_a, lora_b, std::nullopt, scaling, dym.rows, seed, dropout, dym.cols, k);
-  Tensor dx = new_matrix(need_dx ? dym.rows : 0, k, dym.dtype);
-  Tensor ds = new_matrix(dym.rows, lora.branch.rank(), pf::kFloat32);
-  pf::lora_input_backward(dym, lora.branch, need_dx ? dx.mutable_data_ptr() : nullptr,
-                          static_cast<float*>(ds.mutable_data_ptr()), parallel);
-  return {dx, ds};
-}
-
-std::tuple<Tensor, Tensor> lora_backward(Tensor dy, Tensor x, Tensor s, Tensor ds, OptTensor row_scale, double scaling,
-                                         OptTensor seed, double dropout) {
-  kernels();
-  dy = with_contiguous_columns(dy);
-  x = with_contiguous_columns(x);
-  const pf::Matrix dym = matrix(dy, "dy"), xm = matrix(x, "x"), sm = matrix(s, "s"), dsm = matrix(ds, "ds");
-  STD_TORCH_CHECK(sm.dtype == pf::kFloat32 && dsm.dtype == pf::kFloat32 && s.is_contiguous() && ds.is_contiguous() &&
-                      dsm.cols == sm.cols && dsm.rows == sm.rows && dym.rows == sm.rows && xm.rows == sm.rows,
-                  "s and ds must be contiguous float32 [rows, R], dy and x of as many rows");
-  pf::Branch branch;
-  set_factor(branch, row_scale, scaling, sm.rows, sm.cols, seed, dropout);
-  Tensor da = new_matrix(sm.cols, xm.cols, pf::kFloat32);
-  Tensor db = new_matrix(dym.cols, sm.cols, pf::kFloat32);
-  pf::lora_backward(dym, xm, sm, dsm, branch, static_cast<float*>(da.mutable_data_ptr()),
-                    static_cast<float*>(db.mutable_data_ptr()), parallel);
-  return {da, db};
+  STD_TORCH_CHECK(lora_a.dim() == 2, "lora A must be [R, K]");
+  pf::Weight none{};
+  none.k = lora_a.size(1);
+  return gradients(none, dy, x, s, lora_a, lora_b, std::nullopt, scaling, seed, dropout, need_dx);
 }
 
 constexpr int64_t kFlatGrain = int64_t{1} << 16;  // elements a thread takes at least
@@ -288,16 +295,14 @@ void set_dynamic_map(Tensor map) {
 STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def("linear_4bit(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ") -> (Tensor, Tensor)");
   m.def("linear_4bit_int8(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ") -> Tensor");
-  m.def("linear_4bit_backward(Tensor dy, " PF_WEIGHT ", " PF_BRANCH ", bool need_dx) -> (Tensor, Tensor)");
+  m.def("linear_4bit_backward(Tensor dy, Tensor? x, Tensor? s, " PF_WEIGHT ", " PF_BRANCH
+        ", bool need_dx) -> (Tensor, Tensor, Tensor)");
   m.def(
       "lora_forward(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, Tensor? seed, "
       "float dropout) -> (Tensor, Tensor)");
   m.def(
-      "lora_input_backward(Tensor dy, Tensor lora_a, Tensor lora_b, float scaling, Tensor? seed, "
-      "float dropout, bool need_dx) -> (Tensor, Tensor)");
-  m.def(
-      "lora_backward(Tensor dy, Tensor x, Tensor s, Tensor ds, Tensor? row_scale, float scaling, Tensor? seed, "
-      "float dropout) -> (Tensor, Tensor)");
+      "lora_backward(Tensor dy, Tensor? x, Tensor? s, Tensor lora_a, Tensor lora_b, float scaling, Tensor? seed, "
+      "float dropout, bool need_dx) -> (Tensor, Tensor, Tensor)");
   m.def("quantize_4bit(Tensor w, int format, int blocksize) -> (Tensor, Tensor, Tensor)");
   m.def(
       "dequantize_4bit(Tensor codes, Tensor scale, Tensor? zero, int format, int blocksize, int[] shape, "
@@ -320,7 +325,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("linear_4bit_int8", TORCH_BOX(&linear_4bit_int8));
   m.impl("linear_4bit_backward", TORCH_BOX(&linear_4bit_backward));
   m.impl("lora_forward", TORCH_BOX(&lora_forward));
-  m.impl("lora_input_backward", TORCH_BOX(&lora_input_backward));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
   m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));
   m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit));

@@ -125,7 +125,7 @@ def test_plain_torch_serves_the_rest(monkeypatch):
 
 
 def test_operands_that_do_not_fit_are_named():
-    forward, backward = torch.ops.pyfastpeft.lora_forward, torch.ops.pyfastpeft.lora_input_backward
+    forward, backward = torch.ops.pyfastpeft.lora_forward, torch.ops.pyfastpeft.lora_backward
     base, x, (a, b) = torch.randn(5, 24), torch.randn(5, 64), adapter(24, 64, 4)
     for operands, words in (
         ((base[:4], x, a, b), "base must have the rows of x"),
@@ -139,4 +139,4 @@ def test_operands_that_do_not_fit_are_named():
         with pytest.raises(RuntimeError, match=words):
             forward(*operands, 1.0, None, 0.0)
     with pytest.raises(RuntimeError, match="lora A must be"):
-        backward(base, a, b[:23], 1.0, None, 0.0, True)
+        backward(base, None, None, a, b[:23], 1.0, None, 0.0, True)

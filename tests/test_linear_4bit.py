@@ -637,11 +637,14 @@ def operator_arguments():
             (x.bfloat16(), *plain, None, *pack_lora(a, b)[3:5], None, 2.0, None, 0.0),
         ],
         "linear_4bit_backward": [
-            (dy, *nested, None, None, None, 1.0, None, 0.0, True),
-            (dy, *plain, a, b, torch.rand(m, r), 1.0, seed, 0.5, True),
-            (dy, *plain, a, b, None, 2.0, None, 0.0, False),
+            (dy, None, None, *nested, None, None, None, 1.0, None, 0.0, True),
+            (dy, x, torch.randn(m, r), *plain, a, b, torch.rand(m, r), 1.0, seed, 0.5, True),
+            (dy, None, None, *plain, a, b, None, 2.0, None, 0.0, False),
         ],
-        "lora_backward": [(dy, x, torch.randn(m, r), torch.randn(m, r), None, 2.0, seed, 0.5)],
+        "lora_backward": [
+            (dy, x, torch.randn(m, r), a, b, 2.0, seed, 0.5, True),
+            (dy, None, None, a, b, 2.0, None, 0.0, True),
+        ],
     }
 
 
@@ -916,12 +919,16 @@ HOSTILE = [
     ("linear_4bit", 1, 14, lambda seed: seed[:0]),
     ("linear_4bit", 1, 15, lambda dropout: 1.0),
     ("linear_4bit_backward", 1, 0, lambda dy: dy[:, :-1]),
-    ("linear_4bit_backward", 1, 10, lambda b: b[:-1]),
+    ("linear_4bit_backward", 1, 1, lambda x: None),
+    ("linear_4bit_backward", 1, 2, lambda s: s[:-1]),
+    ("linear_4bit_backward", 1, 12, lambda b: b[:-1]),
     ("lora_backward", 0, 0, lambda dy: dy[:-1]),
     ("lora_backward", 0, 1, lambda x: x[:-1]),
+    ("lora_backward", 0, 1, lambda x: x[:, :-1]),
     ("lora_backward", 0, 2, lambda s: s[:-1]),
     ("lora_backward", 0, 2, lambda s: s.half()),
-    ("lora_backward", 0, 3, lambda ds: ds[:, :-1]),
+    ("lora_backward", 0, 2, lambda s: s[:, :-1]),
+    ("lora_backward", 0, 3, lambda a: pack_lora(a, torch.ones(24, len(a))).a_pairs),
     ("pack_scales", 0, 0, lambda scale: scale[:-1]),
     ("pack_scales", 0, 3, lambda blocksize: 0),
     ("unpack_scales", 0, 0, lambda scale: scale[:1]),

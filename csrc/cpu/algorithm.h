@@ -436,18 +436,29 @@ struct Algorithm {
     }
   }
 
+  // body(first of the contraction, its length, group, panel) for lane groups [group0, group1) of whole panels.
+  template <class Body>
+  static void each_panel(void* out, int64_t lanes, int64_t contraction, int64_t group0, int64_t group1,
+                         const Body& body) {
+    const int64_t groups = ceil_div(lanes, kGroupLanes);
+    for (int64_t i = 0; i < contraction; i += kBlock)
+      for (int64_t g = group0; g < group1; ++g)
+        body(i, min64(kBlock, contraction - i), g, static_cast<E*>(out) + (i / kBlock * groups + g) * kGroupPanel);
+  }
+
   static void pack_panels_t(const Matrix& src, void* out, int64_t group0, int64_t group1) {
-    const int64_t groups = ceil_div(src.rows, kGroupLanes);
-    for (int64_t block = 0; block * kBlock < src.cols; ++block) {
-      const int64_t col0 = block * kBlock, n = min64(kBlock, src.cols - col0);
-      for (int64_t g = group0; g < group1; ++g) {
-        E* panel = static_cast<E*>(out) + (block * groups + g) * kGroupPanel;
-        for (int t = 0; t < kGroupTiles; ++t) {
-          const int64_t row0 = g * kGroupLanes + t * kTile;
-          pack_lanes_t(src, min64(row0, src.rows), col0, n, panel, t * kTileVecs, V::kGroupVecs);
-        }
+    each_panel(out, src.rows, src.cols, group0, group1, [&](int64_t col0, int64_t n, int64_t g, E* panel) {
+      for (int t = 0; t < kGroupTiles; ++t) {
+        const int64_t row0 = g * kGroupLanes + t * kTile;
+        pack_lanes_t(src, min64(row0, src.rows), col0, n, panel, t * kTileVecs, V::kGroupVecs);
       }
-    }
+    });
+  }
+
+  static void pack_panels(const Matrix& src, void* out, int64_t group0, int64_t group1) {
+    each_panel(out, src.cols, src.rows, group0, group1, [&](int64_t row0, int64_t n, int64_t g, E* panel) {
+      pack_lanes(src, {}, row0, n, g * kGroupLanes, panel);
+    });
   }
 
   // Rows [row0, row0 + n) of `src` as contraction, its columns [lane0, ..) as lanes of one group's panel.
@@ -1422,6 +1433,23 @@ struct Algorithm {
         copy_bytes(out + (row0 + r) * p.rows + lane, c + r * kGroupLanes, min64(kGroupLanes, p.rows - lane) * 4);
   }
 
+  static void rows_times_panels(const PackedRows& x, const void* panels, int64_t lanes, float* out, int64_t group0,
+                                int64_t group1) {
+    [[maybe_unused]] const Tiles held;
+    const int64_t groups = ceil_div(lanes, kGroupLanes);
+    float* c = static_cast<float*>(scratch(1, x.rows * kGroupLanes * sizeof(float)));
+    for (int64_t g = group0; g < group1; ++g) {
+      __builtin_memset(c, 0, x.rows * kGroupLanes * sizeof(float));
+      for (int64_t block = 0; block * kBlock < x.cols; ++block)
+        multiply(packed_block(x, block), x.rows, static_cast<const E*>(panels) + (block * groups + g) * kGroupPanel,
+                 min64(kBlock, x.cols - block * kBlock), kGroupTiles, c, kGroupLanes);
+      const int64_t lane0 = g * kGroupLanes, n = min64(kGroupLanes, lanes - lane0);
+      for (int64_t r = 0; r < x.rows; ++r)
+        copy_bytes(reinterpret_cast<char*>(out + r * lanes + lane0), reinterpret_cast<char*>(c + r * kGroupLanes),
+                   n * sizeof(float));
+    }
+  }
+
   static void rows_times(const PackedRows& x, const Matrix& p, const Dropout& d, float* out, bool transposed,
                          int64_t row0, int64_t row1, int64_t lane0, int64_t lane1) {
     [[maybe_unused]] const Tiles held;
@@ -1447,10 +1475,10 @@ struct Algorithm {
   }
 
   static Arithmetic table() {
-    return {kGroupLanes,      kBlock,    kFewRows,    kFewRowsOfZeros, kHasTiles, packed_rows_bytes,
-            panels_bytes,     pack_rows, pack_rows_t, pack_panels_t,   gemv,      dots_packed,
-            prefetch_first_b, to_steps,  gemm,        dense,           dx,        rows_times_t,
-            rows_times};
+    return {kGroupLanes,  kBlock,      kFewRows,    kFewRowsOfZeros, kHasTiles, packed_rows_bytes,
+            panels_bytes, pack_rows,   pack_rows_t, pack_panels_t,   pack_panels, gemv,
+            dots_packed,  prefetch_first_b, to_steps, gemm,          dense,     dx,
+            rows_times_t, rows_times_panels, rows_times};
   }
 };
 

@@ -185,6 +185,8 @@ struct Arithmetic {
   void (*pack_rows_t)(const Matrix& src, const float* factor, int64_t factor_ld, void* dst, int64_t col0, int64_t col1);
   // Vector-side operand with lanes = rows of `src` (contraction contiguous): lane groups [group0, group1).
   void (*pack_panels_t)(const Matrix& src, void* dst, int64_t group0, int64_t group1);
+  // The same with lanes = columns of `src` (contraction along the rows).
+  void (*pack_panels)(const Matrix& src, void* dst, int64_t group0, int64_t group1);
   void (*gemv)(const GemvArgs&, int64_t tile0, int64_t tile1);
   // Few rows of x (as GemvArgs has them) times a packed matrix over its columns [col0, col1), both even: out [rows,
   // p.rows]. `next` is what the caller reads afterwards.
@@ -200,6 +202,9 @@ struct Arithmetic {
   // from `begin`, the beginning of a block, to `end`.
   void (*rows_times_t)(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1, int64_t begin,
                        int64_t end);
+  // out [rows, lanes] float32 = x * p for panels p: lane groups [group0, group1).
+  void (*rows_times_panels)(const PackedRows& x, const void* panels, int64_t lanes, float* out, int64_t group0,
+                            int64_t group1);
   // out [rows, lanes] float32 = x * p for a plain matrix p [contraction, lanes]: lanes [lane0, lane1), optionally
   // stored transposed as [lanes, rows], with dropout on p.
   void (*rows_times)(const PackedRows& x, const Matrix& p, const Dropout&, float* out, bool transposed, int64_t row0,

@@ -44,15 +44,17 @@ float* branch_factor(const Branch& branch, int64_t rows, int64_t rank) {
   return factor;
 }
 
-// Rows [r0, r1) of out [rows, R] = s * factor; in place if need be. Where rows choose, a zero leaves out what s is:
-// that of an adapter which the row does not use, and which may not be finite.
+// s * factor of one element. Where rows choose, a zero leaves out what s is: that of an adapter which the row does not
+// use, and which may not be finite.
+float scaled_by(float s, float factor, const Branch& branch) {
+  return branch.row_scale_ld != 0 && factor == 0.0f ? 0.0f : s * factor;
+}
+
+// Rows [r0, r1) of out [rows, R] = s * factor; in place if need be.
 void times_factor(const float* s, const float* factor, const Branch& branch, int64_t r0, int64_t r1, float* out) {
   const int64_t rank = branch.rank(), ld = branch.row_scale_ld;
   for (int64_t r = r0; r < r1; ++r)
-    for (int64_t i = 0; i < rank; ++i) {
-      const float f = factor[r * ld + i];
-      out[r * rank + i] = ld != 0 && f == 0.0f ? 0.0f : s[r * rank + i] * f;
-    }
+    for (int64_t i = 0; i < rank; ++i) out[r * rank + i] = scaled_by(s[r * rank + i], factor[r * ld + i], branch);
 }
 
 PackedRows pack_rows(const Arithmetic& arith, const Matrix& m, const float* factor, int64_t factor_ld,
@@ -70,11 +72,14 @@ Dropout mask_only(Dropout d) {
   return d;
 }
 
-const void* pack_panels(const Arithmetic& arith, const Matrix& m, Slot slot, ParallelFor parallel) {
-  void* out = scratch(slot, arith.panels_bytes(m.rows, m.cols));
-  const int64_t lanes = arith.group_lanes;
-  run(parallel, (m.rows + lanes - 1) / lanes, grain_of(m.cols * lanes * 4),
-      [&](int64_t g0, int64_t g1) { arith.pack_panels_t(m, out, g0, g1); });
+// `m` as panels by `pack`, whose lanes are its rows or its columns.
+const void* pack_panels(const Arithmetic& arith, void (*pack)(const Matrix&, void*, int64_t, int64_t), const Matrix& m,
+                        Slot slot, ParallelFor parallel) {
+  const bool of_rows = pack == arith.pack_panels_t;
+  const int64_t lanes = of_rows ? m.rows : m.cols, contraction = of_rows ? m.cols : m.rows, group = arith.group_lanes;
+  void* out = scratch(slot, arith.panels_bytes(lanes, contraction));
+  run(parallel, (lanes + group - 1) / group, grain_of(contraction * group * 4),
+      [&](int64_t g0, int64_t g1) { pack(m, out, g0, g1); });
   return out;
 }
 
@@ -253,25 +258,51 @@ void branch_sums(const Kernels& k, const Arithmetic& arith, const Matrix& x, con
   many_rows_sums(arith, dropped, branch, s, parallel);
 }
 
-// ds of linear_backward, where there is a branch.
-void branch_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& branch, float* ds, ParallelFor parallel) {
-  const int64_t rank = branch.rank();
-  if (rank == 0) return;
-  const PackedRows rows = pack_rows(arith, dy, nullptr, 0, {}, kSlotX, parallel);
-  run(parallel, dy.rows, grain_of(dy.cols * rank),
-      [&](int64_t r0, int64_t r1) { arith.rows_times(rows, branch.b, {}, ds, false, r0, r1, 0, rank); });
-  times_factor(ds, branch_factor(branch, dy.rows, rank), branch, 0, dy.rows, ds);
+// ds^T [R, rows] = ((dy B) * factor)^T of dy as panels.
+float* branch_gradient(const Arithmetic& arith, const Matrix& dy, const void* panels, const Branch& branch,
+                       ParallelFor parallel) {
+  const int64_t rank = branch.rank(), rows = dy.rows, ld = branch.row_scale_ld, group = arith.group_lanes;
+  float* ds = static_cast<float*>(scratch(kSlotDs, rank * rows * sizeof(float)));
+  void* bt = scratch(kSlotX, arith.packed_rows_bytes(rank, dy.cols));
+  const float* factor = branch_factor(branch, rows, rank);
+  arith.pack_rows_t(branch.b, nullptr, 0, bt, 0, rank);
+  run(parallel, (rows + group - 1) / group, grain_of(group * dy.cols * rank), [&](int64_t g0, int64_t g1) {
+    arith.rows_times_panels({bt, rank, dy.cols}, panels, rows, ds, g0, g1);
+    for (int64_t i = 0; i < rank; ++i)
+      for (int64_t r = g0 * group; r < std::min(g1 * group, rows); ++r)
+        ds[i * rows + r] = scaled_by(ds[i * rows + r], factor[r * ld + i], branch);
+  });
+  return ds;
 }
 
-// dx of linear_backward, from dy as panels (of a weight that has rows) and ds.
+// dx of linear_backward.
 void input_gradient(const Arithmetic& arith, const Weight& w, const void* panels, const Matrix& dy,
-                    const Branch& branch, void* dx, const float* ds, ParallelFor parallel) {
-  const int64_t rank = branch.rank();
+                    const Branch& branch, const float* ds, void* dx, ParallelFor parallel) {
+  const int64_t rank = branch.rank(), rows = dy.rows;
   const void* branch_panels =
-      rank > 0 ? pack_panels(arith, {ds, kFloat32, dy.rows, rank, rank}, kSlotDs, parallel) : nullptr;
-  const DxArgs args{w, panels, branch_panels, branch.a, dy.rows, branch.dropout, dx, dy.dtype, w.k};
-  run(parallel, (w.k + kUnit - 1) / kUnit, grain_of(kUnit * (w.n + rank) * dy.rows),
+      rank > 0 ? pack_panels(arith, arith.pack_panels, {ds, kFloat32, rank, rows, rows}, kSlotS, parallel) : nullptr;
+  const DxArgs args{w, panels, branch_panels, branch.a, rows, branch.dropout, dx, dy.dtype, w.k};
+  run(parallel, (w.k + kUnit - 1) / kUnit, grain_of(kUnit * (w.n + rank) * rows),
       [&](int64_t u0, int64_t u1) { arith.dx(args, u0 * kUnit, std::min(u1 * kUnit, w.k)); });
+}
+
+// da and db of linear_backward.
+void adapter_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& branch, const float* ds,
+                      const BranchTraining& training, ParallelFor parallel) {
+  const int64_t rank = branch.rank(), rows = dy.rows, lanes = arith.group_lanes;
+  const auto times = [&](const PackedRows& left, const Matrix& right, const Dropout& dropout, float* out,
+                         bool transposed) {
+    run(parallel, (right.cols + lanes - 1) / lanes, grain_of(lanes * rows * (rank + 4)), [&](int64_t u0, int64_t u1) {
+      arith.rows_times(left, right, dropout, out, transposed, 0, rank, u0 * lanes, std::min(u1 * lanes, right.cols));
+    });
+  };
+  const PackedRows dst = pack_rows(arith, {ds, kFloat32, rank, rows, rows}, nullptr, 0, {}, kSlotDropped, parallel);
+  times(dst, training.x, mask_only(branch.dropout), training.da, false);
+  if (branch.dropout.threshold != 0)
+    for (int64_t i = 0; i < rank * training.x.cols; ++i) training.da[i] *= branch.dropout.scale;
+  void* st = scratch(kSlotS, arith.packed_rows_bytes(rank, rows));
+  arith.pack_rows_t(training.s, branch_factor(branch, rows, rank), branch.row_scale_ld, st, 0, rank);
+  times({st, rank, rows}, dy, {}, training.db, true);
 }
 
 void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
@@ -401,47 +432,13 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
       [&](int64_t g0, int64_t g1) { k.int8.product(args, g0 * group, std::min(g1 * group, w.tiles())); });
 }
 
-void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, void* dx, float* ds,
+void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, const BranchTraining* training, void* dx,
                      ParallelFor parallel) {
-  if (dy.rows == 0 || w.n == 0) return;
   const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
-  branch_gradient(arith, dy, branch, ds, parallel);
-  if (dx == nullptr) return;
-  const void* panels = pack_panels(arith, dy, kSlotDy, parallel);
-  input_gradient(arith, w, panels, dy, branch, dx, ds, parallel);
-}
-
-void lora_input_backward(const Matrix& dy, const Branch& branch, void* dx, float* ds, ParallelFor parallel) {
-  if (dy.rows == 0) return;
-  const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
-  branch_gradient(arith, dy, branch, ds, parallel);
-  Weight none{};
-  none.k = branch.a.cols;
-  if (dx != nullptr) input_gradient(arith, none, nullptr, dy, branch, dx, ds, parallel);
-}
-
-void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& s, const Matrix& ds, const Branch& branch,
-                   float* da, float* db, ParallelFor parallel) {
-  const int64_t rank = s.cols, rows = s.rows;
-  const Kernels& k = *kernels();
-  const Arithmetic& arith = arithmetic_for(k, x.dtype);
-  const int64_t bytes = arith.packed_rows_bytes(rank, rows);
-  const auto times = [&](const PackedRows& left, const Matrix& right, const Dropout& dropout, float* out,
-                         bool transposed) {
-    const int64_t units = (right.cols + arith.group_lanes - 1) / arith.group_lanes;
-    run(parallel, units, grain_of(arith.group_lanes * rows * (rank + 4)), [&](int64_t u0, int64_t u1) {
-      arith.rows_times(left, right, dropout, out, transposed, 0, rank, u0 * arith.group_lanes,
-                       std::min(u1 * arith.group_lanes, right.cols));
-    });
-  };
-  void* dst = scratch(kSlotDs, bytes);
-  float* factor = static_cast<float*>(scratch(kSlotFactor, rank * sizeof(float)));
-  std::fill_n(factor, rank, branch.dropout.scale);
-  arith.pack_rows_t(ds, factor, 0, dst, 0, rank);
-  times({dst, rank, rows}, x, mask_only(branch.dropout), da, false);
-  void* st = scratch(kSlotS, bytes);
-  arith.pack_rows_t(s, branch_factor(branch, rows, rank), branch.row_scale_ld, st, 0, rank);
-  times({st, rank, rows}, dy, {}, db, true);
+  const void* panels = pack_panels(arith, arith.pack_panels_t, dy, kSlotDy, parallel);
+  const float* ds = branch.rank() > 0 ? branch_gradient(arith, dy, panels, branch, parallel) : nullptr;
+  if (dx != nullptr) input_gradient(arith, w, panels, dy, branch, ds, dx, parallel);
+  if (training != nullptr) adapter_gradient(arith, dy, branch, ds, *training, parallel);
 }
 
 namespace {

@@ -40,15 +40,18 @@ void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Br
                    ParallelFor parallel);
 // y [x.rows, N] = base + the branch, in base's dtype; s [x.rows, R] as above.
 void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, void* y, float* s, ParallelFor parallel);
-// ds [rows, R] float32 = (dy B) * factor (computed when there is a branch); dx [rows, K] in dy's dtype, or null.
-void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, void* dx, float* ds,
+
+// Of a branch that trains: what the forward pass had, and the gradients that it gets, float32.
+struct BranchTraining {
+  Matrix x, s;
+  float* da;  // [R, K] = ds^T dropout(x), ds = (dy B) * factor
+  float* db;  // [N, R] = dy^T (s * factor)
+};
+
+// dx [rows, K] in dy's dtype, and the gradients of the branch; either may be null, neither rows nor columns of dy none.
+// w may have no rows: of the branch alone.
+void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, const BranchTraining* training, void* dx,
                      ParallelFor parallel);
-// The same of the branch alone.
-void lora_input_backward(const Matrix& dy, const Branch& branch, void* dx, float* ds, ParallelFor parallel);
-// da [R, K] = ds^T dropout(x); db [N, R] = dy^T (s * factor); float32. Of `branch`, the scaling and the dropout are
-// read.
-void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& s, const Matrix& ds, const Branch& branch,
-                   float* da, float* db, ParallelFor parallel);
 // Codes between the two layouts.
 void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t tile0, int64_t tile1);
 void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int64_t tile0, int64_t tile1);

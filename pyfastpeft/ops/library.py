@@ -92,17 +92,25 @@ def _(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
 
 
 @torch.library.register_fake("pyfastpeft::linear_4bit_backward")
-def _(dy: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lora_a, need_dx = rest[7], rest[-1]
-    rank = 0 if lora_a is None else lora_a.shape[0]
-    dx = dy.new_empty((dy.shape[0] if need_dx else 0, codes.shape[1] // 8))
-    return dx, dy.new_empty((dy.shape[0], rank), dtype=torch.float32)
+def _(dy: Tensor, x: Tensor | None, s: Tensor | None, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(dy, x, codes.shape[1] // 8, rest[7], need_dx=rest[-1])
 
 
 @torch.library.register_fake("pyfastpeft::lora_backward")
-def _(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    r = s.shape[1]
-    return x.new_empty((r, x.shape[1]), dtype=torch.float32), x.new_empty((dy.shape[1], r), dtype=torch.float32)
+def _(dy: Tensor, x: Tensor | None, s: Tensor | None, lora_a: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(dy, x, lora_a.shape[1], lora_a, need_dx=rest[-1])
+
+
+def _gradients(
+    dy: Tensor, x: Tensor | None, k: int, lora_a: Tensor | None, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, n = dy.shape
+    r = 0 if lora_a is None else lora_a.shape[0]
+    return (
+        dy.new_empty((rows if need_dx else 0, k)),
+        dy.new_empty((0 if x is None else r, k), dtype=torch.float32),
+        dy.new_empty((0 if x is None else n, r), dtype=torch.float32),
+    )
 
 
 @torch.library.register_fake("pyfastpeft::copy_tensors")

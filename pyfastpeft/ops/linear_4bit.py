@@ -416,9 +416,6 @@ def _gradients(
         found = torch.ops.pyfastpeft.linear_4bit_slabs_backward.default(dy, x, s, *weight, k, *branch, *needs)
         return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
     need_x, need_a, need_b = needs
-    a, b, *scaled = branch
-    dx, ds = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, *weight, *branch, need_x)
-    da = db = None
-    if need_a or need_b:
-        da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, ds, *scaled)
+    a, b = branch[:2]
+    dx, da, db = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, x, s, *weight, *branch, need_x)
     return dx if need_x else None, da.to(a.dtype) if need_a else None, db.to(b.dtype) if need_b else None

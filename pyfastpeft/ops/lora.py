@@ -60,9 +60,6 @@ class _AddLora(torch.autograd.Function):
         x, s, a, b, seed = ctx.saved_tensors
         rest = ctx.scaling, seed, ctx.dropout
         _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
-        dx, ds = torch.ops.pyfastpeft.lora_input_backward.default(dy, a, b, *rest, need_x)
-        da = db = None
-        if need_a or need_b:
-            da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, ds, None, *rest)
-            da, db = da.to(a.dtype) if need_a else None, db.to(b.dtype) if need_b else None
+        dx, da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, a, b, *rest, need_x)
+        da, db = da.to(a.dtype) if need_a else None, db.to(b.dtype) if need_b else None
         return dy, dx if need_x else None, da, db, None, None, None

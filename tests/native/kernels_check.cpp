@@ -163,16 +163,15 @@ void check_linear(const pf::Kernels& k, int format, int64_t blocksize, int64_t n
   for (size_t i = 0; i < y64.size(); ++i) y64[i] += bias[i % n] + (r > 0 ? y_branch[i] : 0);
   for (size_t i = 0; i < dx64.size(); ++i) dx64[i] += r > 0 ? dx_branch[i] : 0;
 
-  std::vector<float> y(m * n), s(m * r + 1), dx(m * columns), ds(m * r + 1), da(r * columns), db(n * r);
+  std::vector<float> y(m * n), s(m * r + 1), dx(m * columns), da(r * columns), db(n * r);
   pf::linear_forward(w.weight, matrix(x, m, columns), bias.data(), branch, y.data(), pf::kFloat32, s.data(), serial);
-  pf::linear_backward(w.weight, matrix(dy, m, n), branch, dx.data(), ds.data(), serial);
+  const pf::BranchTraining training{matrix(x, m, columns), matrix(s, m, r), da.data(), db.data()};
+  pf::linear_backward(w.weight, matrix(dy, m, n), branch, r > 0 ? &training : nullptr, dx.data(), serial);
   expect(error(y.data(), y64) < 1e-5, "y, " + what);
   pf::linear_forward_int8(w.weight, matrix(x, m, columns), bias.data(), branch, y.data(), pf::kFloat32, serial);
   expect(error(y.data(), y64) < 1.2e-2, "y in int8, " + what);  // 7e-3 and the scatter of few values
   expect(error(dx.data(), dx64) < 1e-5, "dx, " + what);
   if (r == 0) return;
-  pf::lora_backward(matrix(dy, m, n), matrix(x, m, columns), matrix(s, m, r), matrix(ds, m, r), branch, da.data(),
-                    db.data(), serial);
   const double typical = 0.1 * std::sqrt(columns);  // of a dot product of x and A
   expect(error(s.data(), s64, typical) < 1e-5, "s, " + what);
   expect(error(da.data(), product(ds64, true, doubles(x), false, r, m, columns)) < 1e-5, "dA, " + what);
