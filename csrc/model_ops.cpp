@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "operands.h"
+#include "team.h"
 
 namespace {
 
@@ -138,21 +139,55 @@ std::tuple<Tensor, Tensor> rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool
   return {rotated(kernel, q, cos, sin, transposed, "q"), rotated(kernel, k, cos, sin, transposed, "k")};
 }
 
+// The labels of `rows` rows, each checked; `labels` becomes what holds them.
+const int64_t* labels_of(Tensor& labels, int64_t rows, int64_t classes) {
+  labels = torch::stable::contiguous(labels);
+  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == rows && labels.scalar_type() == ScalarType::Long,
+                  "labels must be int64 [", rows, "]");
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  for (int64_t r = 0; r < rows; ++r)
+    STD_TORCH_CHECK(label[r] >= 0 && label[r] < classes, "label ", label[r], " must lie in [0, ", classes, ")");
+  return label;
+}
+
 Tensor cross_entropy_(Tensor logits, Tensor labels) {
   const pf::Kernels& k = kernels();
-  labels = torch::stable::contiguous(labels);
   const pf::Matrix x = matrix(logits, "logits");
-  STD_TORCH_CHECK(x.cols <= 1 || logits.stride(1) == 1, "logits must have contiguous columns: they become the gradient");
-  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == x.rows && labels.scalar_type() == ScalarType::Long,
-                  "labels must be int64 [", x.rows, "]");
-  const int64_t* label = labels.const_data_ptr<int64_t>();
-  for (int64_t r = 0; r < x.rows; ++r)
-    STD_TORCH_CHECK(label[r] >= 0 && label[r] < x.cols, "label ", label[r], " must lie in [0, ", x.cols, ")");
+  STD_TORCH_CHECK(x.cols <= 1 || logits.stride(1) == 1,
+                  "logits must have contiguous columns: they become the gradient");
+  const int64_t* label = labels_of(labels, x.rows, x.cols);
   Tensor losses = torch::stable::new_empty(logits, {x.rows}, ScalarType::Float);
-  const pf::CrossEntropyArgs args{logits.mutable_data_ptr(), x.dtype, x.cols, x.ld, label,
+  const pf::CrossEntropyArgs args{logits.mutable_data_ptr(),
+                                  x.dtype,
+                                  x.cols,
+                                  x.ld,
+                                  x.cols,
+                                  0,
+                                  label,
                                   static_cast<float*>(losses.mutable_data_ptr())};
   over(x.rows, row_grain(x.cols * 8), [&](int64_t r0, int64_t r1) { k.cross_entropy(args, r0, r1); });
   return losses;
+}
+
+// The losses [rows], and the gradient of their sum in hidden (empty where it is not wanted).
+std::tuple<Tensor, Tensor> head_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, bool differentiates) {
+  kernels();
+  hidden = with_contiguous_columns(hidden);
+  weight = with_contiguous_columns(weight);
+  pf::HeadLoss g{matrix(weight, "weight"), matrix(hidden, "hidden")};
+  STD_TORCH_CHECK(g.w.cols == g.hidden.cols && g.w.dtype == g.hidden.dtype, "weight must be [classes, ", g.hidden.cols,
+                  "] in the dtype of hidden");
+  g.labels = labels_of(labels, g.hidden.rows, g.w.rows);
+  Tensor losses = torch::stable::new_empty(hidden, {g.hidden.rows}, ScalarType::Float);
+  Tensor dhidden = new_matrix(differentiates ? g.hidden.rows : 0, g.w.cols, g.hidden.dtype);
+  if (g.hidden.rows == 0) return {losses, dhidden};
+  Tensor chunk = torch::stable::new_empty(hidden, {pf::head_chunk_bytes(g)}, ScalarType::Byte);
+  g.losses = static_cast<float*>(losses.mutable_data_ptr());
+  g.dhidden = differentiates ? dhidden.mutable_data_ptr() : nullptr;
+  g.chunk = chunk.mutable_data_ptr();
+  pf::with_threads_for(g.hidden.rows * g.w.rows * g.w.cols,
+                       [&](pf::ParallelFor threads) { pf::head_loss(g, threads); });
+  return {losses, dhidden};
 }
 
 // x W^T + bias for few rows, reading W once, in float32.
@@ -181,6 +216,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) -> (Tensor, Tensor)");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels) -> Tensor");
+  m.def("head_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, bool differentiates) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
@@ -190,5 +226,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
+  m.impl("head_cross_entropy", TORCH_BOX(&head_cross_entropy));
   m.impl("few_rows_linear", TORCH_BOX(&few_rows_linear));
 }

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
   const Bias bias_data(bias, n);
   pf::with_threads_for(xm.rows * w.n * w.k, [&](pf::ParallelFor threads) {
     pf::linear_forward(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype,
-                     static_cast<float*>(s.mutable_data_ptr()), threads);
+                       static_cast<float*>(s.mutable_data_ptr()), threads);
   });
   return {y, s};
 }
@@ -51,8 +51,8 @@ Tensor linear_4bit_int8(Tensor x, Tensor codes, Tensor scale, OptTensor zero, Op
   return y;
 }
 
-// (dx, dA, dB) of a linear layer; w may have no rows: of the branch alone. x and s are there where A or B trains. What is
-// not wanted is empty.
+// (dx, dA, dB) of a linear layer; w may have no rows: of the branch alone. x and s are there where A or B trains. What
+// is not wanted is empty.
 std::tuple<Tensor, Tensor, Tensor> gradients(const pf::Weight& w, Tensor dy, OptTensor x, OptTensor s, OptTensor lora_a,
                                              OptTensor lora_b, OptTensor row_scale, double scaling, OptTensor seed,
                                              double dropout, bool need_dx) {
@@ -70,9 +70,9 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const pf::Weight& w, Tensor dy, Opt
     training.x = matrix(*x, "x");
     training.s = matrix(*s, "s");
     STD_TORCH_CHECK(training.x.rows == rows && training.x.cols == w.k, "x must be [rows of dy, K]");
-    STD_TORCH_CHECK(training.s.dtype == pf::kFloat32 && s->is_contiguous() && training.s.rows == rows &&
-                        training.s.cols == rank,
-                    "s must be contiguous float32 [rows of dy, R]");
+    STD_TORCH_CHECK(
+        training.s.dtype == pf::kFloat32 && s->is_contiguous() && training.s.rows == rows && training.s.cols == rank,
+        "s must be contiguous float32 [rows of dy, R]");
   }
   Tensor dx = new_matrix(need_dx ? rows : 0, w.k, dym.dtype);
   Tensor da = new_matrix(trains ? rank : 0, w.k, pf::kFloat32), db = new_matrix(trains ? n : 0, rank, pf::kFloat32);

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_elementwise import same
 
-from pyfastpeft.ops import cross_entropy_
+from pyfastpeft.ops import cross_entropy_, head_cross_entropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -76,3 +76,73 @@ def test_labels_are_checked():
 
 def test_the_operator_passes_opcheck():
     torch.library.opcheck(torch.ops.pyfastpeft.cross_entropy_.default, (torch.randn(3, 40), torch.tensor([1, 2, 39])))
+
+
+# ---- of an output head -----------------------------------------------------------------------------------------------
+
+
+def head64(hidden, weight, labels):
+    exact = hidden.double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(exact @ weight.double().t(), labels, reduction="none")
+    return losses.detach(), torch.autograd.grad(losses.sum(), exact)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 5, 7), (0, 8, 9), (33, 40, 257), (70, 600, 515), (5, 64, 2048), (300, 33, 1001)], ids=str
+)
+def test_a_head_and_its_loss(isa, dtype, shape):
+    n, width, classes = shape
+    hidden, weight = torch.randn(n, width).to(dtype), (torch.randn(classes, width) * 3 / width**0.5).to(dtype)
+    labels = torch.randint(0, classes, (n,))
+    expected, gradient = head64(hidden, weight, labels)
+    losses, d_hidden = head_cross_entropy(hidden, weight, labels, True)
+    assert losses.dtype == torch.float32 and d_hidden.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}[dtype]
+    torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=tolerance)
+    assert (d_hidden - gradient).norm() <= tolerance / 3 * gradient.norm() + 1e-12
+    alone, nothing = head_cross_entropy(hidden, weight, labels, False)
+    assert same(alone, losses) and nothing.shape == (0, width)
+
+
+def test_a_heads_logits_come_a_chunk_of_rows_at_a_time(isa):
+    hidden, weight, labels = torch.randn(200, 48), torch.randn(70001, 48) / 4, torch.randint(0, 70001, (200,))
+    losses, d_hidden = head_cross_entropy(hidden, weight, labels, True)
+    expected, gradient = head64(hidden, weight, labels)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (d_hidden - gradient).norm() <= 5e-6 * gradient.norm()
+
+
+def test_a_heads_operands_may_be_parts_of_wider_ones(isa):
+    hidden, weight, labels = torch.randn(9, 50)[:, :33], torch.randn(40, 60)[::2, 5:38], torch.randint(0, 20, (9,))
+    expected = head_cross_entropy(hidden.contiguous(), weight.contiguous(), labels, True)
+    assert all(map(same, head_cross_entropy(hidden, weight, labels, True), expected))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_of_a_head_what_is_not_finite_shows_in_its_row_alone(isa, value):
+    hidden, weight, labels = torch.randn(70, 40).bfloat16(), torch.randn(333, 40).bfloat16(), torch.arange(70)
+    expected = head_cross_entropy(hidden, weight, labels, True)
+    hidden[33, 7] = value
+    losses, d_hidden = head_cross_entropy(hidden, weight, labels, True)
+    others = torch.arange(70) != 33
+    assert losses[33].isnan() and d_hidden[33].isnan().any()
+    assert same(losses[others], expected[0][others]) and same(d_hidden[others], expected[1][others])
+
+
+def test_a_heads_operands_are_checked():
+    hidden, weight, labels = torch.randn(3, 8), torch.randn(5, 8), torch.tensor([0, 1, 4])
+    for operands, words in (
+        ((hidden[:, :7], weight, labels), r"weight must be \[classes, 7\]"),
+        ((hidden.bfloat16(), weight, labels), "in the dtype of hidden"),
+        ((hidden, weight, labels + 1), r"label 5 must lie in \[0, 5\)"),
+        ((hidden, weight, labels[:2]), r"labels must be int64 \[3\]"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            head_cross_entropy(*operands, True)
+
+
+def test_the_heads_operator_passes_opcheck():
+    operands = torch.randn(3, 8), torch.randn(40, 8), torch.tensor([1, 2, 39])
+    for differentiates in (True, False):
+        torch.library.opcheck(torch.ops.pyfastpeft.head_cross_entropy.default, (*operands, differentiates))

@@ -201,8 +201,7 @@ PF_INLINE void steps_to_lanes(const float* rows, int64_t ld, float* panel, int64
   alignas(64) float square[16 * 16];
   V::transpose16(rows, ld, square);
   for (int i = 0; i < 16; ++i)
-    for (int v = 0; v < kTileVecs; ++v)
-      V::store(panel + i * step + v * kLanes, V::load(square + i * 16 + v * kLanes));
+    for (int v = 0; v < kTileVecs; ++v) V::store(panel + i * step + v * kLanes, V::load(square + i * 16 + v * kLanes));
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
@@ -269,6 +268,14 @@ inline void prefetch_scales(const Weight& w, int64_t tile, int64_t col0, int64_t
   for (const float* values : held)
     for (int64_t i = first; values != nullptr && i < end; i += kTile) __builtin_prefetch(values + i);
   for (int64_t i = first; w.scale8 != nullptr && i < end; i += 4 * kTile) __builtin_prefetch(w.scale8 + i);
+}
+
+// Asks for share `i` of `shares` of a part of m, which is used later: all of it at once would have to be waited for.
+inline void prefetch_share(const Matrix& m, int64_t row0, int64_t row1, int64_t col0, int64_t cols, int64_t i,
+                           int64_t shares) {
+  const int64_t size = dtype_size(m.dtype), count = row1 - row0;
+  for (int64_t r = row0 + count * i / shares; r < row0 + count * (i + 1) / shares; ++r)
+    for (int64_t byte = 0; byte < cols * size; byte += 64) prefetch_stream(m.row(r) + col0 * size + byte);
 }
 
 // ---- few rows of x times A ------------------------------------------------------------------------------------------
@@ -339,7 +346,7 @@ struct Algorithm {
   static constexpr int64_t kFewRows = kHasTiles ? 4 : 16, kFewRowsOfZeros = kHasTiles ? 8 : 16;
   static constexpr int64_t kLateRows = kHasTiles ? 32 : INT64_MAX;
 
-  static constexpr bool is_element(int dtype) { return dtype == (sizeof(E) == 4 ? kFloat32 : kBFloat16); }
+  static constexpr int kElement = sizeof(E) == 4 ? kFloat32 : kBFloat16;
 
   // Tiles also read what follows the last rows, and ignore it.
   static int64_t packed_rows_bytes(int64_t rows, int64_t cols) {
@@ -366,7 +373,7 @@ struct Algorithm {
 
   static void pack_rows(const Matrix& src, const float* factor, int64_t factor_ld, const Dropout& d, void* out,
                         int64_t row0, int64_t row1) {
-    const bool same = is_element(src.dtype) && factor == nullptr && d.threshold == 0;
+    const bool same = src.dtype == kElement && factor == nullptr && d.threshold == 0;
     alignas(64) float values[kBlock];
     for (int64_t r = row0; r < row1; ++r)
       for (int64_t block = 0; block * kBlock < src.cols; ++block) {
@@ -418,7 +425,7 @@ struct Algorithm {
       return;
     }
     int64_t c = 0;
-    if (is_element(src.dtype) && row0 + 16 <= src.rows && src.ld % kStep == 0)
+    if (src.dtype == kElement && row0 + 16 <= src.rows && src.ld % kStep == 0)
       for (; c + 16 * kStep <= n; c += 16 * kStep)
         steps_to_lanes(reinterpret_cast<const float*>(src.row(row0) + (col0 + c) * sizeof(E)), src.ld / kStep,
                        reinterpret_cast<float*>(panel + (c / kStep * vecs + vec) * kLanes * kStep), vecs * kLanes);
@@ -469,8 +476,6 @@ struct Algorithm {
       E* at = panel + i * kGroupLanes;
       if constexpr (kStep == 2)
         if (src.dtype == kBFloat16 && d.threshold == 0 && lanes == kGroupLanes && i + 1 < n) {
-          // The next lanes: too far apart for the hardware to see a stream.
-          for (int s = 0; s < kStep; ++s) __builtin_prefetch(src.row(row0 + i + s) + (lane0 + kGroupLanes) * 2);
           A::interleave(src.row(row0 + i) + lane0 * 2, src.row(row0 + i + 1) + lane0 * 2, at);
           continue;
         }
@@ -1450,35 +1455,102 @@ struct Algorithm {
     }
   }
 
-  static void rows_times(const PackedRows& x, const Matrix& p, const Dropout& d, float* out, bool transposed,
-                         int64_t row0, int64_t row1, int64_t lane0, int64_t lane1) {
+  static void logits(const Matrix& w, const void* panels, int64_t rows, void* out, int64_t row0, int64_t row1) {
     [[maybe_unused]] const Tiles held;
-    E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
-    const int64_t rows = row1 - row0;
-    float* c = static_cast<float*>(scratch(1, rows * kGroupLanes * sizeof(float)));
-    for (int64_t lane = lane0; lane < lane1; lane += kGroupLanes) {
-      const int64_t lanes = min64(kGroupLanes, lane1 - lane);
-      __builtin_memset(c, 0, rows * kGroupLanes * sizeof(float));
-      for (int64_t i = 0; i < p.rows; i += kBlock) {
-        const int64_t n = min64(kBlock, p.rows - i);
-        pack_lanes(p, d, i, n, lane, panel);
-        multiply(packed_block(x, i / kBlock) + row0 * kStride, rows, panel, n, kGroupTiles, c, kGroupLanes);
-      }
-      if (transposed) {
-        store_transposed(c, kGroupLanes, rows, lanes, out, kFloat32, x.rows, lane, row0);
-      } else {
-        for (int64_t r = 0; r < rows; ++r)
-          copy_bytes(reinterpret_cast<char*>(out + (row0 + r) * p.cols + lane),
-                     reinterpret_cast<char*>(c + r * kGroupLanes), lanes * 4);
+    const int64_t groups = ceil_div(rows, kGroupLanes);
+    if (row1 == w.rows && row1 % kStep != 0)
+      for (int64_t r = 0; r < rows; ++r) static_cast<E*>(out)[(row1 / kBlock * rows + r) * kStride + row1 % kBlock] = 0;
+    E* packed = static_cast<E*>(scratch(0, packed_rows_bytes(kLogits, w.cols)));
+    alignas(64) float c[kLogits * kGroupLanes];
+    for (int64_t n0 = row0; n0 < row1; n0 += kLogits) {
+      const int64_t n = min64(kLogits, row1 - n0), block = n0 / kBlock;
+      const Matrix part{w.row(n0), w.dtype, n, w.cols, w.ld};
+      pack_rows(part, nullptr, 0, {}, packed, 0, n);
+      for (int64_t g = 0; g < groups; ++g) {
+        prefetch_share(w, n0 + n, min64(row1, n0 + n + kLogits), 0, w.cols, g, groups);
+        __builtin_memset(c, 0, sizeof(c));
+        for (int64_t i = 0; i * kBlock < w.cols; ++i)
+          multiply(packed_block({packed, n, w.cols}, i), n,
+                   static_cast<const E*>(panels) + (i * groups + g) * kGroupPanel, min64(kBlock, w.cols - i * kBlock),
+                   kGroupTiles, c, kGroupLanes);
+        const int64_t lane0 = g * kGroupLanes;
+        store_transposed(c, kGroupLanes, n, min64(kGroupLanes, rows - lane0),
+                         static_cast<E*>(out) + block * rows * kStride, kElement, kStride, lane0, n0 % kBlock);
       }
     }
   }
 
+  static void rows_times(const PackedRows& x, const Matrix& p, const Dropout& d, float* out, bool transposed,
+                         int64_t row0, int64_t row1, int64_t lane0, int64_t lane1) {
+    [[maybe_unused]] const Tiles held;
+    constexpr int64_t kLanesTogether = 16 * kGroupLanes;  // whose sums stay in cache, while p is read along its rows
+    constexpr int64_t kRowsTogether = 32;                 // between them, some of what comes next is asked for
+    constexpr int64_t kSummands = 16 * kBlock;            // of one float32 sum: more are a sum of such sums
+    E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
+    const int64_t rows = row1 - row0;
+    float* sums = static_cast<float*>(scratch(1, 2 * rows * kLanesTogether * sizeof(float)));
+    float* totals = p.rows > kSummands ? sums + rows * kLanesTogether : sums;
+    for (int64_t first = lane0; first < lane1; first += kLanesTogether) {
+      const int64_t end = min64(lane1, first + kLanesTogether);
+      const int64_t count = ceil_div(end - first, kGroupLanes) * kGroupLanes * rows;
+      // body(first lane, lanes, sums) for each group.
+      const auto groups = [&](float* c, const auto& body) {
+        for (int64_t lane = first; lane < end; lane += kGroupLanes)
+          body(lane, min64(kGroupLanes, end - lane), c + (lane - first) * rows);
+      };
+      __builtin_memset(totals, 0, count * sizeof(float));
+      for (int64_t i = 0; i < p.rows; i += kBlock) {
+        const int64_t n = min64(kBlock, p.rows - i);
+        if (i % kSummands == 0) __builtin_memset(sums, 0, count * sizeof(float));
+        groups(sums, [&](int64_t lane, int64_t, float* c) {
+          pack_lanes(p, d, i, n, lane, panel);
+          // What the next panel is made of: beside this one's part, or below.
+          const bool below = lane + kGroupLanes >= end;
+          const int64_t next = below ? i + n : i, col = below ? first : lane + kGroupLanes;
+          for (int64_t r = 0; r < rows; r += kRowsTogether) {
+            prefetch_share(p, next, min64(p.rows, next + kBlock), col, min64(kGroupLanes, p.cols - col),
+                           r / kRowsTogether, ceil_div(rows, kRowsTogether));
+            multiply(packed_block(x, i / kBlock) + (row0 + r) * kStride, min64(kRowsTogether, rows - r), panel, n,
+                     kGroupTiles, c + r * kGroupLanes, kGroupLanes);
+          }
+        });
+        if (totals != sums && ((i + n) % kSummands == 0 || i + n == p.rows))
+          for (int64_t j = 0; j < count; ++j) totals[j] += sums[j];
+      }
+      groups(totals, [&](int64_t lane, int64_t lanes, float* c) {
+        if (transposed) return store_transposed(c, kGroupLanes, rows, lanes, out, kFloat32, x.rows, lane, row0);
+        for (int64_t r = 0; r < rows; ++r)
+          copy_bytes(reinterpret_cast<char*>(out + (row0 + r) * p.cols + lane),
+                     reinterpret_cast<char*>(c + r * kGroupLanes), lanes * 4);
+      });
+    }
+  }
+
   static Arithmetic table() {
-    return {kGroupLanes,  kBlock,      kFewRows,    kFewRowsOfZeros, kHasTiles, packed_rows_bytes,
-            panels_bytes, pack_rows,   pack_rows_t, pack_panels_t,   pack_panels, gemv,
-            dots_packed,  prefetch_first_b, to_steps, gemm,          dense,     dx,
-            rows_times_t, rows_times_panels, rows_times};
+    return {kElement,
+            kGroupLanes,
+            kBlock,
+            kStride,
+            kFewRows,
+            kFewRowsOfZeros,
+            kHasTiles,
+            packed_rows_bytes,
+            panels_bytes,
+            pack_rows,
+            pack_rows_t,
+            pack_panels_t,
+            pack_panels,
+            gemv,
+            dots_packed,
+            prefetch_first_b,
+            to_steps,
+            gemm,
+            dense,
+            dx,
+            rows_times_t,
+            logits,
+            rows_times_panels,
+            rows_times};
   }
 };
 

@@ -188,36 +188,55 @@ void rope(const RopeArgs& g, int64_t token0, int64_t token1) {
 
 // loss = log(sum(e^x)) - x[label]; then x = e^x / sum(e^x), less one at the label.
 void cross_entropy(const CrossEntropyArgs& g, int64_t row0, int64_t row1) {
-  const int64_t n = g.cols, whole = n / kLanes * kLanes;
   with_dtype(
       g.dtype, PF_BODY(int D) {
         constexpr int kSize = D == kFloat32 ? 4 : 2;
         constexpr int kSums = 4;
+        // Elements from i on, less than a vector of them, and -inf.
+        const auto rest = [](const char* x, int64_t i, int64_t n) {
+          alignas(64) char part[kLanes * kSize];
+          store_as<D>(part, V::set1(-__builtin_inff()));
+          copy_bytes(part, x + i * kSize, (n - i) * kSize);
+          return load_as<D>(part);
+        };
         for (int64_t r = row0; r < row1; ++r) {
-          char* x = row_of(g.logits, D, g.ld, r);
-          char* at_label = x + g.labels[r] * kSize;
+          char* row = row_of(g.logits, D, g.ld, r);
+          // body(elements, how many, how many of them in whole vectors) for each block.
+          const auto blocks = [&](const auto& body) __attribute__((always_inline)) {
+            char* x = row;
+            for (int64_t col = 0; col < g.cols; col += g.block, x += g.block_stride * kSize) {
+              const int64_t n = min64(g.block, g.cols - col);
+              body(x, n, n / kLanes * kLanes);
+            }
+          };
+          char* at_label = row + (g.labels[r] / g.block * g.block_stride + g.labels[r] % g.block) * kSize;
           float label;
           to_float(at_label, D, &label, 1);
-          alignas(64) char tail[kLanes * kSize];
-          store_as<D>(tail, V::set1(-__builtin_inff()));
-          copy_bytes(tail, x + whole * kSize, (n - whole) * kSize);
 
-          V::F most = load_as<D>(tail);
-          for (int64_t i = 0; i < whole; i += kLanes) most = V::max(most, load_as<D>(x + i * kSize));
+          V::F most = V::set1(-__builtin_inff());
+          blocks([&](const char* x, int64_t n, int64_t whole) {
+            for (int64_t i = 0; i < whole; i += kLanes) most = V::max(most, load_as<D>(x + i * kSize));
+            if (whole < n) most = V::max(most, rest(x, whole, n));
+          });
           const float top = V::reduce_max(most);
           const V::F shift = V::set1(-top);
-          V::F sums[kSums] = {exp(V::add(load_as<D>(tail), shift)), V::zero(), V::zero(), V::zero()};
-          int64_t i = 0;
-          for (; i + kSums * kLanes <= whole; i += kSums * kLanes)
-            for (int j = 0; j < kSums; ++j)
-              sums[j] = V::add(sums[j], exp(V::add(load_as<D>(x + (i + j * kLanes) * kSize), shift)));
-          for (; i < whole; i += kLanes) sums[0] = V::add(sums[0], exp(V::add(load_as<D>(x + i * kSize), shift)));
+          V::F sums[kSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
+          blocks([&](const char* x, int64_t n, int64_t whole) {
+            int64_t i = 0;
+            for (; i + kSums * kLanes <= whole; i += kSums * kLanes)
+              for (int j = 0; j < kSums; ++j)
+                sums[j] = V::add(sums[j], exp(V::add(load_as<D>(x + (i + j * kLanes) * kSize), shift)));
+            for (; i < whole; i += kLanes) sums[0] = V::add(sums[0], exp(V::add(load_as<D>(x + i * kSize), shift)));
+            if (whole < n) sums[1] = V::add(sums[1], exp(V::add(rest(x, whole, n), shift)));
+          });
           const float sum = V::reduce(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
 
           const V::F inverse = V::set1(1.0f / sum);
-          for (i = 0; i < whole; i += kLanes)
-            store_as<D>(x + i * kSize, V::mul(exp(V::add(load_as<D>(x + i * kSize), shift)), inverse));
-          store_part<D>(x, whole, n, V::mul(exp(V::add(load_as<D>(tail), shift)), inverse));
+          blocks([&](char* x, int64_t n, int64_t whole) {
+            for (int64_t i = 0; i < whole; i += kLanes)
+              store_as<D>(x + i * kSize, V::mul(exp(V::add(load_as<D>(x + i * kSize), shift)), inverse));
+            if (whole < n) store_part<D>(x, whole, n, V::mul(exp(V::add(rest(x, whole, n), shift)), inverse));
+          });
 
           alignas(64) float one[kLanes];
           V::store(one, V::add(V::mul(exp(V::set1(label - top)), inverse), V::set1(-1.0f)));

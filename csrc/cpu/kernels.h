@@ -103,8 +103,9 @@ struct CrossEntropyArgs {
   void* logits;  // [rows, cols], rows ld elements apart; become their gradient
   int dtype;
   int64_t cols, ld;
-  const int64_t* labels;  // [rows], each below cols
-  float* losses;          // [rows]
+  int64_t block, block_stride;  // so many columns lie side by side, and so many elements from there to the next ones
+  const int64_t* labels;        // [rows], each below cols
+  float* losses;                // [rows]
 };
 
 constexpr int32_t kHiddenKey = 1 << 30;  // is added to the place of a key that nobody sees
@@ -169,10 +170,13 @@ struct AttentionKernels {
   void (*sum_parts)(const AttentionBackwardArgs&, int64_t unit);  // units: batch * kv_heads * query_groups
 };
 
+constexpr int64_t kLogits = 64;  // that are computed together
+
 // One arithmetic: float32 FMA, or bf16 pairs into float32.
 struct Arithmetic {
+  int element;                // dtype
   int64_t group_lanes;        // lanes of a panel
-  int64_t block;              // columns of a block of PackedRows
+  int64_t block, stride;      // columns of a block of PackedRows, elements from one row of it to the next
   int64_t few_rows;           // up to here gemv is faster than gemm
   int64_t few_rows_of_zeros;  // the same where the weight has zeros
   bool tiles;                 // gemm has instructions that multiply tiles of rows
@@ -202,6 +206,9 @@ struct Arithmetic {
   // from `begin`, the beginning of a block, to `end`.
   void (*rows_times_t)(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1, int64_t begin,
                        int64_t end);
+  // Rows [row0, row1) of w times panels of `rows` lanes, transposed: columns of PackedRows `out` of `rows` rows. row0
+  // is a multiple of kLogits.
+  void (*logits)(const Matrix& w, const void* panels, int64_t rows, void* out, int64_t row0, int64_t row1);
   // out [rows, lanes] float32 = x * p for panels p: lane groups [group0, group1).
   void (*rows_times_panels)(const PackedRows& x, const void* panels, int64_t lanes, float* out, int64_t group0,
                             int64_t group1);

@@ -443,6 +443,50 @@ void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, co
 
 namespace {
 
+// Rows of a chunk of logits: of fewer, reading the weight takes the time; more only take memory.
+int64_t head_rows(const Arithmetic& arith, const HeadLoss& g) {
+  constexpr int64_t kBytes = 16 << 20, kFewest = 64;
+  const int64_t most = kBytes / (dtype_size(arith.element) * (g.w.rows + g.w.rows / 8)), lanes = arith.group_lanes;
+  return std::min(g.hidden.rows, std::max(kFewest, most / lanes * lanes));
+}
+
+}  // namespace
+
+int64_t head_chunk_bytes(const HeadLoss& g) {
+  const Arithmetic& arith = arithmetic_for(*kernels(), g.hidden.dtype);
+  return arith.packed_rows_bytes(head_rows(arith, g), g.w.rows);
+}
+
+void head_loss(const HeadLoss& g, ParallelFor parallel) {
+  const Kernels& k = *kernels();
+  const Arithmetic& arith = arithmetic_for(k, g.hidden.dtype);
+  const int64_t classes = g.w.rows, width = g.w.cols, size = dtype_size(g.hidden.dtype), step = head_rows(arith, g);
+  const int64_t lanes = arith.group_lanes;
+  for (int64_t row0 = 0; row0 < g.hidden.rows; row0 += step) {
+    const int64_t rows = std::min(step, g.hidden.rows - row0);
+    const Matrix hidden{g.hidden.row(row0), g.hidden.dtype, rows, width, g.hidden.ld};
+    const void* panels = pack_panels(arith, arith.pack_panels_t, hidden, kSlotDy, parallel);
+    run(parallel, (classes + kLogits - 1) / kLogits, grain_of(kLogits * width * rows), [&](int64_t u0, int64_t u1) {
+      arith.logits(g.w, panels, rows, g.chunk, u0 * kLogits, std::min(u1 * kLogits, classes));
+    });
+    const CrossEntropyArgs losses{g.chunk,     arith.element,       classes,         arith.stride,
+                                  arith.block, rows * arith.stride, g.labels + row0, g.losses + row0};
+    run(parallel, rows, grain_of(classes * 8), [&](int64_t r0, int64_t r1) { k.cross_entropy(losses, r0, r1); });
+    if (g.dhidden == nullptr) continue;
+    float* sums = static_cast<float*>(scratch(kSlotDs, rows * width * sizeof(float)));
+    run(parallel, (width + lanes - 1) / lanes, grain_of(lanes * classes * rows), [&](int64_t u0, int64_t u1) {
+      arith.rows_times({g.chunk, rows, classes}, g.w, {}, sums, false, 0, rows, u0 * lanes,
+                       std::min(u1 * lanes, width));
+    });
+    run(parallel, rows, grain_of(width * 4), [&](int64_t r0, int64_t r1) {
+      k.from_float(sums + r0 * width, static_cast<char*>(g.dhidden) + (row0 + r0) * width * size, g.hidden.dtype,
+                   (r1 - r0) * width);
+    });
+  }
+}
+
+namespace {
+
 // The nibbles at bits 0, 8, 16, 24 of v gathered into 16 bits.
 inline uint32_t gather_nibbles(uint32_t v) {
   v &= 0x0F0F0F0F;

@@ -52,6 +52,18 @@ struct BranchTraining {
 // w may have no rows: of the branch alone.
 void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, const BranchTraining* training, void* dx,
                      ParallelFor parallel);
+
+// The cross-entropies of an output head's logits hidden w^T, of which a chunk of rows is in memory at a time.
+struct HeadLoss {
+  Matrix w, hidden;       // [classes, H], [rows, H]
+  const int64_t* labels;  // [rows], each below classes
+  float* losses;          // [rows]
+  void* dhidden;          // [rows, H] in the dtype of hidden, of the sum of the losses; or null
+  void* chunk;            // head_chunk_bytes
+};
+int64_t head_chunk_bytes(const HeadLoss& g);
+void head_loss(const HeadLoss& g, ParallelFor parallel);
+
 // Codes between the two layouts.
 void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t tile0, int64_t tile1);
 void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int64_t tile0, int64_t tile1);

@@ -19,18 +19,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from ..ops import cross_entropy_, dense_linear, large_pages
-from ..ops.backends import FLOATS
+from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
+from ..ops.backends import FLOATS, choose_plain
 from .forwards import ModuleForward, autocast_of, hooked, install, remove
 
 _CHUNK_LOGITS = 1 << 22
-_CPU_ROWS, _GPU_ROWS = 256, 512
+_CPU_ROWS, _GPU_ROWS = 128, 512
 """Rows of a chunk at least: of fewer, the product takes the time that reading the head's weight does, or on a CPU
-arranging it (49152 x 576, 1024 rows on two Zen 4 cores: 520 ms in chunks of 85, 403 in chunks of 256)."""
+arranging it."""
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], classes: int, ignore: Tensor | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    classes: int,
+    ignore: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of ``head(hidden)`` against ``labels``, in float32, a chunk of rows at a time.
 
@@ -39,6 +44,7 @@ def chunked_cross_entropy(
         labels: int64 [n], each in [0, classes).
         head: [m, H] → [m, classes]; its parameters receive no gradients.
         ignore: bool [n], rows that do not count, whatever their labels; leaving them out of the rest is faster.
+        weight: [classes, H], on a CPU, instead of ``head`` where that is nothing but the product with it.
 
     Returns:
         A scalar, differentiable once in ``hidden``. Nothing waits for a device: a label there that is no class makes
@@ -51,13 +57,17 @@ def chunked_cross_entropy(
         labels = labels.masked_fill(ignore, 0)
     if labels.is_cpu and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise IndexError(f"labels lie in [{int(labels.min())}, {int(labels.max())}]; there are {classes} classes")
-    return _ChunkedCrossEntropy.apply(hidden, labels, head, classes, ignore)
+    return _ChunkedCrossEntropy.apply(hidden, labels, head, classes, ignore, weight)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, labels, head, classes, ignore):  # noqa: ANN001
+    def forward(ctx, hidden, labels, head, classes, ignore, weight):  # noqa: ANN001
         differentiates = ctx.needs_input_grad[0]
+        if weight is not None:
+            losses, d_hidden = head_cross_entropy(hidden, weight, labels, differentiates)
+            ctx.save_for_backward(d_hidden)
+            return losses.sum()
         d_hidden = torch.empty_like(hidden) if differentiates else None
         losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
         rows = max(_CPU_ROWS if hidden.is_cpu else _GPU_ROWS, _CHUNK_LOGITS // classes)
@@ -80,7 +90,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), *[None] * 4
+        return d_hidden * grad.to(d_hidden.dtype), *[None] * 5
 
 
 class _Call:
@@ -96,6 +106,14 @@ class _Call:
     def project(self, hidden: Tensor) -> Tensor:
         with torch.autocast(**self.autocast):
             return type(self.head).forward(self.head, hidden)
+
+    def weight(self) -> Tensor | None:
+        """The head's, where there is nothing else to it and ``head_cross_entropy`` serves it."""
+        head, weight = self.head, self.head.weight
+        plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
+        alike = not self.autocast["enabled"] and weight.dtype == self.hidden.dtype
+        served = plain and alike and weight.is_cpu and choose_plain(weight.device) is Backend.NATIVE
+        return weight if served else None
 
     def logits(self) -> Tensor:
         """The logits [..., classes], computed once, with the graph that they have where nothing is put off."""
@@ -218,7 +236,8 @@ def _cross_entropy(
     if _is_captured(hidden):
         loss = chunked_cross_entropy(hidden, target, call.project, call.head.out_features, ~keep)
     else:
-        loss = chunked_cross_entropy(hidden[keep], target[keep], call.project, call.head.out_features)
+        rows = hidden[keep], target[keep]
+        loss = chunked_cross_entropy(*rows, call.project, call.head.out_features, weight=call.weight())
     loss = loss if reduction == "sum" else loss / keep.sum()
     return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(logits.dtype)
 

@@ -4,7 +4,7 @@ from . import library as library  # loads the compiled operators
 from . import mixed as mixed
 from .backends import Backend
 from .copy import copy_alike, copy_tensors, large_pages
-from .cross_entropy import cross_entropy_
+from .cross_entropy import cross_entropy_, head_cross_entropy
 from .dense import dense_linear
 from .elementwise import projected_swiglu, rms_norm, rope, swiglu
 from .linear_4bit import BankView, Lora, PackedLora, linear_4bit, pack_lora
@@ -22,6 +22,7 @@ __all__ = [
     "copy_tensors",
     "cross_entropy_",
     "dense_linear",
+    "head_cross_entropy",
     "key_positions",
     "large_pages",
     "linear_4bit",

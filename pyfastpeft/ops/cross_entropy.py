@@ -1,4 +1,4 @@
-"""``cross_entropy_``: the loss of each row of logits, which become its gradient."""
+"""``cross_entropy_``: the loss of each row of logits, which become its gradient; and that of an output head's."""
 
 from __future__ import annotations
 
@@ -38,6 +38,26 @@ def _reference(logits: Tensor, labels: Tensor) -> Tensor:
     gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
     logits.copy_(gradient)
     return losses
+
+
+def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, differentiates: bool) -> tuple[Tensor, Tensor]:
+    """``cross_entropy_`` of the logits ``hidden · weightᵀ``, on CPUs; they are in memory a chunk of rows at a time.
+
+    Args:
+        hidden: [n, H], float32, bfloat16 or float16.
+        weight: [classes, H] in the dtype of ``hidden``.
+        labels: int64 [n], each in [0, classes).
+
+    Returns:
+        Losses, float32 [n], and the gradient of their sum in ``hidden`` ([0, H] unless it ``differentiates``).
+    """
+    return torch.ops.pyfastpeft.head_cross_entropy.default(hidden, weight, labels, differentiates)
+
+
+@torch.library.register_fake("pyfastpeft::head_cross_entropy")
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, differentiates: bool) -> tuple[Tensor, Tensor]:
+    rows = len(hidden) if differentiates else 0
+    return hidden.new_empty(labels.shape, dtype=torch.float32), hidden.new_empty((rows, hidden.shape[1]))
 
 
 @torch.library.register_fake("pyfastpeft::cross_entropy_")
