@@ -216,8 +216,8 @@ def test_the_backward_drops_what_the_forward_dropped(config):
     norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
     with torch.no_grad():
         ends = []
-        for step in (1e-2, -2e-2):
+        for step in (1e-3, -2e-3):  # where curvature is high, 1e-2 misses by half (two seeds of forty)
             for p, g in zip(parameters, grads, strict=True):
                 p += step * g / norm
             ends.append(loss())
-    assert abs((ends[0] - ends[1]) / 2e-2 - norm) < 0.03 * norm
+    assert abs((ends[0] - ends[1]) / 2e-3 - norm) < 0.03 * norm
