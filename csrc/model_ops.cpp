@@ -185,8 +185,7 @@ std::tuple<Tensor, Tensor> head_cross_entropy(Tensor hidden, Tensor weight, Tens
   g.losses = static_cast<float*>(losses.mutable_data_ptr());
   g.dhidden = differentiates ? dhidden.mutable_data_ptr() : nullptr;
   g.chunk = chunk.mutable_data_ptr();
-  pf::with_threads_for(g.hidden.rows * g.w.rows * g.w.cols,
-                       [&](pf::ParallelFor threads) { pf::head_loss(g, threads); });
+  pf::with_threads_for(g.hidden.rows, g.w.rows * g.w.cols, [&](pf::ParallelFor threads) { pf::head_loss(g, threads); });
   return {losses, dhidden};
 }
 

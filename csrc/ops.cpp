@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
   Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
   const Bias bias_data(bias, n);
-  pf::with_threads_for(xm.rows * w.n * w.k, [&](pf::ParallelFor threads) {
+  pf::with_threads_for(xm.rows, w.n * w.k, [&](pf::ParallelFor threads) {
     pf::linear_forward(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype,
                        static_cast<float*>(s.mutable_data_ptr()), threads);
   });
@@ -45,7 +45,7 @@ Tensor linear_4bit_int8(Tensor x, Tensor codes, Tensor scale, OptTensor zero, Op
   const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w.n, w.k);
   const Bias bias_data(bias, n);
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
-  pf::with_threads_for(xm.rows * w.n * w.k, [&](pf::ParallelFor threads) {
+  pf::with_threads_for(xm.rows, w.n * w.k, [&](pf::ParallelFor threads) {
     pf::linear_forward_int8(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype, threads);
   });
   return y;
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const pf::Weight& w, Tensor dy, Opt
     for (Tensor* t : {&dx, &da, &db}) torch::stable::zero_(*t);
     return {dx, da, db};
   }
-  pf::with_threads_for(rows * w.k * (w.n + rank), [&](pf::ParallelFor threads) {
+  pf::with_threads_for(rows, w.k * (w.n + rank), [&](pf::ParallelFor threads) {
     pf::linear_backward(w, dym, lora.branch, trains ? &training : nullptr, need_dx ? dx.mutable_data_ptr() : nullptr,
                         threads);
   });
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> lora_forward(Tensor base, Tensor x, Tensor lora_a, Te
   const BranchTensors lora(lora_a, lora_b, std::nullopt, scaling, xm.rows, seed, dropout, bm.cols, xm.cols);
   Tensor y = new_matrix(xm.rows, bm.cols, xm.dtype);
   Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
-  pf::with_threads_for(xm.rows * lora.branch.rank() * (xm.cols + bm.cols), [&](pf::ParallelFor threads) {
+  pf::with_threads_for(xm.rows, lora.branch.rank() * (xm.cols + bm.cols), [&](pf::ParallelFor threads) {
     pf::lora_forward(bm, xm, lora.branch, y.mutable_data_ptr(), static_cast<float*>(s.mutable_data_ptr()), threads);
   });
   return {y, s};

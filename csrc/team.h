@@ -99,10 +99,11 @@ void with_team(const Lead& lead) {
   torch::stable::parallel_for(0, threads, 1, member);
 }
 
-// lead(parallel) where all of it is `work` multiply-adds: by a team if that is enough for two threads.
+// lead(parallel) where all of it is `work` multiply-adds a row: by a team if that is enough for two threads. Few rows
+// are one piece of work, for which nobody need stay.
 template <class Lead>
-void with_threads_for(int64_t work, const Lead& lead) {
-  if (work < 2 * thread_work()) return lead(tensors::parallel);
+void with_threads_for(int64_t rows, int64_t work, const Lead& lead) {
+  if (rows <= kTile || rows * work < 2 * thread_work()) return lead(tensors::parallel);
   with_team(lead);
 }
 
