@@ -300,6 +300,17 @@ def test_chunks_add_up_to_the_whole(rows, dtype):
         torch.testing.assert_close(chunked_cross_entropy(hidden, labels, head, 50), expected.detach())
 
 
+def test_rows_to_ignore_count_for_nothing_whoever_computes_the_head():
+    head, hidden = nn.Linear(8, 50, bias=False).requires_grad_(False), torch.randn(9, 8, requires_grad=True)
+    labels, ignore = torch.randint(0, 50, (9,)), torch.arange(9) % 3 == 0
+    expected = F.cross_entropy(head(hidden)[~ignore], labels[~ignore], reduction="sum")
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    for weight in (None, head.weight):
+        loss = chunked_cross_entropy(hidden, labels.masked_fill(ignore, -100), head, 50, ignore, weight)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], wanted)
+
+
 def test_a_label_that_is_no_class_is_an_error():
     head, hidden = nn.Linear(8, 50), torch.randn(2, 8)
     for labels in ([0, 50], [-1, 0]):

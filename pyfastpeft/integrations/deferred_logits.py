@@ -60,31 +60,40 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, labels, head, classes, ignore, weight)
 
 
+def _in_chunks(
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], classes: int, differentiates: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As ``head_cross_entropy``, of any head."""
+    d_hidden = torch.empty_like(hidden) if differentiates else None
+    losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    rows = max(_CPU_ROWS if hidden.is_cpu else _GPU_ROWS, _CHUNK_LOGITS // classes)
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, start + rows)
+        with torch.set_grad_enabled(differentiates):
+            part = hidden[chunk].detach().requires_grad_(differentiates)
+            logits = head(part)
+        gradient = logits.detach()  # which takes their place
+        losses[chunk] = cross_entropy_(gradient, labels[chunk])
+        if differentiates:
+            (d_hidden[chunk],) = torch.autograd.grad(logits, part, gradient)
+        del logits, gradient  # before the next chunk's come to lie beside them
+    return losses, d_hidden
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, labels, head, classes, ignore, weight):  # noqa: ANN001
         differentiates = ctx.needs_input_grad[0]
-        if weight is not None:
+        if weight is None:
+            losses, d_hidden = _in_chunks(hidden, labels, head, classes, differentiates)
+        else:
             losses, d_hidden = head_cross_entropy(hidden, weight, labels, differentiates)
-            ctx.save_for_backward(d_hidden)
-            return losses.sum()
-        d_hidden = torch.empty_like(hidden) if differentiates else None
-        losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        rows = max(_CPU_ROWS if hidden.is_cpu else _GPU_ROWS, _CHUNK_LOGITS // classes)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            with torch.set_grad_enabled(differentiates):
-                part = hidden[chunk].detach().requires_grad_(differentiates)
-                logits = head(part)
-            gradient = logits.detach()  # which takes their place
-            losses[chunk] = cross_entropy_(gradient, labels[chunk])
-            if ignore is not None:
-                gradient.masked_fill_(ignore[chunk, None], 0)
+        if ignore is not None:
+            losses = losses.masked_fill(ignore, 0)
             if differentiates:
-                (d_hidden[chunk],) = torch.autograd.grad(logits, part, gradient)
-            del logits, gradient  # before the next chunk's come to lie beside them
+                d_hidden.masked_fill_(ignore[:, None], 0)
         ctx.save_for_backward(d_hidden)
-        return (losses if ignore is None else losses.masked_fill(ignore, 0)).sum()
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
