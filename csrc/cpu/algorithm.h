@@ -1417,6 +1417,11 @@ struct Algorithm {
 
   // ---- the branch's small products ----
 
+  // Rows of a group's sums to rows of `out`, ldout apart.
+  static void copy_sums(const float* c, int64_t rows, int64_t lanes, float* out, int64_t ldout) {
+    for (int64_t r = 0; r < rows; ++r) copy_bytes(out + r * ldout, c + r * kGroupLanes, lanes * sizeof(float));
+  }
+
   static void rows_times_t(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1, int64_t begin,
                            int64_t end) {
     [[maybe_unused]] const Tiles held;
@@ -1434,8 +1439,7 @@ struct Algorithm {
       multiply(packed_block(x, col0 / kBlock) + row0 * kStride, rows, panels, n, tiles, c, kGroupLanes);
     }
     for (int64_t lane = 0; lane < p.rows; lane += kGroupLanes, c += rows * kGroupLanes)
-      for (int64_t r = 0; r < rows; ++r)
-        copy_bytes(out + (row0 + r) * p.rows + lane, c + r * kGroupLanes, min64(kGroupLanes, p.rows - lane) * 4);
+      copy_sums(c, rows, min64(kGroupLanes, p.rows - lane), out + row0 * p.rows + lane, p.rows);
   }
 
   static void rows_times_panels(const PackedRows& x, const void* panels, int64_t lanes, float* out, int64_t group0,
@@ -1448,10 +1452,8 @@ struct Algorithm {
       for (int64_t block = 0; block * kBlock < x.cols; ++block)
         multiply(packed_block(x, block), x.rows, static_cast<const E*>(panels) + (block * groups + g) * kGroupPanel,
                  min64(kBlock, x.cols - block * kBlock), kGroupTiles, c, kGroupLanes);
-      const int64_t lane0 = g * kGroupLanes, n = min64(kGroupLanes, lanes - lane0);
-      for (int64_t r = 0; r < x.rows; ++r)
-        copy_bytes(reinterpret_cast<char*>(out + r * lanes + lane0), reinterpret_cast<char*>(c + r * kGroupLanes),
-                   n * sizeof(float));
+      const int64_t lane0 = g * kGroupLanes;
+      copy_sums(c, x.rows, min64(kGroupLanes, lanes - lane0), out + lane0, lanes);
     }
   }
 
@@ -1488,8 +1490,9 @@ struct Algorithm {
     constexpr int64_t kSummands = 16 * kBlock;            // of one float32 sum: more are a sum of such sums
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     const int64_t rows = row1 - row0;
-    float* sums = static_cast<float*>(scratch(1, 2 * rows * kLanesTogether * sizeof(float)));
-    float* totals = p.rows > kSummands ? sums + rows * kLanesTogether : sums;
+    const bool splits = p.rows > kSummands;
+    float* sums = static_cast<float*>(scratch(1, (splits ? 2 : 1) * rows * kLanesTogether * sizeof(float)));
+    float* totals = splits ? sums + rows * kLanesTogether : sums;
     for (int64_t first = lane0; first < lane1; first += kLanesTogether) {
       const int64_t end = min64(lane1, first + kLanesTogether);
       const int64_t count = ceil_div(end - first, kGroupLanes) * kGroupLanes * rows;
@@ -1501,7 +1504,7 @@ struct Algorithm {
       __builtin_memset(totals, 0, count * sizeof(float));
       for (int64_t i = 0; i < p.rows; i += kBlock) {
         const int64_t n = min64(kBlock, p.rows - i);
-        if (i % kSummands == 0) __builtin_memset(sums, 0, count * sizeof(float));
+        if (splits && i % kSummands == 0) __builtin_memset(sums, 0, count * sizeof(float));
         groups(sums, [&](int64_t lane, int64_t, float* c) {
           pack_lanes(p, d, i, n, lane, panel);
           // What the next panel is made of: beside this one's part, or below.
@@ -1514,14 +1517,12 @@ struct Algorithm {
                      kGroupTiles, c + r * kGroupLanes, kGroupLanes);
           }
         });
-        if (totals != sums && ((i + n) % kSummands == 0 || i + n == p.rows))
+        if (splits && ((i + n) % kSummands == 0 || i + n == p.rows))
           for (int64_t j = 0; j < count; ++j) totals[j] += sums[j];
       }
       groups(totals, [&](int64_t lane, int64_t lanes, float* c) {
         if (transposed) return store_transposed(c, kGroupLanes, rows, lanes, out, kFloat32, x.rows, lane, row0);
-        for (int64_t r = 0; r < rows; ++r)
-          copy_bytes(reinterpret_cast<char*>(out + (row0 + r) * p.cols + lane),
-                     reinterpret_cast<char*>(c + r * kGroupLanes), lanes * 4);
+        copy_sums(c, rows, lanes, out + row0 * p.cols + lane, p.cols);
       });
     }
   }

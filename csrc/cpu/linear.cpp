@@ -72,10 +72,9 @@ Dropout mask_only(Dropout d) {
   return d;
 }
 
-// `m` as panels by `pack`, whose lanes are its rows or its columns.
-const void* pack_panels(const Arithmetic& arith, void (*pack)(const Matrix&, void*, int64_t, int64_t), const Matrix& m,
-                        Slot slot, ParallelFor parallel) {
-  const bool of_rows = pack == arith.pack_panels_t;
+// `m` as panels whose lanes are its rows, or its columns.
+const void* pack_panels(const Arithmetic& arith, const Matrix& m, bool of_rows, Slot slot, ParallelFor parallel) {
+  const auto pack = of_rows ? arith.pack_panels_t : arith.pack_panels;
   const int64_t lanes = of_rows ? m.rows : m.cols, contraction = of_rows ? m.cols : m.rows, group = arith.group_lanes;
   void* out = scratch(slot, arith.panels_bytes(lanes, contraction));
   run(parallel, (lanes + group - 1) / group, grain_of(contraction * group * 4),
@@ -280,7 +279,7 @@ void input_gradient(const Arithmetic& arith, const Weight& w, const void* panels
                     const Branch& branch, const float* ds, void* dx, ParallelFor parallel) {
   const int64_t rank = branch.rank(), rows = dy.rows;
   const void* branch_panels =
-      rank > 0 ? pack_panels(arith, arith.pack_panels, {ds, kFloat32, rank, rows, rows}, kSlotS, parallel) : nullptr;
+      rank > 0 ? pack_panels(arith, {ds, kFloat32, rank, rows, rows}, false, kSlotS, parallel) : nullptr;
   const DxArgs args{w, panels, branch_panels, branch.a, rows, branch.dropout, dx, dy.dtype, w.k};
   run(parallel, (w.k + kUnit - 1) / kUnit, grain_of(kUnit * (w.n + rank) * rows),
       [&](int64_t u0, int64_t u1) { arith.dx(args, u0 * kUnit, std::min(u1 * kUnit, w.k)); });
@@ -435,7 +434,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
 void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, const BranchTraining* training, void* dx,
                      ParallelFor parallel) {
   const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
-  const void* panels = pack_panels(arith, arith.pack_panels_t, dy, kSlotDy, parallel);
+  const void* panels = pack_panels(arith, dy, true, kSlotDy, parallel);
   const float* ds = branch.rank() > 0 ? branch_gradient(arith, dy, panels, branch, parallel) : nullptr;
   if (dx != nullptr) input_gradient(arith, w, panels, dy, branch, ds, dx, parallel);
   if (training != nullptr) adapter_gradient(arith, dy, branch, ds, *training, parallel);
@@ -465,7 +464,7 @@ void head_loss(const HeadLoss& g, ParallelFor parallel) {
   for (int64_t row0 = 0; row0 < g.hidden.rows; row0 += step) {
     const int64_t rows = std::min(step, g.hidden.rows - row0);
     const Matrix hidden{g.hidden.row(row0), g.hidden.dtype, rows, width, g.hidden.ld};
-    const void* panels = pack_panels(arith, arith.pack_panels_t, hidden, kSlotDy, parallel);
+    const void* panels = pack_panels(arith, hidden, true, kSlotDy, parallel);
     run(parallel, (classes + kLogits - 1) / kLogits, grain_of(kLogits * width * rows), [&](int64_t u0, int64_t u1) {
       arith.logits(g.w, panels, rows, g.chunk, u0 * kLogits, std::min(u1 * kLogits, classes));
     });
