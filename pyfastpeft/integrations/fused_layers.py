@@ -66,10 +66,12 @@ def _activated(x: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]], *l
     """``swiglu`` of what ``layers`` project x to.
 
     Gate and up are most of what a layer of a model would keep for the backward pass. Where all that this pass wants of
-    them is x's gradient, they are computed again instead, which takes a tenth of a training step. Of few rows they are
-    little, and reading the weights once more is not.
+    them is x's gradient, and the weights are dense, they are computed again instead, which takes a tenth of a training
+    step. Weights of 4 bits leave more memory free than that saves; and of few rows it is little, and reading the
+    weights once more is not.
     """
-    if x[..., 0].numel() <= _FEW_ROWS or not (_plain(*layers) and _frozen(*layers)):
+    dense = all(type(m) is nn.Linear and not hooked(m) for m in layers)
+    if x[..., 0].numel() <= _FEW_ROWS or not (dense and _frozen(*layers)):
         return swiglu(*project(x))
     autocast = autocast_of(x)
 
