@@ -22,6 +22,12 @@ def test_transformers_is_imported_by_those_who_need_it():
         assert python("import sys", run.format(command), loaded)[-1] == "False"
 
 
+def test_the_compiler_is_loaded_by_those_who_compile():
+    loaded = "print('torch._dynamo' in sys.modules)"
+    use = "w = fp.quantize_4bit(torch.ones(16, 64))", "fp.nn.Linear4bit(64, 16)(torch.ones(1, 64)).sum()"
+    assert python("import sys, torch, pyfastpeft as fp", *use, loaded) == ["False"]
+
+
 def test_every_name_is_there_and_listed():
     assert set(fp.__all__) <= set(dir(fp))
     for name in fp.__all__:

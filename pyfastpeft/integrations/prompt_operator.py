@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..ops.library import constant_to_compilers
+
 
 class _Form(NamedTuple):
     """A tensor without its values."""
@@ -75,7 +77,7 @@ def compiled_tensors(maker: Maker, names: tuple[str, ...], random: bool, decodin
     return torch.ops.pyfastpeft.soft_prompt(maker.parameters(names), seed, maker.number, joined, decoding)
 
 
-@torch.compiler.assume_constant_result  # so it runs, while the code around it is only looked at
+@constant_to_compilers  # so it runs, while the code around it is only looked at
 def _learn_forms(number: int, joined: str) -> None:
     maker, names = _makers[number], joined.split("/")
     with _as_outside(maker.parameters(names), torch.zeros(1)), torch.no_grad():

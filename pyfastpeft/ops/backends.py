@@ -15,6 +15,7 @@ from ..formats.packed import dequantize_reference, quantize_reference
 from . import cuda_kernels, triton_kernels
 from .cuda_kernels import most_rows
 from .cuda_kernels import why_not as why_not_cuda
+from .library import constant_to_compilers
 from .triton_kernels import why_not as why_not_triton
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +50,7 @@ _DENSE_ROWS = 256
 
 
 @functools.cache
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def _serving(device: torch.device) -> tuple[bool, bool]:
     """Whether the CUDA and the Triton kernels serve ``device``. Says once what a GPU lacks."""
     if device.type != "cuda":

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..formats import Packed4bit
+from .library import constant_to_compilers
 
 
 @functools.cache
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def why_not(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot serve tensors on ``device``; None where they can."""
     if device.type != "cuda":
@@ -21,7 +22,7 @@ def why_not(device: torch.device) -> str | None:
     return torch.ops.pyfastpeft.cuda_missing.default(*torch.cuda.get_device_capability(device)) or None
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def _most_rows(device: int, format: int, n: int, k: int, blocksize: int, nested: bool, dtype: torch.dtype) -> int:
     return torch.ops.pyfastpeft.linear_4bit_cuda_rows.default(device, format, n, k, blocksize, nested, dtype)
 

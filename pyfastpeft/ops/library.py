@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? off
 """``Packed4bit.operands`` in an operator's schema."""
 BRANCH = "Tensor? lora_a, Tensor? lora_b, Tensor? row_scale, float scaling, Tensor? seed, float dropout"
 """A :class:`Lora` in an operator's schema, the scaling taken apart, with the seed of its dropout."""
+
+_F = TypeVar("_F", bound=Callable)
+
+
+def constant_to_compilers(function: _F) -> _F:
+    """``torch.compiler.assume_constant_result``, which loads the compiler to set this one attribute.
+
+    Loading it takes a second and a half, and 150 MB, of every process that computes without it.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 @torch.library.register_fake("pyfastpeft::quantize_4bit")

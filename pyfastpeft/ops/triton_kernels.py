@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, Packed4bit, format_of, get_format
+from .library import constant_to_compilers
 from .tuning import tuned
 
 _OLDEST = (8, 0)
@@ -21,7 +22,7 @@ _OLDEST = (8, 0)
 
 
 @functools.cache
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def why_not(device: torch.device) -> str | None:
     """Why Triton kernels cannot serve tensors on ``device``; None where they can."""
     if importlib.util.find_spec("triton") is None:
