@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
+from pyfastpeft.ops import backends
 
 VARIANTS = {
     "plain": {},
@@ -52,8 +53,13 @@ def relative(a, b):
 
 @pytest.mark.filterwarnings("ignore")
 class TestLikePeft:
+    @pytest.mark.parametrize("kernels", [False, True])
     @pytest.mark.parametrize("variant", VARIANTS)
-    def test_parameters_outputs_and_gradients_are_those_of_peft(self, variant, seed):
+    def test_parameters_outputs_and_gradients_are_those_of_peft(self, variant, kernels, seed, monkeypatch):
+        # The kernels' sums have another order: one model in a hundred with random adapters everywhere is 1e-6 apart.
+        if not kernels:
+            monkeypatch.setattr(backends, "_FORCED", backends.Backend.REFERENCE)
+        of_logits, of_gradients = (1e-5, 1e-4) if kernels else (1e-6, 2e-5)
         base = tiny.make("phi" if variant == "lora_bias" else "llama")
         ours, theirs = pair(base, seed, **VARIANTS[variant])
         own, others = dict(ours.named_parameters()), dict(theirs.named_parameters())
@@ -67,12 +73,12 @@ class TestLikePeft:
         batch = tiny.inputs()
         tiny.use_plain_layers(ours)
         a, b = ours(**batch), theirs(**batch)
-        assert relative(a.logits, b.logits) < 1e-6
+        assert relative(a.logits, b.logits) < of_logits
         a.loss.backward()
         b.loss.backward()
         trained = [n for n, p in own.items() if p.requires_grad]
         grads = [torch.cat([m[n].grad.flatten() for n in trained]) for m in (own, others)]
-        assert relative(*grads) < 2e-5
+        assert relative(*grads) < of_gradients
         # One by one in float64: in float32 a single gradient that nearly cancels is rounding noise.
         for model in (ours, theirs):
             model.double().zero_grad()
