@@ -56,10 +56,8 @@ class TestLikePeft:
     @pytest.mark.parametrize("kernels", [False, True])
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_parameters_outputs_and_gradients_are_those_of_peft(self, variant, kernels, seed, monkeypatch):
-        # The kernels' sums have another order: one model in a hundred with random adapters everywhere is 1e-6 apart.
         if not kernels:
             monkeypatch.setattr(backends, "_FORCED", backends.Backend.REFERENCE)
-        of_logits, of_gradients = (1e-5, 1e-4) if kernels else (1e-6, 2e-5)
         base = tiny.make("phi" if variant == "lora_bias" else "llama")
         ours, theirs = pair(base, seed, **VARIANTS[variant])
         own, others = dict(ours.named_parameters()), dict(theirs.named_parameters())
@@ -68,17 +66,18 @@ class TestLikePeft:
             assert parameter.requires_grad == others[name].requires_grad, name
             torch.testing.assert_close(parameter, others[name], rtol=1e-4, atol=1e-5, msg=name)
         if variant not in ("pissa", "olora"):
-            tiny.randomize(ours)
+            # The kernels' sums have another order, which larger adapters on every layer multiply tenfold.
+            tiny.randomize(ours, 0.05 if kernels else 0.2)
         tiny.copy_adapters(ours, theirs)
         batch = tiny.inputs()
         tiny.use_plain_layers(ours)
         a, b = ours(**batch), theirs(**batch)
-        assert relative(a.logits, b.logits) < of_logits
+        assert relative(a.logits, b.logits) < 1e-6
         a.loss.backward()
         b.loss.backward()
         trained = [n for n, p in own.items() if p.requires_grad]
         grads = [torch.cat([m[n].grad.flatten() for n in trained]) for m in (own, others)]
-        assert relative(*grads) < of_gradients
+        assert relative(*grads) < 2e-5
         # One by one in float64: in float32 a single gradient that nearly cancels is rounding noise.
         for model in (ours, theirs):
             model.double().zero_grad()

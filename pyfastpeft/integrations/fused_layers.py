@@ -53,9 +53,9 @@ class _RmsNorm(ModuleForward):
         return rms_norm(hidden_states, weight, self.module.variance_epsilon)
 
 
-def _plain(*layers: nn.Module) -> bool:
-    """Whether all are linear layers with nothing around them: what they return is the caller's alone."""
-    return all(type(m) in (nn.Linear, Linear4bit) and not hooked(m) for m in layers)
+def _plain(layer: nn.Module | None) -> bool:
+    """Whether this is a linear layer with nothing around it: what it returns is the caller's alone."""
+    return type(layer) in (nn.Linear, Linear4bit) and not hooked(layer)
 
 
 def _frozen(*layers: nn.Module) -> bool:
@@ -70,7 +70,7 @@ def _activated(x: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]], *l
     step. Weights of 4 bits leave more memory free than that saves; and of few rows it is little, and reading the
     weights once more is not.
     """
-    dense = all(type(m) is nn.Linear and not hooked(m) for m in layers)
+    dense = all(_plain(m) and type(m) is not Linear4bit for m in layers)
     if x[..., 0].numel() <= _FEW_ROWS or not (dense and _frozen(*layers)):
         return swiglu(*project(x))
     autocast = autocast_of(x)
