@@ -2,6 +2,7 @@
 directions."""
 
 import copy
+import dataclasses
 import math
 import os
 import pickle
@@ -587,6 +588,22 @@ def test_nan_in_a_weight_block_reaches_its_outputs_only(device):
             y = linear_4bit(torch.randn(m, k).to(dtype), w)
             assert y[:, 17].isnan().all()
             assert y[:, torch.arange(n) != 17].isfinite().all()
+
+
+def test_a_nan_among_the_scales_is_one_whatever_its_bits_are(device):
+    """Rounded in integers, one with all bits set would run over into a zero."""
+    n, k = 40, 96
+    for part, quant_type in (("scale", "nf4"), ("scale", "int4"), ("zero", "int4")):
+        w = fp.quantize_4bit(torch.randn(n, k), quant_type, 32).rows()
+        for bits in (0x7FC00000, 0x7FFFFFFF, -1):
+            values = getattr(w, part).clone()
+            values.view(torch.int32)[17 * k // 32 + 1] = bits
+            dirty = dataclasses.replace(w, **{part: values}).prepared()
+            for dtype in DTYPES:
+                for m in (1, 16, 17, 40):
+                    y = linear_4bit(torch.randn(m, k).to(dtype), dirty)
+                    assert y[:, 17].isnan().all()
+                    assert y[:, torch.arange(n) != 17].isfinite().all()
 
 
 def test_nan_gradients_propagate(device):

@@ -32,11 +32,14 @@ struct F32 {
   }
   static W load(const Elem* p) { return V::load(p); }
   static void store(Elem* p, W w) { V::store(p, w); }
+  static void store_steps(Elem* dst, const V::F* columns) { store(dst, columns[0]); }
+  // Steps of columns that are finite, infinite or the product of what `clean` returns, decoded beside products.
+  static W steps(const V::F* columns) { return columns[0]; }
+  static V::F clean(V::F v) { return v; }
   using X = V::F;
   static X broadcast(const Elem* x) { return V::set1(*x); }
   static V::F fma(V::F acc, W w, X x) { return V::fma(w, x, acc); }
   static void store_row(Elem* dst, V::F v) { V::store(dst, v); }
-  static void store_steps(Elem* dst, const V::F* columns) { V::store(dst, columns[0]); }
   // A group's lanes side by side.
   static void store_lanes(Elem* dst, const V::F* lanes) {
     for (int v = 0; v < V::kGroupVecs; ++v) V::store(dst + v * V::kLanes, lanes[v]);
@@ -75,11 +78,13 @@ struct BF16 {
   }
   static W load(const Elem* p) { return V::load_pair(p); }
   static void store(Elem* p, W w) { V::store_raw_pair(p, w); }
+  static void store_steps(Elem* dst, const V::F* columns) { store(dst, V::pair(columns[0], columns[1])); }
+  static W steps(const V::F* columns) { return V::pair_beside_products(columns[0], columns[1]); }
+  static V::F clean(V::F v) { return V::default_nan(v); }
   using X = V::Pair;
   static X broadcast(const Elem* x) { return V::broadcast_pair(x); }
   static V::F fma(V::F acc, W w, X x) { return V::fma_pair(acc, w, x); }
   static void store_row(Elem* dst, V::F v) { V::store_factor(dst, v); }
-  static void store_steps(Elem* dst, const V::F* columns) { V::store_pair(dst, columns[0], columns[1]); }
   static void store_lanes(Elem* dst, const V::F* lanes) { V::store_two(dst, lanes[0], lanes[1]); }
   static void interleave(const void* even, const void* odd, Elem* dst) { V::interleave_rows(even, odd, dst); }
   static void store_pairs(Elem* dst, const uint16_t* pairs, int64_t) { copy_bytes(dst, pairs, V::kLanes * 4); }
@@ -341,10 +346,11 @@ struct Algorithm {
   static constexpr int kPanelTiles = kHasTiles ? 32 : 8;
   static constexpr int64_t kRowChunk = kHasTiles ? 512 : 256;  // rows whose float32 results stay in cache together
   static constexpr int64_t kColumnChunk = kPanelTiles * kTile;
-  // Up to here decoding in registers is faster; then scales cost less on the sums than on every decoded weight, which
-  // zeros do not allow.
+  // Up to here decoding in registers is faster; then, up to kLateRows, scales cost less on the sums than on every
+  // decoded weight, which zeros do not allow.
   static constexpr int64_t kFewRows = kHasTiles ? 4 : 16, kFewRowsOfZeros = kHasTiles ? 8 : 16;
-  static constexpr int64_t kLateRows = kHasTiles ? 32 : INT64_MAX;
+  static constexpr int64_t kLateRows = kHasTiles ? 32 : kStep == 2 ? INT64_MAX : 0;
+  static constexpr int kDecodingRows = kHasTiles ? 0 : V::kDecodingRows;
 
   static constexpr int kElement = sizeof(E) == 4 ? kFloat32 : kBFloat16;
 
@@ -629,6 +635,68 @@ struct Algorithm {
     each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { V::store(c + R * ldc + U * kLanes, sums[R][U]); }); });
   }
 
+  // micro that decodes the group's columns [col0, col0 + n) itself and leaves them in `panel`: the weights of a step
+  // are decoded before the products of the step before, which hide that. `scales` [tiles][segments and room][16].
+  template <int MR, int NV, bool kHasZero>
+  static void micro_decoding(const E* x, const Weight& w, int64_t tile, int64_t col0, int64_t n, E* panel,
+                             const float* scales, int64_t tile_stride, Ahead ahead, float* c, int64_t ldc) {
+    constexpr MakeInts<MR> rows{};
+    constexpr MakeInts<NV> vecs{};
+    constexpr int kSteps = kGroupColumns / kStep;
+    const V::T table = V::table(kTables[w.format]);
+    const int64_t groups = n / kGroupColumns, code_stride = w.k * (kTile / 2), zero_stride = w.segments() * kTile;
+    // Segments are powers of two; the block may be a part of one.
+    const int per_segment = n < w.segment ? 63 : __builtin_ctzll(w.segment / kGroupColumns);
+    const uint8_t* codes = w.codes + tile * code_stride + col0 * (kTile / 2);
+    const float* zeros = kHasZero ? w.zero + tile * zero_stride + col0 / w.segment * kTile : nullptr;
+    V::C held[NV];
+    F scale[NV], zero[NV];
+    const auto load = [&](int64_t group) __attribute__((always_inline)) {
+      const int64_t segment = (group >> per_segment) * kTile;
+      each(
+          vecs, PF_BODY(int U) {
+            const int64_t of = U / kTileVecs, at = U % kTileVecs * kLanes;
+            held[U] = V::load_codes(codes + of * code_stride + group * 64 + at * 4);
+            scale[U] = V::load(scales + of * tile_stride + segment + at);
+            if constexpr (kHasZero) zero[U] = A::clean(V::load(zeros + of * zero_stride + segment + at));
+          });
+    };
+    F acc[MR][NV];
+    each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { acc[R][U] = V::load(c + R * ldc + U * kLanes); }); });
+    typename A::W next[NV];
+    const auto decode = PF_BODY(int S) {
+      each(
+          vecs, PF_BODY(int U) {
+            F columns[kStep];
+            scaled<kHasZero, S>(table, held[U], scale[U], zero[U], columns);
+            next[U] = A::steps(columns);
+          });
+    };
+    load(0);
+    decode.template operator()<0>();
+    for (int64_t group = 0; group < groups; ++group, x += kGroupColumns, panel += kGroupColumns * NV * kLanes) {
+      each(MakeInts<NV / kTileVecs>{}, PF_BODY(int T) { __builtin_prefetch(ahead.codes + T * ahead.tile_stride); });
+      ahead.codes += 64;
+      each(
+          MakeInts<kSteps>{}, PF_BODY(int S) {
+            typename A::W now[NV];
+            each(
+                vecs, PF_BODY(int U) {
+                  now[U] = next[U];
+                  A::store(panel + (S * NV + U) * kLanes * kStep, now[U]);
+                });
+            if constexpr (S == kSteps - 1) load(min64(group + 1, groups - 1));
+            decode.template operator()<(S + 1) % kSteps>();
+            each(
+                rows, PF_BODY(int R) {
+                  const typename A::X xb = A::broadcast(x + R * kStride + S * kStep);
+                  each(vecs, PF_BODY(int U) { acc[R][U] = A::fma(acc[R][U], now[U], xb); });
+                });
+          });
+    }
+    each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { V::store(c + R * ldc + U * kLanes, acc[R][U]); }); });
+  }
+
   using Micro = void (*)(const E*, const E*, int64_t, float*, int64_t);
   template <class Source>
   using MicroLate = void (*)(const E*, Source, int64_t, int64_t, const float*, int64_t, float*, int64_t);
@@ -644,6 +712,11 @@ struct Algorithm {
   template <int NV, class Source, int... R>
   static MicroLate<Source> pick_late(int rows, IntList<R...>) {
     static constexpr MicroLate<Source> kMicros[] = {micro_late<R + 1, NV, Source>...};
+    return kMicros[rows - 1];
+  }
+  template <int NV, bool kHasZero, int... R>
+  static auto pick_decoding(int rows, IntList<R...>) {
+    static constexpr decltype(&micro_decoding<1, NV, kHasZero>) kMicros[] = {micro_decoding<R + 1, NV, kHasZero>...};
     return kMicros[rows - 1];
   }
   static constexpr int kLateMicroRows = V::kMicroRows > 1 ? V::kMicroRows / 2 : 1;
@@ -754,6 +827,31 @@ struct Algorithm {
     }
   }
 
+  // The same where scales multiply the weights, also those in the panel.
+  static void multiply_scaled(const E* x, int64_t rows, const Weight& w, int64_t tile, int64_t tiles, int64_t col0,
+                              int64_t n, E* panel, const float* scales, int64_t tile_stride, Ahead ahead, float* c,
+                              int64_t ldc) {
+    const auto with = [&]<int NV, bool kHasZero>() {
+      const int first = static_cast<int>(min64(rows, kDecodingRows));
+      const auto decoding = pick_decoding<NV, kHasZero>(first, MakeInts<kDecodingRows>{});
+      decoding(x, w, tile, col0, n, panel, scales, tile_stride, ahead, c, ldc);
+      row_blocks(rows - first, [&](int64_t r, int m) {
+        r += first;
+        pick<NV>(m)(x + r * kStride, panel, n / kStep, c + r * ldc, ldc);
+      });
+    };
+    const auto of = [&]<int NV>() {
+      if (w.zero != nullptr)
+        with.template operator()<NV, true>();
+      else
+        with.template operator()<NV, false>();
+    };
+    if (tiles == kGroupTiles)
+      of.template operator()<V::kGroupVecs>();
+    else
+      of.template operator()<kTileVecs>();
+  }
+
   // ---- decoding ----
 
   // Columns [col0, col0 + n) of a tile, code values without scales, into vectors vec.. of a panel of `vecs` vectors.
@@ -774,14 +872,23 @@ struct Algorithm {
     }
   }
 
+  // Step S of eight columns, dequantized.
+  template <bool kHasZero, int S>
+  PF_INLINE static void scaled(const V::T& table, V::C codes, F scale, F zero, F* columns) {
+    columns[0] = V::mul(V::decode<S * kStep>(table, codes), scale);
+    if constexpr (kStep == 2) columns[kStep - 1] = V::mul(V::decode<S * kStep + kStep - 1>(table, codes), scale);
+    if constexpr (kHasZero)
+      for (int s = 0; s < kStep; ++s) columns[s] = V::add(columns[s], zero);
+  }
+
   static void decode_group(const V::T& table, V::C codes, F scale, F zero, bool has_zero, E* dst, int stride) {
     each(
         MakeInts<kGroupColumns / kStep>{}, PF_BODY(int S) {
           F columns[kStep];
-          columns[0] = V::mul(V::decode<S * kStep>(table, codes), scale);
-          if constexpr (kStep == 2) columns[kStep - 1] = V::mul(V::decode<S * kStep + kStep - 1>(table, codes), scale);
           if (has_zero)
-            for (int s = 0; s < kStep; ++s) columns[s] = V::add(columns[s], zero);
+            scaled<true, S>(table, codes, scale, zero, columns);
+          else
+            scaled<false, S>(table, codes, scale, zero, columns);
           A::store_steps(dst + S * stride, columns);
         });
   }
@@ -1153,14 +1260,17 @@ struct Algorithm {
   static void gemm(const GemmArgs& g, int64_t tile0, int64_t tile1) {
     const int64_t k = g.w.k, rank = g.lora_b.data == nullptr ? 0 : g.lora_b.cols;
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
-    float* c = static_cast<float*>(scratch(1, kRowChunk * kPanelTiles * kTile * sizeof(float)));
+    const bool late = kLateRows > 0 && g.late;
+    // More rows share what decoding costs where the weights are scaled (512 rows on Zen 5: 1.045 times dense bf16, not
+    // 1.012); with scales on the sums, on Zen 4, fewer were faster.
+    const int64_t chunk = kDecodingRows > 0 && !late ? 2 * kRowChunk : kRowChunk;
+    float* c = static_cast<float*>(scratch(1, chunk * kPanelTiles * kTile * sizeof(float)));
     const int64_t count = ceil_div(tile1 - tile0, kPanelTiles);
-    const bool late = kStep == 2 && g.w.zero == nullptr && g.x.rows <= kLateRows;
     [[maybe_unused]] const Tiles held;
     constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
     alignas(64) float scales[kGroupTiles * kScaleStride];
-    for (int64_t row0 = 0; row0 < g.x.rows; row0 += kRowChunk) {
-      const int64_t rows = min64(kRowChunk, g.x.rows - row0);
+    for (int64_t row0 = 0; row0 < g.x.rows; row0 += chunk) {
+      const int64_t rows = min64(chunk, g.x.rows - row0);
       for (int64_t p = 0; p < count; ++p) {
         // Even panels, of whole groups where that is possible.
         const int64_t units = ceil_div(tile1 - tile0, kGroupTiles);
@@ -1190,17 +1300,19 @@ struct Algorithm {
             const Ahead ahead = codes_ahead(g.w, t, t0, t1, col0, n);
             for (int64_t i = 0; i < tiles; ++i) {
               if (rank != 0 && col0 + n == k) prefetch_b(g.lora_b, t + i);
-              if (!late) {
+              if (!late && kDecodingRows == 0) {
                 decode_tile(g.w, t + i, col0, n, ahead.tile(i), panel, i * kTileVecs, vecs_of(tiles));
                 continue;
               }
               float* own = scales + i * kScaleStride;
               const float* from = tile_scales(g.w, t + i, col0 / g.w.segment, segments, own);
-              if (from != own) copy_bytes(own, from, segments * kTile * sizeof(float));
+              for (int64_t v = 0; v < segments * kTile; v += kLanes) V::store(own + v, A::clean(V::load(from + v)));
             }
             if (late)
               multiply_late(x, rows, g.w, t, tiles, col0, n, panel, segments, scales, kScaleStride, ahead, out,
                             kGroupLanes);
+            else if constexpr (kDecodingRows > 0)
+              multiply_scaled(x, rows, g.w, t, tiles, col0, n, panel, scales, kScaleStride, ahead, out, kGroupLanes);
             else
               multiply(x, rows, panel, n, tiles, out, kGroupLanes, ahead);
           });
@@ -1534,6 +1646,7 @@ struct Algorithm {
             kStride,
             kFewRows,
             kFewRowsOfZeros,
+            kLateRows,
             kHasTiles,
             packed_rows_bytes,
             panels_bytes,

@@ -8,6 +8,7 @@ struct V {
   static constexpr int kLanes = 4;
   static constexpr int kGroupVecs = 4;
   static constexpr int kMicroRows = 2;
+  static constexpr int kDecodingRows = 0;
   static constexpr int kGemvRows = 1;
   static constexpr int gemv_parts(int) { return 1; }
   using F = float __attribute__((vector_size(16)));

@@ -30,6 +30,7 @@ struct GemvArgs {  // y[m, tile rows] for rows <= 16
 
 struct GemmArgs {  // y = x * W^T + s * B^T + (base or bias)
   Weight w;        // K may be 0
+  bool late;       // scales multiply the sums: not where the weight has zeros
   PackedRows x, s;
   Matrix lora_b;  // [N, R]; data null without a branch
   const float* bias;
@@ -179,6 +180,7 @@ struct Arithmetic {
   int64_t block, stride;      // columns of a block of PackedRows, elements from one row of it to the next
   int64_t few_rows;           // up to here gemv is faster than gemm
   int64_t few_rows_of_zeros;  // the same where the weight has zeros
+  int64_t late_rows;          // up to here scales cost less on the sums than on the weights
   bool tiles;                 // gemm has instructions that multiply tiles of rows
   int64_t (*packed_rows_bytes)(int64_t rows, int64_t cols);
   int64_t (*panels_bytes)(int64_t lanes, int64_t contraction);

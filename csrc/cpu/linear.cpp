@@ -346,7 +346,8 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   if (is_few(arith, w, x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
   const int64_t rank = branch.rank(), rows = x.rows;
-  GemmArgs args{w, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
+  const bool late = w.zero == nullptr && rows <= arith.late_rows;
+  GemmArgs args{w, late, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
   const int64_t units = pairs_of(w), grain = grain_of(kPair * kTile * w.k * rows);
   const auto product = [&](const GemmArgs& own, int64_t u0, int64_t u1) {
     arith.gemm(own, u0 * kPair, std::min(u1 * kPair, w.tiles()));
@@ -378,8 +379,8 @@ void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, voi
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   branch_sums(k, arith, x, branch, rows <= arith.few_rows && branch.dropout.threshold == 0, s, parallel);
-  GemmArgs args{{},         {nullptr, rows, 0}, pack_scaled(arith, s, rows, branch, parallel), branch.b, nullptr, y,
-                base.dtype, base.cols};
+  GemmArgs args{{}, false,      {nullptr, rows, 0}, pack_scaled(arith, s, rows, branch, parallel), branch.b, nullptr,
+                y,  base.dtype, base.cols};
   args.w.n = base.cols;
   args.base = base;
   run(parallel, pairs_of(args.w), grain_of(kPair * kTile * (rank + kReading) * rows),

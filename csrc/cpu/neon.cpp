@@ -10,6 +10,7 @@ struct V {
   static constexpr int kLanes = 4;
   static constexpr int kGroupVecs = 4;  // 6 x 4 accumulators, 4 vectors of weights, 1 broadcast: 29 of 32 registers
   static constexpr int kMicroRows = 6;
+  static constexpr int kDecodingRows = 0;
   static constexpr int kGemvRows = 2;
   static constexpr int gemv_parts(int) { return 1; }
   using F = float32x4_t;
