@@ -189,18 +189,33 @@ std::tuple<Tensor, Tensor> head_cross_entropy(Tensor hidden, Tensor weight, Tens
   return {losses, dhidden};
 }
 
-// x W^T + bias for few rows, reading W once, in float32.
-Tensor few_rows_linear(Tensor x, Tensor weight, OptTensor bias) {
+// x W^T + bias, summed in float32.
+Tensor dense_linear(Tensor x, Tensor weight, OptTensor bias) {
   kernels();
   x = with_contiguous_columns(x);
   weight = with_contiguous_columns(weight);
   const pf::Matrix xm = matrix(x, "x"), w = matrix(weight, "weight");
-  STD_TORCH_CHECK(xm.rows <= pf::kTile, "x has ", xm.rows, " rows; it must have at most ", pf::kTile);
   STD_TORCH_CHECK(xm.cols == w.cols && xm.dtype == w.dtype, "weight must be [N, ", xm.cols, "] in the dtype of x");
   const Bias added(bias, w.rows);
   Tensor y = new_matrix(xm.rows, w.rows, xm.dtype);
-  pf::dense_forward(w, xm, added.data, {}, y.mutable_data_ptr(), xm.dtype, parallel);
+  void* out = y.mutable_data_ptr();
+  pf::with_threads_for(xm.rows, w.rows * w.cols,
+                       [&](pf::ParallelFor threads) { pf::dense_product(w, xm, added.data, out, xm.dtype, threads); });
   return y;
+}
+
+// dy W.
+Tensor dense_linear_backward(Tensor dy, Tensor weight) {
+  kernels();
+  dy = with_contiguous_columns(dy);
+  weight = with_contiguous_columns(weight);
+  const pf::Matrix dym = matrix(dy, "dy"), w = matrix(weight, "weight");
+  STD_TORCH_CHECK(dym.cols == w.rows && dym.dtype == w.dtype, "weight must be [", dym.cols, ", K] in the dtype of dy");
+  Tensor dx = new_matrix(dym.rows, w.cols, dym.dtype);
+  void* out = dx.mutable_data_ptr();
+  pf::with_threads_for(dym.rows, w.rows * w.cols,
+                       [&](pf::ParallelFor threads) { pf::dense_backward(w, dym, out, threads); });
+  return dx;
 }
 
 }  // namespace
@@ -212,7 +227,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
       "(Tensor, Tensor)");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)");
-  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("dense_linear_backward(Tensor dy, Tensor weight) -> Tensor");
   m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) -> (Tensor, Tensor)");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels) -> Tensor");
   m.def("head_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, bool differentiates) -> (Tensor, Tensor)");
@@ -226,5 +242,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   m.impl("head_cross_entropy", TORCH_BOX(&head_cross_entropy));
-  m.impl("few_rows_linear", TORCH_BOX(&few_rows_linear));
+  m.impl("dense_linear", TORCH_BOX(&dense_linear));
+  m.impl("dense_linear_backward", TORCH_BOX(&dense_linear_backward));
 }

@@ -277,6 +277,8 @@ std::vector<std::string> available_isas() {
 
 std::string isa() { return kernels().name; }
 
+bool outruns_mkl() { return kernels().outruns_mkl; }
+
 std::string set_isa(std::string name) {
   STD_TORCH_CHECK(pf::set_isa(name.c_str()), "name is '", name, "'; this machine has no such instruction set");
   return isa();
@@ -317,6 +319,7 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def("set_dynamic_map(Tensor map) -> ()");
   m.def("available_isas() -> str[]");
   m.def("isa() -> str");
+  m.def("outruns_mkl() -> bool");
   m.def("set_isa(str name) -> str");
 }
 
@@ -341,5 +344,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
   m.impl("available_isas", TORCH_BOX(&available_isas));
   m.impl("isa", TORCH_BOX(&isa));
+  m.impl("outruns_mkl", TORCH_BOX(&outruns_mkl));
   m.impl("set_isa", TORCH_BOX(&set_isa));
 }

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import pyfastpeft as fp
+from pyfastpeft.integrations.dense_layers import DenseForward
 from pyfastpeft.integrations.forwards import ModuleForward
 from pyfastpeft.integrations.fused_layers import fuse_layers
 
@@ -50,7 +51,9 @@ def model_of(config, dtype=torch.float32):
 
 
 def fused_modules(model):
-    return [m for m in model.modules() if isinstance(vars(m).get("forward"), ModuleForward)]
+    """But for linear layers that the CPU alone decides about."""
+    forwards = ((m, vars(m).get("forward")) for m in model.modules())
+    return [m for m, f in forwards if isinstance(f, ModuleForward) and not isinstance(f, DenseForward)]
 
 
 def batch():

@@ -225,6 +225,7 @@ struct Kernels {
   Arithmetic f32;
   Arithmetic bf16;                                 // gemv null where the instruction set has no bf16 products
   bool slow_bf16;                                  // a bf16 product takes longer than two of float32
+  bool outruns_mkl;                                // in products of float32 of many rows
   AttentionKernels attention_f32, attention_bf16;  // forward null where there are no bf16 products
   PF_INLINE const AttentionKernels& attention(int dtype) const {
     return dtype == kBFloat16 && attention_bf16.forward != nullptr ? attention_bf16 : attention_f32;

@@ -387,6 +387,25 @@ void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, voi
       [&](int64_t u0, int64_t u1) { arith.gemm(args, u0 * kPair, std::min(u1 * kPair, args.w.tiles())); });
 }
 
+void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y, int y_dtype, ParallelFor parallel) {
+  if (x.rows <= kTile) return dense_forward(w, x, bias, {}, y, y_dtype, parallel);
+  if (w.rows == 0) return;
+  // A branch alone, with x for its s.
+  const Arithmetic& arith = arithmetic_for(*kernels(), x.dtype);
+  GemmArgs args{{},      false, {nullptr, x.rows, 0}, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), w, bias, y,
+                y_dtype, w.rows};
+  args.w.n = w.rows;
+  run(parallel, pairs_of(args.w), grain_of(kPair * kTile * w.cols * x.rows),
+      [&](int64_t u0, int64_t u1) { arith.gemm(args, u0 * kPair, std::min(u1 * kPair, args.w.tiles())); });
+}
+
+void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor parallel) {
+  const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
+  const DxArgs args{{}, nullptr, pack_panels(arith, dy, true, kSlotDy, parallel), w, dy.rows, {}, dx, dy.dtype, w.cols};
+  run(parallel, (w.cols + kUnit - 1) / kUnit, grain_of(kUnit * w.rows * dy.rows),
+      [&](int64_t u0, int64_t u1) { arith.dx(args, u0 * kUnit, std::min(u1 * kUnit, w.cols)); });
+}
+
 void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
                    ParallelFor parallel) {
   if (x.rows == 0 || w.rows == 0) return;

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
 from ..ops.backends import FLOATS, choose_plain
+from .dense_layers import DenseForward
 from .forwards import ModuleForward, autocast_of, hooked, install, remove
 
 _CHUNK_LOGITS = 1 << 22
@@ -303,5 +304,6 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
     if not defer:
         remove(model, _DeferringForward)
     elif isinstance(head, nn.Linear):
+        remove(head, DenseForward)  # which the head's own has within
         install(head, _DeferringForward)
         large_pages(head.weight.data)

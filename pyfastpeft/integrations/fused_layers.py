@@ -1,4 +1,5 @@
-"""RMSNorm, SwiGLU and rotary embeddings by this library's operators, inside transformers' Llama-like layers.
+"""RMSNorm, SwiGLU and rotary embeddings by this library's operators, inside transformers' Llama-like layers; and linear
+layers (:mod:`.dense_layers`).
 
 A class is recognized by its code: transformers' models repeat Llama's functions word for word, so a module whose
 ``forward`` has the bytecode of Llama's computes what Llama's does, under whatever name. In training these operators
@@ -22,6 +23,7 @@ from ..nn import Linear4bit
 from ..nn.lora import LoraLinear
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.backends import FLOATS, Backend, choose_plain
+from .dense_layers import DenseForward, has_fast_forward
 from .forwards import ModuleForward, autocast_of, hooked, install, remove
 
 _ROPE = "apply_rotary_pos_emb"
@@ -180,6 +182,8 @@ def _rotates_as_llama(attention: type[nn.Module]) -> bool:
 
 def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
     kind = type(module)
+    if has_fast_forward(module):
+        return DenseForward
     if not kind.__module__.startswith("transformers."):
         return None
     if _has_code_of(kind, llama.LlamaRMSNorm):
@@ -200,7 +204,7 @@ def _is_silu(activation: Any) -> bool:
 def fuse_layers(model: nn.Module, fuse: bool = True) -> None:
     """Let the modules inside ``model`` that this library has operators for use them, or their own code again."""
     if not fuse:
-        for kind in (_RmsNorm, _LlamaMlp, _Phi3Mlp, _Attention, _LlamaLayer):
+        for kind in (_RmsNorm, _LlamaMlp, _Phi3Mlp, _Attention, _LlamaLayer, DenseForward):
             remove(model, kind)
         return
     for module in model.modules():

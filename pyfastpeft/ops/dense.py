@@ -1,4 +1,4 @@
-"""``dense_linear``: a full-precision product for an output head, whose weight is most of what few rows cost."""
+"""``dense_linear``: products with a frozen weight in full precision that torch on a CPU is slow at."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import FLOATS, Backend, choose_plain
+
 FEW_ROWS = 16
-"""Rows up to which the kernel, which reads the weight once, serves: it multiplies by a tile of so many."""
+"""Rows up to which the kernel takes what reading the weight once takes: it multiplies by a tile of so many."""
+FAST_FLOAT32 = torch.backends.mkl.is_available() and torch.ops.pyfastpeft.outruns_mkl()
+"""Whether products of more rows in float32 are faster here than torch's."""
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(x, weight, bias)``; few rows take what reading the weight takes.
+    """``F.linear(x, weight, bias)``; without gradients few rows take what reading the weight takes.
 
     Rows that do not lie side by side are brought together first: torch on a CPU would multiply each by a copy of the
     weight of its own, seconds and gigabytes for a head and a few sequences.
@@ -22,14 +26,51 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if torch.compiler.is_compiling() or not x.is_cpu:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    served = len(rows) <= FEW_ROWS and rows.dtype == weight.dtype and not torch.is_grad_enabled()
-    if served and rows.is_floating_point() and rows.element_size() <= 4 and not torch.is_autocast_enabled("cpu"):
-        y = torch.ops.pyfastpeft.few_rows_linear.default(rows, weight, bias)
+    if many_rows_pay(rows, weight, bias):
+        y = _ManyRows.apply(rows, weight, bias)
+    elif len(rows) <= FEW_ROWS and not torch.is_grad_enabled() and _multiplies(rows, weight):
+        y = torch.ops.pyfastpeft.dense_linear.default(rows, weight, bias)
     else:
         y = F.linear(rows, weight, bias)
     return y.view(*x.shape[:-1], len(weight))
 
 
-@torch.library.register_fake("pyfastpeft::few_rows_linear")
+def many_rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether :func:`dense_linear` is faster than ``F.linear`` for these many rows, which need no gradient but x's."""
+    return (
+        FAST_FLOAT32
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and x.numel() > FEW_ROWS * x.shape[-1]
+        and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
+        and _multiplies(x, weight)
+        and choose_plain(x.device) is Backend.NATIVE
+    )
+
+
+def _multiplies(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype and x.dtype in FLOATS and not torch.is_autocast_enabled("cpu")
+
+
+class _ManyRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # noqa: ANN001
+        ctx.save_for_backward(weight)
+        return torch.ops.pyfastpeft.dense_linear.default(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):  # noqa: ANN001
+        (weight,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            return dy @ weight, None, None
+        return torch.ops.pyfastpeft.dense_linear_backward.default(dy, weight), None, None
+
+
+@torch.library.register_fake("pyfastpeft::dense_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("pyfastpeft::dense_linear_backward")
+def _(dy: Tensor, weight: Tensor) -> Tensor:
+    return dy.new_empty((dy.shape[0], weight.shape[1]))

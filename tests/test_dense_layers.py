@@ -1,0 +1,144 @@
+"""Products with a frozen weight in full precision: the operator, and linear layers that use it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pyfastpeft as fp
+from pyfastpeft.integrations import dense_layers
+from pyfastpeft.integrations.dense_layers import DenseForward
+from pyfastpeft.integrations.fused_layers import fuse_layers
+from pyfastpeft.ops import dense, dense_linear
+
+ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
+# (rows, N, K): whole and partial groups of lanes, blocks and chunks of rows.
+SHAPES = [(0, 9, 8), (1, 49, 37), (17, 33, 96), (40, 7, 129), (70, 300, 64), (33, 1, 1), (129, 64, 257), (530, 40, 48)]
+
+
+@pytest.fixture
+def pays(monkeypatch):
+    """As on a CPU where it does."""
+    monkeypatch.setattr(dense, "FAST_FLOAT32", True)
+    monkeypatch.setattr(dense_layers, "FAST_FLOAT32", True)
+
+
+def error(got, expected):
+    return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.parametrize("rows, n, k", SHAPES)
+def test_both_directions(isa, dtype, rows, n, k):
+    x, weight, dy = (torch.randn(*shape).to(dtype) for shape in ((rows, k), (n, k), (rows, n)))
+    for bias in (None, torch.randn(n).to(dtype)):
+        y = torch.ops.pyfastpeft.dense_linear(x, weight, bias)
+        assert y.dtype == dtype and y.shape == (rows, n)
+        assert error(y, F.linear(x.double(), weight.double(), None if bias is None else bias.double())) <= ERROR[dtype]
+    dx = torch.ops.pyfastpeft.dense_linear_backward(dy, weight)
+    assert dx.dtype == dtype and dx.shape == (rows, k)
+    assert error(dx, dy.double() @ weight.double()) <= ERROR[dtype]
+
+
+def test_matrices_that_are_not_contiguous(isa):
+    x, weight, dy = torch.randn(50, 130)[:, ::2], torch.randn(65, 40).t(), torch.randn(40, 50).t()
+    linear, backward = torch.ops.pyfastpeft.dense_linear, torch.ops.pyfastpeft.dense_linear_backward
+    assert torch.equal(linear(x, weight, None), linear(x.contiguous(), weight.contiguous(), None))
+    assert torch.equal(backward(dy, weight), backward(dy.contiguous(), weight.contiguous()))
+
+
+def test_what_is_not_finite_stays_in_its_row_and_column(isa):
+    x, weight, dy = torch.randn(40, 100), torch.randn(70, 100), torch.randn(40, 70)
+    linear, backward = torch.ops.pyfastpeft.dense_linear, torch.ops.pyfastpeft.dense_linear_backward
+    y, dx = linear(x, weight, None), backward(dy, weight)
+    x[3, 99], x[18, 0], dy[5, 69] = torch.nan, torch.inf, torch.nan
+    others = torch.ones(40, dtype=torch.bool)
+    others[[3, 18]] = False
+    got = linear(x, weight, None)
+    assert torch.equal(got[others], y[others]) and not got[~others].isfinite().any()
+    got = backward(dy, weight)
+    assert got[5].isnan().all() and torch.equal(got[torch.arange(40) != 5], dx[torch.arange(40) != 5])
+    weight[16, 3] = -torch.inf
+    got = linear(x[others], weight, None)
+    assert not got[:, 16].isfinite().any()
+    assert torch.equal(got[:, torch.arange(70) != 16], y[others][:, torch.arange(70) != 16])
+
+
+@pytest.mark.parametrize(
+    "x, weight, match",
+    [
+        (torch.zeros(20, 8), torch.zeros(3, 9), "weight must be .N, 8. in the dtype of x"),
+        (torch.zeros(20, 8), torch.zeros(3, 8).bfloat16(), "weight must be .N, 8. in the dtype of x"),
+    ],
+)
+def test_the_operator_names_what_is_wrong(x, weight, match):
+    with pytest.raises(RuntimeError, match=match):
+        torch.ops.pyfastpeft.dense_linear(x, weight, None)
+
+
+def test_gradients_once_and_twice(pays):
+    layer, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(3, 9, 24, requires_grad=True)
+    dy = torch.randn(3, 9, 40, requires_grad=True)
+
+    def gradients(y):
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        return dx, *torch.autograd.grad(dx.square().sum(), dy)
+
+    y, expected = dense_linear(x, layer.weight, layer.bias), layer(x)
+    assert "ManyRows" in y.grad_fn.next_functions[0][0].name()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(gradients(y), gradients(expected), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_torch_computes(pays, monkeypatch):
+    """Few rows with gradients, what trains, other dtypes, autocast, a backend without kernels, a compiler."""
+    frozen, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(20, 24)
+    assert dense.many_rows_pay(x, frozen.weight, frozen.bias)
+    assert not dense.many_rows_pay(x[:16], frozen.weight, frozen.bias)
+    assert not dense.many_rows_pay(x[:0], frozen.weight, frozen.bias)
+    assert not dense.many_rows_pay(x.double(), frozen.weight.double(), None)
+    assert not dense.many_rows_pay(x.bfloat16(), frozen.weight.bfloat16(), None)
+    for part in (frozen.weight, frozen.bias):
+        part.requires_grad_(True)
+        assert not dense.many_rows_pay(x, frozen.weight, frozen.bias)
+        with torch.no_grad():
+            assert dense.many_rows_pay(x, frozen.weight, frozen.bias)
+        part.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not dense.many_rows_pay(x, frozen.weight, frozen.bias)
+    fuse_layers(nn.ModuleList([frozen]))
+    assert type(frozen.forward) is DenseForward
+    compiled = torch.compile(frozen, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), F.linear(x, frozen.weight, frozen.bias))
+    monkeypatch.setattr(dense, "choose_plain", lambda device: fp.ops.Backend.REFERENCE)
+    assert not dense.many_rows_pay(x, frozen.weight, frozen.bias)
+
+
+def test_layers_use_it_where_it_pays(pays, monkeypatch):
+    model = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 8)).requires_grad_(False)
+    plain = copy.deepcopy(model)
+    fuse_layers(model)
+    rows = []
+    monkeypatch.setattr(dense_layers, "dense_linear", lambda *args: rows.append(args[0].shape) or dense_linear(*args))
+    x = torch.randn(2, 30, 24)
+    ours, theirs = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
+    torch.testing.assert_close(model(ours), plain(theirs), rtol=1e-5, atol=1e-5)
+    assert rows == [(2, 30, 24), (2, 30, 48)]
+    model(ours).sum().backward()
+    plain(theirs).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    twin = copy.deepcopy(model)
+    twin[0].weight.zero_()
+    assert twin(x).std(dim=1).max() < 1e-6 and model(x).std(dim=1).min() > 1e-3
+    fuse_layers(model, False)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_elsewhere_layers_are_left_alone(monkeypatch):
+    monkeypatch.setattr(dense_layers, "FAST_FLOAT32", False)
+    layer = nn.Linear(4, 4)
+    fuse_layers(nn.ModuleList([layer]))
+    assert "forward" not in vars(layer)
