@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_llama
 from torch import nn
 
 import pyfastpeft as fp
@@ -142,3 +143,13 @@ def test_elsewhere_layers_are_left_alone(monkeypatch):
     layer = nn.Linear(4, 4)
     fuse_layers(nn.ModuleList([layer]))
     assert "forward" not in vars(layer)
+
+
+def test_a_model_with_adapters_uses_it_but_in_what_adapters_exchange(pays):
+    model = fp.accelerate(tiny_llama())
+    model = fp.get_peft_model(model, fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["k_proj", "lm_head"]))
+    fast = {name for name, m in model.named_modules() if isinstance(vars(m).get("forward"), DenseForward)}
+    assert any(name.endswith("q_proj.base_layer") for name in fast) and any(name.endswith("v_proj") for name in fast)
+    assert not any("k_proj" in name or "lm_head" in name for name in fast)
+    model.unload()
+    assert not any(isinstance(vars(m).get("forward"), DenseForward) for m in model.modules())

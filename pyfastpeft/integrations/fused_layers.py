@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.phi3 import modeling_phi3 as phi3
 
 from ..nn import Linear4bit
-from ..nn.lora import LoraLinear
+from ..nn.lora import LoraLinear, ModulesToSave
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.backends import FLOATS, Backend, choose_plain
 from .dense_layers import DenseForward, has_fast_forward
@@ -211,3 +211,6 @@ def fuse_layers(model: nn.Module, fuse: bool = True) -> None:
         forward = _forward_for(module)
         if forward is not None:
             install(module, forward)
+    for module in model.modules():
+        if isinstance(module, ModulesToSave):  # whose copies train; compiled code would be compiled anew for each
+            remove(module, DenseForward)
