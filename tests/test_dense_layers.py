@@ -22,8 +22,8 @@ SHAPES = [(0, 9, 8), (1, 49, 37), (17, 33, 96), (40, 7, 129), (70, 300, 64), (33
 @pytest.fixture
 def pays(monkeypatch):
     """As on a CPU where it does."""
-    monkeypatch.setattr(dense, "FAST_FLOAT32", True)
-    monkeypatch.setattr(dense_layers, "FAST_FLOAT32", True)
+    monkeypatch.setattr(dense, "fast_float32", lambda: True)
+    monkeypatch.setattr(dense_layers, "fast_float32", lambda: True)
 
 
 def error(got, expected):
@@ -139,7 +139,7 @@ def test_layers_use_it_where_it_pays(pays, monkeypatch):
 
 
 def test_elsewhere_layers_are_left_alone(monkeypatch):
-    monkeypatch.setattr(dense_layers, "FAST_FLOAT32", False)
+    monkeypatch.setattr(dense_layers, "fast_float32", lambda: False)
     layer = nn.Linear(4, 4)
     fuse_layers(nn.ModuleList([layer]))
     assert "forward" not in vars(layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.dense import FAST_FLOAT32, dense_linear, many_rows_pay
+from ..ops.dense import dense_linear, fast_float32, many_rows_pay
 from .forwards import ModuleForward
 
 
@@ -21,4 +21,4 @@ class DenseForward(ModuleForward):
 
 def has_fast_forward(module: nn.Module) -> bool:
     """Whether :class:`DenseForward` can be faster here than the own forward of ``module``."""
-    return FAST_FLOAT32 and type(module) is nn.Linear
+    return type(module) is nn.Linear and fast_float32()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,12 +12,17 @@ from .backends import FLOATS, Backend, choose_plain
 
 FEW_ROWS = 16
 """Rows up to which the kernel takes what reading the weight once takes: it multiplies by a tile of so many."""
-FAST_FLOAT32 = torch.backends.mkl.is_available() and torch.ops.pyfastpeft.outruns_mkl()
-"""Whether products of more rows in float32 are faster here than torch's."""
+
+
+@functools.cache
+def fast_float32() -> bool:
+    """Whether products of more rows in float32 are faster on this CPU than torch's."""
+    return torch.backends.mkl.is_available() and torch.ops.pyfastpeft.outruns_mkl()
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(x, weight, bias)``; without gradients few rows take what reading the weight takes.
+    """``F.linear(x, weight, bias)``; without gradients few rows take what reading the weight takes, and more rows of
+    float32 run faster where :func:`many_rows_pay`.
 
     Rows that do not lie side by side are brought together first: torch on a CPU would multiply each by a copy of the
     weight of its own, seconds and gigabytes for a head and a few sequences.
@@ -38,9 +45,9 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def many_rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`dense_linear` is faster than ``F.linear`` for these many rows, which need no gradient but x's."""
     return (
-        FAST_FLOAT32
-        and x.dtype is torch.float32
+        x.dtype is torch.float32
         and x.is_cpu
+        and fast_float32()
         and x.numel() > FEW_ROWS * x.shape[-1]
         and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         and _multiplies(x, weight)
