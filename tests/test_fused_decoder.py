@@ -265,7 +265,7 @@ def test_adapters_take_effect_at_the_next_token(dtype, dense, served):
     model = family("llama", dtype)
     model = adapted(model if dense else quantized(model))
     model.add_adapter("other", fp.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    randomize(model)
+    randomize(model, std=0.1)  # as in `adapted`
     for name in ("other", "default"):
         model.set_adapter(name, inference_mode=True)
     plain = copy.deepcopy(model)
