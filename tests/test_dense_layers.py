@@ -77,6 +77,8 @@ def test_what_is_not_finite_stays_in_its_row_and_column(isa):
 def test_the_operator_names_what_is_wrong(x, weight, match):
     with pytest.raises(RuntimeError, match=match):
         torch.ops.pyfastpeft.dense_linear(x, weight, None)
+    with pytest.raises(RuntimeError, match=r"weight must be \[8, K\] in the dtype of dy"):
+        torch.ops.pyfastpeft.dense_linear_backward(x, weight)
 
 
 def test_gradients_once_and_twice(pays):
@@ -123,7 +125,8 @@ def test_layers_use_it_where_it_pays(pays, monkeypatch):
     plain = copy.deepcopy(model)
     fuse_layers(model)
     rows = []
-    monkeypatch.setattr(dense_layers, "dense_linear", lambda *args: rows.append(args[0].shape) or dense_linear(*args))
+    spy = lambda *args: rows.append(args[0].shape) or dense.many_rows_linear(*args)  # noqa: E731
+    monkeypatch.setattr(dense_layers, "many_rows_linear", spy)
     x = torch.randn(2, 30, 24)
     ours, theirs = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
     torch.testing.assert_close(model(ours), plain(theirs), rtol=1e-5, atol=1e-5)

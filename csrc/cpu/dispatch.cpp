@@ -113,7 +113,7 @@ struct Registry {
     if (bf16) {
       const Kernels one = with_int8(avx512_bf16_kernels(), avx512_bf16_int8);
       // Scales on the sums leave registers for twelve sums, no more than CPUs have under way that start two products in
-      // a cycle (Zen 5, 4096 x 4096, 64 rows: 423 GFLOP/s, with scales on the weights 485).
+      // a cycle (Zen 5, 4096 x 4096, 64 rows: 423 GFLOP/s, with scales on the weights 479).
       Kernels two = one;
       two.name = "avx512_bf16x2";
       two.bf16.late_rows = 0;

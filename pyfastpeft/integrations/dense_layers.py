@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.dense import dense_linear, fast_float32, many_rows_pay
+from ..ops.dense import fast_float32, many_rows_linear, many_rows_pay
 from .forwards import ModuleForward
 
 
@@ -16,7 +16,7 @@ class DenseForward(ModuleForward):
         layer = self.module
         if torch.compiler.is_compiling() or not many_rows_pay(input, layer.weight, layer.bias):
             return self.own(input)
-        return dense_linear(input, layer.weight, layer.bias)
+        return many_rows_linear(input, layer.weight, layer.bias)
 
 
 def has_fast_forward(module: nn.Module) -> bool:

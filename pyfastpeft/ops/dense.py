@@ -32,10 +32,10 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if torch.compiler.is_compiling() or not x.is_cpu:
         return F.linear(x, weight, bias)
+    if many_rows_pay(x, weight, bias):
+        return many_rows_linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if many_rows_pay(rows, weight, bias):
-        y = _ManyRows.apply(rows, weight, bias)
-    elif len(rows) <= FEW_ROWS and not torch.is_grad_enabled() and _multiplies(rows, weight):
+    if len(rows) <= FEW_ROWS and not torch.is_grad_enabled() and _multiplies(rows, weight):
         y = torch.ops.pyfastpeft.dense_linear.default(rows, weight, bias)
     else:
         y = F.linear(rows, weight, bias)
@@ -43,7 +43,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def many_rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether :func:`dense_linear` is faster than ``F.linear`` for these many rows, which need no gradient but x's."""
+    """Whether :func:`many_rows_linear` takes these and is faster than ``F.linear``."""
     return (
         x.dtype is torch.float32
         and x.is_cpu
@@ -53,6 +53,12 @@ def many_rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _multiplies(x, weight)
         and choose_plain(x.device) is Backend.NATIVE
     )
+
+
+def many_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear(x, weight, bias)`` where :func:`many_rows_pay`; differentiable in x alone."""
+    y = _ManyRows.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def _multiplies(x: Tensor, weight: Tensor) -> bool:
