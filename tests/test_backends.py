@@ -1,5 +1,6 @@
 """Which backend serves a weight, decided without the device."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +23,12 @@ def forget():
         remembered.cache_clear()
 
 
+def find_triton(monkeypatch, spec):
+    """Makes ``spec`` what is found of Triton, and of nothing else: torch looks for modules by the same function."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: spec if name == "triton" else find(name, *at))
+
+
 @pytest.fixture
 def gpu(monkeypatch, forget):
     """Called with a compute capability: a weight on a GPU of that capability, with Triton installed and, where wanted,
@@ -32,7 +39,7 @@ def gpu(monkeypatch, forget):
             remembered.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: object())
+        find_triton(monkeypatch, object())
         monkeypatch.setattr(backends, "why_not_cuda", lambda device: cuda)
         monkeypatch.setattr(backends, "most_rows", lambda w, dtype: 128 if dtype.itemsize == 2 else 0)
         return SimpleNamespace(device=torch.device("cuda", 0), layout="rows")
@@ -96,7 +103,7 @@ def test_without_cuda_kernels_the_slower_path_is_said_once(gpu, monkeypatch, tri
 
 def test_without_any_kernels_a_gpu_has_the_reference(gpu, monkeypatch):
     on_gpu = gpu((9, 0), "pyfastpeft was built without CUDA kernels")
-    monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: None)
+    find_triton(monkeypatch, None)
     with pytest.warns(UserWarning, match="plain torch serves, as triton is not installed"):
         assert chosen(on_gpu) is Backend.REFERENCE
 
@@ -115,7 +122,7 @@ def test_triton_forced_where_it_cannot_serve_says_why(gpu, monkeypatch, reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     w = gpu((7, 5))
     if reason == "installed":
-        monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: None)
+        find_triton(monkeypatch, None)
     if reason == "on cpu":
         w = weight(64)
     with pytest.raises(RuntimeError, match=f"PYFASTPEFT_BACKEND is 'triton'.*{reason}"):
