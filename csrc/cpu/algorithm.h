@@ -1037,22 +1037,19 @@ struct Algorithm {
     }
   }
 
-  static void dots_packed(const GemvArgs& g, const Matrix& p, int64_t col0, int64_t col1, const void* next,
-                          float* out) {
+  static void dots_packed(const GemvArgs& g, const Matrix& p, int64_t tile, int64_t col0, int64_t col1,
+                          const void* next, float* out) {
     alignas(64) float sums[16][kTile];
-    const int64_t tiles = ceil_div(p.rows, kTile), steps = (col1 - col0) / 2;
+    const int64_t steps = (col1 - col0) / 2, lanes = min64(kTile, p.rows - tile * kTile);
     const E* x = static_cast<const E*>(g.x) + col0;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const uint16_t* pairs = p.pairs(tile, col0);
-      const char* end = reinterpret_cast<const char*>(p.pairs(tile, col1));
-      const char* then = static_cast<const char*>(tile + 1 < tiles ? p.pairs(tile + 1, col0) : next);
-      int64_t m = 0;
-      for (; m + 4 <= g.rows; m += 4) dots_rows<4>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
-      for (; m + 2 <= g.rows; m += 2) dots_rows<2>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
-      for (; m < g.rows; ++m) dots_rows<1>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
-      const int64_t lanes = min64(kTile, p.rows - tile * kTile);
-      for (m = 0; m < g.rows; ++m) copy_bytes(out + m * p.rows + tile * kTile, sums[m], lanes * sizeof(float));
-    }
+    const uint16_t* pairs = p.pairs(tile, col0);
+    const char* end = reinterpret_cast<const char*>(p.pairs(ceil_div(p.rows, kTile), 0));
+    const char* then = static_cast<const char*>(next);
+    int64_t m = 0;
+    for (; m + 4 <= g.rows; m += 4) dots_rows<4>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
+    for (; m + 2 <= g.rows; m += 2) dots_rows<2>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
+    for (; m < g.rows; ++m) dots_rows<1>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
+    for (m = 0; m < g.rows; ++m) copy_bytes(out + m * p.rows + tile * kTile, sums[m], lanes * sizeof(float));
   }
 
   // Few rows' decoding where lanes are the rows of a tile: a vector of codes gives its columns one step after the
@@ -1100,6 +1097,8 @@ struct Algorithm {
     const float *scales, *zeros;
     const E* b;               // of a branch
     const uint16_t* b_pairs;  // of a packed one
+    const char *b_ahead, *b_ahead_end;  // what is asked for of it, b_lines every segment
+    int64_t b_lines;
     typename D::Table table;
   };
 
@@ -1139,9 +1138,11 @@ struct Algorithm {
     const uint8_t* codes = g.w.codes + t.tile * g.w.k * (kTile / 2);
     const typename D::Elem* x = t.x.data + row0 * t.x.ld;
     const int64_t segments = g.w.segments(), unit = D::unit(g.w), groups = unit / kGroupColumns;
+    const char* b_ahead = t.b_ahead;
     int64_t at_unit = 0;
     for (int64_t s = 0; s < segments; ++s) {
       __builtin_prefetch(reinterpret_cast<const char*>(t.scales + s * kTile) + kScalesAhead);
+      for (int64_t i = 0; i < t.b_lines && b_ahead < t.b_ahead_end; ++i, b_ahead += 64) prefetch_stream(b_ahead);
       for (int64_t column = 0; column < g.w.segment; column += unit, codes += groups * 64, x += unit, ++at_unit)
         each(
             vecs, PF_BODY(int U) {
@@ -1211,11 +1212,15 @@ struct Algorithm {
           prefetch_stream(g.w.codes + t.tile * g.w.k * (kTile / 2) + kCodesAhead + i * 4);
       t.scales = tile_scales(g.w, t.tile, 0, segments, decoded);
       t.zeros = g.w.zero == nullptr ? nullptr : g.w.zero + t.tile * segments * kTile;
-      if (rank != 0 && g.lora_b.packed)
+      if (rank != 0 && g.lora_b.packed) {
         t.b_pairs = g.lora_b.pairs(t.tile, 0);
-      else if (rank != 0)
+        t.b_ahead = reinterpret_cast<const char*>(g.lora_b.pairs(min64(t.tile + kTilesAhead, tile1), 0));
+        t.b_ahead_end = reinterpret_cast<const char*>(g.lora_b.pairs(min64(t.tile + kTilesAhead + 1, tile1), 0));
+        t.b_lines = ceil_div(t.b_ahead_end - t.b_ahead, 64 * segments);
+      } else if (rank != 0) {
         pack_lanes_t(g.lora_b, t.tile * kTile, 0, rank, made, 0, kTileVecs);
-      if (rank != 0 && t.tile + kTilesAhead < tile1) prefetch_b(g.lora_b, t.tile + kTilesAhead);
+        if (t.tile + kTilesAhead < tile1) prefetch_b(g.lora_b, t.tile + kTilesAhead);
+      }
       row_blocks(g.rows, [&](int64_t m, int n) { pick_gemv<D>(n, MakeInts<D::kMostRows>{})(g, t, m); }, D::kMostRows);
     }
   }

@@ -118,11 +118,13 @@ class BranchSums {
     args_.x = few.x;
     args_.ldx = few.ldx;
     args_.rows = rows;
-    // A part of a packed A is a range of columns, and adds to every sum; else it is a range of rows.
-    if (branch.a.packed)
+    // A part of a packed A is a range of columns of one tile, in the order of memory; else it is a range of rows.
+    if (branch.a.packed) {
       split(branch.a.cols, 256, true);
-    else
+      parts_ = summands_ * ((branch.rank() + kTile - 1) / kTile);
+    } else {
       split(branch.a.rows, 4, false);
+    }
   }
 
   // Of up to kMostSplitRows rows, packed.
@@ -133,18 +135,14 @@ class BranchSums {
 
   // Computes parts until none is left, and waits for those that other threads are at. `next` is read afterwards.
   void finish(const void* next) {
-    int64_t part = taken_.fetch_add(1, std::memory_order_relaxed);
-    while (part < parts_) {
-      const int64_t then = taken_.fetch_add(1, std::memory_order_relaxed);
-      const bool goes_on = then < parts_ && branch_.a.packed;
+    for (int64_t part; (part = taken_.fetch_add(1, std::memory_order_relaxed)) < parts_;) {
       try {
-        compute(part, goes_on ? branch_.a.pairs(0, then * step_) : next);
+        compute(part, next);
       } catch (...) {  // no memory: the region hands that on, and nobody waits for parts that do not come
         done_.fetch_add(parts_, std::memory_order_release);
         throw;
       }
       done_.fetch_add(1, std::memory_order_release);
-      part = then;
     }
     for (int spins = 0; done_.load(std::memory_order_acquire) < parts_; ++spins) relax(spins);
   }
@@ -175,11 +173,13 @@ class BranchSums {
   }
 
   void compute(int64_t part, const void* next) {
-    const int64_t begin = part * step_, end = std::min(begin + step_, size_);
+    const bool tiled = kernels_ != nullptr && branch_.a.packed;
+    const int64_t tile = tiled ? part / summands_ : 0, summand = part - tile * summands_;
+    const int64_t begin = summand * step_, end = std::min(begin + step_, size_);
     if (kernels_ == nullptr)
-      arith_.rows_times_t(dropped_, branch_.a, sums_ + part * count_, 0, dropped_.rows, begin, end);
-    else if (branch_.a.packed)
-      arith_.dots_packed(args_, branch_.a, begin, end, next, sums_ + part * count_);
+      arith_.rows_times_t(dropped_, branch_.a, sums_ + summand * count_, 0, dropped_.rows, begin, end);
+    else if (tiled)
+      arith_.dots_packed(args_, branch_.a, tile, begin, end, next, sums_ + summand * count_);
     else
       kernels_->dots(few_.xf, few_.ldxf, args_.rows, branch_.a, sums_, begin, end);
   }
