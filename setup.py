@@ -26,6 +26,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16
 ISA_FLAGS = {
     "x86_64": {
         "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+        "avx512_bf16x2.cpp": [*AVX512, "-mavx512bf16"],
         "avx512_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
         "avx512.cpp": AVX512,
         "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

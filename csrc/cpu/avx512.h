@@ -1,5 +1,5 @@
-// AVX-512 vocabulary (F, BW, VL, DQ; with PF_BF16 also BF16). Included by avx512.cpp and avx512_bf16.cpp, each in a
-// namespace of its own, after <immintrin.h>.
+// AVX-512 vocabulary (F, BW, VL, DQ; with PF_BF16 also BF16). Included by the files avx512*.cpp, each in a namespace
+// of its own, after <immintrin.h>.
 
 struct V {
   static constexpr int kLanes = 16;

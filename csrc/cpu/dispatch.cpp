@@ -45,9 +45,11 @@ Kernels generic_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();
 Kernels avx512_bf16_kernels();
+Kernels avx512_bf16x2_kernels();
 Kernels avx512_amx_kernels();
 Int8 avx512_int8();
 Int8 avx512_bf16_int8();
+Int8 avx512_bf16x2_int8();
 Int8 avx512_amx_int8();
 #elif defined(__aarch64__)
 Kernels neon_kernels();
@@ -112,11 +114,7 @@ struct Registry {
     if (bf16 && allows_tiles()) add(with_int8(avx512_amx_kernels(), avx512_amx_int8));
     if (bf16) {
       const Kernels one = with_int8(avx512_bf16_kernels(), avx512_bf16_int8);
-      // Scales on the sums leave registers for twelve sums, no more than CPUs have under way that start two products in
-      // a cycle (Zen 5, 4096 x 4096, 64 rows: 423 GFLOP/s, with scales on the weights 479).
-      Kernels two = one;
-      two.name = "avx512_bf16x2";
-      two.bf16.late_rows = 0;
+      const Kernels two = with_int8(avx512_bf16x2_kernels(), avx512_bf16x2_int8);
       add(is_zen5() ? two : one);
       add(is_zen5() ? one : two);
     }
