@@ -1020,7 +1020,7 @@ def test_what_is_held_lives_as_long_as_its_owner_and_no_longer():
 
     w, x = packed_weight(40, 64), torch.randn(2, 64).bfloat16()
     packed = pack_lora(*adapter(40, 64, 4), 1.0)
-    number, branch = int(w.held), int(packed.held)
+    number, branch = w.held.number, packed.held.number
     with torch.no_grad():
         expected = linear_4bit(x, w, None, packed)
         for pair in ((w, packed), copy.deepcopy((w, packed)), pickle.loads(pickle.dumps((w, packed)))):
@@ -1035,7 +1035,7 @@ def test_what_is_held_lives_as_long_as_its_owner_and_no_longer():
         call(x, number, None, 0, 1.0, None, False)
     other = packed_weight(40, 64).held
     with pytest.raises(RuntimeError, match="branch is"):
-        call(x, other, None, branch, 1.0, None, False)
+        call(x, other.number, None, branch, 1.0, None, False)
 
 
 def test_a_held_weight_may_move_into_shared_memory():

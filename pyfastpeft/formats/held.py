@@ -7,13 +7,20 @@ from typing import ClassVar
 import torch
 
 
-class Held(int):
-    """A number that is given back with its last reference."""
+class Held:
+    """Gives its number back with its last reference.
 
+    The dispatcher takes an ``int`` 0.4 µs sooner than an object of a class derived from it.
+    """
+
+    __slots__ = ("number",)
     _release: ClassVar[str]
 
+    def __init__(self, number: int) -> None:
+        self.number = number
+
     def __del__(self) -> None:
-        getattr(torch.ops.pyfastpeft, self._release).default(self)
+        getattr(torch.ops.pyfastpeft, self._release).default(self.number)
 
     def __reduce__(self) -> tuple:
         raise TypeError("what the operators hold cannot be copied, only held anew")
@@ -22,10 +29,12 @@ class Held(int):
 class HeldWeight(Held):
     """Of a packed weight in tiles."""
 
+    __slots__ = ()
     _release = "release_weight"
 
 
 class HeldBranch(Held):
     """Of an adapter in pairs."""
 
+    __slots__ = ()
     _release = "release_branch"

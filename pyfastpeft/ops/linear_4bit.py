@@ -200,13 +200,13 @@ def _inference(
     if lora is not None:
         if type(lora) is not PackedLora or x.dtype is not torch.bfloat16:
             return None
-        branch, scaling = lora.held, lora.scaling
+        branch, scaling = lora.held.number, lora.scaling
         if isinstance(scaling, Tensor):
             row_scale, scaling = scaling.float().contiguous(), 1.0
     if not native(w):
         return None
     try:
-        return _HELD(x, w.held, bias, branch, scaling, row_scale, compute is not None and takes_int8(w, compute))
+        return _HELD(x, w.held.number, bias, branch, scaling, row_scale, compute is not None and takes_int8(w, compute))
     except RuntimeError:  # the long way says what it is, or deals with it
         return None
 
