@@ -102,9 +102,9 @@ constexpr int kGroupLanes = V::kGroupVecs * kLanes;
 // cache, which has more requests under way than the first (4096 x 4096, 2 rows: 418 us for 529 on Zen 4); on Zen 5 into
 // the first, which has as many (4096 x 14336, one row: 775 us for 890).
 #ifdef PF_BF16X2
-constexpr int64_t kCodesAhead = 24576, kLocality = 3;
+constexpr int64_t kCodesAhead = 24576, kRowsAhead = 4096, kLocality = 3;
 #else
-constexpr int64_t kCodesAhead = 16384, kLocality = 2;
+constexpr int64_t kCodesAhead = 16384, kRowsAhead = 16384, kLocality = 2;
 #endif
 constexpr int64_t kScalesAhead = 1024;
 PF_INLINE void prefetch_stream(const void* at) { __builtin_prefetch(at, 0, kLocality); }
@@ -118,6 +118,7 @@ PF_INLINE void each(IntList<I...>, const Body& body) {
 }
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- elements -------------------------------------------------------------------------------------------------------
@@ -1107,8 +1108,8 @@ struct Algorithm {
     FewColumns<typename D::Elem> x;
     int64_t tile;
     const float *scales, *zeros;
-    const E* b;               // of a branch
-    const uint16_t* b_pairs;  // of a packed one
+    const E* b;                         // of a branch
+    const uint16_t* b_pairs;            // of a packed one
     const char *b_ahead, *b_ahead_end;  // what is asked for of it, b_lines every segment
     int64_t b_lines;
     typename D::Table table;
@@ -1355,42 +1356,60 @@ struct Algorithm {
   // ---- forward, few rows of x times a weight in full precision ----
 
 #ifdef PF_BF16
-  // sums[m][n] = the products of row m of MB rows of x with row n of kTile rows of W, lane by lane; W's rows from
-  // `last` on are that one again. Contraction in pairs along the lanes.
-  template <int MB>
-  static void pair_dots(const Matrix& x, const Matrix& w, int64_t last, float (*sums)[kTile][kTile]) {
-    constexpr int kRows = MB >= 8 ? 2 : 4, kWide = kLanes * kStep;
+  // sums[m][n] (+)= the products of row m of MB rows of x with row n of kTile rows of W, lane by lane; W's rows from
+  // `last` on are that one again. Contraction in pairs along the lanes. W is read in the order of memory, one row after
+  // the other where the sums of one are enough to hide the latency (Zen 5, 49152 x 576, one row of x: 42 GB/s; four
+  // rows side by side 30). Eight rows of x need the first-level cache for themselves; `kAgain`, where W was read before
+  // for other rows of x, it is in a cache, and loads of x take the time.
+  template <int MB, bool kAgain>
+  static void pair_dots(const Matrix& x, const Matrix& w, int64_t last, bool adds, float (*sums)[kTile][kTile]) {
+    constexpr bool kMany = MB >= 8 || kAgain;
+    constexpr int kRows = MB >= 8 ? 2 : kMany ? 4 : 1, kChains = kMany ? 1 : MB >= 3 ? 2 : 4, kWide = kLanes * kStep;
+    constexpr int64_t kAhead = kMany ? 16384 : kRowsAhead, kHint = kMany ? 2 : kLocality;
     constexpr MakeInts<MB> ms{};
     constexpr MakeInts<kRows> rs{};
     const int64_t whole = w.cols / kWide * kWide, rest = w.cols - whole;
-    const auto part = [](const char* row, int64_t col) { return reinterpret_cast<const E*>(row) + col; };
+    const E *x0 = static_cast<const E*>(x.data), *w0 = static_cast<const E*>(w.data);
+    const int64_t ldx = x.ld, ldw = w.ld;
     alignas(64) E padded_x[MB][kWide] = {}, padded_w[kRows][kWide] = {};
-    for (int m = 0; m < MB; ++m) copy_bytes(padded_x[m], part(x.row(m), whole), rest * sizeof(E));
+    for (int m = 0; m < MB; ++m) copy_bytes(padded_x[m], x0 + m * ldx + whole, rest * sizeof(E));
     for (int n = 0; n < kTile; n += kRows) {
       const E* at[kRows];
-      for (int r = 0; r < kRows; ++r) at[r] = part(w.row(min64(n + r, last)), 0);
-      F acc[kRows][MB];
-      each(rs, PF_BODY(int R) { each(ms, PF_BODY(int M) { acc[R][M] = V::zero(); }); });
-      const auto step = [&](const auto& x_at, const auto& w_at) __attribute__((always_inline)) {
+      for (int r = 0; r < kRows; ++r) at[r] = w0 + min64(n + r, last) * ldw;
+      F acc[kRows][MB][kChains];
+      each(
+          rs, PF_BODY(int R) {
+            each(
+                ms, PF_BODY(int M) {
+                  acc[R][M][0] = adds ? V::load(sums[M][n + R]) : V::zero();
+                  each(MakeInts<kChains - 1>{}, PF_BODY(int P) { acc[R][M][P + 1] = V::zero(); });
+                });
+          });
+      const auto step = [&]<int P>(const auto& x_at, const auto& w_at) __attribute__((always_inline)) {
         typename A::W xs[MB];
         each(ms, PF_BODY(int M) { xs[M] = A::load(x_at(M)); });
         each(
             rs, PF_BODY(int R) {
               const typename A::W weights = A::load(w_at(R));
-              each(ms, PF_BODY(int M) { acc[R][M] = A::fma(acc[R][M], weights, xs[M]); });
+              each(ms, PF_BODY(int M) { acc[R][M][P] = A::fma(acc[R][M][P], weights, xs[M]); });
             });
       };
-      for (int64_t k = 0; k < whole; k += kWide)
-        step([&](int m) { return part(x.row(m), k); },
-             [&](int r) {
-               prefetch_stream(reinterpret_cast<const char*>(at[r] + k) + kCodesAhead);
-               return at[r] + k;
-             });
+      const auto whole_step = [&]<int P>(int64_t k) __attribute__((always_inline)) {
+        step.template operator()<P>([&](int m) { return x0 + m * ldx + k; },
+                                    [&](int r) {
+                                      __builtin_prefetch(reinterpret_cast<const char*>(at[r] + k) + kAhead, 0, kHint);
+                                      return at[r] + k;
+                                    });
+      };
+      int64_t k = 0;
+      for (; kChains > 1 && k + kChains * kWide <= whole; k += kChains * kWide)
+        each(MakeInts<kChains>{}, PF_BODY(int P) { whole_step.template operator()<P>(k + P * kWide); });
+      for (; k < whole; k += kWide) whole_step.template operator()<0>(k);
       if (rest != 0) {
         for (int r = 0; r < kRows; ++r) copy_bytes(padded_w[r], at[r] + whole, rest * sizeof(E));
-        step([&](int m) { return padded_x[m]; }, [&](int r) { return padded_w[r]; });
+        step.template operator()<0>([&](int m) { return padded_x[m]; }, [&](int r) { return padded_w[r]; });
       }
-      each(rs, PF_BODY(int R) { each(ms, PF_BODY(int M) { V::store(sums[M][n + R], acc[R][M]); }); });
+      each(rs, PF_BODY(int R) { each(ms, PF_BODY(int M) { V::store(sums[M][n + R], sum<kChains>(acc[R][M])); }); });
     }
   }
 
@@ -1399,12 +1418,22 @@ struct Algorithm {
     alignas(64) float sums[8][kTile][kTile];
     for (int64_t i = 0; i < lanes; i += kTile) {
       Matrix x = g.x, w = g.w;
-      w.data = g.w.row(n0 + i);
       for (int64_t m = 0; m < g.x.rows;) {
-        const int64_t left = g.x.rows - m, n = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        x.data = g.x.row(m);
-        const auto dots = n == 8 ? pair_dots<8> : n == 4 ? pair_dots<4> : n == 2 ? pair_dots<2> : pair_dots<1>;
-        dots(x, w, lanes - i - 1, sums);
+        using Dots = void (*)(const Matrix&, const Matrix&, int64_t, bool, float (*)[kTile][kTile]);
+        static constexpr Dots kFirst[] = {pair_dots<1, false>, pair_dots<2, false>, pair_dots<3, false>,
+                                          pair_dots<4, false>};
+        static constexpr Dots kAgain[] = {pair_dots<1, true>, pair_dots<2, true>, pair_dots<3, true>,
+                                          pair_dots<4, true>};
+        const int64_t left = g.x.rows - m, n = left >= 8 ? 8 : min64(left, 4);
+        const Dots dots = n == 8 ? pair_dots<8, false> : (m == 0 ? kFirst : kAgain)[n - 1];
+        // Of so many columns that eight rows of x stay in the first-level cache.
+        const int64_t cols = n == 8 ? 1024 : max64(g.w.cols, 1);
+        for (int64_t col0 = 0; col0 == 0 || col0 < g.w.cols; col0 += cols) {
+          x.data = reinterpret_cast<const E*>(g.x.row(m)) + col0;
+          w.data = reinterpret_cast<const E*>(g.w.row(n0 + i)) + col0;
+          w.cols = min64(cols, g.w.cols - col0);
+          dots(x, w, lanes - i - 1, col0 > 0, sums);
+        }
         for (int64_t r = 0; r < n; ++r, ++m) V::store(c + m * kGroupLanes + i, V::sums16(sums[r][0]));
       }
     }
