@@ -660,7 +660,9 @@ def test_a_compiled_model_stays_compiled_while_modules_come_and_go():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_few_rows_of_a_dense_product(isa, dtype):
-    for rows, n, k in [(1, 49, 37), (2, 300, 64), (5, 64, 576), (7, 81, 67), (16, 33, 8), (0, 5, 4)]:
+    shapes = [(1, 49, 37), (2, 300, 64), (3, 40, 200), (5, 64, 576), (7, 81, 67), (16, 33, 8), (0, 5, 4)]
+    shapes += [(8, 17, 1024), (9, 50, 1057), (15, 33, 2113)]  # eight rows take 1024 columns at a time
+    for rows, n, k in shapes:
         x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
         for bias in (None, torch.randn(n).to(dtype)):
             got = torch.ops.pyfastpeft.dense_linear(x, weight, bias)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 COMPILED = Path(__file__).parent / "compiled"
-# Whose code the tables are for: other compilers hand out registers otherwise.
+# Whose registers the tables count: other versions hand them out otherwise, and are held to the rest.
 TRITON = "3.9"
 # The shared memory, in bytes, that a program can have.
 TARGETS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "cuda:120": 101376, "hip:gfx942": 65536}
@@ -30,8 +30,6 @@ def why_not(target):
     """Why nothing can be compiled for ``target`` here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not version("triton").startswith(f"{TRITON}."):
-        return f"the budgets are those of Triton {TRITON}'s code, this is {version('triton')}"
     tools = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin"
     needed = ["ptxas", "nvdisasm", "cuobjdump"] if target.startswith("cuda") else []
     missing = [tool for tool in needed if not (tools / tool).exists()]
@@ -46,7 +44,8 @@ def complaints(facts, budget, target):
 
     if facts["stack"] or has(*SPILLS):
         yield f"{name} spills {facts['stack']} bytes"
-    if facts["registers"] > budget["registers"].get(name, {}).get(target, 0):
+    counted = version("triton").startswith(f"{TRITON}.")
+    if counted and facts["registers"] > budget["registers"].get(name, {}).get(target, 0):
         yield f"{name} takes {facts['registers']} registers"
     if facts["shared"] > TARGETS[target]:
         yield f"{name} takes {facts['shared']} bytes of shared memory"

@@ -118,7 +118,6 @@ PF_INLINE void each(IntList<I...>, const Body& body) {
 }
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- elements -------------------------------------------------------------------------------------------------------
@@ -1427,13 +1426,14 @@ struct Algorithm {
         const int64_t left = g.x.rows - m, n = left >= 8 ? 8 : min64(left, 4);
         const Dots dots = n == 8 ? pair_dots<8, false> : (m == 0 ? kFirst : kAgain)[n - 1];
         // Of so many columns that eight rows of x stay in the first-level cache.
-        const int64_t cols = n == 8 ? 1024 : max64(g.w.cols, 1);
-        for (int64_t col0 = 0; col0 == 0 || col0 < g.w.cols; col0 += cols) {
+        const int64_t cols = n == 8 ? 1024 : g.w.cols;
+        int64_t col0 = 0;
+        do {
           x.data = reinterpret_cast<const E*>(g.x.row(m)) + col0;
           w.data = reinterpret_cast<const E*>(g.w.row(n0 + i)) + col0;
           w.cols = min64(cols, g.w.cols - col0);
           dots(x, w, lanes - i - 1, col0 > 0, sums);
-        }
+        } while ((col0 += cols) < g.w.cols);
         for (int64_t r = 0; r < n; ++r, ++m) V::store(c + m * kGroupLanes + i, V::sums16(sums[r][0]));
       }
     }
