@@ -205,6 +205,48 @@ def test_a_change_in_place_is_seen_by_every_view():
     torch.testing.assert_close(F.cross_entropy(rows, torch.arange(51)), expected)
 
 
+def argmax_of_a_copy(logits, labels):
+    rows = logits[:, :-1].contiguous()
+    rows.argmax(-1)
+    return F.cross_entropy(rows.view(-1, 200), labels[:, 1:].flatten())
+
+
+def change_of_a_copy(logits, labels):
+    logits = logits.float()
+    logits[..., 5] = -1e4
+    return logits.div_(0.1).softmax(-1).square().sum() + logits[:, 1:].reshape(-1, 200)[0, 0]
+
+
+def change_of_rows(logits, labels):
+    rows = logits[:, :-1].reshape(-1, 200)
+    rows.mul_(10)
+    return F.cross_entropy(rows, labels[:, 1:].flatten()) + logits.square().mean()
+
+
+def change_beside_a_copy(logits, labels):
+    rows, wide = logits[:, 1:].contiguous(), logits.double()
+    logits.mul_(10)
+    return (rows + wide[:, 1:]).square().mean() + logits.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", [argmax_of_a_copy, change_of_a_copy, change_of_rows, change_beside_a_copy])
+def test_copies_are_copies_and_views_are_views(loss, dtype):
+    model, batch = trained_model(CONFIGS[0], dtype), labelled_batch()
+    labels = batch["labels"].clamp(min=0)
+    values = []
+    for defer in (True, False):
+        defer_logits(model, defer)
+        values.append(loss(model(input_ids=batch["input_ids"]).logits, labels))
+    assert torch.equal(*values)
+
+
+def test_a_view_that_torch_refuses_is_refused():
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        model(input_ids=batch["input_ids"]).logits[:, :-1].view(-1, 200)
+
+
 def test_observing_gradients_of_logits_that_the_loss_did_without_is_an_error():
     model, batch = trained_model(CONFIGS[0]), labelled_batch()
     outputs = model(**batch)

@@ -10,6 +10,7 @@ it gets the logits. A model's own loss, a trainer's and a hand-written one are a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,7 @@ class _Call:
         self.dtype = self.autocast["dtype"] if self.autocast["enabled"] else hidden.dtype
         self.loss_taken = False
         self.value: Tensor | None = None
+        self.forms: list[weakref.ref[_Form]] = []
 
     def project(self, hidden: Tensor) -> Tensor:
         with torch.autocast(**self.autocast):
@@ -130,7 +132,48 @@ class _Call:
         if self.value is None:
             with torch.enable_grad():
                 self.value = self.project(self.hidden)
+            # What was copied is a copy from now on: what reads the logits may go on to change them in place.
+            for form in [form() for form in self.forms]:
+                if form is not None:
+                    form.computed()
         return self.value
+
+
+class _Form:
+    """The logits as some operations leave them: of the logits of a call, or of another form.
+
+    Attributes:
+        arranged: rows as the head has them, of whatever width → rows as they are here.
+        meta: without values.
+    """
+
+    def __init__(
+        self,
+        call: _Call,
+        arranged: Callable[[Tensor], Tensor],
+        meta: Tensor,
+        source: Callable[[], Tensor],
+        operation: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.call, self.arranged, self.meta = call, arranged, meta
+        self._source, self._operation = source, operation
+        self._value: Tensor | None = None
+        call.forms.append(weakref.ref(self))
+
+    def after(self, operation: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor] | None = None) -> _Form:
+        """The form after ``operation``, which does to the rows what ``rows`` does."""
+        own = self.arranged
+        arranged = own if rows is None else lambda t: rows(own(t))
+        return _Form(self.call, arranged, operation(self.meta), self.computed, operation)
+
+    def computed(self) -> Tensor:
+        """What the operations give: views of the logits are views, and copies are made once."""
+        if self._value is None:
+            source = self._source()
+            if self._value is None:  # by now it may have been made
+                with torch.enable_grad():
+                    self._value = self._operation(source)
+        return self._value
 
 
 class DeferredLogits(Tensor):
@@ -140,8 +183,7 @@ class DeferredLogits(Tensor):
     ``view``, ``reshape``, ``flatten`` and slices that leave the last dimension whole: those are deferred as well.
     """
 
-    call: _Call
-    arranged: Callable[[Tensor], Tensor]  # rows as the head has them, of whatever width → rows as this tensor has them
+    form: _Form
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -150,60 +192,62 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
-        if handler is not None and args and isinstance(args[0], DeferredLogits) and args[0].call.value is None:
+        if handler is not None and args and isinstance(args[0], DeferredLogits) and args[0].form.call.value is None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.computed, (args, kwargs))
+        args, kwargs = tree_map_only(DeferredLogits, lambda d: d.form.computed(), (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Reached past __torch_function__ (autograd.Function, compiled code), below autograd: see _Deferral.backward.
-        args, kwargs = tree_map_only(DeferredLogits, lambda d: d.computed().detach(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(DeferredLogits, lambda d: d.form.computed().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
-
-    def computed(self) -> Tensor:
-        return self.arranged(self.call.logits()).to(self.dtype)
 
 
 class _Deferral(torch.autograd.Function):
     """Makes a :class:`DeferredLogits` that has its place in the graph, for a gradient that arrives at itself."""
 
     @staticmethod
-    def forward(ctx, hidden, call, arranged, dtype):  # noqa: ANN001
-        shape = arranged(torch.empty((*hidden.shape[:-1], call.head.out_features), device="meta")).shape
+    def forward(ctx, hidden, form):  # noqa: ANN001
+        shape, dtype = form.meta.shape, form.meta.dtype
         deferred = Tensor._make_wrapper_subclass(DeferredLogits, shape, dtype=dtype, device=hidden.device)
-        deferred.call, deferred.arranged = ctx.call, ctx.arranged = call, arranged
+        deferred.form = ctx.form = form
         return deferred
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
-        with torch.enable_grad():
-            logits = ctx.arranged(ctx.call.logits())
-        return *torch.autograd.grad(logits, ctx.call.hidden, grad.to(logits.dtype), retain_graph=True), None, None, None
+        logits, hidden = ctx.form.computed(), ctx.form.call.hidden
+        return *torch.autograd.grad(logits, hidden, grad.to(logits.dtype), retain_graph=True), None
 
 
-def _deferred(call: _Call, arranged: Callable[[Tensor], Tensor], dtype: torch.dtype) -> DeferredLogits:
-    return _Deferral.apply(call.hidden, call, arranged, dtype)
+def _deferred(form: _Form) -> DeferredLogits:
+    return _Deferral.apply(form.call.hidden, form)
 
 
 def _converted(logits: DeferredLogits, dtype: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(dtype, torch.dtype) or args or kwargs:
         return NotImplemented
-    return logits if dtype == logits.dtype else _deferred(logits.call, logits.arranged, dtype)
+    return logits if dtype == logits.dtype else _deferred(logits.form.after(lambda t: t.to(dtype)))
+
+
+def _contiguous(logits: DeferredLogits, **layout: Any) -> Any:
+    if layout:
+        return NotImplemented
+    return logits if logits.form.meta.is_contiguous() else _deferred(logits.form.after(Tensor.contiguous))
 
 
 def _reshaped(function: Callable[..., Tensor]) -> Callable[..., Any]:
     def handler(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
             return NotImplemented
-        *rows, last = function(torch.empty(logits.shape, device="meta"), *args, **kwargs).shape
-        if last != logits.call.head.out_features:
+        *rows, last = function(logits.form.meta, *args, **kwargs).shape
+        if last != logits.form.call.head.out_features:
             return NotImplemented
-        arranged = logits.arranged
-        return _deferred(logits.call, lambda t: arranged(t).reshape(*rows, t.shape[-1]), logits.dtype)
+        form = logits.form.after(lambda t: function(t, *args, **kwargs), lambda t: t.reshape(*rows, t.shape[-1]))
+        return _deferred(form)
 
     return handler
 
@@ -217,8 +261,8 @@ def _sliced(logits: DeferredLogits, index: Any) -> Any:
         index = (*index[:at], *[slice(None)] * (logits.dim() - len(index) + 1), *index[at + 1 :])
     if len(index) == logits.dim() and index[-1] != slice(None):
         return NotImplemented
-    index, arranged = index[: logits.dim() - 1], logits.arranged
-    return _deferred(logits.call, lambda t: arranged(t)[index], logits.dtype)
+    rows = index[: logits.dim() - 1]
+    return _deferred(logits.form.after(lambda t: t[rows], lambda t: t[rows]))
 
 
 def _is_captured(t: Tensor) -> bool:
@@ -240,9 +284,9 @@ def _cross_entropy(
     rows = target.dim() == 1 and logits.shape[:-1] == target.shape and not target.is_floating_point()
     if not (plain and rows and reduction in ("mean", "sum")):
         return NotImplemented
-    call = logits.call
+    call = logits.form.call
     call.loss_taken = True
-    keep, hidden = target != ignore_index, logits.arranged(call.hidden)
+    keep, hidden = target != ignore_index, logits.form.arranged(call.hidden)
     if _is_captured(hidden):
         loss = chunked_cross_entropy(hidden, target, call.project, call.head.out_features, ~keep)
     else:
@@ -253,7 +297,7 @@ def _cross_entropy(
 
 
 def _observed(logits: DeferredLogits, *args: Any) -> Any:
-    if logits.call.loss_taken:
+    if logits.form.call.loss_taken:
         raise RuntimeError(
             "the loss was computed without these logits, so no gradient will reach them; "
             "call pyfastpeft.integrations.deferred_logits.defer_logits(model, False) before the forward"
@@ -270,7 +314,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
     Tensor.float: lambda logits: _converted(logits, torch.float32),
     Tensor.to: _converted,
-    Tensor.contiguous: lambda logits, **layout: NotImplemented if layout else logits,
+    Tensor.contiguous: _contiguous,
     Tensor.__getitem__: _sliced,
     Tensor.retain_grad: _observed,
     Tensor.register_hook: _observed,
@@ -288,7 +332,8 @@ class _DeferringForward(ModuleForward):
         if hooked(head) or input.dtype not in FLOATS or any(p.requires_grad for p in head.parameters()):
             return self.own(input)
         call = _Call(head, input)
-        return _deferred(call, lambda t: t, call.dtype)
+        meta = torch.empty((*input.shape[:-1], head.out_features), dtype=call.dtype, device="meta")
+        return _deferred(_Form(call, lambda t: t, meta, call.logits, lambda t: t))
 
 
 def defer_logits(model: nn.Module, defer: bool = True) -> None:
