@@ -746,6 +746,56 @@ class TestServing:
             assert torch.equal(model(ids).logits, after)
         assert not torch.allclose(after, before, atol=1e-3)
 
+    @pytest.mark.parametrize("method", ["prompt", "ptuning"])
+    def test_a_base_that_trains_learns_through_a_frozen_prompt_which_follows_it(self, method, tmp_path):
+        base, ids, models, gradients = llama(), tiny.inputs()["input_ids"], [], []
+        ours(base, method).save_pretrained(tmp_path)
+        for library in (peft, fp):
+            model = library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+            models.append(model)
+            norms = [p.requires_grad_() for n, p in model.named_parameters() if "layernorm" in n]
+            model.eval()(ids)
+            model(ids, labels=ids).loss.backward()
+            gradients.append([p.grad for p in norms])
+            torch.optim.SGD(norms, lr=1.0).step()
+            for p in norms:
+                p.requires_grad_(False)
+        assert len(gradients[0]) == 4
+        close(gradients[1], gradients[0], 1e-4)
+        close(models[1](ids).logits, of_text(models[0](ids).logits, ids), 1e-4)
+
+    def test_biases_that_train_with_a_lora_change_a_prompt_beside_it(self):
+        model = ours(tiny.make("gpt2"), "prompt").eval()
+        model.add_adapter("lora", fp.LoraConfig(bias="all"))
+        model.set_adapter("default", inference_mode=True)
+        ids = tiny.inputs()["input_ids"]
+        before = model(ids).logits
+        model.set_adapter("lora")
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.5)
+        model.set_adapter("default", inference_mode=True)
+        after = model(ids).logits
+        model.base_model.bank.kept.clear()
+        assert torch.equal(model(ids).logits, after)
+        assert not torch.allclose(after, before, atol=1e-3)
+
+    @pytest.mark.parametrize("how", ["dropout of the model", "dropout of the prefix", "autocast"])
+    def test_what_was_worked_out_in_training_or_autocast_serves_nothing_else(self, how):
+        if how == "dropout of the prefix":
+            model = fp.get_peft_model(llama(), fp.DeepPromptConfig(**_SHARED, prefix=True, prefix_dropout=0.5))
+        else:
+            dropout = {"resid_pdrop": 0.5, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+            model = ours(tf.GPT2LMHeadModel(tf.GPT2Config(**tiny._GPT2 | dropout)), "prompt")
+        model.set_adapter("default", inference_mode=True)
+        ids = tiny.inputs()["input_ids"]
+        expected = model.eval()(ids).logits
+        model.base_model.bank.kept.clear()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            model.train(how != "autocast")(ids)
+        assert torch.equal(model.eval()(ids).logits, expected)
+
     def test_a_prompt_follows_the_lora_on_its_row(self):
         model = ours(llama(), "prompt").eval()
         model.add_adapter("lora", fp.LoraConfig())

@@ -29,6 +29,7 @@ from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ..nn.lora import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
 from . import attention
+from .forwards import autocast_of
 from .prompt_operator import compiled_tensors, number_of
 
 OFF = object()
@@ -40,6 +41,20 @@ _FIRST = "pyfastpeft_first"
 IGNORED = -100
 """The label of what is not learned."""
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
+
+_BASE = "base parameters"
+_ADAPTERS = frozenset(
+    {
+        "bottleneck",
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "modules_to_save",
+    }
+)
+"""Where layers have what is an adapter's own."""
 
 _UNLIKE = {
     "kv_lora_rank": "keeps keys and values compressed",
@@ -462,24 +477,38 @@ class Prefixes:
     def _kept(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
         """:meth:`_of_prompt`, kept where that is safe."""
         source = self.sources[name]
-        parameters = list(source.module.parameters())
+        parameters, base = list(source.module.parameters()), []
         if source.form is Form.KEYS_VALUES:
             others = ()
+        else:
+            base = self._base_parameters()
         for other in others:
             parameters += self.bank.parameters(other)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in (*parameters, *base)):
             return self._work_out(source, others)
-        # What trains may be written through .data, which leaves no trace: it is kept for one generation at most.
+        # What trains may be written through .data, which leaves no trace: it is kept for one generation at most, in
+        # which the base does not change either.
         trusted = decoding or (self.bank.frozen.issuperset((name, *others)) and not self.decoder.training)
         # The embedding stands for the model, which may be moved, cast or loaded anew.
-        stamp = stamp_of([*parameters, self.model.get_input_embeddings().weight])
+        embedding = self.model.get_input_embeddings().weight
+        stamp = stamp_of([*parameters, embedding])
+        state = self.decoder.training, autocast_of(embedding)
         held = self.bank.kept.get((name, others))
-        if trusted and held is not None and stamp is not None and held[0] == stamp:
-            return held[1]
+        same = trusted and held is not None and stamp is not None and held[:2] == (stamp, state)
+        if same and (decoding or held[2] == stamp_of(base)):
+            return held[3]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = self._work_out(source, others)
-        self.bank.kept[name, others] = (stamp, values)
+        self.bank.kept[name, others] = (stamp, state, stamp_of(base), values)
         return values
+
+    def _base_parameters(self) -> list[nn.Parameter]:
+        """The decoder's own, as against its adapters'."""
+        found = self.bank.kept.get(_BASE)
+        if found is None:
+            named = self.decoder.named_parameters()
+            found = self.bank.kept[_BASE] = [p for name, p in named if _ADAPTERS.isdisjoint(name.split("."))]
+        return found
 
     def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
         return [parameter for name in names for parameter in self.bank.parameters(name)]
