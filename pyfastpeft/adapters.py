@@ -96,6 +96,7 @@ class _Mode(threading.local):
     def __init__(self) -> None:
         self.rows: Rows | None = None
         self.run: Any = None
+        self.reach = 0
 
     def __reduce__(self) -> tuple:
         return _Mode, ()
@@ -123,6 +124,8 @@ class AdapterBank:
         prompts: adapter name → the parameters of a soft prompt.
         mode: None: every row uses the active adapters; else the rows' own choice. Each thread has its own.
         run: what soft prompts have worked out for the forward that is running. Each thread has its own.
+        reach: how many positions its longest row has, where what soft prompts come to depends on that, else 0. Each
+            thread has its own.
         kept: what soft prompts keep from one forward to the next; forgotten whenever the structure changes.
         layouts: what a hot-swap works out once about an adapter; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
@@ -154,6 +157,14 @@ class AdapterBank:
     @run.setter
     def run(self, run: Any) -> None:
         self._mode.run = run
+
+    @property
+    def reach(self) -> int:
+        return self._mode.reach
+
+    @reach.setter
+    def reach(self, reach: int) -> None:
+        self._mode.reach = reach
 
     def parameters(self, name: str) -> list[torch.nn.Parameter]:
         """Those that :meth:`hold` was given."""

@@ -796,6 +796,23 @@ class TestServing:
             model.train(how != "autocast")(ids)
         assert torch.equal(model.eval()(ids).logits, expected)
 
+    @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+    def test_a_prompt_turns_as_far_as_the_length_of_its_sequence_says(self, rope_type, tmp_path):
+        rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+        if rope_type == "longrope":
+            rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 6.0, 8.0]}
+            rope |= {"original_max_position_embeddings": 16}
+        base = tf.LlamaForCausalLM(
+            tf.LlamaConfig(**tiny._LLAMA | {"max_position_embeddings": 16}, rope_parameters=rope)
+        )
+        ours(base, "prompt").save_pretrained(tmp_path)
+        theirs, own = (lib.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval() for lib in (peft, fp))
+        for length in (8, 40, 8, 14):
+            ids = torch.randint(3, tiny.VOCAB, (2, length))
+            close(own(ids).logits, of_text(theirs(ids).logits, ids))
+        generated = own.generate(ids, **GREEDY)
+        close(own(generated).logits[:, 13:-1].argmax(-1), generated[:, 14:])
+
     def test_a_prompt_follows_the_lora_on_its_row(self):
         model = ours(llama(), "prompt").eval()
         model.add_adapter("lora", fp.LoraConfig())

@@ -183,6 +183,8 @@ class Prefixes:
     ATTENTION = attention.NAME
     _hands_down = False
     """Whether the decoder hands what it does not know down to its layers."""
+    _rotaries: Sequence[nn.Module] = ()
+    """Rotary embeddings whose frequencies depend on how long the sequence is, beyond a usual length."""
 
     def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
         self.model, self.bank = model, bank
@@ -220,6 +222,9 @@ class Prefixes:
             raise ValueError(f"a {kind} takes no position_ids, so no text can stand after a soft prompt in it")
         self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
         embeddings = getattr(self.decoder, "embeddings", None)
+        self._rotaries = [m for m in self.decoder.modules() if _depends_on_length(getattr(m, "rope_type", None))]
+        rope = getattr(config, "rope_parameters", None) or {}
+        self._usual_reach = rope.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", 0))
         # RoBERTa's positions begin behind that of padding.
         self._first = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
 
@@ -313,12 +318,15 @@ class Prefixes:
         inputs = kwargs["input_ids"] if inputs is None else inputs
         past = past_of(kwargs)
         decoding = not isinstance(past, Tensor) and bool(past)  # a compiler does not know what a tensor holds
+        positions = self._positions(kwargs, inputs, past)
+        if self._rotaries and not follows:
+            self.bank.reach = self._reach(rows, positions)
         run = self.run_of(rows, len(inputs), decoding)
         if follows:
             kwargs[attention.HANDED_DOWN] = run
         else:
             self.bank.run = run
-        kwargs["position_ids"] = self._positions(kwargs, inputs, past) + run.shift
+        kwargs["position_ids"] = positions + run.shift
         if past is None and self.decoder.training and torch.is_grad_enabled() and "use_cache" in self._parameters:
             # Nothing goes on from a training step, and a cache would copy all keys and values.
             kwargs["use_cache"] = bool(kwargs.get("use_cache"))
@@ -402,6 +410,12 @@ class Prefixes:
             if given is None:
                 return (mask.long().cumsum(1) - 1).clamp(min=0)[:, new] + self._first
         return new.unsqueeze(0) + self._first if given is None else given
+
+    def _reach(self, rows: Sequence[tuple[str, ...]], positions: Tensor) -> int:
+        """See ``bank.reach``."""
+        longest = max(sum(self.sources[n].count for n in names if n in self.sources) for names in rows)
+        reach = int(positions.max()) + longest + 1
+        return reach if reach > self._usual_reach else 0
 
     # What the prefixes are.
 
@@ -495,11 +509,11 @@ class Prefixes:
         state = self.decoder.training, autocast_of(embedding)
         held = self.bank.kept.get((name, others))
         same = trusted and held is not None and stamp is not None and held[:2] == (stamp, state)
-        if same and (decoding or held[2] == stamp_of(base)):
-            return held[3]
+        if same and (decoding or held[2:4] == (stamp_of(base), self.bank.reach)):
+            return held[-1]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = self._work_out(source, others)
-        self.bank.kept[name, others] = (stamp, state, stamp_of(base), values)
+        self.bank.kept[name, others] = (stamp, state, stamp_of(base), self.bank.reach, values)
         return values
 
     def _base_parameters(self) -> list[nn.Parameter]:
@@ -565,6 +579,7 @@ class Prefixes:
             self.bank.running(OFF),
             _without_checkpointing(self._checkpointing),
             _fed(self._blocks, layer_inputs),
+            _reaching(self._rotaries, self.bank.reach),
         ):
             yield
 
@@ -682,6 +697,38 @@ def _fed(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None
 
     pairs = zip(blocks, inputs, strict=True) if inputs else ()
     handles = [block.register_forward_pre_hook(partial(exchanged, x)) for block, x in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _depends_on_length(rope_type: Any) -> bool:
+    types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+    return any(t in ("dynamic", "longrope") for t in types)
+
+
+@contextmanager
+def _reaching(rotaries: Sequence[nn.Module], reach: int) -> Iterator[None]:
+    """Let ``rotaries`` turn as in a sequence of ``reach`` positions, in this thread; 0: as they do."""
+    thread = threading.get_ident()
+
+    def lengthen(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if threading.get_ident() != thread:
+            return None
+        kwargs = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | kwargs
+        return (), kwargs | {"position_ids": F.pad(kwargs["position_ids"], (0, 1), value=reach - 1)}
+
+    def cut(module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return tuple(t[:, :-1] for t in output) if threading.get_ident() == thread else None
+
+    handles = []
+    for module in rotaries if reach else ():
+        handles += [
+            module.register_forward_pre_hook(lengthen, with_kwargs=True),
+            module.register_forward_hook(cut),
+        ]
     try:
         yield
     finally:
