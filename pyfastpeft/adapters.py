@@ -7,7 +7,7 @@ exchanging the active adapter writes one reference a layer, builds nothing, and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -143,7 +143,8 @@ class AdapterBank:
         self.kept: dict[Any, Any] = {}
         self.version = 0
         self._plans: dict[tuple[str, ...], list] = {}
-        self._trainable: dict[str, list[torch.nn.Parameter]] = {}
+        self._find: dict[str, Callable[[], list[nn.Parameter]]] = {}
+        self._trainable: dict[str, list[nn.Parameter]] = {}
         self._training: set[str] = set()
 
     @property
@@ -166,18 +167,23 @@ class AdapterBank:
     def reach(self, reach: int) -> None:
         self._mode.reach = reach
 
-    def parameters(self, name: str) -> list[torch.nn.Parameter]:
-        """Those that :meth:`hold` was given."""
-        return self._trainable[name]
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Those that train with ``name``: objects of now, until something is exchanged."""
+        found = self._trainable.get(name)
+        if found is None:
+            found = self._trainable[name] = self._find[name]()
+        return found
 
-    def hold(self, name: str, parameters: list[torch.nn.Parameter]) -> None:
-        """``parameters`` train exactly while ``name`` is active and not for inference."""
-        self._trainable[name] = parameters
+    def hold(self, name: str, find: Callable[[], list[nn.Parameter]]) -> None:
+        """What ``find`` gives trains exactly while ``name`` is active and not for inference."""
+        self._find[name] = find
         self._training.add(name)  # their requires_grad is unknown: the next activate sets it
 
     def release(self, name: str) -> None:
-        for parameter in self._trainable.pop(name):
+        for parameter in self.parameters(name):
             parameter.requires_grad_(False)
+        del self._find[name]
+        self._trainable.pop(name)
         self._training.discard(name)
         self.layouts.pop(name, None)
         self._plans = {active: plans for active, plans in self._plans.items() if name not in active}
@@ -195,10 +201,10 @@ class AdapterBank:
         self._push(active)
         self.active = active
         for name in self._training - training:
-            for parameter in self._trainable[name]:
+            for parameter in self.parameters(name):
                 parameter.requires_grad = False
         for name in training:
-            for parameter in self._trainable[name]:
+            for parameter in self.parameters(name):
                 parameter.requires_grad = True
         self._training = set(training)
 
@@ -216,6 +222,7 @@ class AdapterBank:
         """Layers or parameters may have been exchanged: work everything out again when it is next needed."""
         self.version += 1
         self._plans.clear()
+        self._trainable.clear()
         self.layouts.clear()
         self.kept.clear()
 

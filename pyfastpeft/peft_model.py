@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import PushToHubMixin
 
 from .adapters import NO_ROWS, Names, Rows
 from .hub.files import check_tensors, save_safetensors
-from .hub.peft import read_config, read_own, read_tensors, write_adapter
+from .hub.peft import CARD_NAME, read_config, read_own, read_tensors, write_adapter
 from .integrations.attention import use_fast_attention
 from .integrations.deferred_logits import defer_logits
 from .integrations.forwards import remove
@@ -67,25 +69,7 @@ def _check_config(config: PeftConfig) -> None:
         raise TypeError(f"peft_config is a {type(config).__name__}; it must be one of {known}")
 
 
-class _Forward:
-    """The bound ``forward`` of a :class:`PeftModel`, with the base model's signature for those who inspect it."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.model).forward(self.model, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.model.get_base_model().forward)
-        own = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
-        held = list(signature.parameters.values())
-        at = len(held) - bool(held and held[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        return signature.replace(parameters=[*held[:at], own, *held[at:]])
-
-
-class PeftModel(nn.Module):
+class PeftModel(PushToHubMixin, nn.Module):
     """A base model with named adapters. Made by :func:`get_peft_model` and :meth:`from_pretrained`.
 
     Parameters are named as in PEFT (``base_model.model.<path>.lora_A.<adapter>.weight``); whatever is not defined here
@@ -102,7 +86,25 @@ class PeftModel(nn.Module):
         if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         self.train(model.training)
-        self.forward = _Forward(self)
+        self._show_signature()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._show_signature()
+
+    def _show_signature(self) -> None:
+        """Give ``forward`` the base model's signature, for those who inspect it."""
+
+        def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+            return type(self).forward(self, *args, **kwargs)
+
+        signature = inspect.signature(self.get_base_model().forward)
+        own = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+        held = list(signature.parameters.values())
+        at = len(held) - bool(held and held[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        bound = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = signature.replace(parameters=[bound, *held[:at], own, *held[at:]])
+        self.forward = MethodType(forward, self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -113,6 +115,15 @@ class PeftModel(nn.Module):
             return getattr(self.base_model, name)
 
     # What there is.
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's."""
+        return self.get_base_model().generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.get_base_model().generation_config = config
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -262,7 +273,7 @@ class PeftModel(nn.Module):
         """Make one adapter (or several at once) the active one.
 
         Its parameters train, and those of all others do not. No module is rebuilt and compiled code stays valid between
-        adapters of equal ranks.
+        adapters of equal ranks. Merged adapters are taken out of the base weights first, with a warning.
 
         Args:
             inference_mode: whether the active ones are frozen as well. Default: as each adapter was loaded.
@@ -273,6 +284,9 @@ class PeftModel(nn.Module):
         if inference_mode is not None:
             for name in names:
                 self.peft_config[name].inference_mode = inference_mode
+        if merged := {name for layer in self._layers() for name in layer.merged_adapters}:
+            warnings.warn(f"{sorted(merged)} are merged, and are unmerged to make {list(names)} active", stacklevel=2)
+            self.unmerge_adapter()
         self._activate(names)
 
     def _prepare(self) -> None:
@@ -425,11 +439,17 @@ class PeftModel(nn.Module):
         Args:
             safe_serialization: must be True; pickle is never written.
             selected_adapters: default: all.
-            save_embedding_layers: also the base embeddings: "auto": those LoRA targets; True: all; False: none.
+            save_embedding_layers: also the base embeddings: "auto": those LoRA targets, and all where the vocabulary
+                has another size than the base model's folder says; True: all; False: none.
             kwargs: accepted for transformers' sake (``state_dict``); ignored.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization is False; adapters are written as safetensors only")
+        if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion is not supported: an adapter that starts from a changed base "
+                "(pissa, olora, loftq) is written as it is, for that base"
+            )
         names = self._known(self.peft_config if selected_adapters is None else selected_adapters)
         if not is_main_process:
             return
@@ -438,6 +458,11 @@ class PeftModel(nn.Module):
             tensors = self.base_model.state(name, save_embedding_layers)
             own = self.base_model.tuner_of(name).own_state(name, self.peft_config[name])
             write_adapter(folder, self._config_to_save(name), tensors, own)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """For transformers' Trainer: the card in ``output_dir``, which :meth:`save_pretrained` has written."""
+        if not (Path(output_dir) / CARD_NAME).is_file():
+            self.save_pretrained(output_dir)
 
     def _config_to_save(self, name: str) -> dict[str, Any]:
         base = self.get_base_model()

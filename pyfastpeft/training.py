@@ -68,7 +68,7 @@ def _read(path: str | os.PathLike, convert: Callable[[dict[str, Any]], _Row]) ->
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    row = json.loads(line.decode("utf-8"))
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if not isinstance(row, dict):
                         raise ValueError(f"the row is a JSON {type(row).__name__}; it must be an object")
                     rows.append(convert(row))
@@ -293,13 +293,18 @@ def train_adapter(
         resume: go on from the newest checkpoint in ``output_dir``.
 
     Raises:
-        ValueError: ``resume`` without a checkpoint, or one that is damaged; ``save_steps`` below 0.
+        ValueError: ``resume`` without a checkpoint, or one that is damaged; checkpoints of an earlier run without
+            ``resume``; ``save_steps`` below 0.
     """
     if save_steps < 0:
         raise ValueError(f"save_steps is {save_steps}; it must be 0 (no checkpoints) or more")
-    last = get_last_checkpoint(str(output_dir)) if resume and Path(output_dir).is_dir() else None
+    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
     if resume and last is None:
         raise ValueError(f"resume is True, but {output_dir} holds no checkpoint")
+    if last is not None and not resume:
+        raise ValueError(
+            f"{output_dir} holds checkpoints of an earlier run; resume it, remove them, or choose another folder"
+        )
     set_seed(seed)
     args = TrainingArguments(
         output_dir=str(output_dir),

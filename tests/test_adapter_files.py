@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
+from unittest import mock
 
 import architectures as tiny
 import peft
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
+from transformers.utils import PushToHubMixin
 
 import pyfastpeft as fp
 
@@ -342,3 +346,64 @@ class TestBadFolders:
         (tmp_path / "x").write_text("")
         with pytest.raises(ValueError, match=r"save_directory is .*x'.*a file"):
             fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path / "x")
+
+
+def test_push_to_hub_uploads_the_adapter_alone(monkeypatch):
+    uploaded = set()
+
+    def upload(self, folder, *_, **__):
+        uploaded.update(path.name for path in Path(folder).iterdir())
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", mock.MagicMock())
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", mock.MagicMock())
+    fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).push_to_hub("me/it")
+    assert uploaded == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+def test_a_card_is_there_for_the_trainer(tmp_path):
+    model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig())
+    model.create_or_update_model_card(tmp_path)
+    assert (tmp_path / "README.md").is_file() and (tmp_path / "adapter_config.json").is_file()
+
+
+def test_a_hub_repository_takes_the_arguments_that_peft_takes_for_loading(monkeypatch, tmp_path):
+    fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo_id, filename, *, subfolder=None, revision=None):
+        asked.append(revision)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    kwargs = {"low_cpu_mem_usage": True, "device_map": "cpu", "revision": "main"}
+    fp.PeftModel.from_pretrained(tiny.make("llama"), "me/it", **kwargs)
+    assert set(asked) == {"main"}
+
+
+def test_embeddings_that_were_resized_are_stored_with_the_adapter(tmp_path):
+    tiny.make("llama").save_pretrained(tmp_path / "base")
+
+    def resized():
+        base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(tiny.VOCAB + 3)
+        return base
+
+    model = fp.get_peft_model(resized(), fp.LoraConfig()).eval()
+    with pytest.warns(UserWarning, match="embeddings were resized"):
+        model.save_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(resized(), tmp_path / "adapter").eval()
+    ours = fp.PeftModel.from_pretrained(resized(), tmp_path / "adapter").eval()
+    ids = torch.arange(tiny.VOCAB, tiny.VOCAB + 3).unsqueeze(0)
+    for again in (theirs, ours):
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    fp.get_peft_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), fp.LoraConfig()).save_pretrained(
+        tmp_path / "plain"
+    )
+    assert all("lora_" in key for key in load_file(tmp_path / "plain" / "adapter_model.safetensors"))
+
+
+def test_what_a_converted_adapter_would_need_is_refused(tmp_path):
+    model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import pickle
 import random
 import re
+import types
 
 import architectures as tiny
 import peft
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
@@ -370,6 +374,20 @@ class TestMerging:
         again = type(plain).from_pretrained(tmp_path)
         assert torch.equal(again(**batch).logits, plain(**batch).logits)
 
+    def test_activating_an_adapter_unmerges_what_is_merged(self):
+        model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights=False)).eval()
+        model.add_adapter("b", fp.LoraConfig(init_lora_weights=False))
+        ids = tiny.inputs()["input_ids"]
+        merged = model(ids).logits
+        model.set_adapter("b")
+        expected = model(ids).logits
+        model.set_adapter("default")
+        model.merge_adapter()
+        with pytest.warns(UserWarning, match="'default'.* merged"):
+            model.set_adapter("b")
+        assert torch.equal(model(ids).logits, expected)
+        assert not torch.allclose(expected, merged, atol=1e-3)
+
     def test_unload_gives_the_base_model_back(self):
         base = tiny.make()
         batch = tiny.inputs()
@@ -718,6 +736,41 @@ class TestInTraining:
         torch.testing.assert_close(model(ids), base)
         assert not torch.allclose(before, base)
 
+    @pytest.mark.parametrize("again", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_forward_is_a_method_that_wrappers_can_bind_again(self, again):
+        model = again(fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).eval())
+        batch = tiny.inputs()
+        assert model.forward.__self__ is model
+        assert {"input_ids", "adapter_names"} <= set(inspect.signature(model.forward).parameters)
+        expected = model(**batch).logits
+        model.forward = types.MethodType(model.forward.__func__, model)  # as accelerate does
+        assert torch.equal(model(**batch).logits, expected)
+
+    def test_the_generation_config_is_that_of_the_base_model(self):
+        model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig())
+        model.generation_config = GenerationConfig(max_new_tokens=3, eos_token_id=-1, pad_token_id=0)
+        ids = tiny.inputs()["input_ids"]
+        assert model.generate(ids).shape[1] == ids.shape[1] + 3
+
+    def test_parameters_loaded_by_assignment_train_with_their_adapter(self):
+        model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig())
+        model.add_adapter("b", fp.LoraConfig())
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        model.set_adapter("b")
+        assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"b"}
+
+    @pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+    def test_adapters_with_and_without_dora_work_together_in_16_bits(self, target):
+        base = tiny.make("llama").to(torch.bfloat16)
+        config = {"target_modules": [target], "init_lora_weights": False}
+        model = fp.get_peft_model(base, fp.LoraConfig(**config, use_dora=True), autocast_adapter_dtype=False)
+        model.add_adapter("b", fp.LoraConfig(**config), autocast_adapter_dtype=False)
+        exact = copy.deepcopy(model).double().eval()
+        batch = tiny.inputs()
+        for m in (model.eval(), exact):
+            m.set_adapter(["default", "b"])
+        assert relative(model(**batch).logits, exact(**batch).logits) < 2e-2
+
     def test_forward_has_the_signature_of_the_base_model(self):
         import inspect
 
@@ -802,7 +855,7 @@ class TestBadArguments:
         with pytest.raises(ValueError, match=r"input_layernorm.*Linear, Conv1D or Embedding"):
             fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["input_layernorm"]))
 
-    @pytest.mark.parametrize("name", ["a.b", "__base__", "a/b", "", "keys", 3])
+    @pytest.mark.parametrize("name", ["a.b", "__base__", "a/b", "", "keys", "training", 3])
     def test_a_wrong_adapter_name_is_refused(self, name):
         with pytest.raises(ValueError, match="adapter_name is"):
             fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["linear"]), adapter_name=name)

@@ -33,6 +33,8 @@ def write(path, *lines):
 def test_messages_and_prompt_with_completion_are_read_alike(tmp_path):
     path = write(tmp_path / "d.jsonl", {"messages": TALK}, "", {"prompt": QUESTION, "completion": ANSWER, "id": 3})
     assert read_rows(path) == [TALK, TALK]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as editors on Windows begin a file
+    assert read_rows(path) == [TALK, TALK]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +204,14 @@ def test_resume_without_a_checkpoint_says_so(tmp_path):
         run(adapter(), tmp_path / "none", resume=True)
     with pytest.raises(ValueError, match="save_steps is -1"):
         run(adapter(), tmp_path / "none", save_steps=-1)
+
+
+def test_a_new_run_does_not_mix_its_checkpoints_with_those_of_another(tmp_path):
+    run(adapter(), tmp_path, save_steps=2)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        run(adapter(), tmp_path, save_steps=1)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["optimizer.json", "random-0.json"])

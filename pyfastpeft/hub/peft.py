@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from ..tuners.base import METHODS, PeftConfig
 from .files import atomic_write, load_safetensors, read_json, save_safetensors
 
 CONFIG_NAME = "adapter_config.json"
+CARD_NAME = "README.md"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_NAME = "pyfastpeft_encoder.safetensors"
 """What PEFT does not keep and training needs to go on: the encoder of a soft prompt. PEFT never looks at it."""
@@ -48,6 +50,8 @@ def locate(model_id: str | os.PathLike, filename: str, subfolder: str | None = N
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
+    known = inspect.signature(hf_hub_download).parameters
+    hub = {key: value for key, value in hub.items() if key in known}  # PEFT takes others too, for loading
     try:
         return Path(hf_hub_download(str(model_id), filename, subfolder=subfolder, **hub))
     except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
@@ -126,7 +130,7 @@ def write_adapter(
         save_safetensors(apart, folder / WEIGHTS_NAME)
         if own:
             save_safetensors(own, folder / OWN_NAME)
-    card = folder / "README.md"
+    card = folder / CARD_NAME
     if not card.exists():
         base = json.dumps(config.get("base_model_name_or_path") or "")
         library, readers = "peft", "An adapter in PEFT's format: PEFT and pyfastpeft load"

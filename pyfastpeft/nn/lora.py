@@ -366,7 +366,7 @@ class LoraLayer(nn.Module):
 
     def _gained(self, name: str, gains: dict[str, Tensor]) -> Tensor:
         b = self.factors(name)[1]
-        return b * gains[name][:, None] if name in gains else b
+        return (b * gains[name][:, None]).to(b.dtype) if name in gains else b
 
     # Merging.
 

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,11 +95,16 @@ class AdaptedModel(nn.Module):
             self._drop_saved(name)
             raise
         self.configs[name] = config
-        trained = [t for t in tuner.tensors(name, config).values() if isinstance(t, nn.Parameter)]
+        self.bank.hold(name, partial(self._trained, name))
+
+    def _trained(self, name: str) -> list[nn.Parameter]:
+        """What trains while the adapter does."""
+        tensors = self.tuner_of(name).tensors(name, self.configs[name])
+        trained = [t for t in tensors.values() if isinstance(t, nn.Parameter)]
         for wrapper in self.bank.wrappers.values():
             if name in wrapper.modules_to_save:
                 trained += wrapper.modules_to_save[name].parameters()
-        self.bank.hold(name, trained)
+        return trained
 
     def remove(self, name: str) -> None:
         """Take an adapter out; where it was the last on a module, the plain module stands there again."""
@@ -208,11 +214,11 @@ def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:
         not isinstance(name, str)
         or not re.fullmatch(r"[^./\\\s]+", name)
         or name == BASE
-        or hasattr(nn.ModuleDict, name)
+        or hasattr(nn.ModuleDict(), name)
     ):
         raise ValueError(
             f"adapter_name is {name!r}; it must be a word without dots, slashes or spaces, and not {BASE!r} or "
-            "the name of a method of torch.nn.ModuleDict"
+            "the name of an attribute of torch.nn.ModuleDict"
         )
     if name in taken:
         raise ValueError(f"adapter_name is {name!r}, which this model has already; delete it first or choose another")

@@ -489,19 +489,37 @@ class LoraTuner(Tuner):
         return held | self._saved_embeddings(config, save_embedding_layers)
 
     def _saved_embeddings(self, config: LoraConfig, save: bool | str) -> dict[str, Tensor]:
-        """The base embeddings that PEFT stores beside an adapter: those it targets ("auto"), or all (True)."""
+        """The base embeddings that PEFT stores beside an adapter: those it targets, or all where there are more or
+        fewer than the base model's folder says ("auto"); or all (True)."""
         targets = config.target_modules
         if isinstance(targets, str):
             paths = [p for p, _ in modules_of(self.model) if ends_with(p, list(_EMBEDDING_NAMES))]
             targeted = any(re.fullmatch(targets, p) for p in paths)
         else:
             targeted = any(n in targets for n in _EMBEDDING_NAMES)
-        if save is False or (save == "auto" and not targeted) or not hasattr(self.model, "get_input_embeddings"):
+        if save is False or not hasattr(self.model, "get_input_embeddings"):
             return {}
+        if save == "auto" and not targeted:
+            if not self._resized():
+                return {}
+            warnings.warn("the embeddings were resized, so they are written beside the adapter", stacklevel=2)
         held = self.optional(config)
         if targeted:
             held = {k: t for k, t in held.items() if ".base_layer." in k}
         return held
+
+    def _resized(self) -> bool:
+        """Whether the vocabulary has another size than in the folder that the base model came from."""
+        base = getattr(self.model, "name_or_path", None)
+        size = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if not base or size is None:
+            return False
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(base, local_files_only=True).vocab_size != size
+        except (AttributeError, OSError, ValueError):  # not there, or none of transformers' own
+            return False
 
     def check_same_layout(self, name: str, old: LoraConfig, new: LoraConfig, live: dict, expected: dict) -> None:
         for path, layer in self._layers(name).items():
