@@ -205,6 +205,15 @@ def test_assisted_generation_crops_the_cache_and_gives_the_same(served):
     assert any(served)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_generation_that_exits_early_to_guess_gives_the_same(lora, served):
+    plain, fused = pair("qwen3", lora=lora)
+    ids = torch.randint(1, VOCAB, (1, 6))
+    for exit_after in (1, 2):
+        assert torch.equal(generate(fused, ids, assistant_early_exit=exit_after), generate(plain, ids))
+    assert any(served)
+
+
 def test_a_static_cache_is_written_in_place(served):
     plain, fused = pair()
     ids = torch.randint(1, VOCAB, (2, 10))

@@ -181,6 +181,16 @@ class TestAgainstPeft:
         assert torch.equal(got, expected)
 
     @pytest.mark.parametrize("method", PEFT_HAS)
+    def test_a_forward_that_leaves_after_the_first_layer(self, method):
+        theirs, own = pair(llama(), method)
+        ids, short = tiny.inputs()["input_ids"], {"input_ids": tiny.inputs(length=1)["input_ids"], "use_cache": True}
+        for model in (theirs.eval(), own.eval()):
+            model.config.num_hidden_layers = 1
+        with torch.no_grad():
+            close(own(ids).logits, of_text(theirs(ids).logits, ids))
+            close(own(**short).logits, theirs(**short).logits[:, -1:])
+
+    @pytest.mark.parametrize("method", PEFT_HAS)
     @pytest.mark.parametrize("labels", ["all", "none of the first", "some"])
     def test_the_first_label_trains_what_the_prompt_says_next(self, method, labels):
         theirs, own = pair(llama(), method)
@@ -417,6 +427,13 @@ class TestWherePeftFails:
         own, assistant = ours(llama(), method).eval(), llama()
         ids = tiny.inputs(rows=1)["input_ids"]
         assert torch.equal(own.generate(ids, **GREEDY, assistant_model=assistant), own.generate(ids, **GREEDY))
+
+    @pytest.mark.parametrize("kind", ["llama", "mistral"])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_generation_that_exits_early_to_guess_is_greedy_generation(self, method, kind):
+        own, ids = ours(tiny.make(kind), method).eval(), tiny.inputs(rows=1)["input_ids"]
+        got = own.generate(ids, **GREEDY, assistant_early_exit=1)
+        assert torch.equal(got, own.generate(ids, **GREEDY))
 
     @pytest.mark.parametrize("method", METHODS)
     def test_sampling_draws_from_the_models_distribution(self, method):

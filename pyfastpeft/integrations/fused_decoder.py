@@ -211,7 +211,7 @@ class _Stack:
                 raise _Unsupported
             return weight
 
-        for i in range(config.num_hidden_layers):
+        for i in range(look.get(vars(config), "num_hidden_layers")):  # fewer where a generation exits early
             layer = look.module(layers, str(i))
             attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
             if (

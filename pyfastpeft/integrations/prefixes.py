@@ -560,7 +560,7 @@ class Prefixes:
         cache = DynamicCache()
         positions = torch.arange(len(embeddings), device=embeddings.device) + self._first
         handed = {attention.HANDED_DOWN: _NOTHING} if self._hands_down else {}  # should the decoder be compiled code
-        with self._bare(rows, layer_inputs):
+        with self._bare(rows, layer_inputs), _all_layers(self.decoder.config, len(self.attentions)):
             output = self.decoder(
                 inputs_embeds=embeddings.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
@@ -746,6 +746,16 @@ def _without_checkpointing(checkpointing: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in on:
             module.gradient_checkpointing = True
+
+
+@contextmanager
+def _all_layers(config: Any, count: int) -> Iterator[None]:
+    """Let a model run all its ``count`` layers, also while a generation exits early."""
+    asked, config.num_hidden_layers = config.num_hidden_layers, count
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = asked
 
 
 def _reentrant(module: nn.Module) -> bool:
