@@ -65,6 +65,9 @@ OTHERS = {
     "positions from 2 on": lambda: tf.RobertaForCausalLM(
         tf.RobertaConfig(**tiny._BERT, is_decoder=True, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
     ),
+    "its own decoder, head and all": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(**tiny._LLAMA, head_dim=8, num_local_experts=2, intermediate_size_mlp=48)
+    ),
     "scales in place": lambda: tf.CTRLLMHeadModel(
         tf.CTRLConfig(
             vocab_size=tiny.VOCAB, n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=64, resid_pdrop=0, embd_pdrop=0

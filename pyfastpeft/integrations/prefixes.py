@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
@@ -203,7 +204,7 @@ class Prefixes:
 
     def _find(self) -> None:
         """Find out what there is in the model."""
-        self.decoder = self.model.get_decoder()
+        self.decoder = _decoder_of(self.model)
         kind, config = type(self.model).__name__, self.decoder.config
         for name, does in _UNLIKE.items():
             if getattr(config, name, None):
@@ -766,6 +767,14 @@ def _reentrant(module: nn.Module) -> bool:
             return bool(function.keywords["use_reentrant"])
         function = function.args[0] if function.args else function.func
     return function is not None
+
+
+def _decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder of ``model`` without a head: some models call one that has its head a decoder."""
+    decoder = model.get_decoder()
+    if getattr(decoder, "get_output_embeddings", lambda: None)() is None:
+        return decoder
+    return next((module for module in decoder.children() if isinstance(module, PreTrainedModel)), decoder)
 
 
 def _attentions(decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
