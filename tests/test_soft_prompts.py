@@ -68,6 +68,17 @@ OTHERS = {
     "its own decoder, head and all": lambda: tf.Llama4ForCausalLM(
         tf.Llama4TextConfig(**tiny._LLAMA, head_dim=8, num_local_experts=2, intermediate_size_mlp=48)
     ),
+    "could have a state": lambda: tf.GraniteMoeHybridForCausalLM(
+        tf.GraniteMoeHybridConfig(
+            **tiny._LLAMA,
+            layer_types=["attention"] * 2,
+            position_embedding_type="rope",
+            shared_intermediate_size=64,
+            num_local_experts=0,
+            mamba_n_heads=4,
+            mamba_d_head=16,
+        )
+    ),
     "scales in place": lambda: tf.CTRLLMHeadModel(
         tf.CTRLConfig(
             vocab_size=tiny.VOCAB, n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=64, resid_pdrop=0, embd_pdrop=0
@@ -1074,6 +1085,32 @@ class TestBadInput:
                     tf.BartConfig(vocab_size=tiny.VOCAB, d_model=32, decoder_layers=2, decoder_attention_heads=4)
                 ),
                 "a BartDecoder has attention in 2 of its 12 layers",
+            ),
+            (
+                lambda: tf.FalconH1ForCausalLM(
+                    tf.FalconH1Config(**tiny._LLAMA, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8)
+                ),
+                r"a FalconH1ForCausalLM has layers of other kinds than .* attention \(hybrid\), so it cannot take",
+            ),
+            (
+                lambda: tf.MiniMaxForCausalLM(tf.MiniMaxConfig(**tiny._LLAMA, head_dim=8, num_local_experts=2)),
+                r"a MiniMaxForCausalLM has layers of other kinds than .* attention \(linear_attention\)",
+            ),
+            (
+                lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2)),
+                r"a MambaForCausalLM has layers of other kinds than .* attention \(linear_attention\)",
+            ),
+            (
+                lambda: tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2)),
+                "a RwkvForCausalLM carries a state from token to token, so it cannot take a prefix",
+            ),
+            (
+                lambda: tf.ModernBertDecoderForCausalLM(
+                    tf.ModernBertDecoderConfig(
+                        vocab_size=tiny.VOCAB, hidden_size=36, num_hidden_layers=2, pad_token_id=0
+                    )
+                ),
+                "what a ModernBertDecoderForCausalLM calls its decoder is a Linear, so it cannot take a prefix",
             ),
         ],
     )

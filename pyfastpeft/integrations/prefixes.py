@@ -64,6 +64,9 @@ _UNLIKE = {
 }
 """What a causal model that has this in its configuration does, so that a prefix is not to it what tokens are."""
 
+_ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+"""The kinds of layers, as configurations call them, to which a token is one key and one value."""
+
 
 class KeyValueShape(NamedTuple):
     """Of a model: how many layers, key/value heads a layer, and the size of a head."""
@@ -205,10 +208,22 @@ class Prefixes:
     def _find(self) -> None:
         """Find out what there is in the model."""
         self.decoder = _decoder_of(self.model)
-        kind, config = type(self.model).__name__, self.decoder.config
+        kind, config = type(self.model).__name__, getattr(self.decoder, "config", None)
+        if config is None:
+            raise ValueError(
+                f"what a {kind} calls its decoder is a {type(self.decoder).__name__}, so it cannot take a prefix"
+            )
         for name, does in _UNLIKE.items():
             if getattr(config, name, None):
                 raise ValueError(f"a {kind} {does}, so it cannot take a prefix")
+        layer_types = set(getattr(config, "layer_types", None) or ())
+        if others := ", ".join(sorted(layer_types - _ATTENTION)):
+            raise ValueError(
+                f"a {kind} has layers of other kinds than full, sliding or chunked attention ({others}), so it cannot "
+                "take a prefix"
+            )
+        if not layer_types and self.model._is_stateful:
+            raise ValueError(f"a {kind} carries a state from token to token, so it cannot take a prefix")
         layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)
         shapes = set(map(KeyValueShape.of, layers))
         if len(shapes) > 1:
