@@ -523,12 +523,15 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> None:
         """Load another adapter beside the others, or new values into one that exists.
 
-        Arguments and errors as in :meth:`from_pretrained`; the model is unchanged after an error.
+        Arguments and errors as in :meth:`from_pretrained`; the model is unchanged after an error. As in PEFT,
+        ``is_trainable`` is for new adapters: one that exists goes on to train, or not, as it did.
         """
         config = read_config(model_id, **hub) if config is None else config
         _check_config(config)
         tensors, path = read_tensors(model_id, **hub)
-        if is_trainable:
+        held = self.peft_config.get(adapter_name)
+        encodes = is_trainable if held is None else self.base_model.tuner_of(adapter_name).own_state(adapter_name, held)
+        if encodes:
             tensors |= read_own(model_id, **hub)
         config = replace(config, inference_mode=not is_trainable)
         self._install(adapter_name, config, tensors, str(path), autocast_adapter_dtype)
@@ -569,8 +572,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             if not exists:
                 model.remove(name)
             raise
-        if exists:
-            held.inference_mode = config.inference_mode
         self._prepare()
 
     def export_prefix(self, path: str | os.PathLike, adapter_name: str | Sequence[str] | None = None) -> None:

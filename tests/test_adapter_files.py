@@ -158,6 +158,17 @@ def test_is_trainable_decides_whether_it_trains(tmp_path):
         assert any(p.requires_grad for p in model.parameters()) == is_trainable
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_adapter_that_exists_goes_on_to_train_or_not_as_it_did(trains, is_trainable, tmp_path):
+    fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path)
+    for library in (peft, fp):
+        model = library.PeftModel.from_pretrained(tiny.make(), tmp_path, is_trainable=trains)
+        model.load_adapter(tmp_path, "default", is_trainable=is_trainable)
+        assert any(p.requires_grad for p in model.parameters()) == trains
+        assert model.peft_config["default"].inference_mode != trains
+
+
 def test_new_values_load_into_an_adapter_that_exists(tmp_path):
     model = trained(fp.get_peft_model, tiny.make(), fp.LoraConfig())
     expected = {k: t.clone() for k, t in fp.get_peft_model_state_dict(model).items()}

@@ -245,14 +245,17 @@ def test_transformers_own_trainer_saves_the_adapter_alone_and_resumes(tmp_path, 
         assert torch.equal(value, expected[key]), key
 
 
-def test_transformers_own_trainer_loads_its_best_adapter(tmp_path):
-    model = adapter()
+@pytest.mark.parametrize("kind", ["default", *SOFT_PROMPTS])
+def test_transformers_own_trainer_loads_its_best_adapter_which_still_trains(tmp_path, kind):
+    model = adapted(kind)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     best = trainer(model, tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
     best.train()
     saved = load_safetensors(f"{best.state.best_model_checkpoint}/adapter_model.safetensors")
     assert saved.keys() == weights(model).keys()
     for key, value in weights(model).items():
         assert torch.equal(value, saved[key]), key
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     best.save_model(str(tmp_path / "final"))
     assert load_safetensors(tmp_path / "final" / "adapter_model.safetensors").keys() == saved.keys()
 
