@@ -394,6 +394,27 @@ def shift(model, length=LENGTH):
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["operator", "elsewhere"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", SLIDING)
+def test_a_prefix_that_left_the_window_stays_out_of_sight_behind_hidden_tokens(name, cache, dropout):
+    _, ours = pair(name)
+    hold(ours, prefixes_for(ours), torch.tensor([0, 0, -1, 0]))
+    ids, mask = torch.randint(1, VOCAB, (4, 16)), torch.ones(4, 16, dtype=torch.long)
+    mask[0, 4:8] = mask[2, 3:8] = 0  # the first turn of a chat, padded
+    mask[1, :6] = 0
+    positions = positions_of(mask)
+    inputs = {"input_ids": ids, "position_ids": positions}
+    kept = tf.DynamicCache(config=ours.config) if cache == "dynamic" else tf.StaticCache(ours.config, max_cache_len=16)
+    with torch.no_grad():
+        expected = run_with_dropout(ours, dropout, **inputs, attention_mask=mask, use_cache=False).logits
+        for start, end in [(0, 8), (8, 9), (9, 12), *((i, i + 1) for i in range(12, 16))]:
+            part = {name: t[:, start:end] for name, t in inputs.items()}
+            got = ours(**part, attention_mask=mask[:, :end], past_key_values=kept).logits
+            seen = mask[:, start:end].bool()
+            assert near(got[seen], expected[:, start:end][seen])
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
 def test_a_prefix_under_caps_and_sinks(name):
     plain, ours = pair(name, reference="eager")

@@ -7,9 +7,10 @@ The mask function never makes a mask of [queries, keys] where it knows the patte
 sees every key, else one int32 number a key: *key positions* [batch, 1, window, keys], the place of the key counted from
 the first query, plus ``HIDDEN`` where it is padding. The query at t sees the keys at t and before. Keys that every
 query sees lie before all queries, so a mask that is not causal is of the same form; the third dimension is the sliding
-window, 1 where there is none, and takes no memory (its stride is 0). So a mask says all there is to say about the
-pattern, and no module's word is needed for it. Patterns of other kinds (packed sequences, chunks, whatever a model
-adds) are transformers' own bool masks.
+window, 1 where there is none, and takes no memory (its stride is 0). In a row whose first token the cache has dropped,
+padding has minus ``HIDDEN``: out of the window, and so is then the prefix, which lies right before the first key that
+is not hidden. So a mask says all there is to say about the pattern, and no module's word is needed for it. Patterns of
+other kinds (packed sequences, chunks, whatever a model adds) are transformers' own bool masks.
 
 A prefix of keys and values, shared by the batch or chosen by row, comes from the attention module itself:
 ``vars(module)["_prefix"].current(batch)`` gives a :class:`~pyfastpeft.adapters.Prefix` or None.
@@ -105,15 +106,18 @@ def attention_mask(
             **kwargs,
         )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is not None:
-        padding = padding[:, kv_offset : kv_offset + kv_length]
-    if window is None and _sees_all(padding, causal, q_length, kv_length, q_offset, kv_offset):
+    shown = None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
+    if window is None and _sees_all(shown, causal, q_length, kv_length, q_offset, kv_offset):
         return None
     places = torch.arange(kv_length, dtype=torch.int32, device=device)
     places = places - kv_length if full else places + (kv_offset - q_offset)
     places = places.to(torch.int32).view(1, 1, 1, kv_length)
     if padding is not None:
-        places = torch.where(padding[:, None, None], places, places + HIDDEN)
+        hidden = places + HIDDEN
+        if window is not None:
+            begun = padding[:, :kv_offset].any(1)
+            hidden = torch.where(begun[:, None, None, None], places - HIDDEN, hidden)
+        places = torch.where(shown[:, None, None], places, hidden)
     return places.expand(batch_size, 1, window or 1, kv_length)
 
 
