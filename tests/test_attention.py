@@ -426,6 +426,42 @@ def test_a_prefix_under_caps_and_sinks(name):
         assert near(got, by_hand(plain, prefixes, ids, mask))
 
 
+def vision_pair():
+    """Gemma 3 with images, whose sliding layers have bool masks, in transformers' attention and in ours."""
+    text = tf.Gemma3TextConfig(**_SIZES, sliding_window=8, layer_types=_MIXED, eos_token_id=None)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = tf.SiglipVisionConfig(**sizes, image_size=16, patch_size=8)
+    config = tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=VOCAB - 1)
+    plain = tf.Gemma3ForConditionalGeneration(config).eval()
+    ours = copy.deepcopy(plain)
+    ours.set_attn_implementation("pyfastpeft")
+    prefixes = prefixes_for(ours.model.language_model)
+    hold(ours.model.language_model, prefixes)
+    return plain, ours, prefixes
+
+
+def test_a_prefix_in_a_window_over_blocks_of_images():
+    plain, ours, prefixes = vision_pair()
+    ids, ones = torch.randint(1, VOCAB, (2, 14)), torch.ones(2, 14, dtype=torch.long)
+    types = torch.zeros_like(ids)
+    types[0, 2:6] = types[1, 5:9] = 1
+    with torch.no_grad():
+        got = ours(input_ids=ids, attention_mask=ones, token_type_ids=types, position_ids=positions_of(ones)).logits
+        types, ones = nn.functional.pad(types, (LENGTH, 0)), nn.functional.pad(ones, (LENGTH, 0), value=1)
+        more = {"position_ids": positions_of(ones, 0)[:, LENGTH:], "past_key_values": cache_of(prefixes, 2)}
+        assert near(got, plain(input_ids=ids, attention_mask=ones, token_type_ids=types, **more).logits)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_prefix_before_text_alone_where_there_could_be_images(cache):
+    _, ours, _ = vision_pair()
+    ids, mask = ids_and_mask(length=6)
+    mask[0, 1:4] = 0
+    options = {"cache_implementation": cache, "return_dict_in_generate": True, "output_logits": True}
+    got, expected = (generate(ours, ids, mask, **options, **types) for types in ({"token_type_ids": ids * 0}, {}))
+    assert near(torch.stack(got.logits), torch.stack(expected.logits))
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(1, 6), (6, 6), (3, 8)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_the_operator_leaves_to_others_sees_the_same_keys(queries, keys, causal):
@@ -443,8 +479,9 @@ def test_a_prefix_that_cannot_be_placed_is_an_error():
     ids = torch.randint(1, VOCAB, (1, 12))
     _, sliding = pair("mistral-sliding")
     hold(sliding, prefixes_for(sliding))
-    with pytest.raises(ValueError, match=r"MistralAttention sees a part.*attention_mask is \(1, 1, 12, 12\)"):
-        sliding(input_ids=ids, attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool))
+    for n in (12, 1):
+        with pytest.raises(ValueError, match=rf"MistralAttention sees a part.*attention_mask is \(1, 1, {n}, {n}\)"):
+            sliding(input_ids=ids[:, :n], attention_mask=torch.ones(1, 1, n, n, dtype=torch.bool))
     _, biased = pair("t5")
     layers = [module for module in biased.modules() if type(module).__name__ == "T5Attention"]
     k = torch.zeros(1, 4, 2, 8)

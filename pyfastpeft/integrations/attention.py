@@ -10,7 +10,8 @@ query sees lie before all queries, so a mask that is not causal is of the same f
 window, 1 where there is none, and takes no memory (its stride is 0). In a row whose first token the cache has dropped,
 padding has minus ``HIDDEN``: out of the window, and so is then the prefix, which lies right before the first key that
 is not hidden. So a mask says all there is to say about the pattern, and no module's word is needed for it. Patterns of
-other kinds (packed sequences, chunks, whatever a model adds) are transformers' own bool masks.
+other kinds (packed sequences, chunks, whatever a model adds) are transformers' own bool masks; where such a mask is cut
+to a sliding window, as over Gemma 3's images, key positions are its attribute ``_places`` and say where a prefix lies.
 
 A prefix of keys and values, shared by the batch or chosen by row, comes from the attention module itself:
 ``vars(module)["_prefix"].current(batch)`` gives a :class:`~pyfastpeft.adapters.Prefix` or None.
@@ -40,6 +41,7 @@ from transformers.masking_utils import (
     causal_mask_function,
     prepare_padding_mask,
     sdpa_mask,
+    sliding_window_overlay,
 )
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
@@ -59,6 +61,7 @@ logger = logging.get_logger(__name__)
 _EAGER_ONLY = {"softcap": "caps its scores", "s_aux": "has attention sinks", "sinks": "has attention sinks"}
 _SPARSE = ("indices", "block_indices")  # of the keys a query sees
 _AND = and_masks(causal_mask_function).__code__
+_SLIDING = sliding_window_overlay(1).__code__
 
 
 def attention_mask(
@@ -89,7 +92,7 @@ def attention_mask(
     if allow_is_causal_skip or q_length == 1 < kv_length:
         window = _window(mask_function, use_vmap, allow_is_bidirectional_skip, config, local_size)
     if not (causal or full or window):
-        return sdpa_mask(
+        mask = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -105,18 +108,36 @@ def attention_mask(
             config=config,
             **kwargs,
         )
+        window = _cut_to(mask_function)
+        if window is not None:
+            padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+            mask._places = _key_positions(padding, kv_length, kv_offset, q_offset, window, batch_size, device)
+        return mask
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    shown = None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
-    if window is None and _sees_all(shown, causal, q_length, kv_length, q_offset, kv_offset):
+    if window is None and _sees_all(padding, causal, q_length, kv_length, q_offset, kv_offset):
         return None
-    places = torch.arange(kv_length, dtype=torch.int32, device=device)
-    places = places - kv_length if full else places + (kv_offset - q_offset)
+    first_query = kv_offset + kv_length if full else q_offset
+    return _key_positions(padding, kv_length, kv_offset, first_query, window, batch_size, device)
+
+
+def _key_positions(
+    padding: Tensor | None,
+    kv_length: int,
+    kv_offset: int,
+    first_query: int | Tensor,
+    window: int | None,
+    batch_size: int,
+    device: torch.device | str,
+) -> Tensor:
+    """What the module's docstring says, of ``padding`` bool [batch, keys seen so far]."""
+    places = torch.arange(kv_length, dtype=torch.int32, device=device) + (kv_offset - first_query)
     places = places.to(torch.int32).view(1, 1, 1, kv_length)
     if padding is not None:
         hidden = places + HIDDEN
         if window is not None:
             begun = padding[:, :kv_offset].any(1)
             hidden = torch.where(begun[:, None, None, None], places - HIDDEN, hidden)
+        shown = padding[:, kv_offset : kv_offset + kv_length]
         places = torch.where(shown[:, None, None], places, hidden)
     return places.expand(batch_size, 1, window or 1, kv_length)
 
@@ -140,6 +161,18 @@ def _window(
     return local_size if sliding else None
 
 
+def _cut_to(mask_function: Callable) -> int | None:
+    """The size of the sliding window to which transformers cuts a mask of any kind.
+
+    It comes last of all but packed sequences, which are none of ours. A compiler cannot look into functions.
+    """
+    if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
+        return None
+    last = mask_function.__closure__[0].cell_contents[-1]
+    size = last.__closure__[0].cell_contents if getattr(last, "__code__", None) is _SLIDING else 1
+    return size if size > 1 else None
+
+
 def _sees_all(
     padding: Tensor | None, causal: bool, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int
 ) -> bool:
@@ -150,6 +183,8 @@ def _sees_all(
     """
     if q_length != 1:
         return False
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length]
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing may depend on values
         if padding is not None or isinstance(q_offset, Tensor):
             return False
@@ -200,6 +235,7 @@ def attention_forward(
     if (
         dropout
         or form is None
+        or _out_of_reach(module, key, attention_mask, prefix, kwargs)
         or choose_attention(query) is not Backend.NATIVE
         or not (query.dtype == key.dtype == value.dtype)
         or value.shape[3] != query.shape[3]
@@ -284,14 +320,15 @@ def _dense(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values with the prefix in front, and the mask [batch or 1, 1, queries, keys] of all of them."""
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    window = None
+    window, places = None, getattr(mask, "_places", mask)
     positions = torch.arange(queries - keys, queries, device=key.device).unsqueeze(0)  # the last keys are the queries'
     if mask is None and (causal or prefix is not None):
         mask = sees_keys(positions, queries, causal, None).unsqueeze(1)
-    elif mask is not None and mask.dtype == torch.int32:
-        window, places = _form(mask)
-        positions, mask = places[:, 0, 0], _spread(mask, queries)
-    elif prefix is not None and _reach(module, kwargs) < prefix.k.shape[2] + keys:
+    elif places is not None and places.dtype == torch.int32:
+        mask = _spread(mask, queries) if mask is places else mask
+        window, places = _form(places)
+        positions = places[:, 0, 0]
+    elif _out_of_reach(module, key, mask, prefix, kwargs):
         raise ValueError(
             f"{type(module).__name__} sees a part of the sequence only, and attention_mask is {tuple(mask.shape)}; "
             "with a prefix it must be [batch, keys], with one sequence a row"
@@ -311,14 +348,19 @@ def _dense(
     return torch.cat([prefix.k[slot].to(key), key], 2), torch.cat([prefix.v[slot].to(value), value], 2), mask
 
 
-def _reach(module: nn.Module, kwargs: dict[str, Any]) -> float:
-    """How many keys the layer's queries see at most."""
+def _out_of_reach(
+    module: nn.Module, key: Tensor, mask: Tensor | None, prefix: Prefix | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether queries may be too far from the prefix to see it, of which ``mask`` itself says nothing."""
+    if prefix is None or mask is None or mask.dtype == torch.int32:
+        return False
     sizes = (
         kwargs.get("sliding_window"),
         getattr(module, "sliding_window", None),
         getattr(getattr(module, "config", None), "attention_chunk_size", None),
     )
-    return min([math.inf, *(size for size in sizes if size is not None)])  # compilers follow no default
+    reach = min([math.inf, *(size for size in sizes if size is not None)])  # compilers follow no default
+    return reach < prefix.k.shape[2] + key.shape[2]
 
 
 def _spread(places: Tensor, queries: int) -> Tensor:
