@@ -110,6 +110,17 @@ constexpr int64_t kScalesAhead = 1024;
 PF_INLINE void prefetch_stream(const void* at) { __builtin_prefetch(at, 0, kLocality); }
 constexpr int64_t kTilesAhead = 8;  // for the B of the branch: a tile's is short, and no hardware sees it coming
 
+// Asks for a part of the B of tiles [tile0, tile1), as much of it as columns [col0, col1) are of k: in bursts it would
+// hold up the codes.
+inline void prefetch_b_part(const Matrix& b, int64_t tile0, int64_t tile1, int64_t col0, int64_t col1, int64_t k) {
+  if (b.data == nullptr) return;
+  const char* at = b.packed ? reinterpret_cast<const char*>(b.pairs(tile0, 0)) : b.row(tile0 * kTile);
+  const int64_t row0 = tile0 * kTile, rows = (tile1 < b.rows / kTile ? tile1 * kTile : b.rows) - row0;
+  const int64_t lines = b.packed ? (reinterpret_cast<const char*>(b.pairs(tile1, 0)) - at) / 64 : rows;
+  const int64_t step = b.packed ? 64 : b.row(1) - b.row(0);
+  for (int64_t i = lines * col0 / k; i < lines * col1 / k; ++i) prefetch_stream(at + i * step);
+}
+
 // Calls body.operator()<I>() for each I, everything inlined.
 #define PF_BODY(index) [&]<index>() __attribute__((always_inline))
 template <class Body, int... I>
@@ -1361,7 +1372,7 @@ struct Algorithm {
   // rows side by side 30). Eight rows of x need the first-level cache for themselves; `kAgain`, where W was read before
   // for other rows of x, it is in a cache, and loads of x take the time.
   template <int MB, bool kAgain>
-  static void pair_dots(const Matrix& x, const Matrix& w, int64_t last, bool adds, float (*sums)[kTile][kTile]) {
+  static void pair_dots(const Matrix& x, const Matrix& w, int64_t last, bool adds, F (*sums)[kTile]) {
     constexpr bool kMany = MB >= 8 || kAgain;
     constexpr int kRows = MB >= 8 ? 2 : kMany ? 4 : 1, kChains = kMany ? 1 : MB >= 3 ? 2 : 4, kWide = kLanes * kStep;
     constexpr int64_t kAhead = kMany ? 16384 : kRowsAhead, kHint = kMany ? 2 : kLocality;
@@ -1380,7 +1391,7 @@ struct Algorithm {
           rs, PF_BODY(int R) {
             each(
                 ms, PF_BODY(int M) {
-                  acc[R][M][0] = adds ? V::load(sums[M][n + R]) : V::zero();
+                  acc[R][M][0] = adds ? sums[M][n + R] : V::zero();
                   each(MakeInts<kChains - 1>{}, PF_BODY(int P) { acc[R][M][P + 1] = V::zero(); });
                 });
           });
@@ -1408,17 +1419,17 @@ struct Algorithm {
         for (int r = 0; r < kRows; ++r) copy_bytes(padded_w[r], at[r] + whole, rest * sizeof(E));
         step.template operator()<0>([&](int m) { return padded_x[m]; }, [&](int r) { return padded_w[r]; });
       }
-      each(rs, PF_BODY(int R) { each(ms, PF_BODY(int M) { V::store(sums[M][n + R], sum<kChains>(acc[R][M])); }); });
+      each(rs, PF_BODY(int R) { each(ms, PF_BODY(int M) { sums[M][n + R] = sum<kChains>(acc[R][M]); }); });
     }
   }
 
   // The same as dense_sums of matrices in pairs.
   static void dense_pairs(const DenseArgs& g, int64_t n0, int64_t lanes, float* c) {
-    alignas(64) float sums[8][kTile][kTile];
+    F sums[8][kTile];
     for (int64_t i = 0; i < lanes; i += kTile) {
       Matrix x = g.x, w = g.w;
       for (int64_t m = 0; m < g.x.rows;) {
-        using Dots = void (*)(const Matrix&, const Matrix&, int64_t, bool, float (*)[kTile][kTile]);
+        using Dots = void (*)(const Matrix&, const Matrix&, int64_t, bool, F(*)[kTile]);
         static constexpr Dots kFirst[] = {pair_dots<1, false>, pair_dots<2, false>, pair_dots<3, false>,
                                           pair_dots<4, false>};
         static constexpr Dots kAgain[] = {pair_dots<1, true>, pair_dots<2, true>, pair_dots<3, true>,
@@ -1434,7 +1445,7 @@ struct Algorithm {
           w.cols = min64(cols, g.w.cols - col0);
           dots(x, w, lanes - i - 1, col0 > 0, sums);
         } while ((col0 += cols) < g.w.cols);
-        for (int64_t r = 0; r < n; ++r, ++m) V::store(c + m * kGroupLanes + i, V::sums16(sums[r][0]));
+        for (int64_t r = 0; r < n; ++r, ++m) V::store(c + m * kGroupLanes + i, V::join16(sums[r], V::add));
       }
     }
   }

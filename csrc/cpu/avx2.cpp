@@ -288,6 +288,12 @@ struct B {
     for (int i = 1; i < 8; ++i) sums[0] += sums[i];
     return sums[0];
   }
+
+  static void join_max(const float* of, float* out) { copy_bytes(out, of, kByteUnits * sizeof(float)); }
+  static void join_sum(const int32_t* of, int32_t* out) { copy_bytes(out, of, kByteUnits * sizeof(int32_t)); }
+  static void join_sum(const V::F* of, float* out) {
+    for (int u = 0; u < kByteUnits; ++u) out[u] = V::reduce(of[u]);
+  }
 };
 
 #include "int8_algorithm.h"

@@ -291,21 +291,22 @@ struct V {
     }
   }
 
-  // The sum of each of 16 vectors that lie side by side.
-  static F sums16(const float* in) {
+  // The lanes of each of 16 vectors joined by `op`.
+  template <class Op>
+  static F join16(const F* in, const Op& op) {
     __m512 r[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * 16);
+    for (int i = 0; i < 16; ++i) r[i] = in[i];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i)
-      r[i] = add(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+      r[i] = op(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
-      r[i] = add(_mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0x44), _mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0xEE));
+      r[i] = op(_mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0x44), _mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0xEE));
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {  // four vectors to two, two to one
       const __m512 a = i < 2 ? r[2 * i] : r[0], b = i < 2 ? r[2 * i + 1] : r[1];
-      r[i < 2 ? i : 0] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+      r[i < 2 ? i : 0] = op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
     }
     return r[0];
   }

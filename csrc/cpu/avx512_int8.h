@@ -36,17 +36,14 @@ struct B {
   }
 
   // NaN or infinite where a value is: as integers, absolute values order like numbers, and these come last.
-  static float absmax(const float* v, int64_t n) {
+  static V::F absmax(const float* v, int64_t n) {
     __m512i most = _mm512_setzero_si512();
     for (int64_t i = 0; i < n; i += 16)
       most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(v + i))));
-    const int32_t bits = _mm512_reduce_max_epi32(most);
-    float absmax;
-    __builtin_memcpy(&absmax, &bits, 4);
-    return absmax;
+    return _mm512_castsi512_ps(most);
   }
   // n values (a multiple of 16) times `inverse`, rounded, in a ByteRow's order; returns their sum.
-  static int32_t quantize(const float* v, int64_t n, float inverse, int8_t* out) {
+  static I quantize(const float* v, int64_t n, float inverse, int8_t* out) {
     const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     __m512i sum = _mm512_setzero_si512();
     for (int64_t i = 0; i < n; i += 16) {
@@ -54,6 +51,20 @@ struct B {
       sum = _mm512_add_epi32(sum, q);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order));
     }
-    return _mm512_reduce_add_epi32(sum);
+    return sum;
+  }
+
+  // Of the lanes of 16 such vectors each.
+  static void join_max(const V::F* lanes, float* out) {
+    V::store(out, V::join16(lanes, [](V::F a, V::F b) {
+               return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+             }));
+  }
+  static void join_sum(const V::F* lanes, float* out) { V::store(out, V::join16(lanes, V::add)); }
+  static void join_sum(const I* lanes, int32_t* out) {
+    const V::F sums = V::join16(reinterpret_cast<const V::F*>(lanes), [](V::F a, V::F b) {
+      return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    });
+    _mm512_storeu_si512(out, _mm512_castps_si512(sums));
   }
 };

@@ -7,38 +7,71 @@ constexpr int kByteLanes = B::kGroupVecs * kLanes;
 constexpr int64_t kByteRows = 512;             // whose results stay in cache together
 constexpr int kPartGroups = 128 / kByteLanes;  // groups that read a block of x while it is in L2
 
-// Squared distance of n values times `inverse` from integers.
-inline float rounding_error(const float* values, int64_t n, float inverse) {
+// Squared distance of kUnit values times `inverse` from integers, lane by lane.
+template <int kUnit>
+PF_INLINE V::F rounding_error(const float* values, float inverse) {
   const V::F by = V::set1(inverse), shift = V::set1(0x1.8p23f), back = V::set1(-0x1.8p23f), minus = V::set1(-1.0f);
   V::F sum = V::zero();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const V::F v = V::mul(V::load(values + i), by);
-    const V::F off = V::fma(v, minus, V::add(V::add(v, shift), back));
-    sum = V::fma(off, off, sum);
-  }
-  return V::reduce(sum);
+  each(
+      MakeInts<kUnit / kLanes>{}, PF_BODY(int I) {
+        const V::F v = V::mul(V::load(values + I * kLanes), by);
+        const V::F off = V::fma(v, minus, V::add(V::add(v, shift), back));
+        sum = V::fma(off, off, sum);
+      });
+  return sum;
+}
+
+// of(u) of each unit; what it leaves in lanes, `join` brings together for all of them at once.
+template <class Of, class Join, class T>
+PF_INLINE void each_unit(int64_t units, const Of& of, const Join& join, T* out) {
+  decltype(of(0)) lanes[kByteUnits];
+  for (int64_t u = 0; u < units; ++u) lanes[u] = of(u);
+  for (int64_t u = units; u < kByteUnits; ++u) lanes[u] = decltype(of(0)){};
+  join(lanes, out);
 }
 
 // One row's block of columns in 8 bits. Of two scales a unit takes the one with the smaller error. In passes over all
 // units: one unit's steps each wait for the one before.
-inline void quantize_row(const float* values, int64_t unit, int64_t units, const ByteTable& table, ByteRow& row) {
+template <int kUnit>
+void quantize_row(const float* values, int64_t units, const ByteTable& table, ByteRow& row) {
   constexpr float kTop = 127.0f, kLower = 126.0f;
-  float absmax[kByteUnits], gain[kByteUnits];
-  int32_t sums[kByteUnits];
-  for (int64_t u = 0; u < units; ++u) absmax[u] = B::absmax(values + u * unit, unit);
-  for (int64_t u = 0; u < units; ++u) {
-    const float inverse = absmax[u] > 1e-36f ? 1.0f / absmax[u] : 0.0f;
-    const float top = rounding_error(values + u * unit, unit, kTop * inverse) * (kLower * kLower);
-    const float lower = rounding_error(values + u * unit, unit, kLower * inverse) * (kTop * kTop);
-    gain[u] = inverse * (lower < top ? kLower : kTop);
-  }
-  for (int64_t u = 0; u < units; ++u) sums[u] = B::quantize(values + u * unit, unit, gain[u], row.x + u * unit);
-  for (int64_t u = 0; u < units; ++u) {
-    const float scale = gain[u] == 0.0f ? absmax[u] * 0.0f : 1.0f / (gain[u] * table.step);  // NaN stays, and infinity
-    row.scale[u] = scale;
-    row.start[u] = -B::kOffset * sums[u] - static_cast<int32_t>(__builtin_rintf(table.shift * sums[u]));
-    row.sum[u] = scale * sums[u];
-  }
+  alignas(64) float absmax[kByteUnits], by_top[kByteUnits], by_lower[kByteUnits], top[kByteUnits], lower[kByteUnits];
+  alignas(64) float gain[kByteUnits], totals[kByteUnits], start[kByteUnits];
+  alignas(64) int32_t sums[kByteUnits];
+  const auto max = [](const auto* lanes, float* out) { B::join_max(lanes, out); };
+  const auto sum = [](const auto* lanes, auto* out) { B::join_sum(lanes, out); };
+  const auto by_lanes = [](const auto& body) __attribute__((always_inline)) {
+    for (int u = 0; u < kByteUnits; u += kLanes) body(u);
+  };
+  const V::F one = V::set1(1.0f), zero = V::zero();
+
+  each_unit(units, [&](int64_t u) { return B::absmax(values + u * kUnit, kUnit); }, max, absmax);
+  by_lanes([&](int u) {
+    const V::F most = V::load(absmax + u), inverse = V::where_le(V::set1(1e-36f), most, V::div(one, most), zero);
+    V::store(by_top + u, V::mul(inverse, V::set1(kTop)));
+    V::store(by_lower + u, V::mul(inverse, V::set1(kLower)));
+  });
+  each_unit(units, [&](int64_t u) { return rounding_error<kUnit>(values + u * kUnit, by_top[u]); }, sum, top);
+  each_unit(units, [&](int64_t u) { return rounding_error<kUnit>(values + u * kUnit, by_lower[u]); }, sum, lower);
+  by_lanes([&](int u) {
+    const V::F a = V::mul(V::load(top + u), V::set1(kLower * kLower));
+    const V::F b = V::mul(V::load(lower + u), V::set1(kTop * kTop));
+    V::store(gain + u, V::where_le(a, b, V::load(by_top + u), V::load(by_lower + u)));
+  });
+  each_unit(
+      units, [&](int64_t u) { return B::quantize(values + u * kUnit, kUnit, gain[u], row.x + u * kUnit); }, sum, sums);
+  for (int u = 0; u < kByteUnits; ++u) totals[u] = static_cast<float>(sums[u]);
+  by_lanes([&](int u) {
+    const V::F by = V::load(gain + u), total = V::load(totals + u), shift = V::set1(0x1.8p23f);
+    // NaN stays, and infinity.
+    const V::F nothing = V::mul(V::load(absmax + u), zero), scaled = V::div(one, V::mul(by, V::set1(table.step)));
+    const V::F scale = V::where_le(by, zero, nothing, scaled);
+    const V::F rounded = V::add(V::add(V::mul(total, V::set1(table.shift)), shift), V::set1(-0x1.8p23f));
+    V::store(row.scale + u, scale);
+    V::store(row.sum + u, V::mul(scale, total));
+    V::store(start + u, V::fma(total, V::set1(-B::kOffset), V::mul(rounded, V::set1(-1.0f))));
+  });
+  for (int u = 0; u < kByteUnits; ++u) row.start[u] = static_cast<int32_t>(start[u]);
 }
 
 inline void quantize_bytes(const Matrix& x, const Weight& w, ByteRow* out, int64_t row0, int64_t row1) {
@@ -52,7 +85,8 @@ inline void quantize_bytes(const Matrix& x, const Weight& w, ByteRow* out, int64
       for (int64_t i = 0; i < kByteBlock * 4; i += 64) __builtin_prefetch(from + kByteBlock * 4 + i);
       if (x.dtype != kFloat32) to_float(from, x.dtype, converted, n);
       const float* values = x.dtype == kFloat32 ? reinterpret_cast<const float*>(from) : converted;
-      quantize_row(values, unit, n / unit, kByteTables[w.format], out[col0 / kByteBlock * x.rows + r]);
+      const auto quantize = unit == 64 ? quantize_row<64> : quantize_row<32>;
+      quantize(values, n / unit, kByteTables[w.format], out[col0 / kByteBlock * x.rows + r]);
     }
 }
 
@@ -227,22 +261,62 @@ struct Part {
   float* sums(int64_t group) const { return c + group * rows * kByteLanes; }
 };
 
-// Adds the branch, in the arithmetic A that made g.s. `made` has room for a block of B of one tile. Where there are
+// c[r][lane] += s[r] * B^T for MR rows and one group, whose tiles have a panel each.
+template <class A, int MR>
+void branch_micro(const typename A::Elem* s, const typename A::Elem* const* panels, int64_t steps, float* c) {
+  constexpr MakeInts<MR> rows{};
+  constexpr MakeInts<B::kGroupVecs> vecs{};
+  V::F sums[MR][B::kGroupVecs];
+  each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { sums[R][U] = V::load(c + R * kByteLanes + U * kLanes); }); });
+  for (int64_t i = 0; i < steps; ++i, s += A::kStep) {
+    typename A::W w[B::kGroupVecs];
+    each(
+        vecs, PF_BODY(int U) {
+          w[U] = A::load(panels[U / kTileVecs] + (i * kTileVecs + U % kTileVecs) * kLanes * A::kStep);
+        });
+    each(
+        rows, PF_BODY(int R) {
+          const typename A::X own = A::broadcast(s + R * Algorithm<A>::kStride);
+          each(vecs, PF_BODY(int U) { sums[R][U] = A::fma(sums[R][U], w[U], own); });
+        });
+  }
+  each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { V::store(c + R * kByteLanes + U * kLanes, sums[R][U]); }); });
+}
+
+template <class A, int... R>
+auto pick_branch(int rows, IntList<R...>) {
+  static constexpr decltype(&branch_micro<A, 1>) kMicros[] = {branch_micro<A, R + 1>...};
+  return kMicros[rows - 1];
+}
+
+// Adds the branch, in the arithmetic A that made g.s. `made` has room for a block of B of one group. Where there are
 // instructions on tiles, the caller holds them.
 template <class A>
 void add_branch(const Part& part, void* made) {
   using Exact = Algorithm<A>;
+  using E = typename A::Elem;
   const Int8Args& g = part.g;
   for (int64_t i = 0; i < part.groups(); ++i)
-    for (int t = 0; t < kByteGroupTiles; ++t)
-      for (int64_t col0 = 0; col0 < g.s.cols; col0 += Exact::kBlock) {
-        const int64_t n = min64(Exact::kBlock, g.s.cols - col0), tile = part.tile(i, t);
-        if (col0 == 0 && tile + kTilesAhead < g.w.tiles()) Exact::prefetch_b(g.lora_b, tile + kTilesAhead);
-        const typename Exact::E* panel =
-            Exact::tile_panel(g.lora_b, tile, col0, n, static_cast<typename Exact::E*>(made));
-        Exact::multiply(Exact::packed_block(g.s, col0 / Exact::kBlock) + part.row0 * Exact::kStride, part.rows, panel,
-                        n, 1, part.sums(i) + t * kTile, kByteLanes);
+    for (int64_t col0 = 0; col0 < g.s.cols; col0 += Exact::kBlock) {
+      const int64_t n = min64(Exact::kBlock, g.s.cols - col0);
+      const E *panels[kByteGroupTiles],
+          *s = Exact::packed_block(g.s, col0 / Exact::kBlock) + part.row0 * Exact::kStride;
+      for (int t = 0; t < kByteGroupTiles; ++t)
+        panels[t] =
+            Exact::tile_panel(g.lora_b, part.tile(i, t), col0, n, static_cast<E*>(made) + t * Exact::kBlock * kTile);
+      if constexpr (Exact::kHasTiles) {
+        for (int t = 0; t < kByteGroupTiles; ++t)
+          Exact::multiply(s, part.rows, panels[t], n, 1, part.sums(i) + t * kTile, kByteLanes);
+      } else {
+        Exact::row_blocks(
+            part.rows,
+            [&](int64_t r, int rows) {
+              pick_branch<A>(rows, MakeInts<B::kMicroRows>{})(s + r * Exact::kStride, panels, ceil_div(n, A::kStep),
+                                                              part.sums(i) + r * kByteLanes);
+            },
+            B::kMicroRows);
       }
+    }
 }
 
 // Sums start at the bias and the branch.
@@ -271,6 +345,8 @@ inline void multiply_block(const Part& part, const B::Table& table, int64_t col0
   const int shift = __builtin_ctzll(w.segment / unit);
   const ByteRow* x = part.g.x + col0 / kByteBlock * part.g.rows + part.row0;
   const int64_t parts_later = (col0 + columns_ahead) / w.k, later = (col0 + columns_ahead) % w.k;
+  const int64_t b_tile = min64(part.tile0 + kTilesAhead, w.tiles());
+  prefetch_b_part(part.g.lora_b, b_tile, min64(b_tile + part.tiles, w.tiles()), col0, col0 + n, w.k);
   alignas(64) float decoded[kByteGroupTiles][kByteUnits * kTile];
   for (int64_t i = 0; i < part.groups(); ++i) {
     Codes codes;
@@ -309,7 +385,7 @@ inline void byte_product(const Int8Args& g, int64_t tile0, int64_t tile1) {
   const int64_t part_tiles = (few ? 1 : kPartGroups) * kByteGroupTiles, part_rows = min64(g.rows, kByteRows);
   float* c = static_cast<float*>(scratch(0, part_tiles * kTile * part_rows * sizeof(float)));
   constexpr int64_t kPanelBytes = kByteBlock * kByteLanes;
-  uint8_t* panel = static_cast<uint8_t*>(scratch(1, kPanelBytes + Algorithm<F32>::kBlock * kTile * sizeof(float)));
+  uint8_t* panel = static_cast<uint8_t*>(scratch(1, kPanelBytes + Algorithm<F32>::kBlock * kByteLanes * sizeof(float)));
 #ifdef PF_BF16
   [[maybe_unused]] const BF16::Tiles held;  // for the branch: holding them anew for each part shows
 #endif

@@ -61,4 +61,10 @@ struct B {
     }
     return sum;
   }
+
+  static void join_max(const float* of, float* out) { copy_bytes(out, of, kByteUnits * sizeof(float)); }
+  static void join_sum(const int32_t* of, int32_t* out) { copy_bytes(out, of, kByteUnits * sizeof(int32_t)); }
+  static void join_sum(const V::F* of, float* out) {
+    for (int u = 0; u < kByteUnits; ++u) out[u] = V::reduce(of[u]);
+  }
 };

@@ -436,19 +436,37 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   // 4096, 16 rows: 1.3 ms for 1.5, 256 rows: 6.7 for 16).
   const bool pays = x.rows > 2 && (x.rows <= 10 || !arith.tiles);
   if (&arith == &k.bf16 && !pays) return linear_forward(w, x, bias, branch, y, y_dtype, nullptr, parallel);
-  const int64_t rank = branch.rank();
-  Int8Args args{w, nullptr, x.rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
-  if (rank > 0) {
-    float* s = static_cast<float*>(scratch(kSlotDy, x.rows * rank * sizeof(float)));
-    branch_sums(k, arith, x, branch, is_few(arith, w, x, branch), s, parallel);
-    args.s = pack_scaled(arith, s, x.rows, branch, parallel);
-  }
+  const int64_t rank = branch.rank(), rows = x.rows;
   const int64_t blocks = (x.cols + kByteBlock - 1) / kByteBlock, group = k.int8.group_tiles;
-  ByteRow* bytes = static_cast<ByteRow*>(scratch(kSlotX, blocks * x.rows * sizeof(ByteRow)));
-  run(parallel, x.rows, grain_of(x.cols * 4), [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, bytes, r0, r1); });
-  args.x = bytes;
-  run(parallel, (w.tiles() + group - 1) / group, grain_of(group * kTile * w.k * ((x.rows + 7) / 8)),
-      [&](int64_t g0, int64_t g1) { k.int8.product(args, g0 * group, std::min(g1 * group, w.tiles())); });
+  ByteRow* bytes = static_cast<ByteRow*>(scratch(kSlotDropped, blocks * rows * sizeof(ByteRow)));
+  const int64_t groups = (w.tiles() + group - 1) / group, grain = grain_of(group * kTile * w.k * ((rows + 7) / 8));
+  Int8Args args{w, bytes, rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
+  const auto product = [&](const Int8Args& own, int64_t g0, int64_t g1) {
+    k.int8.product(own, g0 * group, std::min(g1 * group, w.tiles()));
+  };
+  const auto whole = [&](int64_t g0, int64_t g1) { product(args, g0, g1); };
+  run(parallel, rows, grain_of(x.cols * 4), [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, bytes, r0, r1); });
+  if (rank == 0) return run(parallel, groups, grain, whole);
+  const bool few = is_few(arith, w, x, branch);
+  const PackedRows dropped =
+      few ? PackedRows{} : pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
+  if (rows > kMostSplitRows) {
+    float* s = static_cast<float*>(scratch(kSlotDs, rows * rank * sizeof(float)));
+    many_rows_sums(arith, dropped, branch, s, parallel);
+    args.s = pack_scaled(arith, s, rows, branch, parallel);
+    return run(parallel, groups, grain, whole);
+  }
+  // One region for both, as in linear_forward.
+  BranchSums sums = few ? BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), rows, branch)
+                        : BranchSums(arith, dropped, branch);
+  const float* factor = branch_factor(branch, rows, rank);
+  run(parallel, groups, grain, [&](int64_t g0, int64_t g1) {
+    Int8Args own = args;
+    arith.prefetch_b(branch.b, g0 * group);
+    sums.finish(w.codes + g0 * group * w.k * (kTile / 2));
+    own.s = pack_sums(arith, sums, factor, branch, rows);
+    product(own, g0, g1);
+  });
 }
 
 void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, const BranchTraining* training, void* dx,
