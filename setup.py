@@ -7,6 +7,7 @@ Unset: for the GPUs that are here, for all where none is. CUDA_HOME chooses the 
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -62,8 +63,9 @@ CUDA_LIBRARY = "pyfastpeft.libpyfastpeft_cuda"
 def torch_folder() -> Path:
     """Torch's folder, found without importing it."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise SystemExit("torch >= 2.10 is needed to build: install it first, or build with isolation")
+    found = None if spec is None or spec.origin is None else importlib.metadata.version("torch")
+    if found is None or tuple(map(int, found.split(".")[:2])) < (2, 10):
+        raise SystemExit(f"torch >= 2.10 is needed to build, here is {found}: install it, or build with isolation")
     return Path(spec.origin).parent
 
 
@@ -237,6 +239,7 @@ packages += sorted(".".join(path.parent.relative_to(ROOT).parts) for path in ROO
 setup(
     packages=packages,
     package_dir=package_dir,
+    include_package_data=False,  # what MANIFEST.in adds is for the source distribution
     package_data={"pyfastpeft": ["data/**/*"], "pyfastpeft.kernels": ["*.md"]},
     # The longest to compile first.
     ext_modules=[

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from . import full
 
-parser = argparse.ArgumentParser(prog="python -m bench", description=full.__doc__)
-full.add_arguments(parser)
-full.run(parser.parse_args(), Console())
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench", description=full.__doc__)
+    full.add_arguments(parser)
+    full.run(parser.parse_args(), Console())

@@ -43,7 +43,7 @@ Libraries open_libraries() {
   const std::string path = self.dli_fname;
   const std::string beside = path.substr(0, path.rfind('/') + 1) + "libpyfastpeft_cuda.so";
   if (access(beside.c_str(), F_OK) != 0) {
-    found.missing = "pyfastpeft was built without CUDA kernels (no nvcc was there)";
+    found.missing = "pyfastpeft was built without CUDA kernels";
     return found;
   }
   void* kernels = dlopen(beside.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -87,7 +87,7 @@ struct Place {
 
   explicit Place(const Tensor& t) : Place(t.get_device_index()) {}
   explicit Place(int32_t device) : found(usable_libraries()), kernels(found.kernels), guard(device) {
-    STABLE_TORCH_ERROR_CODE_CHECK(found.current_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(found.current_stream(device, &stream));
   }
 
   bool capturing() const {

@@ -55,7 +55,7 @@ inline Tensor new_dense(const int64_t* sizes, int64_t dims, int dtype) {
   std::vector<int64_t> strides(dims);
   for (int64_t d = dims, stride = 1; d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = stride;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -40,7 +40,7 @@ def _version(package: str) -> str | None:
 def _cuda_kernels(gpus: Sequence[int]) -> dict[str, str]:
     """Whether they serve each GPU; without one, what else is missing."""
     if not gpus:
-        return {"not used:": torch.ops.pyfastpeft.cuda_missing.default(*_ANY_GPU) or "no GPU is here"}
+        return {"not used": torch.ops.pyfastpeft.cuda_missing.default(*_ANY_GPU) or "no GPU is here"}
     return {f"cuda:{i}": why_not(torch.device("cuda", i)) or "served" for i in gpus}
 
 

@@ -15,6 +15,8 @@ from ..formats import DYNAMIC_MAP
 _LIBRARY = next(Path(__file__).parent.parent.glob("_C*.so"), None)
 if _LIBRARY is None:
     raise ImportError("pyfastpeft's operators are not compiled: install the package (`pip install .`)")
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+    raise ImportError(f"torch {torch.__version__} is here; pyfastpeft needs 2.10 or newer")
 torch.ops.load_library(str(_LIBRARY))
 torch.ops.pyfastpeft.set_dynamic_map(DYNAMIC_MAP)
 
