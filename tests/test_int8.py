@@ -96,6 +96,20 @@ def test_the_branch_is_exact(isa):
                 assert error(got, expected, rows * 7) <= bound, type(lora)
 
 
+@pytest.mark.parametrize("rows", [4, 17, 65])
+def test_threads_share_the_branch(isa, rows):
+    n, k, rank = 6144, 1024, 33
+    w, (a, b), x = packed_weight(n, k), adapter(n, k, rank), torch.randn(rows, k).bfloat16()
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results += [linear_4bit(x, w, None, lora, compute="int8") for lora in ((a, b, 2.0), pack_lora(a, b, 2.0))]
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    expected = linear_4bit(x, w, compute="int8").double() + 2 * x.double() @ a.double().t() @ b.double().t()
+    assert all(error(got, expected) <= 6e-3 for got in results)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_inputs_and_leading_dimensions(isa, dtype):
     k, n = 96, 40
