@@ -140,3 +140,9 @@ def test_operands_that_do_not_fit_are_named():
             forward(*operands, 1.0, None, 0.0)
     with pytest.raises(RuntimeError, match="lora A must be"):
         backward(base, None, None, a, b[:23], 1.0, None, 0.0, True)
+
+
+def test_operands_that_were_offloaded_are_named():
+    base, x, a, b = torch.zeros(3, 8), torch.randn(3, 16), torch.empty(4, 16, device="meta"), torch.randn(8, 4)
+    with pytest.raises(ValueError, match="a is on meta and b on cpu"):
+        add_lora(base, x, a, b, 1.0)

@@ -25,8 +25,14 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
 
     Returns:
         [..., N] in the dtype of ``base``. Differentiable, once, in ``base``, ``x``, ``a`` and ``b``.
+
+    Raises:
+        ValueError: ``a`` or ``b`` on another device than ``x``; torch would compute with whatever is in memory where
+            one is on the meta device (offloaded).
     """
     if not _served(base, x, a, b) or isinstance(scaling, Tensor):
+        if not a.device == b.device == x.device:
+            raise ValueError(f"a is on {a.device} and b on {b.device}; they must be where x is, on {x.device}")
         x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
         return (base + F.linear(F.linear(x, a), b) * scaling).to(base.dtype)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64) if dropout else None
