@@ -284,8 +284,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         if inference_mode is not None:
             for name in names:
                 self.peft_config[name].inference_mode = inference_mode
-        if merged := {name for layer in self._layers() for name in layer.merged_adapters}:
-            warnings.warn(f"{sorted(merged)} are merged, and are unmerged to make {list(names)} active", stacklevel=2)
+        if merged := next((layer for layer in self._layers() if layer.merged_adapters), None):
+            message = f"{merged.merged_adapters} are merged, and are unmerged to make {list(names)} active"
+            warnings.warn(message, stacklevel=2)
             self.unmerge_adapter()
         self._activate(names)
 
