@@ -145,6 +145,7 @@ class AdapterBank:
         self._plans: dict[tuple[str, ...], list] = {}
         self._find: dict[str, Callable[[], list[nn.Parameter]]] = {}
         self._trainable: dict[str, list[nn.Parameter]] = {}
+        self._exchanged = False  # parameters may be other objects than those in _trainable
         self._training: set[str] = set()
 
     @property
@@ -168,22 +169,21 @@ class AdapterBank:
         self._mode.reach = reach
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """Those that train with ``name``: objects of now, until something is exchanged."""
-        found = self._trainable.get(name)
-        if found is None:
-            found = self._trainable[name] = self._find[name]()
-        return found
+        """Those that train with ``name``."""
+        if not torch.compiler.is_compiling() and self._exchanged:
+            self._trainable = {held: find() for held, find in self._find.items()}
+            self._exchanged = False
+        return self._trainable[name]
 
     def hold(self, name: str, find: Callable[[], list[nn.Parameter]]) -> None:
         """What ``find`` gives trains exactly while ``name`` is active and not for inference."""
-        self._find[name] = find
+        self._find[name], self._trainable[name] = find, find()
         self._training.add(name)  # their requires_grad is unknown: the next activate sets it
 
     def release(self, name: str) -> None:
         for parameter in self.parameters(name):
             parameter.requires_grad_(False)
-        del self._find[name]
-        self._trainable.pop(name)
+        del self._find[name], self._trainable[name]
         self._training.discard(name)
         self.layouts.pop(name, None)
         self._plans = {active: plans for active, plans in self._plans.items() if name not in active}
@@ -221,8 +221,8 @@ class AdapterBank:
     def forget(self) -> None:
         """Layers or parameters may have been exchanged: work everything out again when it is next needed."""
         self.version += 1
+        self._exchanged = True
         self._plans.clear()
-        self._trainable.clear()
         self.layouts.clear()
         self.kept.clear()
 
