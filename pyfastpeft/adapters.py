@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -124,8 +124,8 @@ class AdapterBank:
         prompts: adapter name → the parameters of a soft prompt.
         mode: None: every row uses the active adapters; else the rows' own choice. Each thread has its own.
         run: what soft prompts have worked out for the forward that is running. Each thread has its own.
-        reach: how many positions its longest row has, where what soft prompts come to depends on that, else 0. Each
-            thread has its own.
+        reach: how many positions the longest row has for which soft prompts are being worked out, where what they come
+            to depends on that; else 0. Each thread has its own.
         kept: what soft prompts keep from one forward to the next; forgotten whenever the structure changes.
         layouts: what a hot-swap works out once about an adapter; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
@@ -163,10 +163,6 @@ class AdapterBank:
     @property
     def reach(self) -> int:
         return self._mode.reach
-
-    @reach.setter
-    def reach(self, reach: int) -> None:
-        self._mode.reach = reach
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Those that train with ``name``."""
@@ -232,20 +228,23 @@ class AdapterBank:
             # Past nn.Module.__setattr__, which costs more than all else here.
             holder.__dict__["_plan"] = plan
 
-    @contextmanager
-    def using(self, mode: Rows | None) -> Iterator[None]:
+    def using(self, mode: Rows | None) -> AbstractContextManager[None]:
         """Run with ``mode`` in force."""
-        before, self._mode.rows = self._mode.rows, mode
-        try:
-            yield
-        finally:
-            self._mode.rows = before
+        return self._having("rows", mode)
+
+    def running(self, run: Any) -> AbstractContextManager[None]:
+        """With ``run`` as what soft prompts have worked out."""
+        return self._having("run", run)
+
+    def reaching(self, reach: int) -> AbstractContextManager[None]:
+        """With ``reach`` for soft prompts to be worked out."""
+        return self._having("reach", reach)
 
     @contextmanager
-    def running(self, run: Any) -> Iterator[None]:
-        """With ``run`` as what soft prompts have worked out."""
-        before, self._mode.run = self._mode.run, run
+    def _having(self, name: str, value: Any) -> Iterator[None]:
+        before = getattr(self._mode, name)
+        setattr(self._mode, name, value)
         try:
             yield
         finally:
-            self._mode.run = before
+            setattr(self._mode, name, before)

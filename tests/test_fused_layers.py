@@ -277,3 +277,22 @@ def test_a_hook_may_keep_what_it_saw():
         model(**batch())
         handle.remove()
     assert len(kept) == 4 and all(torch.equal(*pair) for pair in kept)
+
+
+@pytest.mark.parametrize("config", [tf.LlamaConfig(**SMALL), tf.Phi3Config(**SMALL)], ids=lambda c: c.model_type)
+@pytest.mark.parametrize(("rows", "computed"), [(24, 1), (25, 2)])
+def test_gate_and_up_are_kept_where_they_are_few_beside_the_weights(config, rows, computed, monkeypatch):
+    model = fp.accelerate(model_of(config)).requires_grad_(False).train()
+    plain, calls = nn.Linear.forward, []
+    mlp = model.model.layers[0].mlp
+    projection = getattr(mlp, "gate_up_proj", None) or mlp.gate_proj
+
+    def counted(layer, x):
+        calls.append(layer)
+        return plain(layer, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    monkeypatch.setattr("pyfastpeft.integrations.dense_layers.many_rows_pay", lambda *_: False)
+    x = torch.randn(1, rows, 64, requires_grad=True)
+    mlp(x).sum().backward()
+    assert sum(layer is projection for layer in calls) == computed

@@ -772,8 +772,6 @@ class TestInTraining:
         assert relative(model(**batch).logits, exact(**batch).logits) < 2e-2
 
     def test_forward_has_the_signature_of_the_base_model(self):
-        import inspect
-
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
         names = inspect.signature(model.forward).parameters
         assert {"input_ids", "attention_mask", "labels", "adapter_names"} <= set(names)

@@ -843,6 +843,9 @@ class TestServing:
             close(own(ids).logits, of_text(theirs(ids).logits, ids))
         generated = own.generate(ids, **GREEDY)
         close(own(generated).logits[:, 13:-1].argmax(-1), generated[:, 14:])
+        expected = own.base_model.tuner_of("default").prefixes.export(("default",))
+        own(torch.randint(3, tiny.VOCAB, (2, 40)))
+        close(own.base_model.tuner_of("default").prefixes.export(("default",)), expected)
 
     def test_a_prompt_follows_the_lora_on_its_row(self):
         model = ours(llama(), "prompt").eval()

@@ -110,17 +110,6 @@ constexpr int64_t kScalesAhead = 1024;
 PF_INLINE void prefetch_stream(const void* at) { __builtin_prefetch(at, 0, kLocality); }
 constexpr int64_t kTilesAhead = 8;  // for the B of the branch: a tile's is short, and no hardware sees it coming
 
-// Asks for a part of the B of tiles [tile0, tile1), as much of it as columns [col0, col1) are of k: in bursts it would
-// hold up the codes.
-inline void prefetch_b_part(const Matrix& b, int64_t tile0, int64_t tile1, int64_t col0, int64_t col1, int64_t k) {
-  if (b.data == nullptr) return;
-  const char* at = b.packed ? reinterpret_cast<const char*>(b.pairs(tile0, 0)) : b.row(tile0 * kTile);
-  const int64_t row0 = tile0 * kTile, rows = (tile1 < b.rows / kTile ? tile1 * kTile : b.rows) - row0;
-  const int64_t lines = b.packed ? (reinterpret_cast<const char*>(b.pairs(tile1, 0)) - at) / 64 : rows;
-  const int64_t step = b.packed ? 64 : b.row(1) - b.row(0);
-  for (int64_t i = lines * col0 / k; i < lines * col1 / k; ++i) prefetch_stream(at + i * step);
-}
-
 // Calls body.operator()<I>() for each I, everything inlined.
 #define PF_BODY(index) [&]<index>() __attribute__((always_inline))
 template <class Body, int... I>
@@ -130,6 +119,17 @@ PF_INLINE void each(IntList<I...>, const Body& body) {
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Asks for a part of the B of tiles [tile0, tile1), as much of it as columns [col0, col1) are of k: in bursts it would
+// hold up the codes.
+inline void prefetch_b_part(const Matrix& b, int64_t tile0, int64_t tile1, int64_t col0, int64_t col1, int64_t k) {
+  if (b.data == nullptr) return;
+  const char* at = b.packed ? reinterpret_cast<const char*>(b.pairs(tile0, 0)) : b.row(tile0 * kTile);
+  const int64_t row0 = tile0 * kTile, rows = min64(tile1 * kTile, b.rows) - row0;
+  const int64_t lines = b.packed ? (reinterpret_cast<const char*>(b.pairs(tile1, 0)) - at) / 64 : rows;
+  const int64_t step = b.packed ? 64 : b.row(1) - b.row(0);
+  for (int64_t i = lines * col0 / k; i < lines * col1 / k; ++i) prefetch_stream(at + i * step);
+}
 
 // ---- elements -------------------------------------------------------------------------------------------------------
 

@@ -229,7 +229,7 @@ struct V {
 
 // The int8-activation tier without VNNI: 16-bit sums of two products, the sign of the weight moved to x because the
 // instruction takes one side unsigned. 2 * 127 * 127 fits.
-struct B {
+struct B : ByUnit<V> {
   static constexpr int kGroupVecs = 2;  // 4 x 2 sums, 2 vectors of weights and their absolute values, 3 more: 15 of 16
   static constexpr int kMicroRows = 4;
   static constexpr int64_t kFewRows = 8;
@@ -287,12 +287,6 @@ struct B {
     _mm256_store_si256(reinterpret_cast<__m256i*>(sums), sum);
     for (int i = 1; i < 8; ++i) sums[0] += sums[i];
     return sums[0];
-  }
-
-  static void join_max(const float* of, float* out) { copy_bytes(out, of, kByteUnits * sizeof(float)); }
-  static void join_sum(const int32_t* of, int32_t* out) { copy_bytes(out, of, kByteUnits * sizeof(int32_t)); }
-  static void join_sum(const V::F* of, float* out) {
-    for (int u = 0; u < kByteUnits; ++u) out[u] = V::reduce(of[u]);
   }
 };
 

@@ -53,4 +53,14 @@ PF_INLINE int64_t byte_unit(const Weight& w) {
   return w.segment % 64 == 0 && (w.format == kINT4 || w.blocksize == 64) ? 64 : 32;
 }
 
+// For an instruction set's vocabulary B over V whose reductions come to numbers one by one.
+template <class V>
+struct ByUnit {
+  static void join_max(const float* of, float* out) { __builtin_memcpy(out, of, kByteUnits * sizeof(float)); }
+  static void join_sum(const int32_t* of, int32_t* out) { __builtin_memcpy(out, of, kByteUnits * sizeof(int32_t)); }
+  static void join_sum(const typename V::F* of, float* out) {
+    for (int u = 0; u < kByteUnits; ++u) out[u] = V::reduce(of[u]);
+  }
+};
+
 }  // namespace pf

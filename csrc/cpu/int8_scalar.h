@@ -1,6 +1,6 @@
 // Vocabulary of the int8-activation tier in plain C++, four lanes.
 
-struct B {
+struct B : ByUnit<V> {
   static constexpr int kGroupVecs = 4;
   static constexpr int kMicroRows = 2;
   static constexpr int64_t kFewRows = 4;
@@ -60,11 +60,5 @@ struct B {
       sum += q;
     }
     return sum;
-  }
-
-  static void join_max(const float* of, float* out) { copy_bytes(out, of, kByteUnits * sizeof(float)); }
-  static void join_sum(const int32_t* of, int32_t* out) { copy_bytes(out, of, kByteUnits * sizeof(int32_t)); }
-  static void join_sum(const V::F* of, float* out) {
-    for (int u = 0; u < kByteUnits; ++u) out[u] = V::reduce(of[u]);
   }
 };

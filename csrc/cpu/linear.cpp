@@ -232,6 +232,14 @@ PackedRows pack_scaled(const Arithmetic& arith, const float* s, int64_t rows, co
   return pack_rows(arith, {factor, kFloat32, rows, rank, rank}, nullptr, 0, {}, kSlotS, parallel);
 }
 
+// The same of s = dropout(x) A^T for more rows than share their columns; s may be null.
+PackedRows pack_many_sums(const Arithmetic& arith, const PackedRows& dropped, const Branch& branch, float* s,
+                          ParallelFor parallel) {
+  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, dropped.rows * branch.rank() * sizeof(float)));
+  many_rows_sums(arith, dropped, branch, s, parallel);
+  return pack_scaled(arith, s, dropped.rows, branch, parallel);
+}
+
 // The same of sums that are finished, by and for the calling thread.
 PackedRows pack_sums(const Arithmetic& arith, const BranchSums& sums, const float* factor, const Branch& branch,
                      int64_t rows) {
@@ -356,9 +364,7 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   if (rank == 0) return run(parallel, units, grain, whole);
   const PackedRows dropped = pack_dropped(arith, x, args.x, branch.dropout, parallel);
   if (rows > kMostSplitRows) {
-    if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, rows * rank * sizeof(float)));
-    many_rows_sums(arith, dropped, branch, s, parallel);
-    args.s = pack_scaled(arith, s, rows, branch, parallel);
+    args.s = pack_many_sums(arith, dropped, branch, s, parallel);
     return run(parallel, units, grain, whole);
   }
   // One region for both, as with few rows.
@@ -451,9 +457,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   const PackedRows dropped =
       few ? PackedRows{} : pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
   if (rows > kMostSplitRows) {
-    float* s = static_cast<float*>(scratch(kSlotDs, rows * rank * sizeof(float)));
-    many_rows_sums(arith, dropped, branch, s, parallel);
-    args.s = pack_scaled(arith, s, rows, branch, parallel);
+    args.s = pack_many_sums(arith, dropped, branch, nullptr, parallel);
     return run(parallel, groups, grain, whole);
   }
   // One region for both, as in linear_forward.

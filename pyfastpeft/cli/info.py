@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     table = Table("", "", show_header=False)
     for key, value in result.items():
         if isinstance(value, dict):
-            value = "\n".join(f"{k} {v}" for k, v in value.items())
+            value = "\n".join(f"{k}: {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = " ".join(map(str, value)) or "none"
         table.add_row(key.replace("_", " "), str(value))

@@ -133,8 +133,8 @@ class _Call:
             with torch.enable_grad():
                 self.value = self.project(self.hidden)
             # What was copied is a copy from now on: what reads the logits may go on to change them in place.
-            for form in [form() for form in self.forms]:
-                if form is not None:
+            for held in self.forms:
+                if (form := held()) is not None:
                     form.computed()
         return self.value
 

@@ -15,7 +15,7 @@ import inspect
 import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,17 +44,15 @@ IGNORED = -100
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
 
 _BASE = "base parameters"
-_ADAPTERS = frozenset(
-    {
-        "bottleneck",
-        "lora_A",
-        "lora_B",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_magnitude_vector",
-        "modules_to_save",
-    }
-)
+_ADAPTERS = {
+    "bottleneck",
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "modules_to_save",
+}
 """Where layers have what is an adapter's own."""
 
 _UNLIKE = {
@@ -335,9 +333,8 @@ class Prefixes:
         past = past_of(kwargs)
         decoding = not isinstance(past, Tensor) and bool(past)  # a compiler does not know what a tensor holds
         positions = self._positions(kwargs, inputs, past)
-        if self._rotaries and not follows:
-            self.bank.reach = self._reach(rows, positions)
-        run = self.run_of(rows, len(inputs), decoding)
+        with self.bank.reaching(0 if follows else self._reach(rows, positions)):
+            run = self.run_of(rows, len(inputs), decoding)
         if follows:
             kwargs[attention.HANDED_DOWN] = run
         else:
@@ -429,6 +426,8 @@ class Prefixes:
 
     def _reach(self, rows: Sequence[tuple[str, ...]], positions: Tensor) -> int:
         """See ``bank.reach``."""
+        if not self._rotaries:
+            return 0
         longest = max(sum(self.sources[n].count for n in names if n in self.sources) for names in rows)
         reach = int(positions.max()) + longest + 1
         return reach if reach > self._usual_reach else 0
@@ -522,14 +521,17 @@ class Prefixes:
         # The embedding stands for the model, which may be moved, cast or loaded anew.
         embedding = self.model.get_input_embeddings().weight
         stamp = stamp_of([*parameters, embedding])
-        state = self.decoder.training, autocast_of(embedding)
+        own = stamp, self.decoder.training, autocast_of(embedding)
         held = self.bank.kept.get((name, others))
-        same = trusted and held is not None and stamp is not None and held[:2] == (stamp, state)
-        if same and (decoding or held[2:4] == (stamp_of(base), self.bank.reach)):
-            return held[-1]
+        known = trusted and stamp is not None and held is not None and held[0] == own
+        if known and decoding:
+            return held[2]
+        rest = stamp_of(base), self.bank.reach
+        if known and held[1] == rest:
+            return held[2]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = self._work_out(source, others)
-        self.bank.kept[name, others] = (stamp, state, stamp_of(base), self.bank.reach, values)
+        self.bank.kept[name, others] = own, rest, values
         return values
 
     def _base_parameters(self) -> list[nn.Parameter]:
@@ -711,13 +713,10 @@ def _fed(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None
     def exchanged(x: Tensor, module: nn.Module, args: tuple) -> tuple | None:
         return (x.unsqueeze(0), *args[1:]) if threading.get_ident() == thread else None
 
-    pairs = zip(blocks, inputs, strict=True) if inputs else ()
-    handles = [block.register_forward_pre_hook(partial(exchanged, x)) for block, x in pairs]
-    try:
+    with ExitStack() as hooks:
+        for block, x in zip(blocks, inputs, strict=True) if inputs else ():
+            hooks.enter_context(block.register_forward_pre_hook(partial(exchanged, x)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _depends_on_length(rope_type: Any) -> bool:
@@ -739,17 +738,11 @@ def _reaching(rotaries: Sequence[nn.Module], reach: int) -> Iterator[None]:
     def cut(module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return tuple(t[:, :-1] for t in output) if threading.get_ident() == thread else None
 
-    handles = []
-    for module in rotaries if reach else ():
-        handles += [
-            module.register_forward_pre_hook(lengthen, with_kwargs=True),
-            module.register_forward_hook(cut),
-        ]
-    try:
+    with ExitStack() as hooks:
+        for module in rotaries if reach else ():
+            hooks.enter_context(module.register_forward_pre_hook(lengthen, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(cut))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
