@@ -119,7 +119,8 @@ class AdapterBank:
         layers: path in the base model → layer with LoRA.
         wrappers: path → module kept in a trainable copy an adapter (``modules_to_save``).
         others: what other methods have in the model and want a plan for; the keys are the methods' own.
-        active: names of the active adapters.
+        chosen: names of the active adapters, disabled or not.
+        disabled: whether they are all out of use.
         frozen: names of the adapters that are for inference, active or not.
         prompts: adapter name → the parameters of a soft prompt.
         mode: None: every row uses the active adapters; else the rows' own choice. Each thread has its own.
@@ -136,7 +137,8 @@ class AdapterBank:
         self.wrappers: dict[str, ModulesToSave] = {}
         self.others: dict[str, Holder] = {}
         self.prompts = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
+        self.chosen: tuple[str, ...] = ()
+        self.disabled = False
         self.frozen: frozenset[str] = frozenset()
         self._mode = _Mode()
         self.layouts: dict[str, Any] = {}
@@ -147,6 +149,11 @@ class AdapterBank:
         self._trainable: dict[str, list[nn.Parameter]] = {}
         self._exchanged = False  # parameters may be other objects than those in _trainable
         self._training: set[str] = set()
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters in use."""
+        return () if self.disabled else self.chosen
 
     @property
     def mode(self) -> Rows | None:
@@ -192,17 +199,18 @@ class AdapterBank:
             plans = self._plans[active] = [(h, h.plan(active)) for h in holders]
         return plans
 
-    def activate(self, active: tuple[str, ...], training: set[str]) -> None:
-        """Make ``active`` the adapters in use; the parameters of those in ``training`` train, all others do not."""
-        self._push(active)
-        self.active = active
+    def activate(self, chosen: tuple[str, ...]) -> None:
+        """Make ``chosen`` the active adapters; the parameters of those in use that are not frozen train, no others."""
+        self.chosen = chosen
+        self._push(self.active)
+        training = set(self.active) - self.frozen
         for name in self._training - training:
             for parameter in self.parameters(name):
                 parameter.requires_grad = False
         for name in training:
             for parameter in self.parameters(name):
                 parameter.requires_grad = True
-        self._training = set(training)
+        self._training = training
 
     def refresh(self) -> None:
         """Rebuild every plan: a layer's adapters, their scaling or whether they are merged have changed."""

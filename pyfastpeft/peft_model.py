@@ -11,10 +11,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.utils import PushToHubMixin
 
 from .adapters import NO_ROWS, Names, Rows
@@ -35,6 +36,13 @@ from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
 from .tuners.modules import dequantize_model
 from .tuners.soft_prompt import SoftPromptTuner
+
+
+class IncompatibleKeys(NamedTuple):
+    """What did not fit when tensors were loaded."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def get_peft_model(
@@ -132,7 +140,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.base_model.bank.active)
+        return list(self.base_model.bank.chosen)
 
     @property
     def active_adapter(self) -> str | list[str] | None:
@@ -234,20 +242,24 @@ class PeftModel(PushToHubMixin, nn.Module):
             warnings.warn(
                 "biases of the base model were trained (bias is not 'none'); they stay as trained", stacklevel=3
             )
-        merged = [(layer, tuple(layer.merged_adapters)) for layer in self._layers() if layer.merged]
-        for layer, _ in merged:
+        merged = self._merged()
+        for layer in merged:
             layer.unmerge()
         try:
             with self._mode(NO_ROWS):
                 yield
         finally:
-            for layer, names in merged:
+            for layer, names in merged.items():
                 layer.merge(names)
 
     # Adding, choosing and removing adapters.
 
     def _layers(self) -> list[LoraLayer]:
         return list(self.base_model.bank.layers.values())
+
+    def _merged(self) -> dict[LoraLayer, tuple[str, ...]]:
+        """What is merged, in the layers where something is."""
+        return {layer: tuple(layer.merged_adapters) for layer in self._layers() if layer.merged}
 
     def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
         if not isinstance(names, Collection):
@@ -284,11 +296,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         if inference_mode is not None:
             for name in names:
                 self.peft_config[name].inference_mode = inference_mode
-        if merged := next((layer for layer in self._layers() if layer.merged_adapters), None):
-            message = f"{merged.merged_adapters} are merged, and are unmerged to make {list(names)} active"
-            warnings.warn(message, stacklevel=2)
-            self.unmerge_adapter()
-        self._activate(names)
+        self.base_model.give_way(f"to make {list(names)} active")
+        self.base_model.activate(names)
 
     def _prepare(self) -> None:
         """Work out now what switching to each adapter needs, so that no request waits for it."""
@@ -298,12 +307,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         defer_logits(self.get_base_model())
         for name in self.peft_config:
             self.base_model.bank.prepare((name,))
-        self._activate(self.base_model.bank.active)
-
-    def _activate(self, names: tuple[str, ...]) -> None:
-        bank = self.base_model.bank
-        bank.frozen = frozenset(n for n, config in self.peft_config.items() if config.inference_mode)
-        bank.activate(names, set(names) - bank.frozen)
+        self.base_model.activate(self.base_model.bank.chosen)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, the first one left becomes active."""
@@ -311,8 +315,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         if any(adapter_name in layer.merged_adapters for layer in self._layers()):
             raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
         self.base_model.remove(adapter_name)
-        active = tuple(n for n in self.base_model.bank.active if n != adapter_name)
-        self._activate(active or tuple(self.peft_config)[:1])
+        active = tuple(n for n in self.base_model.bank.chosen if n != adapter_name)
+        self.base_model.activate(active or tuple(self.peft_config)[:1])
 
     def add_weighted_adapter(
         self,
@@ -341,7 +345,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     # Merging.
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Add adapters (default: the active ones) into the base weights.
+        """Add adapters (default: the active ones) into the base weights, beside those that are merged already.
 
         The original weights are kept meanwhile, so that :meth:`unmerge_adapter` restores them bit for bit. A 4-bit base
         is quantized again.
@@ -350,17 +354,23 @@ class PeftModel(PushToHubMixin, nn.Module):
             safe_merge: refuse a result that is not finite.
         """
         names = self._mergeable(adapter_names)
-        done = []
-        try:
+        with self._as_before_if_it_fails():
             for layer in self._layers():
                 layer.merge(names, safe_merge)
-                done.append(layer)
+        self.base_model.bank.refresh()
+
+    @contextmanager
+    def _as_before_if_it_fails(self) -> Iterator[None]:
+        """After an error every layer has merged what it had merged before."""
+        merged = self._merged()
+        try:
+            yield
         except BaseException:
-            for layer in done:
+            for layer in self._layers():
                 layer.unmerge()
-            raise
-        finally:
+                layer.merge(merged.get(layer, ()))
             self.base_model.bank.refresh()
+            raise
 
     def _mergeable(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         names = self._known(self.active_adapters if adapter_names is None else adapter_names)
@@ -372,9 +382,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights of before :meth:`merge_adapter`, bit for bit."""
-        for layer in self._layers():
-            layer.unmerge()
-        self.base_model.bank.refresh()
+        self.base_model.unmerge()
 
     def merge_and_unload(
         self,
@@ -385,6 +393,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
         """The base model with the adapters (default: the active ones) in its weights, and no adapter layers.
+
+        What is merged already stays so.
 
         Args:
             progressbar: accepted for PEFT's sake; there is none.
@@ -397,16 +407,12 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: an adapter that cannot be merged; the model is then as it was.
         """
         names = self._mergeable(adapter_names)
-        self.unmerge_adapter()
-        try:
+        with self._as_before_if_it_fails():
             for layer in self._layers():
                 if dequantize and isinstance(layer, LoraLinear):
                     layer.merge_dense(names, safe_merge, dtype)
                 else:
                     layer.merge(names, safe_merge)
-        except BaseException:
-            self.unmerge_adapter()
-            raise
         remove(self.get_base_model())
         model = self._unloaded(names)
         if dequantize:
@@ -433,6 +439,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the adapters (not the base model) as PEFT folders: "default" into the root, others below it.
@@ -442,7 +449,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             selected_adapters: default: all.
             save_embedding_layers: also the base embeddings: "auto": those LoRA targets, and all where the vocabulary
                 has another size than the base model's folder says; True: all; False: none.
-            kwargs: accepted for transformers' sake (``state_dict``); ignored.
+            state_dict: values to write instead of the model's own, under the names of :meth:`state_dict`.
+            kwargs: accepted for transformers' sake; ignored.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization is False; adapters are written as safetensors only")
@@ -456,9 +464,34 @@ class PeftModel(PushToHubMixin, nn.Module):
             return
         for name in names:
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            tensors = self.base_model.state(name, save_embedding_layers)
-            own = self.base_model.tuner_of(name).own_state(name, self.peft_config[name])
+            tensors, own = self._state(name, save_embedding_layers, state_dict)
             write_adapter(folder, self._config_to_save(name), tensors, own)
+
+    def _state(
+        self, name: str, save_embedding_layers: bool | str, state_dict: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What PEFT's file of an adapter gets, and ours; of the values in ``state_dict`` where there is one."""
+
+        def state() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            own = self.base_model.tuner_of(name).own_state(name, self.peft_config[name])
+            return self.base_model.state(name, save_embedding_layers), own
+
+        if state_dict is None:
+            return state()
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict is a {type(state_dict).__name__}; it must be a mapping of names to tensors")
+        given = {key.replace("_orig_mod.", ""): t for key, t in state_dict.items()}  # a compiled model's names
+        known = {key: p for key, p in self.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+        trained = set(map(id, self.base_model.bank.parameters(name)))
+        for key, parameter in known.items():
+            if id(parameter) in trained and key not in given:
+                raise ValueError(f"state_dict lacks the key {key} of adapter {name!r}")
+            if key in given and given[key].shape != parameter.shape:
+                shapes = f"{tuple(given[key].shape)}; it must be {tuple(parameter.shape)}"
+                raise ValueError(f"{key} in state_dict has shape {shapes}")
+        called = nn.Module()
+        called.model, called.forward = self, state
+        return functional_call(called, {f"model.{key}": given[key] for key in known if key in given})
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """For transformers' Trainer: the card in ``output_dir``, which :meth:`save_pretrained` has written."""
@@ -640,23 +673,40 @@ class PeftModel(PushToHubMixin, nn.Module):
 
 
 def get_peft_model_state_dict(
-    model: PeftModel, adapter_name: str = "default", save_embedding_layers: bool | str = "auto"
+    model: PeftModel,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """An adapter's tensors under the keys of PEFT's files (without its name); they share the model's memory."""
+    """An adapter's tensors under the keys of PEFT's files (without its name); they share the model's memory.
+
+    Args:
+        state_dict: values to take instead of the model's own, under the names of its ``state_dict()``.
+        unwrap_compiled: accepted for PEFT's sake: a compiled model's names are understood anyway.
+        save_embedding_layers: as in :meth:`PeftModel.save_pretrained`.
+
+    Raises:
+        ValueError: there is no such adapter; or a parameter of it is missing in ``state_dict``, or of another shape.
+    """
     model._known([adapter_name])
-    return model.base_model.state(adapter_name, save_embedding_layers)
+    return model._state(adapter_name, save_embedding_layers, state_dict)[0]
 
 
 def set_peft_model_state_dict(
     model: PeftModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
-) -> None:
+) -> IncompatibleKeys:
     """Fill an adapter from tensors under PEFT's keys.
+
+    Returns:
+        As PEFT's, ``missing_keys`` and ``unexpected_keys``, which are empty: such tensors are refused.
 
     Raises:
         ValueError: a key is missing or too many, or a shape differs; nothing has changed then.
     """
     model._known([adapter_name])
     model._install(adapter_name, model.peft_config[adapter_name], peft_model_state_dict, "peft_model_state_dict", True)
+    return IncompatibleKeys([], [])
 
 
 when_imported("transformers.trainer", teach_trainer)

@@ -236,6 +236,53 @@ def test_the_card_names_peft_where_peft_loads_the_folder(tmp_path, config):
     assert ("library_name: peft" in card) == ("PEFT and pyfastpeft load it" in card) == its
 
 
+STATES = {
+    "lora": lambda library: library.LoraConfig(r=4, modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+    "ptuning": lambda library: library.PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_hidden_size=16, task_type="CAUSAL_LM"
+    ),
+}
+
+
+@pytest.mark.parametrize("config", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["", "compiled"])
+def test_the_values_of_a_state_dict_are_written_instead_of_the_models(tmp_path, config, wrapped):
+    model = fp.get_peft_model(tiny.make("llama"), config(fp))
+    tiny.randomize(model)
+    own = {k: t.clone() for k, t in fp.get_peft_model_state_dict(model).items()}
+    averaged = {k: t * 0.5 if t.is_floating_point() else t for k, t in model.state_dict().items()}
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(averaged)
+    expected = fp.get_peft_model_state_dict(twin)
+    if wrapped:
+        averaged = {f"_orig_mod.{k}": t for k, t in averaged.items()}
+    model.save_pretrained(tmp_path, state_dict=averaged)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[k], t) and not torch.equal(t, own[k]) for k, t in expected.items())
+    given = fp.get_peft_model_state_dict(model, averaged, "default")
+    assert all(torch.equal(given[k], t) for k, t in expected.items())
+    assert all(torch.equal(t, own[k]) for k, t in fp.get_peft_model_state_dict(model).items())
+
+
+def test_a_state_dict_that_does_not_fit_is_refused():
+    model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig())
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    state = model.state_dict()
+    with pytest.raises(ValueError, match=f"lacks the key {key}"):
+        fp.get_peft_model_state_dict(model, {k: t for k, t in state.items() if k != key})
+    with pytest.raises(ValueError, match=f"{key}.* has shape .3,.; it must be"):
+        fp.get_peft_model_state_dict(model, state | {key: torch.zeros(3)})
+    with pytest.raises(ValueError, match="state_dict is a str"):
+        fp.get_peft_model_state_dict(model, "default")
+
+
+def test_loading_says_as_peft_does_what_did_not_fit():
+    model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig())
+    result = fp.set_peft_model_state_dict(model, fp.get_peft_model_state_dict(model))
+    assert result.missing_keys == result.unexpected_keys == []
+
+
 def test_a_readme_that_exists_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path)

@@ -108,7 +108,7 @@ def adapted(model, name="default", **kwargs):
 
 def by_hooks(model, peft_model, name="default"):
     """The plain ``model`` with the adapter's definition applied to the outputs of its modules."""
-    tensors = fp.get_peft_model_state_dict(peft_model, name)
+    tensors = fp.get_peft_model_state_dict(peft_model, adapter_name=name)
     activation = ACTIVATIONS[peft_model.peft_config[name].activation]
     for path in {key.removeprefix("base_model.model.").partition(".bottleneck.")[0] for key in tensors}:
         down, b, up, c = (
@@ -155,7 +155,7 @@ def test_only_the_adapter_trains_and_has_the_definitions_gradients(architecture)
     tensors = fp.get_peft_model_state_dict(peft_model)
     leaves = {key: t.clone().requires_grad_() for key, t in tensors.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fp, "get_peft_model_state_dict", lambda *_: leaves)
+        patch.setattr(fp, "get_peft_model_state_dict", lambda *_, **__: leaves)
         by_hooks(plain, peft_model)(**batch).loss.backward()
     for name, parameter in trained.items():
         expected = leaves[name.replace(".default", "")].grad

@@ -147,7 +147,7 @@ class TestPromptsThatRunThroughTheModel:
         model = adapted(method, names=("a", "b")).train()
         model.add_adapter("lora", CONFIGS["lora"]())
         tiny.randomize(model)
-        model.base_model.bank.activate(("a", "lora"), {"a", "lora"})
+        model.base_model.bank.activate(("a", "lora"))
         batch = tiny.inputs(rows=5) | {"adapter_names": ["a", "lora", ["lora", "a"], "__base__", "b"]}
         compiled, counter = whole(model)
         for _ in range(2):

@@ -298,7 +298,7 @@ def test_adapters_take_effect_at_the_next_token(dtype, dense, served):
             step(6, 7)
         m.set_adapter("default")
         step(7, 8)
-        state = fp.get_peft_model_state_dict(m, "default")
+        state = fp.get_peft_model_state_dict(m)
         m.hotswap_adapter({key: torch.full_like(value, 0.1) for key, value in state.items()}, "default")
         step(8, 9)
         m.merge_adapter()
@@ -383,7 +383,7 @@ def test_rows_that_choose_see_what_changes_and_nothing_of_each_other(served):
     beams = {"num_beams": 3, "num_return_sequences": 3}
     assert torch.equal(generate(model, ids, **rows, **beams), generate(plain, ids, **rows, **beams))
     for m in (plain, model):
-        state = {k: v * 3 for k, v in fp.get_peft_model_state_dict(m, "short").items()}
+        state = {k: v * 3 for k, v in fp.get_peft_model_state_dict(m, adapter_name="short").items()}
         m.hotswap_adapter(state, "short")
     check(True)
     for m in (plain, model):

@@ -43,7 +43,7 @@ def assert_untouched(model, before):
 
 
 def tensors_of(model, name):
-    return {k: t.clone() for k, t in fp.get_peft_model_state_dict(model, name).items()}
+    return {k: t.clone() for k, t in fp.get_peft_model_state_dict(model, adapter_name=name).items()}
 
 
 ALL = {"target_modules": "all-linear"}

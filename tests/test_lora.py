@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import types
+from functools import partial
 
 import architectures as tiny
 import peft
@@ -388,6 +389,40 @@ class TestMerging:
         assert torch.equal(model(ids).logits, expected)
         assert not torch.allclose(expected, merged, atol=1e-3)
 
+    @pytest.mark.parametrize("dequantize", [False, True])
+    @pytest.mark.parametrize("quantized", [False, True])
+    def test_more_is_merged_beside_what_is_merged_already(self, quantized, dequantize):
+        def make():
+            torch.manual_seed(0)
+            base = tiny.make("llama")
+            model = fp.get_peft_model(tiny.quantized(base) if quantized else base, fp.LoraConfig(), "a")
+            model.add_adapter("b", fp.LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+            tiny.randomize(model)
+            return model
+
+        expected, model = make(), make()
+        at_once = {k: t.clone() for k, t in expected.state_dict().items()}
+        expected.merge_adapter(["a", "b"])
+        model.merge_adapter(["a"])
+        model.merge_adapter(["a", "b"])
+        state = expected.state_dict()
+        assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+        model.unmerge_adapter()
+        assert all(torch.equal(t, at_once[k]) for k, t in model.state_dict().items())
+        model.merge_adapter(["a"])
+        model.get_base_model().model.layers[1].self_attn.o_proj.lora_B["b"].weight.data.fill_(torch.inf)
+        before = {k: t.clone() for k, t in model.state_dict().items()}
+        for merge in (model.merge_adapter, partial(model.merge_and_unload, dequantize=dequantize)):
+            with pytest.raises(ValueError, match="not finite"):
+                merge(adapter_names=["b"], safe_merge=True)
+            assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+        model, ids = make(), tiny.inputs()["input_ids"]
+        model.merge_adapter(["a"])
+        merged = model.merge_and_unload(adapter_names=["b"], dequantize=dequantize)
+        expected.unmerge_adapter()
+        expected = expected.merge_and_unload(adapter_names=["a", "b"], dequantize=dequantize)
+        assert torch.equal(merged(ids).logits, expected(ids).logits)
+
     def test_unload_gives_the_base_model_back(self):
         base = tiny.make()
         batch = tiny.inputs()
@@ -636,6 +671,53 @@ class TestSeveralAdapters:
             assert trains == {n for n, _ in model.named_parameters() if n.endswith(f".{name}") or f".{name}." in n}
         model.set_adapter("a", inference_mode=True)
         assert not any(p.requires_grad for p in model.parameters())
+
+
+class TestDisabled:
+    """``disable_adapter_layers`` against peft's."""
+
+    def test_the_base_model_computes_and_nothing_trains(self):
+        config = {"r": 4, "modules_to_save": ["lm_head"], "init_lora_weights": False}
+        base = tiny.make("llama")
+        a = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(**config))
+        b = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config, target_modules=["q_proj", "v_proj"]))
+        batch = tiny.inputs()
+        plain, adapted = base(**batch).logits, a(**batch).logits
+        for model in (a, b):
+            model.base_model.disable_adapter_layers()
+            assert relative(model(**batch).logits, plain) < 1e-6
+            assert model.active_adapters == ["default"]
+            assert not any(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
+        a.add_adapter("other", fp.LoraConfig(init_lora_weights=False))
+        a.set_adapter("other")
+        assert relative(a(**batch).logits, plain) < 1e-6
+        a.set_adapter("default")
+        for model in (a, b):
+            model.base_model.enable_adapter_layers()
+            assert all(p.requires_grad for n, p in model.named_parameters() if "lora" in n and "default" in n)
+        assert torch.equal(a(**batch).logits, adapted)
+
+    def test_a_soft_prompt_is_disabled_too(self):
+        base = tiny.make("llama")
+        batch = tiny.inputs()
+        plain = base(**batch).logits
+        model = fp.get_peft_model(base, fp.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+        adapted = model(**batch).logits
+        model.disable_adapter_layers()
+        assert torch.allclose(model(**batch).logits, plain, atol=1e-6)
+        model.enable_adapter_layers()
+        assert torch.equal(model(**batch).logits, adapted)
+        assert not torch.allclose(adapted, plain, atol=1e-3)
+
+    def test_what_is_merged_is_unmerged_with_a_warning(self):
+        model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights=False))
+        batch = tiny.inputs()
+        with model.disable_adapter():
+            plain = model(**batch).logits
+        model.merge_adapter()
+        with pytest.warns(UserWarning, match="'default'.* unmerged to disable"):
+            model.disable_adapter_layers()
+        assert torch.equal(model(**batch).logits, plain)
 
 
 class TestInTraining:

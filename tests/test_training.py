@@ -147,7 +147,7 @@ def run(model, output, **kwargs):
 
 
 def weights(model):
-    return {k: v.clone() for k, v in fp.get_peft_model_state_dict(model, model.active_adapter).items()}
+    return {k: v.clone() for k, v in fp.get_peft_model_state_dict(model, adapter_name=model.active_adapter).items()}
 
 
 SOFT_PROMPTS = {

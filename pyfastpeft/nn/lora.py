@@ -390,16 +390,19 @@ class LoraLayer(nn.Module):
         return out
 
     def merge(self, names: tuple[str, ...], safe: bool = False) -> None:
-        """Add adapters into the base weight. The original weight is kept, not recomputed, for :meth:`unmerge`.
+        """Add adapters into the base weight, with those that are merged already.
+
+        The original weight is kept, not recomputed, for :meth:`unmerge`; all are added to it with one rounding.
 
         Raises:
-            ValueError: ``safe`` and the result is not finite, or an adapter has a bias and the base layer none.
+            ValueError: ``safe`` and the result is not finite, or an adapter has a bias and the base layer none; nothing
+                is merged then.
         """
-        names = tuple(n for n in names if n in self.r)
-        if not names:
+        held = self.merged_adapters
+        names = tuple(dict.fromkeys((*held, *(n for n in names if n in self.r))))
+        if len(names) == len(held):
             return
-        if self.merged:
-            raise ValueError(f"{self.merged_adapters} are merged already; call unmerge_adapter() first")
+        self.unmerge()
         biases = [n for n in names if self._bias_of(n) is not None]
         if biases and self.bias is None:
             raise ValueError(f"adapters {biases} have lora_bias=True, but the base layer has no bias to merge it into")
@@ -566,6 +569,8 @@ class LoraLinear(LoraLayer):
         """:meth:`merge`, with a 4-bit base layer exchanged for one in ``dtype``, rounded once."""
         if not self._fused:
             return self.merge(names, safe)
+        names = (*self.merged_adapters, *names)
+        self.unmerge()
         packed = self.base_layer
         self.base_layer, self._fused = dense(packed, torch.float32), False
         try:

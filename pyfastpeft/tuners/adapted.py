@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -96,6 +97,43 @@ class AdaptedModel(nn.Module):
             raise
         self.configs[name] = config
         self.bank.hold(name, partial(self._trained, name))
+
+    # Which are in use.
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Make ``names`` the active adapters; those that are not for inference train."""
+        self.bank.frozen = frozenset(n for n, config in self.configs.items() if config.inference_mode)
+        self.bank.activate(names)
+
+    def disable_adapter_layers(self) -> None:
+        """Compute as the base model alone, until :meth:`enable_adapter_layers`; nothing trains meanwhile.
+
+        Merged adapters are taken out of the base weights, with a warning. Rows that choose their own adapters
+        (``adapter_names``) use these all the same.
+        """
+        self.give_way("to disable them")
+        self._enable(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Use the active adapters again."""
+        self._enable(True)
+
+    def _enable(self, enabled: bool) -> None:
+        self.bank.disabled = not enabled
+        self.activate(self.bank.chosen)
+
+    def unmerge(self) -> None:
+        """Restore the base weights, bit for bit."""
+        for layer in self.bank.layers.values():
+            layer.unmerge()
+        self.bank.refresh()
+
+    def give_way(self, why: str) -> None:
+        """Unmerge what is merged, with a warning that says ``why``."""
+        merged = next((layer for layer in self.bank.layers.values() if layer.merged_adapters), None)
+        if merged is not None:
+            warnings.warn(f"{merged.merged_adapters} are merged, and are unmerged {why}", stacklevel=3)
+            self.unmerge()
 
     def _trained(self, name: str) -> list[nn.Parameter]:
         """What trains while the adapter does."""
