@@ -7,7 +7,7 @@ lacks is said. In the machine code of each the main loop is counted: bytes asked
 cycles of shared memory (without bank conflicts), instructions issued, and those of the integer and the floating pipe.
 The slowest of these is the bound, and its time the prediction; latencies, the loop's entry and the epilogue are left
 out, so a kernel can only be slower. Beside it stands what cuBLAS in bf16 could at best reach on the same GPU, and
-DESIGN's target against it. Writes bench/results/gpu_estimate.json.
+the target against it. Writes bench/results/gpu_estimate.json.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def times(gpu: Gpu, step: Step, work: Work) -> dict[str, float]:
 
 
 def target(m: int, n: int) -> float:
-    """DESIGN's, as a speed over cuBLAS bf16 (on an H100)."""
+    """The speed over cuBLAS bf16 that is asked (on an H100)."""
     if m <= 16:
         return 2.0 if n < 8192 else 2.6
     return 1.4 if m <= 128 else 0.95

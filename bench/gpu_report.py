@@ -279,7 +279,7 @@ def model_rows(name: str) -> dict:
 
 
 def promises(result: dict) -> Iterator[tuple[str, float, str, float | None]]:
-    """(what, measured, relation, target of DESIGN's table on an H100, or None)."""
+    """(what, measured, relation, the target on an H100, or None)."""
     for row in result.get("products", []):
         n, k, m = row["n"], row["k"], row["m"]
         speed, cost = row["dense_s"] / row["ours_s"], row["lora_s"] / row["ours_s"]

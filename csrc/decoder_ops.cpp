@@ -127,7 +127,7 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
   for (const Tensor* t : {&cos, &sin})
     STD_TORCH_CHECK(t->dim() == 3 && (t->size(0) == batch || t->size(0) == 1) && t->size(0) == cos.size(0) &&
                         t->size(1) == tokens && t->size(2) == d.dim && t->is_contiguous() &&
-                        dtype_of(*t, "cos") == d.dtype,
+                        dtype_of(*t, t == &cos ? "cos" : "sin") == d.dtype,
                     "cos and sin must be contiguous [", batch, " or 1, ", tokens, ", ", d.dim, "] in the dtype of x");
   Tensor y = new_matrix(batch * tokens, d.hidden, d.dtype);
   if (batch * tokens == 0) return y;
@@ -211,11 +211,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def(
       "new_decoder(Tensor norm, Tensor[] norms, Tensor[] head_norms, int heads, int kv_heads, int dim, float eps, "
       "float scale) -> int");
-  m.def(
-      "add_decoder_linear(int stack, Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, "
-      "int format, int n, int blocksize, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, "
-      "Tensor? row_scale, bool int8) -> "
-      "()");
+  m.def("add_decoder_linear(int stack, " PF_WEIGHT
+        ", Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? row_scale, bool int8) -> ()");
   m.def(
       "add_decoder_dense(int stack, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, "
       "Tensor? row_scale) -> ()");

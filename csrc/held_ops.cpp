@@ -82,9 +82,7 @@ Tensor linear_4bit_held(Tensor x, int64_t weight, OptTensor bias, int64_t branch
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
-  m.def(
-      "hold_weight(Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, int format, int n, "
-      "int blocksize) -> int");
+  m.def("hold_weight(" PF_WEIGHT ") -> int");
   m.def("release_weight(int weight) -> ()");
   m.def("hold_branch(Tensor a_pairs, Tensor b_pairs, int n, int k) -> int");
   m.def("release_branch(int branch) -> ()");

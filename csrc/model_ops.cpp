@@ -114,7 +114,7 @@ Tensor rotated(const pf::Kernels& k, Tensor x, const Tensor& cos, const Tensor& 
   for (const Tensor* t : {&cos, &sin})
     STD_TORCH_CHECK(
         t->dim() == 3 && (t->size(0) == batch || t->size(0) == 1) && t->size(1) == tokens && t->size(2) == dim &&
-            t->is_contiguous() && dtype_of(*t, "cos") == dtype && t->size(0) == cos.size(0),
+            t->is_contiguous() && dtype_of(*t, t == &cos ? "cos" : "sin") == dtype && t->size(0) == cos.size(0),
         "cos and sin must be contiguous [", batch, " or 1, ", tokens, ", ", dim, "] in the dtype of ", name);
   Tensor y = new_matrix(batch * tokens, heads * dim, dtype);
   const pf::RopeArgs args{x.const_data_ptr(),

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layouts import with_contiguous_columns
+
 _ELEMENTS = 4096
 """Of a program's tile: 16 bytes a thread, several times over."""
 _HELD = tl.constexpr(8192)
@@ -266,7 +268,7 @@ def _rope(
 
 def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y [M, H], x + residual [M, H]; [0, H] without a residual), of x [M, H] and weight [H], all of one dtype."""
-    x, residual = _matrix(x), None if residual is None else _matrix(residual)
+    x, residual = with_contiguous_columns(x), None if residual is None else with_contiguous_columns(residual)
     m, h = x.shape
     y, total = x.new_empty((m, h)), x.new_empty((0 if residual is None else m, h))
     if y.numel() > 0:
@@ -293,7 +295,11 @@ def rms_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx [M, H] in x's dtype, dweight float32 [1, H]; [0, H] where it is not needed)."""
-    dy, dsum, x = _matrix(dy), None if dsum is None else _matrix(dsum), _matrix(x)
+    dy, dsum, x = (
+        with_contiguous_columns(dy),
+        None if dsum is None else with_contiguous_columns(dsum),
+        with_contiguous_columns(x),
+    )
     m, h = x.shape
     dx = x.new_empty((m, h))
     rows, columns, warps = _whole_rows(h)
@@ -325,7 +331,7 @@ def rms_norm_backward(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, of matrices [M, H] of one dtype."""
-    gate, up = _matrix(gate), _matrix(up)
+    gate, up = with_contiguous_columns(gate), with_contiguous_columns(up)
     y = gate.new_empty(gate.shape)
     if y.numel() > 0:
         _swiglu[_grid(*gate.shape)](
@@ -336,7 +342,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(dgate, dup), [M, H]."""
-    dy, gate, up = _matrix(dy), _matrix(gate), _matrix(up)
+    dy, gate, up = with_contiguous_columns(dy), with_contiguous_columns(gate), with_contiguous_columns(up)
     dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     if dup.numel() > 0:
         _swiglu_backward[_grid(*gate.shape)](
@@ -358,7 +364,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tu
 
     cos, sin: [batch or 1, tokens, dim].
     """
-    q, k = _matrix(q), _matrix(k)
+    q, k = with_contiguous_columns(q), with_contiguous_columns(k)
     batch, _, tokens, dim = q.shape
     out = [x.new_empty((batch * tokens, x.shape[1] * dim)) for x in (q, k)]
     if batch * tokens * dim > 0:
@@ -387,11 +393,6 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tu
             **strides,
         )
     return tuple(out)
-
-
-def _matrix(t: Tensor) -> Tensor:
-    """``t`` with the last dimension side by side."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def _whole_rows(h: int) -> tuple[int, int, int]:

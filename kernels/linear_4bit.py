@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layouts import with_contiguous_columns
+
 _SWEEP_RANK = 32
 """The largest rank whose S fits into registers beside the accumulator of the forward sweep."""
 _SWEEP_ROWS = 128
@@ -742,12 +744,12 @@ def forward(
     x: Tensor, w: Weight, bias: Tensor | None, branch: Branch | None, cut: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, S float32 [M, R], R = 0 without a branch); ``cut``: instead of the formula's."""
-    x = _with_contiguous_columns(x)
+    x = with_contiguous_columns(x)
     cut, parts, span = _split(x, w, cut)
     if branch is None:
         return _product(x, w, bias, cut, parts, span), x.new_empty((x.shape[0], 0), dtype=torch.float32)
     sweeps = branch.seed is None and branch.rank <= _SWEEP_RANK and cut.rows >= _SWEEP_ROWS
-    a = _with_contiguous_columns(branch.a)
+    a = with_contiguous_columns(branch.a)
     if sweeps:
         s = x.new_empty((parts, x.shape[0], branch.rank), dtype=torch.float32)
     else:
@@ -778,7 +780,7 @@ def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Ten
     their slots: blocks and slots are then met no more often than they are, together, where unsorted rows may bring
     every slot to every block. The launches are those of the numbers of rows and slots, whatever the slots.
     """
-    x = _with_contiguous_columns(x)
+    x = with_contiguous_columns(x)
     (m, k), (slots, r, _) = x.shape, lora.a.shape
     rank, split = _rank_block(r), _split(x, w)
     slot_of, order = lora.rows.sort() if m > split[0].rows else (lora.rows, None)
@@ -879,7 +881,7 @@ def backward(
         x, s: what ``forward`` took and gave; needed for dA and dB.
         cut: of dx's product, instead of the formula's.
     """
-    dy = _with_contiguous_columns(dy)
+    dy = with_contiguous_columns(dy)
     da = db = ds = None
     if branch is not None:
         ds, db = _projected(
@@ -889,7 +891,7 @@ def backward(
             **branch.factor,
         )
         if need_a:
-            x = _with_contiguous_columns(x)
+            x = with_contiguous_columns(x)
             da = _projected(x, t=ds, scaling=branch.keep_scale, **branch.dropping)[1].t()
     return (_dx(dy, w, branch, ds, cut or formula(dy, w, False)) if need_x else None), da, db
 
@@ -984,10 +986,6 @@ def _projected(
 
 def _summed(parts: Tensor | None) -> Tensor | None:
     return None if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
-
-
-def _with_contiguous_columns(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def _rank_block(rank: int) -> int:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .nn.lora import LoraLayer, ModulesToSave
+    from .nn.lora import LoraLayer
+    from .nn.modules_to_save import ModulesToSave
 
 BASE = "__base__"
 """In ``adapter_names``: no adapter."""
@@ -69,7 +70,7 @@ class Rows:
 
     def mask(self, names: tuple[str, ...], ranks: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
         """Float32 [rows, sum(ranks)]: one in the columns of the row's adapters, zero elsewhere."""
-        key = (names, ranks, rows)
+        key = (names, ranks, rows, device)
         found = self._masks.get(key)
         if found is None:
             batch = len(self.of_row)
@@ -85,6 +86,14 @@ class Rows:
 
 NO_ROWS = Rows((), ())
 """The mode in which every layer is the base model's."""
+
+
+def keep(held: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Put ``value`` into ``held`` and take the oldest out beyond ``most``; other threads may be doing the same."""
+    held.pop(key, None)
+    held[key] = value
+    for old in tuple(held)[:-most]:
+        held.pop(old, None)
 
 
 class _Mode(threading.local):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .training import Messages, prompt_ids
+from .training import Messages, pad_id, prompt_ids
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def answer(
         One text a conversation, without special tokens.
     """
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
     prompts = [prompt_ids(messages, tokenizer) for messages in conversations]
     answers: list[str] = []
     training = model.training

@@ -20,12 +20,10 @@ from transformers.utils import PushToHubMixin
 
 from .adapters import NO_ROWS, Names, Rows
 from .hub.files import check_tensors, save_safetensors
-from .hub.peft import CARD_NAME, read_config, read_own, read_tensors, write_adapter
+from .hub.peft import CARD_NAME, adapter_folder, read_config, read_own, read_tensors, write_adapter
+from .integrations.accelerate import fuse
 from .integrations.attention import use_fast_attention
-from .integrations.deferred_logits import defer_logits
 from .integrations.forwards import remove
-from .integrations.fused_decoder import fuse_decoder
-from .integrations.fused_layers import fuse_layers
 from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
 from .nn.linear4bit import Linear4bit
@@ -35,7 +33,7 @@ from .tuners.base import METHODS, PeftConfig
 from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
 from .tuners.modules import dequantize_model
-from .tuners.soft_prompt import SoftPromptTuner
+from .tuners.soft_prompt import SoftPromptConfig, SoftPromptTuner
 
 
 class IncompatibleKeys(NamedTuple):
@@ -56,19 +54,27 @@ def get_peft_model(
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be; ``model`` is then unchanged.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
     _check_config(peft_config)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        peft_model = PeftModel(model)
+    with _adapted(PeftModel, model) as peft_model:
         peft_model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
         peft_model.set_adapter(adapter_name)
+    return peft_model
+
+
+@contextmanager
+def _adapted(cls: type[PeftModel], model: nn.Module) -> Iterator[PeftModel]:
+    """``model`` as a new ``cls``; what goes wrong inside leaves it as it was."""
+    if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        yield cls(model)
     except BaseException:
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
-    return peft_model
+    if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
 
 
 def _check_config(config: PeftConfig) -> None:
@@ -91,8 +97,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         super().__init__()
         self.base_model = AdaptedModel(model)
         self.prompt_encoder = self.base_model.bank.prompts
-        if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
         self.train(model.training)
         self._show_signature()
 
@@ -293,6 +297,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         names = self._known(adapter_name)
         if len(set(names)) < len(names):
             raise ValueError(f"adapter_name is {adapter_name!r}; each adapter can be named once")
+        self.base_model.bank.prepare(names)  # what cannot be active together is refused before anything changes
         if inference_mode is not None:
             for name in names:
                 self.peft_config[name].inference_mode = inference_mode
@@ -301,10 +306,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def _prepare(self) -> None:
         """Work out now what switching to each adapter needs, so that no request waits for it."""
-        use_fast_attention(self.get_base_model())
-        fuse_layers(self.get_base_model())
-        fuse_decoder(self.get_base_model())
-        defer_logits(self.get_base_model())
+        fuse(self.get_base_model())
         for name in self.peft_config:
             self.base_model.bank.prepare((name,))
         self.base_model.activate(self.base_model.bank.chosen)
@@ -404,8 +406,10 @@ class PeftModel(PushToHubMixin, nn.Module):
             dtype: with ``dequantize``; default: the dtype the model was quantized from.
 
         Raises:
-            ValueError: an adapter that cannot be merged; the model is then as it was.
+            ValueError: an adapter that cannot be merged, or ``dtype`` alone; the model is then as it was.
         """
+        if dtype is not None and not dequantize:
+            raise ValueError(f"dtype is {dtype}; it is for dequantize=True")
         names = self._mergeable(adapter_names)
         with self._as_before_if_it_fails():
             for layer in self._layers():
@@ -463,9 +467,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         if not is_main_process:
             return
         for name in names:
-            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             tensors, own = self._state(name, save_embedding_layers, state_dict)
-            write_adapter(folder, self._config_to_save(name), tensors, own)
+            write_adapter(adapter_folder(save_directory, name), self._config_to_save(name), tensors, own)
 
     def _state(
         self, name: str, save_embedding_layers: bool | str, state_dict: Mapping[str, Tensor] | None
@@ -531,17 +534,9 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: a damaged file, or one that does not fit ``model``: names the file and the key. ``model`` is
                 then unchanged.
         """
-        if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
-            raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        try:
-            self = cls(model)
+        with _adapted(cls, model) as self:
             self.load_adapter(model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, **hub)
             self.set_adapter(adapter_name)
-        except BaseException:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-            raise
         if not is_trainable:
             self.eval()
         return self
@@ -565,7 +560,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         tensors, path = read_tensors(model_id, **hub)
         held = self.peft_config.get(adapter_name)
         encodes = is_trainable if held is None else self.base_model.tuner_of(adapter_name).own_state(adapter_name, held)
-        if encodes:
+        if encodes and isinstance(config, SoftPromptConfig):
             tensors |= read_own(model_id, **hub)
         config = replace(config, inference_mode=not is_trainable)
         self._install(adapter_name, config, tensors, str(path), autocast_adapter_dtype)

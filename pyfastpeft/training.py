@@ -30,10 +30,17 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from .hub.files import load_safetensors, read_json, save_safetensors, write_text
+from .hub.peft import adapter_folder
+from .ops.cross_entropy import IGNORED
 
-IGNORED = -100
 Messages = list[dict[str, str]]
 _Row = TypeVar("_Row")
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: any will do where a mask says what counts."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in known if i is not None), 0)
 
 
 def read_objects(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -203,8 +210,7 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         for name in self.model.active_adapters:
-            folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
-            self.model.load_adapter(folder, name, is_trainable=True)
+            self.model.load_adapter(adapter_folder(resume_from_checkpoint, name), name, is_trainable=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -12,10 +13,13 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers.utils import PushToHubMixin
 
 import pyfastpeft as fp
+from pyfastpeft.hub import files
+from pyfastpeft.hub import peft as folders
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -263,6 +267,43 @@ def test_the_values_of_a_state_dict_are_written_instead_of_the_models(tmp_path, 
     given = fp.get_peft_model_state_dict(model, averaged, "default")
     assert all(torch.equal(given[k], t) for k, t in expected.items())
     assert all(torch.equal(t, own[k]) for k, t in fp.get_peft_model_state_dict(model).items())
+
+
+def test_a_save_that_fails_loses_nothing(tmp_path, monkeypatch):
+    model = fp.get_peft_model(tiny.make("llama"), STATES["ptuning"](fp))
+    model.save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    save = files.save_safetensors
+    tiny.randomize(model)
+
+    def full(tensors, path):
+        if "prompt_embeddings" in tensors:
+            raise OSError("the disk is full")
+        save(tensors, path)
+
+    monkeypatch.setattr(folders, "save_safetensors", full)
+    with pytest.raises(OSError, match="disk is full"):
+        model.save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "warns"), [(ConnectionError("timed out"), True), (EntryNotFoundError("none"), False)]
+)
+def test_an_encoder_that_could_not_be_looked_up_is_missed_with_a_warning(tmp_path, monkeypatch, error, warns):
+    fp.get_peft_model(tiny.make("llama"), STATES["ptuning"](fp)).save_pretrained(tmp_path)
+
+    def download(repository, filename, **_):
+        if "encoder" in filename:
+            raise error
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = fp.PeftModel.from_pretrained(tiny.make("llama"), "someone/adapter", is_trainable=True)
+    assert any("trains without that" in str(w.message) for w in seen) == warns
+    assert not model.prompt_encoder["default"].encodes
 
 
 def test_a_state_dict_that_does_not_fit_is_refused():

@@ -146,3 +146,8 @@ def test_the_heads_operator_passes_opcheck():
     operands = torch.randn(3, 8), torch.randn(40, 8), torch.tensor([1, 2, 39])
     for differentiates in (True, False):
         torch.library.opcheck(torch.ops.pyfastpeft.head_cross_entropy.default, (*operands, differentiates))
+
+
+def test_a_head_that_was_offloaded_is_named():
+    with pytest.raises(ValueError, match="weight is on meta; it must be where hidden is, on cpu"):
+        head_cross_entropy(torch.ones(2, 8), torch.ones(5, 8, device="meta"), torch.tensor([0, 1]), True)

@@ -22,7 +22,7 @@ SHIM = ROOT / "tests" / "cuda_on_cpu"
 KERNELS = ROOT / "csrc" / "cuda"
 COMPILER = shutil.which("g++")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BOUND = {torch.bfloat16: 4e-3, torch.float16: 7e-4}  # relative Frobenius error; bf16's is DESIGN's
+BOUND = {torch.bfloat16: 4e-3, torch.float16: 7e-4}  # relative Frobenius error; bf16's is the promise
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 

@@ -314,3 +314,9 @@ def test_second_derivatives_are_an_error(function):
     (first,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.sum().backward()
+
+
+def test_a_weight_that_was_offloaded_is_named():
+    x, weight = torch.ones(2, 8), torch.ones(8, device="meta")
+    with pytest.raises(ValueError, match=r"weight is .* on meta; it must be .* on cpu"):
+        rms_norm(x, weight)

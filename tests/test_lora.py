@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 import pickle
 import random
 import re
 import types
+import warnings
 from functools import partial
 
 import architectures as tiny
@@ -20,6 +22,7 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
+from pyfastpeft.adapters import Rows
 from pyfastpeft.ops import backends
 
 VARIANTS = {
@@ -673,6 +676,40 @@ class TestSeveralAdapters:
         assert not any(p.requires_grad for p in model.parameters())
 
 
+class TestWhatIsKept:
+    def test_combinations_of_adapters_do_not_pile_up(self):
+        names = [f"a{i}" for i in range(7)]
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(r=2, inference_mode=True), names[0]).eval()
+        for name in names[1:]:
+            model.add_adapter(name, fp.LoraConfig(r=2, inference_mode=True))
+        tiny.randomize(model)
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        with torch.no_grad():
+            chosen = [list(c) for k in (2, 3) for c in itertools.combinations(names, k)]
+            for names in chosen:
+                model(torch.ones(len(names), 20, dtype=torch.long), adapter_names=names)
+            assert len(layer._cache["combined"]) <= 32
+            ids = tiny.inputs(rows=3)["input_ids"]
+            alone = [model(ids, adapter_names=[name] * 3).logits[i] for i, name in enumerate(chosen[-1])]
+            together = model(ids, adapter_names=chosen[-1]).logits
+        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+    def test_rows_choose_on_each_device(self):
+        rows = Rows(["a", "b"], ["a", "b"])
+        for device in (torch.device("cpu"), torch.device("meta")):
+            assert rows.mask(("a", "b"), (1, 1), 2, device).device == device
+
+    def test_values_given_for_a_call_reach_an_embedding(self):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+        tiny.randomize(model)
+        ids = tiny.inputs()["input_ids"]
+        given = {k: p * 1.5 for k, p in model.named_parameters() if "lora_" in k}
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(given, strict=False)
+        called = torch.func.functional_call(model, given, (ids,))
+        torch.testing.assert_close(called.logits, twin(ids).logits)
+
+
 class TestDisabled:
     """``disable_adapter_layers`` against peft's."""
 
@@ -916,6 +953,37 @@ class TestBadArguments:
         with pytest.raises(ValueError, match=rf"target_modules \['q_proj'\] are modules .*{name} \["):
             fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["q_proj"], **kwargs))
 
+    @pytest.mark.parametrize("method", ["pissa", "olora", "loftq"])
+    @pytest.mark.parametrize("alpha", [0, -8])
+    def test_values_from_the_weight_need_a_scaling_above_zero(self, method, alpha):
+        base = tiny.make()
+        before = {k: t.clone() for k, t in base.state_dict().items()}
+        with pytest.raises(ValueError, match="lora_alpha must be above 0"):
+            fp.get_peft_model(base, fp.LoraConfig(r=4, lora_alpha=alpha, init_lora_weights=method))
+        assert all(torch.equal(t, before[k]) for k, t in base.state_dict().items())
+
+    def test_a_refused_choice_changes_nothing(self):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(modules_to_save=["lm_head"]), "a")
+        model.add_adapter("b", fp.LoraConfig(modules_to_save=["lm_head"]))
+        model.merge_adapter(["a"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(ValueError, match="only one can be active"):
+                model.set_adapter(["a", "b"], inference_mode=True)
+        assert model.active_adapters == ["a"]
+        assert not any(c.inference_mode for c in model.peft_config.values())
+        assert model.get_base_model().model.layers[0].self_attn.q_proj.merged
+
+    def test_a_refused_adapter_leaves_no_hook(self):
+        base = tiny.make().train()
+        base.gradient_checkpointing_enable()
+        hooks = len(base.get_input_embeddings()._forward_hooks)
+        with pytest.raises(ValueError, match="nothing"):
+            fp.get_peft_model(base, fp.LoraConfig(target_modules=["nothing"]))
+        assert len(base.get_input_embeddings()._forward_hooks) == hooks
+        fp.get_peft_model(base, fp.LoraConfig())
+        assert base.get_input_embeddings()(torch.tensor([1])).requires_grad
+
     @pytest.mark.parametrize("names", [None, 3, ["default", "default"]])
     def test_active_adapters_that_make_no_sense_are_named(self, names):
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
@@ -965,6 +1033,10 @@ class TestBadArguments:
         model.unmerge_adapter()
         model.add_adapter("b", fp.LoraConfig(target_modules=["linear"], use_dora=True))
         assert list(model.peft_config) == ["a", "b"]
+
+    def test_a_dtype_is_for_dequantizing(self):
+        with pytest.raises(ValueError, match="it is for dequantize=True"):
+            block("a").merge_and_unload(dtype=torch.bfloat16)
 
     def test_rows_cannot_choose_while_adapters_are_merged(self):
         model = block("a")

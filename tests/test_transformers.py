@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -497,8 +498,15 @@ class TestAccelerate:
     def test_hooks_move_to_the_new_layer(self):
         model, seen = torch.nn.Sequential(bnb.nn.Linear4bit(64, 64).to("cpu")), []
         model[0].register_forward_hook(lambda *_: seen.append(1))
+        model[0].register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        model[0].register_forward_hook(lambda _, args, kwargs, y: seen.append(kwargs), with_kwargs=True)
         fp.accelerate(model)(torch.randn(1, 64))
-        assert seen == [1]
+        assert seen == [{}, 1, {}]
+
+    def test_all_models_in_a_container_are_accelerated(self):
+        models = torch.nn.ModuleList([tiny_llama(), tiny_llama()])
+        fp.accelerate(models)
+        assert [m.config._attn_implementation for m in models] == ["pyfastpeft"] * 2
 
     def test_a_model_without_such_layers_is_left_alone(self):
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())

@@ -91,6 +91,15 @@ def test_a_broken_file_is_ignored_with_a_warning_and_replaced(clock, text):
         assert pick() == Cut(64, 64)
 
 
+def test_tiles_of_another_version_are_found_anew(clock):
+    pick()
+    held = json.loads(tuning.path().read_text())
+    tuning.path().write_text(json.dumps({place: {call: [64] for call in calls} for place, calls in held.items()}))
+    tuning._found.cache_clear()
+    assert pick() == Cut(64, 64)
+    assert json.loads(tuning.path().read_text()) == held
+
+
 def test_what_cannot_be_kept_still_serves(clock, monkeypatch):
     def full(text, path):
         raise OSError("No space left on device")

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     from .. import get_peft_model
     from ..generation import answer
-    from ..training import encode, load_dataset, read_objects, read_rows, train_adapter
+    from ..training import encode, load_dataset, pad_id, read_objects, read_rows, train_adapter
     from .examine import examine
     from .progress import TrainingProgress
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             train_adapter(
                 model,
                 dataset,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad_id(tokenizer),
                 output_dir=args.output,
                 epochs=epochs,
                 learning_rate=method.rate(options),

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from ..adapters import BASE
 from .models import MODEL_HELP, add_quantization_arguments, load_model
 
 _BASE = "base"
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         if names and adapters[0] in names and len(adapters) == 1:
             model.set_adapter(adapters[0])
         elif names:
-            rows = ["__base__" if name == _BASE else name for name in adapters]
+            rows = [BASE if name == _BASE else name for name in adapters]
         conversations = [[{"role": "user", "content": prompt}]] * len(adapters)
         return answer(model, tokenizer, conversations, args.max_new_tokens, adapter_names=rows)
 

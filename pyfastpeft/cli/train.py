@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from transformers import set_seed
 
     from .. import get_peft_model
-    from ..training import load_dataset, read_rows, train_adapter
+    from ..training import load_dataset, pad_id, read_rows, train_adapter
     from .examine import examine
     from .progress import TrainingProgress
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         output = train_adapter(
             model,
             dataset,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            pad_token_id=pad_id(tokenizer),
             output_dir=args.output,
             epochs=args.epochs,
             max_steps=args.max_steps,

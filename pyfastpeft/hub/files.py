@@ -53,13 +53,8 @@ def write_text(text: str, path: str | os.PathLike) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def save_safetensors(
-    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """Write ``tensors`` (any device, any strides) to ``path`` atomically.
-
-    Args:
-        metadata: strings for the header; transformers and peft want ``{"format": "pt"}``, the default.
 
     Raises:
         OSError: the file could not be written (the old one is whole).
@@ -68,38 +63,26 @@ def save_safetensors(
     held = {k: t.detach().contiguous() for k, t in tensors.items()}
     with atomic_write(path) as aside:
         try:
-            save_file(held, aside, dict(metadata) if metadata is not None else {"format": "pt"})
+            save_file(held, aside, {"format": "pt"})  # which transformers and peft look for
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
         except RuntimeError as error:
             raise ValueError(f"{path} cannot hold these tensors: {error}") from error
 
 
-def load_safetensors(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """All tensors of ``path`` on ``device``; the header's sizes and offsets are checked against the file first.
+def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of ``path``, on the CPU; the header's sizes and offsets are checked against the file first.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, damaged or not safetensors.
     """
-    with _opened(path, device) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def safetensors_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The strings in the header of ``path``; raises as :func:`load_safetensors`."""
-    with _opened(path, "cpu") as file:
-        return file.metadata() or {}
-
-
-@contextmanager
-def _opened(path: str | os.PathLike, device: str | torch.device) -> Iterator[safe_open]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            yield file
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

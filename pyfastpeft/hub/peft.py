@@ -6,7 +6,9 @@ import inspect
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,11 @@ tags:
 
 {readers} it with `PeftModel.from_pretrained(base_model, folder)`.
 """
+
+
+def adapter_folder(root: str | os.PathLike, name: str) -> Path:
+    """Where PEFT keeps the adapter ``name`` of a model that lies in ``root``."""
+    return Path(root) if name == "default" else Path(root) / name
 
 
 def locate(model_id: str | os.PathLike, filename: str, subfolder: str | None = None, **hub: Any) -> Path:
@@ -93,10 +100,20 @@ def read_tensors(
 
 
 def read_own(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict[str, Tensor]:
-    """The tensors of the file beside PEFT's, or none where there is no such file."""
+    """The tensors of the file beside PEFT's, or none where there is no such file.
+
+    Warns where nobody could say whether a hub repository has one.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     try:
         path = locate(model_id, OWN_NAME, subfolder, **hub)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        of_hub = error.__cause__
+        if of_hub is not None and (
+            isinstance(of_hub, LocalEntryNotFoundError) or not isinstance(of_hub, EntryNotFoundError)
+        ):
+            warnings.warn(f"if the soft prompt has an encoder, it trains without that: {error}", stacklevel=2)
         return {}
     return load_safetensors(path)
 
@@ -123,13 +140,14 @@ def write_adapter(
         shared = tensor.untyped_storage().data_ptr() in seen
         seen.add(tensor.untyped_storage().data_ptr())
         apart[key] = tensor.detach().clone() if shared else tensor
-    # The configuration takes its name right after the weights, when both are on disk.
-    with atomic_write(folder / CONFIG_NAME) as aside:
+    # All are on disk before the first takes its name, and they take them one right after the other.
+    with ExitStack() as files:
+        aside = files.enter_context(atomic_write(folder / CONFIG_NAME))
         aside.write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (folder / OWN_NAME).unlink(missing_ok=True)  # never beside weights that it does not belong to
-        save_safetensors(apart, folder / WEIGHTS_NAME)
         if own:
-            save_safetensors(own, folder / OWN_NAME)
+            save_safetensors(own, files.enter_context(atomic_write(folder / OWN_NAME)))
+        save_safetensors(apart, files.enter_context(atomic_write(folder / WEIGHTS_NAME)))
+        (folder / OWN_NAME).unlink(missing_ok=True)  # never beside weights that it does not belong to
     card = folder / CARD_NAME
     if not card.exists():
         base = json.dumps(config.get("base_model_name_or_path") or "")

@@ -34,11 +34,16 @@ def accelerate(model: nn.Module) -> nn.Module:
                 if child not in replaced:
                     replaced[child] = _replacement(child)
                 parent._modules[name] = replaced[child]
+    fuse(model)
+    return model
+
+
+def fuse(model: nn.Module) -> None:
+    """Everything that is faster here and not a linear layer's; what is there already stays."""
     use_fast_attention(model)
     fuse_layers(model)
     defer_logits(model)
     fuse_decoder(model)
-    return model
 
 
 def _is_bnb(module: nn.Module) -> bool:
@@ -48,5 +53,7 @@ def _is_bnb(module: nn.Module) -> bool:
 
 def _replacement(layer: nn.Module) -> Linear4bit:
     new = Linear4bit.from_bnb(layer)
-    new._forward_hooks, new._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
+    for name, held in vars(layer).items():
+        if name.startswith(("_forward_hooks", "_forward_pre_hooks")):  # and which of them take keywords
+            vars(new)[name] = held
     return new

@@ -384,16 +384,17 @@ def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
     Left alone are models that do not go through transformers' interface or work on their masks themselves, or that lie
     on a device or in a dtype for which there is no kernel.
     """
+    done: set[nn.Module] = set()
     for part in model.modules():
-        if not isinstance(part, PreTrainedModel):
+        if not isinstance(part, PreTrainedModel) or part in done:
             continue
+        done.update(part.modules())
         if not fast:
             if vars(part).pop(_SWITCHED, False) and part.config._attn_implementation == NAME:
                 part.set_attn_implementation("sdpa")
         elif all(_gains(m) for m in part.modules() if isinstance(m, PreTrainedModel)):
             part.set_attn_implementation(NAME)
             vars(part)[_SWITCHED] = True
-        return
 
 
 _SWITCHED = "_uses_fast_attention"

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
 from ..ops.backends import FLOATS, choose_plain
+from ..ops.cross_entropy import IGNORED
 from .dense_layers import DenseForward
 from .forwards import ModuleForward, autocast_of, hooked, install, remove
 
@@ -275,7 +276,7 @@ def _cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,

@@ -29,7 +29,7 @@ from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear, stamp_of
 from ..ops import PackedLora
-from ..ops.backends import Backend, choose_attention, native
+from ..ops.backends import Backend, choose_attention, choose_plain, native
 from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
@@ -265,7 +265,7 @@ class _Stack:
         bias = look.get(module._parameters, "bias")
         if type(module) is nn.Linear:
             weight = look.get(module._parameters, "weight")
-            if type(weight) not in (Tensor, nn.Parameter) or not weight.is_cpu:
+            if type(weight) not in (Tensor, nn.Parameter) or choose_plain(weight.device) is not Backend.NATIVE:
                 raise _Unsupported
             return torch.ops.pyfastpeft.add_decoder_dense.default, weight, bias, *branch
         if type(module) is not Linear4bit or module.compute_dtype not in (None, dtype):
@@ -491,6 +491,7 @@ class _FewRows(ModuleForward):
         for stack in self._stacks:
             if stack.holds(cache):
                 return stack
-        self._stacks.insert(0, _Stack(self.module))
+        stack = _Stack(self.module)
+        self._stacks.insert(0, stack)
         del self._stacks[_STACKS_KEPT:]
-        return self._stacks[0]
+        return stack  # and not the first: another thread may have put its own before it

@@ -20,7 +20,8 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.phi3 import modeling_phi3 as phi3
 
 from ..nn import Linear4bit
-from ..nn.lora import LoraLinear, ModulesToSave
+from ..nn.lora import LoraLinear
+from ..nn.modules_to_save import ModulesToSave
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.backends import FLOATS, Backend, choose_plain
 from .dense_layers import DenseForward, has_fast_forward

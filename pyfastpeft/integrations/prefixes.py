@@ -26,9 +26,10 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
+from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows, keep
 from ..nn.lora import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
+from ..ops.cross_entropy import IGNORED
 from . import attention
 from .forwards import autocast_of
 from .prompt_operator import compiled_tensors, number_of
@@ -39,9 +40,8 @@ OFF = object()
 _FIRST = "pyfastpeft_first"
 """The argument by which a model tells its decoder where the texts begin [batch], if their first tokens have labels."""
 
-IGNORED = -100
-"""The label of what is not learned."""
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
+_COMBINED_KEPT = 32  # prompts beside other adapters, as the rows of a batch may choose them
 
 _BASE = "base parameters"
 _ADAPTERS = {
@@ -132,13 +132,13 @@ class _LayerPrefix:
 
     def current(self, batch: int) -> Prefix | None:
         """The prefix of ``batch`` rows in the forward that is running."""
-        return _apart(self._looked_up, batch) if torch.compiler.is_compiling() else self._current(batch)
+        return _apart(self._looked_up, batch) if torch.compiler.is_compiling() else self._current()
 
     def of(self, run: _Run) -> Prefix | None:
         """The prefix in what a compiled forward hands down."""
         return run.layers[self.layer] if run.layers else None
 
-    def _current(self, batch: int) -> Prefix | None:
+    def _current(self) -> Prefix | None:
         bank = self.prefixes.bank
         run = bank.run
         if run is OFF:
@@ -158,7 +158,7 @@ class _LayerPrefix:
         rows = prefixes.rows
         if prefixes.bank.run is None and prefixes.uses(rows):
             return prefixes.run_of(rows, batch, False).layers[self.layer]
-        return self._current(batch)
+        return self._current()
 
 
 @torch.compiler.disable
@@ -452,9 +452,7 @@ class Prefixes:
             return held[1]
         run = self._stacked(values, index, batch)
         if not any(v.records for v in values):
-            if len(runs) >= _RUNS_KEPT:
-                runs.pop(next(iter(runs)))
-            runs[rows, batch] = (values, run)
+            keep(runs, (rows, batch), (values, run), _RUNS_KEPT)
         return run
 
     @staticmethod
@@ -485,13 +483,13 @@ class Prefixes:
         parts = [self._of_prompt(n, others, decoding) for n in names if n in self.sources]
         if len(parts) == 1:
             return parts[0]
-        held = None if torch.compiler.is_compiling() else self.bank.kept.get(("joined", names))
+        held = None if torch.compiler.is_compiling() else self._kept_of(names).get(names)
         if held is not None and all(map(operator.is_, held[0], parts)):
             return held[1]
         tensors = zip(*(part.tensors for part in parts), strict=True)
         joined = Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
         if not (joined.records or torch.compiler.is_compiling()):
-            self.bank.kept["joined", names] = (parts, joined)
+            keep(self._kept_of(names), names, (parts, joined), _COMBINED_KEPT)
         return joined
 
     def _of_prompt(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
@@ -522,7 +520,8 @@ class Prefixes:
         embedding = self.model.get_input_embeddings().weight
         stamp = stamp_of([*parameters, embedding])
         own = stamp, self.decoder.training, autocast_of(embedding)
-        held = self.bank.kept.get((name, others))
+        kept = self._kept_of((name, *others))
+        held = kept.get((name, others))
         known = trusted and stamp is not None and held is not None and held[0] == own
         if known and decoding:
             return held[2]
@@ -531,8 +530,15 @@ class Prefixes:
             return held[2]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = self._work_out(source, others)
-        self.bank.kept[name, others] = own, rest, values
+        if others:
+            keep(kept, (name, others), (own, rest, values), _COMBINED_KEPT)
+        else:
+            kept[name, others] = own, rest, values
         return values
+
+    def _kept_of(self, names: tuple[str, ...]) -> dict[Any, Any]:
+        """Where what ``names`` come to is kept: of a prompt alone always, of combinations the last ones."""
+        return self.bank.kept.setdefault("alone" if len(names) == 1 else "combined", {})
 
     def _base_parameters(self) -> list[nn.Parameter]:
         """The decoder's own, as against its adapters'."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.cross_entropy import IGNORED
 from ..ops.reference import prefix_rows
 from .forwards import ModuleForward
 
@@ -167,7 +168,7 @@ class EncoderModelForward(_Prompted):
         labels = named.get("labels")
         batch = len(named["inputs_embeds"])
         if labels is not None and labels.shape == (batch, layout.length) and not labels.is_floating_point():
-            named["labels"] = layout.insert(labels.new_full((batch, layout.room), -100), labels)
+            named["labels"] = layout.insert(labels.new_full((batch, layout.room), IGNORED), labels)
         for name in ("start_positions", "end_positions"):
             if named.get(name) is not None:
                 named[name] = layout.where(named[name].view(batch))

@@ -124,7 +124,9 @@ class FastPeftQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        return 0.5 + 4 / self.quantization_config.blocksize
+        config = self.quantization_config
+        scales = 1 if config.double_quant else 8 if get_format(config.quant_type).has_zero else 4
+        return 0.5 + scales / config.blocksize
 
     @property
     def is_trainable(self) -> bool:

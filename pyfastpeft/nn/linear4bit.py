@@ -33,8 +33,6 @@ class Linear4bit(nn.Linear):
             exactly all the same.
     """
 
-    compute: str | None = None
-
     def __init__(
         self,
         in_features: int,
@@ -107,6 +105,15 @@ class Linear4bit(nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear")
         packed = quantize_4bit(linear.weight, quant_type, blocksize, double_quant)
         return cls.from_packed(packed, linear.bias, compute_dtype, compute)
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The same layer in full precision, in ``dtype`` (default: the one it was quantized from)."""
+        weight = self.dequantize(dtype)
+        out = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        out.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            out.bias = nn.Parameter(self.bias.detach().to(weight.dtype, copy=True), requires_grad=False)
+        return out.train(self.training)
 
     @classmethod
     def from_packed(

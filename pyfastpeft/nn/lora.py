@@ -24,12 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import AdapterBank, Rows
+from ..adapters import AdapterBank, Rows, keep
 from ..formats import quantize_4bit
 from ..ops import Lora, PackedLora, add_lora, linear_4bit, mixed, pack_lora
 from .linear4bit import Linear4bit
 
 is_compiling = torch.compiler.is_dynamo_compiling
+
+_COMBINED = "combined"
+_COMBINED_KEPT = 32  # of what is made of several adapters: there are as many combinations as a batch can choose
 
 
 class Plan(NamedTuple):
@@ -104,7 +107,7 @@ class LoraLayer(nn.Module):
         self._scale: dict[str, Tensor] = {}
         self._plan: Plan | None = None
         self._unmerged: tuple[Any, nn.Parameter | None] | None = None
-        self._cache: dict[Any, tuple[tuple | None, Any]] = {}
+        self._cache: dict[Any, Any] = {}
         self._square: tuple[tuple | None, Tensor] | None = None
         self.register_load_state_dict_post_hook(_after_loading)
 
@@ -290,9 +293,14 @@ class LoraLayer(nn.Module):
         if is_compiling() or not self.bank.frozen.issuperset(names):
             return compute()
         stamp = stamp_of(tensors)
-        held = self._cache.get(key)
+        cache = self._cache if len(names) == 1 else self._cache.setdefault(_COMBINED, {})
+        held = cache.get(key)
         if held is None or stamp is None or held[0] != stamp:
-            held = self._cache[key] = (stamp, compute())
+            held = stamp, compute()
+            if len(names) == 1:
+                cache[key] = held
+            else:
+                keep(cache, key, held, _COMBINED_KEPT)
         return held[1]
 
     def stacked(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -572,7 +580,7 @@ class LoraLinear(LoraLayer):
         names = (*self.merged_adapters, *names)
         self.unmerge()
         packed = self.base_layer
-        self.base_layer, self._fused = dense(packed, torch.float32), False
+        self.base_layer, self._fused = packed.to_linear(torch.float32), False
         try:
             self.merge(names, safe)
         finally:
@@ -666,7 +674,8 @@ class LoraEmbedding(LoraLayer):
             if plan is None:
                 return y
             if plan.simple:
-                a, b = plan.a["weight"], plan.b["weight"]
+                # Compiled code reads the plan, whose dictionaries it guards; they are copies here.
+                a, b = (plan.a["weight"], plan.b["weight"]) if is_compiling() else self.factors(plan.names[0])
                 added = self._looked_up(x, a) * (plan.scale[0] if is_compiling() else plan.scaling)
                 added = self._as_output(F.linear(added, b))
                 if plan.magnitude is not None:
@@ -709,60 +718,6 @@ class LoraEmbedding(LoraLayer):
     def times(self, a: Tensor) -> Tensor:
         weight = self.weight.detach()
         return (a.to(weight.dtype) @ weight).float().t()
-
-
-class ModulesToSave(nn.Module):
-    """A module with a trainable copy for each adapter that names it in ``modules_to_save``."""
-
-    def __init__(self, module: nn.Module, bank: AdapterBank) -> None:
-        super().__init__()
-        self.original_module = module
-        self.modules_to_save = nn.ModuleDict()
-        self.bank = bank
-        self._plan: nn.Module | None = None
-
-    def plan(self, active: tuple[str, ...]) -> nn.Module | None:
-        """The copy in use while ``active`` are the adapters; None: the original."""
-        names = [n for n in active if n in self.modules_to_save]
-        if len(names) > 1:
-            raise ValueError(f"adapters {names} each bring their own copy of one module; only one can be active")
-        return self.modules_to_save[names[0]] if names else None
-
-    def module_in_use(self) -> nn.Module:
-        return self.original_module if self._plan is None else self._plan
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        mode = self.bank.mode
-        if mode is None:
-            return self.module_in_use()(x, *args, **kwargs)
-        names = tuple(n for n in mode.names if n in self.modules_to_save)
-        y = self.original_module(x, *args, **kwargs)
-        # Each adapter's copy is another weight, so it runs by itself; shapes do not depend on who asked for what.
-        for i, name in enumerate(names):
-            chosen = mode.mask(names, (1,) * len(names), x.shape[0], x.device)[:, i].bool()
-            # Neither may the other rows reach its gradient, nor it theirs, by a product with zero.
-            mine = mixed.own(chosen.view(-1, *[1] * (x.dim() - 1)), x) if x.is_floating_point() else x
-            own = self.modules_to_save[name](mine, *args, **kwargs)
-            y = torch.where(chosen.view(-1, *[1] * (y.dim() - 1)), own, y)
-        return y
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("original_module", "modules_to_save"):
-                raise
-            return getattr(self.module_in_use(), name)
-
-
-def dense(layer: Linear4bit, dtype: torch.dtype | None = None) -> nn.Linear:
-    """The same layer in full precision, in ``dtype`` (default: the one it was quantized from)."""
-    weight = layer.dequantize(dtype)
-    out = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    out.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        out.bias = nn.Parameter(layer.bias.detach().to(weight.dtype, copy=True), requires_grad=False)
-    return out.train(layer.training)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

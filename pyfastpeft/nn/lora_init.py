@@ -6,13 +6,17 @@ Each function takes the weight as a float32 matrix M [N, K] and returns ``(A [r,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..formats import quantize_4bit
 
 
-def _check_rank(weight: Tensor, r: int, name: str) -> None:
+def _check(weight: Tensor, r: int, scaling: float, name: str) -> None:
+    if not 0 < scaling < math.inf:
+        raise ValueError(f"the scaling is {scaling}; with init_lora_weights={name!r} lora_alpha must be above 0")
     if r > min(weight.shape):
         raise ValueError(
             f"r is {r}; with init_lora_weights={name!r} it must be at most {min(weight.shape)}, the smaller side of "
@@ -22,7 +26,7 @@ def _check_rank(weight: Tensor, r: int, name: str) -> None:
 
 def pissa(weight: Tensor, r: int, scaling: float, iterations: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The r principal components (PiSSA, Meng et al. 2024); ``iterations``: of the randomized SVD, None: exact."""
-    _check_rank(weight, r, "pissa")
+    _check(weight, r, scaling, "pissa")
     if iterations is None:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         u, s, vh = u[:, :r], s[:r], vh[:r]
@@ -36,7 +40,7 @@ def pissa(weight: Tensor, r: int, scaling: float, iterations: int | None = None)
 
 def olora(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     """The first r columns of the QR decomposition (OLoRA, Büyükakyüz 2024)."""
-    _check_rank(weight, r, "olora")
+    _check(weight, r, scaling, "olora")
     q, upper = torch.linalg.qr(weight)
     a, b = upper[:r].contiguous(), q[:, :r].contiguous()
     return a, b, weight - scaling * (b @ a)
@@ -48,7 +52,7 @@ def loftq(weight: Tensor, r: int, scaling: float, iterations: int) -> tuple[Tens
     M' holds exactly the values NF4 can hold, so quantizing it afterwards changes nothing. Unlike in PEFT, the pair is
     divided by ``scaling``, so the fit holds for every ``lora_alpha``.
     """
-    _check_rank(weight, r, "loftq")
+    _check(weight, r, scaling, "loftq")
     residual = weight
     for _ in range(iterations):
         quantized = quantize_4bit(residual, "nf4").dequantize(torch.float32)

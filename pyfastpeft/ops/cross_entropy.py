@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .backends import Backend, choose_plain
 
+IGNORED = -100
+"""The label of what is not learned."""
+
 _REFERENCE_ROWS = 64  # that are in memory in float32 together
 
 
@@ -50,7 +53,12 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, different
 
     Returns:
         Losses, float32 [n], and the gradient of their sum in ``hidden`` ([0, H] unless it ``differentiates``).
+
+    Raises:
+        ValueError: ``weight`` is elsewhere, as where it was offloaded.
     """
+    if weight.device != hidden.device:
+        raise ValueError(f"weight is on {weight.device}; it must be where hidden is, on {hidden.device}")
     return torch.ops.pyfastpeft.head_cross_entropy.default(hidden, weight, labels, differentiates)
 
 

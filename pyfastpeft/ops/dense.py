@@ -51,7 +51,6 @@ def many_rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() > FEW_ROWS * x.shape[-1]
         and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         and _multiplies(x, weight)
-        and choose_plain(x.device) is Backend.NATIVE
     )
 
 
@@ -62,7 +61,8 @@ def many_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _multiplies(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype and x.dtype in FLOATS and not torch.is_autocast_enabled("cpu")
+    alike = x.dtype == weight.dtype and x.dtype in FLOATS and x.device == weight.device
+    return alike and not torch.is_autocast_enabled("cpu") and choose_plain(x.device) is Backend.NATIVE
 
 
 class _ManyRows(torch.autograd.Function):

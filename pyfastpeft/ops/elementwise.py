@@ -34,10 +34,10 @@ def rms_norm(
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
     _check("x", x, x)
-    if weight.dtype != x.dtype or x.dim() == 0 or weight.shape != x.shape[-1:]:
+    if (weight.dtype, weight.device) != (x.dtype, x.device) or x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; it must be {x.dtype} of the size of the last "
-            f"dimension of x, which has shape {tuple(x.shape)}"
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}; it must be {x.dtype} on "
+            f"{x.device}, of the size of the last dimension of x, which has shape {tuple(x.shape)}"
         )
     if residual is not None:
         _check("residual", residual, x)

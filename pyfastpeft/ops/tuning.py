@@ -37,7 +37,7 @@ def tuned(
     if not _ENABLED or torch.compiler.is_compiling():
         return formula
     call, place, found = " ".join(map(str, call)), _place(device), _found()
-    if call not in found.setdefault(place, {}):
+    if len(found.setdefault(place, {}).get(call, ())) != len(formula):  # unknown, or of another version's tiles
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # nothing can be timed in a graph
             return formula
         times = {cut: seconds(functools.partial(run, cut)) for cut in (formula, *around(formula))}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import BASE, AdapterBank
-from ..nn.lora import LoraLayer, ModulesToSave
+from ..nn.lora import LoraLayer
+from ..nn.modules_to_save import ModulesToSave
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
 from .modules import HEADS, find_saved, put, trainable_copy, trainable_state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -38,6 +39,20 @@ def as_list(name: str, value: Any) -> list[str]:
     if not isinstance(value, Collection) or not all(isinstance(v, str) for v in value):
         raise ValueError(f"{name} is {value!r}; it must be a list of names")
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Whether the argument ``name`` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name} is {pattern!r}; it must be a regular expression: {error}") from None
+
+
+def check_dropout(name: str, value: float) -> None:
+    """Whether the argument ``name`` is a share that can be dropped."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be at least 0 and below 1")
 
 
 METHODS: dict[str, type[PeftConfig]] = {}

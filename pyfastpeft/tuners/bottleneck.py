@@ -17,7 +17,7 @@ from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora import layer_class, matrix_shape
 from .adapted import adapter_dtype
-from .base import PeftConfig, Tuner, as_list, register_method
+from .base import PeftConfig, Tuner, as_list, check_pattern, register_method
 from .modules import base_of, ends_with, modules_of
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
@@ -72,6 +72,8 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             self.target_modules = as_list("target_modules", self.target_modules)
+        elif self.target_modules is not None:
+            check_pattern("target_modules", self.target_modules)
 
     def size_for(self, features: int) -> int:
         """Of the bottleneck after a projection with ``features`` outputs."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..nn.prompt_encoder import Form, SoftPrompt
-from .base import register_method
+from .base import check_dropout, register_method
 from .prefix import check_initial, initial_ids
 from .soft_prompt import SoftPromptConfig
 
@@ -49,8 +49,7 @@ class DeepPromptConfig(SoftPromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.prefix_dropout < 1:
-            raise ValueError(f"prefix_dropout is {self.prefix_dropout!r}; it must be at least 0 and below 1")
+        check_dropout("prefix_dropout", self.prefix_dropout)
         check_initial(self.prefix_init, self.prefix_init_text, self.tokenizer_name_or_path)
 
     @property

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraConv1D, LoraLayer, ModulesToSave, expected_tensors, layer_class
+from ..nn.lora import LoraConv1D, LoraLayer, expected_tensors, layer_class
 from ..nn.lora_init import loftq, olora, pissa
+from ..nn.modules_to_save import ModulesToSave
 from .adapted import adapter_dtype
-from .base import PeftConfig, TaskType, Tuner, as_list, register_method
+from .base import PeftConfig, TaskType, Tuner, as_list, check_dropout, check_pattern, register_method
 from .modules import base_of, ends_with, modules_of, put
 
 ALL_LINEAR = "all-linear"
@@ -120,15 +121,15 @@ class LoraConfig(PeftConfig):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{name} is {value!r}; it must be a dict from names or regular expressions")
             for key in value:
-                _check_pattern(f"a key of {name}", key)
+                check_pattern(f"a key of {name}", key)
             setattr(self, name, dict(value))
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
-        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-                raise ValueError(f"{name} is {alpha!r}; it must be a number")
-        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1")
+        alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
+        for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                raise ValueError(f"{name} is {alpha!r}; it must be a finite number")
+        check_dropout("lora_dropout", self.lora_dropout)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}; it must be 'none', 'all' or 'lora_only'")
         for name in ("target_modules", "exclude_modules"):
@@ -136,13 +137,15 @@ class LoraConfig(PeftConfig):
             if value is not None and not isinstance(value, str):
                 setattr(self, name, as_list(name, value))
             elif value is not None and value != ALL_LINEAR:
-                _check_pattern(name, value)
+                check_pattern(name, value)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform is given; target_modules must then be a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given; it needs layers_to_transform, the numbers of the layers")
+        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
+            self.layers_pattern = as_list("layers_pattern", self.layers_pattern)
         for pattern in self.layer_patterns:
-            _check_pattern("layers_pattern", pattern)
+            check_pattern("layers_pattern", pattern)
         wanted = self.layers_to_transform
         for number in wanted if isinstance(wanted, (list, tuple)) else [wanted or 0]:
             if isinstance(number, bool) or not isinstance(number, int):
@@ -186,7 +189,7 @@ class LoraConfig(PeftConfig):
     def layer_patterns(self) -> list[str]:
         """``layers_pattern`` as a list; none is any name."""
         patterns = self.layers_pattern or [r"[^.]*"]
-        return [patterns] if isinstance(patterns, str) else list(patterns)
+        return [patterns] if isinstance(patterns, str) else patterns
 
     def rank_of(self, path: str) -> int:
         return _by_pattern(self.rank_pattern, path, self.r)
@@ -209,13 +212,6 @@ class LoraConfig(PeftConfig):
 def _check_rank(name: str, rank: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{name} is {rank!r}; a rank must be an integer of at least 1")
-
-
-def _check_pattern(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{name} is {pattern!r}; it must be a regular expression: {error}") from None
 
 
 def _by_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:

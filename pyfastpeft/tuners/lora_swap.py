@@ -133,15 +133,14 @@ class Swap:
         if self.zeroed:
             torch._foreach_zero_(self.zeroed)
         copy_tensors([t for t, _ in self.pairs], [v for _, v in self.pairs])
-        rescaled = False
+        changed = False
         for path, (r, alpha, scaling) in self.ranks.items():
             layer = self.bank.layers[path]
+            changed |= layer.r[self.name] != r or layer.scaling[self.name] != scaling
             layer.r[self.name], layer.lora_alpha[self.name] = r, alpha
-            if layer.scaling[self.name] != scaling:
-                layer.set_scaling(self.name, scaling)
-                rescaled = True
+            layer.set_scaling(self.name, scaling)
             if r == 0 and self.name in layer.lora_magnitude_vector:
                 layer.lora_magnitude_vector[self.name].weight.copy_(layer.norm(self.name))
-        if rescaled:
+        if changed:
             self.bank.refresh()
         return self.config

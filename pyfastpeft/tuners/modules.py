@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraLayer, ModulesToSave, dense
+from ..nn.lora import LoraLayer
+from ..nn.modules_to_save import ModulesToSave
 from .base import PeftConfig, TaskType
 
 HEADS = {
@@ -78,11 +79,11 @@ def find_saved(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
 def trainable_copy(module: nn.Module) -> nn.Module:
     """A copy whose every parameter can train: 4-bit layers in it become full precision."""
     if isinstance(module, Linear4bit):
-        return dense(module)
+        return module.to_linear()
     module = copy.deepcopy(module)
     for path, child in list(module.named_modules()):
         if isinstance(child, Linear4bit):
-            put(module, path, dense(child))
+            put(module, path, child.to_linear())
     return module
 
 
@@ -112,7 +113,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None) -> None:
     """
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
-            put(model, path, dense(module, dtype))
+            put(model, path, module.to_linear(dtype))
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)

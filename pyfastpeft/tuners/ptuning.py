@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from ..nn.prompt_encoder import Form, LstmEncoder, MlpEncoder, SoftPrompt
-from .base import register_method
+from .base import check_dropout, register_method
 from .soft_prompt import SoftPromptConfig, check_count
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ class PromptEncoderConfig(SoftPromptConfig):
         check_count("encoder_num_layers", self.encoder_num_layers)
         if self.encoder_hidden_size is not None:
             check_count("encoder_hidden_size", self.encoder_hidden_size)
-        if not 0 <= self.encoder_dropout < 1:
-            raise ValueError(f"encoder_dropout is {self.encoder_dropout!r}; it must be at least 0 and below 1")
+        check_dropout("encoder_dropout", self.encoder_dropout)
 
     @property
     def width(self) -> int:

@@ -95,9 +95,9 @@ class SoftPromptConfig(PeftConfig):
         Raises:
             ValueError: something else is given.
         """
-        asked = {name: getattr(self, name) for name in values}
-        if any(a is not None and a != values[name] for name, a in asked.items()):
-            listed = ", ".join(f"{name} is {a}, must be {values[name]}" for name, a in asked.items())
+        other = {name: getattr(self, name) for name in values if getattr(self, name) not in (None, values[name])}
+        if other:
+            listed = ", ".join(f"{name} is {asked}, must be {values[name]}" for name, asked in other.items())
             raise ValueError(f"the {self.peft_type} adapter is of another model: {listed}")
         for name, value in values.items():
             setattr(self, name, value)
