@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_llama
 
 import pyfastpeft as fp
-from pyfastpeft.ops import Backend, backends, cuda_kernels, swiglu, triton_kernels
+from pyfastpeft.ops import Backend, backends, cuda_kernels, dense_linear, swiglu, triton_kernels
 from pyfastpeft.ops.backends import choose, choose_attention, choose_plain, choose_quantizer
 
 
@@ -204,6 +205,18 @@ def test_forcing_the_reference_reaches_operators_over_plain_tensors(monkeypatch)
     monkeypatch.setattr(backends, "_FORCED", Backend.REFERENCE)
     monkeypatch.setattr(torch.ops.pyfastpeft.swiglu, "default", None)
     assert torch.allclose(swiglu(x, up), native)
+
+
+def test_forcing_the_reference_reaches_dense_products_and_decoding(monkeypatch):
+    x, weight = torch.randn(2, 64), torch.randn(32, 64)
+    model = tiny_llama().eval()
+    monkeypatch.setattr(backends, "_FORCED", Backend.REFERENCE)
+    fp.accelerate(model)
+    for name in ("dense_linear", "new_decoder"):
+        monkeypatch.setattr(getattr(torch.ops.pyfastpeft, name), "default", None)
+    with torch.no_grad():
+        assert torch.equal(dense_linear(x, weight), torch.nn.functional.linear(x, weight))
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, min_new_tokens=3)
 
 
 @pytest.mark.parametrize(

@@ -632,6 +632,35 @@ def test_fusing_twice_is_fusing_once_and_the_signature_stays():
     assert "input_ids" in inspect.signature(before).parameters
 
 
+def test_a_call_uses_its_own_stack_whatever_another_thread_builds_meanwhile():
+    model = adapted(quantized(family("llama")))
+    model.add_adapter("other", fp.LoraConfig(r=4, target_modules="all-linear"))
+    randomize(model, std=0.1)
+    for name in ("other", "default"):
+        model.set_adapter(name, inference_mode=True)
+    ids = torch.randint(1, VOCAB, (2, 1))
+
+    def logits(name):
+        cache = {fused_decoder._CACHE: tf.DynamicCache(config=model.config)}
+        with torch.no_grad():
+            return model(input_ids=ids, adapter_names=[name, name], **cache).logits
+
+    others = logits("other")
+    forward = model.get_base_model().model.forward
+    stack = forward._stacks[0]
+
+    class Raced(list):
+        def insert(self, at, new):
+            super().insert(at, new)
+            super().insert(at, stack)
+
+    forward._stacks = Raced()
+    got = logits("default")
+    forward._stacks = []
+    expected = logits("default")
+    assert torch.equal(got, expected) and not torch.equal(got, others)
+
+
 def test_stacks_die_with_their_model():
     _, fused = pair()
     generate(fused, torch.randint(1, VOCAB, (1, 5)))
