@@ -50,7 +50,7 @@ class Rows:
         known: the model's adapters.
 
     Attributes:
-        of_row: for each row its adapters, in the order of ``known``.
+        of_row: for each row its adapters, in the order given: several soft prompts lie in it.
         names: all adapters in use, in the order of ``known``.
 
     Raises:
@@ -58,12 +58,12 @@ class Rows:
     """
 
     def __init__(self, adapter_names: Sequence[Names], known: Sequence[str]) -> None:
-        wanted = [set(names) if isinstance(names, (list, tuple, set)) else {names} for names in adapter_names]
+        wanted = [tuple(names) if isinstance(names, (list, tuple, set)) else (names,) for names in adapter_names]
         used = set().union(*wanted)
         unknown = sorted((n for n in used if n != BASE and n not in known), key=str)
         if unknown:
             raise ValueError(f"adapter_names holds {unknown}; the adapters of this model are {list(known)}")
-        self.of_row = tuple(tuple(n for n in known if n in row) for row in wanted)
+        self.of_row = tuple(tuple(dict.fromkeys(n for n in row if n != BASE)) for row in wanted)
         self.names = tuple(n for n in known if n in used)
         self._uses = torch.tensor([[n in row for n in self.names] for row in wanted], dtype=torch.bool)
         self._masks: dict[tuple, Tensor] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -266,13 +266,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         return {layer: tuple(layer.merged_adapters) for layer in self._layers() if layer.merged}
 
     def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
-        if not isinstance(names, Collection):
-            raise ValueError(f"the adapter is {names!r}; it must be among {list(self.peft_config)}, or several of them")
-        names = [names] if isinstance(names, str) else list(names)
-        unknown = [n for n in names if n not in self.peft_config]
-        if unknown:
-            raise ValueError(f"there is no adapter {unknown[0]!r}; this model has {list(self.peft_config)}")
-        return tuple(names)
+        return self.base_model.known(names)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
         """Attach a new adapter beside the others; it becomes active with :meth:`set_adapter`.
@@ -294,15 +288,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Args:
             inference_mode: whether the active ones are frozen as well. Default: as each adapter was loaded.
         """
-        names = self._known(adapter_name)
-        if len(set(names)) < len(names):
-            raise ValueError(f"adapter_name is {adapter_name!r}; each adapter can be named once")
-        self.base_model.bank.prepare(names)  # what cannot be active together is refused before anything changes
-        if inference_mode is not None:
-            for name in names:
-                self.peft_config[name].inference_mode = inference_mode
-        self.base_model.give_way(f"to make {list(names)} active")
-        self.base_model.activate(names)
+        self.base_model.set_adapter(adapter_name, inference_mode)
 
     def _prepare(self) -> None:
         """Work out now what switching to each adapter needs, so that no request waits for it."""
@@ -424,8 +410,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         return model
 
     def unload(self) -> nn.Module:
-        """The base model as it was, without adapters."""
-        self.unmerge_adapter()
+        """The base model as it was, without adapters: what is merged is taken out, with a warning.
+
+        (PEFT leaves it in the weights; here :meth:`merge_and_unload` does.)
+        """
+        self.base_model.give_way("by unload(); merge_and_unload() keeps them")
         remove(self.get_base_model())
         return self._unloaded(())
 

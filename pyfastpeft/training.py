@@ -30,7 +30,6 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from .hub.files import load_safetensors, read_json, save_safetensors, write_text
-from .hub.peft import adapter_folder
 from .ops.cross_entropy import IGNORED
 
 Messages = list[dict[str, str]]
@@ -207,10 +206,6 @@ class AdapterTrainer(Trainer):
             shutil.rmtree(final, ignore_errors=True)
             os.replace(aside, final)
             rotate_checkpoints(str(root), save_total_limit=self.args.save_total_limit)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        for name in self.model.active_adapters:
-            self.model.load_adapter(adapter_folder(resume_from_checkpoint, name), name, is_trainable=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -269,6 +269,47 @@ def test_the_values_of_a_state_dict_are_written_instead_of_the_models(tmp_path, 
     assert all(torch.equal(t, own[k]) for k, t in fp.get_peft_model_state_dict(model).items())
 
 
+def test_a_file_without_lora_alpha_has_pefts_default(tmp_path):
+    peft.get_peft_model(tiny.make("llama"), peft.LoraConfig(r=16, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    del written["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    model = fp.PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
+    assert model.peft_config["default"].lora_alpha == 8
+
+
+def test_an_adapter_from_randomized_components_is_itself_again_when_it_is_loaded(tmp_path):
+    base = tiny.make("llama")
+    model = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(r=4, init_lora_weights="pissa_niter_2"))
+    tiny.randomize(model)
+    model.save_pretrained(tmp_path)
+    batch = tiny.inputs()
+    again = fp.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("attach", ["new", "loaded"])
+def test_a_start_from_the_weight_that_embedding_and_head_share_is_refused(attach, tmp_path):
+    kwargs = {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": "olora"}
+    base = tiny.make("qwen2")  # tied
+    with pytest.raises(ValueError, match="changes the weight of lm_head; embedding and output head share it"):
+        if attach == "new":
+            fp.get_peft_model(base, fp.LoraConfig(**kwargs))
+        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**kwargs)).save_pretrained(tmp_path)
+        fp.PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_models_that_have_no_embedding_load(tmp_path):
+    part = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text, vision = part | {"vocab_size": 64, "max_position_embeddings": 16}, part | {"image_size": 16, "patch_size": 8}
+    base = tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(target_modules=["q_proj"]))
+    tiny.randomize(model)
+    model.save_pretrained(tmp_path)
+    again = fp.get_peft_model_state_dict(fp.PeftModel.from_pretrained(base, tmp_path))
+    assert all(torch.equal(t, again[k]) for k, t in fp.get_peft_model_state_dict(model).items())
+
+
 def test_a_save_that_fails_loses_nothing(tmp_path, monkeypatch):
     model = fp.get_peft_model(tiny.make("llama"), STATES["ptuning"](fp))
     model.save_pretrained(tmp_path)

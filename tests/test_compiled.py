@@ -7,6 +7,7 @@ import copy
 import architectures as tiny
 import pytest
 import torch
+import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
@@ -100,6 +101,13 @@ def test_in_training(method):
         agree_in_training(compiled, model, batch)
         optimizer.step()
     assert counter.frame_count == 1
+
+
+def test_training_with_a_window_and_no_mask():
+    config = transformers.MistralConfig(**tiny._LLAMA | {"sliding_window": 6})
+    model = fp.get_peft_model(transformers.MistralForCausalLM(config), CONFIGS["prompt"]()).train()
+    compiled, _ = whole(model)
+    agree_in_training(compiled, model, tiny.inputs(length=9))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,6 +17,7 @@ import architectures as tiny
 import peft
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
@@ -426,6 +427,22 @@ class TestMerging:
         expected = expected.merge_and_unload(adapter_names=["a", "b"], dequantize=dequantize)
         assert torch.equal(merged(ids).logits, expected(ids).logits)
 
+    @pytest.mark.parametrize(
+        "config",
+        [{"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}],
+    )
+    def test_what_is_no_longer_tied_is_not_said_to_be(self, config, tmp_path):
+        model = fp.get_peft_model(tiny.make("qwen2"), fp.LoraConfig(**config))
+        tiny.randomize(model)
+        ids = tiny.inputs()["input_ids"]
+        merged = model.merge_and_unload()
+        expected = merged(ids).logits
+        assert not merged.config.tie_word_embeddings
+        merged.save_pretrained(tmp_path)
+        again = type(merged).from_pretrained(tmp_path)
+        again.resize_token_embeddings(72)
+        torch.testing.assert_close(again(ids).logits[..., :64], expected)
+
     def test_unload_gives_the_base_model_back(self):
         base = tiny.make()
         batch = tiny.inputs()
@@ -433,7 +450,8 @@ class TestMerging:
         model = fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"]))
         tiny.randomize(model)
         model.merge_adapter()
-        plain = model.unload()
+        with pytest.warns(UserWarning, match=r"unmerged by unload\(\); merge_and_unload\(\) keeps them"):
+            plain = model.unload()
         assert [n for n, _ in plain.named_modules()] == names
         assert torch.equal(plain(**batch).logits, expected)
 
@@ -674,6 +692,33 @@ class TestSeveralAdapters:
             assert trains == {n for n, _ in model.named_parameters() if n.endswith(f".{name}") or f".{name}." in n}
         model.set_adapter("a", inference_mode=True)
         assert not any(p.requires_grad for p in model.parameters())
+
+
+class TestTargets:
+    @pytest.mark.parametrize("head", ["roberta", "electra"])
+    def test_all_linear_leaves_a_head_of_several_layers_to_be_trained_whole(self, head):
+        name = {"roberta": "Roberta", "electra": "Electra"}[head]
+        config = getattr(tf, f"{name}Config")(**tiny._BERT)
+        base = getattr(tf, f"{name}ForSequenceClassification")(config)
+        made = [lib.LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS") for lib in (fp, peft)]
+        a, b = fp.get_peft_model(copy.deepcopy(base), made[0]), peft.get_peft_model(base, made[1])
+        assert a.get_nb_trainable_parameters()[0] == b.get_nb_trainable_parameters()[0]
+
+    def test_all_linear_says_that_fused_experts_are_left_alone(self):
+        base = tf.MixtralForCausalLM(tf.MixtralConfig(**tiny._LLAMA, num_local_experts=2))
+        with pytest.warns(UserWarning, match=r"leaves 4 weights alone .* several experts \(model.layers.0.*experts"):
+            fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear"))
+
+    def test_a_pattern_of_layers_may_have_alternatives(self):
+        config = {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers|blocks"}
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(**config))
+        assert list(model.base_model.bank.layers) == ["model.layers.1.self_attn.q_proj"]
+
+    def test_several_adapters_are_activated_where_peft_does_it(self):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(), "a")
+        model.add_adapter("b", fp.LoraConfig())
+        model.base_model.set_adapter(["a", "b"])
+        assert model.active_adapters == ["a", "b"]
 
 
 class TestWhatIsKept:

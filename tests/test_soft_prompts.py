@@ -697,6 +697,84 @@ class TestRows:
         assert model.active_adapters == ["lora", "prefix", "prompt"]
 
 
+class TestCalls:
+    """What a caller may do differently."""
+
+    def test_arguments_by_position(self):
+        model = ours(llama(), "prompt").train()
+        ids = torch.randint(1, tiny.VOCAB, (2, 9))
+        mask = torch.ones_like(ids)
+        mask[0, :4] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        close(model(ids, mask, labels=labels).loss, expected)
+        close(model(ids, mask, None, None, None, labels).loss, expected)
+
+    @pytest.mark.parametrize("method", ["prompt", "prefix"])
+    def test_hidden_tokens_inside_a_text_have_positions_as_in_peft(self, method):
+        theirs, own = pair(llama(), method)
+        ids = torch.randint(1, tiny.VOCAB, (2, 9))
+        mask = torch.ones_like(ids)
+        mask[:, 3:5] = 0
+        with torch.no_grad():
+            expected, got = theirs(ids, attention_mask=mask).logits[:, -9:], own(ids, attention_mask=mask).logits
+        close(got[:, 5:], expected[:, 5:])
+
+    def test_several_prompts_lie_in_the_order_given(self):
+        base = tf.MistralForCausalLM(tf.MistralConfig(**tiny._LLAMA | {"sliding_window": 6})).eval()
+        model = ours(base, "prefix")
+        model.add_adapter("b", config(fp, "prompt"))
+        ids = tiny.inputs()["input_ids"]
+        with torch.no_grad():
+            for order in (["b", "default"], ["default", "b"]):
+                model.set_adapter(order)
+                close(model(ids, adapter_names=[order] * 3).logits, model(ids).logits)
+                other = model(ids, adapter_names=[order[::-1]] * 3).logits
+                assert not torch.allclose(other, model(ids).logits, atol=1e-3)
+
+    @pytest.mark.parametrize("exchange", ["assign", "parameter", "layer"])
+    def test_a_base_whose_parameters_become_others(self, exchange, tmp_path):
+        base = llama()
+        ours(copy.deepcopy(base), "prompt").save_pretrained(tmp_path)
+        warm, cold = (fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path) for _ in range(2))
+        ids = tiny.inputs()["input_ids"]
+        with torch.no_grad():
+            before = warm(ids).logits
+        new = {k: v + torch.randn_like(v) / 10 for k, v in base.state_dict().items() if "mlp" in k}
+        for model in (warm, cold):
+            plain = model.get_base_model()
+            if exchange == "assign":
+                plain.load_state_dict(new, strict=False, assign=True)
+            for i, layer in enumerate(plain.model.layers):
+                if exchange == "parameter":
+                    layer.mlp.up_proj.weight = torch.nn.Parameter(new[f"model.layers.{i}.mlp.up_proj.weight"])
+                elif exchange == "layer":
+                    layer.mlp.down_proj = fp.nn.Linear4bit.from_linear(layer.mlp.down_proj)
+        with torch.no_grad():
+            close(warm(ids).logits, cold(ids).logits)
+            assert not torch.allclose(warm(ids).logits, before, atol=1e-4)
+
+    def test_a_static_cache_where_all_layers_name_a_window_and_some_have_one(self):
+        shape = tiny._LLAMA | {"num_hidden_layers": 4, "sliding_window": 8, "sliding_window_pattern": 2}
+        base = tf.Exaone4ForCausalLM(tf.Exaone4Config(**shape, bos_token_id=None, eos_token_id=None)).eval()
+        model = ours(base, "prompt")
+        ids = tiny.inputs()["input_ids"]
+        expected = model.generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, cache_implementation="static", **GREEDY), expected)
+
+    def test_a_model_whose_tokens_see_later_ones_keeps_no_cache(self):
+        text = tf.GemmaConfig(**tiny._LLAMA, head_dim=8)
+        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+        vision |= {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
+        shape = {"image_token_index": 60, "hidden_size": 32, "projection_dim": 32}
+        base = tf.PaliGemmaForConditionalGeneration(tf.PaliGemmaConfig(text_config=text, vision_config=vision, **shape))
+        model = ours(base.eval(), "prompt")
+        ids = torch.randint(1, 50, (2, 6))
+        with pytest.raises(ValueError, match=r"use_cache is True.* it must be False with a soft prompt"):
+            model.generate(ids, token_type_ids=0 * ids, **GREEDY)
+        assert model.generate(ids, token_type_ids=0 * ids, use_cache=False, **GREEDY).shape == (2, 12)
+
+
 class TestServing:
     @pytest.mark.parametrize("method", METHODS)
     def test_hotswap(self, method, tmp_path):

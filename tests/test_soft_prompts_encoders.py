@@ -723,3 +723,48 @@ def test_a_prefix_in_compiled_code(name, seed):
         gradients.append([p.grad for p in trained(own).values()])
     for p, q in zip(*gradients, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4 * q.abs().max().item())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["Marian", "Pegasus", "Blenderbot"])
+def test_rows_choose_where_positions_are_alike_for_all_rows(kind, tokens):
+    model_class = getattr(tf, "MarianMTModel" if kind == "Marian" else f"{kind}ForConditionalGeneration")
+    base = model_class(getattr(tf, f"{kind}Config")(**_BART)).eval()
+    model = fp.get_peft_model(base, fp.PrefixTuningConfig(num_virtual_tokens=N, task_type="SEQ_2_SEQ_LM")).eval()
+    ids, own, names = torch.randint(3, 60, (2, 9)), torch.randint(3, 60, (2, tokens)), ["default", "__base__"]
+    with torch.no_grad():
+        together = model(input_ids=ids, decoder_input_ids=own, adapter_names=names).logits
+        for i in range(2):
+            row = slice(i, i + 1)
+            alone = model(input_ids=ids[row], decoder_input_ids=own[row], adapter_names=names[row]).logits
+            assert torch.allclose(together[row], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prefix", "deep"])
+def test_an_encoder_that_does_more_with_ids_than_to_embed_them(method):
+    base = tf.EsmForTokenClassification(
+        tf.EsmConfig(**_BERT, position_embedding_type="rotary", token_dropout=True, mask_token_id=3, pad_token_id=1)
+    ).eval()
+    shape = {"num_virtual_tokens": N, "task_type": "TOKEN_CLS"}
+    made = fp.PrefixTuningConfig(**shape) if method == "prefix" else fp.DeepPromptConfig(**shape)
+    model = fp.get_peft_model(base, made).eval()
+    ids = torch.randint(4, 60, (2, 8))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    padded = ids.masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        alone = model(input_ids=ids[:1, 3:], attention_mask=mask[:1, 3:]).logits
+        together = model(input_ids=padded, attention_mask=mask).logits[:1, 3:]
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_a_context_without_limit():
+    config = tf.XLNetConfig(vocab_size=tiny.VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=64)
+    base = tf.XLNetForSequenceClassification(config).eval()
+    made = [library.PromptTuningConfig(num_virtual_tokens=N, task_type="SEQ_CLS") for library in (fp, peft)]
+    a, b = fp.get_peft_model(copy.deepcopy(base), made[0]), peft.get_peft_model(copy.deepcopy(base), made[1])
+    state = peft.get_peft_model_state_dict(b)
+    fp.set_peft_model_state_dict(
+        a, state | {k: t for k, t in fp.get_peft_model_state_dict(a).items() if k not in state}
+    )
+    assert a(torch.randint(2, 60, (2, 9))).logits.shape == (2, 2)

@@ -260,6 +260,28 @@ def test_transformers_own_trainer_loads_its_best_adapter_which_still_trains(tmp_
     assert load_safetensors(tmp_path / "final" / "adapter_model.safetensors").keys() == saved.keys()
 
 
+def test_transformers_own_trainer_keeps_all_active_adapters(tmp_path):
+    def two():
+        model = adapted("default")
+        torch.manual_seed(1)
+        model.add_adapter("prompt", SOFT_PROMPTS["ptuning"]())
+        model.set_adapter(["default", "prompt"])
+        return model
+
+    def of(model):
+        return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    model = two()
+    best = trainer(model, tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    best.train()
+    assert best.evaluate()["eval_loss"] == pytest.approx(best.state.best_metric, rel=1e-6)
+    whole, resumed = two(), two()
+    trainer(whole, tmp_path / "whole").train()
+    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    expected = of(whole)
+    assert all(torch.equal(p, expected[n]) for n, p in of(resumed).items()) and len(expected) > 8
+
+
 def test_the_trainer_learns_of_our_models_before_or_after_its_own_import():
     check = (
         "import transformers.trainer as t; assert t.Trainer._save.__name__ == '_save' and t.Trainer._save.__wrapped__"

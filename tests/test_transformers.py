@@ -27,6 +27,15 @@ from transformers.pytorch_utils import Conv1D
 import pyfastpeft as fp
 from pyfastpeft.integrations.transformers import _let_go
 
+SMALL_BERT = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+}
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -503,6 +512,15 @@ class TestAccelerate:
         fp.accelerate(model)(torch.randn(1, 64))
         assert seen == [{}, 1, {}]
 
+    def test_layers_under_dora_of_peft_stay(self):
+        base = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL_BERT)).eval()
+        base.bert.encoder.layer[0].attention.self.query = bnb.nn.Linear4bit(64, 64).to("cpu")
+        config = peft.LoraConfig(r=4, target_modules=["query"], use_dora=True)
+        model, ids = peft.get_peft_model(base, config), torch.randint(1, 64, (2, 5))
+        expected = model(ids).logits
+        fp.accelerate(model)
+        torch.testing.assert_close(model(ids).logits, expected)
+
     def test_all_models_in_a_container_are_accelerated(self):
         models = torch.nn.ModuleList([tiny_llama(), tiny_llama()])
         fp.accelerate(models)
@@ -512,6 +530,29 @@ class TestAccelerate:
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
         before = list(model.modules())
         assert fp.accelerate(model) is model and list(model.modules()) == before
+
+
+def test_a_classifier_that_bitsandbytes_quantized_head_and_all_is_read(tmp_path):
+    base = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL_BERT)).eval()
+    base.save_pretrained(tmp_path / "dense")
+    wanted = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    theirs = type(base).from_pretrained(tmp_path / "dense", quantization_config=wanted)
+    theirs.save_pretrained(tmp_path / "bnb")
+    ours = type(base).from_pretrained(tmp_path / "bnb", quantization_config=fp.FastPeftConfig())
+    assert type(theirs.classifier).__name__ == type(ours.classifier).__name__ == "Linear4bit"
+    ids = torch.randint(1, 64, (2, 5))
+    assert (ours(ids).logits - base(ids).logits).norm() < 0.3 * base(ids).logits.norm()
+    ours.save_pretrained(tmp_path / "ours")
+    again = type(base).from_pretrained(tmp_path / "ours")
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+def test_a_saved_model_is_dequantized_in_the_dtype_that_its_config_names(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig())
+    model.save_pretrained(tmp_path / "4")
+    model.dequantize()
+    assert not any(isinstance(m, fp.nn.Linear4bit) for m in model.modules())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of mapped files are given back on Linux")

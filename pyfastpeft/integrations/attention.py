@@ -354,10 +354,14 @@ def _out_of_reach(
     """Whether queries may be too far from the prefix to see it, of which ``mask`` itself says nothing."""
     if prefix is None or mask is None or mask.dtype == torch.int32:
         return False
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[getattr(module, "layer_idx", 0)] == "full_attention":  # whatever else the module says
+        return False
     sizes = (
         kwargs.get("sliding_window"),
         getattr(module, "sliding_window", None),
-        getattr(getattr(module, "config", None), "attention_chunk_size", None),
+        getattr(config, "attention_chunk_size", None),
     )
     reach = min([math.inf, *(size for size in sizes if size is not None)])  # compilers follow no default
     return reach < prefix.k.shape[2] + key.shape[2]

@@ -84,7 +84,12 @@ class MovedPositions(ModuleForward):
         length, lengths = room
         if lengths is None:
             return self._behind(length, named, tokens)
-        return by_row(lambda length: self._behind(length, named, tokens), lengths)
+
+        def of_rows(length: int) -> Tensor:
+            made = self._behind(length, named, tokens)
+            return made if made.dim() == 3 else made.unsqueeze(0)  # Marian's are alike for all rows
+
+        return by_row(of_rows, lengths)
 
     def _behind(self, length: int, named: dict[str, Any], tokens: int) -> Tensor:
         positions = named.get("position_ids")

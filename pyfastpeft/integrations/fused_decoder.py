@@ -10,7 +10,6 @@ adapter, a merged weight, a hook) is noticed at the next call.
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 import weakref
 from contextlib import suppress
@@ -33,7 +32,7 @@ from ..ops.backends import Backend, choose_attention, choose_plain, native
 from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
-from .forwards import ModuleForward, install
+from .forwards import ModuleForward, install, registered
 
 _FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 _PROJECTIONS = (
@@ -55,7 +54,7 @@ def fuse_decoder(model: nn.Module) -> None:
     """Let every decoder in ``model`` that is of a known family compute few rows by the fused stack, in place."""
     for module in list(model.modules()):
         if _family(module) is not None:
-            _watch_registrations()
+            registered()  # from now on
             install(module, _FewRows)
 
 
@@ -102,22 +101,6 @@ class _Lookups:
         return all(map(operator.is_, map(dict.get, self.containers, self.keys), self.found))
 
 
-_registrations = itertools.count(1)
-_registered = 0
-
-
-def _note_registration(*_: Any) -> None:
-    global _registered
-    if not torch.compiler.is_dynamo_compiling():  # traced, the number would be a guard that never holds
-        _registered = next(_registrations)
-
-
-@functools.cache
-def _watch_registrations() -> None:
-    torch_module.register_module_module_registration_hook(_note_registration)
-    torch_module.register_module_parameter_registration_hook(_note_registration)
-
-
 class _Stack:
     """A compiled stack, or the finding that there cannot be one, and the lookups on which that rests.
 
@@ -148,7 +131,7 @@ class _Stack:
         """Whether the model is still what this was built from."""
         noticed = (
             RemovableHandle.next_id,
-            _registered,
+            registered(),
             self._model().training,
             *((bank.version, bank.mode) for bank in self.banks),
         )

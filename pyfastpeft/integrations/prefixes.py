@@ -31,7 +31,7 @@ from ..nn.lora import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
 from ..ops.cross_entropy import IGNORED
 from . import attention
-from .forwards import autocast_of
+from .forwards import autocast_of, registered
 from .prompt_operator import compiled_tensors, number_of
 
 OFF = object()
@@ -185,6 +185,8 @@ class Prefixes:
     ATTENTION = attention.NAME
     _hands_down = False
     """Whether the decoder hands what it does not know down to its layers."""
+    _reaches_part = False
+    """Whether there are layers that see a part of the sequence only."""
     _rotaries: Sequence[nn.Module] = ()
     """Rotary embeddings whose frequencies depend on how long the sequence is, beyond a usual length."""
 
@@ -229,8 +231,10 @@ class Prefixes:
         self.shape = shapes.pop()
         self.attentions, self._blocks = _attentions(self.decoder)
         self.slots = list(_owners(self.attentions))
+        self._reaches_part = any(getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
         parameters = inspect.signature(type(self.decoder).forward).parameters
         self._parameters = tuple(parameters)[1:]
+        self._model_parameters = tuple(inspect.signature(type(self.model).forward).parameters)[1:]
         self._hands_down = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if "position_ids" not in self._parameters:
             raise ValueError(f"a {kind} takes no position_ids, so no text can stand after a soft prompt in it")
@@ -340,6 +344,9 @@ class Prefixes:
         else:
             self.bank.run = run
         kwargs["position_ids"] = positions + run.shift
+        if follows and self._reaches_part and past is None and kwargs.get("attention_mask") is None:
+            # Without one, transformers takes positions that were given for those of packed sequences.
+            kwargs["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
         if past is None and self.decoder.training and torch.is_grad_enabled() and "use_cache" in self._parameters:
             # Nothing goes on from a training step, and a cache would copy all keys and values.
             kwargs["use_cache"] = bool(kwargs.get("use_cache"))
@@ -375,6 +382,7 @@ class Prefixes:
         return self._begin_loss(args, kwargs) if self._follows() else _apart(self._begin_loss, args, kwargs)
 
     def _begin_loss(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        kwargs = dict(zip(self._model_parameters, args, strict=False)) | kwargs
         labels, rows = kwargs.get("labels"), self.rows
         if self.bank.run is OFF or not rows or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
@@ -393,7 +401,7 @@ class Prefixes:
             return None
         labels = F.pad(labels, (1, 0), value=IGNORED)
         labels[:, 1].masked_fill_(~ends, IGNORED)
-        return args, kwargs | {"labels": labels, _FIRST: first}
+        return (), kwargs | {"labels": labels, _FIRST: first}
 
     def _after_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if _FIRST not in kwargs or output is None:
@@ -421,7 +429,8 @@ class Prefixes:
                     "number a token of the text, none for virtual tokens"
                 )
             if given is None:
-                return (mask.long().cumsum(1) - 1).clamp(min=0)[:, new] + self._first
+                first = (mask != 0).int().argmax(1, keepdim=True)
+                return (new - first).clamp(min=0) + self._first
         return new.unsqueeze(0) + self._first if given is None else given
 
     def _reach(self, rows: Sequence[tuple[str, ...]], positions: Tensor) -> int:
@@ -542,10 +551,12 @@ class Prefixes:
 
     def _base_parameters(self) -> list[nn.Parameter]:
         """The decoder's own, as against its adapters'."""
-        found = self.bank.kept.get(_BASE)
-        if found is None:
+        now = registered()
+        known, found = self.bank.kept.get(_BASE, (None, []))
+        if known != now:  # some may be other objects
             named = self.decoder.named_parameters()
-            found = self.bank.kept[_BASE] = [p for name, p in named if _ADAPTERS.isdisjoint(name.split("."))]
+            found = [p for name, p in named if _ADAPTERS.isdisjoint(name.split("."))]
+            self.bank.kept[_BASE] = now, found
         return found
 
     def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:

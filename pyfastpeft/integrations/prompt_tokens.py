@@ -136,9 +136,12 @@ def _with_prompt(module: nn.Module, source: Source, named: dict[str, Any]) -> La
     layout = Layout(tokens, batch, length, mask)
     if none and layout.plain:
         return None
-    embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
-    named["input_ids"] = None
-    named["inputs_embeds"] = layout.insert(tokens.of_rows(batch).to(embeds.dtype), embeds)
+    if none and embeds is None:  # some models do more with ids than to embed them
+        named["input_ids"] = layout.insert(ids[:, :0], ids)
+    else:
+        embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
+        named["input_ids"] = None
+        named["inputs_embeds"] = layout.insert(tokens.of_rows(batch).to(embeds.dtype), embeds)
     named["attention_mask"] = layout.mask
     if named.get("token_type_ids") is not None:
         types = named["token_type_ids"].expand(batch, length)
@@ -161,12 +164,18 @@ class EncoderModelForward(_Prompted):
         layout = _with_prompt(self.module, self.source, named)
         if layout is None:
             return self.own(*args, **kwargs)
+        if named.get("use_cache") or named.get("past_key_values") is not None:
+            raise ValueError(
+                f"use_cache is True, or there is a cache; it must be False with a soft prompt, as tokens of a "
+                f"{type(self.module).__name__} see those that follow"
+            )
         self._move_labels(named, layout)
         return self._own_tokens(self.own(**named), layout)
 
     def _move_labels(self, named: dict[str, Any], layout: Layout) -> None:
         labels = named.get("labels")
-        batch = len(named["inputs_embeds"])
+        given = named.get("inputs_embeds")
+        batch = len(named["input_ids"] if given is None else given)
         if labels is not None and labels.shape == (batch, layout.length) and not labels.is_floating_point():
             named["labels"] = layout.insert(labels.new_full((batch, layout.room), IGNORED), labels)
         for name in ("start_positions", "end_positions"):

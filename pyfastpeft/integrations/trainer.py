@@ -17,9 +17,11 @@ def teach_trainer(module: ModuleType) -> None:
     """Change what ``module``, transformers.trainer, asks of a model and how it saves one."""
     from transformers import trainer_utils
 
+    from ..hub.peft import WEIGHTS_NAME, adapter_folder
     from ..peft_model import PeftModel
 
     is_peft_model, save = module._is_peft_model, module.Trainer._save
+    resume, load_best = module.Trainer._load_from_checkpoint, module.Trainer._load_best_model
 
     @functools.wraps(is_peft_model)
     def is_peft_model_or_ours(model: Any) -> bool:
@@ -38,5 +40,27 @@ def teach_trainer(module: ModuleType) -> None:
                 tokenizer.save_pretrained(output_dir)
             torch.save(self.args, os.path.join(output_dir, module.TRAINING_ARGS_NAME))
 
+    def load_adapters(self: Any, folder: str) -> bool:
+        """Into a model of ours, every adapter from its own folder: the Trainer loads the first active one alone."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PeftModel):
+            return False
+        for name in model.peft_config:
+            if name in model.active_adapters or (adapter_folder(folder, name) / WEIGHTS_NAME).is_file():
+                model.load_adapter(adapter_folder(folder, name), name)
+        return True
+
+    @functools.wraps(resume)
+    def resume_adapters(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not load_adapters(self, resume_from_checkpoint):
+            resume(self, resume_from_checkpoint, model)
+
+    @functools.wraps(load_best)
+    def load_best_adapters(self: Any) -> None:
+        if not load_adapters(self, self.state.best_model_checkpoint):
+            load_best(self)
+
     module._is_peft_model = trainer_utils._is_peft_model = is_peft_model_or_ours
     module.Trainer._save = save_adapters
+    module.Trainer._load_from_checkpoint = resume_adapters
+    module.Trainer._load_best_model = load_best_adapters

@@ -100,7 +100,8 @@ class FastPeftConfig(QuantizationConfigMixin):
                 stored.get("bnb_4bit_quant_type", "fp4"),
                 double_quant=bool(stored.get("bnb_4bit_use_double_quant")),
                 compute_dtype=stored.get("bnb_4bit_compute_dtype"),
-                modules_to_not_convert=stored.get("llm_int8_skip_modules"),
+                # Which layers are in 4 bits the checkpoint itself says: those that are not stay as they are.
+                modules_to_not_convert=stored.get("llm_int8_skip_modules") or [],
             )
         elif stored.get("load_in_8bit"):
             raise ValueError("the checkpoint was quantized by bitsandbytes to 8 bits; FastPeftConfig reads 4 bits only")
@@ -223,6 +224,7 @@ class FastPeftQuantizer(HfQuantizer):
 
         remove(model)
         use_fast_attention(model, False)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # what a config has after it was saved
         for name, layer in list(model.named_modules()):
             if not isinstance(layer, Linear4bit):
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from ..nn.lora import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
-from .modules import HEADS, find_saved, put, trainable_copy, trainable_state
+from .modules import HEADS, ends_of, find_saved, put, trainable_copy, trainable_state
 
 
 class AdaptedModel(nn.Module):
@@ -33,6 +33,7 @@ class AdaptedModel(nn.Module):
         self.bank = AdapterBank()
         self.configs: dict[str, PeftConfig] = {}
         self._tuners: dict[type[Tuner], Tuner] = {}
+        self._tied = _tied(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -100,6 +101,28 @@ class AdaptedModel(nn.Module):
         self.bank.hold(name, partial(self._trained, name))
 
     # Which are in use.
+
+    def known(self, names: str | Sequence[str]) -> tuple[str, ...]:
+        """One name or several, each of an adapter."""
+        if not isinstance(names, Collection):
+            raise ValueError(f"the adapter is {names!r}; it must be among {list(self.configs)}, or several of them")
+        names = (names,) if isinstance(names, str) else tuple(names)
+        unknown = [n for n in names if n not in self.configs]
+        if unknown:
+            raise ValueError(f"there is no adapter {unknown[0]!r}; this model has {list(self.configs)}")
+        return names
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool | None = None) -> None:
+        """See :meth:`PeftModel.set_adapter`."""
+        names = self.known(adapter_name)
+        if len(set(names)) < len(names):
+            raise ValueError(f"adapter_name is {adapter_name!r}; each adapter can be named once")
+        self.bank.prepare(names)  # what cannot be active together is refused before anything changes
+        if inference_mode is not None:
+            for name in names:
+                self.configs[name].inference_mode = inference_mode
+        self.give_way(f"to make {list(names)} active")
+        self.activate(names)
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Make ``names`` the active adapters; those that are not for inference train."""
@@ -229,23 +252,24 @@ class AdaptedModel(nn.Module):
 
     def unload(self, names: tuple[str, ...]) -> nn.Module:
         """The base model without any wrapper; modules kept by ``names`` stand in the place of the originals."""
-        tied = _tied(self.model)
         for tuner in self._tuners.values():
             tuner.unload()
         for path, wrapper in self.bank.wrappers.items():
             kept = wrapper.plan(names)
             put(self.model, path, wrapper.original_module if kept is None else kept)
         self.bank.wrappers.clear()
-        if tied and not _tied(self.model):
-            self.model.config.tie_word_embeddings = False
+        if self._tied and not _tied(self.model):
+            for config in (self.model.config, self.model.config.get_text_config()):
+                config.tie_word_embeddings = False
         return self.model
 
 
 def _tied(model: nn.Module) -> bool:
-    if not (hasattr(model, "get_output_embeddings") and getattr(model.config, "tie_word_embeddings", False)):
+    """Whether the output head has the weight of the embedding."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return False
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return all(e is not None for e in ends) and ends[0].weight is ends[1].weight
+    ends = ends_of(model)
+    return len(ends) == 2 and ends[0].weight is ends[1].weight
 
 
 def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:

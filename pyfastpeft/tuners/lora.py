@@ -20,7 +20,7 @@ from ..nn.lora_init import loftq, olora, pissa
 from ..nn.modules_to_save import ModulesToSave
 from .adapted import adapter_dtype
 from .base import PeftConfig, TaskType, Tuner, as_list, check_dropout, check_pattern, register_method
-from .modules import base_of, ends_with, modules_of, put
+from .modules import base_of, ends_of, ends_with, find_saved, modules_of, put
 
 ALL_LINEAR = "all-linear"
 _DEFAULT_TARGETS = (
@@ -175,6 +175,7 @@ class LoraConfig(PeftConfig):
 
     @classmethod
     def _from_file(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values.setdefault("lora_alpha", 8)  # PEFT's default
         if values.get("init_lora_weights") in ("eva", "orthogonal"):
             # Only the initial values differ, and those are about to be loaded.
             values["init_lora_weights"] = True
@@ -242,7 +243,7 @@ def matches(config: LoraConfig, path: str) -> bool:
     if wanted is None or wanted == []:
         return True
     for pattern in config.layer_patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+        found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", path)
         if found:
             return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
     return False
@@ -252,11 +253,20 @@ def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((h for h in (getattr(model, n, None) for n in ("score", "classifier")) if h is not None), None)
-    linear = []
+    linear, fused = [], []
+    kept = {m for saved in find_saved(config, model).values() for m in saved.modules()}
     for path, module in modules_of(model):
         base = base_of(module)
         if layer_class(base) is not None and not isinstance(base, nn.Embedding) and module is not head:
-            linear.append(path)
+            linear += [] if module in kept else [path]
+        if path.endswith("experts"):
+            fused += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
+    if fused:
+        warnings.warn(
+            f"'all-linear' leaves {len(fused)} weights alone that hold the layers of several experts ({fused[0]}, …): "
+            "LoRA goes to linear layers only",
+            stacklevel=3,
+        )
     return sorted(linear)
 
 
@@ -364,10 +374,7 @@ class LoraTuner(Tuner):
 
     def optional(self, config: LoraConfig) -> dict[str, Tensor]:
         """The base embeddings under the keys that a file of PEFT's may hold them by (see :meth:`_saved_embeddings`)."""
-        if not hasattr(self.model, "get_input_embeddings"):
-            return {}
-        held = {}
-        ends = [e for e in (self.model.get_input_embeddings(), self.model.get_output_embeddings()) if e is not None]
+        held, ends = {}, ends_of(self.model)
         for path, module in modules_of(self.model):
             base = base_of(module)
             if any(module is e or base is e for e in ends) and isinstance(base, (nn.Linear, nn.Embedding)):
@@ -388,6 +395,8 @@ class LoraTuner(Tuner):
         targets = find_targets(config, self.model, strict)
         if config.bias != "none" and self._biased:
             raise ValueError("bias is not 'none' for a second adapter; the base model's biases can follow only one")
+        if config.changes_base:
+            self._check_ends(config, targets)
         undo: list[tuple[LoraLayer, Any]] = []
         config.fan_in_fan_out = any(layer_class(base_of(m)) is LoraConv1D for m in targets.values())
         try:
@@ -400,6 +409,17 @@ class LoraTuner(Tuner):
             raise
         if config.bias != "none":
             self._biased = name
+
+    def _check_ends(self, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
+        """Where embedding and head are one weight, PEFT's adapters that start from it change both."""
+        ends = [base_of(end) for end in ends_of(self.model)]
+        tied = len(ends) == 2 and ends[0].weight is ends[1].weight
+        path = next((path for path, m in targets.items() if tied and base_of(m) in ends), None)
+        if path is not None:
+            raise ValueError(
+                f"init_lora_weights is {config.init_lora_weights!r}, which changes the weight of {path}; embedding and "
+                "output head share it. Leave it out of target_modules, or untie them"
+            )
 
     def _attach(
         self,
@@ -493,7 +513,7 @@ class LoraTuner(Tuner):
             targeted = any(re.fullmatch(targets, p) for p in paths)
         else:
             targeted = any(n in targets for n in _EMBEDDING_NAMES)
-        if save is False or not hasattr(self.model, "get_input_embeddings"):
+        if save is False:
             return {}
         if save == "auto" and not targeted:
             if not self._resized():

@@ -60,6 +60,17 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(holder, attribute, module)
 
 
+def ends_of(model: nn.Module) -> list[nn.Module]:
+    """The input embedding and the output head, as far as there are any."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, name)())
+        except (AttributeError, NotImplementedError):  # none of transformers' models, or one without
+            continue
+    return [end for end in found if end is not None]
+
+
 def find_saved(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
     """Path → module for every module of ``modules_to_save``; a head the task adds need not exist.
 

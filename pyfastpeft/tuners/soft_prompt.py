@@ -160,7 +160,7 @@ class SoftPromptTuner(Tuner):
         self._resolve_submodules(config)
         config.fill(self.model, self.prefixes)
         context = getattr(self.model.config, "max_position_embeddings", None)
-        if context is not None and config.num_virtual_tokens >= context:
+        if context is not None and 0 < context <= config.num_virtual_tokens:  # XLNet's -1 is no limit
             raise ValueError(
                 f"num_virtual_tokens is {config.num_virtual_tokens}; a {type(self.model).__name__} has a context of "
                 f"{context} tokens, of which some must be left for the text"
