@@ -210,8 +210,8 @@ class AdapterBank:
 
     def activate(self, chosen: tuple[str, ...]) -> None:
         """Make ``chosen`` the active adapters; the parameters of those in use that are not frozen train, no others."""
+        self._push(() if self.disabled else chosen)
         self.chosen = chosen
-        self._push(self.active)
         training = set(self.active) - self.frozen
         for name in self._training - training:
             for parameter in self.parameters(name):

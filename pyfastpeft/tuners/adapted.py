@@ -18,7 +18,7 @@ from ..nn.lora import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
-from .modules import HEADS, ends_of, find_saved, put, trainable_copy, trainable_state
+from .modules import HEADS, find_saved, put, tied_ends, trainable_copy, trainable_state
 
 
 class AdaptedModel(nn.Module):
@@ -265,11 +265,8 @@ class AdaptedModel(nn.Module):
 
 
 def _tied(model: nn.Module) -> bool:
-    """Whether the output head has the weight of the embedding."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return False
-    ends = ends_of(model)
-    return len(ends) == 2 and ends[0].weight is ends[1].weight
+    """Whether the output head has the weight of the embedding, and the configuration says so."""
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False) and tied_ends(model))
 
 
 def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:

@@ -20,7 +20,7 @@ from ..nn.lora_init import loftq, olora, pissa
 from ..nn.modules_to_save import ModulesToSave
 from .adapted import adapter_dtype
 from .base import PeftConfig, TaskType, Tuner, as_list, check_dropout, check_pattern, register_method
-from .modules import base_of, ends_of, ends_with, find_saved, modules_of, put
+from .modules import base_of, ends_of, ends_with, find_saved, modules_of, put, tied_ends
 
 ALL_LINEAR = "all-linear"
 _DEFAULT_TARGETS = (
@@ -412,9 +412,8 @@ class LoraTuner(Tuner):
 
     def _check_ends(self, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
         """Where embedding and head are one weight, PEFT's adapters that start from it change both."""
-        ends = [base_of(end) for end in ends_of(self.model)]
-        tied = len(ends) == 2 and ends[0].weight is ends[1].weight
-        path = next((path for path, m in targets.items() if tied and base_of(m) in ends), None)
+        ends = tied_ends(self.model)
+        path = next((path for path, m in targets.items() if base_of(m) in ends), None)
         if path is not None:
             raise ValueError(
                 f"init_lora_weights is {config.init_lora_weights!r}, which changes the weight of {path}; embedding and "

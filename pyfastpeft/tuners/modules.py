@@ -71,6 +71,13 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
     return [end for end in found if end is not None]
 
 
+def tied_ends(model: nn.Module) -> list[nn.Module]:
+    """Both ends where they share one weight, without what adapters put around them; else none."""
+    ends = [base_of(end) for end in ends_of(model)]
+    weights = [getattr(end, "weight", None) for end in ends]
+    return ends if len(ends) == 2 and weights[0] is not None and weights[0] is weights[1] else []
+
+
 def find_saved(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
     """Path → module for every module of ``modules_to_save``; a head the task adds need not exist.
 
