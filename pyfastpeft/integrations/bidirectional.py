@@ -23,8 +23,9 @@ from transformers.modeling_utils import AttentionInterface
 from ..adapters import NO_ROWS, AdapterBank, Rows
 from ..nn.prompt_encoder import Form
 from . import attention
+from .decoders import KeyValueShape, block_of
 from .forwards import ModuleForward
-from .prefixes import OFF, KeyValueShape, Prefixes, Source, Values, block_of, distinct, past_of
+from .prefixes import OFF, Prefixes, Source, Values, distinct, past_of
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
 
 Room = Callable[[], "tuple[int, Tensor | None] | None"]

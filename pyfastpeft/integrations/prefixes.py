@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import inspect
 import operator
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows, keep
@@ -31,6 +28,8 @@ from ..nn.lora import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
 from ..ops.cross_entropy import IGNORED
 from . import attention
+from .bare import all_layers, fed, reaching, reentrant, without_checkpointing
+from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
 from .forwards import autocast_of, registered
 from .prompt_operator import compiled_tensors, number_of
 
@@ -54,30 +53,6 @@ _ADAPTERS = {
     "modules_to_save",
 }
 """Where layers have what is an adapter's own."""
-
-_UNLIKE = {
-    "kv_lora_rank": "keeps keys and values compressed",
-    "lambda_std_dev": "attends twice, each time to half of the values",
-    "keep_window_size": "chooses its keys by their values",
-}
-"""What a causal model that has this in its configuration does, so that a prefix is not to it what tokens are."""
-
-_ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
-"""The kinds of layers, as configurations call them, to which a token is one key and one value."""
-
-
-class KeyValueShape(NamedTuple):
-    """Of a model: how many layers, key/value heads a layer, and the size of a head."""
-
-    layers: int
-    heads: int
-    dim: int
-
-    @staticmethod
-    def of(config: Any) -> KeyValueShape:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return KeyValueShape(config.num_hidden_layers, heads, dim)
 
 
 class Source(NamedTuple):
@@ -207,30 +182,11 @@ class Prefixes:
 
     def _find(self) -> None:
         """Find out what there is in the model."""
-        self.decoder = _decoder_of(self.model)
-        kind, config = type(self.model).__name__, getattr(self.decoder, "config", None)
-        if config is None:
-            raise ValueError(
-                f"what a {kind} calls its decoder is a {type(self.decoder).__name__}, so it cannot take a prefix"
-            )
-        for name, does in _UNLIKE.items():
-            if getattr(config, name, None):
-                raise ValueError(f"a {kind} {does}, so it cannot take a prefix")
-        layer_types = set(getattr(config, "layer_types", None) or ())
-        if others := ", ".join(sorted(layer_types - _ATTENTION)):
-            raise ValueError(
-                f"a {kind} has layers of other kinds than full, sliding or chunked attention ({others}), so it cannot "
-                "take a prefix"
-            )
-        if not layer_types and self.model._is_stateful:
-            raise ValueError(f"a {kind} carries a state from token to token, so it cannot take a prefix")
-        layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)
-        shapes = set(map(KeyValueShape.of, layers))
-        if len(shapes) > 1:
-            raise ValueError(f"the layers of a {kind} have heads of different sizes or numbers; soft prompts need one")
-        self.shape = shapes.pop()
-        self.attentions, self._blocks = _attentions(self.decoder)
-        self.slots = list(_owners(self.attentions))
+        self.decoder = decoder_of(self.model)
+        kind, config = type(self.model).__name__, self.decoder.config
+        self.shape = KeyValueShape.of_decoder(self.decoder, kind)
+        self.attentions, self._blocks = attentions_of(self.decoder)
+        self.slots = list(owners_of(self.attentions))
         self._reaches_part = any(getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
         parameters = inspect.signature(type(self.decoder).forward).parameters
         self._parameters = tuple(parameters)[1:]
@@ -240,7 +196,7 @@ class Prefixes:
             raise ValueError(f"a {kind} takes no position_ids, so no text can stand after a soft prompt in it")
         self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
         embeddings = getattr(self.decoder, "embeddings", None)
-        self._rotaries = [m for m in self.decoder.modules() if _depends_on_length(getattr(m, "rope_type", None))]
+        self._rotaries = [m for m in self.decoder.modules() if depends_on_length(getattr(m, "rope_type", None))]
         rope = getattr(config, "rope_parameters", None) or {}
         self._usual_reach = rope.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", 0))
         # RoBERTa's positions begin behind that of padding.
@@ -595,7 +551,7 @@ class Prefixes:
         cache = DynamicCache()
         positions = torch.arange(len(embeddings), device=embeddings.device) + self._first
         handed = {attention.HANDED_DOWN: _NOTHING} if self._hands_down else {}  # should the decoder be compiled code
-        with self._bare(rows, layer_inputs), _all_layers(self.decoder.config, len(self.attentions)):
+        with self._bare(rows, layer_inputs), all_layers(self.decoder.config, len(self.attentions)):
             output = self.decoder(
                 inputs_embeds=embeddings.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
@@ -612,9 +568,9 @@ class Prefixes:
         with (
             self.bank.using(rows),
             self.bank.running(OFF),
-            _without_checkpointing(self._checkpointing),
-            _fed(self._blocks, layer_inputs),
-            _reaching(self._rotaries, self.bank.reach),
+            without_checkpointing(self._checkpointing),
+            fed(self._blocks, layer_inputs),
+            reaching(self._rotaries, self.bank.reach),
         ):
             yield
 
@@ -650,7 +606,7 @@ class Prefixes:
 
     def _collect(self, run: _Run) -> None:
         """Give layers copies that end their graphs; once all have run back, the sums go on from the prefixes."""
-        if not (any(map(_reentrant, self._checkpointing)) and self.decoder.training and torch.is_grad_enabled()):
+        if not (any(map(reentrant, self._checkpointing)) and self.decoder.training and torch.is_grad_enabled()):
             return
         values = [t for prefix in run.layers for t in (prefix.k, prefix.v)]
         if not any(t.requires_grad for t in values):
@@ -717,118 +673,3 @@ def _with_item(output: Any, name: str, index: int, value: Any) -> Any:
         return (*output[:index], value, *output[index + 1 :])
     output[name] = value
     return output
-
-
-@contextmanager
-def _fed(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Let each of ``blocks`` get its ``inputs`` [length, hidden] in place of what comes to it; none: leave them alone.
-
-    In this thread: others may be running the model.
-    """
-    thread = threading.get_ident()
-
-    def exchanged(x: Tensor, module: nn.Module, args: tuple) -> tuple | None:
-        return (x.unsqueeze(0), *args[1:]) if threading.get_ident() == thread else None
-
-    with ExitStack() as hooks:
-        for block, x in zip(blocks, inputs, strict=True) if inputs else ():
-            hooks.enter_context(block.register_forward_pre_hook(partial(exchanged, x)))
-        yield
-
-
-def _depends_on_length(rope_type: Any) -> bool:
-    types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
-    return any(t in ("dynamic", "longrope") for t in types)
-
-
-@contextmanager
-def _reaching(rotaries: Sequence[nn.Module], reach: int) -> Iterator[None]:
-    """Let ``rotaries`` turn as in a sequence of ``reach`` positions, in this thread; 0: as they do."""
-    thread = threading.get_ident()
-
-    def lengthen(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if threading.get_ident() != thread:
-            return None
-        kwargs = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | kwargs
-        return (), kwargs | {"position_ids": F.pad(kwargs["position_ids"], (0, 1), value=reach - 1)}
-
-    def cut(module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return tuple(t[:, :-1] for t in output) if threading.get_ident() == thread else None
-
-    with ExitStack() as hooks:
-        for module in rotaries if reach else ():
-            hooks.enter_context(module.register_forward_pre_hook(lengthen, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(cut))
-        yield
-
-
-@contextmanager
-def _without_checkpointing(checkpointing: list[nn.Module]) -> Iterator[None]:
-    on = [m for m in checkpointing if m.gradient_checkpointing]
-    for module in on:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in on:
-            module.gradient_checkpointing = True
-
-
-@contextmanager
-def _all_layers(config: Any, count: int) -> Iterator[None]:
-    """Let a model run all its ``count`` layers, also while a generation exits early."""
-    asked, config.num_hidden_layers = config.num_hidden_layers, count
-    try:
-        yield
-    finally:
-        config.num_hidden_layers = asked
-
-
-def _reentrant(module: nn.Module) -> bool:
-    """Whether ``module`` runs again in a backward of its own."""
-    function = vars(module).get("_gradient_checkpointing_func") if module.gradient_checkpointing else None
-    while isinstance(function, partial):
-        if "use_reentrant" in function.keywords:
-            return bool(function.keywords["use_reentrant"])
-        function = function.args[0] if function.args else function.func
-    return function is not None
-
-
-def _decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder of ``model`` without a head: some models call one that has its head a decoder."""
-    decoder = model.get_decoder()
-    if getattr(decoder, "get_output_embeddings", lambda: None)() is None:
-        return decoder
-    return next((module for module in decoder.children() if isinstance(module, PreTrainedModel)), decoder)
-
-
-def _attentions(decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The attention module of each layer, and the layer around each."""
-    found = {}
-    for path, module in decoder.named_modules():
-        if hasattr(module, "layer_idx") and "Attention" in type(module).__name__ and module.layer_idx not in found:
-            found[module.layer_idx] = (path, module)
-    count = decoder.config.num_hidden_layers
-    if sorted(found) != list(range(count)):
-        raise ValueError(
-            f"a {type(decoder).__name__} has attention in {len(found)} of its {count} layers; soft prompts need it in "
-            "every layer"
-        )
-    paths, attentions = zip(*(found[i] for i in range(count)), strict=True)
-    return list(attentions), [block_of(decoder, path) for path in paths]
-
-
-def _owners(attentions: Sequence[nn.Module]) -> Iterator[int]:
-    """For each layer the one whose keys and values it uses: its own, or the last of its kind that makes any."""
-    owners: dict[str | None, int] = {}
-    for i, module in enumerate(attentions):
-        if not getattr(module, "is_kv_shared_layer", False):
-            owners[getattr(module, "layer_type", None)] = i
-        yield owners[getattr(module, "layer_type", None)]
-
-
-def block_of(stack: nn.Module, path: str) -> nn.Module:
-    """The layer of ``stack`` that the module at ``path`` is in: the outermost member of a list."""
-    parts = path.split(".")
-    end = next(i for i, part in enumerate(parts) if part.isdigit())
-    return stack.get_submodule(".".join(parts[: end + 1]))

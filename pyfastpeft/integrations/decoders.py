@@ -1,0 +1,117 @@
+"""What a causal model consists of, as far as soft prompts need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_UNLIKE = {
+    "kv_lora_rank": "keeps keys and values compressed",
+    "lambda_std_dev": "attends twice, each time to half of the values",
+    "keep_window_size": "chooses its keys by their values",
+}
+"""What a causal model that has this in its configuration does, so that a prefix is not to it what tokens are."""
+
+_ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+"""The kinds of layers, as configurations call them, to which a token is one key and one value."""
+
+
+class KeyValueShape(NamedTuple):
+    """Of a model: how many layers, key/value heads a layer, and the size of a head."""
+
+    layers: int
+    heads: int
+    dim: int
+
+    @staticmethod
+    def of(config: Any) -> KeyValueShape:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return KeyValueShape(config.num_hidden_layers, heads, dim)
+
+    @staticmethod
+    def of_decoder(decoder: nn.Module, kind: str) -> KeyValueShape:
+        """Of all layers of ``decoder``, which a ``kind`` has.
+
+        Raises:
+            ValueError: they differ.
+        """
+        config = decoder.config
+        layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)
+        shapes = set(map(KeyValueShape.of, layers))
+        if len(shapes) > 1:
+            raise ValueError(f"the layers of a {kind} have heads of different sizes or numbers; soft prompts need one")
+        return shapes.pop()
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module of ``model`` between embedding and head.
+
+    Raises:
+        ValueError: a prefix is not to it what tokens are; says why.
+    """
+    decoder, kind = _without_head(model), type(model).__name__
+    config = getattr(decoder, "config", None)
+    if config is None:
+        raise ValueError(f"what a {kind} calls its decoder is a {type(decoder).__name__}, so it cannot take a prefix")
+    for name, does in _UNLIKE.items():
+        if getattr(config, name, None):
+            raise ValueError(f"a {kind} {does}, so it cannot take a prefix")
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if others := ", ".join(sorted(layer_types - _ATTENTION)):
+        raise ValueError(
+            f"a {kind} has layers of other kinds than full, sliding or chunked attention ({others}), so it cannot take "
+            "a prefix"
+        )
+    if not layer_types and model._is_stateful:
+        raise ValueError(f"a {kind} carries a state from token to token, so it cannot take a prefix")
+    return decoder
+
+
+def _without_head(model: nn.Module) -> nn.Module:
+    """The decoder of ``model`` without a head: some models call one that has its head a decoder."""
+    decoder = model.get_decoder()
+    if getattr(decoder, "get_output_embeddings", lambda: None)() is None:
+        return decoder
+    return next((module for module in decoder.children() if isinstance(module, PreTrainedModel)), decoder)
+
+
+def attentions_of(decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The attention module of each layer, and the layer around each."""
+    found = {}
+    for path, module in decoder.named_modules():
+        if hasattr(module, "layer_idx") and "Attention" in type(module).__name__ and module.layer_idx not in found:
+            found[module.layer_idx] = (path, module)
+    count = getattr(decoder.config, "decoder_layers", decoder.config.num_hidden_layers)  # BART's counts the encoder's
+    if sorted(found) != list(range(count)):
+        raise ValueError(
+            f"a {type(decoder).__name__} has attention in {len(found)} of its {count} layers; soft prompts need it in "
+            "every layer"
+        )
+    paths, attentions = zip(*(found[i] for i in range(count)), strict=True)
+    return list(attentions), [block_of(decoder, path) for path in paths]
+
+
+def owners_of(attentions: Sequence[nn.Module]) -> Iterator[int]:
+    """For each layer the one whose keys and values it uses: its own, or the last of its kind that makes any."""
+    owners: dict[str | None, int] = {}
+    for i, module in enumerate(attentions):
+        if not getattr(module, "is_kv_shared_layer", False):
+            owners[getattr(module, "layer_type", None)] = i
+        yield owners[getattr(module, "layer_type", None)]
+
+
+def block_of(stack: nn.Module, path: str) -> nn.Module:
+    """The layer of ``stack`` that the module at ``path`` is in: the outermost member of a list."""
+    parts = path.split(".")
+    end = next(i for i, part in enumerate(parts) if part.isdigit())
+    return stack.get_submodule(".".join(parts[: end + 1]))
+
+
+def depends_on_length(rope_type: Any) -> bool:
+    """Whether a rotary embedding of that type has other frequencies in longer sequences."""
+    types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+    return any(t in ("dynamic", "longrope") for t in types)
