@@ -1066,6 +1066,11 @@ class TestDeepPrompts:
         close(read(x["input_ids"]).logits, own.eval()(x["input_ids"]).logits)
 
 
+def without_attention(model: torch.nn.Module) -> torch.nn.Module:
+    model.model.layers[1].self_attn = torch.nn.Identity()
+    return model
+
+
 class TestBadInput:
     @pytest.mark.parametrize("number", [0, -1, True, 2.5, None])
     def test_no_virtual_tokens(self, number):
@@ -1161,11 +1166,12 @@ class TestBadInput:
                 ),
                 "layers of a Gemma4ForCausalLM have heads of different sizes",
             ),
+            (lambda: without_attention(llama()), "a LlamaModel has attention in 1 of its 2 layers"),
             (
                 lambda: tf.BartForCausalLM(
                     tf.BartConfig(vocab_size=tiny.VOCAB, d_model=32, decoder_layers=2, decoder_attention_heads=4)
                 ),
-                "a BartDecoder has attention in 2 of its 12 layers",
+                "a BartForCausalLM takes no position_ids",
             ),
             (
                 lambda: tf.FalconH1ForCausalLM(
