@@ -295,11 +295,8 @@ def rms_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx [M, H] in x's dtype, dweight float32 [1, H]; [0, H] where it is not needed)."""
-    dy, dsum, x = (
-        with_contiguous_columns(dy),
-        None if dsum is None else with_contiguous_columns(dsum),
-        with_contiguous_columns(x),
-    )
+    dy, x = with_contiguous_columns(dy), with_contiguous_columns(x)
+    dsum = None if dsum is None else with_contiguous_columns(dsum)
     m, h = x.shape
     dx = x.new_empty((m, h))
     rows, columns, warps = _whole_rows(h)

@@ -96,6 +96,36 @@ def keep(held: dict[Any, Any], key: Any, value: Any, most: int) -> None:
         held.pop(old, None)
 
 
+class Made:
+    """What was made of adapters: of one alone it is kept for good, of several together for the last combinations.
+
+    There are as many combinations as the rows of batches can choose.
+    """
+
+    _COMBINATIONS = 32
+
+    def __init__(self) -> None:
+        self._alone: dict[Any, Any] = {}
+        self._together: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._alone) + len(self._together)
+
+    def get(self, names: tuple[str, ...], key: Any) -> Any:
+        """What is kept of ``names`` under ``key``; None: nothing."""
+        return (self._alone if len(names) == 1 else self._together).get(key)
+
+    def keep(self, names: tuple[str, ...], key: Any, value: Any) -> None:
+        if len(names) == 1:
+            self._alone[key] = value
+        else:
+            keep(self._together, key, value, self._COMBINATIONS)
+
+    def clear(self) -> None:
+        self._alone.clear()
+        self._together.clear()
+
+
 class _Mode(threading.local):
     """What is in force in the calling thread: requests that are served side by side choose their rows apart.
 

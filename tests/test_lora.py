@@ -733,7 +733,7 @@ class TestWhatIsKept:
             chosen = [list(c) for k in (2, 3) for c in itertools.combinations(names, k)]
             for names in chosen:
                 model(torch.ones(len(names), 20, dtype=torch.long), adapter_names=names)
-            assert len(layer._cache["combined"]) <= 32
+            assert len(layer._cache) <= 32
             ids = tiny.inputs(rows=3)["input_ids"]
             alone = [model(ids, adapter_names=[name] * 3).logits[i] for i, name in enumerate(chosen[-1])]
             together = model(ids, adapter_names=chosen[-1]).logits

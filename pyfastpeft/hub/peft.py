@@ -109,10 +109,9 @@ def read_own(model_id: str | os.PathLike, subfolder: str | None = None, **hub: A
     try:
         path = locate(model_id, OWN_NAME, subfolder, **hub)
     except FileNotFoundError as error:
-        of_hub = error.__cause__
-        if of_hub is not None and (
-            isinstance(of_hub, LocalEntryNotFoundError) or not isinstance(of_hub, EntryNotFoundError)
-        ):
+        hubs = error.__cause__  # None: a folder, which has no such file
+        absent = isinstance(hubs, EntryNotFoundError) and not isinstance(hubs, LocalEntryNotFoundError)
+        if hubs is not None and not absent:
             warnings.warn(f"if the soft prompt has an encoder, it trains without that: {error}", stacklevel=2)
         return {}
     return load_safetensors(path)

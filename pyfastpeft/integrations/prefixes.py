@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import DynamicCache
 
-from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows, keep
+from ..adapters import NO_ROWS, AdapterBank, Made, Prefix, Rows, keep
 from ..nn.lora import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
 from ..ops.cross_entropy import IGNORED
@@ -32,6 +32,7 @@ from .bare import all_layers, fed, reaching, reentrant, without_checkpointing
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
 from .forwards import autocast_of, registered
 from .prompt_operator import compiled_tensors, number_of
+from .prompt_tokens import first_visible
 
 OFF = object()
 """``bank.run`` while a soft prompt itself is worked out: no prefix."""
@@ -40,7 +41,6 @@ _FIRST = "pyfastpeft_first"
 """The argument by which a model tells its decoder where the texts begin [batch], if their first tokens have labels."""
 
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
-_COMBINED_KEPT = 32  # prompts beside other adapters, as the rows of a batch may choose them
 
 _BASE = "base parameters"
 _ADAPTERS = {
@@ -351,7 +351,7 @@ class Prefixes:
         ends = torch.tensor(ends).repeat_interleave(len(labels) // len(rows)).to(labels.device)
         first, mask = torch.zeros_like(labels[:, 0]), kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
-            first = torch.where(ends, (mask != 0).int().argmax(1), first)
+            first = torch.where(ends, first_visible(mask).squeeze(1), first)
         learned = (labels.gather(1, first.unsqueeze(1)).squeeze(1) != IGNORED) & ends
         if not (torch.compiler.is_compiling() or learned.any()):  # nothing may depend on values
             return None
@@ -385,8 +385,7 @@ class Prefixes:
                     "number a token of the text, none for virtual tokens"
                 )
             if given is None:
-                first = (mask != 0).int().argmax(1, keepdim=True)
-                return (new - first).clamp(min=0) + self._first
+                return (new - first_visible(mask)).clamp(min=0) + self._first
         return new.unsqueeze(0) + self._first if given is None else given
 
     def _reach(self, rows: Sequence[tuple[str, ...]], positions: Tensor) -> int:
@@ -448,13 +447,13 @@ class Prefixes:
         parts = [self._of_prompt(n, others, decoding) for n in names if n in self.sources]
         if len(parts) == 1:
             return parts[0]
-        held = None if torch.compiler.is_compiling() else self._kept_of(names).get(names)
+        held = None if torch.compiler.is_compiling() else self._made.get(names, names)
         if held is not None and all(map(operator.is_, held[0], parts)):
             return held[1]
         tensors = zip(*(part.tensors for part in parts), strict=True)
         joined = Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
         if not (joined.records or torch.compiler.is_compiling()):
-            keep(self._kept_of(names), names, (parts, joined), _COMBINED_KEPT)
+            self._made.keep(names, names, (parts, joined))
         return joined
 
     def _of_prompt(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
@@ -485,8 +484,8 @@ class Prefixes:
         embedding = self.model.get_input_embeddings().weight
         stamp = stamp_of([*parameters, embedding])
         own = stamp, self.decoder.training, autocast_of(embedding)
-        kept = self._kept_of((name, *others))
-        held = kept.get((name, others))
+        names = name, *others
+        held = self._made.get(names, (name, others))
         known = trusted and stamp is not None and held is not None and held[0] == own
         if known and decoding:
             return held[2]
@@ -495,15 +494,13 @@ class Prefixes:
             return held[2]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = self._work_out(source, others)
-        if others:
-            keep(kept, (name, others), (own, rest, values), _COMBINED_KEPT)
-        else:
-            kept[name, others] = own, rest, values
+        self._made.keep(names, (name, others), (own, rest, values))
         return values
 
-    def _kept_of(self, names: tuple[str, ...]) -> dict[Any, Any]:
-        """Where what ``names`` come to is kept: of a prompt alone always, of combinations the last ones."""
-        return self.bank.kept.setdefault("alone" if len(names) == 1 else "combined", {})
+    @property
+    def _made(self) -> Made:
+        """What prompts come to: one beside other adapters, or several."""
+        return self.bank.kept.setdefault("made", Made())
 
     def _base_parameters(self) -> list[nn.Parameter]:
         """The decoder's own, as against its adapters'."""

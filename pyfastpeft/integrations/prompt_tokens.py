@@ -48,6 +48,11 @@ Source = Callable[[int], Tokens | None]
 """The tokens for a batch of so many rows; None: none in any row."""
 
 
+def first_visible(mask: Tensor) -> Tensor:
+    """Where each row's text begins [batch, 1], of a mask [batch, tokens], nonzero where visible."""
+    return (mask != 0).int().argmax(1, keepdim=True)
+
+
 class Layout:
     """Where the prompt's and the row's own tokens go.
 
@@ -73,8 +78,7 @@ class Layout:
         device = tokens.vectors.device
         mask = torch.ones(batch, length, dtype=torch.int64, device=device) if mask is None else mask
         prompt = torch.arange(self.room, device=device) < tokens.length_of_rows(batch).unsqueeze(1)
-        first = (mask != 0).to(torch.int64).argmax(1, keepdim=True)
-        own = torch.arange(length, device=device) >= first
+        own = torch.arange(length, device=device) >= first_visible(mask)
         last = torch.cat([~prompt, ~own], 1)
         # Everything keeps its order, but what is hidden at the front goes to the end.
         self.take = last.to(torch.uint8).argsort(dim=1, stable=True)

@@ -24,15 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import AdapterBank, Rows, keep
+from ..adapters import AdapterBank, Made, Rows
 from ..formats import quantize_4bit
 from ..ops import Lora, PackedLora, add_lora, linear_4bit, mixed, pack_lora
 from .linear4bit import Linear4bit
 
 is_compiling = torch.compiler.is_dynamo_compiling
-
-_COMBINED = "combined"
-_COMBINED_KEPT = 32  # of what is made of several adapters: there are as many combinations as a batch can choose
 
 
 class Plan(NamedTuple):
@@ -107,7 +104,7 @@ class LoraLayer(nn.Module):
         self._scale: dict[str, Tensor] = {}
         self._plan: Plan | None = None
         self._unmerged: tuple[Any, nn.Parameter | None] | None = None
-        self._cache: dict[Any, Any] = {}
+        self._cache = Made()
         self._square: tuple[tuple | None, Tensor] | None = None
         self.register_load_state_dict_post_hook(_after_loading)
 
@@ -293,14 +290,10 @@ class LoraLayer(nn.Module):
         if is_compiling() or not self.bank.frozen.issuperset(names):
             return compute()
         stamp = stamp_of(tensors)
-        cache = self._cache if len(names) == 1 else self._cache.setdefault(_COMBINED, {})
-        held = cache.get(key)
+        held = self._cache.get(names, key)
         if held is None or stamp is None or held[0] != stamp:
             held = stamp, compute()
-            if len(names) == 1:
-                cache[key] = held
-            else:
-                keep(cache, key, held, _COMBINED_KEPT)
+            self._cache.keep(names, key, held)
         return held[1]
 
     def stacked(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -506,14 +506,14 @@ class LoraTuner(Tuner):
     def _saved_embeddings(self, config: LoraConfig, save: bool | str) -> dict[str, Tensor]:
         """The base embeddings that PEFT stores beside an adapter: those it targets, or all where there are more or
         fewer than the base model's folder says ("auto"); or all (True)."""
+        if save is False:
+            return {}
         targets = config.target_modules
         if isinstance(targets, str):
             paths = [p for p, _ in modules_of(self.model) if ends_with(p, list(_EMBEDDING_NAMES))]
             targeted = any(re.fullmatch(targets, p) for p in paths)
         else:
             targeted = any(n in targets for n in _EMBEDDING_NAMES)
-        if save is False:
-            return {}
         if save == "auto" and not targeted:
             if not self._resized():
                 return {}
