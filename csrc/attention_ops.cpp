@@ -118,17 +118,18 @@ std::tuple<Tensor, Tensor> prefix_attention(Tensor q, Tensor k, Tensor v, OptTen
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, OptTensor prefix_k, OptTensor prefix_v, OptTensor index,
-    OptTensor lengths, OptTensor positions, bool causal, double scale, int64_t window, Tensor out, Tensor lse) {
+    OptTensor lengths, OptTensor positions, bool causal, double scale, int64_t window, OptTensor out, Tensor lse) {
   Call call(q, k, v, prefix_k, prefix_v, index, lengths, positions, causal, scale, window);
   const pf::AttentionKernels& kernel = *call.kernel;
   pf::AttentionBackwardArgs a{};
   pf::AttentionArgs& g = a.forward = call.args;
   check_shape(dout, g.batch, g.heads, g.tokens, g.dim, g.dtype, "dout");
-  check_shape(out, g.batch, g.tokens, g.heads, g.dim, g.dtype, "out");
-  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float &&
-                      lse.numel() == g.batch * g.heads * g.tokens,
+  STD_TORCH_CHECK(out.has_value() || kernel.most_chunks(g) <= 1, "out must be the forward's where keys are many");
+  if (out.has_value()) check_shape(*out, g.batch, g.tokens, g.heads, g.dim, g.dtype, "out");
+  STD_TORCH_CHECK((!out.has_value() || out->is_contiguous()) && lse.is_contiguous() &&
+                      lse.scalar_type() == ScalarType::Float && lse.numel() == g.batch * g.heads * g.tokens,
                   "out and lse must be the forward's");
-  g.out = const_cast<void*>(out.const_data_ptr());
+  g.out = out.has_value() ? const_cast<void*>(out->const_data_ptr()) : nullptr;
   g.lse = const_cast<float*>(lse.const_data_ptr<float>());
   set_transposed(g, g.heads, g.tokens, g.out_strides);
   a.dout = rows_of(dout, a.dout_strides);
@@ -185,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("prefix_attention(" PF_ATTENTION ", bool need_lse) -> (Tensor, Tensor)");
   m.def("prefix_attention_backward(Tensor dout, " PF_ATTENTION
-        ", Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        ", Tensor? out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {

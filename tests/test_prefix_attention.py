@@ -417,6 +417,22 @@ def test_torch_compile_takes_the_whole_graph(device, backend, dynamic):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("keys", "kept"), [(76, False), (77, True)])
+def test_the_backward_pass_of_few_keys_does_without_the_result(isa, keys, kept):
+    q, k, v, prefix_k, prefix_v = make(tokens=keys, prefix=20)
+    out = prefix_attention(q.requires_grad_(), k, v, prefix_k, prefix_v)
+    saved = [t for t in out.grad_fn.saved_tensors if t is not None]
+    assert any(t.data_ptr() == out.data_ptr() for t in saved) == kept
+
+
+def test_the_compiled_operator_refuses_many_keys_without_the_result(isa):
+    q, k, v = make(tokens=97)
+    rest = None, None, None, None, None, True, 1.0, 0
+    _, lse = torch.ops.pyfastpeft.prefix_attention.default(q, k, v, *rest, True)
+    with pytest.raises(RuntimeError, match="out must be the forward's"):
+        torch.ops.pyfastpeft.prefix_attention_backward.default(q, q, k, v, *rest, None, lse)
+
+
 def test_memory_grows_with_the_tokens_not_with_their_square():
     """Both directions at 32,768 tokens under a limit that one [queries, keys] matrix of bytes would break."""
     code = """

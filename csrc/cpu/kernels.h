@@ -149,8 +149,8 @@ struct OtherKeys {
 };
 
 struct AttentionBackwardArgs {
-  AttentionArgs forward;
-  const void* dout;  // [batch, heads, tokens, dim], dim contiguous
+  AttentionArgs forward;  // its `out` may be null where most_chunks is 1
+  const void* dout;       // [batch, heads, tokens, dim], dim contiguous
   int64_t dout_strides[3];
   void *dq, *dk, *dv;            // dq as out; dk, dv [batch, length, kv_heads, dim]
   float *prefix_dk, *prefix_dv;  // [batch, kv_heads, prefix_length, dim], of each row's own prefix

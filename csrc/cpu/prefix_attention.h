@@ -514,6 +514,7 @@ struct Attention {
       for (int64_t r = 0; r < kGroupLanes; ++r) {
         // Rows that are not there, like those that see nothing, have weights of zero.
         lse[r0 + r] = r < n ? row_lse[r] : __builtin_inff();
+        if (g.out == nullptr) continue;
         delta[r0 + r] =
             r < n ? dot(u.query(g.out, g.out_strides, r0 + r), u.query(a.dout, a.dout_strides, r0 + r), g.dtype, g.dim)
                   : 0.0f;
@@ -553,8 +554,10 @@ struct Attention {
           multiply<kRow, true>(keys + lo[s] * kRow, kStep, seen, q + i * panel, steps, scores, kGroupLanes, &scale);
           multiply<kRow, true>(values + lo[s] * kRow, kStep, seen, dout + i * panel, steps, dweights, kGroupLanes,
                                &one);
-          score_gradients(places, lo[s], hi[s], places.all_seen(lo[s], hi[s], bounds), g.window > 0, upper + r0,
-                          lower + r0, lse + r0, delta + r0, scores, dweights, weights + s * kGroupLanes,
+          const bool all_seen = places.all_seen(lo[s], hi[s], bounds);
+          softmax(places, lo[s], hi[s], all_seen, g.window > 0, upper + r0, lower + r0, lse + r0, scores);
+          if (g.out == nullptr) weigh(scores, dweights, hi[s] - lo[s], delta + r0);
+          score_gradients(lo[s], hi[s], scores, dweights, delta + r0, weights + s * kGroupLanes,
                           dscores + s * kGroupLanes, dscore_steps);
           multiply_columns(column(key_columns, lo[s], g.dim), g.dim, dscore_steps, seen, dq + i * tall * kGroupLanes,
                            nullptr);
@@ -634,16 +637,41 @@ struct Attention {
       store_part<D>(static_cast<char*>(dst), i, n, V::mul(V::load(src + i), V::set1(scale)));
   }
 
-  // Scores and the gradients of the weights, of keys [lo, hi), into weights and the gradients of the scores: as rows to
-  // broadcast from, and the latter as a panel too.
-  static void score_gradients(const Places& places, int64_t lo, int64_t hi, bool all_seen, bool window,
-                              const float* upper, const float* lower, const float* lse, const float* delta,
-                              const float* scores, const float* dweights, E* weights, E* dscores, E* dscore_steps) {
-    F minus_lse[kVecs], minus_delta[kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      minus_lse[v] = negative(V::load(lse + v * kLanes));
-      minus_delta[v] = negative(V::load(delta + v * kLanes));
-    }
+  // Scores of keys [lo, hi) into weights, in their place.
+  static void softmax(const Places& places, int64_t lo, int64_t hi, bool all_seen, bool window, const float* upper,
+                      const float* lower, const float* lse, float* scores) {
+    F minus_lse[kVecs];
+    for (int v = 0; v < kVecs; ++v) minus_lse[v] = negative(V::load(lse + v * kLanes));
+    for (int64_t j = lo; j < hi; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        float* at = scores + (j - lo) * kGroupLanes + v * kLanes;
+        F score = V::load(at);
+        if (!all_seen) score = places.masked(score, j, upper + v * kLanes, lower + v * kLanes, window);
+        V::store(at, exp2<kStep>(V::add(score, minus_lse[v])));
+      }
+  }
+
+  // The sum over n keys, which are all that there are, of a weight times its gradient: what the product of a query's
+  // result and the gradient of that comes to.
+  static void weigh(const float* weights, const float* dweights, int64_t n, float* delta) {
+    F sum[kVecs];
+    for (int v = 0; v < kVecs; ++v) sum[v] = V::zero();
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t at = j * kGroupLanes + v * kLanes;
+        sum[v] = V::fma(V::load(weights + at), V::load(dweights + at), sum[v]);
+      }
+    for (int v = 0; v < kVecs; ++v) V::store(delta + v * kLanes, sum[v]);
+  }
+
+  // Weights of keys [lo, hi) and the gradients of those, as rows to broadcast from: the weights, and the gradients of
+  // the scores; the latter as a panel too.
+  static void score_gradients(int64_t lo, int64_t hi, const float* from, const float* dweights, const float* delta,
+                              E* weights, E* dscores, E* dscore_steps) {
+    F minus_delta[kVecs];
+    for (int v = 0; v < kVecs; ++v) minus_delta[v] = negative(V::load(delta + v * kLanes));
     for (int64_t j = lo; j < hi; j += kStep) {
       F p[kStep][kVecs], d[kStep][kVecs];
 #pragma GCC unroll 2
@@ -651,9 +679,7 @@ struct Attention {
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
           const int64_t at = (j + s - lo) * kGroupLanes + v * kLanes;
-          F score = V::load(scores + at);
-          if (!all_seen) score = places.masked(score, j + s, upper + v * kLanes, lower + v * kLanes, window);
-          p[s][v] = exp2<kStep>(V::add(score, minus_lse[v]));
+          p[s][v] = V::load(from + at);
           d[s][v] = V::mul(p[s][v], V::add(V::load(dweights + at), minus_delta[v]));
         }
 #pragma GCC unroll 2

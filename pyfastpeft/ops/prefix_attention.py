@@ -1,8 +1,8 @@
 """``prefix_attention``: softmax attention with a prefix of keys and values that all queries see, one operator.
 
 The prefix has no batch dimension, or each row picks one: it is never repeated or concatenated, and its gradient is
-summed over the batch inside. Forward saves its inputs, the result and one float a query; nothing of size
-[queries, keys] exists at any time (the reference, which serves other devices and dtypes, excepted).
+summed over the batch inside. Forward saves its inputs, one float a query and, but for few keys on a CPU, the result;
+nothing of size [queries, keys] exists at any time (the reference, which serves other devices and dtypes, excepted).
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from .backends import Backend, choose_attention
 from .reference import HIDDEN
+
+# Up to here the CPU's backward pass holds all keys at once, and does without the result.
+_FEW_KEYS = 96
 
 
 def key_positions(mask: Tensor, first_query: int) -> Tensor:
@@ -187,7 +190,9 @@ class _PrefixAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, prefix_k, prefix_v, index, lengths, positions, causal, scale, window):  # noqa: ANN001
         rest = (index, lengths, positions, causal, scale, window)
         out, lse = _forward(q, k, v, prefix_k, prefix_v, rest, True)
-        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, index, lengths, positions, out, lse)
+        few = k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2]) <= _FEW_KEYS
+        kept = None if few and q.device.type == "cpu" else out
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, index, lengths, positions, kept, lse)
         ctx.rest = rest[3:]
         return out.transpose(1, 2)
 
