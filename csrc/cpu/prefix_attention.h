@@ -652,18 +652,21 @@ struct Attention {
       }
   }
 
-  // The sum over n keys, which are all that there are, of a weight times its gradient: what the product of a query's
-  // result and the gradient of that comes to.
+  // The mean of the weights' gradients, by the weights of n keys that are all there are: what the product of a query's
+  // result and the gradient of that comes to. The weights sum to 1 but for their rounding, which matters where one key
+  // has nearly all; those of a query that sees nothing, to 0.
   static void weigh(const float* weights, const float* dweights, int64_t n, float* delta) {
-    F sum[kVecs];
-    for (int v = 0; v < kVecs; ++v) sum[v] = V::zero();
+    F sum[kVecs], total[kVecs];
+    for (int v = 0; v < kVecs; ++v) sum[v] = V::zero(), total[v] = V::set1(1e-30f);
     for (int64_t j = 0; j < n; ++j)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
         const int64_t at = j * kGroupLanes + v * kLanes;
-        sum[v] = V::fma(V::load(weights + at), V::load(dweights + at), sum[v]);
+        const F weight = V::load(weights + at);
+        sum[v] = V::fma(weight, V::load(dweights + at), sum[v]);
+        total[v] = V::add(total[v], weight);
       }
-    for (int v = 0; v < kVecs; ++v) V::store(delta + v * kLanes, sum[v]);
+    for (int v = 0; v < kVecs; ++v) V::store(delta + v * kLanes, V::div(sum[v], total[v]));
   }
 
   // Weights of keys [lo, hi) and the gradients of those, as rows to broadcast from: the weights, and the gradients of
