@@ -256,6 +256,25 @@ def test_a_copied_or_pickled_model_runs_its_own_modules():
         assert torch.equal(other(**inputs).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_traced_model_computes_the_same(grad):
+    class Logits(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    model = Logits(fp.get_peft_model(model_of(CONFIGS[0]), fp.LoraConfig(init_lora_weights=False)).eval())
+    ids = batch()["input_ids"]
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, ids, check_trace=False)
+        for other in (ids, ids.flip(1)):
+            torch.testing.assert_close(traced(other), model(other), rtol=0, atol=1e-5)
+
+
 def test_hooks_see_what_they_saw():
     model, inputs, seen = model_of(CONFIGS[0]).eval(), batch(), []
     fuse_layers(model)

@@ -44,7 +44,8 @@ def _has_code_of(module_class: type[nn.Module], other: type[nn.Module]) -> bool:
 def _serves(x: Tensor, *others: Tensor) -> bool:
     """Whether the operators take this call; a compiler fuses the plain code itself."""
     known = x.dtype in FLOATS and choose_plain(x.device) is not Backend.REFERENCE
-    return known and not torch.compiler.is_compiling() and all(t.dtype == x.dtype for t in others)
+    plain = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a trace does not see what changes in place
+    return known and not plain and all(t.dtype == x.dtype for t in others)
 
 
 class _RmsNorm(ModuleForward):
