@@ -130,15 +130,20 @@ class _Mode(threading.local):
     """What is in force in the calling thread: requests that are served side by side choose their rows apart.
 
     Held by the instance: compilers guard nothing that they find in the class of a ``local``.
+
+    Args:
+        blocks: those of :meth:`AdapterBank.disabling` that are open, in any thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: list[object]) -> None:
+        self.blocks = blocks
+        self.began_in = blocks[-1] if blocks else None
         self.rows: Rows | None = None
         self.run: Any = None
         self.reach = 0
 
     def __reduce__(self) -> tuple:
-        return _Mode, ()
+        return _Mode, ([],)
 
 
 class Holder(Protocol):
@@ -162,7 +167,8 @@ class AdapterBank:
         disabled: whether they are all out of use.
         frozen: names of the adapters that are for inference, active or not.
         prompts: adapter name → the parameters of a soft prompt.
-        mode: None: every row uses the active adapters; else the rows' own choice. Each thread has its own.
+        mode: None: every row uses the active adapters; else the rows' own choice. Each thread has its own; one that
+            begins while another is ``disabling`` begins without adapters.
         run: what soft prompts have worked out for the forward that is running. Each thread has its own.
         reach: how many positions the longest row has for which soft prompts are being worked out, where what they come
             to depends on that; else 0. Each thread has its own.
@@ -179,7 +185,7 @@ class AdapterBank:
         self.chosen: tuple[str, ...] = ()
         self.disabled = False
         self.frozen: frozenset[str] = frozenset()
-        self._mode = _Mode()
+        self._mode = _Mode([])
         self.layouts: dict[str, Any] = {}
         self.kept: dict[Any, Any] = {}
         self.version = 0
@@ -196,7 +202,10 @@ class AdapterBank:
 
     @property
     def mode(self) -> Rows | None:
-        return self._mode.rows
+        mode = self._mode
+        if mode.rows is None and mode.began_in is not None and mode.began_in in mode.blocks:
+            return NO_ROWS
+        return mode.rows
 
     @property
     def run(self) -> Any:
@@ -278,6 +287,17 @@ class AdapterBank:
     def using(self, mode: Rows | None) -> AbstractContextManager[None]:
         """Run with ``mode`` in force."""
         return self._having("rows", mode)
+
+    @contextmanager
+    def disabling(self) -> Iterator[None]:
+        """:meth:`using` no adapter, also in threads that begin in the meantime, as one does that streams an answer."""
+        block = object()
+        self._mode.blocks.append(block)
+        try:
+            with self.using(NO_ROWS):
+                yield
+        finally:
+            self._mode.blocks.remove(block)
 
     def running(self, run: Any) -> AbstractContextManager[None]:
         """With ``run`` as what soft prompts have worked out."""

@@ -21,12 +21,11 @@ from transformers.utils import PushToHubMixin
 from .adapters import NO_ROWS, Names, Rows
 from .hub.files import check_tensors, save_safetensors
 from .hub.peft import CARD_NAME, adapter_folder, read_config, read_own, read_tensors, write_adapter
-from .integrations.accelerate import fuse
+from .integrations.accelerate import fuse, take_over
 from .integrations.attention import use_fast_attention
 from .integrations.forwards import remove
 from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
-from .nn.linear4bit import Linear4bit
 from .nn.lora import LoraLayer, LoraLinear
 from .tuners.adapted import AdaptedModel
 from .tuners.base import METHODS, PeftConfig
@@ -48,6 +47,8 @@ def get_peft_model(
 ) -> PeftModel:
     """Freeze ``model`` and attach a new adapter to it, in place.
 
+    On a CPU bitsandbytes' 4-bit layers become :class:`~pyfastpeft.nn.Linear4bit` (on a GPU, with :func:`accelerate`).
+
     Args:
         autocast_adapter_dtype: keep the adapter in float32 over a 16-bit base (else in the base's dtype).
 
@@ -67,9 +68,12 @@ def _adapted(cls: type[PeftModel], model: nn.Module) -> Iterator[PeftModel]:
     if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
     trainable = [p for p in model.parameters() if p.requires_grad]
+    taken = take_over(model, "cpu")  # where bitsandbytes' layers lose their gradients after an evaluation
     try:
         yield cls(model)
     except BaseException:
+        for parent, name, layer in taken:
+            parent._modules[name] = layer
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
@@ -168,7 +172,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters; a 4-bit weight counts as the parameters it stands for."""
-        packed = {id(m.weight): m.out_features * m.in_features for m in self.modules() if isinstance(m, Linear4bit)}
+        packed = {id(m.weight): m.out_features * m.in_features for m in self.modules() if isinstance(m, nn.Linear)}
         counted = [(packed.get(id(p), p.numel()), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in counted if trains), sum(n for n, _ in counted)
 
@@ -241,7 +245,10 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model alone, inside ``with``; merged adapters are taken out and merged again."""
+        """The base model alone, inside ``with``; merged adapters are taken out and merged again.
+
+        In this thread and in those that first meet the model inside; others go on as they were.
+        """
         if any(isinstance(c, LoraConfig) and c.bias != "none" for c in self.peft_config.values()):
             warnings.warn(
                 "biases of the base model were trained (bias is not 'none'); they stay as trained", stacklevel=3
@@ -250,7 +257,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         for layer in merged:
             layer.unmerge()
         try:
-            with self._mode(NO_ROWS):
+            with self.base_model.bank.disabling(), self._mode(NO_ROWS):
                 yield
         finally:
             for layer, names in merged.items():

@@ -11,6 +11,7 @@ import random
 import re
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import architectures as tiny
@@ -643,6 +644,7 @@ class TestSeveralAdapters:
         for model in (ours, theirs):
             model.add_weighted_adapter(["default", "other"], [0.7, -1.5], "mix", combination_type=kind)
             model.set_adapter("mix")
+        assert [sum(p.requires_grad for p in model.parameters()) for model in (ours, theirs)] == [12, 12]
         batch = tiny.inputs()
         assert relative(ours(**batch).logits, theirs(**batch).logits) < 1e-4
         assert {p for p, layer in ours.base_model.bank.layers.items() if "mix" in layer.r} == {
@@ -791,6 +793,22 @@ class TestDisabled:
         assert torch.equal(model(**batch).logits, adapted)
         assert not torch.allclose(adapted, plain, atol=1e-3)
 
+    def test_a_thread_that_begins_inside_has_no_adapter_and_one_from_before_goes_on(self):
+        model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights=False)).eval()
+        ids = tiny.inputs()["input_ids"]
+        ask = lambda: model(ids).logits.detach()  # noqa: E731
+        adapted = ask()
+        with ThreadPoolExecutor(1) as before:
+            assert torch.equal(before.submit(ask).result(), adapted)
+            with ThreadPoolExecutor(1) as inside:
+                with model.disable_adapter():
+                    plain = ask()
+                    assert torch.equal(inside.submit(ask).result(), plain) and not torch.equal(plain, adapted)
+                    assert torch.equal(before.submit(ask).result(), adapted)
+                    chosen = inside.submit(lambda: model(ids, adapter_names=["default"] * len(ids)).logits).result()
+                    assert relative(chosen, adapted) < 1e-6
+                assert torch.equal(inside.submit(ask).result(), adapted)
+
     def test_what_is_merged_is_unmerged_with_a_warning(self):
         model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights=False))
         batch = tiny.inputs()
@@ -803,6 +821,51 @@ class TestDisabled:
 
 
 class TestInTraining:
+    @pytest.mark.parametrize("several", [False, True])
+    def test_dropout_is_switched_off_where_it_is_found_in_the_model(self, several):
+        config = {"r": 4, "lora_dropout": 0.5, "target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": False}
+        model, theirs = pair(tiny.make("llama"), 0, **config)
+        if several:
+            for m, library in ((model, fp), (theirs, peft)):
+                m.add_adapter("other", library.LoraConfig(**config))
+                m.base_model.set_adapter(["default", "other"])
+        batch = tiny.inputs()
+        assert not torch.equal(model.train()(**batch).logits, model(**batch).logits)
+        found = [[m for m in x.modules() if isinstance(m, nn.Dropout)] for x in (model, theirs)]
+        assert len(found[0]) == len(found[1]) == (6 if several else 3)
+        for module in found[0]:
+            module.p = 0
+        assert torch.equal(model(**batch).logits, model(**batch).logits)
+        assert torch.equal(model(**batch).logits, model.eval()(**batch).logits)
+        for module in found[0]:  # as for Monte Carlo estimates
+            module.p = 0.5
+            module.train()
+        assert not torch.equal(model(**batch).logits, model(**batch).logits)
+
+    def test_a_layers_scaling_may_be_written(self):
+        ours, theirs = pair(tiny.make("llama"), 0, init_lora_weights=False)
+        batch = tiny.inputs()
+
+        def each(change):
+            for model in (ours, theirs):
+                for layer in model.modules():
+                    if hasattr(layer, "lora_A"):
+                        change(layer)
+            scalings = [dict(m.base_model.model.model.layers[1].self_attn.q_proj.scaling) for m in (ours, theirs)]
+            assert scalings[0] == pytest.approx(scalings[1])
+            assert relative(ours(**batch).logits, theirs(**batch).logits) < 1e-5
+
+        each(lambda layer: layer.scaling.update(default=0.5))
+        each(lambda layer: layer.scale_layer(3))
+        each(lambda layer: layer.unscale_layer(2))
+        each(lambda layer: layer.set_scale("default", 0.25))
+        each(lambda layer: layer.unscale_layer())
+        ours.eval().merge_adapter()
+        assert relative(ours(**batch).logits, theirs.eval()(**batch).logits) < 1e-5
+        layer = ours.base_model.model.model.layers[0].self_attn.q_proj
+        with pytest.raises(KeyError, match=r"'no'; the adapters of this layer are \['default'\]"):
+            layer.scaling["no"] = 1.0
+
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing_gives_the_same_gradients_also_for_rows_that_choose(self, reentrant):
         model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(), adapter_name="a").train()

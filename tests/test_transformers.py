@@ -415,6 +415,10 @@ class TestBitsandbytesCheckpoint:
         assert output(model, ids).isfinite().all()
 
 
+def bnb_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+
+
 class TestAccelerate:
     """``accelerate`` puts our layers into a live model."""
 
@@ -487,6 +491,37 @@ class TestAccelerate:
             assert (gradient - right[name]).norm() <= 1e-5 * right[name].norm(), name
         got, usual, right = (torch.cat([g[n].flatten() for n in right]) for g in (got, usual, right))
         assert (got - right).norm() <= 2 * (usual - right).norm()
+
+    def test_our_adapters_over_bitsandbytes_train_on_after_an_evaluation_and_merge(self, model, ids):
+        expected = {name: fp.nn.Linear4bit.from_bnb(layer).dequantize() for name, layer in bnb_layers(model).items()}
+        tuned = fp.get_peft_model(model, fp.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+        assert not bnb_layers(tuned) and tuned.get_nb_trainable_parameters()[1] > 14 * 64 * 16
+        tuned.eval()(input_ids=ids)
+        tuned.train()(input_ids=ids, labels=ids).loss.backward()
+        gradients = [p.grad for n, p in tuned.named_parameters() if "lora_B" in n]
+        assert len(gradients) == 2 and all(g.abs().sum() > 0 for g in gradients)
+        merged = tuned.merge_and_unload(dequantize=True)
+        layers = {n: m for n, m in merged.named_modules() if n in expected}
+        assert len(layers) == 14
+        for name, layer in layers.items():
+            torch.testing.assert_close(layer.weight.data, expected[name], rtol=1e-2, atol=1e-6)
+
+    def test_a_refused_adapter_leaves_bitsandbytes_layers_in_place(self, model):
+        held = bnb_layers(model)
+        with pytest.raises(ValueError, match="target_modules"):
+            fp.get_peft_model(model, fp.LoraConfig(target_modules=["no_such"]))
+        assert bnb_layers(model) == held and len(held) == 14
+
+    def test_adapters_of_ours_merge_into_layers_that_were_replaced_under_them(self, model, ids, monkeypatch):
+        with monkeypatch.context() as context:  # as on a GPU, where get_peft_model leaves them
+            context.setattr("pyfastpeft.peft_model.take_over", lambda *_: [])
+            tuned = fp.get_peft_model(model, fp.LoraConfig(r=4, init_lora_weights=False)).eval()
+        assert len(bnb_layers(tuned)) == 14
+        fp.accelerate(tuned)
+        expected = output(tuned, ids)
+        merged = tuned.merge_and_unload(dequantize=True)
+        assert not bnb_layers(merged)
+        assert (output(merged, ids) - expected).norm() <= 0.05 * expected.norm()
 
     def test_real_peft_trains_on_a_model_loaded_by_us(self, tmp_path, ids):
         _, auto = saved(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..nn import Linear4bit
+from ..nn.lora import LoraLayer
 from .attention import use_fast_attention
 from .deferred_logits import defer_logits
 from .fused_decoder import fuse_decoder
@@ -28,17 +29,32 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     if _is_bnb(model):
         return _replacement(model)
+    take_over(model)
+    fuse(model)
+    return model
+
+
+def take_over(model: nn.Module, device: str | None = None) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The first part of :func:`accelerate`; with ``device``, of the layers on devices of that type.
+
+    Returns:
+        Each layer that was replaced, after the module it was in and its name there.
+    """
     replaced: dict[nn.Module, nn.Module] = {}
+    taken = []
     for parent in list(model.modules()):
-        if getattr(parent, "lora_magnitude_vector", None):  # peft's DoRA reads the weight as bitsandbytes has it
-            continue
+        ours = isinstance(parent, LoraLayer)
+        if not ours and getattr(parent, "lora_magnitude_vector", None):
+            continue  # peft's DoRA reads the weight as bitsandbytes has it
         for name, child in parent._modules.items():
-            if child is not None and _is_bnb(child):
+            if child is not None and _is_bnb(child) and device in (None, child.weight.device.type):
                 if child not in replaced:
                     replaced[child] = _replacement(child)
                 parent._modules[name] = replaced[child]
-    fuse(model)
-    return model
+                taken.append((parent, name, child))
+                if ours:
+                    parent._changed()
+    return taken
 
 
 def fuse(model: nn.Module) -> None:

@@ -278,7 +278,7 @@ class _Stack:
             return _NO_BRANCH
         if not plan.simple:
             return self._stacked_branch(module, plan.names, None, dtype)
-        if plan.magnitude is not None or (plan.dropout and look.get(vars(module), "training")):
+        if plan.magnitude is not None or self._drops(plan.dropout):
             raise _Unsupported
         a, b = look.get(plan.a, "weight"), look.get(plan.b, "weight")
         branch = module.branch(dtype, plan.names, a, b, plan.scaling, 0.0)
@@ -287,13 +287,17 @@ class _Stack:
             return branch.a_pairs, branch.b_pairs, plan.scaling, None
         return a, b, plan.scaling, None
 
+    def _drops(self, dropout: nn.Module | None) -> bool:
+        held = vars(dropout) if isinstance(dropout, nn.Dropout) else {}
+        return bool(held and self.lookups.get(held, "training") and self.lookups.get(held, "p"))
+
     def _stacked_branch(
         self, module: LoraLinear, names: tuple[str, ...], mode: Rows | None, dtype: torch.dtype
     ) -> tuple:
         """Of several adapters, or of those that the rows choose among."""
         if not module.only_product(names) or not module.bank.frozen.issuperset(names):
             raise _Unsupported  # one that trains may change without a trace, and these are copies
-        if any(module.dropout[name] for name in names) and self.lookups.get(vars(module), "training"):
+        if any(self._drops(module.lora_dropout[name]) for name in names):
             raise _Unsupported
         self._copied += module.parts(names)
         a, b, scale = module.stacked(names)

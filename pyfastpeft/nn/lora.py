@@ -15,9 +15,8 @@ along the rank, also when each row of the batch has its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ class Plan(NamedTuple):
         a, b: parameter dictionaries whose "weight" are A [r, in] and B [out, r]; never stale.
         magnitude: the same of DoRA's magnitude [out], or None.
         scaling: a number; ``scale`` is the same as a tensor [r], so that compiled code does not hold its value.
+        dropout: what the adapter's input goes through in training; None where nothing is left out.
     """
 
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     magnitude: dict[str, Tensor] | None
     scaling: float
     scale: Tensor | None
-    dropout: float
+    dropout: nn.Module | None
 
 
 class Magnitude(nn.Module):
@@ -59,6 +59,40 @@ class Magnitude(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+
+
+def dropout_rate(dropout: nn.Module | None) -> float:
+    """The share that ``dropout`` leaves out now. It is asked each time: users switch off what they find in a model."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+class _Scaling(MutableMapping[str, float]):
+    """A layer's scaling by adapter; what is written takes effect."""
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> float:
+        return self._layer._scaling[name]
+
+    def __setitem__(self, name: str, scaling: float) -> None:
+        if name not in self._layer._scaling:
+            raise KeyError(f"{name!r}; the adapters of this layer are {list(self._layer._scaling)}")
+        self._layer._scaling[name] = float(scaling)
+        self._layer._scale[name].fill_(scaling)
+        self._layer.bank.refresh_one(self._layer)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a layer's scaling is removed with its adapter")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer._scaling)
+
+    def __len__(self) -> int:
+        return len(self._layer._scaling)
+
+    def __repr__(self) -> str:
+        return repr(self._layer._scaling)
 
 
 def _pair(n_in: int, r: int, n_out: int, bias: bool, initialize: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -84,8 +118,9 @@ class LoraLayer(nn.Module):
 
     Attributes:
         base_layer: the wrapped module.
-        r, lora_alpha, dropout: by adapter name. ``r`` is the rank in use, which after a hot-swap may be below the rank
+        r, lora_alpha, use_dora: by adapter name. ``r`` is the rank in use, which after a hot-swap may be below the rank
             of the parameters (the rest is zero).
+        lora_dropout: by adapter name an ``nn.Dropout``, or ``nn.Identity`` where nothing is left out.
         merged_adapters: the adapters added into the base weight at the moment.
     """
 
@@ -95,12 +130,14 @@ class LoraLayer(nn.Module):
         self.bank = bank
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self._scaling: dict[str, float] = {}
+        self._own_scaling: dict[str, float] = {}
         self._scale: dict[str, Tensor] = {}
         self._plan: Plan | None = None
         self._unmerged: tuple[Any, nn.Parameter | None] | None = None
@@ -152,17 +189,40 @@ class LoraLayer(nn.Module):
         return self.base_layer.bias
 
     @property
-    def scaling(self) -> Mapping[str, float]:
-        """Scaling of each adapter; see :meth:`set_scaling`."""
-        return MappingProxyType(self._scaling)
+    def scaling(self) -> MutableMapping[str, float]:
+        """Scaling of each adapter; may be written."""
+        return _Scaling(self)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make an adapter's scaling ``scale`` times its own, alpha / r (or alpha / √r)."""
+        if adapter in self._own_scaling:
+            self.scaling[adapter] = scale * self._own_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters if scale != 1 else ():
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; None: give them their own again."""
+        for name in self.active_adapters:
+            self.scaling[name] = self._own_scaling[name] if scale is None else self.scaling[name] / scale
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Those of the active adapters that this layer has."""
+        return [name for name in self.bank.chosen if name in self.r]
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
 
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
     def set_scaling(self, name: str, scaling: float) -> None:
-        """Change an adapter's scaling in place; the bank must be refreshed afterwards."""
-        self._scaling[name] = scaling
+        """Change what is an adapter's own scaling, in place; the bank must be refreshed afterwards."""
+        self._scaling[name] = self._own_scaling[name] = scaling
         self._scale[name].fill_(scaling)
 
     def add_adapter(
@@ -187,8 +247,10 @@ class LoraLayer(nn.Module):
                 function of (M, r, scaling) that returns A, B and the weight that is left for the base layer.
             empty: leave the values to be loaded; a function ``initial`` still changes the base weight.
         """
-        self.r[name], self.lora_alpha[name], self.dropout[name] = r, alpha, dropout
-        self._scaling[name] = alpha / math.sqrt(r) if use_rslora else alpha / r
+        self.r[name], self.lora_alpha[name], self.use_dora[name] = r, alpha, use_dora
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_dropout[name].train(self.training)
+        self._scaling[name] = self._own_scaling[name] = alpha / math.sqrt(r) if use_rslora else alpha / r
         self._make_parameters(name, r, lora_bias, initial, empty)
         if callable(initial):
             a, b, rest = initial(self.matrix(), r, self._scaling[name])
@@ -223,9 +285,9 @@ class LoraLayer(nn.Module):
         """Move parameters that a subclass keeps elsewhere."""
 
     def remove_adapter(self, name: str) -> None:
-        for held in (self.r, self.lora_alpha, self.dropout, self._scaling, self._scale):
+        for held in (self.r, self.lora_alpha, self.use_dora, self._scaling, self._own_scaling, self._scale):
             held.pop(name, None)  # one that failed half-way has only some
-        for holder in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+        for holder in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_dropout):
             if name in holder:
                 del holder[name]
         self._cache.clear()
@@ -245,12 +307,14 @@ class LoraLayer(nn.Module):
             return None
         (name, *rest) = names
         if rest or self._bias_of(name) is not None:
-            return Plan(names, False, {}, {}, None, 0.0, None, 0.0)
+            return Plan(names, False, {}, {}, None, 0.0, None, None)
         a, b = self._holders(name)
         magnitude = None
         if name in self.lora_magnitude_vector:
             magnitude = self.lora_magnitude_vector[name]._parameters
-        return Plan(names, True, a, b, magnitude, self._scaling[name], self._scale[name], self.dropout[name])
+        dropout = self.lora_dropout[name]
+        dropout = dropout if isinstance(dropout, nn.Dropout) else None
+        return Plan(names, True, a, b, magnitude, self._scaling[name], self._scale[name], dropout)
 
     def _holders(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.lora_A[name]._parameters, self.lora_B[name]._parameters
@@ -453,7 +517,10 @@ class LoraLinear(LoraLayer):
     def __init__(self, base_layer: nn.Module, bank: AdapterBank) -> None:
         super().__init__(base_layer, bank)
         self.in_features, self.out_features = matrix_shape(base_layer)[::-1]
-        self._fused = isinstance(base_layer, Linear4bit)
+
+    @property
+    def _fused(self) -> bool:
+        return isinstance(self._modules["base_layer"], Linear4bit)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mode = self.bank.mode
@@ -467,9 +534,9 @@ class LoraLinear(LoraLayer):
             return self._general(x, plan.names, None, args, kwargs)
         a, b = plan.a["weight"], plan.b["weight"]
         scaling = plan.scale if is_compiling() else plan.scaling
-        dropout = plan.dropout if self.training else 0.0
+        dropout = 0.0 if plan.dropout is None else dropout_rate(plan.dropout)
         base_layer = self._modules["base_layer"]  # past nn.Module.__getattr__: this is the path of every token
-        if self._fused:
+        if isinstance(base_layer, Linear4bit):
             y = base_layer(x, self.branch(x.dtype, plan.names, a, b, scaling, dropout))
             if plan.magnitude is None:
                 return y
@@ -491,7 +558,7 @@ class LoraLinear(LoraLayer):
         gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
         groups: dict[float, tuple[str, ...]] = {}
         for name in names:
-            dropout = self.dropout[name] if self.training else 0.0
+            dropout = dropout_rate(self.lora_dropout[name])
             groups[dropout] = (*groups.get(dropout, ()), name)
 
         if self._fused and len(groups) == 1 and (not gains or (len(names) == 1 and mode is None)):
@@ -560,7 +627,7 @@ class LoraLinear(LoraLayer):
 
     def put_back(self, held: Any) -> None:
         if isinstance(held, Linear4bit):
-            self.base_layer, self._fused = held, True
+            self.base_layer = held
         elif self._fused:
             self.base_layer.set_packed(held)
         else:
@@ -573,7 +640,7 @@ class LoraLinear(LoraLayer):
         names = (*self.merged_adapters, *names)
         self.unmerge()
         packed = self.base_layer
-        self.base_layer, self._fused = packed.to_linear(torch.float32), False
+        self.base_layer = packed.to_linear(torch.float32)
         try:
             self.merge(names, safe)
         finally:

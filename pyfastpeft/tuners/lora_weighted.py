@@ -55,7 +55,7 @@ def combine(
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,
-        inference_mode=True,
+        inference_mode=all(config.inference_mode for config in configs),
         bias="none",
     )
     tensors = {}
