@@ -17,7 +17,7 @@ from . import reference
 from .backends import Backend, choose_attention
 from .reference import HIDDEN
 
-# Up to here the CPU's backward pass holds all keys at once, and does without the result.
+# Up to here the CPU's kernel holds all keys at once in the backward pass, and does without the result.
 _FEW_KEYS = 96
 
 
@@ -191,7 +191,7 @@ class _PrefixAttention(torch.autograd.Function):
         rest = (index, lengths, positions, causal, scale, window)
         out, lse = _forward(q, k, v, prefix_k, prefix_v, rest, True)
         few = k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2]) <= _FEW_KEYS
-        kept = None if few and q.device.type == "cpu" else out
+        kept = None if few and choose_attention(q) is Backend.NATIVE else out
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, index, lengths, positions, kept, lse)
         ctx.rest = rest[3:]
         return out.transpose(1, 2)
