@@ -13,9 +13,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from test_gguf import write_llama
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -270,6 +272,16 @@ def test_quantize_writes_a_folder_that_transformers_loads(capsys, tmp_path, mode
     assert torch.equal(layer.dequantize(), fp.quantize_4bit(original.weight, quant_type).dequantize())
     assert AutoTokenizer.from_pretrained(output).chat_template
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize(("options", "quant_types"), [([], {"nf4", "int4"}), (["--quant-type", "fp4"], {"fp4"})])
+def test_a_gguf_file_of_more_bits_is_quantized_too(capsys, tmp_path, options, quant_types):
+    file = write_llama(tmp_path / "mixed.gguf", Kind.Q8_0, Kind.Q4_0)
+    code, out, _ = run(capsys, "quantize", str(file), str(tmp_path / "small"), *options)
+    assert code == 0 and "14 linear layers in 4 bits" in " ".join(out.split())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    layers = [m for m in model.modules() if isinstance(m, fp.nn.Linear4bit)]
+    assert len(layers) == 14 and {layer.quant_type for layer in layers} == quant_types
 
 
 def test_quantize_that_fails_midway_leaves_nothing(capsys, tmp_path, model_folder, monkeypatch):

@@ -37,7 +37,8 @@ def write_llama(path, kind=Kind.Q4_0, down=None, output=None, feed_forward=96, l
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
+    writer.add_token_list(["t", "1", *(f"t{i}" for i in range(1, VOCABULARY - 1))])
+    writer.add_token_merges(["t 1"])
     rng = np.random.default_rng(0)
 
     def add(name, *shape, kind=Kind.F32):
@@ -229,6 +230,46 @@ def test_quantizing_anew_is_done_when_asked_for(tmp_path, kind):
         expected = fp.quantize_4bit(reference.get_submodule(name).weight, "nf4", 128, double_quant=True)
         assert (layer.quant_type, layer.blocksize, layer.double_quant) == ("nf4", 128, True)
         assert torch.equal(layer.dequantize(), expected.dequantize())
+
+
+@pytest.mark.parametrize(("kind", "down"), [(Kind.Q8_0, None), (Kind.F16, Kind.Q4_0), (Kind.Q4_1, Kind.Q8_0)])
+def test_what_the_file_holds_in_more_bits_is_quantized_as_asked_and_its_4_bits_stay(tmp_path, ids, kind, down):
+    path = write_llama(tmp_path / "m.gguf", kind, down)
+    config = fp.FastPeftConfig("fp4", 128, double_quant=True, compute_dtype=torch.bfloat16)
+    model, reference = fp.from_gguf(path, quantization_config=config), dequantized(path)
+    assert len(layers_4bit(model)) == 7 * LAYERS and config.modules_to_not_convert is None
+    for name in layers_4bit(model):
+        layer, weight = model.get_submodule(name), reference.get_submodule(name).weight
+        stored = down if down is not None and name.endswith("down_proj") else kind
+        if stored in (Kind.Q4_0, Kind.Q4_1):
+            assert layer.quant_type == "int4" and torch.equal(layer.dequantize(), weight)
+        else:
+            assert (layer.quant_type, layer.blocksize, layer.double_quant) == ("fp4", 128, True)
+            assert torch.equal(layer.dequantize(), fp.quantize_4bit(weight, "fp4", 128, True).dequantize())
+        assert layer.compute_dtype == torch.bfloat16
+
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert layers_4bit(again) == layers_4bit(model) and again.config.quantization_config.quant_type == "fp4"
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_layers_not_to_convert_keep_their_numbers(tmp_path):
+    path = write_llama(tmp_path / "m.gguf", Kind.Q8_0, Kind.Q4_0)
+    model = fp.from_gguf(path, quantization_config=fp.FastPeftConfig(modules_to_not_convert=["up_proj", "k_proj"]))
+    leaves = {name.rpartition(".")[2] for name in layers_4bit(model)}
+    assert leaves == {"q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"}
+    with pytest.raises(ValueError, match=r"no linear layer to quantize; modules_to_not_convert is \['model'\]"):
+        path = write_llama(tmp_path / "m.gguf", Kind.Q8_0)
+        fp.from_gguf(path, quantization_config=fp.FastPeftConfig(modules_to_not_convert=["model"]))
+
+
+def test_one_way_to_quantize_is_taken_at_a_time(tmp_path):
+    path = write_llama(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match="quant_type is 'nf4' and a quantization_config is given"):
+        fp.from_gguf(path, "nf4", quantization_config=fp.FastPeftConfig())
+    with pytest.raises(TypeError, match="quantization_config is a dict; it must be a FastPeftConfig"):
+        fp.from_gguf(path, quantization_config={})
 
 
 def test_from_pretrained_points_to_from_gguf(tmp_path):

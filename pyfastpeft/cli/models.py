@@ -108,9 +108,12 @@ def _load_gguf(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM
 
-    from .. import from_gguf
+    from .. import FastPeftConfig, from_gguf
 
-    if quantized:
+    if quantized and args.quant_type is None:
+        config = FastPeftConfig(blocksize=args.blocksize, double_quant=args.double_quant)
+        model = from_gguf(file, dtype=torch.bfloat16, quantization_config=config)
+    elif quantized:
         model = from_gguf(file, args.quant_type, args.blocksize, args.double_quant, dtype=torch.bfloat16)
     else:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
@@ -123,6 +126,7 @@ def _load_gguf(
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say how a full-precision model is brought to 4 bits."""
     group = parser.add_argument_group("4-bit format, for a model that is not in 4 bits already")
-    group.add_argument("--quant-type", choices=("nf4", "fp4", "int4"), help="default: nf4; a .gguf file keeps its own")
+    keep = "default: nf4, but what a .gguf file holds in Q4_0 or Q4_1 stays so"
+    group.add_argument("--quant-type", choices=("nf4", "fp4", "int4"), help=keep)
     group.add_argument("--blocksize", type=int, default=64, help="weights a scale (default: %(default)s)")
     group.add_argument("--double-quant", action="store_true", help="keep the scales in 8 bits")

@@ -3,7 +3,7 @@
 examples:
   pyfastpeft quantize ./llama ./llama-nf4
   pyfastpeft quantize ./llama ./llama-int4 --quant-type int4 --blocksize 32
-  pyfastpeft quantize model-q4_1.gguf ./model-int4      # Q4_0 and Q4_1 matrices are kept as they are
+  pyfastpeft quantize model-q4_1.gguf ./model-int4      # its Q4_0 and Q4_1 matrices are kept as they are
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from ..nn import Linear4bit
 from .memory import peak_bytes
 from .models import MODEL_HELP, add_quantization_arguments, load_model
 
@@ -44,9 +45,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+    layers = sum(isinstance(module, Linear4bit) for module in model.modules())
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
-    result = {"output": str(output), "bytes": size, "peak_memory_bytes": peak_bytes()}
+    result = {"output": str(output), "layers_4bit": layers, "bytes": size, "peak_memory_bytes": peak_bytes()}
     console.print(
-        f"{escape(str(output))}: {size / 2**20:.0f} MiB, peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB"
+        f"{escape(str(output))}: {layers} linear layers in 4 bits, {size / 2**20:.0f} MiB, "
+        f"peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB"
     )
     return result

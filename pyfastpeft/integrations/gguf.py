@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..formats import Packed4bit, quantize_4bit
 from ..hub.bitsandbytes import packed_to_state
 from ..hub.gguf import GgufFile
-from .transformers import FastPeftConfig, left_in_full_precision
+from .transformers import FastPeftConfig, layers_to_convert, linear_layers, nothing_to_convert
 
 
 def from_gguf(
@@ -25,6 +26,7 @@ def from_gguf(
     blocksize: int = 64,
     double_quant: bool = False,
     dtype: torch.dtype = torch.float32,
+    quantization_config: FastPeftConfig | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a language model from a GGUF file.
@@ -40,15 +42,27 @@ def from_gguf(
             Default: keep them as they are.
         blocksize, double_quant: as :class:`FastPeftConfig`; only with ``quant_type``.
         dtype: of what is not in 4 bits.
+        quantization_config: quantize the linear layers that are not stored as Q4_0 or Q4_1, as this says; those that
+            are stay as they are. Not with ``quant_type``.
         kwargs: passed on to the model's ``from_pretrained``, for example ``attn_implementation`` or ``device_map``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged, or of an architecture transformers cannot read from GGUF.
+        TypeError: ``quantization_config`` is of another class.
+        ValueError: the file is truncated, damaged, or of an architecture transformers cannot read from GGUF; or the
+            model has no layer to quantize as asked.
     """
-    path = Path(path)
+    if quantization_config is not None and not isinstance(quantization_config, FastPeftConfig):
+        raise TypeError(f"quantization_config is a {type(quantization_config).__name__}; it must be a FastPeftConfig")
+    if quant_type is not None and quantization_config is not None:
+        raise ValueError(f"quant_type is {quant_type!r} and a quantization_config is given; give one of them")
+    wanted = quantization_config if quant_type is None else FastPeftConfig(quant_type, blocksize, double_quant)
+    return _load(Path(path), dtype, quant_type is None, wanted, **kwargs)
+
+
+def _load(path: Path, dtype: torch.dtype, keep: bool, wanted: FastPeftConfig | None, **kwargs: Any) -> PreTrainedModel:
+    """:func:`from_gguf`: ``keep`` Q4_0 and Q4_1 as they are, bring what else ``wanted`` says to 4 bits."""
     file = GgufFile(path)
-    wanted = None if quant_type is None else FastPeftConfig(quant_type, blocksize, double_quant)
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         if config.num_hidden_layers > len(file.names):
@@ -57,14 +71,18 @@ def from_gguf(
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             skeleton = auto.from_config(config)
-        weights = _Weights(file, skeleton, dtype, wanted)
+        weights = _Weights(file, skeleton, dtype, keep, wanted)
     except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError, NotImplementedError) as error:
         # transformers trusts the metadata: a wrong value in it can fail in any of these ways.
         raise ValueError(f"{path} cannot be loaded as a transformers model: {error}") from error
-    if weights.converted:
-        settings = wanted or FastPeftConfig("int4", 32)
+    if weights.kept or weights.quantized:
+        settings = copy.copy(wanted) if weights.quantized else FastPeftConfig("int4", 32)
+        if wanted is not None:
+            settings.compute_dtype, settings.compute = wanted.compute_dtype, wanted.compute
         settings.modules_to_not_convert = weights.left
         config.quantization_config = settings.to_dict()
+    elif wanted is not None:
+        raise nothing_to_convert(skeleton, wanted)
     return type(skeleton).from_pretrained(None, config=config, state_dict=weights.state, dtype=dtype, **kwargs)
 
 
@@ -86,50 +104,61 @@ class _Weights:
 
     Attributes:
         state: state dict, 4-bit weights in serialized form.
-        converted: whether any layer is in 4 bits.
-        left: names of linear layers that are not.
+        kept: names of linear layers that are in the file's 4 bits.
+        quantized: names of those brought to 4 bits here.
+        left: names of those that are not in 4 bits.
     """
 
     def __init__(
-        self, file: GgufFile, model: PreTrainedModel, dtype: torch.dtype, wanted: FastPeftConfig | None
+        self, file: GgufFile, model: PreTrainedModel, dtype: torch.dtype, keep: bool, wanted: FastPeftConfig | None
     ) -> None:
         self.file, self.dtype, self.wanted = file, dtype, wanted
         config = model.config.to_dict()
         self.processor: TensorProcessor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
         self.names = get_gguf_hf_weights_map(_Shallow(model, 2), self.processor)
-        linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
-        skip = left_in_full_precision(model, [] if wanted is None else None)
+        to_keep = layers_to_convert(model, []) if keep else {}
+        to_quantize = {} if wanted is None else layers_to_convert(model, wanted.modules_to_not_convert)
         self.state: dict[str, Tensor] = {}
         # What transformers' processors of mixtures of experts write to.
         self.parsed = {"config": config, "tensors": self.state}
-        done = set()
+        self.kept: set[str] = set()
+        self.quantized: set[str] = set()
         for name in file.names:
             key = self.names.get(name, "")
             layer = key.removesuffix(".weight")
-            if layer in linear and layer not in skip and (packed := self._packed(name, linear[layer])) is not None:
-                shape = linear[layer].weight.shape
-                _check_shape(key, packed.shape, shape[::-1] if isinstance(linear[layer], Conv1D) else shape)
-                self.state |= packed_to_state(packed, key)
-                done.add(layer)
+            if layer in to_keep and (packed := self._as_stored(name, to_keep[layer])) is not None:
+                self.kept.add(layer)
+            elif layer in to_quantize and (packed := self._anew(name, to_quantize[layer])) is not None:
+                self.quantized.add(layer)
             else:
                 self._full_precision(name)
+                continue
+            module = model.get_submodule(layer)
+            shape = module.weight.shape
+            _check_shape(key, packed.shape, shape[::-1] if isinstance(module, Conv1D) else shape)
+            self.state |= packed_to_state(packed, key)
+        done = self.kept | self.quantized
         for key, parameter in model.named_parameters():
             if key in self.state and key.removesuffix(".weight") not in done:
                 _check_shape(key, self.state[key].shape, parameter.shape)
             elif key not in self.state and key not in model.all_tied_weights_keys:
                 raise ValueError(f"it has no tensor for {key}")
-        self.converted = bool(done)
-        self.left = [name for name in linear if name not in done]
+        self.left = [name for name in linear_layers(model) if name not in done]
 
-    def _packed(self, name: str, layer: nn.Module) -> Packed4bit | None:
-        if self.wanted is not None:
-            weight, _ = self._processed(name, self.file.dequantized(name))
-            weight = torch.from_numpy(np.ascontiguousarray(weight.T if isinstance(layer, Conv1D) else weight))
-            return quantize_4bit(weight, self.wanted.quant_type, self.wanted.blocksize, self.wanted.double_quant)
+    def _as_stored(self, name: str, layer: nn.Module) -> Packed4bit | None:
+        """The layer's weight in the very codes of the file; None where these cannot be kept."""
         if not self.file.is_4bit(name):
             return None
         order = self._row_order(name, isinstance(layer, Conv1D))
         return None if order is None else self.file.packed(name, order)
+
+    def _anew(self, name: str, layer: nn.Module) -> Packed4bit | None:
+        """The layer's weight quantized as wanted; None where transformers makes something else of the tensor."""
+        weight, name_after = self._processed(name, self.file.dequantized(name))
+        if name_after != name:
+            return None
+        weight = torch.from_numpy(np.ascontiguousarray(weight.T if isinstance(layer, Conv1D) else weight))
+        return quantize_4bit(weight, self.wanted.quant_type, self.wanted.blocksize, self.wanted.double_quant)
 
     def _full_precision(self, name: str) -> None:
         weight, name = self._processed(name, self.file.dequantized(name))

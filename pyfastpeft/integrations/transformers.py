@@ -150,10 +150,7 @@ class FastPeftQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
-        skip = [*left_in_full_precision(model, config.modules_to_not_convert), *(model._keep_in_fp32_modules or ())]
-        for name, module in list(model.named_modules()):
-            if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not should_convert_module(name, skip):
-                continue
+        for name, module in layers_to_convert(model, config.modules_to_not_convert).items():
             shape = module.weight.shape
             rows, columns = reversed(shape) if isinstance(module, Conv1D) else shape
             layer = Linear4bit(
@@ -171,10 +168,7 @@ class FastPeftQuantizer(HfQuantizer):
             model.set_submodule(name, layer.requires_grad_(False))
             self._originals[name] = module
         if not self._originals:
-            raise ValueError(
-                f"{type(model).__name__} has no linear layer to quantize; modules_to_not_convert is "
-                f"{config.modules_to_not_convert}"
-            )
+            raise nothing_to_convert(model, config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # Our own conversions only read; a save writes what state_dict gives.
@@ -303,7 +297,24 @@ def _let_go(read: Tensor) -> None:
         torch.ops.pyfastpeft.drop_mapped_pages.default(read)
 
 
-def left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) -> set[str]:
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """All layers that could be in 4 bits, by name."""
+    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
+
+
+def layers_to_convert(model: PreTrainedModel, chosen: list[str] | None) -> dict[str, nn.Module]:
+    """The layers to bring to 4 bits, by name, where ``chosen`` is a ``modules_to_not_convert``."""
+    skip = [*_left_in_full_precision(model, chosen), *(model._keep_in_fp32_modules or ())]
+    return {name: module for name, module in linear_layers(model).items() if should_convert_module(name, skip)}
+
+
+def nothing_to_convert(model: PreTrainedModel, config: FastPeftConfig) -> ValueError:
+    """What to raise where a 4-bit model was asked for and no layer is in 4 bits."""
+    skipped = config.modules_to_not_convert
+    return ValueError(f"{type(model).__name__} has no linear layer to quantize; modules_to_not_convert is {skipped}")
+
+
+def _left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) -> set[str]:
     """Names of modules not to convert: ``chosen``, or the output embedding and the last module; and all tied ones."""
     keys = (key for pair in model.all_tied_weights_keys.items() for key in pair)
     tied = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")}
@@ -328,7 +339,8 @@ def _read_checkpoints_of_others() -> None:
             if kwargs.get("gguf_file") is not None:
                 raise ValueError(
                     "gguf_file and a FastPeftConfig cannot go together in from_pretrained; "
-                    "pyfastpeft.from_gguf(path) loads a GGUF file and keeps its Q4_0 and Q4_1 weights in 4 bits"
+                    "pyfastpeft.from_gguf(path, quantization_config=...) loads a GGUF file and keeps its Q4_0 and Q4_1 "
+                    "weights as they are"
                 )
             stored = getattr(config, "quantization_config", None)
             translated = None if stored is None else quantization_config.for_checkpoint(stored)
