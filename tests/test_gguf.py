@@ -1,6 +1,9 @@
 """GGUF: Q4_0 and Q4_1 stay the very numbers they are; files are read with suspicion."""
 
+import copy
 import importlib.util
+import math
+import re
 import struct
 from pathlib import Path
 
@@ -9,21 +12,34 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma4TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+)
 from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
 from pyfastpeft.hub.gguf import GgufFile
+from pyfastpeft.integrations.gguf import load_gguf
+from pyfastpeft.integrations.gguf_rope import scale_rope
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 64, 4, 2, 2, 96
 
 
-def write_llama(path, kind=Kind.Q4_0, down=None, output=None, feed_forward=96, layers=LAYERS):
+def write_llama(
+    path, kind=Kind.Q4_0, down=None, output=None, feed_forward=96, layers=LAYERS, rope=(), extra=(), theta=10000.0
+):
     """A tiny random Llama as llama.cpp would store it: rows of q and k permuted, linear layers of type ``kind``.
 
     Args:
         down: another type for the down projections.   output: type of an untied output layer, None ties it.
-        feed_forward, layers: what the metadata says of them.
+        feed_forward, layers, theta: what the metadata says of them.   rope: dict of what it says under `rope.scaling.`.
+        extra: dict of more tensors.
     """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -35,6 +51,9 @@ def write_llama(path, kind=Kind.Q4_0, down=None, output=None, feed_forward=96, l
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_freq_base(theta)
+    for key, value in dict(rope).items():
+        writer.add_key_value(f"llama.rope.scaling.{key}", value, gguf.GGUFValueType.get_type(value))
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["t", "1", *(f"t{i}" for i in range(1, VOCABULARY - 1))])
@@ -60,6 +79,8 @@ def write_llama(path, kind=Kind.Q4_0, down=None, output=None, feed_forward=96, l
     add("output_norm.weight", HIDDEN)
     if output is not None:
         add("output.weight", VOCABULARY, HIDDEN, kind=output)
+    for name, tensor in dict(extra).items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -366,6 +387,103 @@ def test_an_architecture_transformers_does_not_know_is_refused_by_file(tmp_path)
     path.write_bytes(header((b"general.architecture", struct.pack("<IQ", 8, 5) + b"nosux")))
     with pytest.raises(ValueError, match=r"odd\.gguf cannot be loaded"):
         fp.from_gguf(path)
+
+
+def turns(theta=10000.0):
+    """Angles a position of a head, unscaled."""
+    return theta ** -(torch.arange(0, HIDDEN // HEADS, 2, dtype=torch.float64) / (HIDDEN // HEADS))
+
+
+def llama3_factors(theta, factor):
+    """As llama.cpp's converter writes them, one by one."""
+    factors = []
+    for frequency in turns(theta).tolist():
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192:
+            factors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
+
+
+def inv_freq(path, **kwargs):
+    """The angles of the model from ``path``; they are the same after saving and in full precision."""
+    model = fp.from_gguf(path, **kwargs)
+    model.save_pretrained(path.parent / "saved")
+    again = AutoModelForCausalLM.from_pretrained(path.parent / "saved")
+    frequencies = model.model.rotary_emb.inv_freq
+    for other in (again, load_gguf(path, torch.float32, keep=False)):
+        assert torch.equal(other.model.rotary_emb.inv_freq, frequencies)
+    return model, frequencies.double()
+
+
+@pytest.mark.parametrize("rope", [{"type": "linear", "factor": 4.0}, {"factor": 4.0}], ids=len)
+def test_linearly_scaled_rope_is_taken_over(tmp_path, rope):
+    _, frequencies = inv_freq(write_llama(tmp_path / "m.gguf", rope=rope))
+    torch.testing.assert_close(frequencies, turns() / 4, rtol=1e-6, atol=0)
+
+
+def test_yarn_is_taken_over(tmp_path):
+    rope = {"type": "yarn", "factor": 8.0, "original_context_length": 64, "yarn_beta_fast": 16.0}
+    model, frequencies = inv_freq(write_llama(tmp_path / "m.gguf", rope=rope | {"finetuned": True}))
+    parameters = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
+    assert model.config.rope_parameters == {"rope_theta": 10000.0} | parameters
+    # ggml's rope_yarn, by hand.
+    size = HIDDEN // HEADS
+    low, high = (size * math.log(64 / (beta * 2 * math.pi)) / (2 * math.log(10000)) for beta in (16, 1))
+    low, high = max(math.floor(low), 0), min(math.ceil(high), size - 1)
+    ramp = ((torch.arange(size // 2, dtype=torch.float64) - low) / max(0.001, high - low)).clamp(0, 1)
+    torch.testing.assert_close(frequencies, turns() / 8 * ramp + turns() * (1 - ramp), rtol=1e-6, atol=0)
+    assert model.model.rotary_emb.attention_scaling == pytest.approx(1 + 0.1 * math.log(8))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_frequency_factors_are_taken_over(tmp_path, factor):
+    factors = llama3_factors(5e5, factor)
+    assert len({*factors}) > 2  # some between 1 and `factor`
+    path = write_llama(tmp_path / "m.gguf", extra={"rope_freqs.weight": factors}, theta=5e5)
+    model, frequencies = inv_freq(path)
+    assert model.config.rope_parameters["rope_type"] == "llama3"
+    torch.testing.assert_close(frequencies, turns(5e5) / torch.from_numpy(factors), rtol=1e-5, atol=0)
+
+
+def test_rope_that_is_not_scaled_stays_plain(tmp_path):
+    ones = {"rope_freqs.weight": np.ones(8, np.float32), "blk.0.attn_rot_embd.weight": np.ones(8, np.float32)}
+    for rope in ({}, {"type": "none", "factor": 4.0}, {"type": "yarn", "factor": 1.0, "attn_factor": 1.0}):
+        model, _ = inv_freq(write_llama(tmp_path / "m.gguf", rope=rope, extra=ones))
+        assert model.config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_gemma_4s_frequencies_that_never_turn_are_what_its_config_says(tmp_path):
+    config = Gemma4TextConfig()
+    before = copy.deepcopy(config.rope_parameters)
+    factors = np.repeat(np.array([1, 1e30], np.float32), [64, 192])  # a quarter turns
+    scale_rope(GgufFile(write_llama(tmp_path / "m.gguf", extra={"rope_freqs.weight": factors})), config)
+    assert config.rope_parameters == before
+
+
+@pytest.mark.parametrize(
+    ("rope", "extra", "message"),
+    [
+        ({"type": "longrope"}, {}, "rope.scaling.type is 'longrope'"),
+        ({"factor": -1.0}, {}, "rope.scaling.factor is -1.0"),
+        ({"type": "yarn", "factor": 4.0, "attn_factor": 1.5}, {}, "rope.scaling.attn_factor is 1.5"),
+        ({"type": "yarn", "factor": 4.0, "news": "x"}, {}, "rope.scaling.news is 'x'"),
+        ({"factor": 4.0}, {"rope_freqs.weight": llama3_factors(1e4, 8.0)}, "scaled twice"),
+        ({}, {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}, "tensor rope_freqs.weight scales"),
+        ({}, {"rope_factors_long.weight": np.ones(8, np.float32)}, "tensor rope_factors_long.weight"),
+        ({}, {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "tensor blk.0.attn_q.bias belongs to no parameter"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_model_cannot_take_over_is_refused_by_name(tmp_path, rope, extra, message):
+    path = write_llama(tmp_path / "m.gguf", rope=rope, extra=extra)
+    for load in (fp.from_gguf, lambda path: load_gguf(path, torch.float32, keep=False)):
+        with pytest.raises(ValueError, match=r"m\.gguf cannot be loaded.*" + re.escape(message)):
+            load(path)
 
 
 def test_a_missing_file_is_called_missing(tmp_path):

@@ -106,20 +106,16 @@ def _gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 def _load_gguf(
     file: Path, args: argparse.Namespace, quantized: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM
-
     from .. import FastPeftConfig, from_gguf
+    from ..integrations.gguf import load_gguf
 
-    if quantized and args.quant_type is None:
+    if not quantized:
+        model = load_gguf(file, torch.bfloat16, keep=False)
+    elif args.quant_type is None:
         config = FastPeftConfig(blocksize=args.blocksize, double_quant=args.double_quant)
         model = from_gguf(file, dtype=torch.bfloat16, quantization_config=config)
-    elif quantized:
-        model = from_gguf(file, args.quant_type, args.blocksize, args.double_quant, dtype=torch.bfloat16)
     else:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-        model.hf_quantizer = None  # it decoded the file; left in place, it makes the model refuse training and saving
-        model.is_quantized = False
-        del model.config.quantization_config
+        model = from_gguf(file, args.quant_type, args.blocksize, args.double_quant, dtype=torch.bfloat16)
     return model, _gguf_tokenizer(file)
 
 

@@ -16,8 +16,9 @@ from ..formats import Packed4bit
 
 _Q4_0, _Q4_1 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1
 _Q4_BLOCK = 32
-# Bytes of the fixed-size metadata types; strings (8) and arrays (9) carry their length.
-_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# The fixed-size metadata types as struct knows them; strings (8) and arrays (9) carry their length.
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_SCALAR_BYTES = {kind: struct.calcsize(f"<{letter}") for kind, letter in _SCALARS.items()}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 
 
@@ -35,6 +36,7 @@ class GgufFile:
         path: where it lies.
         architecture: ``general.architecture``.
         names: the tensors' names, in file order.
+        rope: what its metadata says of rotary embeddings, by the keys' names after ``<architecture>.rope.``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -48,10 +50,13 @@ class GgufFile:
         try:
             # A plain array over the mapped pages: memmap's own slices are slow.
             self._data = np.asarray(np.memmap(self.path, mode="r"))
-            self.architecture, self._tensors = _Header(self._data).read()
+            header = _Header(self._data)
+            self.architecture, self._tensors = header.read()
         except (ValueError, KeyError) as error:
             raise ValueError(f"{self.path} is not a valid GGUF file (truncated or damaged?): {error}") from error
         self.names = tuple(self._tensors)
+        prefix = f"{self.architecture}.rope."
+        self.rope = {key.removeprefix(prefix): v for key, v in header.rope.items() if key.startswith(prefix)}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape in torch's order (GGUF's own is reversed)."""
@@ -105,6 +110,7 @@ class _Header:
 
     def __init__(self, data: np.ndarray) -> None:
         self.data, self.at = data, 0
+        self.rope: dict[str, int | float | bool | str] = {}
 
     def read(self) -> tuple[str, dict[str, _TensorInfo]]:
         """The architecture and the table of tensors."""
@@ -121,6 +127,10 @@ class _Header:
                 architecture = self.string().decode()
             elif key == b"general.alignment" and kind == _UINT32:
                 (alignment,) = self.unpack("<I")
+            elif b".rope." in key and kind == _STRING:
+                self.rope[key.decode()] = self.string().decode()
+            elif b".rope." in key and kind in _SCALARS:
+                (self.rope[key.decode()],) = self.unpack(f"<{_SCALARS[kind]}")
             else:
                 self.skip_value(kind)
         if architecture is None:

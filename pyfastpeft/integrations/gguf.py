@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from ..formats import Packed4bit, quantize_4bit
 from ..hub.bitsandbytes import packed_to_state
 from ..hub.gguf import GgufFile
+from .gguf_rope import FACTORS, scale_rope
 from .transformers import FastPeftConfig, layers_to_convert, linear_layers, nothing_to_convert
+
+# No model computes with these: transformers makes the one anew, as llama.cpp does, and T5 has no use for the other.
+_UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|dec\.blk\.\d+\.cross_attn_rel_b\.weight")
 
 
 def from_gguf(
@@ -32,7 +37,8 @@ def from_gguf(
     """Load a language model from a GGUF file.
 
     Linear layers stored as Q4_0 or Q4_1 become :class:`Linear4bit` with the very same codes and scales (INT4, blocks
-    of 32). Everything else, tied embeddings included, is decoded to ``dtype``. The model saves and reloads like any
+    of 32). Everything else, tied embeddings included, is decoded to ``dtype``. Rotary embeddings are scaled as the file
+    says (linear, YaRN, Llama 3). The model saves and reloads like any
     other quantized by this package; its tokenizer is
     ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``.
 
@@ -49,18 +55,21 @@ def from_gguf(
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: ``quantization_config`` is of another class.
-        ValueError: the file is truncated, damaged, or of an architecture transformers cannot read from GGUF; or the
-            model has no layer to quantize as asked.
+        ValueError: the file is truncated, damaged, or of an architecture transformers cannot read from GGUF; it has a
+            tensor or scales rotary embeddings in a way that the model cannot take over; or the model has no layer to
+            quantize as asked.
     """
     if quantization_config is not None and not isinstance(quantization_config, FastPeftConfig):
         raise TypeError(f"quantization_config is a {type(quantization_config).__name__}; it must be a FastPeftConfig")
     if quant_type is not None and quantization_config is not None:
         raise ValueError(f"quant_type is {quant_type!r} and a quantization_config is given; give one of them")
     wanted = quantization_config if quant_type is None else FastPeftConfig(quant_type, blocksize, double_quant)
-    return _load(Path(path), dtype, quant_type is None, wanted, **kwargs)
+    return load_gguf(Path(path), dtype, quant_type is None, wanted, **kwargs)
 
 
-def _load(path: Path, dtype: torch.dtype, keep: bool, wanted: FastPeftConfig | None, **kwargs: Any) -> PreTrainedModel:
+def load_gguf(
+    path: Path, dtype: torch.dtype, keep: bool, wanted: FastPeftConfig | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """:func:`from_gguf`: ``keep`` Q4_0 and Q4_1 as they are, bring what else ``wanted`` says to 4 bits."""
     file = GgufFile(path)
     try:
@@ -68,6 +77,7 @@ def _load(path: Path, dtype: torch.dtype, keep: bool, wanted: FastPeftConfig | N
         if config.num_hidden_layers > len(file.names):
             layers, tensors = config.num_hidden_layers, len(file.names)
             raise ValueError(f"its metadata says {layers} layers, but it has {tensors} tensors")
+        scale_rope(file, config)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             skeleton = auto.from_config(config)
@@ -124,6 +134,8 @@ class _Weights:
         self.kept: set[str] = set()
         self.quantized: set[str] = set()
         for name in file.names:
+            if name == FACTORS or _UNUSED.fullmatch(name):
+                continue
             key = self.names.get(name, "")
             layer = key.removesuffix(".weight")
             if layer in to_keep and (packed := self._as_stored(name, to_keep[layer])) is not None:
@@ -131,7 +143,7 @@ class _Weights:
             elif layer in to_quantize and (packed := self._anew(name, to_quantize[layer])) is not None:
                 self.quantized.add(layer)
             else:
-                self._full_precision(name)
+                self._full_precision(name, model)
                 continue
             module = model.get_submodule(layer)
             shape = module.weight.shape
@@ -160,12 +172,14 @@ class _Weights:
         weight = torch.from_numpy(np.ascontiguousarray(weight.T if isinstance(layer, Conv1D) else weight))
         return quantize_4bit(weight, self.wanted.quant_type, self.wanted.blocksize, self.wanted.double_quant)
 
-    def _full_precision(self, name: str) -> None:
-        weight, name = self._processed(name, self.file.dequantized(name))
-        if name in self.names:
-            self.state[self.names[name]] = torch.from_numpy(np.array(weight)).to(self.dtype)
+    def _full_precision(self, name: str, model: PreTrainedModel) -> None:
+        weight, name_after = self._processed(name, self.file.dequantized(name))
+        if name_after in self.names:
+            self.state[self.names[name_after]] = torch.from_numpy(np.array(weight)).to(self.dtype)
+        elif name_after is not None:  # else it went to the state already
+            raise ValueError(f"its tensor {name} belongs to no parameter of a {type(model).__name__}")
 
-    def _processed(self, name: str, weight: np.ndarray) -> tuple[np.ndarray, str]:
+    def _processed(self, name: str, weight: np.ndarray) -> tuple[np.ndarray, str | None]:
         result = self.processor.process(
             weights=weight, name=name, tensor_key_mapping=self.names, parsed_parameters=self.parsed
         )
