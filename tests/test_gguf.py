@@ -1,7 +1,9 @@
 """GGUF: Q4_0 and Q4_1 stay the very numbers they are; files are read with suspicion."""
 
+import contextlib
 import copy
 import importlib.util
+import json
 import math
 import re
 import struct
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -291,6 +294,22 @@ def test_one_way_to_quantize_is_taken_at_a_time(tmp_path):
         fp.from_gguf(path, "nf4", quantization_config=fp.FastPeftConfig())
     with pytest.raises(TypeError, match="quantization_config is a dict; it must be a FastPeftConfig"):
         fp.from_gguf(path, quantization_config={})
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_adapters_are_saved_with_the_file_as_their_base(tmp_path, resized):
+    path = write_llama(tmp_path / "m.gguf")
+    model = fp.from_gguf(str(path))
+    assert model.name_or_path == model.config.name_or_path == str(path)
+    if resized:
+        model.resize_token_embeddings(VOCABULARY + 1)
+    adapted = fp.get_peft_model(model, fp.LoraConfig(target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="were resized") if resized else contextlib.nullcontext():
+        adapted.save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(path)
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("embed_tokens" in key for key in keys) == resized
 
 
 def test_from_pretrained_points_to_from_gguf(tmp_path):

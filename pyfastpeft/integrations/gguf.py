@@ -93,7 +93,9 @@ def load_gguf(
         config.quantization_config = settings.to_dict()
     elif wanted is not None:
         raise nothing_to_convert(skeleton, wanted)
-    return type(skeleton).from_pretrained(None, config=config, state_dict=weights.state, dtype=dtype, **kwargs)
+    model = type(skeleton).from_pretrained(None, config=config, state_dict=weights.state, dtype=dtype, **kwargs)
+    model.name_or_path = model.config.name_or_path = str(path)  # adapters are saved with it
+    return model
 
 
 class _Shallow:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -524,16 +525,20 @@ class LoraTuner(Tuner):
         return held
 
     def _resized(self) -> bool:
-        """Whether the vocabulary has another size than in the folder that the base model came from."""
+        """Whether the vocabulary has another size than in the folder or GGUF file that the base model came from."""
         base = getattr(self.model, "name_or_path", None)
         size = getattr(getattr(self.model, "config", None), "vocab_size", None)
         if not base or size is None:
             return False
         from transformers import AutoConfig
 
+        from ..hub.gguf import GgufFile
+
         try:
+            if Path(base).is_file():
+                return GgufFile(base).shape("token_embd.weight")[0] != size
             return AutoConfig.from_pretrained(base, local_files_only=True).vocab_size != size
-        except (AttributeError, OSError, ValueError):  # not there, or none of transformers' own
+        except (AttributeError, KeyError, OSError, ValueError):  # not there, or none of transformers' own
             return False
 
     def check_same_layout(self, name: str, old: LoraConfig, new: LoraConfig, live: dict, expected: dict) -> None:
