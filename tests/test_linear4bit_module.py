@@ -6,6 +6,7 @@ The tests named after bitsandbytes hold the promises that its CPU path breaks (F
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,3 +219,12 @@ def test_a_compute_dtype_that_no_product_has_is_refused_at_once(dtype):
 
 def test_it_is_a_linear_by_class_and_by_name():
     assert isinstance(layer(), torch.nn.Linear) and type(layer()).__name__ == "Linear4bit"
+
+
+def test_a_blocksize_may_be_of_any_integer_type():
+    module = fp.nn.Linear4bit(64, 64, blocksize=np.int32(32))
+    assert type(module.blocksize) is int and type(module.packed.blocksize) is int
+    module.load_state_dict(module.state_dict())
+    for blocksize in (True, 64.0, np.float64(64), "64", None):
+        with pytest.raises(ValueError, match=r"blocksize is .* must be one of 32, 64"):
+            fp.nn.Linear4bit(64, 64, blocksize=blocksize)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import bitsandbytes as bnb
+import numpy as np
 import peft
 import pytest
 import torch
@@ -181,6 +182,16 @@ def test_dtype_is_that_of_all_that_is_not_in_4_bits_at_every_load(tmp_path, dtyp
     other = auto.from_pretrained(tmp_path / "quantized", dtype=torch.bfloat16)
     assert {p.dtype for p in other.parameters()} == {torch.bfloat16, torch.uint8}
     assert all(layer.packed.scale.dtype == torch.float32 for layer in layers_4bit(other).values())
+
+
+def test_names_of_modules_are_a_list_and_a_blocksize_any_integer():
+    for names in ("q_proj", ["q_proj", 1], {"q_proj": True}, 7):
+        with pytest.raises(TypeError, match=r"modules_to_not_convert is .* list, tuple or set of names"):
+            fp.FastPeftConfig(modules_to_not_convert=names)
+    for names in (["b", "a"], ("b", "a"), {"a", "b"}):
+        config = fp.FastPeftConfig(blocksize=np.int64(128), modules_to_not_convert=names)
+        saved = json.loads(config.to_json_string(use_diff=False))
+        assert saved["blocksize"] == 128 and sorted(saved["modules_to_not_convert"]) == ["a", "b"]
 
 
 def test_modules_to_not_convert_stay_in_full_precision_through_a_reload(tmp_path, ids):

@@ -7,6 +7,9 @@ compiled kernels are held to them bit for bit.
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -124,11 +127,16 @@ def format_of(id: int) -> Format:
     return next(f for f in FORMATS.values() if f.id == id)
 
 
-def check_blocksize(fmt: Format, blocksize: int) -> int:
-    if isinstance(blocksize, float) or blocksize not in fmt.blocksizes:
+def check_blocksize(fmt: Format, blocksize: SupportsIndex) -> int:
+    """``blocksize`` as a plain int, which JSON and the operators take; numpy's integers are welcome."""
+    try:
+        size = operator.index(blocksize)
+    except TypeError:
+        size = None
+    if size not in fmt.blocksizes:
         allowed = ", ".join(map(str, fmt.blocksizes))
         raise ValueError(f"blocksize is {blocksize!r}; for quant_type {fmt.name!r} it must be one of {allowed}")
-    return blocksize
+    return size
 
 
 def pack_nibbles(codes: Tensor, fmt: Format) -> Tensor:

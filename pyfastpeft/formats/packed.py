@@ -224,7 +224,7 @@ def quantize_4bit(
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight has dtype {weight.dtype}; it must be float32, bfloat16 or float16")
     fmt = get_format(quant_type)
-    check_blocksize(fmt, blocksize)
+    blocksize = check_blocksize(fmt, blocksize)
     if double_quant and fmt.has_zero:
         raise ValueError("double_quant is True; it applies to 'nf4' and 'fp4', int4 keeps a scale and a zero a block")
     weight = weight.detach()

@@ -7,6 +7,7 @@ Importing this module registers the method ``"pyfastpeft"``, so a saved model re
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class FastPeftConfig(QuantizationConfigMixin):
     Raises:
         ValueError: a ``quant_type``, ``blocksize``, ``double_quant``, ``compute_dtype`` or ``compute`` that does not
             exist.
+        TypeError: ``modules_to_not_convert`` is no list, tuple or set of names.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class FastPeftConfig(QuantizationConfigMixin):
         blocksize: int = 64,
         double_quant: bool = False,
         compute_dtype: torch.dtype | str | None = None,
-        modules_to_not_convert: list[str] | None = None,
+        modules_to_not_convert: Collection[str] | None = None,
         compute: str | None = None,
     ) -> None:
         fmt = get_format(quant_type)
@@ -71,7 +73,7 @@ class FastPeftConfig(QuantizationConfigMixin):
         self.blocksize = check_blocksize(fmt, blocksize)
         self.double_quant = double_quant
         self.compute_dtype = check_compute_dtype(compute_dtype)
-        self.modules_to_not_convert = modules_to_not_convert
+        self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
         self.compute = check_compute(compute)
 
     @classmethod
@@ -110,6 +112,15 @@ class FastPeftConfig(QuantizationConfigMixin):
         config.compute_dtype = self.compute_dtype or config.compute_dtype
         config.compute = self.compute or config.compute
         return config
+
+
+def _names(argument: str, value: Any) -> list[str] | None:
+    # Of a str every letter would be a pattern.
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{argument} is {value!r}; it must be a list, tuple or set of names")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 
 @register_quantizer(METHOD)

@@ -46,7 +46,7 @@ class Linear4bit(nn.Linear):
         dtype: torch.dtype | None = None,
         compute: str | None = None,
     ) -> None:
-        check_blocksize(get_format(quant_type), blocksize)
+        blocksize = check_blocksize(get_format(quant_type), blocksize)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype, self.compute = check_compute_dtype(compute_dtype), check_compute(compute)
