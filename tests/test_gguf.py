@@ -236,6 +236,18 @@ def test_tied_embeddings_are_decoded_and_stay_tied(tmp_path):
     assert torch.equal(model.lm_head.weight, expected)
 
 
+@pytest.mark.parametrize("given", [{"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}])
+def test_a_dtype_is_given_in_any_of_transformers_ways(tmp_path, given):
+    model = fp.from_gguf(write_llama(tmp_path / "m.gguf"), **given)
+    assert model.dtype == model.lm_head.weight.dtype == model.model.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["auto", "cuda", "int8", torch.int8, None])
+def test_another_dtype_is_refused_by_name(tmp_path, dtype):
+    with pytest.raises(ValueError, match=rf"dtype is {dtype!r}; it must be a floating-point torch.dtype or its name"):
+        fp.from_gguf(write_llama(tmp_path / "m.gguf"), dtype=dtype)
+
+
 def test_a_file_without_4_bit_layers_loads_as_an_ordinary_model(tmp_path, ids):
     path = write_llama(tmp_path / "m.gguf", Kind.F16)
     model = fp.from_gguf(path)

@@ -30,7 +30,7 @@ def from_gguf(
     quant_type: str | None = None,
     blocksize: int = 64,
     double_quant: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     quantization_config: FastPeftConfig | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -38,16 +38,16 @@ def from_gguf(
 
     Linear layers stored as Q4_0 or Q4_1 become :class:`Linear4bit` with the very same codes and scales (INT4, blocks
     of 32). Everything else, tied embeddings included, is decoded to ``dtype``. Rotary embeddings are scaled as the file
-    says (linear, YaRN, Llama 3). The model saves and reloads like any
-    other quantized by this package; its tokenizer is
-    ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``.
+    says (linear, YaRN, Llama 3). The model saves and reloads like any other quantized by this package; its tokenizer
+    is ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``.
 
     Args:
         path: the file.
         quant_type: quantize all linear layers anew to ``"nf4"``, ``"fp4"`` or ``"int4"``, whatever they are stored in.
             Default: keep them as they are.
         blocksize, double_quant: as :class:`FastPeftConfig`; only with ``quant_type``.
-        dtype: of what is not in 4 bits.
+        dtype: of what is not in 4 bits: a floating-point dtype or its name. ``torch_dtype`` is taken for it, as
+            transformers does.
         quantization_config: quantize the linear layers that are not stored as Q4_0 or Q4_1, as this says; those that
             are stay as they are. Not with ``quant_type``.
         kwargs: passed on to the model's ``from_pretrained``, for example ``attn_implementation`` or ``device_map``.
@@ -56,15 +56,23 @@ def from_gguf(
         FileNotFoundError: there is no such file.
         TypeError: ``quantization_config`` is of another class.
         ValueError: the file is truncated, damaged, or of an architecture transformers cannot read from GGUF; it has a
-            tensor or scales rotary embeddings in a way that the model cannot take over; or the model has no layer to
-            quantize as asked.
+            tensor or scales rotary embeddings in a way that the model cannot take over; the model has no layer to
+            quantize as asked; or ``dtype`` is no such dtype.
     """
     if quantization_config is not None and not isinstance(quantization_config, FastPeftConfig):
         raise TypeError(f"quantization_config is a {type(quantization_config).__name__}; it must be a FastPeftConfig")
     if quant_type is not None and quantization_config is not None:
         raise ValueError(f"quant_type is {quant_type!r} and a quantization_config is given; give one of them")
     wanted = quantization_config if quant_type is None else FastPeftConfig(quant_type, blocksize, double_quant)
+    dtype = _floating(kwargs.pop("torch_dtype", dtype))
     return load_gguf(Path(path), dtype, quant_type is None, wanted, **kwargs)
+
+
+def _floating(given: torch.dtype | str) -> torch.dtype:
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {given!r}; it must be a floating-point torch.dtype or its name, such as 'bfloat16'")
+    return dtype
 
 
 def load_gguf(
