@@ -202,7 +202,7 @@ def without_a_layer(data):
     ("name", "change", "says"),
     [
         ("model.safetensors", truncated, "cannot be loaded"),
-        ("config.json", of_another_shape, "cannot be loaded"),
+        ("config.json", of_another_shape, "has shape (64, 128)"),
         ("config.json", of_another_type, "cannot be loaded"),
         ("tokenizer.json", empty_object, "cannot be loaded"),
         ("model.safetensors", without_a_layer, "lacks 1 weights of a LlamaForCausalLM, such as model.layers.1.mlp.up"),
@@ -214,6 +214,23 @@ def test_a_damaged_model_is_named_in_one_line(capsys, tmp_path, model_folder, na
     code, _, err = run(capsys, "generate", "--model", model, "--prompt", "p", *options)
     last = err.strip().splitlines()[-1]
     assert code == 1 and last.startswith(f"pyfastpeft generate: error: model {model!r}") and says in last
+
+
+def without_scales(data):
+    tensors = load_safetensors(data)
+    del tensors["model.layers.1.mlp.up_proj.weight.absmax"]
+    return save_safetensors(tensors, {"format": "pt"})
+
+
+@pytest.mark.parametrize("options", [[], ["--full-precision"]], ids=" ".join)
+def test_a_damaged_4_bit_model_says_what_is_wrong_with_which_weight(capsys, tmp_path, model_folder, options):
+    small = str(tmp_path / "small")
+    run_json(capsys, "quantize", model_folder, small)
+    model = damaged(small, tmp_path, "model.safetensors", without_scales)
+    code, _, err = run(capsys, "generate", "--model", model, "--prompt", "p", *options)
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and f"model {model!r} cannot be loaded: model.layers.1.mlp.up_proj.weight: " in last
+    assert "up_proj.weight.absmax is missing" in last
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left"), RuntimeError("can't allocate memory")])

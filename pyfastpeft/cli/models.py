@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,20 @@ def load_model(args: argparse.Namespace, quantized: bool = True) -> tuple[PreTra
     except (ValueError, OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # the libraries trust a model's files: a wrong value in one can fail in any way
-        raise ValueError(f"model {args.model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        problem = _reported(error) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"model {args.model!r} cannot be loaded: {problem}") from error
+
+
+def _reported(error: Exception) -> str | None:
+    """The first weight that could not be loaded and why, where ``error`` only points at transformers' report on it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        report = frame.f_locals.get("loading_info")
+        for name, text in sorted(getattr(report, "conversion_errors", {}).items()):
+            message, _, _ = text.partition("\nError")  # below a traceback, above a line on which conversion it was
+            return f"{name}: {message.splitlines()[-1]}"
+        for name, found, expected in sorted(getattr(report, "mismatched_keys", ())):
+            return f"{name} has shape {tuple(found)}; config.json makes it {tuple(expected)}"
+    return None
 
 
 def _load_hub(
