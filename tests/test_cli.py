@@ -233,6 +233,18 @@ def test_a_damaged_4_bit_model_says_what_is_wrong_with_which_weight(capsys, tmp_
     assert "up_proj.weight.absmax is missing" in last
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", None])
+def test_a_pickle_is_not_loaded_as_a_model(capsys, tmp_path, model_folder, name):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    (model / "model.safetensors").unlink()
+    if name is not None:
+        (model / name).write_bytes(b"never read")
+    code, _, err = run(capsys, "generate", "--model", str(model), "--prompt", "p")
+    says = "no file named model.safetensors" if name is None else f"{model / name} is a pickle, which is never loaded"
+    assert code == 1 and says in err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("error", [SafetensorError("No space left"), RuntimeError("can't allocate memory")])
 def test_a_full_disk_or_memory_ends_in_one_line(capsys, tmp_path, model_folder, monkeypatch, error):
     def full(*_, **__):

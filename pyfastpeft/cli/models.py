@@ -83,11 +83,15 @@ def _load_hub(
 
     from .. import FastPeftConfig
 
+    if isinstance(source, Path) and not any(source.glob("*.safetensors")):
+        for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+            if (source / pickle).is_file():
+                raise ValueError(f"{source / pickle} is a pickle, which is never loaded; convert it to safetensors")
     config = {}  # None would take away that of a model in 4 bits
     if quantized:
         config["quantization_config"] = FastPeftConfig(args.quant_type or "nf4", args.blocksize, args.double_quant)
     load = AutoModelForCausalLM.from_pretrained
-    model, found = load(source, dtype=torch.bfloat16, output_loading_info=True, **config)
+    model, found = load(source, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True, **config)
     if missing := sorted(found["missing_keys"]):  # transformers makes them up
         kind = type(model).__name__
         raise ValueError(f"model {args.model!r} lacks {len(missing)} weights of a {kind}, such as {missing[0]}")
