@@ -29,11 +29,13 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
-from .hub.files import load_safetensors, read_json, save_safetensors, write_text
+from .hub.files import check_tensors, load_safetensors, read_json, save_safetensors, write_text
 from .ops.cross_entropy import IGNORED
 
 Messages = list[dict[str, str]]
 _Row = TypeVar("_Row")
+_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter: the number of its steps, and two tensors of its shape."""
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -209,10 +211,20 @@ class AdapterTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            saved = read_json(Path(checkpoint) / "optimizer.json")
-            tensors = load_safetensors(Path(checkpoint) / "optimizer.safetensors")
+            file = Path(checkpoint) / "optimizer.safetensors"
+            tensors, saved = load_safetensors(file), read_json(file.with_suffix(".json"))
             with _of_checkpoint(checkpoint):
-                self.optimizer.load_state_dict(_join_tensors(tensors, saved["optimizer"]))
+                numbers, groups = saved["optimizer"], self.optimizer.param_groups
+                known = self.optimizer.state_dict()["param_groups"]
+                if [g["params"] for g in numbers["param_groups"]] != [g["params"] for g in known]:
+                    raise ValueError(f"{file.with_suffix('.json')} is of another number of parameters")
+                shapes = dict(enumerate(tuple(p.shape) for group in groups for p in group["params"]))
+                # The fused AdamW trusts its state to have the parameters' shapes: others would be read past their ends.
+                expected = {
+                    f"{i}.{slot}": () if slot == "step" else shapes[i] for i in numbers["trained"] for slot in _SLOTS
+                }
+                check_tensors(tensors, expected, {}, str(file))
+                self.optimizer.load_state_dict(_join_tensors(tensors, numbers))
                 self.lr_scheduler.load_state_dict(saved["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -228,24 +240,21 @@ def _of_checkpoint(checkpoint: str) -> Iterator[None]:
     """What the files of a checkpoint lack is an error that names it."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{checkpoint} does not hold the state of a training: {error!r}") from error
 
 
 def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors by name and the rest, which JSON can hold."""
-    tensors, numbers = {}, {}
-    for index, slots in state["state"].items():
-        for name, value in slots.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{name}"] = value
-    return tensors, {"state": numbers, "param_groups": state["param_groups"]}
+    """AdamW's state dict as tensors by name and the rest, which JSON can hold.
+
+    ``trained`` are the numbers of the parameters that have a state: one that no loss has depended on yet has none.
+    """
+    tensors = {f"{i}.{slot}": value for i, slots in state["state"].items() for slot, value in slots.items()}
+    return tensors, {"trained": list(state["state"]), "param_groups": state["param_groups"]}
 
 
 def _join_tensors(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in (tensors | numbers["state"]).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+    state = {i: {slot: tensors[f"{i}.{slot}"] for slot in _SLOTS} for i in numbers["trained"]}
     return {"state": state, "param_groups": numbers["param_groups"]}
 
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import pyfastpeft as fp
 from pyfastpeft.data import drug_qa, score_answers
 from pyfastpeft.generation import answer
-from pyfastpeft.hub.files import load_safetensors
+from pyfastpeft.hub.files import load_safetensors, save_safetensors
 from pyfastpeft.training import IGNORED, Collator, encode, load_dataset, prompt_ids, read_rows, train_adapter
 
 QUESTION, ANSWER = "Which drug?", "Drug: x"
@@ -221,6 +221,53 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name):
     (tmp_path / "checkpoint-4" / name).write_text("{}")
     with pytest.raises(ValueError, match="checkpoint-4 does not hold the state of a training"):
         run(adapter(), tmp_path, save_steps=2, resume=True)
+
+
+def one_number(tensors):
+    tensors["0.exp_avg"] = tensors["0.exp_avg"][:1, :1].clone()
+
+
+def without_a_slot(tensors):
+    del tensors["1.exp_avg_sq"]
+
+
+def without_a_parameter(tensors):
+    for slot in ("step", "exp_avg", "exp_avg_sq"):
+        del tensors[f"1.{slot}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (one_number, r"0.exp_avg has shape \(1, 1\); it must be \(4, 64\)"),
+        (without_a_slot, "missing: 1.exp_avg_sq"),
+        (without_a_parameter, "missing: 1.step, 1.exp_avg, 1.exp_avg_sq"),
+    ],
+)
+def test_an_optimizer_of_other_shapes_is_refused_before_a_step(tmp_path, change, says):
+    run(adapter(), tmp_path, save_steps=2)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    file = tmp_path / "checkpoint-4" / "optimizer.safetensors"
+    tensors = load_safetensors(file)
+    change(tensors)
+    save_safetensors(tensors, file)
+    with pytest.raises(ValueError, match=says) as error:
+        run(adapter(), tmp_path, save_steps=2, resume=True)
+    assert str(file) in str(error.value)
+
+
+def test_a_parameter_that_no_loss_depends_on_has_no_state_to_resume(tmp_path):
+    def partly():
+        model = adapter()
+        layer = model.get_base_model().model.layers[1].self_attn.v_proj
+        layer.forward = layer.base_layer.forward
+        return model
+
+    run(partly(), tmp_path, save_steps=2)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    held = json.loads((tmp_path / "checkpoint-4" / "optimizer.json").read_text())["optimizer"]
+    assert 0 < len(held["trained"]) < len(held["param_groups"][0]["params"])
+    assert run(partly(), tmp_path, save_steps=2, resume=True).global_step == 6
 
 
 def trainer(model, output, **kwargs):
