@@ -212,18 +212,22 @@ class AdapterTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             file = Path(checkpoint) / "optimizer.safetensors"
-            tensors, saved = load_safetensors(file), read_json(file.with_suffix(".json"))
+            settings = file.with_suffix(".json")
+            tensors, saved = load_safetensors(file), read_json(settings)
             with _of_checkpoint(checkpoint):
                 numbers, groups = saved["optimizer"], self.optimizer.param_groups
                 known = self.optimizer.state_dict()["param_groups"]
                 if [g["params"] for g in numbers["param_groups"]] != [g["params"] for g in known]:
-                    raise ValueError(f"{file.with_suffix('.json')} is of another number of parameters")
+                    raise ValueError(f"{settings} is of another number of parameters")
                 shapes = dict(enumerate(tuple(p.shape) for group in groups for p in group["params"]))
                 # The fused AdamW trusts its state to have the parameters' shapes: others would be read past their ends.
                 expected = {
                     f"{i}.{slot}": () if slot == "step" else shapes[i] for i in numbers["trained"] for slot in _SLOTS
                 }
                 check_tensors(tensors, expected, {}, str(file))
+                _check_numbers(numbers["param_groups"], known, f"{settings}: param_groups")
+                schedule = self.lr_scheduler.state_dict()
+                _check_numbers(saved["scheduler"], schedule, f"{settings}: scheduler")
                 self.optimizer.load_state_dict(_join_tensors(tensors, numbers))
                 self.lr_scheduler.load_state_dict(saved["scheduler"])
 
@@ -242,6 +246,26 @@ def _of_checkpoint(checkpoint: str) -> Iterator[None]:
         yield
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{checkpoint} does not hold the state of a training: {error!r}") from error
+
+
+def _check_numbers(saved: Any, known: Any, name: str) -> None:
+    """Whether what is a number in ``known``, or numbers in lists and objects, is one in ``saved`` as well."""
+    if isinstance(known, dict):
+        for key in known.keys() & saved.keys():
+            _check_numbers(saved[key], known[key], f"{name}.{key}")
+    elif isinstance(known, (list, tuple)):
+        for i, value in enumerate(known):
+            _check_numbers(saved[i], value, f"{name}[{i}]")
+    elif isinstance(known, (int, float)) and not isinstance(saved, (int, float)):
+        raise ValueError(f"{name} is {saved!r}; it must be a number")
+
+
+def _check_state(file: Path) -> None:
+    """Whether ``file`` says where a training stands; transformers asks nothing before it reckons with it."""
+    state = read_json(file)
+    for key, kind in (("global_step", int), ("train_batch_size", int), ("log_history", list)):
+        if type(state.get(key)) is not kind:
+            raise ValueError(f"{file}: {key} is {state.get(key)!r}; it must be of the type {kind.__name__}")
 
 
 def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -315,6 +339,8 @@ def train_adapter(
         raise ValueError(
             f"{output_dir} holds checkpoints of an earlier run; resume it, remove them, or choose another folder"
         )
+    if last is not None:
+        _check_state(Path(last) / "trainer_state.json")
     set_seed(seed)
     args = TrainingArguments(
         output_dir=str(output_dir),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -214,13 +215,26 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_those_of_another(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["optimizer.json", "random-0.json"])
-def test_a_damaged_checkpoint_is_named(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "before", "after", "says"),
+    [
+        ("optimizer.json", r".*", "{}", "checkpoint-4 does not hold the state of a training"),
+        ("random-0.json", r".*", "{}", "checkpoint-4 does not hold the state of a training"),
+        ("trainer_state.json", r".*", "{}", "global_step is None; it must be of the type int"),
+        ("trainer_state.json", r'"global_step": 4', '"global_step": "4"', "global_step is '4'"),
+        ("optimizer.json", r'"lr": [^,]*', '"lr": "x"', r"param_groups\[0\].lr is 'x'; it must be a number"),
+        ("optimizer.json", r'"base_lrs": \[', '"base_lrs": ["x", ', r"scheduler.base_lrs\[0\] is 'x'"),
+        ("optimizer.json", r'"params": \[0, ', '"params": [', "another number of parameters"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, name, before, after, says):
     run(adapter(), tmp_path, save_steps=2)
     shutil.rmtree(tmp_path / "checkpoint-6")  # the last: nothing would be left to do after it
-    (tmp_path / "checkpoint-4" / name).write_text("{}")
-    with pytest.raises(ValueError, match="checkpoint-4 does not hold the state of a training"):
+    file = tmp_path / "checkpoint-4" / name
+    file.write_text(re.sub(before, after, file.read_text(), count=1, flags=re.DOTALL))
+    with pytest.raises(ValueError, match=says) as error:
         run(adapter(), tmp_path, save_steps=2, resume=True)
+    assert str(tmp_path / "checkpoint-4") in str(error.value)
 
 
 def one_number(tensors):
