@@ -446,3 +446,9 @@ def test_an_answer_is_scored_exactly(text, accuracy, validity):
 )
 def test_an_answer_without_keys_is_right_if_its_first_line_is(text, score):
     assert score_answers([text], ["Paris"]) == score
+
+
+@pytest.mark.parametrize("reference", [" Paris", "Paris\n", "\n Paris \r\n"])
+def test_white_space_around_an_answer_does_not_count(reference):
+    assert score_answers(["Paris"], [reference]) == score_answers([reference], ["Paris"]) == (1, 1)
+    assert score_answers(["Rome"], [reference]) == (0, 1)

@@ -27,10 +27,10 @@ class Score(NamedTuple):
 
 
 def score_answers(answers: Sequence[str], references: Sequence[str]) -> Score:
-    """Score ``answers`` against the completions of their rows."""
+    """Score ``answers`` against the completions of their rows; white space around either does not count."""
     right = valid = 0
     for answer, reference in zip(answers, references, strict=True):
-        lines, wanted = answer.split("\n"), reference.split("\n")
+        lines, wanted = answer.strip().split("\n"), reference.strip().split("\n")
         keys = [line[: line.find(": ") + 2] if ": " in line else "" for line in wanted]
         first = next((line for line in lines if line.startswith(keys[0].rstrip())), None)
         right += first == wanted[0]
