@@ -115,16 +115,21 @@ def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_nex
     return (tokenizer.bos_token or "") + "".join(m["content"] + end for m, end in zip(messages, ends, strict=True))
 
 
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def prompt_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a conversation up to where the assistant's next answer begins."""
-    return tokenizer(_template(messages, tokenizer, True), add_special_tokens=False)["input_ids"]
+    return _ids(_template(messages, tokenizer, True), tokenizer)
 
 
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
     """``input_ids`` and ``labels`` of one conversation, cut to ``max_length``.
 
-    Labels are the ids of every assistant message (and what ends it), -100 elsewhere. Prompt and answer are tokenized
-    apart, as they are when the model answers.
+    Labels are the ids of every assistant message (and what ends it), -100 elsewhere. The tokens of what is asked are
+    those it has when the model answers, and an answer's are what it adds to them; where the two would share a token,
+    they are tokenized apart.
 
     Raises:
         ValueError: the chat template refuses the messages or rewrites earlier ones, or no label is left within
@@ -132,18 +137,21 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: i
     """
     ids: list[int] = []
     labels: list[int] = []
-    done = ""
+    done, before = "", []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         asked, answered = _template(messages[:i], tokenizer, True), _template(messages[: i + 1], tokenizer, False)
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise ValueError("the chat template rewrites earlier messages, so the answers cannot be told apart")
-        for text, is_label in ((asked[len(done) :], False), (answered[len(asked) :], True)):
-            part = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text, is_label in ((asked, False), (answered, True)):
+            # Not apart where it need not be: Llama-2's tokenizer begins every text with a space.
+            now = _ids(text, tokenizer)
+            follows = now[: len(before)] == before
+            part = now[len(before) :] if follows else _ids(text[len(done) :], tokenizer)
             ids += part
             labels += part if is_label else [IGNORED] * len(part)
-        done = answered
+            done, before = text, now
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORED for label in labels):
         raise ValueError(f"the prompt fills max_length = {max_length} tokens; no answer is left to learn")

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 import pyfastpeft as fp
 from pyfastpeft.data import drug_qa, score_answers
@@ -91,6 +92,39 @@ def test_a_prompt_is_tokenized_in_training_as_in_generation():
     tokenizer = tiny_tokenizer()
     asked = prompt_ids(TALK[:-1], tokenizer)
     assert encode(TALK, tokenizer, 1000)["input_ids"][: len(asked)] == asked
+
+
+def dummy_prefix_tokenizer(scheme, *merges):
+    """As Llama-2's: a text begins with a space that it does not have."""
+    known = ["<unk>", "<s>", "</s>", *dict.fromkeys("\u2581abcdQ2+=4."), *map("".join, merges)]
+    model = models.BPE({token: i for i, token in enumerate(known)}, list(merges), unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"])
+def test_answers_and_later_questions_get_no_space_that_inference_has_not(scheme, template):
+    tokenizer = dummy_prefix_tokenizer(scheme)
+    tokenizer.chat_template = template
+    texts = ("Q 2+2=", "4", "Q a+b=", "c d.")
+    talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    example = encode(talk, tokenizer, 1000)
+    for turn in (1, 3):
+        asked = prompt_ids(talk[:turn], tokenizer)
+        assert example["input_ids"][: len(asked)] == asked
+    labels = [label for label in example["labels"] if label != IGNORED]
+    wanted = "4</s>c\u2581d.</s>" if template is None or scheme == "first" else "\u25814</s>\u2581c\u2581d.</s>"
+    assert "".join(tokenizer.convert_ids_to_tokens(labels)) == wanted
+
+
+def test_an_answer_that_would_share_a_token_with_its_question_is_tokenized_apart():
+    tokenizer = dummy_prefix_tokenizer("never", ("=", "4"))
+    talk = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]
+    example = encode(talk, tokenizer, 1000)
+    assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == ["<s>", "2", "+", "2", "=", "4", "</s>"]
+    assert example["input_ids"][:5] == prompt_ids(talk[:1], tokenizer)
 
 
 def test_without_a_chat_template_the_completion_follows_the_prompt():
