@@ -4,7 +4,7 @@ With --prompt every adapter answers it, all in one batch. Without, an interactiv
 adapter ("/adapter base" to none), "/adapter" lists them, "/quit" ends.
 
 examples:
-  pyfastpeft generate --model smollm2 --prompt "What is the capital of France?"
+  pyfastpeft generate --model smollm2 --prompt "What is the capital of Japan?"
   pyfastpeft generate --model smollm2 --adapter drugs=pyfastpeft-demo/drug_qa
   pyfastpeft generate --model ./llama --adapter a=./a --adapter b=./b --prompt "Hello" --json
 """
