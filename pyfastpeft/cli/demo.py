@@ -25,6 +25,7 @@ from ..data import drug_qa
 from .memory import peak_bytes
 from .methods import METHODS
 from .models import load_smollm2
+from .output import print_answer
 
 FACTS, STYLE = "drug_qa", "pharmacist"
 _STYLE_ROWS = 48
@@ -143,7 +144,7 @@ def _report(console: Console, result: dict[str, Any]) -> None:
     console.print(f"\n[bold]{result['question']}[/bold]")
     for name, text in result["answers"].items():
         console.print(f"[cyan]{name}[/cyan]")
-        console.print(text, markup=False)
+        print_answer(console, text)
     console.print(f"adapters swapped in {result['swap_milliseconds']:.3f} ms (median of 20)\n")
     output = escape(result["output"])
     console.print(f"PEFT folders: {output}/{FACTS} and {output}/{STYLE}; {result['seconds']:.0f} s")

@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from ..adapters import BASE
 from .models import MODEL_HELP, add_quantization_arguments, load_model
+from .output import print_answer
 
 _BASE = "base"
 
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         answers = [{"adapter": n, "answer": a} for n, a in zip(adapters, ask(args.prompt, adapters), strict=True)]
         for entry in answers:
             console.print(f"[bold]{entry['adapter']}[/bold]", end=" ")
-            console.print(entry["answer"], markup=False)
+            print_answer(console, entry["answer"])
         return {"prompt": args.prompt, "answers": answers}
     _converse(console, [_BASE, *names], (names or [_BASE])[0], ask)
     return {}
@@ -97,4 +98,4 @@ def _converse(console: Console, known: list[str], active: str, ask: Callable[[st
             else:
                 console.print(f"adapters: {' '.join(known)}")
         elif line:
-            console.print(ask(line, [active])[0], markup=False)
+            print_answer(console, ask(line, [active])[0])
