@@ -409,6 +409,17 @@ def test_train_resumes_from_its_checkpoint(capsys, tmp_path, model_folder, data_
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
+def test_a_resumed_run_reports_the_learning_rate_it_has(capsys, tmp_path, model_folder, data_file):
+    arguments = ["train", "--model", model_folder, "--data", data_file, "--batch-size", "4", "--save-steps", "1"]
+    arguments += ["--output", str(tmp_path), "--lr", "0.01", "--json"]
+    assert run_json(capsys, *arguments, "--max-steps", "1")["learning_rate"] == 0.01
+    for steps, options, said in ((2, [], ""), (3, ["--lr", "0.5"], "--lr 0.5 is ignored: ")):
+        code, out, err = run(capsys, *arguments, "--resume", "--max-steps", str(steps), *options)
+        result = json.loads(out)
+        assert code == 0 and result["learning_rate"] == 0.01 and result["steps"] == steps
+        assert said in err and ("ignored" in err) == bool(said)
+
+
 @pytest.mark.usefixtures("one_arithmetic")
 def test_every_adapter_answers_the_prompt(capsys, model_folder, adapters):
     given = [f"--adapter={name}={path}" for name, path in adapters.items()]

@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=above_zero(int), default=1024, help="tokens of a row (default: %(default)s)"
     )
     parser.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps (0: none)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --output, at its learning rate"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add_quantization_arguments(parser)
 
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     set_seed(args.seed)  # the adapter's initial values are part of the run
     model = get_peft_model(base, method.config(tokenizer, **options))
     trainable, total = model.get_nb_trainable_parameters()
-    progress = TrainingProgress(console, "training")
+    progress = TrainingProgress(console, "training", args.lr)
     try:
         output = train_adapter(
             model,
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     result = {
         "output": args.output,
         "rows": len(dataset),
-        "learning_rate": rate,
+        "learning_rate": progress.learning_rate,
         "steps": output.global_step,
         "loss": next(filter(math.isfinite, progress.losses[-1:]), None),  # JSON has no NaN
         "trainable_parameters": trainable,
