@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -92,6 +91,7 @@ def _messages(row: dict[str, Any]) -> Messages:
         for key in ("prompt", "completion"):
             if not isinstance(row.get(key), str):
                 raise ValueError("the row must have 'messages', or 'prompt' and 'completion' as text")
+            _check_text(row[key])
         return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
@@ -99,9 +99,18 @@ def _messages(row: dict[str, Any]) -> Messages:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError("each of 'messages' must be an object with 'role' and 'content' as text")
+        _check_text(message["role"] + message["content"])
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last of 'messages' has the role {messages[-1]['role']!r}; it must be 'assistant'")
     return messages
+
+
+def _check_text(text: str) -> None:
+    """Whether ``text`` is Unicode: JSON and command lines can hold halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds {text[error.start]!r}, a half of a character; it must be Unicode") from None
 
 
 def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_next: bool) -> str:
@@ -109,13 +118,14 @@ def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_nex
     if tokenizer.chat_template:
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-        except TemplateError as error:  # many refuse a system's message, or roles that do not take turns
+        except Exception as error:  # it is a program, and many refuse a system's message, or roles that take no turns
             raise ValueError(f"the chat template refuses the messages: {error}") from error
     ends = ((tokenizer.eos_token or "") if m["role"] == "assistant" else "" for m in messages)
     return (tokenizer.bos_token or "") + "".join(m["content"] + end for m, end in zip(messages, ends, strict=True))
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    _check_text(text)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

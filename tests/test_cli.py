@@ -139,6 +139,8 @@ def test_wrong_usage_exits_with_2(capsys, arguments):
 def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_file):
     bad_row = tmp_path / "bad.jsonl"
     bad_row.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 1}\n')
+    half = tmp_path / "half.jsonl"
+    half.write_text(r'{"prompt": "a \ud83d", "completion": "b"}')
     not_gguf = tmp_path / "not.gguf"
     not_gguf.write_bytes(b"GGUF" + b"\xff" * 40)
     output = str(tmp_path / "out")
@@ -157,6 +159,8 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         ([*train, "--method", "bottleneck", "--reduction-factor", "0"], "reduction_factor is 0"),
         ([*train, "--resume"], "no checkpoint"),
         ([*train, "--max-length", "4"], "line 1"),
+        ([*train, "--test", str(half)], "half.jsonl, line 1: the text holds '\\ud83d'"),
+        (["generate", "--model", model_folder, "--prompt", "\udcff"], "the text holds '\\udcff'"),
         (["generate", "--model", model_folder, "--adapter", f"a={tmp_path}", "--prompt", "p"], "adapter_config.json"),
     ]
     for arguments, says in cases:
@@ -429,6 +433,12 @@ def test_every_adapter_answers_the_prompt(capsys, model_folder, adapters):
     for entry, option in zip(result["answers"], given, strict=True):
         assert run_json(capsys, *arguments, option)["answers"] == [entry]
     assert [entry["adapter"] for entry in run_json(capsys, *arguments)["answers"]] == ["base"]
+
+
+def test_what_cannot_be_asked_ends_no_conversation(capsys, monkeypatch, model_folder):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\nhello\n"))
+    code, out, _ = run(capsys, "generate", "--model", model_folder, "--max-new-tokens", "1")
+    assert code == 0 and "error: the text holds '\\udcff'" in out and out.count("base> ") == 3
 
 
 def test_answers_are_printed_as_they_are(capsys, monkeypatch, model_folder):

@@ -50,6 +50,8 @@ def test_messages_and_prompt_with_completion_are_read_alike(tmp_path):
         ('{"messages": [{"role": "user"}]}', "'content'"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "'assistant'"),
         ("[" * 100_000, "line 2"),
+        (r'{"prompt": "a \ud83d", "completion": "b"}', "half of a character"),
+        (r'{"messages": [{"role": "assistant", "content": "\udc00"}]}', "half of a character"),
     ],
 )
 def test_a_row_that_does_not_parse_is_named_by_file_and_line(tmp_path, line, says):
@@ -145,6 +147,19 @@ def test_a_row_that_cannot_be_encoded_is_named_by_its_line(tmp_path):
     )
     with pytest.raises(ValueError, match=r"d.jsonl, line 3: the chat template refuses the messages: no system role"):
         load_dataset(path, tokenizer)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] + 1 }}", "{{ messages[9].x.y }}", "{% broken"])
+def test_a_chat_template_that_fails_in_any_way_is_a_value_error(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="the chat template refuses the messages: "):
+        prompt_ids(TALK[:1], tokenizer)
+
+
+def test_a_prompt_with_a_half_of_a_character_is_refused():
+    with pytest.raises(ValueError, match=r"'\\udcff', a half of a character; it must be Unicode"):
+        prompt_ids([{"role": "user", "content": "a \udcff"}], tiny_tokenizer())
 
 
 def test_batches_are_padded_on_the_right():

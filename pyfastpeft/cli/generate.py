@@ -98,4 +98,7 @@ def _converse(console: Console, known: list[str], active: str, ask: Callable[[st
             else:
                 console.print(f"adapters: {' '.join(known)}")
         elif line:
-            print_answer(console, ask(line, [active])[0])
+            try:
+                print_answer(console, ask(line, [active])[0])
+            except ValueError as error:  # it cannot be asked; the next one can
+                console.print(f"error: {error}", markup=False)
