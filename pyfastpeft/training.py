@@ -100,6 +100,8 @@ def _messages(row: dict[str, Any]) -> Messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError("each of 'messages' must be an object with 'role' and 'content' as text")
         _check_text(message["role"] + message["content"])
+    if messages[0]["role"] == "assistant":
+        raise ValueError("the first of 'messages' has the role 'assistant'; before it must stand what it answers")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last of 'messages' has the role {messages[-1]['role']!r}; it must be 'assistant'")
     return messages
@@ -130,8 +132,15 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def prompt_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a conversation up to where the assistant's next answer begins."""
-    return _ids(_template(messages, tokenizer, True), tokenizer)
+    """Token ids of a conversation up to where the assistant's next answer begins.
+
+    Raises:
+        ValueError: the chat template refuses the messages, or there are no tokens that an answer could follow.
+    """
+    ids = _ids(_template(messages, tokenizer, True), tokenizer)
+    if not ids:
+        raise ValueError("the prompt is empty, and the model has no token that begins a text; it needs some text")
+    return ids
 
 
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
@@ -142,8 +151,8 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: i
     they are tokenized apart.
 
     Raises:
-        ValueError: the chat template refuses the messages or rewrites earlier ones, or no label is left within
-            ``max_length``.
+        ValueError: the chat template refuses the messages or rewrites earlier ones, or there is no label, or none
+            within ``max_length``.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -162,6 +171,8 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: i
             ids += part
             labels += part if is_label else [IGNORED] * len(part)
             done, before = text, now
+    if all(label == IGNORED for label in labels):
+        raise ValueError("no message of the assistant has a token, so there is nothing to learn")
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORED for label in labels):
         raise ValueError(f"the prompt fills max_length = {max_length} tokens; no answer is left to learn")

@@ -52,6 +52,7 @@ def test_messages_and_prompt_with_completion_are_read_alike(tmp_path):
         ("[" * 100_000, "line 2"),
         (r'{"prompt": "a \ud83d", "completion": "b"}', "half of a character"),
         (r'{"messages": [{"role": "assistant", "content": "\udc00"}]}', "half of a character"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "before it must stand what it answers"),
     ],
 )
 def test_a_row_that_does_not_parse_is_named_by_file_and_line(tmp_path, line, says):
@@ -155,6 +156,17 @@ def test_a_chat_template_that_fails_in_any_way_is_a_value_error(template):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="the chat template refuses the messages: "):
         prompt_ids(TALK[:1], tokenizer)
+
+
+def test_an_empty_prompt_and_a_row_without_labels_say_so():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="no message of the assistant has a token"):
+        encode(TALK[:1], tokenizer, 1000)
+    tokenizer.chat_template = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no message of the assistant has a token"):
+        encode([*TALK[:1], {"role": "assistant", "content": ""}], tokenizer, 1000)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        prompt_ids([{"role": "user", "content": ""}], tokenizer)
 
 
 def test_a_prompt_with_a_half_of_a_character_is_refused():
