@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,6 +155,10 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: i
         ValueError: the chat template refuses the messages or rewrites earlier ones, or there is no label, or none
             within ``max_length``.
     """
+    return _cut(_encode(messages, tokenizer), max_length)
+
+
+def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     ids: list[int] = []
     labels: list[int] = []
     done, before = "", []
@@ -173,17 +178,39 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: i
             done, before = text, now
     if all(label == IGNORED for label in labels):
         raise ValueError("no message of the assistant has a token, so there is nothing to learn")
-    ids, labels = ids[:max_length], labels[:max_length]
-    if all(label == IGNORED for label in labels):
-        raise ValueError(f"the prompt fills max_length = {max_length} tokens; no answer is left to learn")
     return {"input_ids": ids, "labels": labels}
+
+
+def _cut(example: dict[str, list[int]], max_length: int) -> dict[str, list[int]]:
+    example = {key: values[:max_length] for key, values in example.items()}
+    if all(label == IGNORED for label in example["labels"]):
+        raise ValueError(f"the prompt fills max_length = {max_length} tokens; no answer is left to learn")
+    return example
 
 
 def load_dataset(
     path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024
 ) -> list[dict[str, list[int]]]:
-    """The rows of a JSONL file (:func:`read_rows`), encoded (:func:`encode`); an error names the line."""
-    return _read(path, lambda row: encode(_messages(row), tokenizer, max_length))
+    """The rows of a JSONL file (:func:`read_rows`), encoded (:func:`encode`); an error names the line.
+
+    Warns where rows are cut.
+    """
+    whole = 0
+
+    def example(row: dict[str, Any]) -> dict[str, list[int]]:
+        nonlocal whole
+        encoded = _encode(_messages(row), tokenizer)
+        whole += len(encoded["input_ids"]) <= max_length
+        return _cut(encoded, max_length)
+
+    rows = _read(path, example)
+    if whole < len(rows):
+        warnings.warn(
+            f"{path}: {len(rows) - whole} of {len(rows)} rows are longer than max_length = {max_length} tokens; they "
+            "are cut there, and the ends of their answers are not learned",
+            stacklevel=2,
+        )
+    return rows
 
 
 class Collator:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -148,6 +149,16 @@ def test_a_row_that_cannot_be_encoded_is_named_by_its_line(tmp_path):
     )
     with pytest.raises(ValueError, match=r"d.jsonl, line 3: the chat template refuses the messages: no system role"):
         load_dataset(path, tokenizer)
+
+
+def test_rows_that_are_cut_are_counted(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"messages": TALK}, {"prompt": QUESTION, "completion": "x" * 99})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        longest = max(len(row["input_ids"]) for row in load_dataset(path, tiny_tokenizer(), 200))
+        load_dataset(path, tiny_tokenizer(), longest)
+    with pytest.warns(UserWarning, match=rf"d.jsonl: 1 of 2 rows are longer than max_length = {longest - 1} tokens"):
+        assert len(load_dataset(path, tiny_tokenizer(), longest - 1)[1]["input_ids"]) == longest - 1
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] + 1 }}", "{{ messages[9].x.y }}", "{% broken"])
