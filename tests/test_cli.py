@@ -341,6 +341,13 @@ def test_train_writes_a_folder_that_peft_loads(capsys, tmp_path, model_folder, d
     assert len(moved) == 4 and all(p.abs().sum() > 0 for p in moved)
 
 
+def test_train_says_how_many_rows_it_cuts(capsys, tmp_path, model_folder, data_file):
+    arguments = ["train", "--model", model_folder, "--data", data_file, "--output", str(tmp_path), "--max-steps", "1"]
+    code, _, err = run(capsys, *arguments, "--max-length", "90")
+    assert code == 0 and f"pyfastpeft train: warning: {data_file}: 5 of 8 rows are longer than max_length = 90" in err
+    assert "warning" not in run(capsys, *arguments)[2]
+
+
 def test_brackets_in_a_path_are_no_markup(capsys, tmp_path, model_folder, data_file):
     small, adapter = str(tmp_path / "small[/x]"), str(tmp_path / "a[bold]")
     code, out, _ = run(capsys, "quantize", model_folder, small)

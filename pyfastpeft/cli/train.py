@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+import warnings
 from typing import Any
 
 from rich.console import Console
@@ -64,7 +66,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     read_rows(args.data)  # a fault in the data shows before the model is loaded
     questions = read_rows(args.test) if args.test else []
     base, tokenizer = load_model(args, quantized)
-    dataset = load_dataset(args.data, tokenizer, args.max_length)
+    with warnings.catch_warnings(record=True) as caught:  # shown whatever other libraries have made of the filters
+        warnings.simplefilter("always")
+        dataset = load_dataset(args.data, tokenizer, args.max_length)
+    for warning in caught:
+        print(f"pyfastpeft train: warning: {warning.message}", file=sys.stderr)
     rate = method.rate(options) if args.lr is None else args.lr
     set_seed(args.seed)  # the adapter's initial values are part of the run
     model = get_peft_model(base, method.config(tokenizer, **options))
