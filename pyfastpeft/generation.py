@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .training import Messages, pad_id, prompt_ids
+from .training import Messages, check_positions, learned_positions, pad_id, prompt_ids, virtual_tokens
 
 
 @contextmanager
@@ -28,6 +29,35 @@ def _contiguous_head(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
+def prompts_of(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages],
+    adapter_names: Sequence[str] | None = None,
+) -> tuple[list[list[int]], list[float]]:
+    """Each conversation's token ids up to where its answer begins, and how many tokens the answer can have.
+
+    Raises:
+        ValueError: a conversation that cannot be asked; it names its number.
+    """
+    positions = learned_positions(model)
+    prompts, room = [], []
+    for number, messages in enumerate(conversations, 1):
+        what = f"prompt {number}"
+        try:
+            ids = prompt_ids(messages, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
+        left = math.inf
+        if positions is not None:
+            virtual = virtual_tokens(model, None if adapter_names is None else adapter_names[number - 1])
+            check_positions(what, len(ids), virtual, positions)
+            left = positions - virtual - len(ids) + 1  # the last token of an answer is not read again
+        prompts.append(ids)
+        room.append(left)
+    return prompts, room
+
+
 def answer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,15 +70,19 @@ def answer(
     """The model's greedy answer to each conversation (whose last message is the user's).
 
     Args:
+        max_new_tokens: the longest answer; a batch's are shorter where the positions end that the model has learned.
         adapter_names: for each conversation the adapter that answers (``"__base__"``: none); default: the active one.
         on_batch: called after each batch with the number of conversations answered in it.
 
     Returns:
         One text a conversation, without special tokens.
+
+    Raises:
+        ValueError: as :func:`prompts_of`.
     """
     device = next(model.parameters()).device
     pad = pad_id(tokenizer)
-    prompts = [prompt_ids(messages, tokenizer) for messages in conversations]
+    prompts, room = prompts_of(model, tokenizer, conversations, adapter_names)
     answers: list[str] = []
     training = model.training
     model.eval()
@@ -63,7 +97,7 @@ def answer(
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=min(max_new_tokens, *room[start : start + batch_size]),
                     do_sample=False,
                     temperature=None,
                     top_p=None,

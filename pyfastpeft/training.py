@@ -44,6 +44,30 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in known if i is not None), 0)
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions ``model`` has learned, each by a vector of its own (GPT-2, OPT); None: they are computed."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 0
+    words = set(model.get_input_embeddings().modules())
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m not in words)
+    # OPT's has two rows more.
+    return limit if limit > 0 and any(limit <= m.num_embeddings <= limit + 2 for m in tables) else None
+
+
+def virtual_tokens(model: nn.Module, names: str | Sequence[str] | None = None) -> int:
+    """How many virtual tokens stand before a row that uses the adapters ``names`` (default: the active ones)."""
+    configs = getattr(model, "peft_config", {})
+    names = model.active_adapters if names is None and configs else names or ()
+    used = (configs.get(name) for name in ([names] if isinstance(names, str) else names))
+    return sum(getattr(config, "num_virtual_tokens", 0) for config in used)
+
+
+def check_positions(what: str, tokens: int, virtual: int, positions: int) -> None:
+    """Whether a row has a place at ``positions`` learned ones; torch says "index out of range" where it has none."""
+    if tokens + virtual > positions:
+        beside = f" beside {virtual} virtual ones" if virtual else ""
+        raise ValueError(f"{what} has {tokens} tokens{beside}; the model has learned {positions} positions")
+
+
 def read_objects(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The JSON objects in a JSONL file, one a line; blank lines are skipped.
 
@@ -384,7 +408,7 @@ def train_adapter(
 
     Raises:
         ValueError: ``resume`` without a checkpoint, or one that is damaged; checkpoints of an earlier run without
-            ``resume``; ``save_steps`` below 0.
+            ``resume``; ``save_steps`` below 0; a row that is longer than the positions a model has learned.
     """
     if save_steps < 0:
         raise ValueError(f"save_steps is {save_steps}; it must be 0 (no checkpoints) or more")
@@ -395,6 +419,10 @@ def train_adapter(
         raise ValueError(
             f"{output_dir} holds checkpoints of an earlier run; resume it, remove them, or choose another folder"
         )
+    if (positions := learned_positions(model)) is not None:
+        virtual = virtual_tokens(model)
+        for number, example in enumerate(dataset, 1):
+            check_positions(f"row {number}", len(example["input_ids"]), virtual, positions)
     if last is not None:
         _check_state(Path(last) / "trainer_state.json")
     set_seed(seed)

@@ -13,13 +13,30 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import pyfastpeft as fp
 from pyfastpeft.data import drug_qa, score_answers
-from pyfastpeft.generation import answer
+from pyfastpeft.generation import answer, prompts_of
 from pyfastpeft.hub.files import load_safetensors, save_safetensors
-from pyfastpeft.training import IGNORED, Collator, encode, load_dataset, prompt_ids, read_rows, train_adapter
+from pyfastpeft.training import (
+    IGNORED,
+    Collator,
+    encode,
+    learned_positions,
+    load_dataset,
+    prompt_ids,
+    read_rows,
+    train_adapter,
+)
 
 QUESTION, ANSWER = "Which drug?", "Drug: x"
 TALK = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -440,7 +457,57 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path):
         assert torch.equal(model.get_parameter(name), parameter), name
 
 
+def learned(kind=GPT2Config, positions=32, **kwargs):
+    """A model whose positions are learned."""
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=320, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=positions, **kwargs
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "says"),
+    [
+        (fp.LoraConfig(target_modules=["c_attn"]), 32, "row 2 has 33 tokens; the model has learned 32 positions"),
+        (fp.PromptTuningConfig(num_virtual_tokens=4), 28, "row 2 has 29 tokens beside 4 virtual ones; the model has"),
+    ],
+)
+def test_a_row_longer_than_the_learned_positions_is_refused_before_a_step(tmp_path, config, length, says):
+    model = fp.get_peft_model(learned(hidden_size=8), config)
+
+    def rows(longest):
+        return [{"input_ids": [1] * n, "labels": [1] * n} for n in (5, longest)]
+
+    with pytest.raises(ValueError, match=says):
+        train_adapter(model, rows(length + 1), 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert train_adapter(model, rows(length), 0, tmp_path / "out", epochs=1).global_step == 1
+
+
+def test_which_models_have_learned_positions():
+    opt = learned(OPTConfig, hidden_size=8, ffn_dim=8, word_embed_proj_dim=8)
+    assert [learned_positions(m) for m in (learned(hidden_size=8), opt, tiny_llama())] == [32, 32, None]
+    assert learned_positions(fp.get_peft_model(opt, fp.LoraConfig())) == 32
+
+
 # Answers.
+
+
+def test_a_prompt_longer_than_the_learned_positions_is_refused_and_an_answer_ends_with_them():
+    model, tokenizer = learned(hidden_size=8).eval(), tiny_tokenizer()
+    tokenizer.chat_template = None
+    assert len(prompts_of(model, tokenizer, [[{"role": "user", "content": "x" * 32}]])[0][0]) == 32
+    for count in (20, 32):
+        answer(model, tokenizer, [[{"role": "user", "content": "x" * count}]], 100)
+    talks = [TALK[:1], [{"role": "user", "content": "x" * 33}]]
+    with pytest.raises(ValueError, match="prompt 2 has 33 tokens; the model has learned 32 positions"):
+        answer(model, tokenizer, talks, 1)
+    model = fp.get_peft_model(model, fp.PromptTuningConfig(num_virtual_tokens=4), "a")
+    talks = [[{"role": "user", "content": "x" * 30}]]
+    with pytest.raises(ValueError, match="prompt 1 has 30 tokens beside 4 virtual ones"):
+        answer(model, tokenizer, talks, 1, adapter_names=["a"])
+    answer(model, tokenizer, talks, 100, adapter_names=["__base__"])
 
 
 def test_answers_do_not_depend_on_the_batch():

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from transformers import set_seed
 
     from .. import get_peft_model
+    from ..generation import prompts_of
     from ..training import load_dataset, pad_id, read_rows, train_adapter
     from .examine import examine
     from .progress import TrainingProgress
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     rate = method.rate(options) if args.lr is None else args.lr
     set_seed(args.seed)  # the adapter's initial values are part of the run
     model = get_peft_model(base, method.config(tokenizer, **options))
+    prompts_of(model, tokenizer, [messages[:-1] for messages in questions])  # as a fault in the data, before training
     trainable, total = model.get_nb_trainable_parameters()
     progress = TrainingProgress(console, "training", args.lr)
     try:
