@@ -19,11 +19,12 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from test_gguf import write_llama
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, get_scheduler
 
 import pyfastpeft as fp
 from pyfastpeft.cli import main
 from pyfastpeft.cli.methods import METHODS
+from pyfastpeft.cli.train import SCHEDULES
 from pyfastpeft.data import drug_qa
 
 TRAIN = ("train", "--model", "m", "--data", "d", "--output", "o")
@@ -122,6 +123,7 @@ def test_info_serves_a_build_without_native_and_says_so(capsys, monkeypatch):
         [*TRAIN, "--max-length", "-3"],
         [*TRAIN, "--epochs", "0"],
         [*TRAIN, "--batch-size", "many"],
+        [*TRAIN, "--schedule", "warmup_stable_decay"],
         [*TRAIN, "--alpha", "nan"],
         ["quantize", "m", "o", "--quant-type", "int3"],
         ["generate", "--model", "m", "--adapter", "no-separator"],
@@ -257,6 +259,26 @@ def test_a_full_disk_or_memory_ends_in_one_line(capsys, tmp_path, model_folder, 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     code, _, err = run(capsys, "quantize", model_folder, str(tmp_path / "small"))
     assert code == 1 and err.endswith(f"pyfastpeft quantize: error: {error}\n") and list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_nobody_expects_ends_in_one_line_too(capsys, model_folder, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("x")
+
+    monkeypatch.setattr("pyfastpeft.generation.answer", broken)
+    arguments = ["generate", "--model", model_folder, "--prompt", "p"]
+    line = "pyfastpeft generate: error: KeyError: 'x' (PYFASTPEFT_TRACEBACK=1 shows where)\n"
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and err.endswith(line) and "Traceback" not in err
+    monkeypatch.setenv("PYFASTPEFT_TRACEBACK", "1")
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and err.endswith(line) and "in broken" in err
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_needs_no_arguments(name):
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    assert get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4).get_last_lr()
 
 
 def test_a_model_in_4_bits_stays_so_where_no_quantization_is_asked_for(capsys, tmp_path, model_folder, data_file):

@@ -1,4 +1,7 @@
-"""The command ``pyfastpeft``. Exit codes: 0 success, 1 failure (one line on stderr says which), 2 wrong usage."""
+"""The command ``pyfastpeft``. Exit codes: 0 success, 1 failure (one line on stderr says which), 2 wrong usage.
+
+With PYFASTPEFT_TRACEBACK=1 in the environment a failure's traceback stands before that line.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -14,6 +18,9 @@ from safetensors import SafetensorError
 from . import bench, demo, generate, info, quantize, train
 
 _COMMANDS = (info, quantize, train, generate, demo, bench)
+_EXPECTED = (ValueError, OSError, ImportError, MemoryError, SafetensorError, RuntimeError)
+"""Errors whose message says what is wrong. What torch has no memory for on a CPU is a RuntimeError."""
+_TRACEBACK = "PYFASTPEFT_TRACEBACK"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has enough, as in `| head`; nor is there anybody for what Python flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, MemoryError, SafetensorError, RuntimeError) as error:
-        # What torch has no memory for on a CPU is a RuntimeError.
-        message = " ".join(str(error).split()) or "out of memory"
-        print(f"pyfastpeft {args.command}: error: {message}", file=sys.stderr)
+    except Exception as error:
+        message = " ".join(str(error).split())
+        if not isinstance(error, _EXPECTED):
+            message = f"{type(error).__name__}: {message} ({_TRACEBACK}=1 shows where)"
+        if os.environ.get(_TRACEBACK):
+            traceback.print_exc()
+        print(f"pyfastpeft {args.command}: error: {message or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"pyfastpeft {args.command}: interrupted", file=sys.stderr)

@@ -26,6 +26,17 @@ from .memory import peak_bytes
 from .methods import above_zero, add_method_arguments, chosen
 from .models import MODEL_HELP, add_quantization_arguments, load_model
 
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""transformers' lr_scheduler_type, as far as it asks for neither arguments of its own nor an evaluation."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``train``."""
@@ -38,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=above_zero(float), default=3.0, help="passes over the data (default: %(default)s)"
     )
     parser.add_argument("--max-steps", type=above_zero(int), default=-1, help="stop after this many steps instead")
-    parser.add_argument("--schedule", default="linear", help="transformers' lr_scheduler_type (default: %(default)s)")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="default: %(default)s")
     parser.add_argument("--warmup", type=float, default=0.05, help="steps, or a share below 1 (default: %(default)s)")
     parser.add_argument("--batch-size", type=above_zero(int), default=8, help="rows a step (default: %(default)s)")
     parser.add_argument("--accumulate", type=above_zero(int), default=1, help="batches a step (default: %(default)s)")
