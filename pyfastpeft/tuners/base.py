@@ -36,7 +36,7 @@ class TaskType(str, enum.Enum):
 
 def as_list(name: str, value: Any) -> list[str]:
     """The argument ``name``, names of modules, as a list."""
-    if not isinstance(value, Collection) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, Collection) or isinstance(value, Mapping) or not all(isinstance(v, str) for v in value):
         raise ValueError(f"{name} is {value!r}; it must be a list of names")
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 

@@ -147,8 +147,10 @@ class LoraConfig(PeftConfig):
             self.layers_pattern = as_list("layers_pattern", self.layers_pattern)
         for pattern in self.layer_patterns:
             check_pattern("layers_pattern", pattern)
+        for name in self.modules_to_save or ():  # as in PEFT, what it matches is no target
+            check_pattern("a name in modules_to_save", name)
         wanted = self.layers_to_transform
-        for number in wanted if isinstance(wanted, (list, tuple)) else [wanted or 0]:
+        for number in wanted if isinstance(wanted, (list, tuple)) else [0 if wanted is None else wanted]:
             if isinstance(number, bool) or not isinstance(number, int):
                 raise ValueError(f"layers_to_transform is {wanted!r}; it must be a number or a list of numbers")
         self._check_init()
