@@ -14,9 +14,11 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -220,6 +222,13 @@ class BuildExt(build_ext):
         return [] if ext.name.endswith("._C") else super().get_export_symbols(ext)
 
 
+class WithoutPyproject(setuptools.Distribution):
+    """Before 77 setuptools refuses the license in pyproject.toml, of which building in place needs nothing."""
+
+    def parse_config_files(self, *_: object, **__: object) -> None:
+        pass
+
+
 def extension(name: str, sources: list[str], macros: list[tuple[str, str]]) -> Extension:
     return Extension(
         name,
@@ -236,7 +245,9 @@ def extension(name: str, sources: list[str], macros: list[tuple[str, str]]) -> E
 package_dir = {"pyfastpeft.kernels": "kernels", "pyfastpeft.bench": "bench"}
 packages = ["pyfastpeft", *package_dir, "pyfastpeft.bench.contenders"]
 packages += sorted(".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("pyfastpeft/*/**/__init__.py"))
+in_place = "build_ext" in sys.argv and int(setuptools.__version__.split(".")[0]) < 77
 setup(
+    distclass=WithoutPyproject if in_place else setuptools.Distribution,
     packages=packages,
     package_dir=package_dir,
     include_package_data=False,  # what MANIFEST.in adds is for the source distribution

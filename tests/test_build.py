@@ -18,14 +18,28 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def build(monkeypatch):
-    """setup.py, without setting anything up."""
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    """setup.py, without setting anything up; ``given``: what it would be from."""
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
     spec = importlib.util.spec_from_file_location("build_of_pyfastpeft", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.delenv("PYFASTPEFT_CUDA", raising=False)
     monkeypatch.setattr(module, "capabilities_here", lambda: [])
+    module.given = given
     return module
+
+
+@pytest.fixture
+def old_setuptools(monkeypatch):
+    monkeypatch.setattr(setuptools, "__version__", "68.1.2")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "-q", "build_ext", "--inplace"])
+
+
+def test_setuptools_that_refuses_pyproject_builds_in_place(old_setuptools, build):
+    distribution = build.given["distclass"]({"ext_modules": build.given["ext_modules"]})
+    distribution.parse_config_files()
+    assert distribution.metadata.name is None and distribution.has_ext_modules()
 
 
 @pytest.mark.parametrize(
