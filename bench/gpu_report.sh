@@ -17,8 +17,9 @@ if "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; th
     # The tests of a GPU's own, and those of every device in their variant for GPUs.
     mapfile -t files < <(grep -lE '^def test_\w+\(device' tests/test_*.py)
     log=$(mktemp)
-    timeout 150 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py "${files[@]}" -k "cuda or test_gpu" 2>&1 |
-      tee "$log" | tail -n 40 || true
+    # Interrupted, pytest still says what failed.
+    timeout -s INT -k 15 210 "$python" -m pytest -q --tb=short -p no:cacheprovider --continue-on-collection-errors \
+      tests/test_gpu.py "${files[@]}" -k "cuda or test_gpu" 2>&1 | tee "$log" | tail -n 60 || true
     tests=$(tail -n 1 "$log")
     rm "$log"
   else
@@ -27,4 +28,5 @@ if "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; th
 fi
 echo "GPU tests: $tests"
 
-"$python" -m bench.gpu_report --tests "$tests" "$@"
+# A section takes up to a minute and a half.
+"$python" -m bench.gpu_report --tests "$tests" --limit $((500 - SECONDS)) "$@"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -260,3 +261,23 @@ def test_the_gpus_report_runs_without_one_and_says_what_it_skips(tmp_path):
     assert all(row["error"] < 4e-3 and row["lora_error"] < 4e-3 for row in result["products"])
     assert result["trainings"] and result["models"]["tiny"]["ours"]["step_s"] > 0
     assert all(promise["met"] is None for promise in result["promises"])
+
+
+def test_the_gpus_report_needs_torch_alone(tmp_path):
+    """The build machine has no numpy, safetensors or transformers; nor do the tests that it runs first."""
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    tests = [p for p in tests if p.stem == "test_gpu" or re.search(r"^def test_\w+\(device", p.read_text(), re.M)]
+    lines = (
+        "import sys",
+        "sys.modules |= dict.fromkeys(('numpy', 'safetensors', 'transformers', 'peft', 'bitsandbytes'))",
+        "import pytest, bench.gpu_report as report",
+        f"assert pytest.main({['-q', '--co', '-p', 'no:cacheprovider', *map(str, tests)]}) == 0",
+        f"sys.argv = ['', '--limit', '0', '--out', {str(tmp_path / 'out')!r}]",
+        "report.main()",
+    )
+    root = str(Path(sys.modules["pyfastpeft"].__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    skipped = json.loads((tmp_path / "out").read_text())["skipped"]
+    assert skipped["ceilings"] == "no time was left" and skipped["Llama tiny"] == "transformers is not installed"

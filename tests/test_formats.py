@@ -4,7 +4,6 @@ import copy
 import math
 import pickle
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from pyfastpeft.formats import DYNAMIC_MAP, get_format
 from pyfastpeft.formats.double_quant import dequantize_scales, quantize_scales
 from pyfastpeft.formats.packed import quantize_reference
 
+np = pytest.importorskip("numpy")
 bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is what NF4 and FP4 are compared with")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

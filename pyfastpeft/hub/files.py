@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -60,6 +58,9 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> 
         OSError: the file could not be written (the old one is whole).
         ValueError: the tensors cannot be stored, for example two keys share one memory.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     held = {k: t.detach().contiguous() for k, t in tensors.items()}
     with atomic_write(path) as aside:
         try:
@@ -77,6 +78,8 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, damaged or not safetensors.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
