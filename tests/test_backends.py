@@ -20,7 +20,7 @@ from pyfastpeft.ops.backends import choose, choose_attention, choose_plain, choo
 def forget():
     """What was found out about devices that are not here."""
     yield
-    for remembered in (triton_kernels.why_not, cuda_kernels.why_not, backends._serving):
+    for remembered in (triton_kernels.why_not, cuda_kernels.why_not, cuda_kernels._most_rows, backends._serving):
         remembered.cache_clear()
 
 
@@ -89,6 +89,18 @@ def test_a_gpu_chooses_by_rows(gpu, monkeypatch, backend, call):
                 context.setattr(backends, "why_not_triton", lambda device: "triton is not installed")
             without_triton = Backend.SLABS if backend is Backend.TRITON else backend
             assert chosen(gpu((9, 0)), **call) is without_triton
+
+
+def test_how_many_rows_the_kernels_take_is_asked_once_a_shape_and_gpu(monkeypatch):
+    asked = []
+    operator = SimpleNamespace(default=lambda *what: asked.append(what) or 100 + what[0])
+    monkeypatch.setattr(torch.ops.pyfastpeft, "linear_4bit_cuda_rows", operator)
+    for _ in range(3):
+        for device in (0, 1):
+            w = {name: getattr(weight(64), name) for name in ("codes", "format", "shape", "blocksize", "nested")}
+            w = SimpleNamespace(device=torch.device("cuda", device), **w)
+            assert cuda_kernels.most_rows(w, torch.bfloat16) == 100 + device
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(("triton", "backend"), [(True, Backend.TRITON), (False, Backend.REFERENCE)])

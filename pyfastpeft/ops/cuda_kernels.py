@@ -22,6 +22,7 @@ def why_not(device: torch.device) -> str | None:
     return torch.ops.pyfastpeft.cuda_missing.default(*torch.cuda.get_device_capability(device)) or None
 
 
+@functools.cache
 @constant_to_compilers
 def _most_rows(device: int, format: int, n: int, k: int, blocksize: int, nested: bool, dtype: torch.dtype) -> int:
     return torch.ops.pyfastpeft.linear_4bit_cuda_rows.default(device, format, n, k, blocksize, nested, dtype)
