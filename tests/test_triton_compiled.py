@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 COMPILED = Path(__file__).parent / "compiled"
 # Whose registers the tables count: other versions hand them out otherwise, and are held to the rest.
@@ -76,3 +77,14 @@ def test_kernels_keep_to_their_budget(operator, target, tmp_path):
     assert {facts["name"] for facts in launches} == set(budget["registers"])
     wrong = [complaint for facts in launches for complaint in complaints(facts, budget, target)]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_tf32_stands_beside_float16_alone_and_never_on_amd(monkeypatch, hip):
+    """Of AMD's chips only gfx942 compiles it, needed or not."""
+    pytest.importorskip("triton")
+    from pyfastpeft.kernels.linear_4bit import _precision
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = {dtype: _precision(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    assert found == dict.fromkeys(found, "ieee") | ({} if hip else {torch.float16: "tf32"})
