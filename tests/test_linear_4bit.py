@@ -716,23 +716,37 @@ def test_torch_compile_of_a_bank_and_of_dropout():
     assert not torch.equal(dropped(x), dropped(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_leaves(device, dtype):
-    n, k, m = 24, 64, 6
+def check_autocast(kind, dtype, n, k, scaling):
+    """x and dy themselves are rounded to the autocast dtype."""
+    m = 6
     w = packed_weight(n, k)
-    a, b = (t.requires_grad_() for t in adapter(n, k, 4))
+    a, b = adapter(n, k, 4)
+    a, b = a.requires_grad_(), (b * scaling**-0.5).requires_grad_()
     x = torch.randn(m, k, requires_grad=True)
-    with torch.autocast(device.type, dtype):
-        y = linear_4bit(x, w, None, (a, b, 2.0))
-    assert y.dtype == dtype
-    assert error(y, float64(x, w, None, (a, b, 2.0))) <= FORWARD[dtype]
     dy = torch.randn(m, n)
-    got = torch.autograd.grad(y, (x, a, b), dy.to(dtype))
-    expected = torch.autograd.grad(float64(x, w, None, (a, b, 2.0)), (x, a, b), dy.double())
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.dtype == torch.float32
-        # x and dy themselves are rounded to the autocast dtype.
-        assert error(mine, theirs) <= 2 * GRADIENT[dtype]
+    expected_y = float64(x, w, None, (a, b, scaling))
+    expected = torch.autograd.grad(expected_y, (x, a, b), dy.double())
+    for within in (False, True):
+        with torch.autocast(kind, dtype):
+            y = linear_4bit(x, w, None, (a, b, scaling))
+        assert y.dtype == dtype
+        assert error(y, expected_y) <= 2 * FORWARD[dtype]
+        with torch.autocast(kind, dtype, enabled=within):
+            got = torch.autograd.grad(y, (x, a, b), dy.to(dtype))
+        for mine, theirs in zip(got, expected, strict=True):
+            assert mine.dtype == torch.float32
+            assert error(mine, theirs) <= 2 * GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("k", [64, 49])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_leaves(device, dtype, k):
+    check_autocast(device.type, dtype, 24, k, 2.0)
+
+
+@pytest.mark.parametrize("k", [64, 49])
+def test_autocast_keeps_the_range_of_the_branch(device, k):
+    check_autocast(device.type, torch.float16, 24, k, 2.0**18)
 
 
 @pytest.fixture

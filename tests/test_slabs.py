@@ -6,6 +6,7 @@ from test_linear_4bit import (
     DTYPES,
     FORWARD,
     adapter,
+    check_autocast,
     check_gradients,
     check_isolation,
     error,
@@ -52,6 +53,12 @@ def test_products_and_gradients_match_float64(device, cut, dtype):
 def test_dropout_drops_the_same_elements_forward_and_backward(device, cut, dtype):
     for m, (n, k) in [(5, (100, 64)), (70, (33, 96))]:
         check_gradients(dtype, m, n, k, 8, torch.float32, None, 2.0, 0.4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_no_dtype_within(device, cut, dtype):
+    for scaling in (2.0, 2.0**18):
+        check_autocast(device.type, dtype, 33, 96, scaling)
 
 
 def test_what_is_not_finite_stays_in_its_rows_and_slot(device, cut, monkeypatch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +15,17 @@ from ..formats import Packed4bit
 _MASK32 = 0xFFFFFFFF
 HIDDEN = 2**30
 """Added to the position of a key that nobody sees."""
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose first argument is a tensor, in the dtypes that it says, whatever autocast would make them."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+
+    return run
 
 
 def _mix32(h: Tensor) -> Tensor:
@@ -44,6 +59,7 @@ def scaled(s: Tensor, row_scale: Tensor | None, scaling: float) -> Tensor:
     return s.masked_fill(row_scale == 0, 0) if row_scale.dim() == 2 else s
 
 
+@without_autocast
 def forward(
     x: Tensor,
     w: Packed4bit,
@@ -65,6 +81,7 @@ def forward(
     return y + F.linear(scaled(s, row_scale, scaling), b.float()).to(y.dtype), s
 
 
+@without_autocast
 def backward(
     dy: Tensor,
     x: Tensor | None,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..formats import Packed4bit
 from .cuda_kernels import why_not as why_not_cuda
 from .library import BRANCH, WEIGHT
-from .reference import keep_mask, scaled
+from .reference import keep_mask, scaled, without_autocast
 
 _TILE = 128
 """Rows and columns of the blocks that a dense product is cut into, about."""
@@ -86,6 +86,7 @@ def _kept(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     return x if seed is None else torch.where(keep_mask(*x.shape, seed, dropout), x, 0)
 
 
+@without_autocast
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     weight, (bias, a, b, row_scale, scaling, seed, dropout) = rest[:8], rest[8:]
     (m, k), n = x.shape, weight[6]
@@ -112,6 +113,7 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return y, s
 
 
+@without_autocast
 def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     weight, (k, a, b, row_scale, scaling, seed, dropout, need_x, need_a, need_b) = rest[:8], rest[8:]
     dx, da, db = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
