@@ -25,9 +25,10 @@ def forced(monkeypatch):
 
 @pytest.fixture(params=["one slab", "several"])
 def cut(request, monkeypatch):
-    """W on a CPU is decoded as a GPU's: by rows, here few at a time."""
+    """W on a CPU is decoded as a GPU's: by rows, here few at a time; and few rows of x and dy are in float32."""
     if request.param == "one slab":
         return
+    monkeypatch.setattr(slabs, "_COPIED", 700)
 
     def in_slabs(weight, k, m, dtype):
         whole = slabs._whole(weight, k, dtype)

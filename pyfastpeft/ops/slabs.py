@@ -22,6 +22,8 @@ from .reference import keep_mask, scaled, without_autocast
 
 _TILE = 128
 """Rows and columns of the blocks that a dense product is cut into, about."""
+_COPIED = 1 << 24
+"""Elements beside float16 that are in float32 at a time: of all of x or dy, these would be a GPU's largest tensors."""
 
 
 def slab_rows(m: int, n: int, row_bytes: int, cache: int, cores: int) -> int:
@@ -58,11 +60,22 @@ def _slabs(weight: tuple, k: int, m: int, dtype: torch.dtype) -> Iterator[tuple[
         yield row, _decode(weight, k, row, memory[: n - row])
 
 
+def _parts(length: int, width: int) -> Iterator[slice]:
+    """``length`` rows of ``width`` elements, ``_COPIED`` elements at a time."""
+    step = max(1, _COPIED // width)
+    return (slice(start, start + step) for start in range(0, length, step))
+
+
 def _product(p: Tensor, q: Tensor) -> Tensor:
     """p · q in float32."""
     if p.is_cuda and p.dtype == q.dtype != torch.float32:
         return torch.mm(p, q, out_dtype=torch.float32)
-    return p.float() @ q.float()
+    if p.dtype == q.dtype:
+        return p.float() @ q.float()
+    y = p.new_zeros((len(p), q.shape[1]), dtype=torch.float32)
+    for part in _parts(len(q), max(y.shape)):
+        y.addmm_(p[:, part].float(), q[part].float())
+    return y
 
 
 def _beside(s: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,8 +86,10 @@ def _start(out: Tensor, s: Tensor, factor: Tensor, bias: Tensor | None) -> None:
     """out = s · factor + bias, s float32."""
     s = _beside(s, out.dtype)
     if s.dtype != out.dtype:
-        s = s @ factor.float()
-        out.copy_(s if bias is None else s + bias)
+        factor = factor.float()
+        for part in _parts(*out.shape):
+            y = s[part] @ factor
+            out[part] = y if bias is None else y + bias
     elif bias is None:
         torch.mm(s, factor.to(out.dtype), out=out)
     else:
