@@ -342,6 +342,16 @@ def test_chunks_add_up_to_the_whole(rows, dtype):
         torch.testing.assert_close(chunked_cross_entropy(hidden, labels, head, 50), expected.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [2.0**17, 2.0**17 / 3000, 1 / 3000])
+def test_a_scaled_loss_has_gradients_that_are_rounded_once(dtype, scale):
+    head = nn.Linear(8, 50).requires_grad_(False).to(dtype)
+    hidden, labels = torch.randn(3, 8, dtype=dtype, requires_grad=True), torch.randint(0, 50, (3,))
+    (plain,) = torch.autograd.grad(chunked_cross_entropy(hidden, labels, head, 50), hidden)
+    (got,) = torch.autograd.grad(chunked_cross_entropy(hidden, labels, head, 50) * scale, hidden)
+    assert got.dtype == dtype and torch.equal(got, (plain.float() * scale).to(dtype))
+
+
 def test_rows_to_ignore_count_for_nothing_whoever_computes_the_head():
     head, hidden = nn.Linear(8, 50, bias=False).requires_grad_(False), torch.randn(9, 8, requires_grad=True)
     labels, ignore = torch.randint(0, 50, (9,)), torch.arange(9) % 3 == 0

@@ -102,7 +102,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), *[None] * 5
+        # In float32: that of a scaled loss may be beyond float16. Without a dimension it would be rounded first.
+        return torch.mul(d_hidden, grad.float().view(1), out=torch.empty_like(d_hidden)), *[None] * 5
 
 
 class _Call:
