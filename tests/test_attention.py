@@ -505,6 +505,16 @@ def test_masks_take_memory_for_the_keys_alone():
     assert all(m.untyped_storage().nbytes() == 2 * 50 * 4 for m in seen)
 
 
+def test_no_mask_waits_for_a_device():
+    """Tensors on "meta" have no values that could be looked at."""
+    seen = torch.ones(2, 50, dtype=torch.bool, device="meta")
+    offset = torch.full((), 49, device="meta")
+    for mask, first in [(seen, 49), (seen, offset), (None, offset)]:
+        options = {"q_length": 1, "kv_length": 50, "q_offset": first, "attention_mask": mask, "device": "meta"}
+        made = attention.attention_mask(batch_size=2, **options)
+        assert made.is_meta and made.dtype == torch.int32 and made.shape == (2, 1, 1, 50)
+
+
 def test_import_alone_registers_it_and_a_saved_model_does_not_name_it(tmp_path):
     _, ours = pair()
     ours.save_pretrained(tmp_path)

@@ -228,6 +228,14 @@ def test_a_static_cache_is_written_in_place(served):
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5) and served.count(True) == 4
 
 
+def test_tokens_on_a_device_ask_nothing_of_its_cache(monkeypatch):
+    _, fused = pair(dense=True)
+    cache = tf.StaticCache(config=fused.config, max_cache_len=16)
+    monkeypatch.setattr(tf.cache_utils.StaticLayer, "get_seq_length", lambda *_: pytest.fail("this waits for a GPU"))
+    token = torch.ones(1, 1, dtype=torch.int64, device="meta")
+    assert fused.model.forward._few_rows(input_ids=token, use_cache=True, **{fused_decoder._CACHE: cache}) is None
+
+
 def test_a_cache_stays_an_ordinary_cache():
     """Cropped, copied, reordered or kept: what is appended to one never shows in another."""
     plain, fused = pair()

@@ -102,6 +102,15 @@ def config(library, method: str, **kwargs):
     return getattr(library, name)(**_SHARED | own | kwargs)
 
 
+class Elsewhere(torch.Tensor):
+    """As on a GPU, which whoever looks at a value waits for."""
+
+    is_cpu = False
+
+    def __bool__(self) -> bool:
+        raise AssertionError("this waits for a GPU")
+
+
 def ours(base, method: str, seed: int = 0, **kwargs) -> fp.PeftModel:
     torch.manual_seed(seed)
     return fp.get_peft_model(copy.deepcopy(base), config(fp, method, **kwargs))
@@ -216,6 +225,20 @@ class TestAgainstPeft:
         close(a.loss, b.loss)
         assert b.logits.shape[:2] == x["input_ids"].shape
         assert own(**x, return_dict=False)[0].item() == pytest.approx(b.loss.item())
+
+    @pytest.mark.parametrize("first", [-100, 3])
+    def test_labels_on_a_device_are_not_looked_at(self, first):
+        own, x = ours(llama(), "prompt").train(), tiny.inputs()
+        x["labels"] = x["labels"].clone()
+        x["labels"][:, 0] = first
+        found = []
+        for labels in (x["labels"], x["labels"].as_subclass(Elsewhere)):
+            own.zero_grad()
+            loss = own(**x | {"labels": labels}).loss
+            loss.backward()
+            found.append([loss, *(p.grad for p in own.prompt_encoder.parameters())])
+        for mine, expected in zip(*found, strict=True):
+            close(mine, expected.as_subclass(torch.Tensor))
 
     @pytest.mark.parametrize("init", ["RANDOM", "TEXT", "SAMPLE_VOCAB"])
     def test_first_values_of_a_prompt(self, init, tmp_path):

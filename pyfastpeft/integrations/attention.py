@@ -185,10 +185,11 @@ def _sees_all(
         return False
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing may depend on values
-        if padding is not None or isinstance(q_offset, Tensor):
-            return False
-    elif padding is not None and not padding.all():
+    # What compiled code may not depend on, and what only a GPU knows, which would be waited for.
+    unseen = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if any(isinstance(t, Tensor) and (unseen or not t.is_cpu) for t in (padding, q_offset)):
+        return False
+    if padding is not None and not padding.all():
         return False
     return not causal or kv_offset + kv_length == int(q_offset) + 1
 

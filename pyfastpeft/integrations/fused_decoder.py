@@ -408,7 +408,9 @@ class _FewRows(ModuleForward):
         config = model.config
         cache = kwargs.pop(_CACHE, None)
         kwargs.pop("cache_position", None)  # of older versions: the positions after those in the cache
-        if input_ids is None or input_ids.numel() > FEW_ROWS or type(cache) not in (DynamicCache, StaticCache):
+        if input_ids is None or not input_ids.is_cpu or input_ids.numel() > FEW_ROWS:
+            return None  # before anything is asked that a GPU would be waited for
+        if type(cache) not in (DynamicCache, StaticCache):
             return None
         if any(isinstance(value, Tensor) or value for value in kwargs.values()):
             return None

@@ -353,7 +353,8 @@ class Prefixes:
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
             first = torch.where(ends, first_visible(mask).squeeze(1), first)
         learned = (labels.gather(1, first.unsqueeze(1)).squeeze(1) != IGNORED) & ends
-        if not (torch.compiler.is_compiling() or learned.any()):  # nothing may depend on values
+        # In compiled code nothing may depend on values, and elsewhere than on a CPU looking at them would wait for it.
+        if learned.is_cpu and not (torch.compiler.is_compiling() or learned.any()):
             return None
         labels = F.pad(labels, (1, 0), value=IGNORED)
         labels[:, 1].masked_fill_(~ends, IGNORED)
