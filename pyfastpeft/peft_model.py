@@ -97,6 +97,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     _hf_peft_config_loaded = True
     """Tells transformers' Trainer that a quantized base model has something to train."""
 
+    prefix = "lora_"
+    """Tells TRL which parameters are not for vLLM, to which it hands the merged ones."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = AdaptedModel(model)

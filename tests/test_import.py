@@ -1,11 +1,13 @@
 """What ``import pyfastpeft`` brings along, and what it does not."""
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 
 import pyfastpeft as fp
+from pyfastpeft.integrations.on_import import when_any_imported
 
 
 def python(*lines):
@@ -50,3 +52,19 @@ def test_every_name_is_there_and_listed():
 def test_transformers_knows_the_quantizer_whichever_comes_first(first):
     known = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('pyfastpeft' in m)"
     assert python(first, known)[-1] == "True"
+
+
+def test_a_package_is_watched_whatever_was_imported_before(tmp_path, monkeypatch):
+    for name in ("__init__", "first", "second", "part/__init__", "part/third"):
+        (tmp_path / "watched" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "watched" / f"{name}.py").write_text("done = True\n")
+    (tmp_path / "watched" / "folder").mkdir()  # without code
+    (tmp_path / "watchedtoo.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    seen = []
+    importlib.import_module("watched.first")
+    when_any_imported("watched", lambda module: seen.append(module.__name__) if module.done else None)
+    for name in ("watched.second", "watched.part.third", "watched.folder", "watchedtoo", "watched.second"):
+        importlib.import_module(name)
+    assert seen == ["watched.first", "watched.second", "watched.part", "watched.part.third"]

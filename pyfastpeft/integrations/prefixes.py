@@ -363,6 +363,8 @@ class Prefixes:
     def _after_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if _FIRST not in kwargs or output is None:
             return None
+        if not isinstance(output, tuple) and "logits" not in output:
+            return None  # the head is TRL's: what it says of the text's first token counts in its loss, as with PEFT
         at = 1 if isinstance(output, tuple) else "logits"
         return _with_item(output, "logits", 1, output[at][:, 1:])
 
