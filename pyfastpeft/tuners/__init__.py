@@ -1,9 +1,9 @@
 """Tuning methods: one file each."""
 
-from .base import METHODS, PeftConfig, TaskType
+from .base import METHODS, PeftConfig, PeftType, TaskType
 from .bottleneck import BottleneckConfig
 from .deep_prompt import DeepPromptConfig
-from .lora import LoraConfig
+from .lora import LoftQConfig, LoraConfig
 from .prefix import PrefixTuningConfig
 from .prompt import PromptTuningConfig, PromptTuningInit
 from .ptuning import PromptEncoderConfig, PromptEncoderReparameterizationType
@@ -12,8 +12,10 @@ __all__ = [
     "METHODS",
     "BottleneckConfig",
     "DeepPromptConfig",
+    "LoftQConfig",
     "LoraConfig",
     "PeftConfig",
+    "PeftType",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import json
 import os
 import re
@@ -34,6 +35,19 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class PeftType(str, enum.Enum):
+    """The tuning methods, by the names that an adapter_config.json has (PEFT's, for those that PEFT has)."""
+
+    LORA = "LORA"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    DEEP_PROMPT_TUNING = "DEEP_PROMPT_TUNING"
+    BOTTLENECK = "BOTTLENECK"
+
+    __str__ = str.__str__
+
+
 def as_list(name: str, value: Any) -> list[str]:
     """The argument ``name``, names of modules, as a list."""
     if not isinstance(value, Collection) or isinstance(value, Mapping) or not all(isinstance(v, str) for v in value):
@@ -55,13 +69,29 @@ def check_dropout(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}; it must be at least 0 and below 1")
 
 
+_SAYS_NOTHING = {"auto_mapping": None, "peft_version": PEFT_VERSION, "runtime_config": None}
+"""PEFT's keys that say nothing about what an adapter computes, with what a configuration of ours says there."""
+
 METHODS: dict[str, type[PeftConfig]] = {}
 """``peft_type`` of an adapter_config.json → the configuration class that reads it."""
 
 
 def register_method(config_class: type[PeftConfig]) -> type[PeftConfig]:
-    """Class decorator: make a method known under its ``peft_type``."""
+    """Class decorator: make a method known under its ``peft_type``.
+
+    The class then takes every key of PEFT's files, and has every one as an attribute: what is not a field of its own
+    (:attr:`PeftConfig.ABSENT`, :data:`_SAYS_NOTHING`) is checked and not kept.
+    """
     METHODS[config_class.peft_type] = config_class
+    for key, unused in (_SAYS_NOTHING | config_class.ABSENT).items():
+        setattr(config_class, key, unused)
+    of_fields = config_class.__init__
+
+    @functools.wraps(of_fields)
+    def of_fields_and_peft_keys(self: PeftConfig, **values: Any) -> None:
+        of_fields(self, **config_class._present(values))
+
+    config_class.__init__ = of_fields_and_peft_keys
     return config_class
 
 
@@ -77,7 +107,9 @@ class PeftConfig:
         modules_to_save: names of modules trained whole and saved with the adapter.
     """
 
-    peft_type: ClassVar[str]
+    peft_type: ClassVar[PeftType]
+    is_prompt_learning: ClassVar[bool] = False
+    """Whether the method is a soft prompt."""
     ABSENT: ClassVar[dict[str, Any]] = {}
     """PEFT's keys for what this library does not have, with the values that mean "not used"."""
     IN_PEFT: ClassVar[bool] = True
@@ -134,30 +166,69 @@ class PeftConfig:
             ValueError: a ``peft_type`` that is missing or not supported, a value out of range, or a key of PEFT's
                 that changes what the adapter computes in a way this library does not have.
         """
-        values = dict(values)
-        kind = values.pop("peft_type", None)
+        config_class = cls._class_of(values)
+        return config_class._of_peft_keys(config_class._from_file(dict(values)))
+
+    @classmethod
+    def from_peft(cls, config: Any) -> PeftConfig:
+        """A configuration for a new adapter from an object of PEFT's own; one of this library comes back as it is.
+
+        Raises:
+            TypeError: neither has it PEFT's interface (``peft_type`` and ``to_dict()``).
+            ValueError: as in :meth:`from_dict`, and initial values that this library does not have.
+        """
+        if isinstance(config, cls):
+            return config
+        if not hasattr(config, "peft_type") or not callable(getattr(config, "to_dict", None)):
+            known = ", ".join(sorted(c.__name__ for c in METHODS.values()))
+            kind = f"{type(config).__module__}.{type(config).__name__}"
+            raise TypeError(f"peft_config is a {kind}; it must be one of {known}, or PEFT's own for such a method")
+        values = config.to_dict()
+        return cls._class_of(values)._of_peft_keys(values)
+
+    @classmethod
+    def _class_of(cls, values: Mapping[str, Any]) -> type[PeftConfig]:
+        """The class that ``values["peft_type"]`` names."""
+        kind = values.get("peft_type")
+        kind = getattr(kind, "value", kind)
         if not isinstance(kind, str) or kind not in METHODS:
             known = ", ".join(sorted(METHODS))
             raise ValueError(f"peft_type is {kind!r}; it must be one of {known}")
-        config_class = METHODS[kind]
-        if not issubclass(config_class, cls):
+        if not issubclass(METHODS[kind], cls):
             raise ValueError(f"peft_type is {kind!r}, which is not a {cls.__name__}")
-        for key in ("auto_mapping", "peft_version", "runtime_config"):
-            values.pop(key, None)
-        for key, unused in config_class.ABSENT.items():
-            value = values.pop(key, unused)
-            if value != unused and value:
-                raise ValueError(f"{key} is {value!r}; this library does not have that variant of {kind}")
-        known_fields = {f.name for f in fields(config_class)}
+        return METHODS[kind]
+
+    @classmethod
+    def _of_peft_keys(cls, values: Mapping[str, Any]) -> PeftConfig:
+        """The configuration with ``values``, of which unknown keys are dropped with a warning."""
+        values = cls._present(values)
+        known_fields = {f.name for f in fields(cls)}
         unknown = sorted(values.keys() - known_fields)
         if unknown:
             warnings.warn(
-                f"unknown keys in the adapter's configuration are ignored: {', '.join(unknown)}", stacklevel=2
+                f"unknown keys in the adapter's configuration are ignored: {', '.join(unknown)}", stacklevel=3
             )
         try:
-            return config_class(**config_class._from_file({k: v for k, v in values.items() if k in known_fields}))
+            return cls(**{k: v for k, v in values.items() if k in known_fields})
         except TypeError as error:
             raise ValueError(f"the adapter's configuration holds a value of the wrong type: {error}") from error
+
+    @classmethod
+    def _present(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """``values`` without PEFT's keys that are no fields here.
+
+        Raises:
+            ValueError: such a key says that it is used, or ``peft_type`` is another method's.
+        """
+        values = {k: v for k, v in values.items() if k not in _SAYS_NOTHING}
+        kind = values.pop("peft_type", None) or cls.peft_type
+        if kind != cls.peft_type:
+            raise ValueError(f"peft_type is {getattr(kind, 'value', kind)!r}; a {cls.__name__} is {cls.peft_type}")
+        for key, unused in cls.ABSENT.items():
+            value = values.pop(key, unused)
+            if value != unused and value:
+                raise ValueError(f"{key} is {value!r}; this library does not have that variant of {cls.peft_type}")
+        return values
 
     @classmethod
     def _from_file(cls, values: dict[str, Any]) -> dict[str, Any]:

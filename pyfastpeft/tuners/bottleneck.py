@@ -17,7 +17,7 @@ from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora import layer_class, matrix_shape
 from .adapted import adapter_dtype
-from .base import PeftConfig, Tuner, as_list, check_pattern, register_method
+from .base import PeftConfig, PeftType, Tuner, as_list, check_pattern, register_method
 from .modules import base_of, ends_with, modules_of
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
@@ -45,7 +45,7 @@ class BottleneckConfig(PeftConfig):
             expression for whole paths. Default: those of ``placement``, in any of the usual architectures.
     """
 
-    peft_type: ClassVar[str] = "BOTTLENECK"
+    peft_type: ClassVar[PeftType] = PeftType.BOTTLENECK
     IN_PEFT: ClassVar[bool] = False
 
     placement: str = "houlsby"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..nn.prompt_encoder import Form, SoftPrompt
-from .base import check_dropout, register_method
+from .base import PeftType, check_dropout, register_method
 from .prefix import check_initial, initial_ids
 from .soft_prompt import SoftPromptConfig
 
@@ -37,7 +37,7 @@ class DeepPromptConfig(SoftPromptConfig):
         tokenizer_name_or_path: of the tokenizer for it, or the tokenizer itself.
     """
 
-    peft_type: ClassVar[str] = "DEEP_PROMPT_TUNING"
+    peft_type: ClassVar[PeftType] = PeftType.DEEP_PROMPT_TUNING
     IN_PEFT: ClassVar[bool] = False
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
 

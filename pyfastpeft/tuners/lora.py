@@ -20,7 +20,7 @@ from ..nn.lora import LoraConv1D, LoraLayer, expected_tensors, layer_class
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.modules_to_save import ModulesToSave
 from .adapted import adapter_dtype
-from .base import PeftConfig, TaskType, Tuner, as_list, check_dropout, check_pattern, register_method
+from .base import PeftConfig, PeftType, TaskType, Tuner, as_list, check_dropout, check_pattern, register_method
 from .modules import base_of, ends_of, ends_with, find_saved, modules_of, put, tied_ends
 
 ALL_LINEAR = "all-linear"
@@ -41,6 +41,14 @@ _DEFAULT_TARGETS = (
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _KIND_FIELDS = ("use_dora", "lora_bias", "bias", "init_lora_weights")
+
+
+@dataclass
+class LoftQConfig:
+    """LoftQ's bits, which must be 4, and how often quantizing and decomposing alternate."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
 
 
 @register_method
@@ -67,11 +75,11 @@ class LoraConfig(PeftConfig):
         init_lora_weights: True (A Kaiming-uniform, B zero), False (neither zero), "gaussian", "pissa",
             "pissa_niter_<n>", "olora" or "loftq"; the last four also change the base weight (but not of an embedding,
             which starts as with True).
-        loftq_config: ``{"loftq_bits": 4, "loftq_iter": n}``.
+        loftq_config: a :class:`LoftQConfig`, or ``{"loftq_bits": 4, "loftq_iter": n}``.
         fan_in_fan_out: kept for PEFT's files; the orientation is read from the layer's type.
     """
 
-    peft_type: ClassVar[str] = "LORA"
+    peft_type: ClassVar[PeftType] = PeftType.LORA
     ABSENT: ClassVar[dict[str, Any]] = {
         "alora_invocation_tokens": None,
         "arrow_config": None,
@@ -106,7 +114,7 @@ class LoraConfig(PeftConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
-    loftq_config: dict[str, int] = field(default_factory=dict)
+    loftq_config: LoftQConfig | dict[str, int] = field(default_factory=dict)
     fan_in_fan_out: bool = False
 
     @classmethod
@@ -167,7 +175,8 @@ class LoraConfig(PeftConfig):
             )
         if self.lora_bias and (self.use_dora or isinstance(init, str)):
             raise ValueError("lora_bias is True; it goes with init_lora_weights True or False, and without use_dora")
-        loftq_config = dict(self.loftq_config or {})
+        given = self.loftq_config or {}
+        loftq_config = dict(given if isinstance(given, Mapping) else vars(given))
         if init == "loftq":
             loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | loftq_config
             if loftq_config["loftq_bits"] != 4:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..nn.prompt_encoder import Form, PrefixEncoder, SoftPrompt
-from .base import register_method
+from .base import PeftType, register_method
 from .soft_prompt import SoftPromptConfig, check_count, random_ids, text_ids
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class PrefixTuningConfig(SoftPromptConfig):
         tokenizer_name_or_path: of the tokenizer for it, or the tokenizer itself.
     """
 
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING
     form: ClassVar[Form] = Form.KEYS_VALUES
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
 

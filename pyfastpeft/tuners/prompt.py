@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..nn.prompt_encoder import Form, SoftPrompt
-from .base import register_method
+from .base import PeftType, register_method
 from .soft_prompt import SoftPromptConfig, random_ids, text_ids
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class PromptTuningConfig(SoftPromptConfig):
         tokenizer_kwargs: for ``AutoTokenizer.from_pretrained``.
     """
 
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft_type: ClassVar[PeftType] = PeftType.PROMPT_TUNING
     form: ClassVar[Form] = Form.EMBEDDINGS
 
     prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from ..nn.prompt_encoder import Form, LstmEncoder, MlpEncoder, SoftPrompt
-from .base import check_dropout, register_method
+from .base import PeftType, check_dropout, register_method
 from .soft_prompt import SoftPromptConfig, check_count
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class PromptEncoderConfig(SoftPromptConfig):
         encoder_num_layers, encoder_dropout: of the LSTM; the MLP has three layers and no dropout.
     """
 
-    peft_type: ClassVar[str] = "P_TUNING"
+    peft_type: ClassVar[PeftType] = PeftType.P_TUNING
     form: ClassVar[Form] = Form.EMBEDDINGS
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP

@@ -38,6 +38,7 @@ class SoftPromptConfig(PeftConfig):
             adapter is attached, and checked against the model where they are given.
     """
 
+    is_prompt_learning: ClassVar[bool] = True
     form: ClassVar[Form]
     """What the virtual tokens are to the model."""
 
