@@ -27,8 +27,9 @@ from .integrations.forwards import remove
 from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
 from .nn.lora import LoraLayer, LoraLinear
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners.adapted import AdaptedModel
-from .tuners.base import METHODS, PeftConfig
+from .tuners.base import PeftConfig, PeftType, TaskType
 from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
 from .tuners.modules import dequantize_model
@@ -43,52 +44,98 @@ class IncompatibleKeys(NamedTuple):
 
 
 def get_peft_model(
-    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """Freeze ``model`` and attach a new adapter to it, in place.
 
     On a CPU bitsandbytes' 4-bit layers become :class:`~pyfastpeft.nn.Linear4bit` (on a GPU, with :func:`accelerate`).
 
     Args:
+        peft_config: of this library or of PEFT. Its ``task_type`` chooses the class that comes back.
+        mixed: accepted for PEFT's sake: every model here takes adapters of several methods.
         autocast_adapter_dtype: keep the adapter in float32 over a 16-bit base (else in the base's dtype).
+        revision: the base model's, in place of the one in ``peft_config``.
+        low_cpu_mem_usage: accepted for PEFT's sake: an adapter is made where its layers are.
 
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be; ``model`` is then unchanged.
     """
-    _check_config(peft_config)
-    with _adapted(PeftModel, model) as peft_model:
-        peft_model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
-        peft_model.set_adapter(adapter_name)
-    return peft_model
+    config = PeftConfig.from_peft(peft_config)
+    if revision is not None:
+        config = replace(config, revision=revision)
+    return _class_for(config)(model, config, adapter_name, autocast_adapter_dtype)
 
 
 @contextmanager
-def _adapted(cls: type[PeftModel], model: nn.Module) -> Iterator[PeftModel]:
-    """``model`` as a new ``cls``; what goes wrong inside leaves it as it was."""
+def _attaching(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` gets its first adapter; what goes wrong leaves it as it was."""
     if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
     trainable = [p for p in model.parameters() if p.requires_grad]
     taken = take_over(model, "cpu")  # where bitsandbytes' layers lose their gradients after an evaluation
     try:
-        yield cls(model)
+        yield
     except BaseException:
         for parent, name, layer in taken:
             parent._modules[name] = layer
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
-    if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+    if getattr(model, "is_activation_checkpointing", False):
+        _let_inputs_require_gradients(model)
+
+
+def _let_inputs_require_gradients(model: nn.Module) -> None:
+    """Reentrant checkpoints pass no gradient on where none of their inputs asks for one."""
+    if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(_require_gradients)
 
 
-def _check_config(config: PeftConfig) -> None:
-    if not isinstance(config, PeftConfig):
-        known = ", ".join(sorted(c.__name__ for c in METHODS.values()))
-        raise TypeError(f"peft_config is a {type(config).__name__}; it must be one of {known}")
+def _require_gradients(module: nn.Module, args: tuple, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Freeze ``model`` and, by default, let it compute activations again in the backward pass; it comes back itself.
+
+    Unlike PEFT's, it leaves 16-bit parameters in 16 bits: the kernels and the fused norms accumulate in float32 anyway,
+    and float32 activations would double the time of a step.
+
+    Args:
+        gradient_checkpointing_kwargs: for the model's ``gradient_checkpointing_enable``; default: its own.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if use_gradient_checkpointing:
+        _let_inputs_require_gradients(model)
+        # The name in transformers 5, where the other warns.
+        for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+            if hasattr(model, name):
+                getattr(model, name)(gradient_checkpointing_kwargs)
+                break
+    return model
 
 
 class PeftModel(PushToHubMixin, nn.Module):
     """A base model with named adapters. Made by :func:`get_peft_model` and :meth:`from_pretrained`.
+
+    Args:
+        model: the base model, changed in place.
+        peft_config, adapter_name, autocast_adapter_dtype: of a first adapter, which becomes active, as in
+            :func:`get_peft_model`; None: there is none yet.
+        low_cpu_mem_usage: accepted for PEFT's sake.
 
     Parameters are named as in PEFT (``base_model.model.<path>.lora_A.<adapter>.weight``); whatever is not defined here
     is the base model's (``config``, ``device``, ``gradient_checkpointing_enable`` …).
@@ -100,8 +147,25 @@ class PeftModel(PushToHubMixin, nn.Module):
     prefix = "lora_"
     """Tells TRL which parameters are not for vLLM, to which it hands the merged ones."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | None = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
         super().__init__()
+        if peft_config is None:
+            self._wrap(model)
+            return
+        config = PeftConfig.from_peft(peft_config)
+        with _attaching(model):
+            self._wrap(model)
+            self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            self.set_adapter(adapter_name)
+
+    def _wrap(self, model: nn.Module) -> None:
         self.base_model = AdaptedModel(model)
         self.prompt_encoder = self.base_model.bank.prompts
         self.train(model.training)
@@ -150,6 +214,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         return self.base_model.configs
 
     @property
+    def peft_type(self) -> PeftType | None:
+        """The method of the first adapter; None without adapters."""
+        return next((config.peft_type for config in self.peft_config.values()), None)
+
+    @property
     def active_adapters(self) -> list[str]:
         return list(self.base_model.bank.chosen)
 
@@ -183,6 +252,14 @@ class PeftModel(PushToHubMixin, nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """See :func:`get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """See :func:`get_model_status`."""
+        return get_model_status(self)
 
     # Running.
 
@@ -278,14 +355,21 @@ class PeftModel(PushToHubMixin, nn.Module):
     def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
         return self.base_model.known(names)
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Attach a new adapter beside the others; it becomes active with :meth:`set_adapter`.
+
+        Arguments as in :func:`get_peft_model`.
 
         Raises:
             TypeError, ValueError: the argument at fault; the model is then as it was.
         """
-        _check_config(peft_config)
-        config = self.base_model.resolved(peft_config)
+        config = self.base_model.resolved(PeftConfig.from_peft(peft_config))
         self.base_model.add(adapter_name, config, strict=True, autocast_adapter_dtype=autocast_adapter_dtype)
         self._prepare()
 
@@ -519,13 +603,17 @@ class PeftModel(PushToHubMixin, nn.Module):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         **hub: Any,
     ) -> PeftModel:
         """Attach the adapter of a PEFT folder or hub repository to ``model``, in place.
 
+        Called on PeftModel itself, it makes the class for the adapter's ``task_type``.
+
         Args:
             is_trainable: whether its parameters train.
             config: instead of the folder's adapter_config.json.
+            low_cpu_mem_usage: accepted for PEFT's sake: nothing is made twice.
             hub: ``subfolder``, and what ``hf_hub_download`` takes (revision, token, cache_dir, …).
 
         Raises:
@@ -533,8 +621,17 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: a damaged file, or one that does not fit ``model``: names the file and the key. ``model`` is
                 then unchanged.
         """
-        with _adapted(cls, model) as self:
-            self.load_adapter(model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, **hub)
+        with _attaching(model):
+            config = read_config(model_id, **hub) if config is None else PeftConfig.from_peft(config)
+            self = (_class_for(config) if cls is PeftModel else cls)(model)
+            self.load_adapter(
+                model_id,
+                adapter_name,
+                is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                config=config,
+                **hub,
+            )
             self.set_adapter(adapter_name)
         if not is_trainable:
             self.eval()
@@ -545,28 +642,35 @@ class PeftModel(PushToHubMixin, nn.Module):
         model_id: str | os.PathLike,
         adapter_name: str,
         is_trainable: bool = False,
-        config: PeftConfig | None = None,
+        torch_device: str | torch.device | None = None,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        config: PeftConfig | None = None,
         **hub: Any,
-    ) -> None:
+    ) -> IncompatibleKeys:
         """Load another adapter beside the others, or new values into one that exists.
 
         Arguments and errors as in :meth:`from_pretrained`; the model is unchanged after an error. As in PEFT,
         ``is_trainable`` is for new adapters: one that exists goes on to train, or not, as it did.
+
+        Args:
+            torch_device: accepted for PEFT's sake: an adapter is where its layers are.
+
+        Returns:
+            As :func:`set_peft_model_state_dict`.
         """
-        config = read_config(model_id, **hub) if config is None else config
-        _check_config(config)
+        config = read_config(model_id, **hub) if config is None else PeftConfig.from_peft(config)
         tensors, path = read_tensors(model_id, **hub)
         held = self.peft_config.get(adapter_name)
         encodes = is_trainable if held is None else self.base_model.tuner_of(adapter_name).own_state(adapter_name, held)
         if encodes and isinstance(config, SoftPromptConfig):
             tensors |= read_own(model_id, **hub)
         config = replace(config, inference_mode=not is_trainable)
-        self._install(adapter_name, config, tensors, str(path), autocast_adapter_dtype)
+        return self._install(adapter_name, config, tensors, str(path), autocast_adapter_dtype)
 
     def _install(
         self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
-    ) -> None:
+    ) -> IncompatibleKeys:
         """Validate ``tensors`` against ``config`` and the model, then attach and fill."""
         model = self.base_model
         config = model.resolved(config)
@@ -601,6 +705,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 model.remove(name)
             raise
         self._prepare()
+        return IncompatibleKeys([], [])
 
     def export_prefix(self, path: str | os.PathLike, adapter_name: str | Sequence[str] | None = None) -> None:
         """Write what a soft prompt comes to in this model, its keys and values in every layer, as one safetensors file.
@@ -655,6 +760,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: an unknown adapter, a rank larger than the one in place, a key or shape that does not fit.
         """
         self._known([adapter_name])
+        config = None if config is None else PeftConfig.from_peft(config)
         if isinstance(source, (str, os.PathLike)):
             config = read_config(source, **hub) if config is None else config
             tensors, path = read_tensors(source, **hub)
@@ -664,6 +770,45 @@ class PeftModel(PushToHubMixin, nn.Module):
         else:
             raise ValueError(f"source is {source!r}; it must be a folder, a hub repository or a dict of tensors")
         self.base_model.swap(adapter_name, config, tensors, label)
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A :class:`PeftModel` with adapters for "CAUSAL_LM"."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """A :class:`PeftModel` with adapters for "SEQ_2_SEQ_LM"."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A :class:`PeftModel` with adapters for "SEQ_CLS"."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A :class:`PeftModel` with adapters for "TOKEN_CLS"."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A :class:`PeftModel` with adapters for "QUESTION_ANS"."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A :class:`PeftModel` with adapters for "FEATURE_EXTRACTION"."""
+
+
+MODELS: dict[TaskType, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+"""What tells a task's models apart is the name alone: others (transformers' pipelines) go by it."""
+
+
+def _class_for(config: PeftConfig) -> type[PeftModel]:
+    return MODELS.get(config.task_type, PeftModel)
 
 
 def get_peft_model_state_dict(
@@ -688,9 +833,17 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model: PeftModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+    model: PeftModel,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> IncompatibleKeys:
     """Fill an adapter from tensors under PEFT's keys.
+
+    Args:
+        ignore_mismatched_sizes: must be False: an adapter is filled as a whole.
+        low_cpu_mem_usage: accepted for PEFT's sake.
 
     Returns:
         As PEFT's, ``missing_keys`` and ``unexpected_keys``, which are empty: such tensors are refused.
@@ -698,9 +851,11 @@ def set_peft_model_state_dict(
     Raises:
         ValueError: a key is missing or too many, or a shape differs; nothing has changed then.
     """
+    if ignore_mismatched_sizes:
+        raise ValueError("ignore_mismatched_sizes is True; it must be False: an adapter is filled as a whole or not")
     model._known([adapter_name])
-    model._install(adapter_name, model.peft_config[adapter_name], peft_model_state_dict, "peft_model_state_dict", True)
-    return IncompatibleKeys([], [])
+    config = model.peft_config[adapter_name]
+    return model._install(adapter_name, config, peft_model_state_dict, "peft_model_state_dict", True)
 
 
 when_imported("transformers.trainer", teach_trainer)
