@@ -10,8 +10,10 @@ from .integrations.trl import teach_trl
 from .tuners import (
     BottleneckConfig,
     DeepPromptConfig,
+    LoftQConfig,
     LoraConfig,
     PeftConfig,
+    PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptEncoderReparameterizationType,
@@ -21,19 +23,56 @@ from .tuners import (
 )
 
 if TYPE_CHECKING:
+    from .auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from .integrations.accelerate import accelerate
     from .integrations.gguf import from_gguf
     from .integrations.transformers import FastPeftConfig
-    from .peft_model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from .peft_model import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+        get_peft_model_state_dict,
+        prepare_model_for_kbit_training,
+        set_peft_model_state_dict,
+    )
+    from .status import get_layer_status, get_model_status
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BottleneckConfig",
     "DeepPromptConfig",
     "FastPeftConfig",
+    "LoftQConfig",
     "LoraConfig",
     "Packed4bit",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
@@ -42,22 +81,41 @@ __all__ = [
     "TaskType",
     "accelerate",
     "from_gguf",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "nn",
     "ops",
+    "prepare_model_for_kbit_training",
     "quantize_4bit",
     "set_peft_model_state_dict",
 ]
 
 # What brings transformers along, which takes seconds to import.
 _HOMES = {
+    "AutoPeftModel": "auto",
+    "AutoPeftModelForCausalLM": "auto",
+    "AutoPeftModelForFeatureExtraction": "auto",
+    "AutoPeftModelForQuestionAnswering": "auto",
+    "AutoPeftModelForSeq2SeqLM": "auto",
+    "AutoPeftModelForSequenceClassification": "auto",
+    "AutoPeftModelForTokenClassification": "auto",
     "FastPeftConfig": "integrations.transformers",
     "PeftModel": "peft_model",
+    "PeftModelForCausalLM": "peft_model",
+    "PeftModelForFeatureExtraction": "peft_model",
+    "PeftModelForQuestionAnswering": "peft_model",
+    "PeftModelForSeq2SeqLM": "peft_model",
+    "PeftModelForSequenceClassification": "peft_model",
+    "PeftModelForTokenClassification": "peft_model",
     "accelerate": "integrations.accelerate",
     "from_gguf": "integrations.gguf",
+    "get_layer_status": "status",
+    "get_model_status": "status",
     "get_peft_model": "peft_model",
     "get_peft_model_state_dict": "peft_model",
+    "prepare_model_for_kbit_training": "peft_model",
     "set_peft_model_state_dict": "peft_model",
 }
 

@@ -1,0 +1,424 @@
+"""A script written for peft runs here: its names are there, take what peft's take, and give what peft's give."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import logging
+import pickle
+import warnings
+
+import architectures as tiny
+import peft
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
+
+import pyfastpeft as fp
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+VIRTUAL = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+CONFIGS = {
+    "LoraConfig": {"r": 4, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}, "use_rslora": True},
+    "PromptTuningConfig": {**VIRTUAL, "prompt_tuning_init": "SAMPLE_VOCAB"},
+    "PromptEncoderConfig": {**VIRTUAL, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 8},
+    "PrefixTuningConfig": {**VIRTUAL, "prefix_projection": True},
+}
+TASKS = {
+    "CAUSAL_LM": "PeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "PeftModelForSeq2SeqLM",
+    "SEQ_CLS": "PeftModelForSequenceClassification",
+    "TOKEN_CLS": "PeftModelForTokenClassification",
+    "QUESTION_ANS": "PeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "PeftModelForFeatureExtraction",
+}
+MODELS = {
+    "SEQ_2_SEQ_LM": lambda: tiny.make("t5"),
+    "SEQ_CLS": lambda: tiny.make("bert"),
+    "TOKEN_CLS": lambda: tf.BertForTokenClassification(tiny.make("bert").config),
+    "QUESTION_ANS": lambda: tf.BertForQuestionAnswering(tiny.make("bert").config),
+    "FEATURE_EXTRACTION": lambda: tf.LlamaModel(tiny.make().config),
+}
+
+
+def model_for(task):
+    return MODELS.get(task, tiny.make)()
+
+
+def pair_of_configs(name):
+    return getattr(fp, name)(**CONFIGS[name]), getattr(peft, name)(**CONFIGS[name])
+
+
+def test_every_name_takes_the_arguments_of_peft_in_their_order():
+    for name in fp.__all__:
+        theirs = getattr(peft, name, None)
+        if inspect.isfunction(theirs):
+            own = inspect.signature(getattr(fp, name)).parameters
+            order = [n for n in inspect.signature(theirs).parameters if n in own]
+            assert list(own) == order, name
+    for name in ("add_adapter", "load_adapter", "from_pretrained"):
+        own = list(inspect.signature(getattr(fp.PeftModel, name)).parameters)
+        theirs = list(inspect.signature(getattr(peft.PeftModel, name)).parameters)
+        assert own[:5] == theirs[:5], name
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_a_configuration_is_made_of_all_that_pefts_says(self, name):
+        ours, theirs = pair_of_configs(name)
+        again = type(ours)(**theirs.to_dict())
+        assert again.to_dict().items() >= {(k, v) for k, v in CONFIGS[name].items() if not isinstance(v, (list, dict))}
+        assert json.dumps(again.to_dict()) == json.dumps(type(ours)(**again.to_dict()).to_dict())
+        assert fp.PeftConfig.from_peft(theirs) == again
+        assert fp.PeftConfig.from_peft(ours) is ours
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_every_key_of_pefts_is_an_attribute_with_the_value_that_the_file_has(self, name):
+        ours, theirs = pair_of_configs(name)
+        for key, value in ours.to_dict().items():
+            assert getattr(ours, key) == value, key
+        assert theirs.to_dict().keys() == ours.to_dict().keys()
+
+    def test_what_says_that_a_variant_is_not_used_is_no_part_of_the_configuration(self):
+        plain = fp.LoraConfig(r=4)
+        unused = fp.LoraConfig(r=4, layer_replication=None, megatron_config=None, use_qalora=False, runtime_config=None)
+        assert unused == plain and repr(unused) == repr(plain) and unused.to_dict() == plain.to_dict()
+        assert dataclasses.replace(unused, r=2) == fp.LoraConfig(r=2, lora_alpha=8)
+        assert pickle.loads(pickle.dumps(unused)) == copy.deepcopy(unused) == plain
+        assert "trainable_token_indices" not in inspect.signature(fp.LoraConfig).parameters
+        assert unused.trainable_token_indices is None and unused.megatron_core == "megatron.core"
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"layer_replication": [[0, 1]]}, "layer_replication is .*does not have that variant of LORA"),
+            ({"use_qalora": True}, "use_qalora is True"),
+            ({"eva_config": peft.EvaConfig()}, "eva_config is EvaConfig"),
+            ({"peft_type": "IA3"}, "peft_type is 'IA3'; a LoraConfig is LORA"),
+            ({"peft_type": peft.PeftType.IA3}, "peft_type is 'IA3'; a LoraConfig is LORA"),
+        ],
+    )
+    def test_a_variant_that_is_not_here_is_named(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            fp.LoraConfig(**kwargs)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
+            fp.LoraConfig(nothing=1)
+
+    def test_a_method_is_a_member_and_the_string_in_its_file(self):
+        assert fp.LoraConfig().peft_type is fp.PeftType.LORA
+        configs = [pair_of_configs(name)[0] for name in CONFIGS]
+        for config in (*configs, fp.BottleneckConfig(), fp.DeepPromptConfig(**VIRTUAL)):
+            kind = config.peft_type
+            assert isinstance(kind, fp.PeftType) and kind == kind.value and f"{kind}" == kind.value
+            assert json.loads(json.dumps(config.to_dict()))["peft_type"] == kind.value
+            known = peft.PeftType.__members__.get(kind.value)
+            assert known in (None, kind)
+            assert config.is_prompt_learning == (kind.value not in ("LORA", "BOTTLENECK"))
+        for name in CONFIGS:
+            ours, theirs = pair_of_configs(name)
+            assert (ours.peft_type, ours.is_prompt_learning) == (theirs.peft_type, theirs.is_prompt_learning)
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_a_model_takes_pefts_own_configuration(self, name, seed):
+        ours, theirs = pair_of_configs(name)
+        base = tiny.make()
+        models = []
+        for config in (fp.PeftConfig.from_peft(theirs), theirs):
+            torch.manual_seed(seed)
+            models.append(fp.get_peft_model(copy.deepcopy(base), config))
+        states = [fp.get_peft_model_state_dict(model) for model in models]
+        assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+        models[1].add_adapter("b", theirs)
+        assert type(models[1].peft_config["b"]) is type(ours)
+        assert models[1].peft_type == theirs.peft_type
+
+    def test_one_of_pefts_that_cannot_be_followed_is_refused(self):
+        base = tiny.make()
+        with pytest.raises(ValueError, match="init_lora_weights is 'orthogonal'"):
+            fp.get_peft_model(base, peft.LoraConfig(init_lora_weights="orthogonal"))
+        with pytest.raises(ValueError, match="peft_type is 'IA3'; it must be one of"):
+            fp.get_peft_model(base, peft.IA3Config())
+        with pytest.raises(TypeError, match=r"peft_config is a builtins\.dict; it must be one of .*LoraConfig"):
+            fp.get_peft_model(base, {"r": 8})
+        assert all(p.requires_grad for p in base.parameters())
+
+    def test_loftq_is_configured_as_in_peft(self):
+        expected = fp.LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 2})
+        for config in (fp.LoftQConfig(loftq_iter=2), peft.LoftQConfig(loftq_iter=2)):
+            assert fp.LoraConfig(init_lora_weights="loftq", loftq_config=config) == expected
+
+
+class TestModels:
+    @pytest.mark.parametrize("task", TASKS)
+    def test_the_task_chooses_the_class_as_in_peft(self, task, tmp_path):
+        config = {"r": 2, "task_type": task}
+        theirs = peft.get_peft_model(model_for(task), peft.LoraConfig(**config))
+        model = fp.get_peft_model(model_for(task), fp.LoraConfig(**config)).eval()
+        assert type(model).__name__ == type(theirs).__name__ == TASKS[task]
+        assert type(model) is getattr(fp, TASKS[task])
+        model.save_pretrained(tmp_path)
+        assert type(fp.PeftModel.from_pretrained(model_for(task), tmp_path)) is type(model)
+        assert type(fp.PeftModelForCausalLM.from_pretrained(model_for(task), tmp_path)) is fp.PeftModelForCausalLM
+
+    def test_a_model_of_its_own_class_is_copied_and_pickled(self):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(task_type="CAUSAL_LM")).eval()
+        tiny.randomize(model)
+        batch = tiny.inputs()
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(again) is fp.PeftModelForCausalLM
+            assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+    def test_without_a_task_it_is_the_plain_class(self, tmp_path):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+        assert type(model) is fp.PeftModel
+        model.save_pretrained(tmp_path)
+        assert type(fp.PeftModel.from_pretrained(tiny.make(), tmp_path)) is fp.PeftModel
+
+    def test_the_class_itself_makes_a_model_as_in_peft(self, seed):
+        base, models = tiny.make(), []
+        for cls, config in ((fp.PeftModelForCausalLM, fp.LoraConfig), (peft.PeftModelForCausalLM, peft.LoraConfig)):
+            torch.manual_seed(seed)
+            models.append(cls(copy.deepcopy(base), config(r=4, lora_alpha=8, target_modules=["q_proj"]), "mine"))
+        own, others = (dict(model.named_parameters()) for model in models)
+        assert own.keys() == others.keys() and all(torch.equal(own[n], others[n]) for n in own)
+        assert models[0].active_adapter == models[1].active_adapter == "mine"
+        refused = tiny.make()
+        with pytest.raises(ValueError, match="matches no module"):
+            fp.PeftModel(refused, fp.LoraConfig(target_modules=["nothing"]))
+        assert all(p.requires_grad for p in refused.parameters())
+        with pytest.raises(TypeError, match="without adapters"):
+            fp.PeftModel(models[0], fp.LoraConfig())
+
+    def test_a_pipeline_takes_it_without_a_word(self, caplog):
+        model = fp.get_peft_model(tiny_llama(), fp.LoraConfig(task_type="CAUSAL_LM"))
+        logger = logging.getLogger("transformers")
+        before, logger.propagate = logger.propagate, True
+        try:
+            with caplog.at_level(logging.ERROR, "transformers"):
+                pipe = tf.pipeline("text-generation", model=model, tokenizer=tiny_tokenizer())
+        finally:
+            logger.propagate = before
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+        assert pipe("hello", max_new_tokens=2)[0]["generated_text"].startswith("hello")
+
+    def test_the_keywords_of_peft_are_taken(self, tmp_path):
+        model = fp.get_peft_model(
+            tiny.make(), fp.LoraConfig(revision="old"), "a", mixed=True, revision="new", low_cpu_mem_usage=True
+        )
+        assert model.peft_config["a"].revision == "new"
+        model.add_adapter("b", fp.PromptTuningConfig(num_virtual_tokens=2), low_cpu_mem_usage=True)
+        model.save_pretrained(tmp_path)
+        again = fp.PeftModel.from_pretrained(tiny.make(), tmp_path / "a", low_cpu_mem_usage=True)
+        result = again.load_adapter(tmp_path / "b", "b", False, "cpu", low_cpu_mem_usage=True)
+        assert result == ([], []) and result.missing_keys == result.unexpected_keys == []
+        theirs = peft.LoraConfig.from_pretrained(tmp_path / "a")
+        again.load_adapter(tmp_path / "a", "c", config=theirs)
+        state = fp.get_peft_model_state_dict(again, adapter_name="c")
+        again.hotswap_adapter(state, "c", theirs)
+        assert type(again.peft_config["c"]) is fp.LoraConfig
+        assert fp.set_peft_model_state_dict(again, state, "c", low_cpu_mem_usage=True) == ([], [])
+        with pytest.raises(ValueError, match="ignore_mismatched_sizes is True; it must be False"):
+            fp.set_peft_model_state_dict(again, state, "c", ignore_mismatched_sizes=True)
+
+
+class TestStatus:
+    @staticmethod
+    def same(ours, theirs, but):
+        own, others = ([dataclasses.asdict(s) for s in statuses] for statuses in (ours, theirs))
+        for values in (*own, *others):
+            for key in but:
+                del values[key]
+        assert own == others
+
+    @pytest.mark.parametrize("change", ["none", "second", "merged", "one_merged", "disabled", "saved", "embedding"])
+    def test_it_is_what_peft_says(self, change):
+        kwargs = {"target_modules": ["embed_tokens"] if change == "embedding" else ["q_proj", "v_proj"]}
+        kwargs |= {"modules_to_save": ["lm_head"]} if change == "saved" else {}
+        base = tiny.make()
+        models = (
+            fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(**kwargs)),
+            peft.get_peft_model(base, peft.LoraConfig(**kwargs)),
+        )
+        for model, config in zip(models, (fp.LoraConfig, peft.LoraConfig), strict=True):
+            if change == "second":
+                model.add_adapter("b", config(target_modules=["q_proj", "k_proj"]))
+            elif change == "merged":
+                model.merge_adapter()
+            elif change == "one_merged":
+                model.base_model.model.model.layers[0].self_attn.q_proj.merge(["default"])
+            elif change == "disabled":
+                model.base_model.disable_adapter_layers()
+        ours, theirs = models
+        # What a copy of a whole module is called is each library's own affair, and so is what holds the adapters.
+        self.same(ours.get_layer_status(), theirs.get_layer_status(), ["module_type"] if change == "saved" else [])
+        self.same([ours.get_model_status()], [theirs.get_model_status()], ["adapter_model_type"])
+        assert fp.get_model_status(ours) == ours.get_model_status()
+        assert fp.get_layer_status(ours) == ours.get_layer_status()
+
+    def test_a_4_bit_base_and_the_other_methods_are_told(self):
+        model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(task_type="CAUSAL_LM"))
+        model.add_adapter("b", fp.BottleneckConfig())
+        model.add_adapter("p", fp.PromptTuningConfig(num_virtual_tokens=2))
+        status = model.get_model_status()
+        assert status.peft_types == {"default": "LORA", "b": "BOTTLENECK", "p": "PROMPT_TUNING"}
+        assert status.available_adapters == ["b", "default"]
+        assert status.requires_grad == {"b": False, "default": True}
+        assert {s.module_type for s in model.get_layer_status()} == {"lora.Linear4bit", "BottleneckLayer"}
+        assert "pyfastpeft nf4" in {s.quantization_backend for s in model.get_layer_status()}
+        model.delete_adapter("default")
+        model.delete_adapter("b")
+        assert model.get_layer_status() == [] and model.get_model_status().num_adapter_layers == 0
+
+
+class TestPreparedForTraining:
+    @pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
+    @pytest.mark.parametrize("quantized", [False, True], ids=["full precision", "4-bit"])
+    def test_gradients_are_those_without_checkpoints_and_16_bits_stay(self, quantized, kwargs):
+        base = tiny.make(dtype=torch.bfloat16).train()
+        base = tiny.quantized(base) if quantized else base
+        dtypes = [p.dtype for p in base.parameters()]
+        config, batch, grads = fp.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM"), tiny.inputs(), []
+        for checkpoints in (False, True):
+            prepared = copy.deepcopy(base)
+            assert fp.prepare_model_for_kbit_training(prepared, checkpoints, kwargs) is prepared
+            assert prepared.is_gradient_checkpointing == checkpoints
+            assert [p.dtype for p in prepared.parameters()] == dtypes
+            assert not any(p.requires_grad for p in prepared.parameters())
+            torch.manual_seed(0)
+            model = fp.get_peft_model(prepared, config).train()
+            model(**batch).loss.backward()
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        assert grads[0].abs().max() > 0
+        torch.testing.assert_close(*grads, rtol=0.05, atol=1e-3)
+
+    def test_a_model_that_is_not_of_transformers_is_frozen_and_its_inputs_pass_gradients_on(self):
+        class Plain(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = torch.nn.Embedding(8, 4)
+
+            def get_input_embeddings(self):
+                return self.embed
+
+        model = fp.prepare_model_for_kbit_training(Plain())
+        for again in (model, copy.deepcopy(model)):
+            assert not again.embed.weight.requires_grad
+            assert again.embed(torch.tensor([1])).requires_grad
+        assert not fp.prepare_model_for_kbit_training(Plain(), False).embed(torch.tensor([1])).requires_grad
+        assert not any(p.requires_grad for p in fp.prepare_model_for_kbit_training(torch.nn.Linear(2, 2)).parameters())
+
+
+class TestAuto:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """An adapter of a base model beside it."""
+        return self.adapter(tmp_path, "CAUSAL_LM")
+
+    @staticmethod
+    def adapter(folder, task, **config):
+        model_for(task).save_pretrained(folder / "base")
+        base = type(model_for(task)).from_pretrained(folder / "base")
+        model = fp.get_peft_model(base, fp.LoraConfig(r=2, task_type=task, init_lora_weights=False, **config))
+        model.save_pretrained(folder / "adapter")
+        return folder / "adapter"
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_each_task_loads_the_model_and_the_adapter_that_peft_loads(self, task, tmp_path):
+        folder = self.adapter(tmp_path, task)
+        name = TASKS[task].replace("PeftModel", "AutoPeftModel")
+        theirs = getattr(peft, name, None) or peft.auto.AutoPeftModelForSeq2SeqLM
+        expected = theirs.from_pretrained(folder).eval()
+        for cls in (getattr(fp, name), fp.AutoPeftModel):
+            model = cls.from_pretrained(folder).eval()
+            assert type(model) is getattr(fp, TASKS[task])
+            assert type(model.get_base_model()) is type(expected.get_base_model())
+            own, others = model.state_dict(), expected.state_dict()
+            assert own.keys() == others.keys() and all(torch.equal(own[k], others[k]) for k in own)
+            assert not any(p.requires_grad for p in model.parameters())
+
+    def test_without_a_task_the_folder_says_what_the_model_was(self, tmp_path):
+        folder = self.adapter(tmp_path, None)
+        model = fp.AutoPeftModel.from_pretrained(folder, "mine", is_trainable=True)
+        theirs = peft.AutoPeftModel.from_pretrained(folder)
+        assert type(model) is fp.PeftModel and model.active_adapter == "mine"
+        assert type(model.get_base_model()) is type(theirs.get_base_model()) is tf.LlamaForCausalLM
+        assert any(p.requires_grad for p in model.parameters())
+        assert type(fp.AutoPeftModelForCausalLM.from_pretrained(folder)) is fp.PeftModelForCausalLM
+
+    def test_the_base_model_takes_the_arguments_of_transformers(self, folder):
+        model = fp.AutoPeftModelForCausalLM.from_pretrained(
+            folder, quantization_config=fp.FastPeftConfig(), dtype=torch.bfloat16, low_cpu_mem_usage=True
+        )
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        assert isinstance(layer.base_layer, fp.nn.Linear4bit) and layer.base_layer.packed.dtype == torch.bfloat16
+
+    def test_an_adapter_below_a_folder_is_found(self, folder):
+        model = fp.AutoPeftModelForCausalLM.from_pretrained(folder.parent, subfolder="adapter")
+        assert model.peft_config["default"].r == 2
+
+    @pytest.mark.parametrize("quantized", [False, True], ids=["full precision", "4-bit"])
+    def test_a_tokenizer_with_more_tokens_makes_room_for_them(self, quantized, tmp_path):
+        tokenizer, kwargs = tiny_tokenizer(), {"quantization_config": fp.FastPeftConfig()} if quantized else {}
+        tiny.make().save_pretrained(tmp_path / "base")
+        base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **kwargs)
+        base.resize_token_embeddings(len(tokenizer))
+        model = fp.get_peft_model(base, fp.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        ids = torch.tensor([[1, tiny.VOCAB + 1, len(tokenizer) - 1]])
+        expected = model(ids).logits
+        assert expected.shape[-1] == len(tokenizer) > tiny.VOCAB
+        again = fp.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **kwargs)
+        torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=1e-5)
+        if not quantized:
+            theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+            torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-5)
+
+    def test_a_tokenizer_with_fewer_tokens_changes_nothing(self, tmp_path):
+        tiny_llama().save_pretrained(tmp_path / "base")
+        base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        fp.get_peft_model(base, fp.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+        tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+        model = fp.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+        assert len(model.get_input_embeddings().weight) == 320 > len(tiny_tokenizer())
+        assert all("lora_" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+    @pytest.mark.parametrize(
+        ("change", "cls", "message"),
+        [
+            ({"base_model_name_or_path": None}, "AutoPeftModel", "adapter names no base model"),
+            ({}, "AutoPeftModelForSequenceClassification", "is for CAUSAL_LM, and AutoPeftModelForSequence.* SEQ_CLS"),
+            ({"task_type": None}, "AutoPeftModel", "has neither a task_type nor the auto_mapping"),
+            (
+                {"task_type": None, "auto_mapping": {"base_model_class": "system", "parent_library": "os"}},
+                "AutoPeftModel",
+                "auto_mapping of a transformers model .*'os'",
+            ),
+            (
+                {"task_type": None, "auto_mapping": {"base_model_class": "pipeline", "parent_library": "transformers"}},
+                "AutoPeftModel",
+                "auto_mapping of a transformers model",
+            ),
+            ({"peft_type": "IA3"}, "AutoPeftModel", "peft_type is 'IA3'"),
+        ],
+    )
+    def test_what_cannot_be_loaded_is_named(self, folder, change, cls, message):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ValueError, match=message):
+            getattr(fp, cls).from_pretrained(folder)
+
+    def test_a_folder_that_is_not_there_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            fp.AutoPeftModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_nothing_is_said_where_pefts_configuration_says_nothing_else():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fp.PeftConfig.from_peft(peft.LoraConfig(target_modules=["q_proj"]))
