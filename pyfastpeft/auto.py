@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
@@ -12,6 +13,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from .hub.files import read_json
 from .hub.peft import CONFIG_NAME, locate, read_config
+from .integrations.gguf import from_gguf
 from .peft_model import MODELS, PeftModel
 from .tuners.base import PeftConfig, TaskType
 
@@ -45,6 +47,7 @@ class AutoPeftModel:
         """Load the base model that an adapter names, and the adapter into it.
 
         Where a tokenizer lies beside the adapter that has more tokens than the base model, its embeddings are resized.
+        A base model that is a GGUF file is loaded by :func:`pyfastpeft.from_gguf`.
 
         Args:
             adapter_name, is_trainable, config: as in :meth:`PeftModel.from_pretrained`.
@@ -65,8 +68,12 @@ class AutoPeftModel:
                 f"{source} names no base model (base_model_name_or_path is null); load that yourself and use "
                 "PeftModel.from_pretrained"
             )
-        loader = cls._loader(stored.task_type, str(source), hub)
-        model = loader.from_pretrained(stored.base_model_name_or_path, revision=stored.revision, **kwargs)
+        base = Path(stored.base_model_name_or_path)
+        if base.suffix == ".gguf" and base.is_file():
+            model = from_gguf(base, **kwargs)
+        else:
+            loader = cls._loader(stored.task_type, str(source), hub)
+            model = loader.from_pretrained(stored.base_model_name_or_path, revision=stored.revision, **kwargs)
         _make_room(model, source, hub)
         peft_class = PeftModel if cls.task_type is None else MODELS[cls.task_type]
         return peft_class.from_pretrained(model, source, adapter_name, is_trainable, config, **hub)

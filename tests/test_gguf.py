@@ -324,6 +324,16 @@ def test_adapters_are_saved_with_the_file_as_their_base(tmp_path, resized):
     assert any("embed_tokens" in key for key in keys) == resized
 
 
+def test_an_adapter_is_loaded_with_the_file_that_it_names(tmp_path, ids):
+    path = write_llama(tmp_path / "m.gguf")
+    config = fp.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = fp.get_peft_model(fp.from_gguf(path), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = fp.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert type(again) is fp.PeftModelForCausalLM and layers_4bit(again.get_base_model())
+    assert torch.equal(logits(again, ids), logits(adapted, ids))
+
+
 def test_from_pretrained_points_to_from_gguf(tmp_path):
     path = write_llama(tmp_path / "m.gguf")
     with pytest.raises(ValueError, match="from_gguf"):
