@@ -506,8 +506,13 @@ class PeftModel(PushToHubMixin, nn.Module):
     def unload(self) -> nn.Module:
         """The base model as it was, without adapters: what is merged is taken out, with a warning.
 
-        (PEFT leaves it in the weights; here :meth:`merge_and_unload` does.)
+        (PEFT leaves it in the weights; here :meth:`merge_and_unload` does.) Biases that were trained stay as trained,
+        with a warning.
         """
+        if any(isinstance(c, LoraConfig) and c.bias != "none" for c in self.peft_config.values()):
+            warnings.warn(
+                "biases of the base model were trained (bias is not 'none'); they stay as trained", stacklevel=2
+            )
         self.base_model.give_way("by unload(); merge_and_unload() keeps them")
         remove(self.get_base_model())
         return self._unloaded(())

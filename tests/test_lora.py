@@ -139,6 +139,12 @@ class TestLikePeft:
             assert torch.equal(a, b), name
 
     @pytest.mark.parametrize("bias", ["all", "lora_only"])
+    def test_biases_that_unload_leaves_are_spoken_of(self, bias):
+        model = fp.get_peft_model(tiny.make("opt"), fp.LoraConfig(bias=bias))
+        with pytest.warns(UserWarning, match="biases of the base model were trained"):
+            model.unload()
+
+    @pytest.mark.parametrize("bias", ["all", "lora_only"])
     def test_bias_trains_the_biases_peft_trains(self, bias, seed):
         ours, theirs = pair(tiny.make("opt"), seed, bias=bias)
         trains = {n for n, p in ours.named_parameters() if p.requires_grad}
