@@ -121,6 +121,29 @@ def test_without_any_kernels_a_gpu_has_the_reference(gpu, monkeypatch):
         assert chosen(on_gpu) is Backend.REFERENCE
 
 
+@pytest.mark.parametrize("lacking", ["CC", "compiler", "headers"])
+def test_what_triton_needs_to_launch_kernels_is_said_once_and_plain_torch_serves(gpu, monkeypatch, tmp_path, lacking):
+    device = gpu((9, 0)).device
+    monkeypatch.delenv("CC", raising=False)
+    assert triton_kernels.why_not(device) is None
+    w = gpu((9, 0))
+    if lacking == "headers":
+        monkeypatch.setattr(triton_kernels.sysconfig, "get_path", lambda *at: str(tmp_path))
+    elif lacking == "CC":
+        monkeypatch.setenv("CC", "no-such-compiler")
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    needed = {"CC": "no no-such-compiler", "compiler": "no gcc or clang", "headers": "no .*Python.h"}[lacking]
+    with pytest.warns(UserWarning, match=f"Triton kernels are not used on cuda:0: Triton needs.*{needed}"):
+        assert choose_plain(device) is Backend.REFERENCE
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(w, infers=False) is Backend.SLABS and choose_plain(device) is Backend.REFERENCE
+    monkeypatch.setattr(backends, "_FORCED", Backend.TRITON)
+    with pytest.raises(RuntimeError, match=f"PYFASTPEFT_BACKEND is 'triton', and Triton needs.*{needed}"):
+        choose_plain(device)
+
+
 @pytest.mark.parametrize("forced", list(Backend))
 def test_a_forced_backend_serves_wherever_it_can(gpu, monkeypatch, forced):
     monkeypatch.setattr(backends, "_FORCED", forced)

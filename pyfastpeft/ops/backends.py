@@ -60,6 +60,9 @@ def _serving(device: torch.device) -> tuple[bool, bool]:
         instead = "Triton's kernels serve" if no_triton is None else f"plain torch serves, as {no_triton}"
         said = f"pyfastpeft's CUDA kernels are not used on {device}: {no_cuda}. {instead}, slower."
         warnings.warn(said, stacklevel=2)
+    elif no_triton is not None:
+        said = f"pyfastpeft's Triton kernels are not used on {device}: {no_triton}. Plain torch serves, slower."
+        warnings.warn(said, stacklevel=2)
     return no_cuda is None, no_triton is None
 
 
@@ -118,8 +121,10 @@ def choose_plain(device: torch.device) -> Backend:
     _check_forced(device, Backend.TRITON)
     if _FORCED in (Backend.REFERENCE, Backend.CUDA, Backend.SLABS):
         return Backend.REFERENCE
-    if device.type in triton_devices():
-        return Backend.TRITON if why_not_triton(device) is None else Backend.REFERENCE
+    if _FORCED is Backend.TRITON:
+        return Backend.TRITON
+    if device.type == "cuda":
+        return Backend.TRITON if _serving(device)[1] else Backend.REFERENCE
     return Backend.NATIVE if device.type == "cpu" else Backend.REFERENCE
 
 

@@ -7,7 +7,10 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -32,10 +35,20 @@ def why_not(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < _OLDEST:
             return f"{device} has compute capability {'.'.join(map(str, capability))}; it must be {oldest} or later"
-        return None
+        return _no_compiler()
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"the tensors are on {device}; they must be on a GPU (or, with TRITON_INTERPRET=1, on the CPU)"
+
+
+def _no_compiler() -> str | None:
+    """What Triton lacks to compile what launches its kernels, looked for as it does (triton/runtime/build.py)."""
+    compilers = ["gcc", "clang"] if (chosen := os.environ.get("CC")) is None else [chosen]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler, and there is no {' or '.join(compilers)} on the PATH"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    return None if header.is_file() else f"Triton needs Python's headers (python3-dev), and there is no {header}"
 
 
 @functools.cache
