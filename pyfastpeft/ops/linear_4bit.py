@@ -174,7 +174,7 @@ def linear_4bit(
     same_for_all = row_scale is None or row_scale.dim() == 1
     backend = choose(w, len(x2), x2.dtype, infers=not recorded and same_for_all, drops=seed is not None)
     branch = (a, b, row_scale, scaling, seed, dropout)
-    weight = w.rows().operands if backend is Backend.SLABS else w.operands
+    weight = w.rows().operands if backend in _OPERATORS else w.operands
     if backend in _IN_PYTHON:
         weight = (*weight[:5], w, *weight[6:])
     if recorded:
@@ -305,7 +305,18 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
         )
 
 
-_IN_PYTHON = {Backend.REFERENCE: reference, Backend.TRITON: triton_kernels, Backend.CUDA: cuda_kernels}
+_IN_PYTHON = {Backend.REFERENCE: reference, Backend.CUDA: cuda_kernels}
+# For GPUs, written in Python: forward and backward.
+_OPERATORS = {
+    Backend.SLABS: (
+        torch.ops.pyfastpeft.linear_4bit_slabs.default,
+        torch.ops.pyfastpeft.linear_4bit_slabs_backward.default,
+    ),
+    Backend.TRITON: (
+        torch.ops.pyfastpeft.linear_4bit_triton.default,
+        torch.ops.pyfastpeft.linear_4bit_triton_backward.default,
+    ),
+}
 _WITH_SLOTS = {Backend.TRITON: triton_kernels, Backend.CUDA: cuda_kernels}
 
 
@@ -344,8 +355,8 @@ def _product(
 ) -> tuple[Tensor, Tensor | None]:
     if backend in _IN_PYTHON:
         return _IN_PYTHON[backend].forward(x, weight[5], bias, *branch)
-    if backend is Backend.SLABS:
-        return torch.ops.pyfastpeft.linear_4bit_slabs.default(x, *weight, bias, *branch)
+    if backend in _OPERATORS:
+        return _OPERATORS[backend][0](x, *weight, bias, *branch)
     if pairs is not None:
         row_scale = branch[2]
         if row_scale is not None and row_scale.shape[-1] % 2:
@@ -412,8 +423,8 @@ def _gradients(
     """(dx, dA, dB), None where not in ``needs``; ``x`` and ``s``, the S of ``_forward``, where A or B trains."""
     if backend in _IN_PYTHON:
         return _IN_PYTHON[backend].backward(dy, x, s, weight[5], *branch, *needs)
-    if backend is Backend.SLABS:
-        found = torch.ops.pyfastpeft.linear_4bit_slabs_backward.default(dy, x, s, *weight, k, *branch, *needs)
+    if backend in _OPERATORS:
+        found = _OPERATORS[backend][1](dy, x, s, *weight, k, *branch, *needs)
         return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
     need_x, need_a, need_b = needs
     a, b = branch[:2]

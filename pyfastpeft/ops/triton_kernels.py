@@ -1,4 +1,7 @@
-"""The operators by Triton kernels. The first call imports triton."""
+"""The operators by Triton kernels. The first call imports triton.
+
+To compilers each is one node: they cannot look into what is remembered between calls, and could leave theirs in it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, Packed4bit, format_of, get_format
-from .library import constant_to_compilers
+from .library import BRANCH, WEIGHT, constant_to_compilers
 from .tuning import tuned
 
 _OLDEST = (8, 0)
@@ -71,11 +75,11 @@ def _table(quant_type: str) -> tuple[float, ...]:
     return tuple(get_format(quant_type).table.tolist())
 
 
-def _weight(w: Packed4bit) -> tuple:
-    w = w.rows()
-    nested = (None, None, None) if w.nested is None else (w.nested.absmax2, w.nested.offset, _dynamic_map(w.device))
-    table = _table(w.quant_type)
-    return _kernels("linear_4bit").Weight(w.codes, w.scale, w.zero, *nested, table, *w.shape, w.blocksize)
+def _weight(operands: tuple, k: int) -> tuple:
+    codes, scale, zero, absmax2, offset, format, n, blocksize = operands
+    nested = (None, None, None) if absmax2 is None else (absmax2, offset, _dynamic_map(codes.device))
+    table = _table(format_of(format).name)
+    return _kernels("linear_4bit").Weight(codes, scale, zero, *nested, table, n, k, blocksize)
 
 
 def _branch(
@@ -99,35 +103,80 @@ def _best(direction: str, kernels: ModuleType, x: Tensor, w: tuple, lora: tuple 
     return run(tuned(call, x.device, kernels.formula(x, w, direction == "forward"), kernels.around, run))
 
 
-def forward(x: Tensor, w: Packed4bit, bias: Tensor | None, *branch: Tensor | float | None) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, S [M, R] float32; R = 0 without a branch)."""
-    kernels, held, lora = _kernels("linear_4bit"), _weight(w), _branch(*branch)
+    bias, *branch = rest[8:]
+    kernels, held, lora = _kernels("linear_4bit"), _weight(rest[:8], x.shape[1]), _branch(*branch)
     with _on(x.device):
         return _best("forward", kernels, x, held, lora, lambda cut: kernels.forward(x, held, bias, lora, cut))
 
 
-def forward_slots(x: Tensor, w: Packed4bit, bias: Tensor | None, *bank: Tensor) -> Tensor:
-    """y [M, N] in x's dtype; ``bank``: a, b, scaling and rows of a :class:`linear_4bit.BankView`."""
-    a, b, scaling, rows = bank
-    kernels = _kernels("linear_4bit")
-    lora = kernels.Slots(a, b, scaling.float().contiguous(), rows.contiguous())
-    with _on(x.device):
-        return kernels.forward_slots(x, _weight(w), bias, lora)
-
-
-def backward(
-    dy: Tensor, x: Tensor | None, s: Tensor | None, w: Packed4bit, *rest: Tensor | float | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB), None where not needed."""
-    *branch, need_x, need_a, need_b = rest
-    kernels, held, lora = _kernels("linear_4bit"), _weight(w), _branch(*branch)
+def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dA, dB), empty where not needed."""
+    k, *branch, need_x, need_a, need_b = rest[8:]
+    kernels, held, lora = _kernels("linear_4bit"), _weight(rest[:8], k), _branch(*branch)
 
     def run(cut: tuple) -> tuple:
         return kernels.backward(dy, x, s, held, lora, need_x, need_a, need_b, cut)
 
     with _on(dy.device):
         dx, da, db = _best("backward", kernels, dy, held, lora, run) if need_x else run(None)
-    return dx, None if da is None else da.to(lora.a.dtype), None if db is None else db.to(lora.b.dtype)
+    da = None if da is None else da.to(lora.a.dtype)
+    db = None if db is None else db.to(lora.b.dtype)
+    return tuple(dy.new_empty(0) if d is None else d for d in (dx, da, db))
+
+
+def _forward_slots(x: Tensor, *rest: Any) -> Tensor:
+    """y [M, N] in x's dtype; of a :class:`linear_4bit.BankView`."""
+    bias, a, b, scaling, rows = rest[8:]
+    kernels = _kernels("linear_4bit")
+    lora = kernels.Slots(a, b, scaling.float().contiguous(), rows.contiguous())
+    with _on(x.device):
+        return kernels.forward_slots(x, _weight(rest[:8], x.shape[1]), bias, lora)
+
+
+_LIBRARY = torch.library.Library("pyfastpeft", "FRAGMENT")
+for _schema, _run in (
+    (f"linear_4bit_triton(Tensor x, {WEIGHT}, Tensor? bias, {BRANCH}) -> (Tensor, Tensor)", _forward),
+    (
+        f"linear_4bit_triton_backward(Tensor dy, Tensor? x, Tensor? s, {WEIGHT}, int k, {BRANCH}, bool need_x, "
+        "bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+        _backward,
+    ),
+    (
+        f"linear_4bit_triton_slots(Tensor x, {WEIGHT}, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, "
+        "Tensor slot_of) -> Tensor",
+        _forward_slots,
+    ),
+):
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_schema.partition("(")[0], _run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pyfastpeft::linear_4bit_triton")
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    n, a = rest[6], rest[9]
+    return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], 0 if a is None else len(a)), dtype=torch.float32)
+
+
+@torch.library.register_fake("pyfastpeft::linear_4bit_triton_backward")
+def _(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    k, a, b, (need_x, need_a, need_b) = rest[8], rest[9], rest[10], rest[-3:]
+    return (
+        dy.new_empty((dy.shape[0], k) if need_x else 0),
+        a.new_empty((k, len(a))).t() if need_a else dy.new_empty(0),
+        b.new_empty(b.shape) if need_b else dy.new_empty(0),
+    )
+
+
+@torch.library.register_fake("pyfastpeft::linear_4bit_triton_slots")
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], rest[6]))
+
+
+def forward_slots(x: Tensor, w: Packed4bit, bias: Tensor | None, *bank: Tensor) -> Tensor:
+    """y [M, N] in x's dtype; ``bank``: a, b, scaling and rows of a :class:`linear_4bit.BankView`."""
+    return torch.ops.pyfastpeft.linear_4bit_triton_slots.default(x, *w.rows().operands, bias, *bank)
 
 
 # ---- operators over plain tensors, with the signatures of the compiled ones ------------------------------------------

@@ -23,7 +23,7 @@ from test_linear_4bit import (
 
 import pyfastpeft as fp
 from pyfastpeft.formats import FORMATS
-from pyfastpeft.ops import BankView, Lora, linear_4bit, mixed
+from pyfastpeft.ops import BankView, Lora, linear_4bit, mixed, triton_kernels
 from pyfastpeft.ops.backends import Backend, choose
 from pyfastpeft.ops.triton_kernels import _kernels
 
@@ -225,3 +225,48 @@ def test_a_branch_that_half_precision_could_not_hold():
     a, b = torch.full((4, k), 100.0), torch.full((n, 4), 1e-4)
     x = torch.full((3, k), 100.0, dtype=torch.float16)
     assert error(linear_4bit(x, w, None, (a, b, 1.0)), float64(x, w, None, (a, b, 1.0))) <= FORWARD[x.dtype]
+
+
+def test_to_compilers_every_product_is_one_operator():
+    n, k, m = 24, 64, 6
+    w, bias = packed_weight(n, k), torch.randn(n, requires_grad=True)
+    a, b = (t.requires_grad_() for t in adapter(n, k, 4))
+    bank = BankView(*(t.detach()[None] for t in (a, b)), torch.tensor([2.0]), torch.arange(m) % 2 - 1)
+    x, dy = torch.randn(m, k, requires_grad=True), torch.randn(m, n)
+    for lora, leaves in (((a, b, 2.0), (x, a, b, bias)), (None, (x, bias)), (bank, ())):
+
+        def layer(x, lora=lora):
+            return torch.tanh(linear_4bit(x, w, bias, lora)) * 2
+
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(x), layer(x))
+        if leaves:
+            expected = torch.autograd.grad(layer(x), leaves, dy)
+            for mine, theirs in zip(torch.autograd.grad(compiled(x), leaves, dy), expected, strict=True):
+                assert torch.equal(mine, theirs)
+
+
+def test_opcheck_passes():
+    w, (a, b) = packed_weight(24, 64, "nf4", True).rows(), adapter(24, 64, 4)
+    x, dy, s, seed = torch.randn(5, 64), torch.randn(5, 24), torch.randn(5, 4), torch.tensor([12345])
+    product, gradients, of_slots = (
+        getattr(torch.ops.pyfastpeft, f"linear_4bit_triton{name}").default for name in ("", "_backward", "_slots")
+    )
+    for branch in ((None, None, None, 1.0, None, 0.0), (a, b, torch.rand(5, 4), 2.0, seed, 0.5)):
+        torch.library.opcheck(product, (x, *w.operands, torch.randn(24), *branch))
+    for needs in ((True, True, True), (True, False, False), (False, False, True)):
+        torch.library.opcheck(gradients, (dy, x, s, *w.operands, 64, *branch, *needs))
+    bank = torch.randn(2, 4, 64), torch.randn(2, 24, 4), torch.rand(2), torch.arange(5) - 2
+    torch.library.opcheck(of_slots, (x, *w.operands, None, *bank))
+
+
+def test_an_export_leaves_nothing_behind():
+    """What is remembered between calls may hold no symbol of a tracer's."""
+    layer = fp.nn.Linear4bit.from_linear(torch.nn.Linear(64, 24)).eval()
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    for remembered in (kernels.table_words, kernels.table_asm, kernels._table_on, triton_kernels._table):
+        remembered.cache_clear()
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,), strict=False)
+        assert torch.equal(exported.module()(x), layer(x))
