@@ -586,17 +586,24 @@ def tiles(rows: int, width: int, dtype: torch.dtype) -> Tiles:
     most = 128 if width <= (128 if _reads_shared_memory() else 64) else 64
     height = min(max(16, triton.next_power_of_2(rows)), most)
     if dtype == torch.float32:
-        return Tiles(min(height, 32), 32, 4, 2)
+        side = _side(width)
+        return Tiles(min(height, side), side, 4, 2)
     return Tiles(height, 64 if width <= 128 else 32, _warps(height * width), 3 if width <= 64 else 2)
 
 
 def gradient_tiles(width: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:
     """Of ``_query_grad``, and of ``_key_grad``, which holds two sums, [keys, width]."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 2), Tiles(16, 32, 4, 2)
+        side = _side(width)
+        return Tiles(side, side, 4, 2), Tiles(16, side, _warps(2 * side * width), 2)
     height, keys = 128 if width <= 64 else 64, min(128, 8192 // width)
     step = 32 if width <= 128 else 16
     return Tiles(height, step, _warps(height * width), 2), Tiles(step, keys, _warps(2 * keys * width), 2)
+
+
+def _side(width: int) -> int:
+    """Of float32 tiles: what fits into the smallest shared memory, 99 KiB, and into registers."""
+    return 32 if width <= 128 else 16
 
 
 def _warps(sums: int) -> int:
