@@ -16,9 +16,9 @@ to a sliding window, as over Gemma 3's images, key positions are its attribute `
 A prefix of keys and values, shared by the batch or chosen by row, comes from the attention module itself:
 ``vars(module)["_prefix"].current(batch)`` gives a :class:`~pyfastpeft.adapters.Prefix` or None.
 
-What the operator does not compute goes to transformers' own functions with the prefix concatenated: dropout, masks of
-the caller's own and position biases to its sdpa attention; capped scores, attention sinks and ``output_attentions`` to
-the model's eager attention, which is its definition.
+What the operator has no kernel for goes to transformers' own functions with the prefix concatenated: other devices and
+dtypes, dropout, masks of the caller's own and position biases to its sdpa attention; capped scores, attention sinks and
+``output_attentions`` to the model's eager attention, which is its definition.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def attention_forward(
         dropout
         or form is None
         or _out_of_reach(module, key, attention_mask, prefix, kwargs)
-        or choose_attention(query) is not Backend.NATIVE
+        or choose_attention(query) is Backend.REFERENCE
         or not (query.dtype == key.dtype == value.dtype)
         or value.shape[3] != query.shape[3]
         or bias is not None
@@ -386,8 +386,9 @@ AttentionMaskInterface.register(NAME, attention_mask)
 def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
     """Let the transformers models inside ``model`` use this attention for sdpa, or sdpa again where they did.
 
-    Left alone are models that do not go through transformers' interface or work on their masks themselves, or that lie
-    on a device or in a dtype for which there is no kernel.
+    Left alone are models that do not go through transformers' interface or work on their masks themselves, or that are
+    in a dtype for which there is no kernel; and those on a GPU, where sdpa is fast by itself. A soft prompt brings this
+    attention along wherever the model is, and a model that moves keeps what it has.
     """
     done: set[nn.Module] = set()
     for part in model.modules():
