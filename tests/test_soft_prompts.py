@@ -19,6 +19,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import DynamicCache, StaticCache
 
 import pyfastpeft as fp
+from pyfastpeft.integrations import prefixes
 
 CAUSAL = ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt2", "opt"]
 P = 5
@@ -696,6 +697,19 @@ class TestRows:
             total += n * model(ids[i : i + 1], labels=ids[i : i + 1], adapter_names=[row]).loss
             count += n
         close(loss, total / count)
+
+    def test_a_prefix_lies_where_its_layer_does(self, monkeypatch):
+        """Layers of one model may be on several devices, which learn nothing of one another's."""
+        model = mixed(llama())
+        found = next(vars(m)["_prefix"].prefixes for m in model.modules() if "_prefix" in vars(m))
+        homes = [torch.device("cpu"), torch.device("meta")]
+        monkeypatch.setattr(prefixes, "_home", dict(zip(found.attentions, homes, strict=True)).__getitem__)
+        rows = (("prefix",), ("lora",), ("deep_prefix", "prefix"), ("prefix_projection",))
+        with torch.no_grad():
+            run = found.run_of(rows, 8, False)
+        assert run.shift.device == homes[0]
+        for prefix, home in zip(run.layers, homes, strict=True):
+            assert [t.device for t in prefix] == [home] * 4
 
     def test_threads_choose_apart_also_while_prompts_are_worked_out(self):
         model = mixed(llama())

@@ -321,4 +321,5 @@ class BidirectionalPrefixes(Prefixes):
         slots = self.slots
         # What no layer reads is as of the layer of that number.
         readers = [slots.index(i) if i in slots else min(i, len(slots) - 1) for i in range(self.shape.layers)]
-        return torch.cat([made[2 * r + i] for r in readers for i in (0, 1)]).permute(2, 0, 1, 3).flatten(1)
+        made = [made[2 * r + i].to(ids.device) for r in readers for i in (0, 1)]
+        return torch.cat(made).permute(2, 0, 1, 3).flatten(1)

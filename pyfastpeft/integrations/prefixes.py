@@ -299,7 +299,7 @@ class Prefixes:
             kwargs[attention.HANDED_DOWN] = run
         else:
             self.bank.run = run
-        kwargs["position_ids"] = positions + run.shift
+        kwargs["position_ids"] = positions + _beside(positions, run.shift)
         if follows and self._reaches_part and past is None and kwargs.get("attention_mask") is None:
             # Without one, transformers takes positions that were given for those of packed sequences.
             kwargs["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
@@ -442,7 +442,10 @@ class Prefixes:
         slot_lengths = torch.tensor(lengths, device=device) if min(lengths) < longest else None
         slot = torch.tensor(index, device=device).repeat_interleave(batch // len(index))
         shift = torch.tensor([*lengths, 0], device=device)[slot].unsqueeze(1)
-        return _Run([Prefix(k, v, slot, slot_lengths) for k, v in pairs], shift, None if last is None else last[slot])
+        rows = {k.device: (k, slot, slot_lengths) for k, _ in pairs}
+        rows = {home: tuple(_beside(k, t) for t in of_rows) for home, (k, *of_rows) in rows.items()}
+        last = None if last is None else last[_beside(last, slot)]
+        return _Run([Prefix(k, v, *rows[k.device]) for k, v in pairs], shift, last)
 
     def _of_row(self, names: tuple[str, ...], decoding: bool) -> Values:
         """For a row that uses ``names``. Several soft prompts lie one after the other, each as it is alone."""
@@ -543,8 +546,9 @@ class Prefixes:
         return values
 
     def _in_layers(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Keys and values as the layers read them, from those of a file."""
-        return [tensors[2 * slot + i] for slot in self.slots for i in (0, 1)]
+        """Keys and values as and where the layers read them, from those of a file."""
+        homes = map(_home, self.attentions)
+        return [tensors[2 * slot + i].to(home) for slot, home in zip(self.slots, homes, strict=True) for i in (0, 1)]
 
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
@@ -578,7 +582,7 @@ class Prefixes:
         """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
         with torch.no_grad():
             values = self._computed(self.model.get_input_embeddings()(ids), NO_ROWS)
-        return torch.cat(values.tensors).permute(2, 0, 1, 3).flatten(1)
+        return torch.cat([t.to(ids.device) for t in values.tensors]).permute(2, 0, 1, 3).flatten(1)
 
     @torch.no_grad()
     def export(self, names: tuple[str, ...]) -> list[Tensor]:
@@ -600,7 +604,7 @@ class Prefixes:
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.cat(seen, 1)
+        return torch.cat([t.to(ids.device) for t in seen], 1)
 
     # Gradients where layers run again under reentrant checkpointing, each in a backward of its own.
 
@@ -638,6 +642,17 @@ class _Collect(torch.autograd.Function):
         return grad, None, *gathered
 
 
+def _home(layer: nn.Module) -> torch.device | None:
+    """Where ``layer`` lies; None where nobody knows, as its parameters come to it when it runs."""
+    parameter = next(layer.parameters(), None)
+    return None if parameter is None or parameter.is_meta else parameter.device
+
+
+def _beside(t: Tensor, value: Any) -> Any:
+    """``value`` on the device of ``t``, if it is a tensor."""
+    return value.to(t.device) if isinstance(value, Tensor) else value
+
+
 def past_of(kwargs: dict[str, Any]) -> int | Tensor | None:
     """How many tokens the cache among a decoder's arguments holds, in compiled code maybe as a tensor; None: there is
     no cache."""
@@ -662,7 +677,7 @@ def _with_last(output: Any, run: _Run, first: Tensor | None) -> Any:
         return None
     hidden = output[0]
     hidden = torch.cat([run.last.expand(len(hidden), -1, -1), hidden], 1)
-    before_text = torch.arange(hidden.shape[1], device=hidden.device) == first.unsqueeze(1)
+    before_text = torch.arange(hidden.shape[1], device=hidden.device) == _beside(hidden, first).unsqueeze(1)
     hidden = torch.where(before_text.unsqueeze(2), run.last, hidden)
     return _with_item(output, "last_hidden_state", 0, hidden)
 
