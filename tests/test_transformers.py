@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
-from pyfastpeft.integrations.transformers import _let_go
+from pyfastpeft.integrations.transformers import FastPeftQuantizer, _let_go
 
 SMALL_BERT = {
     "vocab_size": 64,
@@ -349,6 +349,16 @@ class TestBadInput:
         _, auto = saved(tmp_path)
         with pytest.raises(ValueError, match="disk"):
             auto.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig(), device_map={"": "disk"})
+
+    def test_a_cpu_beside_gpus_is_refused(self):
+        quantizer = FastPeftQuantizer(fp.FastPeftConfig())
+        for gpu in (0, "cuda:0", torch.device("cuda:0")):
+            with pytest.raises(ValueError, match=r"sends 'model.layers.1' to 'cpu', 'lm_head' to 'disk'; a model in 4"):
+                places = {"model.layers.0": gpu, "model.layers.1": "cpu", "lm_head": "disk"}
+                quantizer.validate_environment(device_map=places)
+            quantizer.validate_environment(device_map={"model": gpu, "lm_head": "cuda:1"})
+        for whole in ("auto", None, {"": "cpu"}, {"": torch.device("cpu")}, {"model": "cpu", "lm_head": "cpu"}):
+            quantizer.validate_environment(device_map=whole)
 
     def test_a_model_with_nothing_to_convert_is_refused(self, tmp_path):
         _, auto = saved(tmp_path)

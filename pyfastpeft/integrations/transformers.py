@@ -148,8 +148,16 @@ class FastPeftQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
-            raise ValueError("device_map puts modules on disk; 4-bit layers can be on a CPU or a GPU only")
+        device_map = device_map if isinstance(device_map, dict) else {"": device_map}
+        places = {name: str(device) for name, device in device_map.items()}
+        # Beside GPUs accelerate only keeps modules on a CPU, and brings their parameters to a GPU one by one.
+        offloaded = {"disk"} if {"cpu", "disk"}.issuperset(places.values()) else {"cpu", "disk"}
+        found = [f"{name!r} to {place!r}" for name, place in places.items() if place in offloaded]
+        if found:
+            raise ValueError(
+                f"device_map sends {', '.join(found)}; a model in 4 bits is on GPUs or on a CPU as a whole: give "
+                "max_memory that it fits, or a CPU alone"
+            )
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
