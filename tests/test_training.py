@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from architectures import quantized
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -430,6 +431,23 @@ def test_transformers_own_trainer_keeps_all_active_adapters(tmp_path):
     trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     expected = of(whole)
     assert all(torch.equal(p, expected[n]) for n, p in of(resumed).items()) and len(expected) > 8
+
+
+@pytest.mark.parametrize("kind", ["adapter", "4 bits", "fused", "plain"])
+def test_the_trainer_keeps_what_is_ours_on_one_gpu(tmp_path, kind):
+    """Of several in one process, over which it would spread the batch by nn.DataParallel."""
+    make = {"adapter": adapter, "4 bits": lambda: quantized(tiny_llama()), "fused": lambda: fp.accelerate(tiny_llama())}
+    model = make.get(kind, tiny_llama)().train()
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, report_to=[], use_cpu=True)
+    args._n_gpu = 2
+    made = Trainer(model, args, train_dataset=examples(), data_collator=Collator(0))
+    expected = 2 if kind == "plain" else 1
+    assert made.args.n_gpu == expected
+    assert len(next(iter(made.get_train_dataloader()))["input_ids"]) == 4 * expected
+    if kind in ("adapter", "4 bits"):
+        with pytest.raises(RuntimeError, match=r"cannot replicate a .*torchrun.*CUDA_VISIBLE_DEVICES"):
+            for module in model.modules():  # as nn.DataParallel does
+                module._replicate_for_data_parallel()
 
 
 def test_the_trainer_learns_of_our_models_before_or_after_its_own_import():

@@ -10,6 +10,8 @@ from .attention import use_fast_attention
 from .deferred_logits import defer_logits
 from .fused_decoder import fuse_decoder
 from .fused_layers import fuse_layers
+from .on_import import when_imported
+from .trainer import keep_to_one_gpu
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -76,3 +78,6 @@ def _replacement(layer: nn.Module) -> Linear4bit:
         if name.startswith(("_forward_hooks", "_forward_pre_hooks")):  # and which of them take keywords
             vars(new)[name] = held
     return new
+
+
+when_imported("transformers.trainer", keep_to_one_gpu)

@@ -1,6 +1,7 @@
 """transformers' own Trainer treats a :class:`PeftModel` as it treats PEFT's: its checkpoints hold the adapters alone.
 
-The Trainer knows PEFT's models by their class; what it asks about them is answered for ours as well.
+The Trainer knows PEFT's models by their class; what it asks about them is answered for ours as well. And it leaves what
+``nn.DataParallel`` cannot copy on one GPU, as it does with bitsandbytes' models.
 """
 
 from __future__ import annotations
@@ -11,6 +12,25 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from ..nn.one_device import OneDevice
+from .forwards import ModuleForward
+
+
+def keep_to_one_gpu(module: ModuleType) -> None:
+    """Let the Trainer of ``module``, transformers.trainer, not spread what is ours over the GPUs of one process."""
+    initialize = module.Trainer.__init__
+
+    @functools.wraps(initialize)
+    def initialize_on_one_gpu(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialize(self, *args, **kwargs)
+        if self.args.n_gpu > 1 and any(
+            isinstance(m, OneDevice) or isinstance(vars(m).get("forward"), ModuleForward) for m in self.model.modules()
+        ):
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
+
+    module.Trainer.__init__ = initialize_on_one_gpu
 
 
 def teach_trainer(module: ModuleType) -> None:

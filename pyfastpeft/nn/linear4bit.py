@@ -12,9 +12,10 @@ from ..formats.codes import check_blocksize, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_bnb, packed_from_state, packed_to_state
 from ..ops import Lora, linear_4bit
 from ..ops.linear_4bit import check_compute, check_compute_dtype, needs_grad
+from .one_device import OneDevice
 
 
-class Linear4bit(nn.Linear):
+class Linear4bit(OneDevice, nn.Linear):
     """Drop-in ``nn.Linear`` with a frozen 4-bit weight.
 
     ``weight`` is the packed codes (uint8, in the layout of its device, which never changes under a forward);

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..adapters import BASE, AdapterBank
 from ..nn.lora import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
+from ..nn.one_device import OneDevice
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
 from .modules import HEADS, find_saved, put, tied_ends, trainable_copy, trainable_state
 
 
-class AdaptedModel(nn.Module):
+class AdaptedModel(OneDevice, nn.Module):
     """``model`` is the base model, changed in place; ``configs`` the adapters' configurations by name.
 
     Names, modules trained whole and what trains when are dealt with here, all else by each method's :class:`Tuner`.
