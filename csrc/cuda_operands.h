@@ -1,11 +1,8 @@
 // Operators over the CUDA kernels: what is checked before a launch, and how tensors become the kernels' arguments.
 // Nothing here is CUDA itself: the kernels come as a table, the stream and the current device from `Place`, so that the
-// tests run the same code over kernels for the CPU.
+// tests run the same code over kernels for the CPU. Nothing of torch's outlives a call, as it may belong to the pool of
+// a graph; what is kept from call to call the kernels' library keeps.
 #pragma once
-#include <cstring>
-#include <map>
-#include <mutex>
-#include <utility>
 #include <vector>
 
 #include "cuda/api.h"
@@ -22,6 +19,7 @@ struct Kernels {
   decltype(&pf_linear_4bit) linear;
   decltype(&pf_dequantize_4bit) dequantize;
   decltype(&pf_quantize_4bit) quantize;
+  decltype(&pf_dynamic_map) dynamic_map;
   decltype(&pf_cuda_error) error;
   decltype(&pf_cuda_version) version;
   decltype(&pf_cuda_architectures) architectures;
@@ -41,50 +39,6 @@ Tensor allocated(const char* what, Fn fn) {
   }
 }
 
-// The workspaces of linear products, one a device and stream, as calls on a stream follow one another. While a graph is
-// captured every call takes its own from the graph's pool: replays of two graphs may overlap.
-class Workspaces {
- public:
-  template <class Place>
-  Tensor take(const Place& place, const Tensor& like, int64_t bytes) {
-    if (place.capturing()) return zeros(like, bytes);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Tensor& held = held_[{like.get_device_index(), place.stream}];
-    if (!held.defined() || held.numel() < bytes) {
-      held = Tensor();
-      held = zeros(like, bytes);
-    }
-    return held;
-  }
-
- private:
-  static Tensor zeros(const Tensor& like, int64_t bytes) {
-    return allocated("The workspace of linear_4bit", [&] {
-      Tensor t = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-      return torch::stable::zero_(t);
-    });
-  }
-
-  std::mutex mutex_;
-  std::map<std::pair<int32_t, void*>, Tensor> held_;
-};
-
-// The 8-bit code of double-quantized scales, on the device of `like`; copied there once.
-inline const float* dynamic_map(const Tensor& like) {
-  static auto* maps = new std::map<int32_t, Tensor>;  // never destroyed: CUDA may be gone by then
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  Tensor& map = (*maps)[like.get_device_index()];
-  if (!map.defined()) {
-    const int64_t sizes[] = {256};
-    Tensor here = new_dense(sizes, 1, pf::kFloat32);
-    std::memcpy(here.mutable_data_ptr(), pf::kDynamicMap, sizeof(pf::kDynamicMap));
-    Tensor there = torch::stable::new_empty(like, {256}, ScalarType::Float);
-    map = torch::stable::copy_(there, here);
-  }
-  return map.const_data_ptr<float>();
-}
-
 inline void check_device(const Tensor& t, const Tensor& codes, const char* name) {
   STD_TORCH_CHECK(t.device() == codes.device(), name, " is on another device than the weight, number ",
                   codes.get_device_index());
@@ -99,8 +53,9 @@ inline void check_dense(const Tensor& t, const Tensor& codes, ScalarType dtype, 
 }
 
 // W [n, k] in the rows layout, checked.
-inline PfWeight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zero, const OptTensor& absmax2,
-                       const OptTensor& offset, int64_t format, int64_t n, int64_t k, int64_t blocksize) {
+inline PfWeight weight(const Kernels& kernels, const Tensor& codes, const Tensor& scale, const OptTensor& zero,
+                       const OptTensor& absmax2, const OptTensor& offset, int64_t format, int64_t n, int64_t k,
+                       int64_t blocksize) {
   check_format(format, blocksize);
   STD_TORCH_CHECK(n >= 0 && k >= 0, "n is ", n, ", k ", k, "; neither may be negative");
   const int64_t blocks = (n * k + blocksize - 1) / blocksize;
@@ -120,7 +75,7 @@ inline PfWeight weight(const Tensor& codes, const Tensor& scale, const OptTensor
     w.scale8 = scale.const_data_ptr<uint8_t>();
     w.absmax2 = absmax2->const_data_ptr<float>();
     w.offset = offset->const_data_ptr<float>();
-    w.dynamic_map = dynamic_map(codes);
+    kernels.check(kernels.dynamic_map(pf::kDynamicMap, &w.dynamic_map), "the map of double-quantized scales");
   } else {
     check_dense(scale, codes, ScalarType::Float, blocks, "scale", "float32, one a block");
     w.scale = scale.const_data_ptr<float>();
@@ -171,7 +126,7 @@ struct LoraArguments {
   }
 };
 
-// `Place(tensor)`: on the device of `tensor`, with `kernels`, `stream` and `capturing()`.
+// `Place(tensor)`: on the device of `tensor`, with `kernels` and `stream`.
 template <class Place>
 struct Operators {
   static void linear_4bit(Tensor x, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
@@ -181,7 +136,7 @@ struct Operators {
     check_device(x, codes, "x");
     STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
     const int64_t m = x.size(0), k = x.size(1);
-    const PfWeight w = weight(codes, scale, zero, absmax2, offset, format, n, k, blocksize);
+    const PfWeight w = weight(place.kernels, codes, scale, zero, absmax2, offset, format, n, k, blocksize);
     const int dtype = dtype_of(x, "x");
     const int64_t most = place.kernels.most_rows(&w, dtype);
     const bool aligned = reinterpret_cast<uintptr_t>(w.codes) % 16 == 0;
@@ -200,10 +155,9 @@ struct Operators {
     if (lora_a.has_value()) lora.emplace(codes, w, m, lora_a, lora_b, scaling, slots, factor);
     const PfLora* branch = lora.has_value() ? &lora->lora : nullptr;
     Tensor workspace;
-    if (const int64_t bytes = place.kernels.workspace(&w, branch, m, dtype); bytes > 0) {
-      static Workspaces* workspaces = new Workspaces;  // never destroyed: CUDA may be gone by then
-      workspace = workspaces->take(place, codes, bytes);
-    }
+    if (const int64_t bytes = place.kernels.workspace(&w, branch, m, dtype); bytes > 0)
+      workspace = allocated("The workspace of linear_4bit",
+                            [&] { return torch::stable::new_empty(codes, {bytes}, ScalarType::Byte); });
     place.kernels.check(
         place.kernels.linear(&w, x.const_data_ptr(), m > 1 ? x.stride(0) : k,
                              bias.has_value() ? bias->const_data_ptr() : nullptr,
@@ -215,7 +169,7 @@ struct Operators {
   static void dequantize_rows(Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
                               int64_t format, int64_t n, int64_t blocksize, int64_t k, int64_t row0, Tensor out) {
     const Place place(codes);
-    const PfWeight w = weight(codes, scale, zero, absmax2, offset, format, n, k, blocksize);
+    const PfWeight w = weight(place.kernels, codes, scale, zero, absmax2, offset, format, n, k, blocksize);
     check_device(out, codes, "out");
     STD_TORCH_CHECK(out.dim() == 2 && out.size(1) == k && out.is_contiguous(), "out must be contiguous [rows, K = ", k,
                     "]");
@@ -233,7 +187,7 @@ struct Operators {
     int64_t count = 1;
     for (const int64_t d : shape) count *= d;
     const int64_t n = shape.empty() || count == 0 ? 1 : shape[0];
-    const PfWeight w = weight(codes, scale, zero, {}, {}, format, n, count / n, blocksize);
+    const PfWeight w = weight(place.kernels, codes, scale, zero, {}, {}, format, n, count / n, blocksize);
     Tensor out =
         allocated("The tensor of dequantize_4bit", [&] { return torch::stable::new_empty(codes, shape, dtype); });
     const int to = dtype_of(out, "dtype");

@@ -15,7 +15,6 @@ using namespace pf::cuda;
 struct Libraries {
   Kernels kernels{};
   AOTITorchError (*current_stream)(int32_t, void**) = nullptr;
-  int (*stream_is_capturing)(void*, int*) = nullptr;
   std::string missing;  // why none of this can be used, if so
 };
 
@@ -28,8 +27,8 @@ bool find_kernels(void* library, Kernels& k) {
   return find(library, "pf_linear_4bit_most_rows", k.most_rows) &&
          find(library, "pf_linear_4bit_workspace", k.workspace) && find(library, "pf_linear_4bit", k.linear) &&
          find(library, "pf_dequantize_4bit", k.dequantize) && find(library, "pf_quantize_4bit", k.quantize) &&
-         find(library, "pf_cuda_error", k.error) && find(library, "pf_cuda_version", k.version) &&
-         find(library, "pf_cuda_architectures", k.architectures);
+         find(library, "pf_dynamic_map", k.dynamic_map) && find(library, "pf_cuda_error", k.error) &&
+         find(library, "pf_cuda_version", k.version) && find(library, "pf_cuda_architectures", k.architectures);
 }
 
 std::string version_text(int version) {
@@ -59,8 +58,7 @@ Libraries open_libraries() {
     found.missing = beside + " is of another version than the operators";
   else if (!find(torch, "aoti_torch_get_current_cuda_stream", found.current_stream))
     found.missing = "this torch has no CUDA";
-  else if (!find(driver, "cuDriverGetVersion", driver_version) ||
-           !find(driver, "cuStreamIsCapturing", found.stream_is_capturing))
+  else if (!find(driver, "cuDriverGetVersion", driver_version))
     found.missing = "NVIDIA's driver is not installed";
   else if (driver_version(&version) != 0 || version / 1000 < found.kernels.version() / 1000)
     found.missing = "NVIDIA's driver serves CUDA " + version_text(version) + " at most; the kernels were built with " +
@@ -88,11 +86,6 @@ struct Place {
   explicit Place(const Tensor& t) : Place(t.get_device_index()) {}
   explicit Place(int32_t device) : found(usable_libraries()), kernels(found.kernels), guard(device) {
     TORCH_ERROR_CODE_CHECK(found.current_stream(device, &stream));
-  }
-
-  bool capturing() const {
-    int status = 0;
-    return found.stream_is_capturing(stream, &status) != 0 || status != 0;
   }
 };
 

@@ -58,10 +58,13 @@ class Call:
     numbers: list[int]
     buffers: list[torch.Tensor | None]
     outputs: int
+    stream: int = 0  # -1: a graph records it
     results: list[torch.Tensor] = field(default_factory=list)
+    kept: int = 0  # memories that are not freed, after the call
+    zeroed: int = 0  # bytes that it set to zero before its kernel
 
     def write(self, file) -> None:
-        head = [self.operation, self.outputs, len(self.numbers), *self.numbers, len(self.buffers)]
+        head = [self.operation, self.outputs, self.stream, len(self.numbers), *self.numbers, len(self.buffers)]
         file.write(np.array(head, np.int64).tobytes())
         for buffer in self.buffers:
             if buffer is None:
@@ -73,7 +76,7 @@ class Call:
             file.write(storage)
 
     def read(self, file) -> None:
-        (status,) = np.frombuffer(file.read(8), np.int64)
+        status, self.kept, self.zeroed = np.frombuffer(file.read(24), np.int64).tolist()
         assert status == 0, f"the call returned {status}"
         for buffer in self.buffers[-self.outputs :]:
             data = bytearray(file.read(buffer.numel() * buffer.element_size()))
@@ -258,6 +261,48 @@ def test_splits_over_the_columns_add_up_one_call_after_another(plain, processors
     check_linear(calls)
 
 
+def test_calls_of_a_stream_share_counters_and_a_graph_s_have_their_own(plain):
+    """That all are zero again after a call is seen after every call of these tests."""
+
+    def calls(stream):
+        made = [linear(Weight(64, 2112), 2), linear(Weight(130, 640), 9, lora=Lora(20))]
+        for call in made:
+            call.stream = stream
+        return made
+
+    first, recorded, other, again, recorded_again = (calls(stream) for stream in (0, -1, 7, 0, -1))
+    every = [*recorded, *first, *other, *again, *recorded_again]
+    run(plain, every, processors=40)
+    check_linear(every)
+    assert [call.kept for call in every] == [0, 0, 1, 1, 2, 2, 2, 2, 2, 2]
+    for call in [*first, *other, *again]:
+        assert call.zeroed == 0
+    for call in [*recorded, *recorded_again]:
+        assert 0 < call.zeroed < 256  # of a workspace of tens of kilobytes
+
+
+def test_a_call_whose_blocks_need_not_meet_has_no_counters(plain):
+    calls = [linear(Weight(64, 64), 2), linear(Weight(64, 64), 2)]
+    calls[1].stream = -1
+    run(plain, calls)
+    check_linear(calls)
+    assert all(call.kept == call.zeroed == 0 for call in calls)
+
+
+def test_streams_past_those_with_kept_counters_are_served_too(plain):
+    calls = [linear(Weight(64, 64), 1, lora=Lora(1)) for _ in range(258)]
+    for stream, call in enumerate(calls):
+        call.stream = stream
+    run(plain, calls)
+    check_linear(calls)
+    assert [(call.kept, call.zeroed > 0) for call in calls[254:]] == [
+        (255, False),
+        (256, False),
+        (256, True),
+        (256, True),
+    ]
+
+
 def test_adapters_of_any_rank_are_added(plain):
     calls = []
     for rank, (m, n, k) in zip(
@@ -417,6 +462,16 @@ FAULTS = {
         "store_relaxed(p.at.splits_done + tile, FAULT)",
     ),
     "a unit too many in the last step": (LINEAR, "unit < last_units", "unit < last_units + FAULT"),
+    "blocks that leave before the last": (
+        LINEAR,
+        "p.plan.tasks() + p.plan.tiles() - 1) return",
+        "p.plan.tasks() + p.plan.tiles() - 1 - FAULT) return",
+    ),
+    "counters that are not set to zero": (
+        LINEAR,
+        "counted * sizeof(uint32_t)",
+        "counted * sizeof(uint32_t) / (1 + FAULT)",
+    ),
     "a row too many": (LINEAR, "if (n >= p.w.n) return", "if (n >= p.w.n + FAULT) return"),
     "a slot too many": (LINEAR, "slot < lora.slots", "slot < lora.slots + FAULT"),
     "the nibbles of a pair swapped": (
@@ -465,7 +520,7 @@ def faulty(tmp_path_factory) -> Path:
 
 def small_calls() -> list[Call]:
     """One of each kind, with the ends that faults like."""
-    return [
+    calls = [
         linear(Weight(67, 1088, nested=True), 9, lora=Lora(20, 3, [-1, 0, 1, 2, 3, 0, 7, -5, 2])),
         linear(Weight(65, 576), 3, lora=Lora(5)),
         linear(Weight(65, 576), 3, lora=Lora(5)),
@@ -473,6 +528,8 @@ def small_calls() -> list[Call]:
         dequantize(Weight(7, 76), 0, 7, torch.float16),
         quantize(torch.rand(131) + 0.1, "int4", 64),
     ]
+    calls[2].stream = -1
+    return calls
 
 
 def hopper_calls() -> list[Call]:

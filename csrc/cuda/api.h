@@ -1,6 +1,7 @@
 // The CUDA kernels as a C ABI without torch. Every pointer inside an argument is a device pointer; every call is
-// asynchronous on `stream` (a cudaStream_t) of the current device, allocates nothing, reads nothing back, and returns 0
-// or a cudaError_t (see pf_cuda_error). Enumerations are those of csrc/cpu/weight.h.
+// asynchronous on `stream` (a cudaStream_t) of the current device, reads nothing back, and returns 0 or a cudaError_t
+// (see pf_cuda_error). All that is kept from call to call is 32 KB a stream and the map of pf_dynamic_map, made by the
+// first call that needs them (see `keep` in device.cuh). Enumerations are those of csrc/cpu/weight.h.
 #pragma once
 #include <stdint.h>
 
@@ -37,9 +38,7 @@ typedef struct {
 
 // The most rows that pf_linear_4bit takes for this weight and dtype on the current device; 0: none at all.
 int64_t pf_linear_4bit_most_rows(const PfWeight* w, int32_t dtype);
-// Bytes of device memory that pf_linear_4bit needs as `workspace`. Its first use must find it zeroed, and every call
-// leaves what it counts with (a header that is the same for all shapes) at zero again: calls in one stream may share
-// it.
+// Bytes of device memory that pf_linear_4bit needs as `workspace`: in any state, and done with when the call is.
 int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t m, int32_t dtype);
 // y [m, n] = x [m, k] * W^T + bias + branch. x: rows ldx elements apart, of `dtype` (bf16 or fp16), as y; bias [n] of
 // bias_dtype, or null; lora null: no branch. Any alignment; K % 64 == 0 with codes and rows of x at multiples of 16
@@ -52,6 +51,9 @@ int32_t pf_dequantize_4bit(const PfWeight* w, int64_t row0, int64_t rows, void* 
 // (INT4).
 int32_t pf_quantize_4bit(const void* src, int32_t dtype, int64_t count, int32_t format, int32_t blocksize,
                          uint8_t* codes, float* scale, float* zero, void* stream);
+// The 8-bit code of double-quantized scales on the current device: the first call there copies `values` [256], and may
+// do so while a graph is captured.
+int32_t pf_dynamic_map(const float* values, const float** map);
 // What went wrong, in words.
 const char* pf_cuda_error(int32_t status);
 // CUDA's version of the toolkit that built this, as 13000 for 13.0.

@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <utility>
+
 #include "cpu/weight.h"
 
 #define PF_DEVICE __device__ __forceinline__
@@ -185,10 +187,59 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 }
+inline int current_device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device;
+}
 inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, attribute, device);
+  int value = 0;
+  cudaDeviceGetAttribute(&value, attribute, current_device());
   return value;
+}
+
+// A stream's device and number, which no other has, not even one that gets its handle when it is gone.
+using StreamName = std::pair<int, unsigned long long>;
+// Whether `stream` runs what it is given, and no graph records it; sets `name` then.
+inline bool runs(void* stream, StreamName* name) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusActive;
+  cudaError_t error = cudaStreamIsCapturing(s, &status);
+  if (error == cudaSuccess && status == cudaStreamCaptureStatusNone) {
+    name->first = current_device();
+    error = cudaStreamGetId(s, &name->second);
+    if (error == cudaSuccess) return true;
+  }
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  return false;
+}
+inline cudaError_t set_to_zero(void* memory, size_t bytes, void* stream) {
+  return cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
+}
+// New memory of the current device that begins as `values` and is never freed; null where there is none.
+//
+// It does not come from torch: while torch.compile warms a graph up, what torch's allocator gives is from the graph's
+// pool, and must be gone or accounted for at the end. It may be made while a graph is captured, in this thread or
+// another: allocating is forbidden then but in the relaxed mode (torch's allocator does the same), and what is copied
+// goes by a stream of its own, so that no graph records it and it waits for none.
+inline cudaError_t keep(void** memory, const void* values, size_t bytes) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  void* made = nullptr;
+  cudaStream_t stream = nullptr;
+  cudaError_t error = cudaMalloc(&made, bytes);
+  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error == cudaSuccess) error = cudaMemcpyAsync(made, values, bytes, cudaMemcpyHostToDevice, stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  if (stream != nullptr) cudaStreamDestroy(stream);
+  if (error != cudaSuccess) {
+    if (made != nullptr) cudaFree(made);
+    made = nullptr;
+    cudaGetLastError();  // or the next launch would report it
+  }
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  *memory = made;
+  return error;
 }
 
 }  // namespace pf

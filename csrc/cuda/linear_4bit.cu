@@ -19,11 +19,17 @@
 // wants to add S · Bᵀ first takes what slices nobody has begun, then waits: whatever the order in which blocks start,
 // it waits only for blocks that run.
 //
+// Blocks find one another by counters, which every call finds and leaves at zero; see kept_counters for where they lie.
+//
 // What bounds it, for 16 x 64 weights (512 bytes of codes, 64 of scales), as long as rows of x are 16 or fewer:
 //
 //   HBM            39 cycles of an H100's multiprocessor (a 132nd of 3.35 TB/s at 1.7 GHz), 43 of an A100's
 //   shared memory  4 cycles to write the codes, 4 to read them, 16 of lookups, 4 (8 rows) or 8 for x, 2 for scales
 //   instructions   90 (8 rows) or 98 of the 156 that an H100 issues in 39 cycles; 46 and 54 decode and multiply
+#include <map>
+#include <mutex>
+#include <vector>
+
 #include "codes.cuh"
 #include "elements.cuh"
 #include "linear_4bit_sm90.h"
@@ -40,9 +46,10 @@ constexpr int kMostSplits = 16;
 constexpr int kTable = 64 << 10;  // bytes of the pairs and, between them, of the codes
 constexpr int kSlice = 512;       // columns of x · Aᵀ that a block takes
 constexpr int kRanks = 32;        // of S that are in shared memory at a time
-constexpr int kCounters = 4096;   // of each kind, at the start of the workspace
-constexpr int kHeader = 4 + 2 * kCounters;
-constexpr int kFewRows = 16;  // that even on sm_90 are this kernel's
+constexpr int kCounters = 4096;   // of each kind
+constexpr int kMostCounters = 32 + 2 * kCounters;
+constexpr int kMostKept = 256;  // streams with counters of their own
+constexpr int kFewRows = 16;    // that even on sm_90 are this kernel's
 
 // How a block cuts its part when 8 NT rows of x are its columns.
 template <int NT>
@@ -67,6 +74,12 @@ struct Plan {
 
   __host__ __device__ int64_t tiles() const { return row_tiles * x_tiles; }
   __host__ __device__ int64_t tasks() const { return pairs * slices; }
+  // Words that are counted with: splits of tiles at the end, in lines of 128 bytes that nobody else waits at.
+  int64_t other_counters() const { return (4 + pairs + 31) / 32 * 32; }
+  int64_t counters() const {
+    if (splits == 1) return pairs == 0 ? 0 : other_counters();
+    return other_counters() + (tiles() + 3) / 4 * 4;
+  }
 };
 
 struct Workspace {
@@ -625,17 +638,41 @@ Plan plan_of(const PfWeight& w, const PfLora* lora, int64_t m, bool aligned) {
   return plan;
 }
 
-// Bytes, and where each part lies when `memory` is given.
+// Where a call on `stream` counts: memory that is at zero. Null: at the start of its workspace, which it must set to
+// zero before.
+//
+// Calls of a stream follow one another, so they share counters, which are kept: each leaves them as they were. What a
+// graph records has no stream: it is replayed in any, beside other graphs and beside calls outside of graphs, so each
+// of its calls has its own, of memory that is the graph's, and records that they are set to zero, as that memory is
+// other calls' too. The same is done for streams past kMostKept and where no memory is left to keep.
+uint32_t* kept_counters(void* stream) {
+  static auto* kept = new std::map<StreamName, void*>;  // never destroyed: other threads may outlive it
+  static std::mutex mutex;
+  StreamName name;
+  if (!runs(stream, &name)) return nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = kept->find(name);
+  if (found == kept->end()) {
+    if (kept->size() == kMostKept) return nullptr;
+    found = kept->emplace(name, nullptr).first;
+    const std::vector<uint32_t> zeros(kMostCounters);
+    keep(&found->second, zeros.data(), kMostCounters * sizeof(uint32_t));
+  }
+  return static_cast<uint32_t*>(found->second);
+}
+
+// Bytes of the workspace, and where each part lies when it is given; the counters in it if `counters` is null.
 template <typename C>
-int64_t lay_out(const Plan& plan, int64_t m, int64_t rank, void* memory, Workspace* at) {
-  uint32_t* counters = static_cast<uint32_t*>(memory);
-  float* floats = reinterpret_cast<float*>(counters + kHeader);
+int64_t lay_out(const Plan& plan, int64_t m, int64_t rank, uint32_t* counters, void* memory, Workspace* at) {
+  uint32_t* own = static_cast<uint32_t*>(memory);
+  float* floats = reinterpret_cast<float*>(own + plan.counters());
+  if (counters == nullptr) counters = own;
   const int64_t slice_sums = plan.tasks() * 128, s = plan.pairs > 0 ? m * rank : 0;
   const int64_t split_sums = plan.splits > 1 ? plan.tiles() * plan.splits * C::kXRows * C::kRows : 0;
   if (at != nullptr)
-    *at = {counters, counters + 1,        counters + 2,           counters + 4, counters + 4 + kCounters,
+    *at = {counters, counters + 1,        counters + 2,           counters + 4, counters + plan.other_counters(),
            floats,   floats + slice_sums, floats + slice_sums + s};
-  return (kHeader + slice_sums + s + split_sums) * 4;
+  return (plan.counters() + slice_sums + s + split_sums) * 4;
 }
 
 // body(Tile): as many rows of x as there are, in so far as the device's shared memory holds them.
@@ -662,7 +699,11 @@ cudaError_t run(Arguments p, const PfLora* lora, void* workspace, bool aligned, 
     const int64_t whole = 16 / element_size(p.lora.a_dtype);
     p.plan.whole_slices =
         aligned && aligned16(p.lora.a) && p.lora.a_stride % whole == 0 && p.lora.a_slot_stride % whole == 0;
-    lay_out<C>(p.plan, p.m, p.lora.rank, workspace, &p.at);
+    const int64_t counted = p.plan.counters();
+    uint32_t* counters = counted > 0 ? kept_counters(stream) : nullptr;
+    lay_out<C>(p.plan, p.m, p.lora.rank, counters, workspace, &p.at);
+    if (counted > 0 && counters == nullptr)
+      if (const cudaError_t status = set_to_zero(workspace, counted * sizeof(uint32_t), stream)) return status;
     const int64_t blocks = p.plan.tasks() + p.plan.tiles() * p.plan.splits;
     auto kernel = linear_4bit_kernel<T, 1, kElements>;
     constexpr int kNT = C::kXRows / 8;
@@ -691,7 +732,7 @@ int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t 
   for (const bool aligned : {false, true})  // x decides
     with_tile(*w, m, aligned, [&](auto tile) {
       using C = decltype(tile);
-      const int64_t needed = lay_out<C>(plan_of<C>(*w, lora, m, aligned), m, rank, nullptr, nullptr);
+      const int64_t needed = lay_out<C>(plan_of<C>(*w, lora, m, aligned), m, rank, nullptr, nullptr, nullptr);
       bytes = needed > bytes ? needed : bytes;
     });
   return bytes;
@@ -701,7 +742,7 @@ int32_t pf_linear_4bit(const PfWeight* w, const void* x, int64_t ldx, const void
                        const PfLora* lora, void* y, int64_t m, int32_t dtype, void* workspace, void* stream) {
   if (m == 0 || w->n == 0) return cudaSuccess;
   if (m > kFewRows && pf_linear_4bit_sm90_takes(w, x, ldx, y, m, dtype)) {
-    float* s = static_cast<float*>(workspace) + kHeader;  // beyond the counters
+    float* s = static_cast<float*>(workspace);
     return pf_linear_4bit_sm90(w, x, ldx, bias, bias_dtype, lora, y, m, dtype, s, stream);
   }
   const bool aligned = aligned_weight(*w) && aligned16(x) && ldx % 8 == 0;

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include <cmath>
+#include <utility>
 
 #include "cpu/weight.h"
 #include "emulator.h"
@@ -190,6 +191,24 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, void*,
                    const Arguments&... arguments) {
   emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+inline int current_device() { return 0; }
+using StreamName = std::pair<int, unsigned long long>;
+inline bool runs(void*, StreamName* name) {
+  *name = {0, static_cast<unsigned long long>(emulator::settings.stream)};
+  return emulator::settings.stream >= 0;
+}
+inline cudaError_t set_to_zero(void* memory, size_t bytes, void*) {
+  std::memset(memory, 0, bytes);
+  emulator::zeroed = {static_cast<unsigned char*>(memory), bytes};
+  return cudaSuccess;
+}
+inline cudaError_t keep(void** memory, const void* values, size_t bytes) {
+  const auto* from = static_cast<const unsigned char*>(values);
+  emulator::kept.push_back({std::vector(from, from + bytes), std::make_unique<unsigned char[]>(bytes)});
+  *memory = emulator::kept.back().memory.get();
+  std::memcpy(*memory, values, bytes);
   return cudaSuccess;
 }
 inline int device_attribute(cudaDeviceAttr attribute) {

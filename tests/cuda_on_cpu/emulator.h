@@ -17,6 +17,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <span>
 #include <vector>
 #ifdef PF_THREADS
 #include <linux/futex.h>
@@ -39,8 +40,17 @@ struct Settings {
   int shared_bytes = 228 << 10;
   int capability = 8;  // the major number
   int fault = 0;       // for sources with faults seeded in them
+  int64_t stream = 0;  // of what follows; -1: a graph records it
 };
 inline Settings settings;
+
+// Memory from `keep`, and what it began as.
+struct Kept {
+  std::vector<unsigned char> values;
+  std::unique_ptr<unsigned char[]> memory;
+};
+inline std::vector<Kept> kept;
+inline std::span<unsigned char> zeroed;  // what was set to zero last
 
 struct Block;
 struct Thread;

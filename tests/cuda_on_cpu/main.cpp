@@ -1,7 +1,9 @@
 // main CASES RESULTS SEED RESIDENT MULTIPROCESSORS SHARED_BYTES FAULT CAPABILITY: calls csrc/cuda/api.h with the
-// arguments in a file, in which a case is (int64) its operation, how many numbers, the numbers, how many buffers, and
-// of each its bytes (-1: a null pointer) and where in it the pointer points, and the bytes. The last `outputs` buffers
-// are written after the call.
+// arguments in a file, in which a case is (int64) its operation, how many outputs, its stream (-1: a graph records it),
+// how many numbers, the numbers, how many buffers, and of each its bytes (-1: a null pointer) and where in it the
+// pointer points, and the bytes. After the call are written its status, how many memories are kept by then, how many
+// bytes it set to zero, and the last `outputs` buffers. What is counted with must be as it was.
+#include <algorithm>
 #include <memory>
 
 #include "api.h"
@@ -42,9 +44,10 @@ int main(int, char** arguments) {
   emulator::settings.fault = std::atoi(arguments[7]);
   emulator::settings.capability = std::atoi(arguments[8]);
   std::unique_ptr<unsigned char[]> workspace;
-  int64_t workspace_bytes = 0;
   for (;;) {
     const int64_t operation = number(), outputs = number();
+    emulator::settings.stream = number();
+    emulator::zeroed = {};
     std::vector<int64_t> v(number());
     for (int64_t& value : v) value = number();
     std::vector<Buffer> b(number());
@@ -72,10 +75,8 @@ int main(int, char** arguments) {
       }
       const PfLora* branch = v.size() > 8 ? &lora : nullptr;
       const int64_t bytes = pf_linear_4bit_workspace(&w, branch, m, dtype);
-      if (bytes > workspace_bytes) {
-        workspace.reset(new unsigned char[bytes]());
-        workspace_bytes = bytes;
-      }
+      workspace.reset(new unsigned char[bytes]);
+      std::memset(workspace.get(), 0xFF, bytes);
       status = pf_linear_4bit(&w, b[7].as<void>(), ldx, b[8].as<void>(), bias_dtype, branch, b.back().as<void>(), m,
                               dtype, workspace.get(), nullptr);
     } else if (operation == 1) {
@@ -86,7 +87,13 @@ int main(int, char** arguments) {
           pf_quantize_4bit(b[0].as<void>(), static_cast<int32_t>(v[0]), v[1], static_cast<int32_t>(v[2]),
                            static_cast<int32_t>(v[3]), b[1].as<uint8_t>(), b[2].as<float>(), b[3].as<float>(), nullptr);
     }
-    std::fwrite(&status, 8, 1, out);
+    for (const emulator::Kept& kept : emulator::kept)
+      if (!std::equal(kept.values.begin(), kept.values.end(), kept.memory.get()))
+        emulator::fail("what is kept is not as it was");
+    if (std::ranges::any_of(emulator::zeroed, [](unsigned char byte) { return byte != 0; }))
+      emulator::fail("what was set to zero is not zero again");
+    for (const int64_t value : {status, std::ssize(emulator::kept), std::ssize(emulator::zeroed)})
+      std::fwrite(&value, 8, 1, out);
     for (size_t i = b.size() - outputs; i < b.size(); ++i)
       if (b[i].bytes >= 0) std::fwrite(b[i].data.get(), 1, b[i].bytes, out);
   }

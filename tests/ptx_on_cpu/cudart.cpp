@@ -3,6 +3,11 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <memory>
+#include <span>
+#include <vector>
+
 #include "machine.h"
 
 namespace {
@@ -22,8 +27,22 @@ uint32_t seed = 0;
 int processors = 4, capability = 80;
 std::shared_ptr<ptx::Launch> held;
 
+// Whether a graph records what is given to the null stream; the thread's mode.
+bool captures = true;
+cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+struct Kept {
+  std::vector<unsigned char> values;  // that it began as
+  std::unique_ptr<unsigned char[]> memory;
+};
+std::vector<Kept> kept;                 // what was allocated
+std::span<const unsigned char> zeroed;  // what was set to zero last
+
 cudaError_t start(const void* function, dim3 grid, dim3 block, size_t shared, uint32_t cluster, bool overlaps,
                   void** arguments) try {
+  for (const Kept& k : kept) {
+    const auto begin = reinterpret_cast<uint64_t>(k.memory.get());
+    ptx::memory.push_back({begin, begin + k.values.size()});
+  }
   const std::string& name = names().at(function);
   const auto kernel = ptx::kernels.find(name);
   if (kernel == ptx::kernels.end()) ptx::fail("it was not translated");
@@ -119,6 +138,44 @@ cudaError_t cudaGetLastError() { return fault.empty() ? cudaSuccess : cudaErrorL
 const char* cudaGetErrorString(cudaError_t) { return fault.c_str(); }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+// Some thread always captures a graph in the global mode: who is not in the relaxed mode may not allocate, nor wait.
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* other) {
+  std::swap(mode, *other);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = captures && stream == nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  return *id = reinterpret_cast<uintptr_t>(stream), cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  zeroed = {static_cast<const unsigned char*>(std::memset(memory, value, bytes)), bytes};
+  return cudaSuccess;
+}
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  if (mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
+  kept.push_back({std::vector<unsigned char>(bytes), std::make_unique<unsigned char[]>(bytes)});
+  *memory = kept.back().memory.get();
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void*) { return cudaErrorNotSupported; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  *stream = reinterpret_cast<cudaStream_t>(&mode);
+  return flags == cudaStreamNonBlocking ? cudaSuccess : cudaErrorStreamCaptureImplicit;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  if (mode != cudaStreamCaptureModeRelaxed || stream == nullptr) return cudaErrorStreamCaptureUnsupported;
+  std::memcpy(to, from, bytes);
+  std::memcpy(kept.back().values.data(), from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return mode == cudaStreamCaptureModeRelaxed && stream != nullptr ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -143,17 +200,26 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaSuccess;
 }
 
-// Whatever is held goes on to its end.
+// Whatever is held goes on to its end. What is counted with must be as it was then.
 __attribute__((visibility("default"))) cudaError_t ptx_finish() try {
   if (const auto last = std::exchange(held, nullptr)) last->finish();
-  return cudaSuccess;
+  for (const unsigned char byte : std::exchange(zeroed, {}))
+    if (byte != 0) return fault = "what was set to zero is not zero again", cudaErrorLaunchFailure;
+  for (const Kept& k : kept)
+    if (!std::equal(k.values.begin(), k.values.end(), k.memory.get()))
+      return fault = "what is kept is not as it was", cudaErrorLaunchFailure;
+  if (mode == cudaStreamCaptureModeGlobal) return cudaSuccess;
+  return fault = "the thread's mode is another than before", cudaErrorLaunchFailure;
 } catch (const std::exception& e) {
   fault = e.what();
   return cudaErrorLaunchFailure;
 }
+// How many memories there are that are never freed.
+__attribute__((visibility("default"))) uint64_t ptx_kept() { return kept.size(); }
+__attribute__((visibility("default"))) void ptx_captures(bool graph) { captures = graph; }
 // The device, and the order of warps of what follows; forgets a fault.
 __attribute__((visibility("default"))) void ptx_device(int sm, int multiprocessors, uint32_t order) {
   capability = sm, processors = multiprocessors, seed = order;
-  fault.clear(), held = nullptr;
+  fault.clear(), held = nullptr, zeroed = {};
 }
 }
