@@ -329,10 +329,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         In this thread and in those that first meet the model inside; others go on as they were.
         """
-        if any(isinstance(c, LoraConfig) and c.bias != "none" for c in self.peft_config.values()):
-            warnings.warn(
-                "biases of the base model were trained (bias is not 'none'); they stay as trained", stacklevel=3
-            )
+        self._warn_of_biases(stacklevel=4)
         merged = self._merged()
         for layer in merged:
             layer.unmerge()
@@ -342,6 +339,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         finally:
             for layer, names in merged.items():
                 layer.merge(names)
+
+    def _warn_of_biases(self, stacklevel: int) -> None:
+        if any(isinstance(c, LoraConfig) and c.bias != "none" for c in self.peft_config.values()):
+            said = "biases of the base model were trained (bias is not 'none'); they stay as trained"
+            warnings.warn(said, stacklevel=stacklevel)
 
     # Adding, choosing and removing adapters.
 
@@ -509,10 +511,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         (PEFT leaves it in the weights; here :meth:`merge_and_unload` does.) Biases that were trained stay as trained,
         with a warning.
         """
-        if any(isinstance(c, LoraConfig) and c.bias != "none" for c in self.peft_config.values()):
-            warnings.warn(
-                "biases of the base model were trained (bias is not 'none'); they stay as trained", stacklevel=2
-            )
+        self._warn_of_biases(stacklevel=3)
         self.base_model.give_way("by unload(); merge_and_unload() keeps them")
         remove(self.get_base_model())
         return self._unloaded(())
