@@ -478,7 +478,7 @@ def test_every_adapter_answers_the_prompt(capsys, model_folder, adapters):
 def test_what_cannot_be_asked_ends_no_conversation(capsys, monkeypatch, model_folder):
     monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\nhello\n"))
     code, out, _ = run(capsys, "generate", "--model", model_folder, "--max-new-tokens", "1")
-    assert code == 0 and "error: the text holds '\\udcff'" in out and out.count("base> ") == 3
+    assert code == 0 and "error: prompt 1: the text holds '\\udcff'" in out and out.count("base> ") == 3
 
 
 def test_answers_are_printed_as_they_are(capsys, monkeypatch, model_folder):
