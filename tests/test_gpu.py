@@ -1,6 +1,9 @@
 """What only a GPU can show of the operators: graphs, streams, several devices, memory. The promises that hold on every
 device are tested where they are made, under the fixture `device`."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_linear_4bit import FORWARD, adapter, error, float64, packed_weight
@@ -59,6 +62,36 @@ def test_a_captured_graph_replays_with_new_inputs_and_another_adapter(m):
         rows.fill_(slot)
         graph.replay()
         assert torch.equal(y, run())
+
+
+COMPILED = """
+run = torch.compile(product, mode="reduce-overhead", fullgraph=True)
+found = [run(x).clone() for _ in range(4)]
+"""
+CAPTURED = """
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = product(x)
+graph.replay()
+found = [y]
+"""
+
+
+@pytest.mark.parametrize("way", [COMPILED, CAPTURED], ids=["compiled", "captured"])
+def test_the_first_call_of_all_may_be_for_a_graph(way):
+    """What is kept from call to call is made by a process's first, while memory comes from the graph's pool."""
+    code = f"""
+import torch, pyfastpeft as fp
+torch.set_grad_enabled(False)
+w = fp.quantize_4bit(torch.randn(256, 2048, device="cuda"), double_quant=True)
+x = torch.randn(1, 2048, device="cuda").bfloat16()
+product = lambda x: fp.ops.linear_4bit(x, w)
+{way}
+torch.cuda.synchronize()
+assert all(torch.equal(y, product(x)) for y in found)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @torch.no_grad()
