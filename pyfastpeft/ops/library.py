@@ -26,6 +26,7 @@ BRANCH = "Tensor? lora_a, Tensor? lora_b, Tensor? row_scale, float scaling, Tens
 """A :class:`Lora` in an operator's schema, the scaling taken apart, with the seed of its dropout."""
 
 _F = TypeVar("_F", bound=Callable)
+_WRITTEN_IN_PYTHON = torch.library.Library("pyfastpeft", "FRAGMENT")
 
 
 def constant_to_compilers(function: _F) -> _F:
@@ -35,6 +36,45 @@ def constant_to_compilers(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make ``function`` an operator of this library: to compilers one node, which ``fake`` gives the shapes of."""
+    name = schema.partition("(")[0]
+    _WRITTEN_IN_PYTHON.define(schema)
+    _WRITTEN_IN_PYTHON.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyfastpeft::{name}", fake)
+
+
+def define_linear_4bit(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], transposed: bool = False
+) -> None:
+    """``linear_4bit_<name>``, which returns y and S, and its backward: dx, dA and dB, empty where not needed.
+
+    Args:
+        transposed: whether dA lies in memory as [K, R].
+    """
+
+    def fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        n, a = rest[6], rest[9]
+        return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], 0 if a is None else len(a)), dtype=torch.float32)
+
+    def fake_backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        k, a, b, (need_x, need_a, need_b) = rest[8], rest[9], rest[10], rest[-3:]
+        dx, da, db = (dy.new_empty(0) for _ in range(3))
+        if need_x:
+            dx = dy.new_empty((dy.shape[0], k))
+        if need_a:
+            da = a.new_empty((k, len(a))).t() if transposed else a.new_empty((len(a), k))
+        return dx, da, b.new_empty(b.shape) if need_b else db
+
+    define(f"linear_4bit_{name}(Tensor x, {WEIGHT}, Tensor? bias, {BRANCH}) -> (Tensor, Tensor)", forward, fake)
+    define(
+        f"linear_4bit_{name}_backward(Tensor dy, Tensor? x, Tensor? s, {WEIGHT}, int k, {BRANCH}, bool need_x, "
+        "bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+        backward,
+        fake_backward,
+    )
 
 
 @torch.library.register_fake("pyfastpeft::quantize_4bit")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..formats import Packed4bit
 from .cuda_kernels import why_not as why_not_cuda
-from .library import BRANCH, WEIGHT
+from .library import define_linear_4bit
 from .reference import keep_mask, scaled, without_autocast
 
 _TILE = 128
@@ -152,27 +152,4 @@ def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tup
     return dx, da, db
 
 
-_LIBRARY = torch.library.Library("pyfastpeft", "FRAGMENT")
-_LIBRARY.define(f"linear_4bit_slabs(Tensor x, {WEIGHT}, Tensor? bias, {BRANCH}) -> (Tensor, Tensor)")
-_LIBRARY.define(
-    f"linear_4bit_slabs_backward(Tensor dy, Tensor? x, Tensor? s, {WEIGHT}, int k, {BRANCH}, bool need_x, bool need_a, "
-    "bool need_b) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.impl("linear_4bit_slabs", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_4bit_slabs_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("pyfastpeft::linear_4bit_slabs")
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    n, a = rest[6], rest[9]
-    return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], 0 if a is None else len(a)), dtype=torch.float32)
-
-
-@torch.library.register_fake("pyfastpeft::linear_4bit_slabs_backward")
-def _(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    k, a, b, (need_x, need_a, need_b) = rest[8], rest[9], rest[10], rest[-3:]
-    return (
-        dy.new_empty((dy.shape[0], k) if need_x else 0),
-        a.new_empty(a.shape) if need_a else dy.new_empty(0),
-        b.new_empty(b.shape) if need_b else dy.new_empty(0),
-    )
+define_linear_4bit("slabs", _forward, _backward)

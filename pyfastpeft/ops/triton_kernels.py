@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, Packed4bit, format_of, get_format
-from .library import BRANCH, WEIGHT, constant_to_compilers
+from .library import WEIGHT, constant_to_compilers, define, define_linear_4bit
 from .tuning import tuned
 
 _OLDEST = (8, 0)
@@ -135,43 +135,17 @@ def _forward_slots(x: Tensor, *rest: Any) -> Tensor:
         return kernels.forward_slots(x, _weight(rest[:8], x.shape[1]), bias, lora)
 
 
-_LIBRARY = torch.library.Library("pyfastpeft", "FRAGMENT")
-for _schema, _run in (
-    (f"linear_4bit_triton(Tensor x, {WEIGHT}, Tensor? bias, {BRANCH}) -> (Tensor, Tensor)", _forward),
-    (
-        f"linear_4bit_triton_backward(Tensor dy, Tensor? x, Tensor? s, {WEIGHT}, int k, {BRANCH}, bool need_x, "
-        "bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
-        _backward,
-    ),
-    (
-        f"linear_4bit_triton_slots(Tensor x, {WEIGHT}, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, "
-        "Tensor slot_of) -> Tensor",
-        _forward_slots,
-    ),
-):
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_schema.partition("(")[0], _run, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("pyfastpeft::linear_4bit_triton")
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    n, a = rest[6], rest[9]
-    return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], 0 if a is None else len(a)), dtype=torch.float32)
-
-
-@torch.library.register_fake("pyfastpeft::linear_4bit_triton_backward")
-def _(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    k, a, b, (need_x, need_a, need_b) = rest[8], rest[9], rest[10], rest[-3:]
-    return (
-        dy.new_empty((dy.shape[0], k) if need_x else 0),
-        a.new_empty((k, len(a))).t() if need_a else dy.new_empty(0),
-        b.new_empty(b.shape) if need_b else dy.new_empty(0),
-    )
-
-
-@torch.library.register_fake("pyfastpeft::linear_4bit_triton_slots")
-def _(x: Tensor, *rest: Any) -> Tensor:
+def _fake_slots(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], rest[6]))
+
+
+define_linear_4bit("triton", _forward, _backward, transposed=True)
+define(
+    f"linear_4bit_triton_slots(Tensor x, {WEIGHT}, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, "
+    "Tensor slot_of) -> Tensor",
+    _forward_slots,
+    _fake_slots,
+)
 
 
 def forward_slots(x: Tensor, w: Packed4bit, bias: Tensor | None, *bank: Tensor) -> Tensor:
