@@ -97,7 +97,7 @@ def call(library, name, *arguments):
 
 def operand(w):
     """(PfWeight, its tensors)."""
-    parts = _weight(w)
+    parts = _weight(w.rows().operands, w.shape[1])
     nested = parts.absmax2 is not None
     tensors = [parts.codes, None if nested else parts.scale, parts.scale if nested else None, *parts[2:6]]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
@@ -202,7 +202,7 @@ def test_weights_are_decoded(library, quant_type, dtype):
 def test_weights_are_encoded_as_the_reference_does(library, quant_type):
     count, blocksize = 64 * 37 + 5, 64
     source = torch.randn(1, count)
-    expected = _weight(fp.quantize_4bit(source, quant_type, blocksize))
+    expected = fp.quantize_4bit(source, quant_type, blocksize).rows()
     codes = torch.full_like(expected.codes, 0xFF)
     scale = torch.full_like(expected.scale, float("nan"))
     zero = None if expected.zero is None else torch.full_like(expected.zero, float("nan"))
