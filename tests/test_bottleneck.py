@@ -135,7 +135,7 @@ def test_every_architecture_computes_the_definition(architecture, placement):
     plain, before = copy.deepcopy(model), logits(model, **batch)
     peft_model = fp.get_peft_model(model, config(placement=placement)).eval()
     torch.testing.assert_close(logits(peft_model, **batch), before, rtol=1e-5, atol=1e-5)
-    randomize(peft_model)
+    randomize(peft_model, 0.5)  # of 0.2 BERT's head sometimes shows less than that
     expected = logits(by_hooks(plain, peft_model), **batch)
     assert (expected - before).abs().max() > 1e-3
     torch.testing.assert_close(logits(peft_model, **batch), expected, rtol=1e-5, atol=1e-5)
