@@ -290,12 +290,11 @@ class AdapterBank:
 
     @contextmanager
     def disabling(self) -> Iterator[None]:
-        """:meth:`using` no adapter, also in threads that begin in the meantime, as one does that streams an answer."""
+        """Let threads that begin in the meantime, as one does that streams an answer, begin without adapters."""
         block = object()
         self._mode.blocks.append(block)
         try:
-            with self.using(NO_ROWS):
-                yield
+            yield
         finally:
             self._mode.blocks.remove(block)
 

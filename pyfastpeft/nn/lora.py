@@ -40,7 +40,7 @@ class Plan(NamedTuple):
         a, b: parameter dictionaries whose "weight" are A [r, in] and B [out, r]; never stale.
         magnitude: the same of DoRA's magnitude [out], or None.
         scaling: a number; ``scale`` is the same as a tensor [r], so that compiled code does not hold its value.
-        dropout: what the adapter's input goes through in training; None where nothing is left out.
+        dropout: what the adapter's input goes through in training.
     """
 
     names: tuple[str, ...]
@@ -78,8 +78,7 @@ class _Scaling(MutableMapping[str, float]):
     def __setitem__(self, name: str, scaling: float) -> None:
         if name not in self._layer._scaling:
             raise KeyError(f"{name!r}; the adapters of this layer are {list(self._layer._scaling)}")
-        self._layer._scaling[name] = float(scaling)
-        self._layer._scale[name].fill_(scaling)
+        self._layer._scale_by(name, float(scaling))
         self._layer.bank.refresh_one(self._layer)
 
     def __delitem__(self, name: str) -> None:
@@ -118,8 +117,8 @@ class LoraLayer(nn.Module):
 
     Attributes:
         base_layer: the wrapped module.
-        r, lora_alpha, use_dora: by adapter name. ``r`` is the rank in use, which after a hot-swap may be below the rank
-            of the parameters (the rest is zero).
+        r, lora_alpha: by adapter name. ``r`` is the rank in use, which after a hot-swap may be below the rank of the
+            parameters (the rest is zero).
         lora_dropout: by adapter name an ``nn.Dropout``, or ``nn.Identity`` where nothing is left out.
         merged_adapters: the adapters added into the base weight at the moment.
     """
@@ -130,7 +129,6 @@ class LoraLayer(nn.Module):
         self.bank = bank
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.use_dora: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.lora_A = nn.ModuleDict()
@@ -213,6 +211,11 @@ class LoraLayer(nn.Module):
         """Those of the active adapters that this layer has."""
         return [name for name in self.bank.chosen if name in self.r]
 
+    @property
+    def use_dora(self) -> dict[str, bool]:
+        """By adapter name."""
+        return {name: name in self.lora_magnitude_vector for name in self.r}
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
@@ -222,7 +225,11 @@ class LoraLayer(nn.Module):
 
     def set_scaling(self, name: str, scaling: float) -> None:
         """Change what is an adapter's own scaling, in place; the bank must be refreshed afterwards."""
-        self._scaling[name] = self._own_scaling[name] = scaling
+        self._own_scaling[name] = scaling
+        self._scale_by(name, scaling)
+
+    def _scale_by(self, name: str, scaling: float) -> None:
+        self._scaling[name] = scaling
         self._scale[name].fill_(scaling)
 
     def add_adapter(
@@ -247,7 +254,7 @@ class LoraLayer(nn.Module):
                 function of (M, r, scaling) that returns A, B and the weight that is left for the base layer.
             empty: leave the values to be loaded; a function ``initial`` still changes the base weight.
         """
-        self.r[name], self.lora_alpha[name], self.use_dora[name] = r, alpha, use_dora
+        self.r[name], self.lora_alpha[name] = r, alpha
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_dropout[name].train(self.training)
         self._scaling[name] = self._own_scaling[name] = alpha / math.sqrt(r) if use_rslora else alpha / r
@@ -285,7 +292,7 @@ class LoraLayer(nn.Module):
         """Move parameters that a subclass keeps elsewhere."""
 
     def remove_adapter(self, name: str) -> None:
-        for held in (self.r, self.lora_alpha, self.use_dora, self._scaling, self._own_scaling, self._scale):
+        for held in (self.r, self.lora_alpha, self._scaling, self._own_scaling, self._scale):
             held.pop(name, None)  # one that failed half-way has only some
         for holder in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_dropout):
             if name in holder:
@@ -312,9 +319,7 @@ class LoraLayer(nn.Module):
         magnitude = None
         if name in self.lora_magnitude_vector:
             magnitude = self.lora_magnitude_vector[name]._parameters
-        dropout = self.lora_dropout[name]
-        dropout = dropout if isinstance(dropout, nn.Dropout) else None
-        return Plan(names, True, a, b, magnitude, self._scaling[name], self._scale[name], dropout)
+        return Plan(names, True, a, b, magnitude, self._scaling[name], self._scale[name], self.lora_dropout[name])
 
     def _holders(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.lora_A[name]._parameters, self.lora_B[name]._parameters
@@ -534,7 +539,7 @@ class LoraLinear(LoraLayer):
             return self._general(x, plan.names, None, args, kwargs)
         a, b = plan.a["weight"], plan.b["weight"]
         scaling = plan.scale if is_compiling() else plan.scaling
-        dropout = 0.0 if plan.dropout is None else dropout_rate(plan.dropout)
+        dropout = dropout_rate(plan.dropout)
         base_layer = self._modules["base_layer"]  # past nn.Module.__getattr__: this is the path of every token
         if isinstance(base_layer, Linear4bit):
             y = base_layer(x, self.branch(x.dtype, plan.names, a, b, scaling, dropout))
