@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import ClassVar
 
 import torch
 
 
 class Held:
-    """Gives its number back with its last reference.
+    """Gives its number back with its last reference; at exit nobody takes it.
 
     The dispatcher takes an ``int`` 0.4 µs sooner than an object of a class derived from it.
     """
 
-    __slots__ = ("number",)
+    __slots__ = ("__weakref__", "number")
     _release: ClassVar[str]
 
     def __init__(self, number: int) -> None:
         self.number = number
-
-    def __del__(self) -> None:
-        getattr(torch.ops.pyfastpeft, self._release).default(self.number)
+        release = getattr(torch.ops.pyfastpeft, self._release).default
+        weakref.finalize(self, release, number).atexit = False
 
     def __reduce__(self) -> tuple:
         raise TypeError("what the operators hold cannot be copied, only held anew")
@@ -38,3 +38,10 @@ class HeldBranch(Held):
 
     __slots__ = ()
     _release = "release_branch"
+
+
+class HeldDecoder(Held):
+    """Of a decoder's layers."""
+
+    __slots__ = ()
+    _release = "free_decoder"

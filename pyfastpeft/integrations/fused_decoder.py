@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, St
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..adapters import AdapterBank, Rows
+from ..formats.held import HeldDecoder
 from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear, stamp_of
@@ -111,7 +112,7 @@ class _Stack:
 
     def __init__(self, model: nn.Module) -> None:
         self.lookups = _Lookups()
-        self.number: int | None = None
+        self.held: HeldDecoder | None = None
         self.banks: set[AdapterBank] = set()
         self._attentions: list[dict] = []  # what each layer's attention holds, a prefix among it
         self._copied: list[Tensor] = []  # of these the stack holds copies
@@ -125,7 +126,7 @@ class _Stack:
         self._stamp = stamp_of(self._copied)
         self._hooked = self.lookups.hooked()
         if self._hooked:
-            self._free()
+            self.held = None
 
     def holds(self, cache: Any) -> bool:
         """Whether the model is still what this was built from."""
@@ -141,7 +142,7 @@ class _Stack:
             return False
         if self._modes_now() != self._modes or stamp_of(self._copied) != self._stamp:
             return False
-        if self.number is not None:
+        if self.held is not None:
             self._noticed, self._cache = noticed, weakref.ref(cache)
         return True
 
@@ -172,13 +173,6 @@ class _Stack:
     def look_again(self) -> None:
         """At the next call, whatever was noticed."""
         self._noticed = None
-
-    def _free(self) -> None:
-        if self.number is not None:
-            torch.ops.pyfastpeft.free_decoder.default(self.number)
-            self.number = None
-
-    __del__ = _free
 
     def _build(self, model: nn.Module) -> None:
         look, config, family = self.lookups, model.config, _family(model)
@@ -218,21 +212,14 @@ class _Stack:
         if model.rotary_emb.inv_freq.numel() * 2 != self.dim or not getattr(config, "is_causal", True):
             raise _Unsupported
         try:
-            self.number = torch.ops.pyfastpeft.new_decoder.default(
-                last_weight,
-                norms,
-                head_norms,
-                config.num_attention_heads,
-                self.kv_heads,
-                self.dim,
-                eps,
-                attention.scaling,
-            )
+            heads = config.num_attention_heads, self.kv_heads, self.dim
+            new = torch.ops.pyfastpeft.new_decoder.default
+            held = HeldDecoder(new(last_weight, norms, head_norms, *heads, eps, attention.scaling))
             for add, *linear in linears:
-                add(self.number, *linear)
+                add(held.number, *linear)
         except RuntimeError as error:
-            self._free()
             raise _Unsupported from error
+        self.held = held
 
     def _linear(self, module: nn.Module, dtype: torch.dtype) -> tuple:
         look = self.lookups
@@ -438,7 +425,7 @@ class _FewRows(ModuleForward):
         ):
             return None
         stack = self._stack(cache)
-        if stack.number is None or not stack.serves(batch):
+        if stack.held is None or not stack.serves(batch):
             return None
         x = model.embed_tokens(input_ids)
         shape = (batch, stack.kv_heads, length, stack.dim)
@@ -467,7 +454,8 @@ class _FewRows(ModuleForward):
                     return None
                 growing = self._caches[cache] = _Growing(layers, shape, x.dtype)
             keys, values = growing.keys, growing.values
-        y = torch.ops.pyfastpeft.decoder_forward.default(stack.number, x, cos, sin, mask, keys, values, past, *prefix)
+        number = stack.held.number
+        y = torch.ops.pyfastpeft.decoder_forward.default(number, x, cos, sin, mask, keys, values, past, *prefix)
         if kind is StaticLayer:
             for layer in layers:
                 if hasattr(layer, "cumulative_length"):  # older versions count what is not zero
