@@ -1,13 +1,52 @@
 """What ``import pyfastpeft`` brings along, and what it does not."""
 
-import importlib
+import ast
+import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import pyfastpeft as fp
 from pyfastpeft.integrations.on_import import when_any_imported
+
+ROOT = Path(__file__).parent.parent
+
+
+def imports_of(tree):
+    """The relative ones that run when the module does."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield node
+        elif not isinstance(node, ast.FunctionDef) and not (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
+            yield from imports_of(node)
+
+
+def test_imports_point_down_as_contributing_says():
+    said = " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
+    layers = re.search(r"Imports point down only: (.*?), compiled code\.", said)[1].split(" → ")
+    layers = [re.sub(r"the rest of |`|\.py", "", layer).replace("/", ".") for layer in layers]
+
+    def depth(module):
+        within = [layer for layer in layers if f"{module}.".startswith(f"pyfastpeft.{layer}.")]
+        return layers.index(max(within, key=len)) if within else len(layers)
+
+    files = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in (ROOT / "pyfastpeft").rglob("*.py")}
+    seen = set()
+    for module, file in files.items():
+        if module == "pyfastpeft.__init__":
+            continue
+        for node in imports_of(ast.parse(file.read_text(encoding="utf-8"))):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+            for name in node.names:
+                target = f"{source}.{name.name}" if f"{source}.{name.name}" in files else source
+                assert depth(target) >= depth(module), f"{module} imports {target}"
+                seen.add((depth(module), depth(target)))
+    assert len(seen) > 3 * len(layers)
 
 
 def python(*lines):

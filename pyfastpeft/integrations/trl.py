@@ -12,8 +12,6 @@ from types import ModuleType
 from typing import Any
 
 from ..nn.lora import LoraLayer
-from ..tuners.base import PeftConfig
-from ..tuners.soft_prompt import SoftPromptConfig
 
 
 def teach_trl(module: ModuleType) -> None:
@@ -28,6 +26,12 @@ def _is_ours(model: Any) -> bool:
     from ..peft_model import PeftModel
 
     return isinstance(model, PeftModel)
+
+
+def _is_our_config(config: Any) -> bool:
+    from ..tuners import PeftConfig
+
+    return isinstance(config, PeftConfig)
 
 
 def _either(ours: Callable[[Any], bool]) -> Callable[[type], type]:
@@ -46,7 +50,7 @@ def _either(ours: Callable[[Any], bool]) -> Callable[[type], type]:
 
 def _get_peft_model(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(peft_config, PeftConfig):
+        if not _is_our_config(peft_config):
             return theirs(model, peft_config, *args, **kwargs)
         from .. import peft_model
 
@@ -71,9 +75,9 @@ def _is_peft_model(theirs: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _WIDENED: dict[str, Callable[[Any], Any]] = {
     "BaseTunerLayer": _either(lambda module: isinstance(module, LoraLayer)),
-    "PeftConfig": _either(lambda config: isinstance(config, PeftConfig)),
+    "PeftConfig": _either(_is_our_config),
     "PeftModel": _either(_is_ours),
-    "PromptLearningConfig": _either(lambda config: isinstance(config, SoftPromptConfig)),
+    "PromptLearningConfig": _either(lambda config: _is_our_config(config) and config.is_prompt_learning),
     "get_peft_model": _get_peft_model,
     "is_peft_model": _is_peft_model,
 }
