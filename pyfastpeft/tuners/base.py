@@ -63,6 +63,12 @@ def check_pattern(name: str, pattern: str) -> None:
         raise ValueError(f"{name} is {pattern!r}; it must be a regular expression: {error}") from None
 
 
+def check_count(name: str, value: Any) -> None:
+    """Whether the argument ``name`` is a number of things."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+
 def check_dropout(name: str, value: float) -> None:
     """Whether the argument ``name`` is a share that can be dropped."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:

@@ -17,7 +17,7 @@ from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora import layer_class, matrix_shape
 from .adapted import adapter_dtype
-from .base import PeftConfig, PeftType, Tuner, as_list, check_pattern, register_method
+from .base import PeftConfig, PeftType, Tuner, as_list, check_count, check_pattern, register_method
 from .modules import base_of, ends_with, modules_of
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
@@ -65,9 +65,8 @@ class BottleneckConfig(PeftConfig):
         factor = self.reduction_factor
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
             raise ValueError(f"reduction_factor is {factor!r}; it must be a number above 0")
-        size = self.bottleneck_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"bottleneck_size is {size!r}; it must be an integer of at least 1")
+        if self.bottleneck_size is not None:
+            check_count("bottleneck_size", self.bottleneck_size)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
         if self.target_modules is not None and not isinstance(self.target_modules, str):

@@ -20,7 +20,17 @@ from ..nn.lora import LoraConv1D, LoraLayer, expected_tensors, layer_class
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.modules_to_save import ModulesToSave
 from .adapted import adapter_dtype
-from .base import PeftConfig, PeftType, TaskType, Tuner, as_list, check_dropout, check_pattern, register_method
+from .base import (
+    PeftConfig,
+    PeftType,
+    TaskType,
+    Tuner,
+    as_list,
+    check_count,
+    check_dropout,
+    check_pattern,
+    register_method,
+)
 from .modules import base_of, ends_of, ends_with, find_saved, modules_of, put, tied_ends
 
 ALL_LINEAR = "all-linear"
@@ -123,7 +133,7 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_rank("r", self.r)
+        check_count("r", self.r)
         self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name) or {}
@@ -133,7 +143,7 @@ class LoraConfig(PeftConfig):
                 check_pattern(f"a key of {name}", key)
             setattr(self, name, dict(value))
         for key, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{key!r}]", rank)
+            check_count(f"rank_pattern[{key!r}]", rank)
         alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
         for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
@@ -181,8 +191,7 @@ class LoraConfig(PeftConfig):
             loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | loftq_config
             if loftq_config["loftq_bits"] != 4:
                 raise ValueError(f"loftq_config['loftq_bits'] is {loftq_config['loftq_bits']!r}; it must be 4")
-            if not isinstance(loftq_config["loftq_iter"], int) or loftq_config["loftq_iter"] < 1:
-                raise ValueError(f"loftq_config['loftq_iter'] is {loftq_config['loftq_iter']!r}; it must be 1 or more")
+            check_count("loftq_config['loftq_iter']", loftq_config["loftq_iter"])
         self.loftq_config = loftq_config
 
     @classmethod
@@ -220,11 +229,6 @@ class LoraConfig(PeftConfig):
         if isinstance(init, str) and init.startswith("pissa"):
             return partial(pissa, iterations=int(init.rpartition("_")[2]) if init != "pissa" else None)
         return init
-
-
-def _check_rank(name: str, rank: int) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{name} is {rank!r}; a rank must be an integer of at least 1")
 
 
 def _by_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:

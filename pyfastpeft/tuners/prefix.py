@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..nn.prompt_encoder import Form, PrefixEncoder, SoftPrompt
-from .base import PeftType, register_method
-from .soft_prompt import SoftPromptConfig, check_count, random_ids, text_ids
+from .base import PeftType, check_count, register_method
+from .soft_prompt import SoftPromptConfig, random_ids, text_ids
 
 if TYPE_CHECKING:
     from ..integrations.prefixes import Prefixes

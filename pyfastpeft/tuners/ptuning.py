@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from ..nn.prompt_encoder import Form, LstmEncoder, MlpEncoder, SoftPrompt
-from .base import PeftType, check_dropout, register_method
-from .soft_prompt import SoftPromptConfig, check_count
+from .base import PeftType, check_count, check_dropout, register_method
+from .soft_prompt import SoftPromptConfig
 
 if TYPE_CHECKING:
     from ..integrations.prefixes import Prefixes

@@ -14,18 +14,13 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank
 from ..hub.files import check_tensors
 from ..nn.prompt_encoder import Form, SoftPrompt
-from .base import PeftConfig, TaskType, Tuner
+from .base import PeftConfig, TaskType, Tuner, check_count
 
 if TYPE_CHECKING:
     from ..integrations.prefixes import Prefixes
 
 KEY = "prompt_embeddings"
 _ENCODER = "encoder."
-
-
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
 
 
 @dataclass(kw_only=True)
