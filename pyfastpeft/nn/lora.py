@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,11 @@ class Magnitude(nn.Module):
 def dropout_rate(dropout: nn.Module | None) -> float:
     """The share that ``dropout`` leaves out now. It is asked each time: users switch off what they find in a model."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def scaling_of(alpha: float, r: int, use_rslora: bool) -> float:
+    """What multiplies B A of rank ``r``: alpha / r, or alpha / √r (rsLoRA, Kalajdzievski 2023)."""
+    return alpha / math.sqrt(r) if use_rslora else alpha / r
 
 
 class _Scaling(MutableMapping[str, float]):
@@ -172,9 +177,16 @@ class LoraLayer(nn.Module):
         """M aᵀ [out, r] in float32, without building M."""
         raise NotImplementedError
 
+    KEYS: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    """What A and B are called in PEFT's files, after the layer's path."""
+
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of an adapter."""
         return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def capacity(self, name: str) -> int:
+        """The rank of an adapter's parameters, of which ``r`` may be in use."""
+        return len(self._scale[name])
 
     # Adapters.
 
@@ -257,7 +269,7 @@ class LoraLayer(nn.Module):
         self.r[name], self.lora_alpha[name] = r, alpha
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_dropout[name].train(self.training)
-        self._scaling[name] = self._own_scaling[name] = alpha / math.sqrt(r) if use_rslora else alpha / r
+        self._scaling[name] = self._own_scaling[name] = scaling_of(alpha, r, use_rslora)
         self._make_parameters(name, r, lora_bias, initial, empty)
         if callable(initial):
             a, b, rest = initial(self.matrix(), r, self._scaling[name])
@@ -301,9 +313,9 @@ class LoraLayer(nn.Module):
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The adapter's live parameters under the suffixes of PEFT's files."""
-        held = {"lora_A.weight": self.lora_A[name].weight, "lora_B.weight": self.lora_B[name].weight}
-        if self.lora_B[name].bias is not None:
-            held["lora_B.bias"] = self.lora_B[name].bias
+        held = dict(zip(self.KEYS, self.factors(name), strict=True))
+        if (bias := self._bias_of(name)) is not None:
+            held["lora_B.bias"] = bias
         if name in self.lora_magnitude_vector:
             held["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
         return held
@@ -395,7 +407,7 @@ class LoraLayer(nn.Module):
         """The factor of each column [R], or of each row's columns [rows, R], from the ``scale`` of :meth:`stacked`."""
         if mode is None:
             return scale
-        ranks = tuple(len(self._scale[n]) for n in names)
+        ranks = tuple(self.capacity(n) for n in names)
         return mixed.own(mode.mask(names, ranks, rows, scale.device) > 0, scale)
 
     def norm(self, name: str) -> Tensor:
@@ -675,6 +687,8 @@ class LoraEmbedding(LoraLayer):
     A starts at zero and B normal, so the first update moves only the rows of tokens that were seen.
     """
 
+    KEYS = ("lora_embedding_A", "lora_embedding_B")
+
     def __init__(self, base_layer: nn.Embedding, bank: AdapterBank) -> None:
         super().__init__(base_layer, bank)
         self.in_features, self.out_features = base_layer.num_embeddings, base_layer.embedding_dim
@@ -719,13 +733,6 @@ class LoraEmbedding(LoraLayer):
         for holder in (self.lora_embedding_A, self.lora_embedding_B):
             if name in holder:
                 del holder[name]
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        a, b = self.factors(name)
-        held = {"lora_embedding_A": a, "lora_embedding_B": b}
-        if name in self.lora_magnitude_vector:
-            held["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
-        return held
 
     def _holders(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         a, b = self.factors(name)
@@ -809,12 +816,9 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
 def expected_tensors(module: nn.Module, r: int, use_dora: bool, lora_bias: bool) -> dict[str, tuple[int, ...]]:
     """Suffix → shape of the tensors a file must hold for an adapter of rank ``r`` on ``module``."""
     n_out, n_in = matrix_shape(module)
-    if isinstance(module, nn.Embedding):
-        shapes: dict[str, tuple[int, ...]] = {"lora_embedding_A": (r, n_in), "lora_embedding_B": (n_out, r)}
-    else:
-        shapes = {"lora_A.weight": (r, n_in), "lora_B.weight": (n_out, r)}
-        if lora_bias:
-            shapes["lora_B.bias"] = (n_out,)
+    shapes: dict[str, tuple[int, ...]] = dict(zip(layer_class(module).KEYS, ((r, n_in), (n_out, r)), strict=True))
+    if lora_bias and not isinstance(module, nn.Embedding):
+        shapes["lora_B.bias"] = (n_out,)
     if use_dora:
         shapes["lora_magnitude_vector"] = (n_out,)
     return shapes

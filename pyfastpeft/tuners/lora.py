@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraConv1D, LoraLayer, expected_tensors, layer_class
+from ..nn.lora import LoraConv1D, LoraLayer, expected_tensors, layer_class, scaling_of
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.modules_to_save import ModulesToSave
 from .adapted import adapter_dtype
@@ -494,28 +494,29 @@ class LoraTuner(Tuner):
 
     def tensors(self, name: str, config: LoraConfig) -> dict[str, Tensor]:
         held = {}
-        for path, layer in self._layers(name).items():
+        for path, layer in self.layers(name).items():
             held |= {f"{self.PREFIX}{path}.{suffix}": t for suffix, t in layer.tensors(name).items()}
-        names = _bias_names(config, self.model, self._layers(name))
+        names = _bias_names(config, self.model, self.layers(name))
         return held | {self.PREFIX + b: self.model.get_parameter(b) for b in names}
 
-    def _layers(self, name: str) -> dict[str, LoraLayer]:
+    def layers(self, name: str) -> dict[str, LoraLayer]:
+        """Path → layer that has the adapter."""
         return {path: layer for path, layer in self.bank.layers.items() if name in layer.r}
 
     def state(self, name: str, config: LoraConfig, save_embedding_layers: bool | str) -> dict[str, Tensor]:
         held = self.tensors(name, config)
-        for path, layer in self._layers(name).items():
-            r = layer.r[name]
-            if r == len(layer._scale[name]):
+        for path, layer in self.layers(name).items():
+            r, (a, b) = layer.r[name], layer.KEYS
+            if r == layer.capacity(name):
                 continue
             # After a hot-swap to a smaller rank the rest is zero: what is saved is the adapter that was swapped in.
             for suffix in layer.tensors(name):
                 key = f"{self.PREFIX}{path}.{suffix}"
                 if r == 0:
                     del held[key]
-                elif suffix in ("lora_A.weight", "lora_embedding_A"):
+                elif suffix == a:
                     held[key] = held[key][:r]
-                elif suffix in ("lora_B.weight", "lora_embedding_B"):
+                elif suffix == b:
                     held[key] = held[key][:, :r]
         return held | self._saved_embeddings(config, save_embedding_layers)
 
@@ -557,18 +558,18 @@ class LoraTuner(Tuner):
             return False
 
     def check_same_layout(self, name: str, old: LoraConfig, new: LoraConfig, live: dict, expected: dict) -> None:
-        for path, layer in self._layers(name).items():
-            r, alpha = new.rank_of(path), new.alpha_of(path)
-            if not math.isclose(alpha / (math.sqrt(r) if new.use_rslora else r), layer.scaling[name]):
+        for path, layer in self.layers(name).items():
+            scaling = scaling_of(new.alpha_of(path), new.rank_of(path), new.use_rslora)
+            if not math.isclose(scaling, layer.scaling[name]):
                 raise ValueError(f"adapter {name!r} has another scaling; use hotswap_adapter, or delete it first")
         if live != expected:
             raise ValueError(f"adapter {name!r} has other modules or ranks; use hotswap_adapter, or delete it first")
 
     def swaps_alike(self, name: str, old: LoraConfig, new: LoraConfig | None) -> bool:
         if new is None:
-            layers = self._layers(name).values()
+            layers = self.layers(name).values()
             alike = not (old.changes_base or old.bias != "none")
-            return alike and all(layer.r[name] == len(layer._scale[name]) and not layer.merged for layer in layers)
+            return alike and all(layer.r[name] == layer.capacity(name) and not layer.merged for layer in layers)
         same = all(getattr(new, field) == getattr(old, field) for field in _SCALING_FIELDS + _KIND_FIELDS)
         return same and new.target_modules is not None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..nn.lora import LoraLayer
+from ..nn.lora import LoraLayer, scaling_of
 from ..ops import copy_tensors
 from .lora import LoraConfig, matches
 
@@ -44,7 +43,7 @@ class Swap:
                 f"adapter {name!r} cannot be replaced from {source}: init_lora_weights or bias ties one of the two to "
                 "other base weights; use load_adapter"
             )
-        layers = {path: layer for path, layer in self.bank.layers.items() if name in layer.r}
+        layers = tuner.layers(name)
         if any(name in layer.merged_adapters for layer in layers.values()):
             raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
         of_layers = {path: layer.tensors(name) for path, layer in layers.items()}
@@ -87,9 +86,10 @@ class Swap:
             self.zeroed += [t for suffix, t in held.items() if suffix != "lora_magnitude_vector"]
             self.ranks[path] = (0, 0.0, layer.scaling[self.name])
             return
-        a_key = next(key for suffix, key in keys.items() if suffix.startswith(("lora_A", "lora_embedding_A")))
+        a, b = layer.KEYS
+        a_key = keys[a]
         r = tensors[a_key].shape[0] if tensors[a_key].dim() == 2 else 0
-        capacity = len(layer._scale[self.name])
+        capacity = layer.capacity(self.name)
         wanted = new.rank_of(path) if given else r
         if r > capacity:
             raise ValueError(f"{source}: {a_key} has rank {r}; adapter {self.name!r} has room for rank {capacity}")
@@ -97,15 +97,15 @@ class Swap:
             raise ValueError(f"{source}: {a_key} has shape {tuple(tensors[a_key].shape)}; its rank must be {wanted}")
         for suffix, key in keys.items():
             target = held[suffix]
-            if r < capacity and suffix.startswith(("lora_A", "lora_embedding_A")):
+            if r < capacity and suffix == a:
                 self.zeroed.append(target[r:])
                 target = target[:r]
-            elif r < capacity and suffix in ("lora_B.weight", "lora_embedding_B"):
+            elif r < capacity and suffix == b:
                 self.zeroed.append(target[:, r:])
                 target = target[:, :r]
             self._pair(key, target, tensors[key], source)
         alpha = new.alpha_of(path)
-        self.ranks[path] = (r, alpha, alpha / math.sqrt(r) if new.use_rslora else alpha / r)
+        self.ranks[path] = (r, alpha, scaling_of(alpha, r, new.use_rslora))
 
     def _pair(self, key: str, target: Tensor, value: Tensor, source: str) -> None:
         if value.shape != target.shape:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn.lora import LoraEmbedding, LoraLayer
+from ..nn.lora import LoraLayer
 from .adapted import AdaptedModel
 from .base import Tuner
 from .lora import LoraConfig
@@ -39,7 +40,7 @@ def combine(
         raise ValueError(f"svd_rank is {svd_rank!r}; it must be at least 1, and goes with combination_type 'svd' only")
     layers = {p: layer for p, layer in model.bank.layers.items() if any(n in layer.r for n in names)}
     held = {p: [(n, w) for n, w in zip(names, weights, strict=True) if n in layer.r] for p, layer in layers.items()}
-    sizes = {p: [len(layers[p]._scale[n]) for n, _ in own] for p, own in held.items()}
+    sizes = {p: [layers[p].capacity(n) for n, _ in own] for p, own in held.items()}
     if combination_type == "linear" and any(len(set(ranks)) > 1 for ranks in sizes.values()):
         raise ValueError(f"combination_type is 'linear', but the ranks of {list(names)} differ; use 'cat' or 'svd'")
     rank = svd_rank or max(sum(s) if combination_type == "cat" else max(s) for s in sizes.values())
@@ -62,12 +63,8 @@ def combine(
     make = {"cat": _cat, "svd": _svd, "linear": _linear}[combination_type]
     for path, layer in layers.items():
         a, b = make(layer, held[path], rank)
-        suffixes = ("lora_embedding_A", "lora_embedding_B")
-        if not isinstance(layer, LoraEmbedding):
-            suffixes = ("lora_A.weight", "lora_B.weight")
-        pad = rank - len(a)
-        tensors[f"{Tuner.PREFIX}{path}.{suffixes[0]}"] = torch.nn.functional.pad(a, (0, 0, 0, pad))
-        tensors[f"{Tuner.PREFIX}{path}.{suffixes[1]}"] = torch.nn.functional.pad(b, (0, pad))
+        a_key, b_key = (f"{Tuner.PREFIX}{path}.{key}" for key in layer.KEYS)
+        tensors[a_key], tensors[b_key] = F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))
     return config, tensors
 
 
