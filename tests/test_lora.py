@@ -681,6 +681,15 @@ class TestSeveralAdapters:
         expected = 2 * layer.get_delta_weight("a") - 0.5 * layer.get_delta_weight("b")
         torch.testing.assert_close(layer.get_delta_weight("mix"), expected, rtol=1e-4, atol=1e-5)
 
+    def test_svd_is_the_best_approximation_of_its_rank(self):
+        model = block("a", "b")
+        model.add_weighted_adapter(["a", "b"], [2.0, -0.5], "mix", combination_type="svd", svd_rank=3)
+        layer = model.get_base_model().linear
+        total = 2 * layer.get_delta_weight("a") - 0.5 * layer.get_delta_weight("b")
+        u, s, v = total.svd()
+        assert layer.r["mix"] == 3
+        torch.testing.assert_close(layer.get_delta_weight("mix"), u[:, :3] * s[:3] @ v[:, :3].t(), rtol=1e-4, atol=1e-5)
+
     def test_deleting_the_active_adapter_activates_the_first_left(self):
         model = block("a", "b")
         model.set_adapter("b")
