@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import BASE, AdapterBank
+from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.one_device import OneDevice
@@ -285,8 +286,9 @@ def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:
         raise ValueError(f"adapter_name is {name!r}, which this model has already; delete it first or choose another")
 
 
-def adapter_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
-    """The dtype of an adapter's parameters over a base of ``dtype``."""
+def adapter_dtype(base: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The dtype of an adapter's parameters over the layer ``base``."""
+    dtype = base.packed.dtype if isinstance(base, Linear4bit) else base.weight.dtype
     if not dtype.is_floating_point:
         return torch.float32
     return torch.float32 if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else dtype

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
-from ..nn.linear4bit import Linear4bit
 from ..nn.lora import layer_class, matrix_shape
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, Tuner, as_list, check_count, check_pattern, register_method
@@ -169,8 +168,7 @@ class BottleneckTuner(Tuner):
 
     def _made(self, config: BottleneckConfig, module: nn.Module, autocast_adapter_dtype: bool) -> Bottleneck:
         features = matrix_shape(module)[0]
-        base = module.packed.dtype if isinstance(module, Linear4bit) else module.weight.dtype
-        dtype = adapter_dtype(base, autocast_adapter_dtype)
+        dtype = adapter_dtype(module, autocast_adapter_dtype)
         return Bottleneck(features, config.size_for(features), config.activation, module.weight.device, dtype)
 
     def _put(self, path: str, module: nn.Module) -> None:

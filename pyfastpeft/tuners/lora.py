@@ -446,39 +446,10 @@ class LoraTuner(Tuner):
         autocast_adapter_dtype: bool,
         undo: list[tuple[LoraLayer, Any]],
     ) -> None:
-        layer = module
-        if not isinstance(module, LoraLayer):
-            layer = layer_class(module)(module, self.bank).train(module.training)
-            put(self.model, path, layer)
-            self.bank.layers[path] = layer
-            self.bank.forget()
-        if layer.merged and (config.changes_base or config.use_dora):
-            raise ValueError(
-                f"{layer.merged_adapters} are merged, and the new adapter starts from the base weights; call "
-                "unmerge_adapter() first"
-            )
+        layer = self._layer(path, module)
+        initial, base = self._initial(config, path, layer), layer.base_layer
         if config.changes_base:
-            if layer.r:
-                raise ValueError(
-                    f"init_lora_weights is {config.init_lora_weights!r}, which changes the base weight of {path!r}; "
-                    "other adapters depend on it, so it must be the first adapter"
-                )
-            undo.append((layer, layer.base_layer.packed if isinstance(layer.base_layer, Linear4bit) else layer.weight))
-        initial = config.initial()
-        if config.init_lora_weights == "loftq" and isinstance(layer.base_layer, Linear4bit):
-            raise ValueError(
-                f"init_lora_weights is 'loftq', but {path!r} is quantized already and what was lost is unknown; start "
-                "from the model in 16 or 32 bits (the base weights become values that NF4 holds exactly)"
-            )
-        if callable(initial) and isinstance(layer.base_layer, nn.Embedding):
-            if config.init_lora_weights == "loftq":
-                raise ValueError(
-                    f"init_lora_weights is 'loftq', and target_modules holds the embedding {path!r}, which stays in "
-                    "full precision; leave it out"
-                )
-            initial = True  # as in PEFT: nothing multiplies by a table, so no product is to be approximated
-        base = layer.base_layer
-        dtype = base.packed.dtype if isinstance(base, Linear4bit) else base.weight.dtype
+            undo.append((layer, base.packed if isinstance(base, Linear4bit) else base.weight))
         layer.add_adapter(
             name,
             config.rank_of(path),
@@ -487,10 +458,51 @@ class LoraTuner(Tuner):
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
             lora_bias=config.lora_bias,
-            dtype=adapter_dtype(dtype, autocast_adapter_dtype),
+            dtype=adapter_dtype(base, autocast_adapter_dtype),
             initial=initial,
             empty=empty,
         )
+
+    def _layer(self, path: str, module: nn.Module) -> LoraLayer:
+        """The layer with LoRA at ``path``, around ``module`` where that is none yet."""
+        if isinstance(module, LoraLayer):
+            return module
+        layer = layer_class(module)(module, self.bank).train(module.training)
+        put(self.model, path, layer)
+        self.bank.layers[path] = layer
+        self.bank.forget()
+        return layer
+
+    @staticmethod
+    def _initial(config: LoraConfig, path: str, layer: LoraLayer) -> Any:
+        """What :meth:`LoraLayer.add_adapter` takes as ``initial``.
+
+        Raises:
+            ValueError: ``config`` asks for initial values that ``layer`` cannot give.
+        """
+        if layer.merged and (config.changes_base or config.use_dora):
+            raise ValueError(
+                f"{layer.merged_adapters} are merged, and the new adapter starts from the base weights; call "
+                "unmerge_adapter() first"
+            )
+        if config.changes_base and layer.r:
+            raise ValueError(
+                f"init_lora_weights is {config.init_lora_weights!r}, which changes the base weight of {path!r}; "
+                "other adapters depend on it, so it must be the first adapter"
+            )
+        if config.init_lora_weights == "loftq" and isinstance(layer.base_layer, Linear4bit):
+            raise ValueError(
+                f"init_lora_weights is 'loftq', but {path!r} is quantized already and what was lost is unknown; start "
+                "from the model in 16 or 32 bits (the base weights become values that NF4 holds exactly)"
+            )
+        if config.init_lora_weights == "loftq" and isinstance(layer.base_layer, nn.Embedding):
+            raise ValueError(
+                f"init_lora_weights is 'loftq', and target_modules holds the embedding {path!r}, which stays in "
+                "full precision; leave it out"
+            )
+        if config.changes_base and isinstance(layer.base_layer, nn.Embedding):
+            return True  # as in PEFT: nothing multiplies by a table, so no product is to be approximated
+        return config.initial()
 
     def tensors(self, name: str, config: LoraConfig) -> dict[str, Tensor]:
         held = {}
