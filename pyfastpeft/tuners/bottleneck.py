@@ -163,7 +163,7 @@ class BottleneckTuner(Tuner):
             inner = self.model.get_submodule(path)
             layer = BottleneckLayer(inner, self.bank).train(inner.training)
             self._layers[path] = self.bank.others[f"bottleneck:{path}"] = layer
-            self._put(path, layer)
+            self.model.set_submodule(path, layer)
         return self._layers[path]
 
     def _made(self, config: BottleneckConfig, module: nn.Module, autocast_adapter_dtype: bool) -> Bottleneck:
@@ -171,12 +171,8 @@ class BottleneckTuner(Tuner):
         dtype = adapter_dtype(module, autocast_adapter_dtype)
         return Bottleneck(features, config.size_for(features), config.activation, module.weight.device, dtype)
 
-    def _put(self, path: str, module: nn.Module) -> None:
-        parent, _, attribute = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), attribute, module)
-
     def _take_out(self, path: str) -> None:
-        self._put(path, self._layers.pop(path).base_layer)
+        self.model.set_submodule(path, self._layers.pop(path).base_layer)
         del self.bank.others[f"bottleneck:{path}"]
 
     def tensors(self, name: str, config: BottleneckConfig) -> dict[str, Tensor]:
