@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from torch import Tensor
 from . import harness
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-SCALING = 2.0
 
 
 class Unavailable(Exception):
@@ -70,7 +70,9 @@ class Problem:
     train: bool = False
     threads: int = 1
     copy: int = 0
-    scaling: float = SCALING
+
+    scaling: ClassVar[float] = 2.0
+    """Of the branch."""
 
     @property
     def k(self) -> int:

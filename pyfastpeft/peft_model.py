@@ -230,13 +230,15 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        return self.peft_config[self._single("active_peft_config")]
+        """The active adapter's.
 
-    def _single(self, what: str) -> str:
+        Raises:
+            ValueError: none is active, or several are.
+        """
         active = self.active_adapters
         if len(active) != 1:
-            raise ValueError(f"{what} needs one active adapter; active are {active}")
-        return active[0]
+            raise ValueError(f"active_peft_config needs one active adapter; active are {active}")
+        return self.peft_config[active[0]]
 
     def get_base_model(self) -> nn.Module:
         """The base model, with the adapter layers in it."""

@@ -194,6 +194,14 @@ class TestModels:
         with pytest.raises(TypeError, match="without adapters"):
             fp.PeftModel(models[0], fp.LoraConfig())
 
+    def test_the_active_configuration_is_that_of_the_one_active_adapter(self):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(), "a")
+        model.add_adapter("b", fp.LoraConfig())
+        assert model.active_peft_config is model.peft_config["a"]
+        model.set_adapter(["b", "a"])
+        with pytest.raises(ValueError, match=r"needs one active adapter; active are \['b', 'a'\]"):
+            _ = model.active_peft_config
+
     def test_a_pipeline_takes_it_without_a_word(self, caplog):
         model = fp.get_peft_model(tiny_llama(), fp.LoraConfig(task_type="CAUSAL_LM"))
         logger = logging.getLogger("transformers")

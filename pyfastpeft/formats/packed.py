@@ -28,7 +28,8 @@ class Packed4bit:
 
     Attributes:
         codes: uint8. ``rows``: [(numel + 1) // 2, 1]; ``tiles``: [ceil(N / 16), 8 * K].
-        scale: float32, or uint8 when double-quantized. ``rows``: [blocks]; ``tiles``: [ceil(N / 16), K / segment, 16].
+        scale: float32, or uint8 when double-quantized. ``rows``: [blocks]; ``tiles``: [ceil(N / 16), K / segment, 16],
+            a segment being the greatest common divisor of K and ``blocksize``.
         zero: float32 like ``scale`` (INT4), else None.
         nested: second-level scales when double-quantized (always in block order), else None.
         operands: codes, scale, zero, second-level scales and offset, format, rows, blocksize: as the compiled products
@@ -75,15 +76,6 @@ class Packed4bit:
     @property
     def device(self) -> torch.device:
         return self.codes.device
-
-    @property
-    def blocks(self) -> int:
-        return -(-math.prod(self.shape) // self.blocksize)
-
-    @property
-    def segment(self) -> int:
-        """Columns of a row that share one scale in the ``tiles`` layout."""
-        return math.gcd(self.shape[-1], self.blocksize)
 
     @property
     def nbytes(self) -> int:

@@ -73,7 +73,7 @@ class FastPeftConfig(QuantizationConfigMixin):
         self.blocksize = check_blocksize(fmt, blocksize)
         self.double_quant = double_quant
         self.compute_dtype = check_compute_dtype(compute_dtype)
-        self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
+        self.modules_to_not_convert = _names(modules_to_not_convert)
         self.compute = check_compute(compute)
 
     @classmethod
@@ -114,12 +114,12 @@ class FastPeftConfig(QuantizationConfigMixin):
         return config
 
 
-def _names(argument: str, value: Any) -> list[str] | None:
-    # Of a str every letter would be a pattern.
+def _names(value: Any) -> list[str] | None:
+    """``modules_to_not_convert`` as a list; of a str every letter would be a pattern."""
     if value is None:
         return None
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
-        raise TypeError(f"{argument} is {value!r}; it must be a list, tuple or set of names")
+        raise TypeError(f"modules_to_not_convert is {value!r}; it must be a list, tuple or set of names")
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 

@@ -27,7 +27,7 @@ def ends_with(path: str, names: list[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the base model's own modules: a wrapped one is given as its wrapper, and not looked into.
 
     A bottleneck is no wrapper here: what stands before it is given in its place.
@@ -44,7 +44,7 @@ def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
                 if not isinstance(child, (LoraLayer, ModulesToSave)):
                     yield from walk(child, child_path)
 
-    yield from walk(model, prefix)
+    yield from walk(model, "")
 
 
 def base_of(module: nn.Module) -> nn.Module:
