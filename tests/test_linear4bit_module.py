@@ -217,6 +217,11 @@ def test_a_compute_dtype_that_no_product_has_is_refused_at_once(dtype):
         fp.nn.Linear4bit(64, 64, compute_dtype=dtype)
 
 
+def test_settings_that_do_not_go_together_are_refused_before_there_is_a_weight():
+    with pytest.raises(ValueError, match="double_quant is True"):
+        fp.nn.Linear4bit(64, 64, quant_type="int4", double_quant=True, device="meta")
+
+
 def test_it_is_a_linear_by_class_and_by_name():
     assert isinstance(layer(), torch.nn.Linear) and type(layer()).__name__ == "Linear4bit"
 

@@ -139,6 +139,18 @@ def check_blocksize(fmt: Format, blocksize: SupportsIndex) -> int:
     return size
 
 
+def check_settings(quant_type: str, blocksize: SupportsIndex, double_quant: bool) -> tuple[Format, int]:
+    """What to quantize by: the format called ``quant_type``, and ``blocksize`` as a plain int.
+
+    Raises:
+        ValueError: an unknown ``quant_type``, a ``blocksize`` the format does not allow, ``double_quant`` with INT4.
+    """
+    fmt = get_format(quant_type)
+    if double_quant and fmt.has_zero:
+        raise ValueError("double_quant is True; it applies to 'nf4' and 'fp4', int4 keeps a scale and a zero a block")
+    return fmt, check_blocksize(fmt, blocksize)
+
+
 def pack_nibbles(codes: Tensor, fmt: Format) -> Tensor:
     """Codes uint8 [n] to bytes uint8 [(n + 1) // 2, 1]; the high nibble is the first element (bitsandbytes' order).
 

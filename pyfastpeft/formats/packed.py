@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .codes import Format, check_blocksize, format_of, get_format, pack_nibbles, unpack_nibbles
+from .codes import Format, check_settings, format_of, get_format, pack_nibbles, unpack_nibbles
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
 from .held import HeldWeight
 
@@ -215,10 +215,7 @@ def quantize_4bit(
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight has dtype {weight.dtype}; it must be float32, bfloat16 or float16")
-    fmt = get_format(quant_type)
-    blocksize = check_blocksize(fmt, blocksize)
-    if double_quant and fmt.has_zero:
-        raise ValueError("double_quant is True; it applies to 'nf4' and 'fp4', int4 keeps a scale and a zero a block")
+    fmt, blocksize = check_settings(quant_type, blocksize, double_quant)
     weight = weight.detach()
     codes, scale, zero = torch.ops.pyfastpeft.quantize_4bit.default(weight.contiguous(), fmt.id, blocksize)
     zero = zero if fmt.has_zero else None

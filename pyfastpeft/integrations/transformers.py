@@ -21,7 +21,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..formats import Packed4bit, quantize_4bit
-from ..formats.codes import check_blocksize, get_format
+from ..formats.codes import check_settings, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
 from ..ops.linear_4bit import check_compute, check_compute_dtype
@@ -63,14 +63,12 @@ class FastPeftConfig(QuantizationConfigMixin):
         modules_to_not_convert: Collection[str] | None = None,
         compute: str | None = None,
     ) -> None:
-        fmt = get_format(quant_type)
-        if double_quant and fmt.has_zero:
-            raise ValueError("double_quant is True; it applies to quant_type 'nf4' and 'fp4' only")
+        _, blocksize = check_settings(quant_type, blocksize, double_quant)
         if isinstance(compute_dtype, str):
             compute_dtype = getattr(torch, compute_dtype, compute_dtype)
         self.quant_method = METHOD
         self.quant_type = quant_type
-        self.blocksize = check_blocksize(fmt, blocksize)
+        self.blocksize = blocksize
         self.double_quant = double_quant
         self.compute_dtype = check_compute_dtype(compute_dtype)
         self.modules_to_not_convert = _names(modules_to_not_convert)

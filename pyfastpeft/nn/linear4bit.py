@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Packed4bit, quantize_4bit
-from ..formats.codes import check_blocksize, get_format
+from ..formats.codes import check_settings
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_bnb, packed_from_state, packed_to_state
 from ..ops import Lora, linear_4bit
 from ..ops.linear_4bit import check_compute, check_compute_dtype, needs_grad
@@ -47,7 +47,7 @@ class Linear4bit(OneDevice, nn.Linear):
         dtype: torch.dtype | None = None,
         compute: str | None = None,
     ) -> None:
-        blocksize = check_blocksize(get_format(quant_type), blocksize)
+        _, blocksize = check_settings(quant_type, blocksize, double_quant)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype, self.compute = check_compute_dtype(compute_dtype), check_compute(compute)
