@@ -146,3 +146,9 @@ def test_operands_that_were_offloaded_are_named():
     base, x, a, b = torch.zeros(3, 8), torch.randn(3, 16), torch.empty(4, 16, device="meta"), torch.randn(8, 4)
     with pytest.raises(ValueError, match="a is on meta and b on cpu"):
         add_lora(base, x, a, b, 1.0)
+
+
+def test_dropout_is_drawn_where_x_is_whatever_the_default_device():
+    base, x, (a, b) = torch.zeros(5, 24), torch.randn(5, 64), adapter(24, 64, 4)
+    with torch.device("meta"):
+        assert add_lora(base, x, a, b, 2.0, 0.5).isfinite().all()

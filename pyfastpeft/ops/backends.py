@@ -22,6 +22,18 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that the compiled operators take."""
 
 
+def check_floats(name: str, t: Tensor) -> None:
+    """Whether the argument ``name`` is a tensor of such a dtype."""
+    if not isinstance(t, Tensor) or t.dtype not in FLOATS:
+        what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
+        raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether what is computed of ``tensors`` is recorded for autograd."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class Backend(enum.Enum):
     """``NATIVE``: compiled for CPUs. ``CUDA``: compiled for NVIDIA's GPUs, inference of few rows. ``SLABS``: torch's
     dense product over W decoded slab by slab. ``TRITON``: kernels for GPUs. ``REFERENCE``: plain torch, any device."""

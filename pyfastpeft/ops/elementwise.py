@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import FLOATS, Backend, choose_plain
+from .backends import FLOATS, Backend, check_floats, choose_plain, recorded
 
 
 def rms_norm(
@@ -46,7 +46,7 @@ def rms_norm(
         wide = total.float()
         y = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
         return y if residual is None else (y, total)
-    if _needs_grad(x, weight, residual):
+    if recorded(x, weight, residual):
         return _RmsNorm.apply(x, residual, weight, eps)
     return _rms_norm(x, residual, weight, eps)
 
@@ -64,7 +64,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     _check("up", up, gate)
     if choose_plain(gate.device) is Backend.REFERENCE:
         return F.silu(gate) * up
-    if _needs_grad(gate, up):
+    if recorded(gate, up):
         return _SwiGlu.apply(gate, up)
     return _swiglu(gate, up)
 
@@ -79,7 +79,7 @@ def projected_swiglu(x: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor
     Returns:
         As ``swiglu``. Differentiable once, in x.
     """
-    if _needs_grad(x) and choose_plain(x.device) is not Backend.REFERENCE:
+    if recorded(x) and choose_plain(x.device) is not Backend.REFERENCE:
         return _ProjectedSwiGlu.apply(x, project)
     return swiglu(*project(x))
 
@@ -109,24 +109,18 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     if choose_plain(q.device) is Backend.REFERENCE:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return q * cos + _half_turn(q) * sin, k * cos + _half_turn(k) * sin
-    if _needs_grad(q, k):
+    if recorded(q, k):
         return _Rope.apply(q, k, cos, sin)
     return _rope(q, k, cos, sin, False)
 
 
 def _check(name: str, t: Tensor, like: Tensor) -> None:
-    if not isinstance(t, Tensor) or t.dtype not in FLOATS:
-        what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
-        raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
+    check_floats(name, t)
     if t.shape != like.shape or t.dtype != like.dtype or t.device != like.device:
         raise ValueError(
             f"{name} is {t.dtype} of shape {tuple(t.shape)} on {t.device}; it must be {like.dtype} of shape "
             f"{tuple(like.shape)} on {like.device}"
         )
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _half_turn(x: Tensor) -> Tensor:

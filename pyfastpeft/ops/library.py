@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..formats import DYNAMIC_MAP
+from ..formats import DYNAMIC_MAP, format_of
 
 _LIBRARY = next(Path(__file__).parent.parent.glob("_C*.so"), None)
 if _LIBRARY is None:
@@ -81,8 +81,9 @@ def define_linear_4bit(
 def _(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
     n = w.numel()
     blocks = -(-n // blocksize)
+    zeros = blocks if format_of(format).has_zero else 0
     scale = w.new_empty((blocks,), dtype=torch.float32)
-    return w.new_empty(((n + 1) // 2, 1), dtype=torch.uint8), scale, scale.new_empty((blocks if format == 2 else 0,))
+    return w.new_empty(((n + 1) // 2, 1), dtype=torch.uint8), scale, scale.new_empty((zeros,))
 
 
 @torch.library.register_fake("pyfastpeft::dequantize_4bit")

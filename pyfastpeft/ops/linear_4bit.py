@@ -19,7 +19,7 @@ from ..formats import Packed4bit
 from ..formats.held import HeldBranch
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
-from .backends import FLOATS, Backend, choose, native
+from .backends import FLOATS, Backend, check_floats, choose, native
 from .copy import Shelf
 
 
@@ -169,7 +169,7 @@ def linear_4bit(
         if isinstance(scaling, Tensor):
             row_scale, scaling = scaling.float().contiguous(), 1.0
         if dropout > 0.0:
-            seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+            seed = reference.new_seed(x.device)
     recorded = needs_grad(x, bias, lora)
     same_for_all = row_scale is None or row_scale.dim() == 1
     backend = choose(w, len(x2), x2.dtype, infers=not recorded and same_for_all, drops=seed is not None)
@@ -243,9 +243,7 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
     if len(w.shape) != 2:
         raise ValueError(f"w has shape {tuple(w.shape)}; it must be a matrix (N, K)")
     n, k = w.shape
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        what = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-        raise TypeError(f"x {what}; it must be a tensor of float32, bfloat16 or float16")
+    check_floats("x", x)
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {k}, as w is {(n, k)}")
     if x.device != w.device:

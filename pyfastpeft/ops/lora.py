@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import FLOATS, Backend, choose_plain
+from .backends import FLOATS, Backend, choose_plain, recorded
+from .reference import new_seed
 
 
 def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
@@ -35,9 +36,9 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
             raise ValueError(f"a is on {a.device} and b on {b.device}; they must be where x is, on {x.device}")
         x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
         return (base + F.linear(F.linear(x, a), b) * scaling).to(base.dtype)
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64) if dropout else None
+    seed = new_seed(x.device) if dropout else None
     rows = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (base, x, a, b)):
+    if recorded(base, x, a, b):
         y = _AddLora.apply(*rows, a, b, scaling, seed, dropout)
     else:
         y = torch.ops.pyfastpeft.lora_forward.default(*rows, a, b, scaling, seed, dropout)[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .backends import Backend, choose_attention
+from .backends import Backend, choose_attention, recorded
 from .reference import HIDDEN
 
 # Up to here the CPU's kernel holds all keys at once in the backward pass, and does without the result.
@@ -95,7 +95,7 @@ def prefix_attention(
         with torch.autocast(q.device.type, enabled=False):  # q, k and v are in its dtype; the inside is in float32
             return reference.attention(q, k, v, prefix_k, prefix_v, *selection, causal, scale, window)
     rest = (*selection, causal, scale, window or 0)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, prefix_k, prefix_v)):
+    if recorded(q, k, v, prefix_k, prefix_v):
         return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, *rest)
     return _forward(q, k, v, prefix_k, prefix_v, rest, False)[0].transpose(1, 2)
 

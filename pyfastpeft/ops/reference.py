@@ -37,6 +37,11 @@ def _mix32(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
+def new_seed(device: torch.device) -> Tensor:
+    """Int64 [1] on ``device``: what a dropout mask is made from, drawn from torch's generator."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
 def keep_mask(rows: int, columns: int, seed: Tensor, dropout: float) -> Tensor:
     """Bool [rows, columns]: which elements survive dropout; the same function of (seed, row, column) as csrc's."""
     low, high = seed & _MASK32, (seed >> 32) & _MASK32
