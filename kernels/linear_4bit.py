@@ -6,6 +6,7 @@ Four kernels, each a sweep over one dimension with float32 accumulators in regis
     _input_grad  dx [M, K] = dy · W + dropout(dS · A), over N.
     _project     reads P [M, C] once for P · Q and Pᵀ · T, Q and T of R columns: of dy, dS and dB together; of x, dA,
                  and S where the sweep does not take it (few rows; a large R; dropout, hashed once an element).
+    _slot_sums   S where each row has the adapter of a slot, over K.
 
 W is read as it lies in storage (bitsandbytes' order: the flattened matrix, two codes to a byte, the high nibble first,
 one scale a block of consecutive elements), so a row of odd length may start in the middle of a byte, and a block may

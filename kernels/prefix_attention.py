@@ -568,7 +568,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         rows: of queries.
-        keys:
+        keys: of those that they see, a step.
         warps, stages: of a program.
     """
 

@@ -1,4 +1,4 @@
-"""The Triton kernels, one operator a file: installed in a folder of this name, in a source tree beside the package.
+"""The Triton kernels: installed in a folder of this name, in a source tree beside the package.
 
 No ``__init__.py`` may lie there: ``kernels`` is also the name of a package on PyPI.
 """

@@ -157,12 +157,12 @@ def trained(model) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def pef_works(name: str, method: str) -> bool:
+def peft_works(name: str, method: str) -> bool:
     """Whether peft can run this at all (transformers 5.24)."""
     return method in TOKEN_METHODS or task_of(name) in ("FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")
 
 
-CASES = [(n, m) for n in MODELS for m in METHODS if pef_works(n, m)]
+CASES = [(n, m) for n in MODELS for m in METHODS if peft_works(n, m)]
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)

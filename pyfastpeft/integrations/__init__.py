@@ -1,1 +1,1 @@
-"""Where the package meets transformers, peft and bitsandbytes."""
+"""Where the package meets transformers, TRL, peft and bitsandbytes."""

@@ -131,7 +131,7 @@ class PeftConfig:
 
     @classmethod
     def tuner(cls) -> type[Tuner]:
-        """What attaches adapters of this configuration; imported only when the first one attaches."""
+        """The class that attaches adapters of this configuration."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
