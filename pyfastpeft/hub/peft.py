@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..tuners.base import METHODS, PeftConfig
-from .files import atomic_write, load_safetensors, read_json, save_safetensors
+from .files import atomic_write, load_safetensors, read_json, save_safetensors, write_text
 
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
@@ -147,12 +147,13 @@ def write_adapter(
             save_safetensors(own, files.enter_context(atomic_write(folder / OWN_NAME)))
         save_safetensors(apart, files.enter_context(atomic_write(folder / WEIGHTS_NAME)))
         (folder / OWN_NAME).unlink(missing_ok=True)  # never beside weights that it does not belong to
-    card = folder / CARD_NAME
-    if not card.exists():
-        base = json.dumps(config.get("base_model_name_or_path") or "")
-        library, readers = "peft", "An adapter in PEFT's format: PEFT and pyfastpeft load"
-        if not METHODS[config["peft_type"]].IN_PEFT:
-            library, readers = "pyfastpeft", "A method that PEFT does not have: pyfastpeft loads"
-        text = _CARD.format(base=base, library=library, method=config["peft_type"].lower(), readers=readers)
-        with atomic_write(card) as aside:
-            aside.write_text(text, encoding="utf-8")
+    if not (folder / CARD_NAME).exists():
+        write_text(_card(config), folder / CARD_NAME)
+
+
+def _card(config: dict[str, Any]) -> str:
+    base = json.dumps(config.get("base_model_name_or_path") or "")
+    library, readers = "peft", "An adapter in PEFT's format: PEFT and pyfastpeft load"
+    if not METHODS[config["peft_type"]].IN_PEFT:
+        library, readers = "pyfastpeft", "A method that PEFT does not have: pyfastpeft loads"
+    return _CARD.format(base=base, library=library, method=config["peft_type"].lower(), readers=readers)
