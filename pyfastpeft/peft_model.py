@@ -19,7 +19,7 @@ from torch.func import functional_call
 from transformers.utils import PushToHubMixin
 
 from .adapters import NO_ROWS, Names, Rows
-from .hub.files import check_tensors, save_safetensors
+from .hub.files import save_safetensors
 from .hub.peft import CARD_NAME, adapter_folder, read_config, read_own, read_tensors, write_adapter
 from .integrations.accelerate import fuse, take_over
 from .integrations.attention import use_fast_attention
@@ -677,39 +677,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     def _install(
         self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
     ) -> IncompatibleKeys:
-        """Validate ``tensors`` against ``config`` and the model, then attach and fill."""
-        model = self.base_model
-        config = model.resolved(config)
-        tuner = model.tuner(config)
-        expected = model.expected(config, False, tensors)
-        optional = {k: tuple(t.shape) for k, t in tuner.optional(config).items()}
-        check_tensors(tensors, expected, optional, source)
-        exists = name in self.peft_config
-        if exists:
-            held, live = self.peft_config[name], model.tensors(name)
-            if type(held) is not type(config):
-                raise ValueError(f"adapter {name!r} is {held.peft_type}, not {config.peft_type}; delete it first")
-            tuner.check_same_layout(name, held, config, {k: tuple(t.shape) for k, t in live.items()}, expected)
-        else:
-            model.add(name, config, strict=False, values=tensors, autocast_adapter_dtype=autocast_adapter_dtype)
-        live = model.tensors(name)
-        before = {key: t.detach().clone() for key, t in live.items()} if exists else {}
-        try:
-            with torch.no_grad():
-                for key, tensor in live.items():
-                    tensor.copy_(tensors[key])
-                tuner.filled(name, config, tensors)
-                # Asked for again: what the adapter trains whole is no base weight any more, and others are new objects.
-                for key, tensor in tuner.optional(config).items():
-                    if key in tensors and not torch.equal(tensor, tensors[key].to(tensor)):
-                        tensor.copy_(tensors[key])
-        except BaseException:
-            with torch.no_grad():
-                for key, tensor in before.items():
-                    live[key].copy_(tensor)
-            if not exists:
-                model.remove(name)
-            raise
+        """Fill an adapter, new or there already, from ``tensors``; all is checked before anything changes."""
+        self.base_model.install(name, config, tensors, source, autocast_adapter_dtype)
         self._prepare()
         return IncompatibleKeys([], [])
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import BASE, AdapterBank
+from ..hub.files import check_tensors
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
@@ -101,6 +102,50 @@ class AdaptedModel(OneDevice, nn.Module):
             raise
         self.configs[name] = config
         self.bank.hold(name, partial(self._trained, name))
+
+    def install(
+        self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
+    ) -> None:
+        """Give the adapter ``name``, which is attached if there is none yet, the values ``tensors``.
+
+        Args:
+            tensors: under the keys of its files, from ``source`` (a name for messages).
+            autocast_adapter_dtype: as in :meth:`Tuner.attach`.
+
+        Raises:
+            ValueError: they do not fit ``config`` and this model, or the adapter there is computes something else with
+                them; nothing has changed then.
+        """
+        config = self.resolved(config)
+        tuner, expected = self.tuner(config), self.expected(config, False, tensors)
+        optional = {k: tuple(t.shape) for k, t in tuner.optional(config).items()}
+        check_tensors(tensors, expected, optional, source)
+        exists = name in self.configs
+        if exists:
+            held, live = self.configs[name], self.tensors(name)
+            if type(held) is not type(config):
+                raise ValueError(f"adapter {name!r} is {held.peft_type}, not {config.peft_type}; delete it first")
+            tuner.check_same_layout(name, held, config, {k: tuple(t.shape) for k, t in live.items()}, expected)
+        else:
+            self.add(name, config, strict=False, values=tensors, autocast_adapter_dtype=autocast_adapter_dtype)
+        live = self.tensors(name)
+        before = {key: t.detach().clone() for key, t in live.items()} if exists else {}
+        try:
+            with torch.no_grad():
+                for key, tensor in live.items():
+                    tensor.copy_(tensors[key])
+                tuner.filled(name, config, tensors)
+                # Asked for again: what the adapter trains whole is no base weight any more, and others are new objects.
+                for key, tensor in tuner.optional(config).items():
+                    if key in tensors and not torch.equal(tensor, tensors[key].to(tensor)):
+                        tensor.copy_(tensors[key])
+        except BaseException:
+            with torch.no_grad():
+                for key, tensor in before.items():
+                    live[key].copy_(tensor)
+            if not exists:
+                self.remove(name)
+            raise
 
     # Which are in use.
 
