@@ -13,12 +13,6 @@ namespace py = pybind11;
 
 namespace {
 
-std::vector<std::string> available_isas() {
-  std::vector<std::string> names;
-  for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) names.emplace_back(*name);
-  return names;
-}
-
 std::string isa() {
   const pf::Kernels* k = pf::kernels();
   if (k == nullptr) throw py::value_error("PYFASTPEFT_CPU_ISA names an instruction set this machine does not have");
@@ -77,7 +71,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "What this build and this CPU can do.";
   m.def("build_info", &build_info, "Compiler, and the CUDA toolkit the GPU kernels were built with ('' without).");
   m.def("cpu_features", &cpu_features, "Instruction-set extensions this CPU has, of those that matter here.");
-  m.def("available_isas", &available_isas, "Instruction sets the CPU kernels can run on here, best first.");
+  m.def("available_isas", &pf::available_isas, "Instruction sets the CPU kernels can run on here, best first.");
   m.def("isa", &isa, "The instruction set chosen at start (see PYFASTPEFT_CPU_ISA).");
   m.def("limits", &limits, py::arg("threads"),
         "What `threads` threads reach together now: reading memory (huge pages where the system gives them), fp32 "

@@ -269,12 +269,6 @@ void large_pages(Tensor t) {
   pf::move_to_huge_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
 }
 
-std::vector<std::string> available_isas() {
-  std::vector<std::string> names;
-  for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) names.emplace_back(*name);
-  return names;
-}
-
 std::string isa() { return kernels().name; }
 
 bool outruns_mkl() { return kernels().outruns_mkl; }
@@ -342,7 +336,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("available_isas", TORCH_BOX(&available_isas));
+  m.impl("available_isas", TORCH_BOX(&pf::available_isas));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("outruns_mkl", TORCH_BOX(&outruns_mkl));
   m.impl("set_isa", TORCH_BOX(&set_isa));

@@ -21,7 +21,7 @@ inline const pf::Kernels& kernels() {
   const pf::Kernels* k = pf::kernels();
   if (k == nullptr) {
     std::string names;
-    for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) names += std::string(" ") + *name;
+    for (const std::string& name : pf::available_isas()) names += " " + name;
     STD_TORCH_CHECK(false, "PYFASTPEFT_CPU_ISA is '", std::getenv("PYFASTPEFT_CPU_ISA"),
                     "'; on this machine it must be one of:", names);
   }

@@ -84,7 +84,7 @@ constexpr int kMaxIsas = 7;
 
 struct Registry {
   Kernels kernels[kMaxIsas];
-  const char* names[kMaxIsas + 1] = {};
+  const char* names[kMaxIsas] = {};
   int count = 0;
   std::atomic<const Kernels*> active{nullptr};
 
@@ -149,7 +149,7 @@ struct Scratch {
 
 }  // namespace
 
-const char* const* available_isas() { return registry().names; }
+std::vector<std::string> available_isas() { return {registry().names, registry().names + registry().count}; }
 const Kernels* kernels() { return registry().active.load(std::memory_order_relaxed); }
 
 bool set_isa(const char* name) {

@@ -1,11 +1,14 @@
 // The choice of instruction set: made once, from the CPU and PYFASTPEFT_CPU_ISA; can be changed by name.
 #pragma once
+#include <string>
+#include <vector>
+
 #include "kernels.h"
 
 namespace pf {
 
-// Names this build and this CPU can run, best first; ends with null.
-const char* const* available_isas();
+// Names this build and this CPU can run, best first.
+std::vector<std::string> available_isas();
 // The kernels in use. Null when PYFASTPEFT_CPU_ISA names something this machine cannot run.
 const Kernels* kernels();
 // Returns false, and changes nothing, when `name` is not available.

@@ -364,8 +364,8 @@ void check_attention(const pf::Kernels& k, int64_t dim) {
 int main() {
   pf::set_isa("generic");
   const pf::Kernels generic = *pf::kernels();
-  for (const char* const* name = pf::available_isas(); *name != nullptr; ++name) {
-    pf::set_isa(*name);
+  for (const std::string& name : pf::available_isas()) {
+    pf::set_isa(name.c_str());
     const pf::Kernels& k = *pf::kernels();
     check_formats(k, generic);
     for (int format = 0; format < 3; ++format)
@@ -379,7 +379,7 @@ int main() {
       check_swiglu(k, 3, n);
     }
     for (int64_t dim : {2, 34, 64}) check_attention(k, dim);
-    std::printf("checked %s\n", *name);
+    std::printf("checked %s\n", name.c_str());
   }
   return failures > 100 ? 100 : failures;
 }
