@@ -7,8 +7,7 @@
 //
 // A product has a broadcast side (PackedRows) and a vector side (panels):
 //   PackedRows  [block][row][kStride]            kBlock columns a block, row stride padded by 64 bytes
-//   panels      [block][group][step][vector][..] kGroupVecs vectors of lanes a group, kStep contraction steps side by
-//   side
+//   panels      [block][group][step][vector][..] kGroupVecs vectors of lanes a group, kStep of the contraction a lane
 #include "kernels.h"
 
 inline void copy_bytes(void* dst, const void* src, int64_t n) { __builtin_memcpy(dst, src, n); }
@@ -422,13 +421,12 @@ struct Algorithm {
       }
   }
 
-  static void pack_rows_t(const Matrix& src, const float* factor, int64_t factor_ld, void* out, int64_t col0,
-                          int64_t col1) {
+  static void pack_rows_t(const Matrix& src, const float* factor, int64_t factor_ld, void* out) {
     alignas(64) float square[16 * 16];
     for (int64_t r = 0; r < src.rows; r += 16) {
       const int64_t nr = min64(16, src.rows - r), block = r / kBlock;
-      for (int64_t c = col0; c < col1; c += 16) {
-        const int64_t nc = min64(16, col1 - c);
+      for (int64_t c = 0; c < src.cols; c += 16) {
+        const int64_t nc = min64(16, src.cols - c);
         load_transposed(src, r, nr, c, nc, square);
         for (int64_t i = 0; i < nc; ++i) {
           if (factor != nullptr)
@@ -1535,7 +1533,7 @@ struct Algorithm {
           Matrix shifted = part;  // its columns k0.. become rows 0..
           shifted.data = static_cast<const char*>(part.data) + k0 * dtype_size(part.dtype);
           shifted.cols = cols;
-          pack_rows_t(shifted, nullptr, 0, wt, 0, cols);
+          pack_rows_t(shifted, nullptr, 0, wt);
           accumulate(g.ds, r / kBlock, n, cols);
         }
         if (rank != 0 && g.dropout.threshold != 0)
@@ -1653,13 +1651,13 @@ struct Algorithm {
   }
 
   static void rows_times(const PackedRows& x, const Matrix& p, const Dropout& d, float* out, bool transposed,
-                         int64_t row0, int64_t row1, int64_t lane0, int64_t lane1) {
+                         int64_t lane0, int64_t lane1) {
     [[maybe_unused]] const Tiles held;
     constexpr int64_t kLanesTogether = 16 * kGroupLanes;  // whose sums stay in cache, while p is read along its rows
     constexpr int64_t kRowsTogether = 32;                 // between them, some of what comes next is asked for
     constexpr int64_t kSummands = 16 * kBlock;            // of one float32 sum: more are a sum of such sums
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
-    const int64_t rows = row1 - row0;
+    const int64_t rows = x.rows;
     const bool splits = p.rows > kSummands;
     float* sums = static_cast<float*>(scratch(1, (splits ? 2 : 1) * rows * kLanesTogether * sizeof(float)));
     float* totals = splits ? sums + rows * kLanesTogether : sums;
@@ -1683,16 +1681,16 @@ struct Algorithm {
           for (int64_t r = 0; r < rows; r += kRowsTogether) {
             prefetch_share(p, next, min64(p.rows, next + kBlock), col, min64(kGroupLanes, p.cols - col),
                            r / kRowsTogether, ceil_div(rows, kRowsTogether));
-            multiply(packed_block(x, i / kBlock) + (row0 + r) * kStride, min64(kRowsTogether, rows - r), panel, n,
-                     kGroupTiles, c + r * kGroupLanes, kGroupLanes);
+            multiply(packed_block(x, i / kBlock) + r * kStride, min64(kRowsTogether, rows - r), panel, n, kGroupTiles,
+                     c + r * kGroupLanes, kGroupLanes);
           }
         });
         if (splits && ((i + n) % kSummands == 0 || i + n == p.rows))
           for (int64_t j = 0; j < count; ++j) totals[j] += sums[j];
       }
       groups(totals, [&](int64_t lane, int64_t lanes, float* c) {
-        if (transposed) return store_transposed(c, kGroupLanes, rows, lanes, out, kFloat32, x.rows, lane, row0);
-        copy_sums(c, rows, lanes, out + row0 * p.cols + lane, p.cols);
+        if (transposed) return store_transposed(c, kGroupLanes, rows, lanes, out, kFloat32, rows, lane, 0);
+        copy_sums(c, rows, lanes, out + lane, p.cols);
       });
     }
   }
@@ -1754,8 +1752,7 @@ void segment_sums(const float* x, int64_t segment, int64_t segments, float* out)
   }
 }
 
-// ---- quantize and dequantize, the `rows` layout
-// -----------------------------------------------------------------------
+// ---- quantize and dequantize, the `rows` layout ---------------------------------------------------------------------
 
 // Nibbles of n codes (one a byte), the first in the high half; an odd last one is paired with `pad`.
 inline void pack_nibbles(const uint8_t* codes, int64_t n, uint8_t pad, uint8_t* out) {

@@ -187,8 +187,8 @@ struct Arithmetic {
   // Rows [row0, row1) of `src` into PackedRows of `src.rows` rows, times `factor` [rows or 1, cols] when not null.
   void (*pack_rows)(const Matrix& src, const float* factor, int64_t factor_ld, const Dropout&, void* dst, int64_t row0,
                     int64_t row1);
-  // The transpose of `src` into PackedRows: its columns [col0, col1) become rows.
-  void (*pack_rows_t)(const Matrix& src, const float* factor, int64_t factor_ld, void* dst, int64_t col0, int64_t col1);
+  // The transpose of `src` into PackedRows: its columns become rows.
+  void (*pack_rows_t)(const Matrix& src, const float* factor, int64_t factor_ld, void* dst);
   // Vector-side operand with lanes = rows of `src` (contraction contiguous): lane groups [group0, group1).
   void (*pack_panels_t)(const Matrix& src, void* dst, int64_t group0, int64_t group1);
   // The same with lanes = columns of `src` (contraction along the rows).
@@ -217,8 +217,8 @@ struct Arithmetic {
                             int64_t group1);
   // out [rows, lanes] float32 = x * p for a plain matrix p [contraction, lanes]: lanes [lane0, lane1), optionally
   // stored transposed as [lanes, rows], with dropout on p.
-  void (*rows_times)(const PackedRows& x, const Matrix& p, const Dropout&, float* out, bool transposed, int64_t row0,
-                     int64_t row1, int64_t lane0, int64_t lane1);
+  void (*rows_times)(const PackedRows& x, const Matrix& p, const Dropout&, float* out, bool transposed, int64_t lane0,
+                     int64_t lane1);
 };
 
 struct Kernels {

@@ -272,7 +272,7 @@ float* branch_gradient(const Arithmetic& arith, const Matrix& dy, const void* pa
   float* ds = static_cast<float*>(scratch(kSlotDs, rank * rows * sizeof(float)));
   void* bt = scratch(kSlotX, arith.packed_rows_bytes(rank, dy.cols));
   const float* factor = branch_factor(branch, rows, rank);
-  arith.pack_rows_t(branch.b, nullptr, 0, bt, 0, rank);
+  arith.pack_rows_t(branch.b, nullptr, 0, bt);
   run(parallel, (rows + group - 1) / group, grain_of(group * dy.cols * rank), [&](int64_t g0, int64_t g1) {
     arith.rows_times_panels({bt, rank, dy.cols}, panels, rows, ds, g0, g1);
     for (int64_t i = 0; i < rank; ++i)
@@ -300,7 +300,7 @@ void adapter_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& b
   const auto times = [&](const PackedRows& left, const Matrix& right, const Dropout& dropout, float* out,
                          bool transposed) {
     run(parallel, (right.cols + lanes - 1) / lanes, grain_of(lanes * rows * (rank + 4)), [&](int64_t u0, int64_t u1) {
-      arith.rows_times(left, right, dropout, out, transposed, 0, rank, u0 * lanes, std::min(u1 * lanes, right.cols));
+      arith.rows_times(left, right, dropout, out, transposed, u0 * lanes, std::min(u1 * lanes, right.cols));
     });
   };
   const PackedRows dst = pack_rows(arith, {ds, kFloat32, rank, rows, rows}, nullptr, 0, {}, kSlotDropped, parallel);
@@ -308,7 +308,7 @@ void adapter_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& b
   if (branch.dropout.threshold != 0)
     for (int64_t i = 0; i < rank * training.x.cols; ++i) training.da[i] *= branch.dropout.scale;
   void* st = scratch(kSlotS, arith.packed_rows_bytes(rank, rows));
-  arith.pack_rows_t(training.s, branch_factor(branch, rows, rank), branch.row_scale_ld, st, 0, rank);
+  arith.pack_rows_t(training.s, branch_factor(branch, rows, rank), branch.row_scale_ld, st);
   times({st, rank, rows}, dy, {}, training.db, true);
 }
 
@@ -516,8 +516,7 @@ void head_loss(const HeadLoss& g, ParallelFor parallel) {
     if (g.dhidden == nullptr) continue;
     float* sums = static_cast<float*>(scratch(kSlotDs, rows * width * sizeof(float)));
     run(parallel, (width + lanes - 1) / lanes, grain_of(lanes * classes * rows), [&](int64_t u0, int64_t u1) {
-      arith.rows_times({g.chunk, rows, classes}, g.w, {}, sums, false, 0, rows, u0 * lanes,
-                       std::min(u1 * lanes, width));
+      arith.rows_times({g.chunk, rows, classes}, g.w, {}, sums, false, u0 * lanes, std::min(u1 * lanes, width));
     });
     run(parallel, rows, grain_of(width * 4), [&](int64_t r0, int64_t r1) {
       k.from_float(sums + r0 * width, static_cast<char*>(g.dhidden) + (row0 + r0) * width * size, g.hidden.dtype,
