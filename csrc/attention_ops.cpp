@@ -81,9 +81,9 @@ struct Call {
       check_shape(*prefix_v, args.slots, args.kv_heads, args.prefix_length, args.dim, args.dtype, "prefix_v");
       args.prefix_k = rows_of(*prefix_k, args.prefix_k_strides);
       args.prefix_v = rows_of(*prefix_v, args.prefix_v_strides);
-      args.prefix_index = numbers(index, args.batch, -1, args.slots - 1, "prefix_index");
-      args.prefix_lengths = numbers(lengths, args.slots, 0, args.prefix_length, "prefix_lengths");
-      STD_TORCH_CHECK(index.has_value() || args.slots == 1, "prefix_index must pick one of several prefixes a row");
+      const PrefixRows chosen = prefix_rows(index, lengths, args.batch, args.slots, args.prefix_length);
+      args.prefix_index = chosen.index;
+      args.prefix_lengths = chosen.lengths;
     }
     if (positions.has_value()) {
       positions = torch::stable::contiguous(*positions);

@@ -124,11 +124,7 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
   STD_TORCH_CHECK(batch * tokens <= pf::kTile, "x has ", batch * tokens, " rows; it must have at most ", pf::kTile);
   STD_TORCH_CHECK(keys.size() == layers && values.size() == layers && past >= 0,
                   "keys and values must be one a layer, past not negative");
-  for (const Tensor* t : {&cos, &sin})
-    STD_TORCH_CHECK(t->dim() == 3 && (t->size(0) == batch || t->size(0) == 1) && t->size(0) == cos.size(0) &&
-                        t->size(1) == tokens && t->size(2) == d.dim && t->is_contiguous() &&
-                        dtype_of(*t, t == &cos ? "cos" : "sin") == d.dtype,
-                    "cos and sin must be contiguous [", batch, " or 1, ", tokens, ", ", d.dim, "] in the dtype of x");
+  const int64_t angles = angle_stride(cos, sin, batch, tokens, d.dim, d.dtype, "x");
   Tensor y = new_matrix(batch * tokens, d.hidden, d.dtype);
   if (batch * tokens == 0) return y;
   if (mask.has_value())
@@ -137,11 +133,11 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
                     "mask must be contiguous bool [", batch, ", ", length, "]");
   STD_TORCH_CHECK(prefix_keys.size() == prefix_values.size() && (prefix_keys.empty() || prefix_keys.size() == layers),
                   "prefix_keys and prefix_values must be one a layer or none");
-  const int64_t slots = prefix_keys.empty() ? 0 : prefix_keys[0].size(0);
-  const int64_t prefix_length = prefix_keys.empty() ? 0 : prefix_keys[0].size(2);
-  const int64_t* lengths = numbers(prefix_lengths, slots, 0, prefix_length, "prefix_lengths");
-  const int64_t* index = numbers(prefix_index, batch, -1, slots - 1, "prefix_index");
-  STD_TORCH_CHECK(index != nullptr || slots <= 1, "prefix_index must pick one of several prefixes a row");
+  const bool has_prefix = !prefix_keys.empty();
+  const int64_t slots = has_prefix ? prefix_keys[0].size(0) : 0,
+                prefix_length = has_prefix ? prefix_keys[0].size(2) : 0;
+  PrefixRows prefix{};
+  if (has_prefix) prefix = prefix_rows(prefix_index, prefix_lengths, batch, slots, prefix_length);
   d.norm = vector_data(stack->norm, d.hidden, d.dtype, "norm");
   std::vector<BranchTensors> branches;
   std::vector<Bias> biases;
@@ -165,7 +161,7 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
     set_strides(values[i], d, batch, length, true, "values", layer.value_strides);
     layer.keys = keys[i].mutable_data_ptr();
     layer.values = values[i].mutable_data_ptr();
-    if (slots > 0) {
+    if (has_prefix) {
       set_strides(prefix_keys[i], d, slots, prefix_length, false, "prefix_keys", layer.prefix_key_strides);
       set_strides(prefix_values[i], d, slots, prefix_length, false, "prefix_values", layer.prefix_value_strides);
       layer.prefix_keys = prefix_keys[i].const_data_ptr();
@@ -192,14 +188,14 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
   const pf::DecoderInput in{x.const_data_ptr(),
                             cos.const_data_ptr(),
                             sin.const_data_ptr(),
-                            cos.size(0) == 1 ? 0 : tokens,
+                            angles,
                             mask.has_value() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
                             batch,
                             tokens,
                             past,
                             prefix_length,
-                            index,
-                            lengths};
+                            prefix.index,
+                            prefix.lengths};
   void* out = y.mutable_data_ptr();
   pf::with_team([&](pf::ParallelFor parallel) { pf::decoder_forward(d, in, out, parallel); });
   return y;

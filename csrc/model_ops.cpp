@@ -111,11 +111,7 @@ Tensor rotated(const pf::Kernels& k, Tensor x, const Tensor& cos, const Tensor& 
   if (x.size(3) > 1 && x.stride(3) != 1) x = torch::stable::contiguous(x);
   const int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), dim = x.size(3);
   const int dtype = dtype_of(x, name);
-  for (const Tensor* t : {&cos, &sin})
-    STD_TORCH_CHECK(
-        t->dim() == 3 && (t->size(0) == batch || t->size(0) == 1) && t->size(1) == tokens && t->size(2) == dim &&
-            t->is_contiguous() && dtype_of(*t, t == &cos ? "cos" : "sin") == dtype && t->size(0) == cos.size(0),
-        "cos and sin must be contiguous [", batch, " or 1, ", tokens, ", ", dim, "] in the dtype of ", name);
+  const int64_t angles = angle_stride(cos, sin, batch, tokens, dim, dtype, name);
   Tensor y = new_matrix(batch * tokens, heads * dim, dtype);
   const pf::RopeArgs args{x.const_data_ptr(),
                           dtype,
@@ -125,7 +121,7 @@ Tensor rotated(const pf::Kernels& k, Tensor x, const Tensor& cos, const Tensor& 
                           {x.stride(0), x.stride(1), x.stride(2)},
                           cos.const_data_ptr(),
                           sin.const_data_ptr(),
-                          cos.size(0) == 1 ? 0 : tokens,
+                          angles,
                           transposed,
                           y.mutable_data_ptr()};
   over(batch * tokens, row_grain(heads * dim), [&](int64_t t0, int64_t t1) { k.rope(args, t0, t1); });

@@ -1,6 +1,7 @@
 // The packed weight, the LoRA branch and the bias as operators receive them, checked.
 #pragma once
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "cpu/linear.h"
@@ -12,10 +13,14 @@
 
 namespace pf::tensors {
 
-inline void check_format(int64_t format, int64_t blocksize) {
-  STD_TORCH_CHECK(format >= 0 && format <= 2, "format must be 0 (nf4), 1 (fp4) or 2 (int4)");
+inline void check_blocksize(int64_t blocksize) {
   STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
                   "blocksize must be a power of two, 32 to 4096");
+}
+
+inline void check_format(int64_t format, int64_t blocksize) {
+  STD_TORCH_CHECK(format >= 0 && format <= 2, "format must be 0 (nf4), 1 (fp4) or 2 (int4)");
+  check_blocksize(blocksize);
 }
 
 inline pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zero, const OptTensor& absmax2,
@@ -30,7 +35,7 @@ inline pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTens
   w.n = n;
   w.k = codes.size(1) / 8;
   w.blocksize = blocksize;
-  w.segment = std::__gcd(w.k, blocksize);
+  w.segment = std::gcd(w.k, blocksize);
   STD_TORCH_CHECK(scale.is_contiguous() && scale.numel() == w.tiles() * w.segments() * pf::kTile,
                   "scale must be contiguous [ceil(N / 16), segments, 16]");
   if (absmax2.has_value()) {

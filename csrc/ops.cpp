@@ -1,5 +1,6 @@
 // Operator schemas and their CPU implementations, under LibTorch's stable ABI: one binary for torch 2.10 and later.
 #include <cstring>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -220,14 +221,14 @@ Tensor unpack_tiles(Tensor codes, int64_t n, int64_t k) {
 
 pf::Weight scale_layout(const Tensor& scale, int64_t n, int64_t k, int64_t blocksize) {
   check_matrix(n, k);
-  STD_TORCH_CHECK(blocksize >= 32, "blocksize must be a power of two, 32 or more");
+  check_blocksize(blocksize);
   STD_TORCH_CHECK(scale.is_contiguous() && (scale.element_size() == 1 || scale.element_size() == 4),
                   "scale must be contiguous, of 1 or 4 bytes an element");
   pf::Weight w{};
   w.n = n;
   w.k = k;
   w.blocksize = blocksize;
-  w.segment = std::__gcd(k, blocksize);
+  w.segment = std::gcd(k, blocksize);
   return w;
 }
 

@@ -83,6 +83,28 @@ inline const int64_t* numbers(OptTensor& t, int64_t n, int64_t least, int64_t mo
   return data;
 }
 
+// Which of `slots` prefixes each row of a batch has, and how much of its `length` each; null: the first, and all of it.
+struct PrefixRows {
+  const int64_t *index, *lengths;
+};
+inline PrefixRows prefix_rows(OptTensor& index, OptTensor& lengths, int64_t batch, int64_t slots, int64_t length) {
+  STD_TORCH_CHECK(index.has_value() || slots == 1, "prefix_index must pick one of several prefixes a row");
+  return {numbers(index, batch, -1, slots - 1, "prefix_index"), numbers(lengths, slots, 0, length, "prefix_lengths")};
+}
+
+// Checks the angles of rotary embeddings; returns the tokens from one row of the batch to the next, 0 where all rows
+// share them.
+inline int64_t angle_stride(const Tensor& cos, const Tensor& sin, int64_t batch, int64_t tokens, int64_t dim, int dtype,
+                            const char* like) {
+  for (const Tensor* t : {&cos, &sin})
+    STD_TORCH_CHECK(t->dim() == 3 && (t->size(0) == batch || t->size(0) == 1) && t->size(0) == cos.size(0) &&
+                        t->size(1) == tokens && t->size(2) == dim && t->is_contiguous() &&
+                        dtype_of(*t, t == &cos ? "cos" : "sin") == dtype,
+                    "cos and sin must be contiguous [", batch, " or 1, ", tokens, ", ", dim, "] in the dtype of ",
+                    like);
+  return cos.size(0) == 1 ? 0 : tokens;
+}
+
 inline void parallel(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
   if (n <= grain) return body(ctx, 0, n);
   torch::stable::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { body(ctx, b, e); });

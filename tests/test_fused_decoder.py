@@ -780,6 +780,7 @@ def test_the_operator_refuses_what_does_not_fit():
     for args, words in [
         ((prefix, prefix[:1], index, None), "one a layer or none"),
         ((prefix, prefix, None, None), "prefix_index must pick one"),
+        (([t[:0] for t in prefix], [t[:0] for t in prefix], None, None), "prefix_index must pick one"),
         ((prefix, prefix, index + 1, None), r"prefix_index has 2; each must lie in \[-1, 1\]"),
         ((prefix, prefix, index, torch.tensor([1, 4])), r"prefix_lengths has 4; each must lie in \[0, 3\]"),
         ((prefix, [t[:, :, :2] for t in prefix], index, None), r"prefix_values must be \[2, 2, 3, 8\]"),
