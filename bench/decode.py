@@ -66,7 +66,7 @@ def _llama_cpp(folder: str, threads: int) -> Callable[[int], None]:
 
 # Name to (packages it needs, folder and threads to what decodes so many tokens).
 CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str, int], Callable[[int], None]]]] = {
-    "ours_nf4": ((), lambda folder, _: _generate(models.accelerated_ours(folder))),
+    "ours_nf4": ((), lambda folder, _: _generate(models.load_ours(folder))),
     "ours_nf4_lora": ((), lambda folder, _: _generate(models.adapted_ours(folder, True))),
     "ours_bf16_lora": ((), lambda folder, _: _generate(models.lora_over(models.load_dense(folder), True))),
     "bf16": ((), lambda folder, _: _generate(models.load_dense(folder))),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from . import decode, harness, qlora_step
 from .linear import Result, sweep
-from .registry import REGISTRY
+from .registry import DTYPES, REGISTRY
 from .report import html
 
 SHAPES = [(576, 1536), (2048, 8192), (4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192)]
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     names = [name for name in REGISTRY if harness.matches(name, wanted)]
     if not names:
         raise ValueError(f"--only names no contender; there are {', '.join(REGISTRY)}")
-    if unknown := set(args.dtypes) - {"bf16", "fp32", "fp16"}:
-        raise ValueError(f"--dtypes has {', '.join(sorted(unknown))}; it must be among bf16, fp32, fp16")
+    if unknown := set(args.dtypes) - DTYPES.keys():
+        raise ValueError(f"--dtypes has {', '.join(sorted(unknown))}; it must be among {', '.join(DTYPES)}")
     threads = args.threads or [count for count in (1, 2) if count <= (os.cpu_count() or 1)]
     folder = Path(args.out)
     result, more = Result(), {}

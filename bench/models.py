@@ -81,17 +81,11 @@ def load_bnb(folder: str) -> nn.Module:
     )
 
 
-def accelerated_ours(folder: str) -> nn.Module:
-    import pyfastpeft as fp
-
-    return fp.accelerate(load_ours(folder))
-
-
 def lora_over(model: nn.Module, inference_mode: bool = False) -> nn.Module:
     import pyfastpeft as fp
 
     config = fp.LoraConfig(task_type="CAUSAL_LM", inference_mode=inference_mode, **LORA)
-    return fp.accelerate(fp.get_peft_model(model, config))
+    return fp.get_peft_model(model, config)
 
 
 def adapted_ours(folder: str, inference_mode: bool = False) -> nn.Module:

@@ -46,8 +46,8 @@ def _repeat(model: nn.Module, prefix: Pairs, rows: int) -> Callable[[], dict]:
 
 # Name to (whether the prefix is shared, the model in a folder).
 CONTENDERS: dict[str, tuple[bool, Callable[[str], nn.Module]]] = {
-    "ours_nf4": (True, models.accelerated_ours),
-    "ours_nf4_repeated": (False, models.accelerated_ours),
+    "ours_nf4": (True, models.load_ours),
+    "ours_nf4_repeated": (False, models.load_ours),
     "ours_bf16": (True, models.load_dense),
     "bf16_repeated": (False, models.load_dense),
 }
