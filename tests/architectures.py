@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import transformers as tf
@@ -66,10 +67,15 @@ def make(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> nn.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return vary_vectors(model).to(dtype).eval()
+
+
+def vary_vectors(model: nn.Module) -> nn.Module:
+    """``model`` with biases and norms that are not all alike, in place."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
-            parameter.data.add_(torch.randn_like(parameter) / 10)  # biases and norms that are not all alike
-    return model.to(dtype).eval()
+            parameter.data.add_(torch.randn_like(parameter) / 10)
+    return model
 
 
 def inputs(architecture: str = "llama", rows: int = 3, length: int = 6) -> dict[str, torch.Tensor]:
@@ -111,8 +117,7 @@ def quantized(model: nn.Module, **kwargs) -> nn.Module:
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and not path.endswith(("lm_head", "classifier")):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, fp.nn.Linear4bit.from_linear(module, **kwargs))
+            model.set_submodule(path, fp.nn.Linear4bit.from_linear(module, **kwargs))
     return model
 
 
@@ -121,12 +126,11 @@ def dequantized(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, fp.nn.Linear4bit):
-            parent, _, name = path.rpartition(".")
             plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
             plain.weight.data = module.dequantize()
             if module.bias is not None:
                 plain.bias = module.bias
-            setattr(model.get_submodule(parent), name, plain)
+            model.set_submodule(path, plain)
     return model
 
 
@@ -152,6 +156,24 @@ def use_plain_layers(model: nn.Module) -> None:
     base = model.get_base_model()
     base.set_attn_implementation("sdpa")
     fuse_layers(base, fuse=False)
+
+
+def check_threads_choose_apart(model: nn.Module, choices: list[list | None]) -> None:
+    """Threads that ask at once for different ``adapter_names`` of two rows get what each asked for."""
+    ids = torch.randint(1, VOCAB, (2, 6))
+
+    def logits(names: list | None) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids, adapter_names=names).logits
+
+    expected = [logits(names) for names in choices]
+
+    def serve(turn: int) -> bool:
+        turns = [(turn + i) % len(choices) for i in range(12)]
+        return all(torch.equal(logits(choices[t]), expected[t]) for t in turns)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(serve, range(8)))
 
 
 class HeldPrefix:

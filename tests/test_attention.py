@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers as tf
-from architectures import ARCHITECTURES, VOCAB, HeldPrefix, make
+from architectures import ARCHITECTURES, VOCAB, HeldPrefix, make, vary_vectors
 from torch import nn
 
 import pyfastpeft as fp
@@ -41,10 +41,7 @@ def model_of(name, dtype=torch.float32):
     if name in ARCHITECTURES:
         model = make(name, dtype)
     else:
-        model = tf.AutoModelForCausalLM.from_config(_CONFIGS[name]()).to(dtype).eval()
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.data.add_(torch.randn_like(parameter) / 10)
+        model = vary_vectors(tf.AutoModelForCausalLM.from_config(_CONFIGS[name]())).to(dtype).eval()
     if name != "bert":
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0

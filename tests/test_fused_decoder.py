@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers as tf
-from architectures import VOCAB, HeldPrefix, inputs, make, quantized, randomize
+from architectures import VOCAB, HeldPrefix, inputs, make, quantized, randomize, vary_vectors
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import fused_decoder
@@ -48,13 +48,20 @@ def family(name, dtype=torch.float32, **changes):
             pad_token_id=0,
             **changes,
         )
-        model = tf.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.data.add_(torch.randn_like(parameter) / 10)
-        model = model.to(dtype).eval()
+        model = vary_vectors(tf.AutoModelForCausalLM.from_config(config)).to(dtype).eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+def steps(model, ids):
+    """What feeds ``ids`` from one position to another to ``model``, and the list that its last logits go to."""
+    base, cache, out = model.get_base_model(), tf.DynamicCache(config=model.config), []
+
+    def step(start, end):
+        with torch.no_grad():
+            out.append(base(input_ids=ids[:, start:end], **{fused_decoder._CACHE: cache}).logits[:, -1])
+
+    return step, out
 
 
 def adapted(model, **changes):
@@ -290,13 +297,7 @@ def test_adapters_take_effect_at_the_next_token(dtype, dense, served):
     ids = torch.randint(1, VOCAB, (1, 12))
 
     def tokens(m):
-        cache, out = tf.DynamicCache(config=m.config), []
-        base = m.get_base_model()
-
-        def step(start, end):
-            with torch.no_grad():
-                out.append(base(input_ids=ids[:, start:end], **{fused_decoder._CACHE: cache}).logits[:, -1])
-
+        step, out = steps(m, ids)
         torch.manual_seed(1)
         step(0, 4)
         step(4, 5)
@@ -423,13 +424,7 @@ def test_pefts_own_layers_are_served_and_obeyed(dense, served):
     ids = torch.randint(1, VOCAB, (1, 12))
 
     def tokens(m):
-        cache, out = tf.DynamicCache(config=m.config), []
-        base = m.get_base_model()
-
-        def step(start, end):
-            with torch.no_grad():
-                out.append(base(input_ids=ids[:, start:end], **{fused_decoder._CACHE: cache}).logits[:, -1])
-
+        step, out = steps(m, ids)
         step(0, 4)
         step(4, 5)
         m.set_adapter("other")

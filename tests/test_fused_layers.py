@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers as tf
-from architectures import make
+from architectures import make, vary_vectors
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -43,11 +43,7 @@ FUSED["nanochat"] = 2  # of its own are the norms, the MLP, and the way that it 
 
 
 def model_of(config, dtype=torch.float32):
-    model = tf.AutoModelForCausalLM.from_config(config).to(dtype)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data.add_(torch.randn_like(parameter) / 10)
-    return model
+    return vary_vectors(tf.AutoModelForCausalLM.from_config(config)).to(dtype)
 
 
 def fused_modules(model):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import architectures as tiny
 import pytest
 import torch
@@ -324,15 +322,4 @@ def test_a_copy_whose_last_pair_does_not_fit_writes_nothing():
 
 def test_threads_choose_the_adapters_of_their_rows_apart():
     model = serving(*[fp.LoraConfig(target_modules="all-linear")] * 2)
-    ids = torch.randint(1, 64, (2, 6))
-    choices = [["default", "1"], ["1", "__base__"], None, ["__base__", "default"]]
-    with torch.no_grad():
-        expected = [model(ids, adapter_names=names).logits for names in choices]
-
-    def serve(turn: int) -> bool:
-        with torch.no_grad():
-            got = [model(ids, adapter_names=choices[(turn + i) % 4]).logits for i in range(12)]
-        return all(torch.equal(logits, expected[(turn + i) % 4]) for i, logits in enumerate(got))
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(serve, range(8)))
+    tiny.check_threads_choose_apart(model, [["default", "1"], ["1", "__base__"], None, ["__base__", "default"]])

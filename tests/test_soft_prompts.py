@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -712,19 +711,8 @@ class TestRows:
             assert [t.device for t in prefix] == [home] * 4
 
     def test_threads_choose_apart_also_while_prompts_are_worked_out(self):
-        model = mixed(llama())
-        ids = torch.randint(1, tiny.VOCAB, (2, 6))
         choices = [["deep", "prompt"], ["__base__", "prefix"], None, [["lora", "deep"], "__base__"]]
-        with torch.no_grad():
-            expected = [model(ids, adapter_names=names).logits for names in choices]
-
-        def serve(turn: int) -> bool:
-            with torch.no_grad():  # what trains is worked out again in every forward
-                got = [model(ids, adapter_names=choices[(turn + i) % 4]).logits for i in range(12)]
-            return all(torch.equal(logits, expected[(turn + i) % 4]) for i, logits in enumerate(got))
-
-        with ThreadPoolExecutor(4) as pool:
-            assert all(pool.map(serve, range(8)))
+        tiny.check_threads_choose_apart(mixed(llama()), choices)  # what trains is worked out in every forward
 
     def test_active_adapters_of_several_methods(self):
         model = mixed(llama())
