@@ -158,6 +158,12 @@ def use_plain_layers(model: nn.Module) -> None:
     fuse_layers(base, fuse=False)
 
 
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The Frobenius norm of the difference, in that of what is expected."""
+    got, expected = got.double(), expected.double()
+    return ((got - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
 def check_threads_choose_apart(model: nn.Module, choices: list[list | None]) -> None:
     """Threads that ask at once for different ``adapter_names`` of two rows get what each asked for."""
     ids = torch.randint(1, VOCAB, (2, 6))

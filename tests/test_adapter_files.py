@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from architectures import relative
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers.utils import PushToHubMixin
@@ -110,10 +111,6 @@ class TestRoundTrip:
         assert {k: (t.shape, t.dtype) for k, t in a.items()} == {k: (t.shape, t.dtype) for k, t in b.items()}
         names = {p.name for p in (tmp_path / "a").iterdir()}
         assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

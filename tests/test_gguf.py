@@ -34,6 +34,13 @@ from pyfastpeft.integrations.gguf_rope import scale_rope
 HIDDEN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 64, 4, 2, 2, 96
 
 
+def write(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_llama(
     path, kind=Kind.Q4_0, down=None, output=None, feed_forward=96, layers=LAYERS, rope=(), extra=(), theta=10000.0
 ):
@@ -84,10 +91,7 @@ def write_llama(
         add("output.weight", VOCABULARY, HIDDEN, kind=output)
     for name, tensor in dict(extra).items():
         writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer)
     return path
 
 
@@ -132,10 +136,7 @@ def test_all_codes_and_extreme_scales_survive(tmp_path, kind):
             blocks.append(np.frombuffer(head + bytes(i | (15 - i) << 4 for i in range(16)), np.uint8))
     writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
     writer.add_tensor("w", np.stack(blocks), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer)
     file = GgufFile(tmp_path / "b.gguf")
     assert torch.equal(file.packed("w").dequantize(torch.float32), torch.from_numpy(file.dequantized("w")))
 
@@ -198,10 +199,7 @@ def write_model(path, architecture, model):
         kind = Kind.Q4_0 if matrix else Kind.F32
         data = gguf.quantize(weight, kind) if matrix else weight
         writer.add_tensor(f"{names.get_name(stem)}.{suffix}", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer)
     return path
 
 

@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from architectures import relative
 from torch import nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
@@ -55,10 +56,6 @@ def pair(base, seed, **kwargs):
     torch.manual_seed(seed)
     ours = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(**kwargs))
     return ours, theirs
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.filterwarnings("ignore")
