@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
         return prefix_rows(batch, self.vectors.shape[1], self.index, self.lengths, self.vectors.device)[1]
 
 
-Source = Callable[[int], Tokens | None]
+TokenSource = Callable[[int], Tokens | None]
 """The tokens for a batch of so many rows; None: none in any row."""
 
 
@@ -112,7 +112,7 @@ def _like(index: Tensor, values: Tensor) -> Tensor:
 class _Prompted(ModuleForward):
     """A forward that knows its arguments by name, and shows its class's signature to those who inspect it."""
 
-    def __init__(self, module: nn.Module, source: Source) -> None:
+    def __init__(self, module: nn.Module, source: TokenSource) -> None:
         super().__init__(module)
         self.source = source
         bound = type(module).forward.__get__(module)
@@ -124,7 +124,7 @@ class _Prompted(ModuleForward):
         return named | named.pop(self._rest, {})
 
 
-def _with_prompt(module: nn.Module, source: Source, named: dict[str, Any]) -> Layout | None:
+def _with_prompt(module: nn.Module, source: TokenSource, named: dict[str, Any]) -> Layout | None:
     """Put the prompts into the arguments ``named`` of ``module``; None where no row has one."""
     embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
     given = ids if embeds is None else embeds
