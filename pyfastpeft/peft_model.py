@@ -573,7 +573,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"state_dict is a {type(state_dict).__name__}; it must be a mapping of names to tensors")
         given = {key.replace("_orig_mod.", ""): t for key, t in state_dict.items()}  # a compiled model's names
-        known = {key: p for key, p in self.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+        known = {key: p for key, p in self.named_parameters() if p.is_floating_point()}  # a tied one under one name
         trained = set(map(id, self.base_model.bank.parameters(name)))
         for key, parameter in known.items():
             if id(parameter) in trained and key not in given:
