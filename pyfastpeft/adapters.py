@@ -17,6 +17,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .nn.lora import LoraLayer
     from .nn.modules_to_save import ModulesToSave
+    from .nn.trainable_tokens import TokenRows
 
 BASE = "__base__"
 """In ``adapter_names``: no adapter."""
@@ -162,6 +163,7 @@ class AdapterBank:
     Attributes:
         layers: path in the base model → layer with LoRA.
         wrappers: path → module kept in a trainable copy an adapter (``modules_to_save``).
+        tokens: path of an embedding → the rows of it that adapters train (``trainable_token_indices``).
         others: what other methods have in the model and want a plan for; the keys are the methods' own.
         chosen: names of the active adapters, disabled or not.
         disabled: whether they are all out of use.
@@ -180,6 +182,7 @@ class AdapterBank:
     def __init__(self) -> None:
         self.layers: dict[str, LoraLayer] = {}
         self.wrappers: dict[str, ModulesToSave] = {}
+        self.tokens: dict[str, TokenRows] = {}
         self.others: dict[str, Holder] = {}
         self.prompts = nn.ModuleDict()
         self.chosen: tuple[str, ...] = ()
@@ -199,6 +202,11 @@ class AdapterBank:
     def active(self) -> tuple[str, ...]:
         """Names of the adapters in use."""
         return () if self.disabled else self.chosen
+
+    @property
+    def mergeable(self) -> list[LoraLayer | TokenRows]:
+        """All that adapters can be merged into."""
+        return [*self.layers.values(), *self.tokens.values()]
 
     @property
     def mode(self) -> Rows | None:
@@ -243,7 +251,7 @@ class AdapterBank:
         """Each layer's plan for these adapters; built once, then exchanged by reference."""
         plans = self._plans.get(active)
         if plans is None:
-            holders = [*self.layers.values(), *self.wrappers.values(), *self.others.values()]
+            holders = [*self.mergeable, *self.wrappers.values(), *self.others.values()]
             plans = self._plans[active] = [(h, h.plan(active)) for h in holders]
         return plans
 

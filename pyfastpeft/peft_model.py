@@ -27,6 +27,7 @@ from .integrations.forwards import remove
 from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
 from .nn.lora import LoraLayer, LoraLinear
+from .nn.trainable_tokens import TokenRows
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners.adapted import AdaptedModel
 from .tuners.base import PeftConfig, PeftType, TaskType
@@ -349,10 +350,10 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     # Adding, choosing and removing adapters.
 
-    def _layers(self) -> list[LoraLayer]:
-        return list(self.base_model.bank.layers.values())
+    def _layers(self) -> list[LoraLayer | TokenRows]:
+        return self.base_model.bank.mergeable
 
-    def _merged(self) -> dict[LoraLayer, tuple[str, ...]]:
+    def _merged(self) -> dict[LoraLayer | TokenRows, tuple[str, ...]]:
         """What is merged, in the layers where something is."""
         return {layer: tuple(layer.merged_adapters) for layer in self._layers() if layer.merged}
 

@@ -10,6 +10,7 @@ from .nn.bottleneck import BottleneckLayer
 from .nn.linear4bit import Linear4bit
 from .nn.lora import LoraLayer
 from .nn.modules_to_save import ModulesToSave
+from .nn.trainable_tokens import TrainableTokens
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -54,15 +55,17 @@ class TunerModelStatus:
 
 def get_layer_status(model: PeftModel) -> list[TunerLayerStatus]:
     """The status of every layer with adapters; soft prompts, which are in no layer, have none."""
-    kinds = (LoraLayer, BottleneckLayer, ModulesToSave)
+    kinds = (LoraLayer, BottleneckLayer, ModulesToSave, TrainableTokens)
     return [_status(name, m) for name, m in model.base_model.named_modules() if isinstance(m, kinds)]
 
 
-def _status(name: str, layer: LoraLayer | BottleneckLayer | ModulesToSave) -> TunerLayerStatus:
+def _status(name: str, layer: LoraLayer | BottleneckLayer | ModulesToSave | TrainableTokens) -> TunerLayerStatus:
     base, kind, merged = getattr(layer, "base_layer", None), type(layer).__name__, []
     if isinstance(layer, LoraLayer):
         kind, merged = f"lora.{type(base).__name__}", list(layer.merged_adapters)
         parameters = {n: list(layer.tensors(n).values()) for n in layer.r}
+    elif isinstance(layer, TrainableTokens):
+        merged, parameters = list(layer.rows.merged_adapters), {n: [p] for n, p in layer.rows.values.items()}
     else:
         adapters = layer.bottleneck if isinstance(layer, BottleneckLayer) else layer.modules_to_save
         parameters = {n: list(adapter.parameters()) for n, adapter in adapters.items()}

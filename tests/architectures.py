@@ -139,7 +139,7 @@ def randomize(model: nn.Module, std: float = 0.2) -> None:
     for name, parameter in model.named_parameters():
         if "lora_magnitude_vector" in name:
             parameter.data.mul_(1 + std * torch.rand_like(parameter))
-        elif any(part in name for part in ("lora_", ".bottleneck.", "modules_to_save")):
+        elif any(part in name for part in ("lora_", ".bottleneck.", "modules_to_save", "trainable_tokens")):
             parameter.data.normal_(std=std)
 
 

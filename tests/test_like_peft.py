@@ -90,8 +90,8 @@ class TestConfigurations:
         assert unused == plain and repr(unused) == repr(plain) and unused.to_dict() == plain.to_dict()
         assert dataclasses.replace(unused, r=2) == fp.LoraConfig(r=2, lora_alpha=8)
         assert pickle.loads(pickle.dumps(unused)) == copy.deepcopy(unused) == plain
-        assert "trainable_token_indices" not in inspect.signature(fp.LoraConfig).parameters
-        assert unused.trainable_token_indices is None and unused.megatron_core == "megatron.core"
+        assert "layer_replication" not in inspect.signature(fp.LoraConfig).parameters
+        assert unused.layer_replication is None and unused.megatron_core == "megatron.core"
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),

@@ -51,6 +51,7 @@ _ADAPTERS = {
     "lora_embedding_B",
     "lora_magnitude_vector",
     "modules_to_save",
+    "trainable_tokens_delta",
 }
 """Where layers have what is an adapter's own."""
 
@@ -487,7 +488,8 @@ class Prefixes:
         # which the base does not change either.
         trusted = decoding or (self.bank.frozen.issuperset((name, *others)) and not self.decoder.training)
         # The embedding stands for the model, which may be moved, cast or loaded anew.
-        embedding = self.model.get_input_embeddings().weight
+        embedding = self.model.get_input_embeddings()
+        embedding = getattr(embedding, "base_layer", embedding).weight
         stamp = stamp_of([*parameters, embedding])
         own = stamp, self.decoder.training, autocast_of(embedding)
         names = name, *others

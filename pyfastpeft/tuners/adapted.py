@@ -19,6 +19,7 @@ from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.one_device import OneDevice
+from ..nn.trainable_tokens import TrainableTokens
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
 from .modules import HEADS, find_saved, put, tied_ends, trainable_copy, trainable_state
@@ -117,7 +118,10 @@ class AdaptedModel(OneDevice, nn.Module):
                 them; nothing has changed then.
         """
         config = self.resolved(config)
-        tuner, expected = self.tuner(config), self.expected(config, False, tensors)
+        tuner = self.tuner(config)
+        repeated = tuner.repeated(config)
+        tensors = {key: t for key, t in tensors.items() if key not in repeated}
+        expected = self.expected(config, False, tensors)
         optional = {k: tuple(t.shape) for k, t in tuner.optional(config).items()}
         check_tensors(tensors, expected, optional, source)
         exists = name in self.configs
@@ -195,13 +199,13 @@ class AdaptedModel(OneDevice, nn.Module):
 
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit."""
-        for layer in self.bank.layers.values():
+        for layer in self.bank.mergeable:
             layer.unmerge()
         self.bank.refresh()
 
     def give_way(self, why: str) -> None:
         """Unmerge what is merged, with a warning that says ``why``."""
-        merged = next((layer for layer in self.bank.layers.values() if layer.merged_adapters), None)
+        merged = next((layer for layer in self.bank.mergeable if layer.merged_adapters), None)
         if merged is not None:
             warnings.warn(f"{merged.merged_adapters} are merged, and are unmerged {why}", stacklevel=3)
             self.unmerge()
@@ -243,8 +247,8 @@ class AdaptedModel(OneDevice, nn.Module):
 
     def _keep(self, name: str, path: str, module: nn.Module) -> None:
         wrapper = module
-        if isinstance(module, LoraLayer):
-            raise ValueError(f"modules_to_save holds {path!r}, which carries LoRA of another adapter")
+        if isinstance(module, (LoraLayer, TrainableTokens)):
+            raise ValueError(f"modules_to_save holds {path!r}, which carries LoRA or tokens of another adapter")
         if not isinstance(module, ModulesToSave):
             wrapper = ModulesToSave(module, self.bank).train(module.training)
             put(self.model, path, wrapper)

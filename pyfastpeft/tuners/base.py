@@ -302,6 +302,10 @@ class Tuner:
         """Key → tensor of the base model that a file may hold as well; when loading it is copied over."""
         return {}
 
+    def repeated(self, config: Any) -> set[str]:
+        """Keys under which a file may hold once more what it holds under one of :meth:`expected`."""
+        return set()
+
     def attach(
         self,
         name: str,

@@ -19,6 +19,7 @@ from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraConv1D, LoraLayer, expected_tensors, layer_class, scaling_of
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.modules_to_save import ModulesToSave
+from ..nn.trainable_tokens import TrainableTokens
 from .adapted import adapter_dtype
 from .base import (
     PeftConfig,
@@ -32,6 +33,7 @@ from .base import (
     register_method,
 )
 from .modules import base_of, ends_of, ends_with, find_saved, modules_of, put, tied_ends
+from .trainable_tokens import DELTA, Place, checked_tokens, find_places, put_tokens, take_tokens
 
 ALL_LINEAR = "all-linear"
 _DEFAULT_TARGETS = (
@@ -50,7 +52,7 @@ _DEFAULT_TARGETS = (
 """What architectures call W_Q and W_V; where one projection holds Q, K and V, that one."""
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-_KIND_FIELDS = ("use_dora", "lora_bias", "bias", "init_lora_weights")
+_KIND_FIELDS = ("use_dora", "lora_bias", "bias", "init_lora_weights", "trainable_token_indices")
 
 
 @dataclass
@@ -87,6 +89,8 @@ class LoraConfig(PeftConfig):
             which starts as with True).
         loftq_config: a :class:`LoftQConfig`, or ``{"loftq_bits": 4, "loftq_iter": n}``.
         fan_in_fan_out: kept for PEFT's files; the orientation is read from the layer's type.
+        trainable_token_indices: tokens whose rows of the input embedding train as well, in a head tied to it too; or
+            names of embeddings → tokens.
     """
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
@@ -104,7 +108,6 @@ class LoraConfig(PeftConfig):
         "monteclora_config": None,
         "qalora_group_size": 16,
         "target_parameters": None,
-        "trainable_token_indices": None,
         "use_bdlora": None,
         "use_qalora": False,
         "velora_config": None,
@@ -126,6 +129,7 @@ class LoraConfig(PeftConfig):
     init_lora_weights: bool | str = True
     loftq_config: LoftQConfig | dict[str, int] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     @classmethod
     def tuner(cls) -> type[Tuner]:
@@ -149,6 +153,7 @@ class LoraConfig(PeftConfig):
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 raise ValueError(f"{name} is {alpha!r}; it must be a finite number")
         check_dropout("lora_dropout", self.lora_dropout)
+        self.trainable_token_indices = checked_tokens(self.trainable_token_indices)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}; it must be 'none', 'all' or 'lora_only'")
         for name in ("target_modules", "exclude_modules"):
@@ -339,12 +344,14 @@ def _bias_names(config: LoraConfig, model: nn.Module, targets: dict[str, nn.Modu
     if config.bias == "lora_only":
         return [f"{p}.base_layer.bias" for p, m in targets.items() if getattr(base_of(m), "bias", None) is not None]
     names = []
+    tokens = {path for place in find_places(config.trainable_token_indices, model) for path in place.layers}
     for path, module in [("", model), *modules_of(model)]:
         held = base_of(module)
         if isinstance(held, ModulesToSave) or "bias" not in held._parameters or held._parameters["bias"] is None:
             continue
-        wrapped = path in targets or isinstance(module, LoraLayer)
-        names.append(f"{path}.base_layer.bias" if wrapped else f"{path}.bias" if path else "bias")
+        inside = "token_adapter.base_layer." if path in tokens or isinstance(module, TrainableTokens) else ""
+        inside = "base_layer." if path in targets or isinstance(module, LoraLayer) else inside
+        names.append(f"{path}.{inside}bias" if path else "bias")
     return names
 
 
@@ -385,16 +392,29 @@ class LoraTuner(Tuner):
         modules = {"": self.model, **dict(modules_of(self.model))}
         for name in _bias_names(config, self.model, targets):
             path = name.removesuffix("bias").removesuffix(".").removesuffix(".base_layer")
-            shapes[self.PREFIX + name] = tuple(base_of(modules[path]).bias.shape)
+            shapes[self.PREFIX + name] = tuple(base_of(modules[path.removesuffix(".token_adapter")]).bias.shape)
+        for place in self._places(config):
+            dim = base_of(place.layers[place.path]).weight.shape[1]
+            shapes[f"{self.PREFIX}{place.path}.{DELTA}"] = len(place.indices), dim
         return shapes
+
+    def _places(self, config: LoraConfig) -> list[Place]:
+        return find_places(config.trainable_token_indices, self.model)
+
+    def repeated(self, config: LoraConfig) -> set[str]:
+        """PEFT stores the rows of a tied head as well where it stores embeddings."""
+        return {f"{self.PREFIX}{p}.{DELTA}" for place in self._places(config) for p in place.layers if p != place.path}
 
     def optional(self, config: LoraConfig) -> dict[str, Tensor]:
         """The base embeddings under the keys that a file of PEFT's may hold them by (see :meth:`_saved_embeddings`)."""
         held, ends = {}, ends_of(self.model)
+        tokens = {path for place in self._places(config) for path in place.layers}
         for path, module in modules_of(self.model):
             base = base_of(module)
             if any(module is e or base is e for e in ends) and isinstance(base, (nn.Linear, nn.Embedding)):
-                middle = ".base_layer" if base is not module or matches(config, path) else ""
+                middle = ".base_layer" if isinstance(module, LoraLayer) or matches(config, path) else ""
+                if path in tokens or isinstance(module, TrainableTokens):
+                    middle = ".token_adapter.base_layer"
                 if not isinstance(base, Linear4bit):
                     held |= {f"{self.PREFIX}{path}{middle}.{k}": t for k, t in base.named_parameters()}
         return held
@@ -418,6 +438,8 @@ class LoraTuner(Tuner):
         try:
             for path, module in targets.items():
                 self._attach(name, config, path, module, values is not None, autocast_adapter_dtype, undo)
+            for place in self._places(config):
+                put_tokens(self.model, self.bank, name, place, autocast_adapter_dtype)
         except BaseException:
             for layer, weight in reversed(undo):
                 layer.put_back(weight)
@@ -446,6 +468,8 @@ class LoraTuner(Tuner):
         autocast_adapter_dtype: bool,
         undo: list[tuple[LoraLayer, Any]],
     ) -> None:
+        if isinstance(module, TrainableTokens):
+            raise ValueError(f"target_modules matches {path!r}, of which another adapter trains tokens; leave it out")
         layer = self._layer(path, module)
         initial, base = self._initial(config, path, layer), layer.base_layer
         if config.changes_base:
@@ -509,7 +533,9 @@ class LoraTuner(Tuner):
         for path, layer in self.layers(name).items():
             held |= {f"{self.PREFIX}{path}.{suffix}": t for suffix, t in layer.tensors(name).items()}
         names = _bias_names(config, self.model, self.layers(name))
-        return held | {self.PREFIX + b: self.model.get_parameter(b) for b in names}
+        held |= {self.PREFIX + b: self.model.get_parameter(b) for b in names}
+        tokens = {path: rows.values[name] for path, rows in self.bank.tokens.items() if name in rows.values}
+        return held | {f"{self.PREFIX}{path}.{DELTA}": t for path, t in tokens.items()}
 
     def layers(self, name: str) -> dict[str, LoraLayer]:
         """Path → layer that has the adapter."""
@@ -538,7 +564,9 @@ class LoraTuner(Tuner):
         if save is False:
             return {}
         targets = config.target_modules
-        if isinstance(targets, str):
+        if config.trainable_token_indices is not None:
+            targeted = False
+        elif isinstance(targets, str):
             paths = [p for p, _ in modules_of(self.model) if ends_with(p, list(_EMBEDDING_NAMES))]
             targeted = any(re.fullmatch(targets, p) for p in paths)
         else:
@@ -576,6 +604,12 @@ class LoraTuner(Tuner):
                 raise ValueError(f"adapter {name!r} has another scaling; use hotswap_adapter, or delete it first")
         if live != expected:
             raise ValueError(f"adapter {name!r} has other modules or ranks; use hotswap_adapter, or delete it first")
+        self.check_same_tokens(name, old, new)
+
+    def check_same_tokens(self, name: str, old: LoraConfig, new: LoraConfig) -> None:
+        held, asked = ({p.path: p.indices for p in self._places(config)} for config in (old, new))
+        if held != asked:
+            raise ValueError(f"trainable_token_indices is {asked}; adapter {name!r} has {held}, delete it first")
 
     def swaps_alike(self, name: str, old: LoraConfig, new: LoraConfig | None) -> bool:
         if new is None:
@@ -605,7 +639,7 @@ class LoraTuner(Tuner):
             if not layer.r:
                 put(self.model, path, layer.base_layer)
                 del self.bank.layers[path]
-        self.bank.forget()
+        take_tokens(self.model, self.bank, name)
         if self._biased == name:
             self._biased = None
 
@@ -613,3 +647,4 @@ class LoraTuner(Tuner):
         for path, layer in self.bank.layers.items():
             put(self.model, path, layer.base_layer)
         self.bank.layers.clear()
+        take_tokens(self.model, self.bank)

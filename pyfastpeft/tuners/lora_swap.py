@@ -43,6 +43,9 @@ class Swap:
                 f"adapter {name!r} cannot be replaced from {source}: init_lora_weights or bias ties one of the two to "
                 "other base weights; use load_adapter"
             )
+        tuner.check_same_tokens(name, old, new)
+        repeated = tuner.repeated(old)
+        tensors = {key: t for key, t in tensors.items() if key not in repeated}
         layers = tuner.layers(name)
         if any(name in layer.merged_adapters for layer in layers.values()):
             raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")

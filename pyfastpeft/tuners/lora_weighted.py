@@ -34,8 +34,9 @@ def combine(
     for config, name in zip(configs, names, strict=True):
         if not isinstance(config, LoraConfig):
             raise ValueError(f"adapter {name!r} is {config.peft_type}; only LoRA adapters can be combined")
-        if config.use_dora or config.lora_bias or config.modules_to_save:
-            raise ValueError(f"adapter {name!r} has use_dora, lora_bias or modules_to_save, which cannot be combined")
+        for what in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
+            if getattr(config, what):
+                raise ValueError(f"adapter {name!r} has {what}, which cannot be combined")
     if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
         raise ValueError(f"svd_rank is {svd_rank!r}; it must be at least 1, and goes with combination_type 'svd' only")
     layers = {p: layer for p, layer in model.bank.layers.items() if any(n in layer.r for n in names)}

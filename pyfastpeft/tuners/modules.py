@@ -13,6 +13,7 @@ from ..nn.bottleneck import BottleneckLayer
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
+from ..nn.trainable_tokens import TrainableTokens
 from .base import PeftConfig, TaskType
 
 HEADS = {
@@ -27,28 +28,29 @@ def ends_with(path: str, names: list[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(model: nn.Module, repeated: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the base model's own modules: a wrapped one is given as its wrapper, and not looked into.
 
-    A bottleneck is no wrapper here: what stands before it is given in its place.
+    A bottleneck is no wrapper here: what stands before it is given in its place. One module at several paths is given
+    with the first alone, unless ``repeated``.
     """
     seen: set[int] = set()
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        for name, child in module.named_children():
-            if id(child) not in seen:
+        for name, child in module._modules.items():
+            if child is not None and (repeated or id(child) not in seen):
                 seen.add(id(child))
                 child_path = f"{path}.{name}" if path else name
                 child = child.base_layer if isinstance(child, BottleneckLayer) else child
                 yield child_path, child
-                if not isinstance(child, (LoraLayer, ModulesToSave)):
+                if not isinstance(child, (LoraLayer, ModulesToSave, TrainableTokens)):
                     yield from walk(child, child_path)
 
     yield from walk(model, "")
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, LoraLayer) else module
+    return module.base_layer if isinstance(module, (LoraLayer, TrainableTokens)) else module
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,0 +1,180 @@
+"""Rows of an embedding, and of the head tied to it, that adapters train while the rest stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import AdapterBank, Rows
+from ..ops import mixed
+
+
+class TokenRows:
+    """The rows that adapters have of one weight [tokens, dim].
+
+    Attributes:
+        layers: path → module for each that holds the weight.
+        values: by adapter [n, dim], what stands in the place of the weight's rows (no difference to them).
+        indices: by adapter int64 [n], the tokens they belong to.
+        slots: by adapter int64 [tokens], where in ``values`` a token is; -1: nowhere.
+        merged_adapters: the adapters whose rows are in the weight at the moment.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Embedding | nn.Linear]) -> None:
+        self.layers = dict(layers)
+        self.values = nn.ParameterDict()
+        self.indices: dict[str, Tensor] = {}
+        self.slots: dict[str, Tensor] = {}
+        self.merged_adapters: list[str] = []
+        self._unmerged: nn.Parameter | None = None
+        self._plan: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return next(iter(self.layers.values())).weight
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def add_adapter(self, name: str, indices: list[int], dtype: torch.dtype) -> None:
+        """Rows for an adapter, with the values of the weight as it is without any."""
+        weight = self.weight if self._unmerged is None else self._unmerged
+        self.indices[name] = torch.tensor(indices, device=weight.device)
+        self.slots[name] = torch.full((len(weight),), -1, device=weight.device)
+        self.slots[name][self.indices[name]] = torch.arange(len(indices), device=weight.device)
+        self.values[name] = nn.Parameter(weight.detach()[self.indices[name]].to(dtype))
+
+    def remove_adapter(self, name: str | None) -> None:
+        for held in (self.indices, self.slots, self.values):
+            if name in held:
+                del held[name]
+
+    def follow(self) -> None:
+        """Be where the weight is."""
+        for held in (self.indices, self.slots):
+            held.update({name: t.to(self.weight.device) for name, t in held.items()})
+
+    def plan(self, active: tuple[str, ...]) -> tuple[str, ...]:
+        """The adapters whose rows are in use while ``active`` are the adapters."""
+        names = self._apart(active)
+        return () if self.merged else names
+
+    def present(self, mode: Rows) -> tuple[str, ...]:
+        """The adapters that the rows of a batch choose among and that have rows here."""
+        for names in set(mode.of_row):
+            self._apart(names)
+        return tuple(n for n in mode.names if n in self.indices)
+
+    def _apart(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of ``names`` that have rows here, none of the same token."""
+        names = tuple(n for n in names if n in self.indices)
+        if len(names) > 1:
+            tokens, counts = torch.cat([self.indices[n] for n in names]).unique(return_counts=True)
+            if bool((counts > 1).any()):
+                raise ValueError(
+                    f"adapters {list(names)} each bring their own rows for the tokens {tokens[counts > 1].tolist()}; "
+                    "only one of them can be in use"
+                )
+        return names
+
+    def replaced(self, names: Sequence[str]) -> Tensor:
+        """The weight with the rows of ``names`` in it; differentiable in these."""
+        weight: Tensor = self.weight
+        for name in names:
+            weight = weight.index_copy(0, self.indices[name], self.values[name].to(weight))
+        return weight
+
+    @torch.no_grad()
+    def merge(self, names: tuple[str, ...], safe: bool = False) -> None:
+        """Put rows into the weight, beside those that are merged already; :meth:`LoraLayer.merge` has the rest."""
+        held = self.merged_adapters
+        names = self._apart(tuple(dict.fromkeys((*held, *names))))
+        if len(names) == len(held):
+            return
+        self.unmerge()
+        if safe and not all(bool(self.values[n].isfinite().all()) for n in names):
+            raise ValueError(f"merging {list(names)} would write values that are not finite")
+        self._unmerged, self.merged_adapters = self.weight, list(names)
+        self._hold(nn.Parameter(self.replaced(names), requires_grad=self.weight.requires_grad))
+
+    def unmerge(self) -> None:
+        """The weight of before :meth:`merge`."""
+        if self._unmerged is not None:
+            self._hold(self._unmerged)
+            self._unmerged, self.merged_adapters = None, []
+
+    def _hold(self, weight: nn.Parameter) -> None:
+        for layer in self.layers.values():
+            layer.weight = weight
+
+
+class TrainableTokens(nn.Module):
+    """A layer around an embedding or a linear layer, of whose weight adapters have rows (:class:`TokenRows`)."""
+
+    def __init__(self, base_layer: nn.Embedding | nn.Linear, rows: TokenRows, bank: AdapterBank) -> None:
+        super().__init__()
+        # As in PEFT, whose names the parameters have.
+        self.token_adapter = nn.ModuleDict({"base_layer": base_layer, "trainable_tokens_delta": rows.values})
+        self.rows, self.bank = rows, bank
+
+    @property
+    def base_layer(self) -> nn.Embedding | nn.Linear:
+        return self.token_adapter["base_layer"]
+
+    @property
+    def weight(self) -> Tensor:
+        """With the rows in use in it, for models that multiply by an embedding's weight themselves."""
+        return self.rows.replaced(self.rows._plan) if self.bank.mode is None else self.base_layer.weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mode, rows = self.bank.mode, self.rows
+        y = self.base_layer(x, *args, **kwargs)
+        names = rows._plan if mode is None else rows.present(mode)
+        put = self._looked_up if isinstance(self.base_layer, nn.Embedding) else self._multiplied
+        for i, name in enumerate(names):
+            chosen = None
+            if mode is not None:
+                chosen = mode.mask(names, (1,) * len(names), x.shape[0], x.device)[:, i].bool()
+                chosen = chosen.view(-1, *[1] * (y.dim() - 1))
+            y = put(y, x, name, chosen)
+        return y
+
+    def _looked_up(self, y: Tensor, ids: Tensor, name: str, chosen: Tensor | None) -> Tensor:
+        base, slot = self.base_layer, self.rows.slots[name].to(ids.device)[ids]
+        own = F.embedding(slot.clamp_min(0), self.rows.values[name].to(base.weight))
+        scale = getattr(base, "embed_scale", None)  # some embeddings (Gemma 3) multiply their output
+        if scale is not None:
+            own = own * torch.as_tensor(scale, dtype=own.dtype, device=own.device)
+        if base.padding_idx is not None:  # whose row gets no gradient from here
+            own = torch.where((ids == base.padding_idx).unsqueeze(-1), own.detach(), own)
+        mine = (slot >= 0).unsqueeze(-1)
+        return torch.where(mine if chosen is None else mine & chosen, own.to(y.dtype), y)
+
+    def _multiplied(self, y: Tensor, x: Tensor, name: str, chosen: Tensor | None) -> Tensor:
+        base, indices = self.base_layer, self.rows.indices[name].to(x.device)
+        if chosen is not None:
+            x = mixed.own(chosen, x)  # neither may the other rows reach its gradient by a product with zero
+        bias = None if base.bias is None else base.bias[indices]
+        own = F.linear(x, self.rows.values[name].to(base.weight), bias).to(y.dtype)
+        if chosen is not None:
+            own = torch.where(chosen, own, y.index_select(-1, indices))
+        return y.index_copy(-1, indices, own)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableTokens:
+        super()._apply(fn, recurse)
+        self.rows.follow()
+        self.bank.forget()
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("token_adapter", "rows", "bank"):
+                raise
+            return getattr(self.base_layer, name)

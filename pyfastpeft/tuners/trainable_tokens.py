@@ -1,0 +1,134 @@
+"""``trainable_token_indices``: where a LoRA adapter trains rows of an embedding, and of the head tied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..adapters import AdapterBank
+from ..nn.lora import LoraLayer
+from ..nn.modules_to_save import ModulesToSave
+from ..nn.trainable_tokens import TokenRows, TrainableTokens
+from .adapted import adapter_dtype
+from .modules import base_of, modules_of, put
+
+DELTA = "token_adapter.trainable_tokens_delta"
+"""What PEFT calls the rows, behind the path of the module."""
+
+
+class Place(NamedTuple):
+    """One weight of which an adapter has rows.
+
+    Attributes:
+        indices: the tokens.
+        layers: path → module for each that holds the weight; the first names the rows in files.
+    """
+
+    indices: list[int]
+    layers: dict[str, nn.Module]
+
+    @property
+    def path(self) -> str:
+        return next(iter(self.layers))
+
+
+def checked_tokens(given: Any) -> list[int] | dict[str, list[int]] | None:
+    """The argument ``trainable_token_indices``, as lists."""
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return {name: _checked(f"trainable_token_indices[{name!r}]", tokens) for name, tokens in given.items()}
+    return _checked("trainable_token_indices", given)
+
+
+def _checked(name: str, given: Any) -> list[int]:
+    tokens = list(given) if isinstance(given, (list, tuple, set, frozenset)) else []
+    plain = all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens)
+    if not tokens or not plain or len(set(tokens)) < len(tokens):
+        raise ValueError(f"{name} is {given!r}; it must be a list of token numbers, each once and at least one")
+    return tokens
+
+
+def find_places(given: list[int] | dict[str, list[int]] | None, model: nn.Module) -> list[Place]:
+    """The weights that ``given``, a ``trainable_token_indices``, means in ``model``.
+
+    As in PEFT a list is for the input embedding, and what holds the embedding's weight has its rows too, unless rows of
+    its own are asked for.
+
+    Raises:
+        ValueError: a name that no module's path ends with, a module without such rows, or a token it does not have.
+    """
+    if not given:
+        return []
+    modules = dict(modules_of(model, repeated=True))
+    embedding = base_of(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
+    of_embedding = next((path for path, m in modules.items() if base_of(m) is embedding), "embed_tokens")
+    asked: dict[str, list[int]] = {}
+    for name, tokens in given.items() if isinstance(given, dict) else [(of_embedding, given)]:
+        paths = [path for path in modules if path.endswith(name)]
+        if not paths:
+            raise ValueError(f"trainable_token_indices names {name!r}, with which no module of the model ends")
+        asked |= dict.fromkeys(paths, tokens)
+    places: list[Place] = []
+    for path in sorted(asked, key=lambda p: p != of_embedding):
+        tokens, module = asked[path], modules[path]
+        weight = _weight_of(path, module)
+        if max(tokens) >= len(weight):
+            raise ValueError(f"trainable_token_indices holds {max(tokens)}; {path!r} has {len(weight)} tokens")
+        same = [p for p in places if _weight_of(p.path, modules[p.path]) is weight and p.indices == tokens]
+        if same:
+            same[0].layers[path] = module
+        else:
+            places.append(Place(tokens, {path: module}))
+    first = places[0]
+    weight, *others = (_weight_of(place.path, modules[place.path]) for place in places)
+    if first.path == of_embedding and not any(other is weight for other in others):
+        tied = [path for path, m in modules.items() if getattr(_held(m), "weight", None) is weight]
+        first.layers.update({path: modules[path] for path in tied if _weight_of(path, modules[path]) is weight})
+    return places
+
+
+def _held(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSave) else base_of(module)
+
+
+def _weight_of(path: str, module: nn.Module) -> Tensor:
+    base = base_of(module)
+    weight = getattr(base, "weight", None)
+    if not isinstance(base, (nn.Embedding, nn.Linear)) or not weight.is_floating_point():
+        raise ValueError(
+            f"trainable_token_indices means {path!r}, a {type(base).__name__}; it must be an Embedding or a Linear in "
+            "full precision, and not be in modules_to_save"
+        )
+    return weight
+
+
+def put_tokens(model: nn.Module, bank: AdapterBank, name: str, place: Place, autocast_adapter_dtype: bool) -> None:
+    """Attach an adapter's rows of a weight."""
+    rows = bank.tokens.get(place.path)
+    if rows is None or rows.layers.keys() != place.layers.keys():
+        for path, module in place.layers.items():
+            if isinstance(module, (LoraLayer, TrainableTokens)):
+                kind = "LoRA" if isinstance(module, LoraLayer) else "rows of another adapter"
+                raise ValueError(
+                    f"trainable_token_indices means {path!r}, which carries {kind}; it can carry one of the two"
+                )
+        rows = bank.tokens[place.path] = TokenRows(place.layers)
+        for path, module in place.layers.items():
+            put(model, path, TrainableTokens(module, rows, bank).train(module.training))
+        bank.forget()
+    dtype = adapter_dtype(next(iter(rows.layers.values())), autocast_adapter_dtype)
+    rows.add_adapter(name, place.indices, dtype)
+
+
+def take_tokens(model: nn.Module, bank: AdapterBank, name: str | None = None) -> None:
+    """Take an adapter's rows out, or (None) those of all."""
+    for path, rows in list(bank.tokens.items()):
+        rows.remove_adapter(name)
+        if name is None or not rows.indices:
+            for at, layer in rows.layers.items():
+                put(model, at, layer)
+            del bank.tokens[path]
+    bank.forget()
