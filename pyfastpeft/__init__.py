@@ -20,6 +20,7 @@ from .tuners import (
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
+    get_peft_config,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
         get_peft_model_state_dict,
+        inject_adapter_in_model,
+        load_peft_weights,
         prepare_model_for_kbit_training,
         set_peft_model_state_dict,
     )
@@ -83,8 +86,11 @@ __all__ = [
     "from_gguf",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
     "nn",
     "ops",
     "prepare_model_for_kbit_training",
@@ -115,6 +121,8 @@ _HOMES = {
     "get_model_status": "status",
     "get_peft_model": "peft_model",
     "get_peft_model_state_dict": "peft_model",
+    "inject_adapter_in_model": "peft_model",
+    "load_peft_weights": "peft_model",
     "prepare_model_for_kbit_training": "peft_model",
     "set_peft_model_state_dict": "peft_model",
 }

@@ -109,6 +109,18 @@ class TestConfigurations:
         with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
             fp.LoraConfig(nothing=1)
 
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_a_dictionary_makes_the_configuration_of_a_new_adapter(self, name):
+        ours, theirs = pair_of_configs(name)
+        assert fp.get_peft_config({"peft_type": ours.peft_type.value, **CONFIGS[name]}) == ours
+        assert (
+            type(peft.get_peft_config(theirs.to_dict())).__name__ == type(fp.get_peft_config(ours.to_dict())).__name__
+        )
+        with pytest.raises(ValueError, match="peft_type is 'IA3'; it must be one of"):
+            fp.get_peft_config({"peft_type": "IA3"})
+        with pytest.raises(TypeError, match="nothing"):
+            fp.get_peft_config({"peft_type": "LORA", "nothing": 1})
+
     def test_a_method_is_a_member_and_the_string_in_its_file(self):
         assert fp.LoraConfig().peft_type is fp.PeftType.LORA
         configs = [pair_of_configs(name)[0] for name in CONFIGS]
@@ -232,6 +244,58 @@ class TestModels:
         assert fp.set_peft_model_state_dict(again, state, "c", low_cpu_mem_usage=True) == ([], [])
         with pytest.raises(ValueError, match="ignore_mismatched_sizes is True; it must be False"):
             fp.set_peft_model_state_dict(again, state, "c", ignore_mismatched_sizes=True)
+
+
+class TestInjected:
+    def test_a_model_with_injected_adapters_is_pefts(self, tmp_path):
+        base, ids = tiny.make("qwen2"), tiny.inputs("qwen2")["input_ids"]
+        config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "trainable_token_indices": [1, 3]}
+        theirs = peft.inject_adapter_in_model(peft.LoraConfig(**config), copy.deepcopy(base))
+        tiny.randomize(theirs)
+        model = copy.deepcopy(base)
+        ours = fp.inject_adapter_in_model(fp.LoraConfig(**config), model)
+        assert ours is model and type(ours) is type(base) and ours.peft_config["default"].r == 2
+        tensors = peft.get_peft_model_state_dict(theirs)
+        assert not any(fp.set_peft_model_state_dict(ours, tensors))
+        held = fp.get_peft_model_state_dict(ours)
+        assert held.keys() == tensors.keys() and all(torch.equal(t, tensors[key]) for key, t in held.items())
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        trains = {name for name, p in ours.named_parameters() if p.requires_grad}
+        assert trains == {name for name, p in theirs.named_parameters() if p.requires_grad}
+        halved = {key: t * 0.5 for key, t in ours.state_dict().items()}
+        given = fp.get_peft_model_state_dict(ours, halved)
+        assert all(torch.equal(t, held[key] * 0.5) for key, t in given.items())
+        for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(twin(ids).logits, ours(ids).logits)
+            fp.set_peft_model_state_dict(twin, given)
+            assert not torch.equal(twin(ids).logits, ours(ids).logits)
+
+    def test_more_can_follow_and_the_last_is_active(self):
+        model, ids = tiny.make(), tiny.inputs()["input_ids"]
+        plain = model(ids).logits
+        for name in ("first", "second"):
+            fp.inject_adapter_in_model(fp.LoraConfig(r=2, target_modules=["q_proj"]), model, name)
+        assert list(model.peft_config) == ["first", "second"]
+        values = fp.get_peft_model_state_dict(model, adapter_name="first")
+        fp.set_peft_model_state_dict(model, {key: torch.ones_like(t) for key, t in values.items()}, "first")
+        torch.testing.assert_close(model(ids).logits, plain)
+        values = fp.get_peft_model_state_dict(model, adapter_name="second")
+        fp.set_peft_model_state_dict(model, {key: torch.ones_like(t) for key, t in values.items()}, "second")
+        assert not torch.allclose(model(ids).logits, plain, atol=1e-3)
+
+    def test_what_cannot_be_injected_is_named(self):
+        with pytest.raises(ValueError, match="a PrefixTuningConfig, a soft prompt, which needs get_peft_model"):
+            fp.inject_adapter_in_model(fp.PrefixTuningConfig(**VIRTUAL), tiny.make())
+        with pytest.raises(TypeError, match="model is a LlamaForCausalLM; it must be a PeftModel"):
+            fp.get_peft_model_state_dict(tiny.make())
+
+    def test_the_tensors_of_a_folder_are_what_peft_reads(self, tmp_path):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(r=2))
+        tiny.randomize(model)
+        model.save_pretrained(tmp_path)
+        ours, theirs = fp.load_peft_weights(tmp_path), peft.load_peft_weights(tmp_path, "cpu")
+        assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[key]) for key, t in ours.items())
+        assert not any(fp.set_peft_model_state_dict(model, ours))
 
 
 class TestStatus:

@@ -1,6 +1,6 @@
 """Tuning methods: one file each."""
 
-from .base import METHODS, PeftConfig, PeftType, TaskType
+from .base import METHODS, PeftConfig, PeftType, TaskType, get_peft_config
 from .bottleneck import BottleneckConfig
 from .deep_prompt import DeepPromptConfig
 from .lora import LoftQConfig, LoraConfig
@@ -22,4 +22,5 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "get_peft_config",
 ]

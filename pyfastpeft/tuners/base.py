@@ -254,6 +254,15 @@ class PeftConfig:
         return read_config(model_id, subfolder, cls, **hub)
 
 
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """The configuration of a new adapter from PEFT's keys, of which ``peft_type`` names the method.
+
+    Raises:
+        ValueError, TypeError: as the configuration's class.
+    """
+    return PeftConfig._class_of(config_dict)(**config_dict)
+
+
 class Tuner:
     """One tuning method on one model: how its adapters attach, what their files hold, and how they come out again.
 
