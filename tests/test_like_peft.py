@@ -159,6 +159,18 @@ class TestConfigurations:
             fp.get_peft_model(base, {"r": 8})
         assert all(p.requires_grad for p in base.parameters())
 
+    @pytest.mark.parametrize("init", ["eva", "orthogonal"])
+    def test_a_folder_whose_initial_values_peft_chose_otherwise_loads(self, init, tmp_path):
+        kwargs = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": init}
+        base, ids = tiny.make(), tiny.inputs()["input_ids"]
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**kwargs)).eval()
+        tiny.randomize(theirs)
+        theirs.save_pretrained(tmp_path)
+        ours = fp.PeftModel.from_pretrained(base, tmp_path)
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match=f"init_lora_weights is '{init}'"):
+            fp.LoraConfig(**kwargs)
+
     def test_loftq_is_configured_as_in_peft(self):
         expected = fp.LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 2})
         for config in (fp.LoftQConfig(loftq_iter=2), peft.LoftQConfig(loftq_iter=2)):

@@ -204,7 +204,7 @@ class LoraConfig(PeftConfig):
         values.setdefault("lora_alpha", 8)  # PEFT's default
         if values.get("init_lora_weights") in ("eva", "orthogonal"):
             # Only the initial values differ, and those are about to be loaded.
-            values["init_lora_weights"] = True
+            values |= {"init_lora_weights": True, "eva_config": None}
         return values
 
     @property
