@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -339,12 +340,18 @@ def test_a_gguf_file_of_more_bits_is_quantized_too(capsys, tmp_path, options, qu
     assert len(layers) == 14 and {layer.quant_type for layer in layers} == quant_types
 
 
-def test_quantize_refuses_another_format_than_the_model_has(capsys, tmp_path, model_folder):
+def test_another_format_than_the_model_has_is_refused(capsys, tmp_path, model_folder, data_file):
     small, other = str(tmp_path / "small"), tmp_path / "other"
     assert run(capsys, "quantize", model_folder, small, "--blocksize", "128")[0] == 0
-    cases = {"--quant-type fp4": "nf4", "--blocksize 32": "128", "--double-quant": "False"}
-    for options, has in cases.items():
-        code, _, err = run(capsys, "quantize", small, str(other), *options.split())
+    cases = {"--quant-type fp4": "nf4", "--blocksize 32": "128", "--blocksize 64": "128", "--double-quant": "False"}
+    commands = (
+        ["quantize", small, str(other)],
+        ["generate", "--model", small, "--prompt", "x"],
+        ["generate", "--model", small, "--prompt", "x", "--full-precision"],
+        ["train", "--model", small, "--data", data_file, "--output", str(other)],
+    )
+    for command, (options, has) in itertools.product(commands, cases.items()):
+        code, _, err = run(capsys, *command, *options.split())
         assert code == 1 and f"{options} is given, but model {small!r} is in 4 bits already, with" in err
         assert f" {has}; quantize the one in full precision" in err and not other.exists()
     assert run(capsys, "quantize", small, str(other), "--quant-type", "nf4", "--blocksize", "128")[0] == 0

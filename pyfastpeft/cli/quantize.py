@@ -12,20 +12,14 @@ import argparse
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from ..nn import Linear4bit
 from .memory import peak_bytes
-from .methods import flag
-from .models import MODEL_HELP, SMOLLM2, add_quantization_arguments, load_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_FORMAT = ("quant_type", "blocksize", "double_quant")
+from .models import MODEL_HELP, add_quantization_arguments, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,20 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("output", help="folder to write; it must not exist yet")
     add_quantization_arguments(parser)
-    parser.set_defaults(unasked={name: parser.get_default(name) for name in _FORMAT})
-
-
-def _check_format(args: argparse.Namespace, model: PreTrainedModel) -> None:
-    """What is in 4 bits already stays as it is, so an option that asks for another format has to be refused."""
-    held = model.config.quantization_config
-    for name in _FORMAT:
-        asked, has = getattr(args, name), getattr(held, name)
-        if asked not in (args.unasked[name], has):
-            value = "" if asked is True else f" {asked}"
-            raise ValueError(
-                f"{flag(name)}{value} is given, but model {args.model!r} is in 4 bits already, with {name} {has}; "
-                "quantize the one in full precision"
-            )
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -56,9 +36,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ValueError(f"output is {args.output!r}, which exists; name a new folder")
     with console.status(f"quantizing {escape(args.model)}"):
         model, tokenizer = load_model(args)
-        is_gguf = args.model == SMOLLM2 or Path(args.model).is_file()  # the options are for what it has not in 4 bits
-        if not is_gguf and model.hf_quantizer.pre_quantized:
-            _check_format(args, model)
         aside = output.with_name(f".{output.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         try:
