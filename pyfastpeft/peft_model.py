@@ -412,21 +412,31 @@ class PeftModel(PushToHubMixin, nn.Module):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
         """Add an adapter made of others: the sum of their updates, each multiplied by its weight.
 
         Args:
             combination_type: "cat" (exact; the ranks add up), "svd" (the best approximation of rank ``svd_rank``), or
-                "linear" (A's and B's are summed by themselves; equal ranks).
+                "linear" (A's and B's are summed by themselves; equal ranks). "ties", "dare_linear", "dare_ties" and
+                "magnitude_prune" are "linear", and "ties_svd" … "svd", of the share ``density`` of the elements
+                (see :func:`.tuners.task_arithmetic.summed`).
             svd_rank: default: the largest rank among ``adapters``.
+            density: above 0, at most 1; for those that leave elements out.
+            majority_sign_method: "total" or "frequency"; for "ties" and "dare_ties".
 
         Raises:
-            ValueError: the argument at fault; DoRA, lora_bias and modules_to_save cannot be combined.
+            ValueError: the argument at fault; DoRA, lora_bias, modules_to_save and trainable_token_indices cannot be
+                combined.
         """
         names = self._known(adapters)
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name is {adapter_name!r}, which this model has already")
-        config, tensors = combine(self.base_model, names, list(weights), combination_type, svd_rank)
+        config, tensors = combine(
+            self.base_model, names, list(weights), combination_type, svd_rank, density, majority_sign_method
+        )
         self._install(adapter_name, config, tensors, f"adapter {adapter_name!r}", True)
 
     # Merging.

@@ -636,16 +636,31 @@ class TestSeveralAdapters:
         tiny.use_plain_layers(ours)
         assert relative(ours(ids, adapter_names=names).logits, theirs(input_ids=ids, adapter_names=names).logits) < 1e-6
 
-    @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+    @pytest.mark.parametrize(
+        ("kind", "kwargs"),
+        [(kind, {}) for kind in ("cat", "svd", "linear")]
+        + [
+            (kind + svd, {"density": 0.4, "majority_sign_method": sign})
+            for kind in ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+            for svd in ("", "_svd")
+            for sign in ("total", "frequency")
+        ],
+        ids=str,
+    )
     @pytest.mark.filterwarnings("ignore")
-    def test_add_weighted_adapter_is_that_of_peft(self, kind, seed):
+    def test_add_weighted_adapter_is_that_of_peft(self, kind, kwargs, seed, monkeypatch):
+        def chosen(share):  # of a shape the same elements, whatever was drawn before
+            generator = torch.Generator().manual_seed(share.numel())
+            return (torch.rand(share.shape, generator=generator) < share).to(share)
+
+        monkeypatch.setattr(torch, "bernoulli", chosen)
         ours, theirs = pair(tiny.make(), seed)
         for model, config in ((ours, fp.LoraConfig), (theirs, peft.LoraConfig)):
             model.add_adapter("other", config(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj"]))
         tiny.randomize(ours)
         tiny.copy_adapters(ours, theirs)
         for model in (ours, theirs):
-            model.add_weighted_adapter(["default", "other"], [0.7, -1.5], "mix", combination_type=kind)
+            model.add_weighted_adapter(["default", "other"], [0.7, -1.5], "mix", combination_type=kind, **kwargs)
             model.set_adapter("mix")
         assert [sum(p.requires_grad for p in model.parameters()) for model in (ours, theirs)] == [12, 12]
         batch = tiny.inputs()
@@ -660,15 +675,33 @@ class TestSeveralAdapters:
         model = block("a", "b")
         model.add_adapter("c", fp.LoraConfig(r=3, target_modules=["linear"]))
         model.add_adapter("d", fp.LoraConfig(target_modules=["linear"], use_dora=True))
-        for names, kind, new, message in (
-            (["a", "b"], "magic", "x", "combination_type is 'magic'"),
-            (["a", "c"], "linear", "x", "ranks of .* differ"),
-            (["a", "d"], "svd", "x", "use_dora"),
-            (["a", "b"], "cat", "c", "has already"),
-            (["a", "z"], "cat", "x", "no adapter 'z'"),
+        for names, kind, new, message, kwargs in (
+            (["a", "b"], "magic", "x", "combination_type is 'magic'", {}),
+            (["a", "c"], "linear", "x", "ranks of .* differ", {}),
+            (["a", "c"], "ties", "x", "ranks of .* differ", {"density": 0.5}),
+            (["a", "d"], "svd", "x", "use_dora", {}),
+            (["a", "b"], "cat", "c", "has already", {}),
+            (["a", "z"], "cat", "x", "no adapter 'z'", {}),
+            (["a", "b"], "ties", "x", "density is None; with combination_type 'ties' it must be above 0", {}),
+            (
+                ["a", "b"],
+                "dare_ties_svd",
+                "x",
+                "density is 0; with combination_type 'dare_ties_svd' it must",
+                {"density": 0},
+            ),
+            (
+                ["a", "b"],
+                "cat",
+                "x",
+                "density is 0.5; with combination_type 'cat' it must be left out",
+                {"density": 0.5},
+            ),
+            (["a", "b"], "ties", "x", "majority_sign_method is 'x'", {"density": 1, "majority_sign_method": "x"}),
+            (["a", "b"], "ties", "x", "svd_rank is 2", {"density": 1, "svd_rank": 2}),
         ):
             with pytest.raises(ValueError, match=message):
-                model.add_weighted_adapter(names, [1.0, 1.0], new, combination_type=kind)
+                model.add_weighted_adapter(names, [1.0, 1.0], new, combination_type=kind, **kwargs)
         assert list(model.peft_config) == ["a", "b", "c", "d"]
 
     def test_cat_is_exact(self):

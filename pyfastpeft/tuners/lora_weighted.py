@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,20 @@ from ..nn.lora import LoraLayer
 from .adapted import AdaptedModel
 from .base import Tuner
 from .lora import LoraConfig
+from .task_arithmetic import KINDS, check_pruning, summed
+
+_SVD = {"svd": "linear"} | {f"{kind}_svd": kind for kind in KINDS if kind != "linear"}
+"""``combination_type`` → how the updates are summed before they are decomposed."""
 
 
 def combine(
-    model: AdaptedModel, names: tuple[str, ...], weights: Sequence[float], combination_type: str, svd_rank: int | None
+    model: AdaptedModel,
+    names: tuple[str, ...],
+    weights: Sequence[float],
+    combination_type: str,
+    svd_rank: int | None,
+    density: float | None,
+    majority_sign_method: str,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """(configuration, tensors under PEFT's keys) of Σ weight · scaling · B A over ``names``; its own scaling is 1.
 
@@ -28,8 +39,11 @@ def combine(
         raise ValueError(
             f"adapters has {len(names)} names and weights {len(weights)}; there must be as many, at least one"
         )
-    if combination_type not in ("cat", "svd", "linear"):
-        raise ValueError(f"combination_type is {combination_type!r}; it must be 'cat', 'svd' or 'linear'")
+    if combination_type not in ("cat", *_SVD, *KINDS):
+        known = ", ".join(map(repr, ("cat", *_SVD, *KINDS)))
+        raise ValueError(f"combination_type is {combination_type!r}; it must be one of {known}")
+    kind = _SVD.get(combination_type, "linear" if combination_type == "cat" else combination_type)
+    check_pruning(combination_type, kind, density, majority_sign_method)
     configs = [model.configs[n] for n in names]
     for config, name in zip(configs, names, strict=True):
         if not isinstance(config, LoraConfig):
@@ -37,13 +51,15 @@ def combine(
         for what in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
             if getattr(config, what):
                 raise ValueError(f"adapter {name!r} has {what}, which cannot be combined")
-    if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
-        raise ValueError(f"svd_rank is {svd_rank!r}; it must be at least 1, and goes with combination_type 'svd' only")
+    if svd_rank is not None and (combination_type not in _SVD or svd_rank < 1):
+        raise ValueError(f"svd_rank is {svd_rank!r}; it must be at least 1, and goes with {', '.join(_SVD)} only")
     layers = {p: layer for p, layer in model.bank.layers.items() if any(n in layer.r for n in names)}
     held = {p: [(n, w) for n, w in zip(names, weights, strict=True) if n in layer.r] for p, layer in layers.items()}
     sizes = {p: [layers[p].capacity(n) for n, _ in own] for p, own in held.items()}
-    if combination_type == "linear" and any(len(set(ranks)) > 1 for ranks in sizes.values()):
-        raise ValueError(f"combination_type is 'linear', but the ranks of {list(names)} differ; use 'cat' or 'svd'")
+    if combination_type in KINDS and any(len(set(ranks)) > 1 for ranks in sizes.values()):
+        raise ValueError(
+            f"combination_type is {combination_type!r}, but the ranks of {list(names)} differ; use 'cat' or an svd"
+        )
     rank = svd_rank or max(sum(s) if combination_type == "cat" else max(s) for s in sizes.values())
     config = replace(
         configs[0],
@@ -61,28 +77,39 @@ def combine(
         bias="none",
     )
     tensors = {}
-    make = {"cat": _cat, "svd": _svd, "linear": _linear}[combination_type]
+    add = partial(summed, kind, density=density, majority_sign_method=majority_sign_method)
     for path, layer in layers.items():
-        a, b = make(layer, held[path], rank)
+        if combination_type == "cat":
+            a, b = _cat(layer, held[path])
+        else:
+            a, b = _svd(layer, held[path], add, rank) if combination_type in _SVD else _each(layer, held[path], add)
         a_key, b_key = (f"{Tuner.PREFIX}{path}.{key}" for key in layer.KEYS)
         tensors[a_key], tensors[b_key] = F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))
     return config, tensors
 
 
+Held = list[tuple[str, float]]
+"""The adapters of one layer and their weights."""
+
+
 @torch.no_grad()
-def _cat(layer: LoraLayer, held: list[tuple[str, float]], rank: int) -> tuple[Tensor, Tensor]:
+def _cat(layer: LoraLayer, held: Held) -> tuple[Tensor, Tensor]:
     pairs = [(*layer.factors(n), w * layer.scaling[n]) for n, w in held]
     return torch.cat([a * factor for a, _, factor in pairs]), torch.cat([b for _, b, _ in pairs], dim=1)
 
 
 @torch.no_grad()
-def _svd(layer: LoraLayer, held: list[tuple[str, float]], rank: int) -> tuple[Tensor, Tensor]:
-    u, s, vh = torch.linalg.svd(sum(w * layer.delta(n) for n, w in held), full_matrices=False)
+def _svd(layer: LoraLayer, held: Held, add: Callable[..., Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    # As the base layer stores them: where elements are left out by chance, in PEFT's order.
+    total = add([layer.get_delta_weight(n) for n, _ in held], [w for _, w in held])
+    u, s, vh = torch.linalg.svd(layer.as_stored(total), full_matrices=False)
     return vh[:rank], u[:, :rank] * s[:rank]
 
 
 @torch.no_grad()
-def _linear(layer: LoraLayer, held: list[tuple[str, float]], rank: int) -> tuple[Tensor, Tensor]:
-    factors = [(n, w * layer.scaling[n]) for n, w in held]
-    a = sum(layer.factors(n)[0] * math.copysign(math.sqrt(abs(f)), f) for n, f in factors)
-    return a, sum(layer.factors(n)[1] * math.sqrt(abs(f)) for n, f in factors)
+def _each(layer: LoraLayer, held: Held, add: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """A's and B's by themselves."""
+    factors = [w * layer.scaling[n] for n, w in held]
+    a, b = zip(*(layer.factors(n) for n, _ in held), strict=True)
+    roots = [math.sqrt(abs(f)) for f in factors]
+    return add(a, [math.copysign(r, f) for r, f in zip(roots, factors, strict=True)]), add(b, roots)
