@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .graphs import kept
 from .layouts import with_contiguous_columns
 
 _SWEEP_RANK = 32
@@ -52,7 +53,7 @@ _PROGRAMS = 512
 @functools.cache
 def table_words(table: tuple[float, ...], dtype: torch.dtype) -> tuple[int, ...]:
     """The table's values in ``dtype`` (of two bytes) as eight words: the sixteen low bytes, then the high ones."""
-    halves = torch.tensor(table, dtype=dtype).view(torch.uint8).view(16, 2).t().contiguous()
+    halves = torch.tensor(table, dtype=dtype, device="cpu").view(torch.uint8).view(16, 2).t().contiguous()
     return tuple(halves.view(torch.int32).flatten().tolist())
 
 
@@ -100,7 +101,8 @@ def _table_on(table: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
     A value that all lanes share would be kept in a register they share, and be copied from there for every lookup.
     """
-    return torch.tensor(table_words(table, dtype), dtype=torch.int32)[:, None].repeat(1, 4).to(device)
+    words = torch.tensor(table_words(table, dtype), dtype=torch.int32, device="cpu")
+    return kept(words[:, None].repeat(1, 4), device)
 
 
 @triton.jit

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .graphs import kept
+
 _ELEMENTS = 4096
 """Of a program: the longest block, or several shorter ones."""
 _PER_UNIT, _MIDDLE = tl.constexpr(15.25), tl.constexpr(2.0**23 + 16)
@@ -129,7 +131,7 @@ def _bins(table: tuple[float, ...], device: torch.device) -> Tensor:
     """int32 [32, 1 + the most thresholds of a bin]: the codes that scaled values of a bin can have, four bits each, in
     order, and the bits of the thresholds between them, among which are some that every value passes, or none.
     """
-    ordered, order = torch.tensor(table, dtype=torch.float32).sort(stable=True)  # FP4 holds 0 twice
+    ordered, order = torch.tensor(table, dtype=torch.float32, device="cpu").sort(stable=True)  # FP4 holds 0 twice
     thresholds = (ordered[:-1] + ordered[1:]) / 2
     of = (thresholds.double() * _PER_UNIT.value + _MIDDLE.value).float().view(torch.int32) - 0x4B000000
     most = int(of.bincount().max())
@@ -139,8 +141,8 @@ def _bins(table: tuple[float, ...], device: torch.device) -> Tensor:
         first = min(below, 15 - most)  # the rank of the first code
         held = [-math.inf] * (below - first) + here + [math.inf] * most
         codes = sum(int(order[first + i]) << 4 * i for i in range(most + 1))
-        rows.append([codes, *torch.tensor(held[:most]).view(torch.int32).tolist()])
-    return torch.tensor(rows, dtype=torch.int32).to(device)
+        rows.append([codes, *torch.tensor(held[:most], device="cpu").view(torch.int32).tolist()])
+    return kept(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)
 
 
 def quantize(w: Tensor, table: tuple[float, ...], has_zero: bool, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,14 +4,18 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfastpeft as fp
+from pyfastpeft.kernels import graphs
 from pyfastpeft.ops import Backend, backends, cuda_kernels, dense_linear, swiglu, triton_kernels
 from pyfastpeft.ops.backends import choose, choose_attention, choose_plain, choose_quantizer
 
@@ -265,3 +269,53 @@ def test_the_choice_is_a_constant_to_the_compiler(gpu):
     device = gpu((9, 0)).device
     chosen = torch.compile(lambda x: x + (choose_plain(device) is Backend.TRITON), fullgraph=True, backend="eager")
     assert chosen(torch.zeros(1)) == 1
+
+
+class _Allocations(TorchDispatchMode):
+    """Fails where the thread in which it is on makes something on a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        assert not isinstance(made, torch.Tensor) or made.device.type == "cpu", func
+        return made
+
+
+def test_what_triton_kernels_keep_is_not_allocated_by_the_thread_that_calls_them():
+    """Whose memory may be from the pool of a graph, while torch.compile warms it up with its device as the default."""
+    pytest.importorskip("triton")
+    from pyfastpeft.kernels import linear_4bit, quantize_4bit
+
+    table, device = triton_kernels._table("nf4"), torch.device("meta")
+    for cached, *key in (
+        (triton_kernels._dynamic_map,),
+        (triton_kernels._table_on, 0),
+        (linear_4bit._table_on, table, torch.bfloat16),
+        (quantize_4bit._bins, table),
+    ):
+        cached.cache_clear()
+        linear_4bit.table_words.cache_clear()
+        with torch.inference_mode(), _Allocations(), device:
+            kept = cached(*key, device)
+        assert kept.device == device and not kept.is_inference()
+        cached.cache_clear()
+
+
+def test_what_a_capture_forbids_is_done_in_the_relaxed_mode(monkeypatch):
+    mode, seen = threading.local(), []
+
+    def exchange(other):
+        before, mode.now = getattr(mode, "now", 0), other._obj.value
+        other._obj.value = before
+
+    class Values:
+        def to(self, device):
+            seen.append((threading.get_ident(), mode.now))
+
+    monkeypatch.setattr(graphs, "_exchange", lambda: exchange)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    graphs.kept(Values(), torch.device("cuda", 0))
+    assert seen[0][0] != threading.get_ident() and seen[0][1] == graphs._RELAXED
+    with pytest.raises(ZeroDivisionError), triton_kernels._on(torch.device("cuda", 0)):
+        assert mode.now == graphs._RELAXED
+        _ = 1 / 0
+    assert mode.now == 0

@@ -1,6 +1,7 @@
 """What only a GPU can show of the operators: graphs, streams, several devices, memory. The promises that hold on every
 device are tested where they are made, under the fixture `device`."""
 
+import os
 import subprocess
 import sys
 
@@ -77,8 +78,9 @@ found = [y]
 """
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("way", [COMPILED, CAPTURED], ids=["compiled", "captured"])
-def test_the_first_call_of_all_may_be_for_a_graph(way):
+def test_the_first_call_of_all_may_be_for_a_graph(way, backend):
     """What is kept from call to call is made by a process's first, while memory comes from the graph's pool."""
     code = f"""
 import torch, pyfastpeft as fp
@@ -90,7 +92,8 @@ product = lambda x: fp.ops.linear_4bit(x, w)
 torch.cuda.synchronize()
 assert all(torch.equal(y, product(x)) for y in found)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = os.environ | {"PYFASTPEFT_BACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, Packed4bit, format_of, get_format
+from ..kernels.graphs import kept, relaxed
 from .library import WEIGHT, constant_to_compilers, define, define_linear_4bit
 from .tuning import tuned
 
@@ -62,12 +63,17 @@ def _kernels(operator: str) -> ModuleType:
 
 @functools.cache
 def _dynamic_map(device: torch.device) -> Tensor:
-    return DYNAMIC_MAP.to(device)
+    return kept(DYNAMIC_MAP, device)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Kernels are launched on the current GPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Kernels are launched on the current GPU, and loaded when they first are."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), relaxed():
+        yield
 
 
 @functools.cache
@@ -190,7 +196,7 @@ def dequantize_4bit(
 
 @functools.cache
 def _table_on(format: int, device: torch.device) -> Tensor:
-    return format_of(format).table.to(device)
+    return kept(format_of(format).table, device)
 
 
 def _attention(selection: tuple, *tensors: Tensor | None) -> tuple:
