@@ -110,6 +110,8 @@ class Elsewhere(torch.Tensor):
     def __bool__(self) -> bool:
         raise AssertionError("this waits for a GPU")
 
+    __int__ = __index__ = item = __bool__
+
 
 def ours(base, method: str, seed: int = 0, **kwargs) -> fp.PeftModel:
     torch.manual_seed(seed)
@@ -531,6 +533,30 @@ class TestWherePeftFails:
         first = own(ids[:, :4], past_key_values=cache, use_cache=True).logits
         second = own(ids[:, 4:], past_key_values=cache, use_cache=True).logits
         close(torch.cat([first, second], 1), own(ids).logits)
+
+    @pytest.mark.parametrize("method", METHODS)
+    @torch.no_grad()
+    def test_the_length_of_a_static_cache_on_a_device_is_not_looked_at(self, method, monkeypatch):
+        own, ids = ours(llama(), method).eval(), tiny.inputs()["input_ids"]
+        length = tf.cache_utils.StaticLayer.get_seq_length
+
+        def elsewhere(layer):
+            found = length(layer)
+            return found.as_subclass(Elsewhere) if isinstance(found, torch.Tensor) else found
+
+        monkeypatch.setattr(tf.cache_utils.StaticLayer, "get_seq_length", elsewhere)
+        worked_out = []
+        work_out = prefixes.Prefixes._work_out
+        monkeypatch.setattr(prefixes.Prefixes, "_work_out", lambda *given: worked_out.append(1) or work_out(*given))
+        cache = StaticCache(config=own.config, max_cache_len=16)
+        for _ in range(2):
+            tokens = ids.as_subclass(Elsewhere).split((3, 1, 2), 1)
+            parts = [own(t, past_key_values=cache, use_cache=True).logits for t in tokens]
+            cache.reset()
+            assert len(worked_out) == 2  # of what trains, once for every call but those of single tokens
+            worked_out.clear()
+            close(torch.cat(parts, 1).as_subclass(torch.Tensor), own(ids).logits)
+            worked_out.clear()
 
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("reentrant", [False, True])

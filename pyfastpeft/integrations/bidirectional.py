@@ -25,7 +25,7 @@ from ..nn.prompt_encoder import Form
 from . import attention
 from .decoders import KeyValueShape, block_of
 from .forwards import ModuleForward
-from .prefixes import OFF, Prefixes, Source, Values, distinct, past_of
+from .prefixes import OFF, Prefixes, Source, Values, distinct, goes_on, past_of
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
 
 Room = Callable[[], "tuple[int, Tensor | None] | None"]
@@ -279,8 +279,8 @@ class BidirectionalPrefixes(Prefixes):
             return
         self._check_attention()
         inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
-        batch = next(len(x) for x in inputs if x is not None)
-        self.bank.run = self.run_of(rows, batch, bool(past_of(kwargs)))
+        batch, length = next(x.shape[:2] for x in inputs if x is not None)
+        self.bank.run = self.run_of(rows, batch, goes_on(past_of(kwargs), length))
         self._collect(self.bank.run)
 
     @torch.compiler.disable

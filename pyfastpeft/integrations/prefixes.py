@@ -292,7 +292,7 @@ class Prefixes:
         inputs = kwargs.get("inputs_embeds")
         inputs = kwargs["input_ids"] if inputs is None else inputs
         past = past_of(kwargs)
-        decoding = not isinstance(past, Tensor) and bool(past)  # a compiler does not know what a tensor holds
+        decoding = goes_on(past, inputs.shape[1])
         positions = self._positions(kwargs, inputs, past)
         with self.bank.reaching(0 if follows else self._reach(rows, positions)):
             run = self.run_of(rows, len(inputs), decoding)
@@ -379,7 +379,7 @@ class Prefixes:
         room = past is not None  # beyond what is written
         past, length = past if room else 0, inputs.shape[1]
         given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-        new = torch.arange(length, device=inputs.device) + past
+        new = torch.arange(length, device=inputs.device) + _beside(inputs, past)
         if isinstance(mask, Tensor) and mask.dim() != 4:
             seen = length if isinstance(past, Tensor) else past + length
             fits = mask.dim() == 2 and len(mask) == len(inputs) and mask.shape[1] >= seen
@@ -656,13 +656,22 @@ def _beside(t: Tensor, value: Any) -> Any:
 
 
 def past_of(kwargs: dict[str, Any]) -> int | Tensor | None:
-    """How many tokens the cache among a decoder's arguments holds, in compiled code maybe as a tensor; None: there is
-    no cache."""
+    """How many tokens the cache among a decoder's arguments holds; None: there is no cache. Of a static cache it is a
+    tensor, which compiled code cannot ask, and on a GPU would be waited for, or be an error in a graph."""
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     if cache is None:
         return None
     length = cache.get_seq_length()
-    return length if torch.compiler.is_compiling() else int(length)
+    unknown = torch.compiler.is_compiling() or (isinstance(length, Tensor) and not length.is_cpu)
+    return length if unknown else int(length)
+
+
+def goes_on(past: int | Tensor | None, length: int) -> bool:
+    """Whether ``length`` tokens go on from ``past`` ones. Where nobody knows, a single one does: others may be the
+    first of a cache that was emptied."""
+    if isinstance(past, Tensor):
+        return length == 1 and not torch.compiler.is_compiling()
+    return bool(past)
 
 
 def distinct(rows: Iterable[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], list[int]]:
