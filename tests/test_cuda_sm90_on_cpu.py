@@ -49,6 +49,7 @@ def test_any_shape_gives_the_product(plain):
     calls.append(linear(Weight(66, 192, "int4", 512), 18))
     calls.append(linear(Weight(66, 128), 20, ldx=136))  # rows of x with something between them
     calls.append(linear(Weight(66, 128), 20, ldx=131))  # so that they begin anywhere: another kernel's
+    calls.append(linear(Weight(66, 128), 20, ldx=8, x=torch.randn(280).bfloat16().as_strided((20, 128), (8, 1))))
     calls.append(linear(Weight(66, 128, offset=1), 20))
     run(plain, calls)
     check_linear(calls)

@@ -583,7 +583,8 @@ int64_t pf_linear_4bit_sm90_most_rows(const PfWeight* w, int32_t dtype) {
 
 int32_t pf_linear_4bit_sm90_takes(const PfWeight* w, const void* x, int64_t ldx, const void* y, int64_t m,
                                   int32_t dtype) {
-  return m <= pf_linear_4bit_sm90_most_rows(w, dtype) && aligned16(x) && ldx % 8 == 0 && aligned16(y);
+  const bool mapped = aligned16(x) && ldx % 8 == 0 && ldx >= w->k;  // TMA knows no rows that overlap, expanded ones
+  return m <= pf_linear_4bit_sm90_most_rows(w, dtype) && mapped && aligned16(y);
 }
 
 int32_t pf_linear_4bit_sm90(const PfWeight* w, const void* x, int64_t ldx, const void* bias, int32_t bias_dtype,

@@ -335,7 +335,8 @@ inline float to_tf32(float v) {
 
 inline cudaError_t map_tiles(TileMap* map, const void* base, int size, int64_t rows, int64_t columns, int64_t pitch,
                              int box_rows) {
-  if (reinterpret_cast<uintptr_t>(base) % 16 != 0 || pitch % 16 != 0 || box_rows > 256) return cudaErrorInvalidValue;
+  if (reinterpret_cast<uintptr_t>(base) % 16 != 0 || pitch % 16 != 0 || pitch < columns * size || box_rows > 256)
+    return cudaErrorInvalidValue;
   *map = {static_cast<const unsigned char*>(base), size, rows, columns, pitch, box_rows};
   return cudaSuccess;
 }
