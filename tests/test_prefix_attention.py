@@ -338,6 +338,24 @@ def test_float64_and_large_heads_take_plain_torch(device):
     check(make(1, 2, 1, 9, None, 300))
 
 
+def test_the_reference_looks_at_no_index_in_compiled_code_nor_on_a_device():
+    """A GPU would be waited for; what is no prefix is none there, and a length is cut to what there is."""
+
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+
+        def tolist(self) -> list:
+            raise AssertionError("this waits for a GPU")
+
+    tensors = [t.double() for t in make(4, 4, 2, 9, None, 32, prefix=3, slots=2)]
+    index, lengths = torch.tensor([1, -1, 2, 0]), torch.tensor([2, 7])
+    known = exact(*tensors, prefix_index=torch.tensor([1, -1, -1, 0]), prefix_lengths=torch.tensor([2, 3]))
+    there = {"prefix_index": index.as_subclass(Elsewhere), "prefix_lengths": lengths.as_subclass(Elsewhere)}
+    assert error(prefix_attention(*tensors, **there).as_subclass(torch.Tensor), known) <= 1e-12
+    compiled = torch.compile(prefix_attention, fullgraph=True, backend="eager")
+    assert error(compiled(*tensors, prefix_index=index, prefix_lengths=lengths), known) <= 1e-12
+
+
 def test_second_derivatives_are_an_error():
     q, k, v = (t.requires_grad_() for t in make())
     (first,) = torch.autograd.grad(prefix_attention(q, k, v).square().sum(), q, create_graph=True)

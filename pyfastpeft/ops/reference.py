@@ -119,6 +119,8 @@ def backward(
 
 
 def _check_range(name: str, t: Tensor, least: int, most: int) -> None:
+    if not t.is_cpu or torch.compiler.is_compiling():
+        return  # looking would wait for a GPU, and compilers cannot
     for value in t.tolist():
         if not least <= value <= most:
             raise ValueError(f"{name} has {value}; each must lie in [{least}, {most}]")
@@ -194,8 +196,10 @@ def attention(
         length = prefix_k.shape[2]
         if prefix_index is not None:
             _check_range("prefix_index", prefix_index, -1, len(prefix_k) - 1)
+            prefix_index = prefix_index.masked_fill(prefix_index >= len(prefix_k), -1)
         if prefix_lengths is not None:
             _check_range("prefix_lengths", prefix_lengths, 0, length)
+            prefix_lengths = prefix_lengths.clamp(0, length)
         row, lengths = prefix_rows(batch, length, prefix_index, prefix_lengths, q.device)
         visible = torch.cat((sees_prefix(length, lengths, positions, tokens, window), visible), -1)
         # Rows of the prefix as q's dtype holds them.
