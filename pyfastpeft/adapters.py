@@ -89,8 +89,15 @@ NO_ROWS = Rows((), ())
 """The mode in which every layer is the base model's."""
 
 
+def _recorded() -> bool:
+    """Whether a CUDA graph records what is computed: it has no values before a replay, and is in the graph's memory."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def keep(held: dict[Any, Any], key: Any, value: Any, most: int) -> None:
     """Put ``value`` into ``held`` and take the oldest out beyond ``most``; other threads may be doing the same."""
+    if _recorded():
+        return
     held.pop(key, None)
     held[key] = value
     for old in tuple(held)[:-most]:
@@ -117,10 +124,10 @@ class Made:
         return (self._alone if len(names) == 1 else self._together).get(key)
 
     def keep(self, names: tuple[str, ...], key: Any, value: Any) -> None:
-        if len(names) == 1:
-            self._alone[key] = value
-        else:
+        if len(names) != 1:
             keep(self._together, key, value, self._COMBINATIONS)
+        elif not _recorded():
+            self._alone[key] = value
 
     def clear(self) -> None:
         self._alone.clear()

@@ -786,6 +786,22 @@ class TestWhatIsKept:
             together = model(ids, adapter_names=chosen[-1]).logits
         torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-5)
 
+    @torch.no_grad()
+    def test_nothing_that_a_graph_records_is_kept(self, monkeypatch):
+        """It has no values before a replay."""
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(use_dora=True, inference_mode=True), "a").eval()
+        model.add_adapter("b", fp.LoraConfig(inference_mode=True))
+        model.add_adapter("c", fp.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", inference_mode=True))
+        layer, bank = model.get_base_model().model.layers[0].self_attn.q_proj, model.base_model.bank
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        for recorded in (True, False):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda recorded=recorded: recorded)
+            for names in (["a"], ["a", "b"], ["c"]):
+                model.base_model.set_adapter(names, inference_mode=True)
+                model(torch.ones(1, 4, dtype=torch.int64))
+            kept = [len(layer._cache) > 0, len(bank.kept["made"]) > 0, len(bank.kept["runs"]) > 0]
+            assert kept == [not recorded] * 3
+
     def test_rows_choose_on_each_device(self):
         rows = Rows(["a", "b"], ["a", "b"])
         for device in (torch.device("cpu"), torch.device("meta")):
