@@ -594,16 +594,17 @@ def tiles(rows: int, width: int, dtype: torch.dtype) -> Tiles:
 def gradient_tiles(width: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:
     """Of ``_query_grad``, and of ``_key_grad``, which holds two sums, [keys, width]."""
     if dtype == torch.float32:
-        side = _side(width)
-        return Tiles(side, side, 4, 2), Tiles(16, side, _warps(2 * side * width), 2)
+        side, warps = _side(width), _warps(64 * width)
+        return Tiles(side, side, warps, 2), Tiles(16, side, warps, 2)
     height, keys = 128 if width <= 64 else 64, min(128, 8192 // width)
     step = 32 if width <= 128 else 16
     return Tiles(height, step, _warps(height * width), 2), Tiles(step, keys, _warps(2 * keys * width), 2)
 
 
 def _side(width: int) -> int:
-    """Of float32 tiles: what fits into the smallest shared memory, 99 KiB, and into registers."""
-    return 32 if width <= 128 else 16
+    """Of float32 tiles: what fits into the smallest shared memory, 99 KiB, and into registers, where what is multiplied
+    without tensor cores lies too."""
+    return 32 if width <= 64 else 16
 
 
 def _warps(sums: int) -> int:

@@ -46,6 +46,7 @@ def cases() -> dict[str, Callable]:
         "D 256, fp16": lambda: call(8, 4, 2048, 2048, 256, dtype=torch.float16),
         "odd D, 40": lambda: call(8, 8, 512, 512, 40, prefix=20, train=False),
         "float32, D 256": lambda: call(8, 4, 512, 512, 256, dtype=torch.float32),
+        "float32, D 128": lambda: call(32, 8, 2048, 2048, 128, prefix=20, dtype=torch.float32),
         "float32, D 64": lambda: call(9, 3, 1024, 1024, 64, prefix=20, dtype=torch.float32),
     }
 
