@@ -40,7 +40,9 @@ _FEW_ROWS = 32
 _RANKS = 64
 """Columns of Q and T that a program of ``_project`` takes, and of S that ``_branch`` takes at a time."""
 _CHUNK = 512
-"""Rows of P that a program of ``_project`` takes: the partial sums are then small beside P."""
+"""Rows of P that a program of ``_project`` takes: the partial sums of Pᵀ · T are then small beside P."""
+_PARTIAL = 1 << 25
+"""Partial sums of P · Q that are in memory at a time: of all rows at once they would be larger than P, of high rank."""
 _SPAN = 1024
 """Columns of x that a program of ``_slot_sums`` takes."""
 _PROGRAMS = 512
@@ -422,7 +424,7 @@ def _forward(
             s_at = s + (split.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
             tl.store(s_at, sums, mask=(rows < M)[:, None] & (ranks < R)[None, :])
         sums = _scaled(sums, factor, factor_stride, scaling, rows, ranks, M, R)
-        at = b + columns.to(tl.int64)[None, :] * b_stride + ranks[:, None] * b_column_stride
+        at = b + columns.to(tl.int64)[None, :] * b_stride + ranks.to(tl.int64)[:, None] * b_column_stride
         right = tl.load(at, mask=(ranks < R)[:, None] & (columns < N)[None, :], other=0.0)
         like: tl.constexpr = x.dtype.element_ty
         acc = tl.dot(_beside(sums, like), _beside(right, like), acc, input_precision=PRECISION)
@@ -511,12 +513,14 @@ def _project(
     p,  # [M, C], columns side by side
     q,  # [C, R], or None
     t,  # float32 [M, R], or None
-    pq,  # float32 [column blocks, M, R]: (P · Q) ∘ f, a part a column block
+    pq,  # float32 [column blocks, height, R]: (P · Q) ∘ f of this launch's rows, a part a column block
     pt,  # float32 [chunks, C, R]: Pᵀ · (T ∘ f), a part a chunk of rows
     factor,  # float32 [M, R] at factor_stride, or None
     scaling,
     seed,  # int64 [1], or None: no dropout; of P
     threshold,
+    row0,  # the first of this launch, a multiple of CHUNK
+    height,  # how many there are
     M,
     C,
     R,
@@ -531,7 +535,7 @@ def _project(
     PRECISION: tl.constexpr,
 ):
     like: tl.constexpr = p.dtype.element_ty
-    column_block, chunk = tl.program_id(0), tl.program_id(1)
+    column_block, chunk = tl.program_id(0), row0 // CHUNK + tl.program_id(1)
     columns = column_block * BC + tl.arange(0, BC)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
     if q is not None:
@@ -548,7 +552,7 @@ def _project(
         if q is not None:
             part = tl.dot(tile, q_tile, input_precision=PRECISION)
             part = _scaled(part, factor, factor_stride, scaling, rows, ranks, M, R)
-            pq_at = pq + (column_block.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
+            pq_at = pq + (column_block.to(tl.int64) * height + rows[:, None] - row0) * R + ranks[None, :]
             tl.store(pq_at, part, mask=inside)
         if t is not None:
             t_tile = tl.load(t + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=inside, other=0.0)
@@ -955,36 +959,45 @@ def _projected(
     # Rows that begin anywhere are loaded element by element, each with an address in registers.
     columns = 32 if p.dtype == torch.float32 else 128 if rank <= 32 and p.stride(0) % 8 == 0 else 64
     column_blocks, chunks = max(triton.cdiv(c, columns), 1), max(triton.cdiv(m, _CHUNK), 1)
-    pq = None if q is None else p.new_empty((column_blocks, m, r), dtype=torch.float32)
     pt = None if t is None else p.new_empty((chunks, c, r), dtype=torch.float32)
     if p.numel() == 0:
-        return (None if q is None else pq[0].zero_()), (None if t is None else pt[0].zero_())
-    _project[(column_blocks, chunks, triton.cdiv(r, rank))](
-        p=p,
-        q=q,
-        t=t,
-        pq=pq,
-        pt=pt,
-        factor=factor,
-        scaling=scaling,
-        seed=seed,
-        threshold=threshold,
-        M=m,
-        C=c,
-        R=r,
-        p_stride=p.stride(0),
-        q_stride=0 if q is None else q.stride(0),
-        q_column_stride=0 if q is None else q.stride(1),
-        factor_stride=factor_stride,
-        CHUNK=_CHUNK,
-        BM=min(max(16, triton.next_power_of_2(m)), 32),
-        BC=columns,
-        RANK=rank,
-        PRECISION=_precision(p.dtype),
-        num_warps=4,
-        num_stages=3,
-    )
-    return _summed(pq), _summed(pt)
+        zeros = None if q is None else p.new_zeros((m, r), dtype=torch.float32)
+        return zeros, (None if t is None else pt[0].zero_())
+    step = _CHUNK * (chunks if q is None else max(1, _PARTIAL // (column_blocks * _CHUNK * r)))
+    found = []
+    for row0 in range(0, m, step):
+        height = min(m - row0, step)
+        pq = None if q is None else p.new_empty((column_blocks, height, r), dtype=torch.float32)
+        _project[(column_blocks, triton.cdiv(height, _CHUNK), triton.cdiv(r, rank))](
+            p=p,
+            q=q,
+            t=t,
+            pq=pq,
+            pt=pt,
+            factor=factor,
+            scaling=scaling,
+            seed=seed,
+            threshold=threshold,
+            row0=row0,
+            height=height,
+            M=m,
+            C=c,
+            R=r,
+            p_stride=p.stride(0),
+            q_stride=0 if q is None else q.stride(0),
+            q_column_stride=0 if q is None else q.stride(1),
+            factor_stride=factor_stride,
+            CHUNK=_CHUNK,
+            BM=min(max(16, triton.next_power_of_2(m)), 32),
+            BC=columns,
+            RANK=rank,
+            PRECISION=_precision(p.dtype),
+            num_warps=4,
+            num_stages=3,
+        )
+        found.append(_summed(pq))
+        del pq  # before the next
+    return (torch.cat(found) if len(found) > 1 else found[0]), _summed(pt)
 
 
 def _summed(parts: Tensor | None) -> Tensor | None:

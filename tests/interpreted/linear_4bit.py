@@ -181,6 +181,17 @@ def test_strides_are_followed():
     assert error(torch.autograd.grad(total, x)[0], torch.autograd.grad(float64(x, w).sum(), x)[0]) <= 1e-5
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_partial_sums_of_many_rows_are_in_memory_a_part_at_a_time(dropout, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK", 32)
+    monkeypatch.setattr(kernels, "_PARTIAL", 2 * 32 * 2 * 70)  # two chunks of rows, two blocks of columns
+    shapes, empty = [], torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, size, **how: shapes.append(size) or empty(t, size, **how))
+    check_gradients(torch.bfloat16, 150, 100, 96, 70, torch.bfloat16, None, 0.5, dropout)
+    of_s = [(2, 64, 70), (2, 64, 70), (2, 22, 70)]
+    assert [shape for shape in shapes if shape in of_s] == of_s * 2  # forward, and of the gradient
+
+
 def test_rows_may_lie_further_apart_than_32_bits_count():
     w = packed_weight(16, 32)
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16)[:].as_strided((2, 32), (2**31 + 16, 1))
