@@ -115,6 +115,26 @@ def test_streams_do_not_disturb_one_another():
 
 
 @torch.no_grad()
+def test_graphs_do_not_disturb_one_another_nor_those_that_are_gone():
+    """More than there are counters for at a time."""
+    w, bias, lora = layer()
+    x = torch.randn(1, K).to(DTYPE)
+    right, live = linear_4bit(x, w, bias, lora), []
+    for i in range(600):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear_4bit(x, w, bias, lora)
+        if i % 100 == 0:
+            live.append((graph, y, torch.cuda.Stream()))
+        for one, _, stream in live:
+            with torch.cuda.stream(stream):
+                one.replay()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(found, right) for found in (y, *(found for _, found, _ in live)))
+
+
+@torch.no_grad()
 def test_the_same_call_gives_the_same_bits():
     w, bias, lora = layer()
     for m in (1, 7, 16, 128, 512):

@@ -1,7 +1,7 @@
 // The CUDA kernels as a C ABI without torch. Every pointer inside an argument is a device pointer; every call is
 // asynchronous on `stream` (a cudaStream_t) of the current device, reads nothing back, and returns 0 or a cudaError_t
-// (see pf_cuda_error). All that is kept from call to call is 32 KB a stream and the map of pf_dynamic_map, made by the
-// first call that needs them (see `keep` in device.cuh). Enumerations are those of csrc/cpu/weight.h.
+// (see pf_cuda_error). All that is kept from call to call is 32 KB a stream or graph and the map of pf_dynamic_map,
+// made by the first call that needs them (see `keep` in device.cuh). Enumerations are those of csrc/cpu/weight.h.
 #pragma once
 #include <stdint.h>
 

@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
-#include <utility>
+#include <tuple>
 
 #include "cpu/weight.h"
 
@@ -198,33 +198,60 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// A stream's device and number, which no other has, not even one that gets its handle when it is gone.
-using StreamName = std::pair<int, unsigned long long>;
-// Whether `stream` runs what it is given, and no graph records it; sets `name` then.
-inline bool runs(void* stream, StreamName* name) {
+// Calls that follow one another: those of a stream, by its number, which no other has, not even one that gets its
+// handle when it is gone; or what a graph records of a stream, by the capture's number.
+using Sequence = std::tuple<int, unsigned long long, unsigned long long>;  // device, stream, capture or 0
+// That of the next call on `stream`, and the graph that records it, or null. False where there is none to be known.
+inline bool sequence_of(void* stream, Sequence* sequence, void** graph) {
   const auto s = static_cast<cudaStream_t>(stream);
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusActive;
-  cudaError_t error = cudaStreamIsCapturing(s, &status);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long number = reinterpret_cast<uintptr_t>(stream), capture = 0;
+  cudaGraph_t recording = nullptr;
+  cudaError_t error = cudaStreamGetCaptureInfo(s, &status, &capture, &recording);
   if (error == cudaSuccess && status == cudaStreamCaptureStatusNone) {
-    name->first = current_device();
-    error = cudaStreamGetId(s, &name->second);
-    if (error == cudaSuccess) return true;
+    capture = 0, recording = nullptr;
+    error = cudaStreamGetId(s, &number);
   }
   if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
-  return false;
+  *sequence = {current_device(), number, capture};
+  *graph = recording;
+  return error == cudaSuccess && (recording != nullptr || status == cudaStreamCaptureStatusNone);
 }
 inline cudaError_t set_to_zero(void* memory, size_t bytes, void* stream) {
   return cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
 }
+// While it lives this thread may do what is forbidden otherwise while it or another captures (torch's allocator does
+// the same).
+class Relaxed {
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+
+ public:
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+};
+// Calls gone(what) once neither `graph`, which is being recorded, nor what was made of it is there or runs; from any
+// thread. False: it is not noticed, and `gone` was called or will be.
+inline bool when_gone(void* graph, void (*gone)(void*), void* what) {
+  const Relaxed relaxed;
+  cudaUserObject_t object = nullptr;
+  cudaError_t error = cudaUserObjectCreate(&object, what, gone, 1, cudaUserObjectNoDestructorSync);
+  if (error != cudaSuccess) {
+    gone(what);
+  } else {
+    error = cudaGraphRetainUserObject(static_cast<cudaGraph_t>(graph), object, 1, cudaGraphUserObjectMove);
+    if (error != cudaSuccess) cudaUserObjectRelease(object, 1);
+  }
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess;
+}
 // New memory of the current device that begins as `values` and is never freed; null where there is none.
 //
 // It does not come from torch: while torch.compile warms a graph up, what torch's allocator gives is from the graph's
-// pool, and must be gone or accounted for at the end. It may be made while a graph is captured, in this thread or
-// another: allocating is forbidden then but in the relaxed mode (torch's allocator does the same), and what is copied
-// goes by a stream of its own, so that no graph records it and it waits for none.
+// pool, and must be gone or accounted for at the end. It may be made while a graph is captured: what is copied goes by
+// a stream of its own, so that no graph records it and it waits for none.
 inline cudaError_t keep(void** memory, const void* values, size_t bytes) {
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  cudaThreadExchangeStreamCaptureMode(&mode);
+  const Relaxed relaxed;
   void* made = nullptr;
   cudaStream_t stream = nullptr;
   cudaError_t error = cudaMalloc(&made, bytes);
@@ -237,7 +264,6 @@ inline cudaError_t keep(void** memory, const void* values, size_t bytes) {
     made = nullptr;
     cudaGetLastError();  // or the next launch would report it
   }
-  cudaThreadExchangeStreamCaptureMode(&mode);
   *memory = made;
   return error;
 }

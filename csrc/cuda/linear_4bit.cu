@@ -27,7 +27,9 @@
 //   shared memory  4 cycles to write the codes, 4 to read them, 16 of lookups, 4 (8 rows) or 8 for x, 2 for scales
 //   instructions   90 (8 rows) or 98 of the 156 that an H100 issues in 39 cycles; 46 and 54 decode and multiply
 #include <map>
+#include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "codes.cuh"
@@ -48,7 +50,7 @@ constexpr int kSlice = 512;       // columns of x · Aᵀ that a block takes
 constexpr int kRanks = 32;        // of S that are in shared memory at a time
 constexpr int kCounters = 4096;   // of each kind
 constexpr int kMostCounters = 32 + 2 * kCounters;
-constexpr int kMostKept = 256;  // streams with counters of their own
+constexpr int kMostKept = 256;  // counters of streams and of graphs
 constexpr int kFewRows = 16;    // that even on sm_90 are this kernel's
 
 // How a block cuts its part when 8 NT rows of x are its columns.
@@ -638,27 +640,60 @@ Plan plan_of(const PfWeight& w, const PfLora* lora, int64_t m, bool aligned) {
   return plan;
 }
 
+// Counters of the sequences of calls. Never destroyed: other threads may outlive it.
+struct Kept {
+  std::map<Sequence, void*> of;
+  std::map<int, std::vector<void*>> spare;  // of each device, of graphs that are gone
+  int made = 0;
+  std::mutex mutex;
+  // Told by CUDA from any thread, be it while one waits for CUDA with the other mutex held.
+  std::vector<Sequence> gone;
+  std::mutex gone_mutex;
+};
+Kept& kept = *new Kept;
+
+void is_gone(void* what) {
+  const std::unique_ptr<Sequence> sequence(static_cast<Sequence*>(what));
+  const std::lock_guard<std::mutex> lock(kept.gone_mutex);
+  kept.gone.push_back(*sequence);
+}
+
 // Where a call on `stream` counts: memory that is at zero. Null: at the start of its workspace, which it must set to
 // zero before.
 //
-// Calls of a stream follow one another, so they share counters, which are kept: each leaves them as they were. What a
-// graph records has no stream: it is replayed in any, beside other graphs and beside calls outside of graphs, so each
-// of its calls has its own, of memory that is the graph's, and records that they are set to zero, as that memory is
-// other calls' too. The same is done for streams past kMostKept and where no memory is left to keep.
+// Calls that follow one another share counters, which are kept: each leaves them as they were. A graph is replayed in
+// any stream, beside other graphs and beside calls outside of graphs, but never beside itself; so it has counters of
+// its own, which are another's when it is gone. Where no memory is left to keep, in what goes beyond kMostKept, or
+// where CUDA does not know what a call follows, it counts in its workspace, which other calls use too.
 uint32_t* kept_counters(void* stream) {
-  static auto* kept = new std::map<StreamName, void*>;  // never destroyed: other threads may outlive it
-  static std::mutex mutex;
-  StreamName name;
-  if (!runs(stream, &name)) return nullptr;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto found = kept->find(name);
-  if (found == kept->end()) {
-    if (kept->size() == kMostKept) return nullptr;
-    found = kept->emplace(name, nullptr).first;
-    const std::vector<uint32_t> zeros(kMostCounters);
-    keep(&found->second, zeros.data(), kMostCounters * sizeof(uint32_t));
+  Sequence sequence;
+  void* graph = nullptr;
+  if (!sequence_of(stream, &sequence, &graph)) return nullptr;
+  const std::lock_guard<std::mutex> lock(kept.mutex);
+  {
+    const std::lock_guard<std::mutex> gone_lock(kept.gone_mutex);
+    for (const Sequence& gone : std::exchange(kept.gone, {}))
+      if (const auto held = kept.of.extract(gone)) kept.spare[std::get<0>(gone)].push_back(held.mapped());
   }
-  return static_cast<uint32_t*>(found->second);
+  const auto found = kept.of.find(sequence);
+  if (found != kept.of.end()) return static_cast<uint32_t*>(found->second);
+  std::vector<void*>& spare = kept.spare[std::get<0>(sequence)];
+  if (spare.empty()) {
+    if (kept.made == kMostKept) return nullptr;
+    void* made = nullptr;
+    const std::vector<uint32_t> zeros(kMostCounters);
+    if (keep(&made, zeros.data(), kMostCounters * sizeof(uint32_t)) != cudaSuccess) {
+      kept.of.emplace(sequence, nullptr);  // asking again would take time
+      return nullptr;
+    }
+    ++kept.made;
+    spare.push_back(made);
+  }
+  if (graph != nullptr && !when_gone(graph, is_gone, new Sequence(sequence))) return nullptr;
+  void* counters = spare.back();
+  spare.pop_back();
+  kept.of.emplace(sequence, counters);
+  return static_cast<uint32_t*>(counters);
 }
 
 // Bytes of the workspace, and where each part lies when it is given; the counters in it if `counters` is null.

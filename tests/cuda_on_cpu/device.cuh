@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 #include <cmath>
-#include <utility>
+#include <tuple>
 
 #include "cpu/weight.h"
 #include "emulator.h"
@@ -194,11 +194,14 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   return cudaSuccess;
 }
 inline int current_device() { return 0; }
-using StreamName = std::pair<int, unsigned long long>;
-inline bool runs(void*, StreamName* name) {
-  *name = {0, static_cast<unsigned long long>(emulator::settings.stream)};
-  return emulator::settings.stream >= 0;
+using Sequence = std::tuple<int, unsigned long long, unsigned long long>;
+inline bool sequence_of(void*, Sequence* sequence, void** graph) {
+  const int64_t stream = emulator::settings.stream;
+  *sequence = {0, stream < 0 ? 0 : stream, stream < 0 ? -stream : 0};
+  *graph = stream < 0 ? &emulator::settings : nullptr;
+  return stream != -1;
 }
+inline bool when_gone(void*, void (*)(void*), void*) { return true; }
 inline cudaError_t set_to_zero(void* memory, size_t bytes, void*) {
   std::memset(memory, 0, bytes);
   emulator::zeroed = {static_cast<unsigned char*>(memory), bytes};

@@ -40,7 +40,7 @@ struct Settings {
   int shared_bytes = 228 << 10;
   int capability = 8;  // the major number
   int fault = 0;       // for sources with faults seeded in them
-  int64_t stream = 0;  // of what follows; -1: a graph records it
+  int64_t stream = 0;  // of what follows; -1: unknown, below: a graph records it
 };
 inline Settings settings;
 

@@ -1,8 +1,8 @@
 // main CASES RESULTS SEED RESIDENT MULTIPROCESSORS SHARED_BYTES FAULT CAPABILITY: calls csrc/cuda/api.h with the
-// arguments in a file, in which a case is (int64) its operation, how many outputs, its stream (-1: a graph records it),
-// how many numbers, the numbers, how many buffers, and of each its bytes (-1: a null pointer) and where in it the
-// pointer points, and the bytes. After the call are written its status, how many memories are kept by then, how many
-// bytes it set to zero, and the last `outputs` buffers. What is counted with must be as it was.
+// arguments in a file, in which a case is (int64) its operation, how many outputs, its stream (-1: unknown, below: a
+// graph records it), how many numbers, the numbers, how many buffers, and of each its bytes (-1: a null pointer) and
+// where in it the pointer points, and the bytes. After the call are written its status, how many memories are kept by
+// then, how many bytes it set to zero, and the last `outputs` buffers. What is counted with must be as it was.
 #include <algorithm>
 #include <memory>
 

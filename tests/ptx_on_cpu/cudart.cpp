@@ -27,8 +27,10 @@ uint32_t seed = 0;
 int processors = 4, capability = 80;
 std::shared_ptr<ptx::Launch> held;
 
-// Whether a graph records what is given to the null stream; the thread's mode.
-bool captures = true;
+// The capture that records what is given to the null stream, 0: none; what is told when its graph is gone; the thread's
+// mode.
+uint64_t capture = 1;
+std::vector<std::pair<cudaHostFn_t, void*>> told;
 cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 struct Kept {
   std::vector<unsigned char> values;  // that it began as
@@ -144,10 +146,21 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* other) {
   std::swap(mode, *other);
   return cudaSuccess;
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  *status = captures && stream == nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
+                                     cudaGraph_t* graph, const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
+  *status = capture != 0 && stream == nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return *id = capture, *graph = reinterpret_cast<cudaGraph_t>(&capture), cudaSuccess;
 }
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* what, cudaHostFn_t gone, unsigned, unsigned) {
+  if (mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
+  told.emplace_back(gone, what);
+  return *object = nullptr, cudaSuccess;
+}
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t, unsigned, unsigned flags) {
+  const bool moves = flags == cudaGraphUserObjectMove && graph == reinterpret_cast<cudaGraph_t>(&capture);
+  return moves && mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorInvalidValue;
+}
+cudaError_t cudaUserObjectRelease(cudaUserObject_t, unsigned) { return cudaErrorNotSupported; }
 cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
   return *id = reinterpret_cast<uintptr_t>(stream), cudaSuccess;
 }
@@ -216,7 +229,12 @@ __attribute__((visibility("default"))) cudaError_t ptx_finish() try {
 }
 // How many memories there are that are never freed.
 __attribute__((visibility("default"))) uint64_t ptx_kept() { return kept.size(); }
-__attribute__((visibility("default"))) void ptx_captures(bool graph) { captures = graph; }
+// Which capture records from now on; the graphs of earlier ones are gone.
+__attribute__((visibility("default"))) void ptx_captures(unsigned number) {
+  if (number > capture)
+    for (const auto& [gone, what] : std::exchange(told, {})) gone(what);
+  capture = number;
+}
 // The device, and the order of warps of what follows; forgets a fault.
 __attribute__((visibility("default"))) void ptx_device(int sm, int multiprocessors, uint32_t order) {
   capability = sm, processors = multiprocessors, seed = order;
