@@ -195,6 +195,15 @@ class TestAgainstPeft:
         ids = x["input_ids"]
         assert torch.equal(own.generate(ids, **GREEDY), own.generate(ids, **GREEDY, use_cache=False))
 
+    def test_layers_that_are_called_attention_as_well(self):
+        sizes = tiny._LLAMA | {"eos_token_id": 1, "bos_token_id": 2}
+        base = tf.MllamaForCausalLM(tf.MllamaTextConfig(**sizes, cross_attention_layers=[])).eval()
+        assert_same(*pair(base, "prefix"), tiny.inputs(length=9))
+        own, ids = ours(base, "prompt"), tiny.inputs(length=9)["input_ids"]  # PEFT takes the head for the embedding
+        vectors = own.prompt_encoder["default"]().expand(3, -1, -1)
+        text = base.get_input_embeddings()(ids)
+        close(own(ids).logits, base(inputs_embeds=torch.cat([vectors, text], 1)).logits[:, P:])
+
     @pytest.mark.parametrize("method", PEFT_HAS)
     def test_generation(self, method):
         theirs, own = pair(llama(), method)
@@ -1217,7 +1226,13 @@ class TestBadInput:
                 ),
                 "layers of a Gemma4ForCausalLM have heads of different sizes",
             ),
-            (lambda: without_attention(llama()), "a LlamaModel has attention in 1 of its 2 layers"),
+            (lambda: without_attention(llama()), "a LlamaModel has self-attention in 1 of its 2 layers"),
+            (
+                lambda: tf.MllamaForCausalLM(
+                    tf.MllamaTextConfig(**tiny._LLAMA, cross_attention_layers=[1], eos_token_id=1, bos_token_id=2)
+                ),
+                "a MllamaTextModel has self-attention in 1 of its 2 layers",
+            ),
             (
                 lambda: tf.BartForCausalLM(
                     tf.BartConfig(vocab_size=tiny.VOCAB, d_model=32, decoder_layers=2, decoder_attention_heads=4)

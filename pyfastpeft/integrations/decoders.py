@@ -83,16 +83,22 @@ def attentions_of(decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]
     """The attention module of each layer, and the layer around each."""
     found = {}
     for path, module in decoder.named_modules():
-        if hasattr(module, "layer_idx") and "Attention" in type(module).__name__ and module.layer_idx not in found:
-            found[module.layer_idx] = (path, module)
+        if _attends_to_text(module) and not any(map(_attends_to_text, module.children())):
+            found.setdefault(module.layer_idx, (path, module))
     count = getattr(decoder.config, "decoder_layers", decoder.config.num_hidden_layers)  # BART's counts the encoder's
     if sorted(found) != list(range(count)):
         raise ValueError(
-            f"a {type(decoder).__name__} has attention in {len(found)} of its {count} layers; soft prompts need it in "
-            "every layer"
+            f"a {type(decoder).__name__} has self-attention in {len(found)} of its {count} layers; soft prompts need "
+            "it in every layer"
         )
     paths, attentions = zip(*(found[i] for i in range(count)), strict=True)
     return list(attentions), [block_of(decoder, path) for path in paths]
+
+
+def _attends_to_text(module: nn.Module) -> bool:
+    """By its name, as a layer may be called as well for what is in it: what has such modules in it is none itself."""
+    name = type(module).__name__
+    return hasattr(module, "layer_idx") and "Attention" in name and "CrossAttention" not in name
 
 
 def owners_of(attentions: Sequence[nn.Module]) -> Iterator[int]:
