@@ -1234,6 +1234,12 @@ class TestBadInput:
                 "a MllamaTextModel has self-attention in 1 of its 2 layers",
             ),
             (
+                lambda: tf.JetMoeForCausalLM(
+                    tf.JetMoeConfig(**tiny._LLAMA | {"num_attention_heads": 4}, kv_channels=8, num_local_experts=2)
+                ),
+                "a JetMoeForCausalLM repeats its keys and values for each expert of a token",
+            ),
+            (
                 lambda: tf.BartForCausalLM(
                     tf.BartConfig(vocab_size=tiny.VOCAB, d_model=32, decoder_layers=2, decoder_attention_heads=4)
                 ),

@@ -12,6 +12,7 @@ _UNLIKE = {
     "kv_lora_rank": "keeps keys and values compressed",
     "lambda_std_dev": "attends twice, each time to half of the values",
     "keep_window_size": "chooses its keys by their values",
+    "kv_channels": "repeats its keys and values for each expert of a token",
 }
 """What a causal model that has this in its configuration does, so that a prefix is not to it what tokens are."""
 
