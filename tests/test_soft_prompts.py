@@ -1240,6 +1240,18 @@ class TestBadInput:
                 "a JetMoeForCausalLM repeats its keys and values for each expert of a token",
             ),
             (
+                lambda: tf.GPTNeoForCausalLM(
+                    tf.GPTNeoConfig(
+                        vocab_size=tiny.VOCAB,
+                        hidden_size=32,
+                        num_layers=2,
+                        num_heads=4,
+                        attention_types=[[["global", "local"], 1]],
+                    )
+                ),
+                "the attention of a GPTNeoForCausalLM cannot be exchanged",
+            ),
+            (
                 lambda: tf.BartForCausalLM(
                     tf.BartConfig(vocab_size=tiny.VOCAB, d_model=32, decoder_layers=2, decoder_attention_heads=4)
                 ),

@@ -212,7 +212,7 @@ class BidirectionalPrefixes(Prefixes):
                 raise ValueError(f"a {type(module).__name__} takes no inputs_embeds, so no soft prompt can go in front")
         if form is Form.EMBEDDINGS:
             return
-        super().check(form)
+        self._check_interface()
         kind = type(self.decoder).__name__
         if not self._whole:
             raise ValueError(f"a {kind} has no attention of its own in each layer that could be given a prefix")

@@ -184,6 +184,7 @@ class Prefixes:
     def _find(self) -> None:
         """Find out what there is in the model."""
         self.decoder = decoder_of(self.model)
+        self._check_interface()
         kind, config = type(self.model).__name__, self.decoder.config
         self.shape = KeyValueShape.of_decoder(self.decoder, kind)
         self.attentions, self._blocks = attentions_of(self.decoder)
@@ -203,17 +204,19 @@ class Prefixes:
         # RoBERTa's positions begin behind that of padding.
         self._first = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
 
+    def _check_interface(self) -> None:
+        if self.model.config._attn_implementation != self.ATTENTION and not self.model._can_set_attn_implementation():
+            raise ValueError(
+                f"the attention of a {type(self.model).__name__} cannot be exchanged through transformers' interface, "
+                "so it cannot take a prefix"
+            )
+
     def check(self, form: Form) -> None:
         """Whether the model can take soft prompts of that form.
 
         Raises:
             ValueError: it cannot; says why.
         """
-        if self.model.config._attn_implementation != self.ATTENTION and not self.model._can_set_attn_implementation():
-            raise ValueError(
-                f"the attention of a {type(self.model).__name__} cannot be exchanged through transformers' interface, "
-                "so it cannot take a prefix"
-            )
         if form is Form.LAYER_INPUTS and hasattr(self.decoder.config, "altup_num_inputs"):
             raise ValueError(
                 f"the layers of a {type(self.model).__name__} have several inputs each; use prefix=True, which learns "
