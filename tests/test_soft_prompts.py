@@ -1292,6 +1292,17 @@ class TestBadInput:
             fp.get_peft_model(base, config(fp, method))
         assert all(p.requires_grad for p in base.parameters())
 
+    def test_values_of_another_size_than_keys_are_not_learned_but_computed(self):
+        base = tf.MiMoV2FlashForCausalLM(
+            tf.MiMoV2FlashConfig(**_WINDOW, head_dim=8, v_head_dim=16, n_routed_experts=2, num_experts_per_tok=1)
+        )
+        with pytest.raises(ValueError, match=r"keys of a MiMoV2FlashForCausalLM have 8 .* and its values 16"):
+            fp.get_peft_model(base, fp.PrefixTuningConfig(**_SHARED))
+        own, ids = ours(base.eval(), "deep"), tiny.inputs(length=9)["input_ids"]
+        with torch.no_grad():
+            assert (own(ids).logits - base(ids).logits).abs().max() > 1e-4
+        assert torch.equal(own.generate(ids, **GREEDY), own.generate(ids, **GREEDY, use_cache=False))
+
     def test_layers_of_several_inputs_take_no_vectors_of_their_own(self):
         with pytest.raises(
             ValueError, match="layers of a Gemma3nForCausalLM have several inputs each; use prefix=True"

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..adapters import NO_ROWS, AdapterBank, Rows
+from ..adapters import AdapterBank, Rows
 from ..nn.prompt_encoder import Form
 from . import attention
 from .decoders import KeyValueShape, block_of
@@ -316,9 +316,7 @@ class BidirectionalPrefixes(Prefixes):
 
     def keys_values(self, ids: Tensor) -> Tensor:
         """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
-        with torch.no_grad():
-            made = self._computed(self.decoder.get_input_embeddings()(ids), NO_ROWS).tensors
-        slots = self.slots
+        made, slots = self._of_tokens(ids), self.slots
         # What no layer reads is as of the layer of that number.
         readers = [slots.index(i) if i in slots else min(i, len(slots) - 1) for i in range(self.shape.layers)]
         made = [made[2 * r + i].to(ids.device) for r in readers for i in (0, 1)]

@@ -217,9 +217,16 @@ class Prefixes:
         Raises:
             ValueError: it cannot; says why.
         """
-        if form is Form.LAYER_INPUTS and hasattr(self.decoder.config, "altup_num_inputs"):
+        kind, config = type(self.model).__name__, self.decoder.config
+        of_values = getattr(config, "v_head_dim", None) or self.shape.dim
+        if form is Form.KEYS_VALUES and of_values != self.shape.dim:
             raise ValueError(
-                f"the layers of a {type(self.model).__name__} have several inputs each; use prefix=True, which learns "
+                f"the keys of a {kind} have {self.shape.dim} numbers a head and its values {of_values}; use a prompt "
+                "at the embedding or in the layers' inputs, as keys and values that are learned must be of one size"
+            )
+        if form is Form.LAYER_INPUTS and hasattr(config, "altup_num_inputs"):
+            raise ValueError(
+                f"the layers of a {kind} have several inputs each; use prefix=True, which learns "
                 "keys and values themselves"
             )
 
@@ -585,9 +592,12 @@ class Prefixes:
 
     def keys_values(self, ids: Tensor) -> Tensor:
         """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
-        with torch.no_grad():
-            values = self._computed(self.model.get_input_embeddings()(ids), NO_ROWS)
-        return torch.cat([t.to(ids.device) for t in values.tensors]).permute(2, 0, 1, 3).flatten(1)
+        return torch.cat([t.to(ids.device) for t in self._of_tokens(ids)]).permute(2, 0, 1, 3).flatten(1)
+
+    @torch.no_grad()
+    def _of_tokens(self, ids: Tensor) -> list[Tensor]:
+        """The keys and values that the base model makes of the tokens ``ids`` [P], as in :class:`Values`."""
+        return self._computed(self.decoder.get_input_embeddings()(ids), NO_ROWS).tensors
 
     @torch.no_grad()
     def export(self, names: tuple[str, ...]) -> list[Tensor]:
@@ -605,7 +615,7 @@ class Prefixes:
         seen: list[Tensor] = []
         handles = [b.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for b in self._blocks]
         try:
-            self.keys_values(ids)
+            self._of_tokens(ids)
         finally:
             for handle in handles:
                 handle.remove()
