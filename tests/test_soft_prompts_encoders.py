@@ -572,6 +572,17 @@ class TestBadInput:
             for asked in (fp.PrefixTuningConfig(num_virtual_tokens=2), fp.DeepPromptConfig(num_virtual_tokens=2)):
                 with pytest.raises(ValueError, match=match):
                     fp.get_peft_model(model, asked)
+        mixing = tf.FNetModel(tf.FNetConfig(**{k: v for k, v in _BERT.items() if "attention" not in k}))
+        sizes = {k: v for k, v in _BART.items() if k not in ("vocab_size", "forced_eos_token_id")}
+        old = tf.FSMTForConditionalGeneration(
+            tf.FSMTConfig(**sizes, langs=["en", "de"], src_vocab_size=tiny.VOCAB, tgt_vocab_size=tiny.VOCAB)
+        )
+        for model, match in (
+            (mixing, "a FNetModel has no attention"),
+            (old, "what a FSMTForConditionalGeneration calls its decoder is no model of its own"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                fp.get_peft_model(model, fp.PromptTuningConfig(num_virtual_tokens=2))
         audio = tf.WhisperForConditionalGeneration(
             tf.WhisperConfig(**_BART | {"pad_token_id": 0, "num_mel_bins": 4, "max_source_positions": 6})
         )

@@ -169,10 +169,14 @@ class BidirectionalPrefixes(Prefixes):
         self.attentions = [m for m in _attentions(self.decoder) if m.is_causal or not self.seq2seq]
         paths = {m: path for path, m in self.decoder.named_modules()}
         self._blocks = [block_of(self.decoder, paths[m]) for m in self.attentions]
-        config = self.decoder.config
-        heads = config.get_text_config(decoder=True).num_attention_heads
+        kind, config = type(self.model).__name__, getattr(self.decoder, "config", None)
+        if config is None:
+            raise ValueError(f"what a {kind} calls its decoder is no model of its own, so it cannot take a soft prompt")
+        text = config.get_text_config(decoder=True)
+        layers, heads = text.num_hidden_layers, getattr(text, "num_attention_heads", None)
+        if heads is None:
+            raise ValueError(f"a {kind} has no attention, so it cannot take a soft prompt")
         dim = getattr(config, "d_kv", None) or config.hidden_size // heads
-        layers = config.get_text_config(decoder=True).num_hidden_layers
         # Of an encoder–decoder PEFT counts the encoder's layers.
         self.shape = KeyValueShape(getattr(self.model.config, "num_hidden_layers", layers), heads, dim)
         # PEFT lays out an encoder–decoder's keys and values in fours, and uses the first two of each.
