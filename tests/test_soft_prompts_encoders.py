@@ -751,6 +751,37 @@ def test_rows_choose_where_positions_are_alike_for_all_rows(kind, tokens):
             assert torch.allclose(together[row], alone, atol=1e-4)
 
 
+_TURNING = {
+    "narrower inside": lambda: tf.MobileBertModel(
+        tf.MobileBertConfig(**_BERT, embedding_size=16, intra_bottleneck_size=16, num_feedforward_networks=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _TURNING)
+@torch.no_grad()
+def test_the_tokens_of_an_encoder_stand_behind_its_prefix(kind):
+    base, ids = _TURNING[kind]().eval(), torch.randint(4, 60, (2, 8))
+    for parameter in base.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(5)  # so that attention attends
+    made = fp.DeepPromptConfig(num_virtual_tokens=N, task_type="FEATURE_EXTRACTION", prefix=True)
+    model = fp.get_peft_model(copy.deepcopy(base), made).eval()
+    together = model(ids, adapter_names=["default", "__base__"]).last_hidden_state
+    torch.testing.assert_close(together[1:], base(ids[1:]).last_hidden_state, rtol=0, atol=1e-4)
+    attentions = [m for m in base.modules() if isinstance(vars(m).get("is_causal"), bool)]
+    config = base.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    values = model.prompt_encoder["default"]().view(N, len(attentions), 2, 1, heads, -1).permute(1, 2, 3, 4, 0, 5)
+    base.set_attn_implementation("pyfastpeft")
+    for module, prefix in zip(attentions, values.contiguous(), strict=True):
+        vars(module)["_prefix"] = tiny.HeldPrefix(*prefix)
+    first = 0
+    expected = base(ids, position_ids=torch.arange(first + N, first + N + 8).unsqueeze(0).expand(2, -1))
+    torch.testing.assert_close(model(ids).last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-4)
+    torch.testing.assert_close(together[:1], expected.last_hidden_state[:1], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["prefix", "deep"])
 def test_an_encoder_that_does_more_with_ids_than_to_embed_them(method):
     base = tf.EsmForTokenClassification(

@@ -173,10 +173,12 @@ class BidirectionalPrefixes(Prefixes):
         if config is None:
             raise ValueError(f"what a {kind} calls its decoder is no model of its own, so it cannot take a soft prompt")
         text = config.get_text_config(decoder=True)
-        layers, heads = text.num_hidden_layers, getattr(text, "num_attention_heads", None)
-        if heads is None:
+        layers, queries = text.num_hidden_layers, getattr(text, "num_attention_heads", None)
+        if queries is None:
             raise ValueError(f"a {kind} has no attention, so it cannot take a soft prompt")
-        dim = getattr(config, "d_kv", None) or config.hidden_size // heads
+        heads = getattr(text, "num_key_value_heads", None) or queries
+        width = getattr(config, "true_hidden_size", config.hidden_size)  # MobileBERT's layers are narrower inside
+        dim = getattr(config, "d_kv", None) or getattr(text, "head_dim", None) or width // queries
         # Of an encoder–decoder PEFT counts the encoder's layers.
         self.shape = KeyValueShape(getattr(self.model.config, "num_hidden_layers", layers), heads, dim)
         # PEFT lays out an encoder–decoder's keys and values in fours, and uses the first two of each.
