@@ -752,6 +752,14 @@ def test_rows_choose_where_positions_are_alike_for_all_rows(kind, tokens):
 
 
 _TURNING = {
+    "turns, beside an embedding without positions": lambda: tf.NomicBertModel(tf.NomicBertConfig(**_BERT)),
+    "turns, grouped heads": lambda: tf.EuroBertModel(
+        tf.EuroBertConfig(**_BERT, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    ),
+    "turns, its layer type open": lambda: tf.EsmModel(
+        tf.EsmConfig(**_BERT, position_embedding_type="rotary", mask_token_id=3, pad_token_id=1)
+    ),
+    "from 2 on, without a start": lambda: tf.EsmModel(tf.EsmConfig(**_BERT, mask_token_id=3, pad_token_id=1)),
     "narrower inside": lambda: tf.MobileBertModel(
         tf.MobileBertConfig(**_BERT, embedding_size=16, intra_bottleneck_size=16, num_feedforward_networks=1)
     ),
@@ -776,10 +784,21 @@ def test_the_tokens_of_an_encoder_stand_behind_its_prefix(kind):
     base.set_attn_implementation("pyfastpeft")
     for module, prefix in zip(attentions, values.contiguous(), strict=True):
         vars(module)["_prefix"] = tiny.HeldPrefix(*prefix)
-    first = 0
+    first = 2 if kind.startswith("from 2") else 0
     expected = base(ids, position_ids=torch.arange(first + N, first + N + 8).unsqueeze(0).expand(2, -1))
     torch.testing.assert_close(model(ids).last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-4)
     torch.testing.assert_close(together[:1], expected.last_hidden_state[:1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Bart", "M2M100"])
+@torch.no_grad()
+def test_a_decoder_behind_a_prefix_can_be_given_vectors(kind):
+    base = getattr(tf, f"{kind}ForConditionalGeneration")(getattr(tf, f"{kind}Config")(**_BART)).eval()
+    model = fp.get_peft_model(base, fp.PrefixTuningConfig(num_virtual_tokens=N, task_type="SEQ_2_SEQ_LM")).eval()
+    ids, own = torch.randint(3, 60, (2, 9)), torch.randint(3, 60, (2, 5))
+    vectors = base.get_decoder().get_input_embeddings()(own)
+    given = model(input_ids=ids, decoder_inputs_embeds=vectors).logits
+    torch.testing.assert_close(given, model(input_ids=ids, decoder_input_ids=own).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["prefix", "deep"])

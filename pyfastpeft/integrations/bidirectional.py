@@ -60,8 +60,10 @@ def by_row(make: Callable[[int], Tensor], lengths: Tensor) -> Tensor:
 
 
 class MovedPositions(ModuleForward):
-    """Of a module that embeds positions: those of the tokens start behind the prefix."""
+    """Of a module that embeds positions or turns by them: those of the tokens start behind the prefix."""
 
+    EMBEDS = ("embed_positions", "embeddings")
+    TURNS = ("rotary_emb", "rotary_embeddings")
     _STARTS = ("cache_length", "past_key_values_length")
 
     def __init__(self, module: nn.Module, room: Room) -> None:
@@ -69,6 +71,11 @@ class MovedPositions(ModuleForward):
         self.room = room
         self._signature = inspect.signature(type(module).forward.__get__(module))
         self._start = next((n for n in self._STARTS if n in self._signature.parameters), None)
+        self._turns = "x" in self._signature.parameters
+        count = getattr(module, "create_position_ids_from_inputs_embeds", None)
+        self._first = 0 if count is None else module.padding_idx + 1
+        # RoBERTa's, given vectors.
+        self._forgets = count is not None and self._start not in inspect.signature(count).parameters
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -80,29 +87,29 @@ class MovedPositions(ModuleForward):
         room = self.room()
         if room is None:
             return self.own(*args, **kwargs)
-        inputs = next(v for n, v in named.items() if n.startswith("input") and v is not None)
-        tokens = (inputs.shape if isinstance(inputs, Tensor) else inputs)[1]
         length, lengths = room
+        if self._turns:
+            shift = length if lengths is None else lengths.unsqueeze(1)
+            return self.own(**named | {"position_ids": named["position_ids"] + shift})
         if lengths is None:
-            return self._behind(length, named, tokens)
+            return self._behind(length, named)
 
         def of_rows(length: int) -> Tensor:
-            made = self._behind(length, named, tokens)
+            made = self._behind(length, named)
             return made if made.dim() == 3 else made.unsqueeze(0)  # Marian's are alike for all rows
 
         return by_row(of_rows, lengths)
 
-    def _behind(self, length: int, named: dict[str, Any], tokens: int) -> Tensor:
+    def _behind(self, length: int, named: dict[str, Any]) -> Tensor:
         positions = named.get("position_ids")
-        count = getattr(self.module, "create_position_ids_from_inputs_embeds", None)
-        if positions is None and count is not None and named.get("input_ids") is None:
-            positions = count(named["inputs_embeds"], self.module.padding_idx)  # RoBERTa forgets the start here
         if positions is not None:
             return self.own(**named | {"position_ids": positions + length})
-        if self._start is not None:
+        if self._start is not None and not (self._forgets and named.get("input_ids") is None):
             return self.own(**named | {self._start: named.get(self._start, 0) + length})
-        device = next(self.module.parameters()).device
-        return self.own(**named | {"position_ids": torch.arange(length, length + tokens, device=device).unsqueeze(0)})
+        inputs = next(v for n, v in named.items() if n.startswith("input") and v is not None)
+        first = self._first + length
+        positions = torch.arange(first, first + inputs.shape[1], device=inputs.device)
+        return self.own(**named | {"position_ids": positions.unsqueeze(0)})
 
 
 class RelativeBias:
@@ -186,9 +193,9 @@ class BidirectionalPrefixes(Prefixes):
         self.slots = [step * i % self.shape.layers for i in range(len(self.attentions))]
         self._whole = len(self.attentions) == layers
         self._biased = [m for m in self.attentions if getattr(m, "has_relative_attention_bias", False)]
-        named = (
-            m for n, m in self.decoder.named_modules() if n.rpartition(".")[2] in ("embed_positions", "embeddings")
-        )
+        # In a window that looks both ways nothing says where a prefix lies.
+        names = MovedPositions.EMBEDS + (() if getattr(config, "sliding_window", None) else MovedPositions.TURNS)
+        named = (m for n, m in self.decoder.named_modules() if n.rpartition(".")[2] in names)
         self._places = [m for m in named if MovedPositions.fits(m)]
 
     # In the model and out of it.
