@@ -625,6 +625,29 @@ class TestWherePeftFails:
             alone = own.generate(input_ids=row, **GREEDY)
             assert torch.equal(got[i, 7:], alone[0, row.shape[1] :])
 
+    @pytest.mark.parametrize("images", [False, True])
+    @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
+    def test_a_model_around_the_decoder_makes_the_masks(self, method, images):
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        base = tf.Gemma3ForConditionalGeneration(
+            tf.Gemma3Config(
+                text_config=_WINDOW | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+                vision_config=vision | {"image_size": 8, "patch_size": 4},
+                image_token_index=tiny.VOCAB - 1,
+                mm_tokens_per_image=4,
+            )
+        )
+        own, ids = ours(base.eval(), method), tiny.inputs(length=9)["input_ids"]
+        mask = torch.ones_like(ids)
+        mask[1, :3] = mask[2, :6] = 0
+        types = torch.zeros_like(ids)
+        types[:, 6:8] = 1
+        more = {"token_type_ids": types} if images else {}
+        padded = own(ids, attention_mask=mask, **more).logits
+        for i, start in enumerate((0, 3, 6)):
+            row = {k: t[i : i + 1, start:] for k, t in (more | {"input_ids": ids}).items()}
+            close(padded[i : i + 1, start:], own(**row).logits)
+
     @pytest.mark.parametrize("method", METHODS)
     def test_training_on_left_padded_rows_equals_the_unpadded_ones(self, method):
         own = ours(llama(), method).train()

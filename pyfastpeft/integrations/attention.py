@@ -194,6 +194,17 @@ def _sees_all(
     return not causal or kv_offset + kv_length == int(q_offset) + 1
 
 
+def seen_keys(masks: dict[str, Tensor | None]) -> Tensor | None:
+    """The keys that the last query of each row sees, bool [batch or 1, keys], of a forward's masks by kind of layer.
+
+    None: all, or the masks are of another form.
+    """
+    mask = masks.get("full_attention")
+    if mask is None or mask.dtype not in (torch.int32, torch.bool):
+        return None
+    return mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, 0] < HIDDEN // 2
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,

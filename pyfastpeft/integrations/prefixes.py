@@ -390,6 +390,9 @@ class Prefixes:
         past, length = past if room else 0, inputs.shape[1]
         given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         new = torch.arange(length, device=inputs.device) + _beside(inputs, past)
+        if isinstance(mask, dict):  # made by the model around the decoder, which alone was told of the padding
+            mask = attention.seen_keys(mask)
+            mask = None if mask is None else mask.expand(len(inputs), -1)
         if isinstance(mask, Tensor) and mask.dim() != 4:
             seen = length if isinstance(past, Tensor) else past + length
             fits = mask.dim() == 2 and len(mask) == len(inputs) and mask.shape[1] >= seen
