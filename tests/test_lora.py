@@ -751,6 +751,16 @@ class TestTargets:
         a, b = fp.get_peft_model(copy.deepcopy(base), made[0]), peft.get_peft_model(base, made[1])
         assert a.get_nb_trainable_parameters()[0] == b.get_nb_trainable_parameters()[0]
 
+    @pytest.mark.filterwarnings("ignore:.*several experts")
+    def test_routers_that_derive_from_linear_choose_experts_and_carry_none(self):
+        sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 64}
+        base = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**tiny._LLAMA, **sizes))
+        with pytest.raises(ValueError, match="a Llama4Router; LoRA needs a Linear"):
+            fp.get_peft_model(base, fp.LoraConfig(target_modules=["router"]))
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear"))
+        assert not any("router" in path for path in model.peft_config["default"].target_modules)
+        model(**tiny.inputs()).loss.backward()
+
     def test_all_linear_says_that_fused_experts_are_left_alone(self):
         base = tf.MixtralForCausalLM(tf.MixtralConfig(**tiny._LLAMA, num_local_experts=2))
         with pytest.warns(UserWarning, match=r"leaves 4 weights alone .* several experts \(model.layers.0.*experts"):

@@ -807,7 +807,8 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
     if isinstance(module, nn.Linear):
-        return LoraLinear
+        # What Llama 4's and PhiMoE's routers return is no product but a choice of experts.
+        return None if "Router" in type(module).__name__ else LoraLinear
     if type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d):
         return LoraConv1D
     return None
