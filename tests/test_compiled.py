@@ -229,3 +229,22 @@ def test_the_backward_drops_what_the_forward_dropped(config):
                 p += step * g / norm
             ends.append(loss())
     assert abs((ends[0] - ends[1]) / 2e-3 - norm) < 0.03 * norm
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}, {"inference_mode": True}], ids=["plain", "dora", "frozen"])
+def test_an_exported_model_takes_any_rows_and_leaves_its_source_as_it_was(kwargs, four_bits):
+    linear = fp.nn.Linear4bit if four_bits else torch.nn.Linear
+    base = torch.nn.Sequential(linear(64, 48), torch.nn.Tanh(), linear(48, 33)).bfloat16()
+    model = fp.get_peft_model(base, fp.LoraConfig(r=4, target_modules=["0", "2"], **kwargs)).eval()
+    tiny.randomize(model)
+    x = torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        before = model(x)
+        rows = torch.export.Dim("rows", min=1, max=4096)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: rows},)).module()
+        assert torch.equal(model(x), before)
+        for m in (1, 2, 7, 40):
+            x = torch.randn(m, 64).bfloat16()
+            expected = model(x)
+            close(exported(x), expected, 0.02 * float(expected.abs().max()))

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,14 @@ from ..formats import quantize_4bit
 from ..ops import Lora, PackedLora, add_lora, linear_4bit, mixed, pack_lora
 from .linear4bit import Linear4bit
 
-is_compiling = torch.compiler.is_dynamo_compiling
+is_compiling = torch.compiler.is_compiling
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
     """What one layer does while a set of adapters is active.
+
+    No tuple: torch.export would leave a copy of it in the layer, whose parameters were its own.
 
     Attributes:
         names: the active adapters that this layer has.
@@ -427,8 +430,8 @@ class LoraLayer(nn.Module):
 
     def _matrix_square(self) -> Tensor:
         """Float32 [out]: ||M||² a row, computed once for a weight."""
-        if is_compiling() and self._square is not None:
-            return self._square[1]
+        if is_compiling():
+            return self.matrix().square().sum(1) if self._square is None else self._square[1]
         stamp = stamp_of([self.weight])
         if self._square is None or stamp is None or self._square[0] != stamp:
             self._square = (stamp, self.matrix().square().sum(1))

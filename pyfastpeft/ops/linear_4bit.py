@@ -151,7 +151,7 @@ def linear_4bit(
     if isinstance(lora, BankView):
         _check_bank(lora, x2, n, k)
         if not needs_grad(x, bias, lora):
-            kernels = _WITH_SLOTS.get(choose(w, len(x2), x2.dtype, infers=True))
+            kernels = _WITH_SLOTS.get(choose(w, x2.shape[0], x2.dtype, infers=True))
             if kernels is not None:
                 y = kernels.forward_slots(x2, w, bias, *lora)
                 return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
@@ -172,7 +172,7 @@ def linear_4bit(
             seed = reference.new_seed(x.device)
     recorded = needs_grad(x, bias, lora)
     same_for_all = row_scale is None or row_scale.dim() == 1
-    backend = choose(w, len(x2), x2.dtype, infers=not recorded and same_for_all, drops=seed is not None)
+    backend = choose(w, x2.shape[0], x2.dtype, infers=not recorded and same_for_all, drops=seed is not None)
     branch = (a, b, row_scale, scaling, seed, dropout)
     weight = w.rows().operands if backend in _OPERATORS else w.operands
     if backend in _IN_PYTHON:
