@@ -108,6 +108,24 @@ def test_only_what_needs_a_gradient_gets_one(isa):
             assert not wanted or torch.allclose(got.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_second_derivatives_match_float64(isa, dropout):
+    leaves = [torch.randn(5, 33), torch.randn(5, 33), *adapter(33, 33, 4)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def seconds(y):
+        first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+        slope = torch.autograd.grad(y.sum(), leaves[1:], create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in (*first, *slope)), leaves)
+
+    with torch.random.fork_rng():
+        got = seconds(add_lora(*leaves, 2.0, dropout))
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    keep = keep_mask(5, 33, seed, dropout) if dropout else None
+    for mine, theirs in zip(got, seconds(float64(*leaves, 2.0, keep, dropout)), strict=True):
+        assert error(mine, theirs) <= 1e-5
+
+
 def test_plain_torch_serves_the_rest(monkeypatch):
     base, x, (a, b) = torch.randn(5, 24), torch.randn(5, 64), adapter(24, 64, 4)
     expected = float64(base, x, a, b, 2.0)

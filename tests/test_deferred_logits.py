@@ -88,6 +88,13 @@ def assert_same(one, other):
         torch.testing.assert_close(gradient, other[1][name], rtol=1e-4, atol=1e-6)
 
 
+def test_second_derivatives_are_an_error(operator):
+    model = trained_model(CONFIGS[0])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.grad(model(**labelled_batch()).loss, trained, create_graph=True)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
 @pytest.mark.parametrize("kwargs", [{}, {"num_items_in_batch": 37}], ids=["mean", "num_items"])
 def test_a_models_own_loss_is_the_ordinary_one(config, kwargs, operator, computed):

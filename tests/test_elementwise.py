@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyfastpeft as fp
-from pyfastpeft.ops import rms_norm, rope, swiglu
+from pyfastpeft.ops import projected_swiglu, rms_norm, rope, swiglu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative Frobenius error: two roundings of an output at most.
@@ -307,13 +307,16 @@ def test_threads_change_nothing(isa):
         lambda x: rms_norm(x, torch.ones(16), 1e-5),
         lambda x: swiglu(x, x),
         lambda x: rope(x, x, torch.ones(1, 3, 16), torch.ones(1, 3, 16))[0],
+        lambda x: projected_swiglu(x, lambda x: (x, 2 * x)),
     ],
 )
 def test_second_derivatives_are_an_error(function):
+    """Past a residual too, whose own would be taken for the whole."""
     x = torch.randn(1, 2, 3, 16, requires_grad=True)
-    (first,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        first.sum().backward()
+    for y in (function(x), x + function(x)):
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            torch.autograd.grad(first.sum(), x)
 
 
 def test_a_weight_that_was_offloaded_is_named():

@@ -357,10 +357,12 @@ def test_the_reference_looks_at_no_index_in_compiled_code_nor_on_a_device():
 
 
 def test_second_derivatives_are_an_error():
+    """Past a residual too, whose own would be taken for the whole."""
     q, k, v = (t.requires_grad_() for t in make())
-    (first,) = torch.autograd.grad(prefix_attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        first.sum().backward()
+    for y in (prefix_attention(q, k, v), q + prefix_attention(q, k, v)):
+        (first,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            torch.autograd.grad(first.sum(), q)
 
 
 BAD = {

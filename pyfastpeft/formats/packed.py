@@ -54,12 +54,12 @@ class Packed4bit:
         object.__setattr__(self, "operands", operands)
 
     @classmethod
-    def of_operands(cls, operands: tuple, k: int) -> Packed4bit:
-        """The matrix [N, K], in rows, whose :attr:`operands` these are; float32 by default."""
+    def of_operands(cls, operands: tuple, k: int, layout: str = "rows") -> Packed4bit:
+        """The matrix [N, K] whose :attr:`operands` these are; float32 by default."""
         codes, scale, zero, absmax2, offset, format, n, blocksize = operands
         nested = None if absmax2 is None else NestedScales(absmax2, offset)
         name = format_of(format).name
-        return cls(codes, scale, zero, nested, torch.Size((n, k)), torch.float32, name, blocksize)
+        return cls(codes, scale, zero, nested, torch.Size((n, k)), torch.float32, name, blocksize, layout)
 
     @functools.cached_property
     def held(self) -> HeldWeight:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
 from ..ops.backends import FLOATS, choose_plain
 from ..ops.cross_entropy import IGNORED
+from ..ops.once import TWICE, once_differentiable
 from .dense_layers import DenseForward
 from .forwards import ModuleForward, autocast_of, hooked, install, remove
 
@@ -99,8 +99,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
+        if torch.is_grad_enabled():  # what the gradient depends on was not kept
+            raise RuntimeError(TWICE)
         (d_hidden,) = ctx.saved_tensors
         # In float32: that of a scaled loss may be beyond float16. Without a dimension it would be rounded first.
         return torch.mul(d_hidden, grad.float().view(1), out=torch.empty_like(d_hidden)), *[None] * 5

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.cache_utils import DynamicCache
 
 from ..adapters import NO_ROWS, AdapterBank, Made, Prefix, Rows, keep
 from ..nn.lora import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
 from ..ops.cross_entropy import IGNORED
+from ..ops.once import once_differentiable
 from . import attention
 from .bare import all_layers, fed, reaching, reentrant, without_checkpointing
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import FLOATS, Backend, check_floats, choose_plain, recorded
+from .once import once_differentiable
 
 
 def rms_norm(

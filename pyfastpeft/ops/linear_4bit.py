@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..formats import Packed4bit
@@ -377,14 +376,19 @@ class _Linear4bit(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):  # noqa: ANN001
         x, s, a, b, row_scale, seed, *held = ctx.saved_tensors
         scaling, dropout, backend, meta, k, x_dtype, bias_dtype = ctx.rest
         need_x, need_bias, *needs_lora = ctx.needs_input_grad[:4]
         branch, needs = (a, b, row_scale, scaling, seed, dropout), (need_x, *needs_lora)
         dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
-        gradients = partial(_gradients, backend, (*held, *meta), k, needs)
+        weight = (*held, *meta)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+            if backend not in _IN_PYTHON:
+                layout = "tiles" if backend is Backend.NATIVE else "rows"
+                weight = (*weight[:5], Packed4bit.of_operands(weight, k, layout), *weight[6:])
+            backend, s = Backend.REFERENCE, None if s is None else reference.projected(x, a, seed, dropout)
+        gradients = partial(_gradients, backend, weight, k, needs)
         if _mixes(branch):
             gradients = partial(_isolated, gradients)
         grads = gradients(dy.to(x_dtype), x, s, branch)

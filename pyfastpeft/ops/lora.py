@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import reference
 from .backends import FLOATS, Backend, choose_plain, recorded
-from .reference import new_seed
 
 
 def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
@@ -25,7 +24,7 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
         dropout: the probability with which an element of x is left out.
 
     Returns:
-        [..., N] in the dtype of ``base``. Differentiable, once, in ``base``, ``x``, ``a`` and ``b``.
+        [..., N] in the dtype of ``base``. Differentiable in ``base``, ``x``, ``a`` and ``b``.
 
     Raises:
         ValueError: ``a`` or ``b`` on another device than ``x``; torch would compute with whatever is in memory where
@@ -36,7 +35,7 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
             raise ValueError(f"a is on {a.device} and b on {b.device}; they must be where x is, on {x.device}")
         x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
         return (base + F.linear(F.linear(x, a), b) * scaling).to(base.dtype)
-    seed = new_seed(x.device) if dropout else None
+    seed = reference.new_seed(x.device) if dropout else None
     rows = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
     if recorded(base, x, a, b):
         y = _AddLora.apply(*rows, a, b, scaling, seed, dropout)
@@ -62,11 +61,13 @@ class _AddLora(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):  # noqa: ANN001
         x, s, a, b, seed = ctx.saved_tensors
         rest = ctx.scaling, seed, ctx.dropout
-        _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        needs = _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # to be differentiated again
+            s = None if s is None else reference.projected(x, a, seed, ctx.dropout)
+            return dy, *reference.branch_backward(dy, x, s, a, b, None, *rest, *needs[1:]), None, None, None
         dx, da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, a, b, *rest, need_x)
         da, db = da.to(a.dtype) if need_a else None, db.to(b.dtype) if need_b else None
         return dy, dx if need_x else None, da, db, None, None, None

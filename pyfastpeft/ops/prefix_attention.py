@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backends import Backend, choose_attention, recorded
+from .once import once_differentiable
 from .reference import HIDDEN
 
 # Up to here the CPU's kernel holds all keys at once in the backward pass, and does without the result.

@@ -56,6 +56,11 @@ def dropped(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     return torch.where(keep_mask(*x.shape, seed, dropout), x / (1 - dropout), torch.zeros_like(x))
 
 
+def projected(x: Tensor, a: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    """S = dropout(x) · Aᵀ, float32 [M, R]."""
+    return F.linear(dropped(x.float(), seed, dropout), a.float())
+
+
 def scaled(s: Tensor, row_scale: Tensor | None, scaling: float) -> Tensor:
     """S ∘ f; where rows choose, zero where f is, whatever S is."""
     if row_scale is None:
@@ -82,7 +87,7 @@ def forward(
         y = y + bias.to(y.dtype)
     if a is None:
         return y, x.new_empty((x.shape[0], 0), dtype=torch.float32)
-    s = F.linear(dropped(x.float(), seed, dropout), a.float())
+    s = projected(x, a, seed, dropout)
     return y + F.linear(scaled(s, row_scale, scaling), b.float()).to(y.dtype), s
 
 
@@ -103,14 +108,33 @@ def backward(
     need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB), None where not needed."""
-    dx = da = db = None
-    if need_x:
-        dx = dy @ w.dequantize(dy.dtype)
+    dx = dy @ w.dequantize(dy.dtype) if need_x else None
     if a is None:
         return dx, None, None
+    added, da, db = branch_backward(dy, x, s, a, b, row_scale, scaling, seed, dropout, need_x, need_a, need_b)
+    return dx + added if need_x else None, da, db
+
+
+@without_autocast
+def branch_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    row_scale: Tensor | None,
+    scaling: float,
+    seed: Tensor | None,
+    dropout: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`backward` of the LoRA branch alone."""
+    dx = da = db = None
     ds = scaled(dy.float() @ b.float(), row_scale, scaling)
     if need_x:
-        dx = dx + dropped(ds @ a.float(), seed, dropout).to(dx.dtype)
+        dx = dropped(ds @ a.float(), seed, dropout).to(dy.dtype)
     if need_a:
         da = (ds.t() @ dropped(x.float(), seed, dropout)).to(a.dtype)
     if need_b:

@@ -1,0 +1,45 @@
+"""``once_differentiable``: for backward passes that cannot be differentiated."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TWICE = (
+    "trying to differentiate twice what pyfastpeft computes in one operator and can differentiate once: it ran under "
+    "create_graph=True"
+)
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count, *tensors):  # noqa: ANN001
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):  # noqa: ANN001
+        raise RuntimeError(TWICE)
+
+
+def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """For the ``backward`` of an autograd function, whose gradients cannot be differentiated.
+
+    torch's own makes them leaves of the graph: a second derivative that has another way, as past every residual, leaves
+    out what went through them and says nothing. Here it is an error whenever it would have gone through them.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> tuple:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        made = [t for t in found if t is not None]
+        refused = iter(_Refused.apply(len(made), *made, *grads, *ctx.saved_tensors))
+        return tuple(None if t is None else next(refused) for t in found)
+
+    return run
