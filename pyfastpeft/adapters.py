@@ -66,7 +66,7 @@ class Rows:
             raise ValueError(f"adapter_names holds {unknown}; the adapters of this model are {list(known)}")
         self.of_row = tuple(tuple(dict.fromkeys(n for n in row if n != BASE)) for row in wanted)
         self.names = tuple(n for n in known if n in used)
-        self._uses = torch.tensor([[n in row for n in self.names] for row in wanted], dtype=torch.bool)
+        self._uses = torch.tensor([[n in row for n in self.names] for row in wanted], dtype=torch.bool, device="cpu")
         self._masks: dict[tuple, Tensor] = {}
 
     def mask(self, names: tuple[str, ...], ranks: tuple[int, ...], rows: int, device: torch.device) -> Tensor:

@@ -69,6 +69,24 @@ def test_the_compiler_is_loaded_by_those_who_compile():
     assert python("import sys, torch, pyfastpeft as fp", *use, loaded) == ["False"]
 
 
+def test_the_default_device_is_nothing_to_what_a_cpu_computes():
+    """Where it is "meta", nothing made there has a value."""
+    use = (
+        "from pyfastpeft.ops import add_lora, linear_4bit, pack_lora",
+        "x, a, b = (torch.ones(s, device='cpu') for s in ((2, 64), (4, 64), (16, 4)))",
+        "w = fp.quantize_4bit(torch.ones((16, 64), device='cpu'), double_quant=True)",
+        "assert torch.equal(w.dequantize(), w.reference(torch.float32))",
+        "with torch.no_grad(): y = linear_4bit(x.bfloat16(), w, None, pack_lora(a, b))",
+        "assert torch.equal(y, linear_4bit(x.bfloat16(), w, None, (a, b, 1.0)))",
+        "print(y.mean().item(), add_lora(torch.ones((2, 16), device='cpu'), x, a, b, 1.0, 0.5).device)",
+        "with torch.device('cpu'): model = fp.get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 16)),"
+        " fp.LoraConfig(target_modules=['0']))",
+        "print(model(x, adapter_names=['default', '__base__']).device)",
+    )
+    printed = python("import torch", "torch.set_default_device('meta')", "import pyfastpeft as fp", *use)
+    assert printed == ["320.0", "cpu", "cpu"]
+
+
 def test_every_name_is_there_and_listed():
     assert set(fp.__all__) <= set(dir(fp))
     for name in fp.__all__:

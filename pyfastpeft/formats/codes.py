@@ -76,14 +76,14 @@ class _Codebook(Format):
 class NF4(_Codebook):
     name = "nf4"
     id = 0
-    table = torch.tensor(_NF4, dtype=torch.float32)
+    table = torch.tensor(_NF4, dtype=torch.float32, device="cpu")
 
 
 class FP4(_Codebook):
     name = "fp4"
     id = 1
     # Code 8, the negative zero of the bit pattern, decodes to +0.0 as in bitsandbytes.
-    table = torch.tensor(_FP4_TWELFTHS + tuple(0.0 - v for v in _FP4_TWELFTHS), dtype=torch.float32) / 12
+    table = torch.tensor(_FP4_TWELFTHS + tuple(0.0 - v for v in _FP4_TWELFTHS), dtype=torch.float32, device="cpu") / 12
 
 
 class INT4(Format):
@@ -95,7 +95,7 @@ class INT4(Format):
 
     name = "int4"
     id = 2
-    table = torch.arange(16, dtype=torch.float32)
+    table = torch.arange(16, dtype=torch.float32, device="cpu")
     has_zero = True
     blocksizes = (32, 64, 128)
 

@@ -17,10 +17,10 @@ def _dynamic_map() -> Tensor:
     """The signed 8-bit dynamic-exponent code (Dettmers 2016, 8-bit approximations), float32 [256], sorted."""
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         means = (10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2)
         values += means.tolist() + (-means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 DYNAMIC_MAP = _dynamic_map()

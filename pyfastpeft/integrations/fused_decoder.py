@@ -331,7 +331,7 @@ class _Growing:
         """Copy what ``layers`` hold into room for ``shape`` [batch, heads, length, dim] and more."""
         batch, heads, length, dim = shape
         room = max(length + 64, length * 5 // 4)
-        self.room = torch.empty((2 * len(layers), batch, heads, room, dim), dtype=dtype)
+        self.room = torch.empty((2 * len(layers), batch, heads, room, dim), dtype=dtype, device="cpu")
         for i, layer in enumerate(layers):
             if layer.is_initialized:
                 past = layer.keys.shape[2]
@@ -437,7 +437,7 @@ class _FewRows(ModuleForward):
         if prefix is None:
             return None
         if position_ids is None:
-            position_ids = torch.arange(past, length).unsqueeze(0)
+            position_ids = torch.arange(past, length, device=x.device).unsqueeze(0)
         cos, sin = model.rotary_emb(x, position_ids=position_ids)
         mask = None if attention_mask is None else attention_mask.bool()
         if kind is StaticLayer:

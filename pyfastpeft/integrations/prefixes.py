@@ -359,7 +359,7 @@ class Prefixes:
         ends = [found[-1:] == [Form.EMBEDDINGS] for found in forms]
         if not any(ends):
             return None
-        ends = torch.tensor(ends).repeat_interleave(len(labels) // len(rows)).to(labels.device)
+        ends = torch.tensor(ends, device=labels.device).repeat_interleave(len(labels) // len(rows))
         first, mask = torch.zeros_like(labels[:, 0]), kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
             first = torch.where(ends, first_visible(mask).squeeze(1), first)

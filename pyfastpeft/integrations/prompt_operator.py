@@ -80,7 +80,7 @@ def compiled_tensors(maker: Maker, names: tuple[str, ...], random: bool, decodin
 @constant_to_compilers  # so it runs, while the code around it is only looked at
 def _learn_forms(number: int, joined: str) -> None:
     maker, names = _makers[number], joined.split("/")
-    with _as_outside(maker.parameters(names), torch.zeros(1)), torch.no_grad():
+    with _as_outside(maker.parameters(names), torch.zeros(1, device="cpu")), torch.no_grad():
         made = maker.tensors(names, False)
     _forms.setdefault(maker, {})[joined] = [_Form(t.shape, t.dtype, t.device) for t in made]
 

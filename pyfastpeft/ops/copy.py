@@ -54,14 +54,14 @@ class Shelf:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rest = torch.empty(0, dtype=torch.uint8)
+        self._rest = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def put(self, t: Tensor) -> Tensor:
         """A contiguous copy of ``t``, a tensor on the CPU. A part of the shelf lives as long as a tensor in it."""
         size = math.ceil(t.nbytes / self._ALIGNMENT) * self._ALIGNMENT
         with self._lock, torch.inference_mode(False), torch.no_grad():  # what is there is for all modes
             if size > len(self._rest):
-                self._rest = torch.zeros(max(size, self._BYTES), dtype=torch.uint8)
+                self._rest = torch.zeros(max(size, self._BYTES), dtype=torch.uint8, device="cpu")
                 large_pages(self._rest)
             place, self._rest = self._rest[: t.nbytes].view(t.dtype).view(t.shape), self._rest[size:]
             return place.copy_(t)

@@ -126,11 +126,11 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
             f"tokenizer_name_or_path is of another model: the initial text has token {max(ids)}, and a "
             f"{type(model).__name__} has {known}"
         )
-    return torch.tensor(ids)
+    return torch.tensor(ids, device="cpu")
 
 
 def random_ids(model: nn.Module, count: int) -> Tensor:
-    return torch.randint(0, model.get_input_embeddings().num_embeddings, (count,))
+    return torch.randint(0, model.get_input_embeddings().num_embeddings, (count,), device="cpu")
 
 
 class SoftPromptTuner(Tuner):
