@@ -179,13 +179,12 @@ def test_a_layer_made_on_the_meta_device_says_so_until_it_is_loaded():
     [
         (lambda s: s.pop("weight"), "Missing key"),
         (lambda s: s.pop("weight.absmax"), "weight.absmax is missing"),
-        (lambda s: s.pop("bias"), "Missing key"),
         (lambda s: s.update({"weight.surprise": torch.zeros(1)}), "weight.surprise is not a key"),
         (lambda s: s.update(weight=torch.zeros(3, dtype=torch.uint8)), "holds 3 bytes of codes"),
         (lambda s: s.update(bias=torch.zeros(3)), "bias has shape"),
         (lambda s: s.update(layer(32, 96).state_dict()), "packed has shape"),
     ],
-    ids=["weight", "absmax", "bias", "extra_weight", "codes", "bias_shape", "other_layer"],
+    ids=["weight", "absmax", "extra_weight", "codes", "bias_shape", "other_layer"],
 )
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, message):
     module, state = layer(), layer().state_dict()
@@ -194,6 +193,40 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, messag
     with pytest.raises(RuntimeError, match=message):
         module.load_state_dict(state)
     assert same(held(module), before)
+
+
+@pytest.mark.parametrize("there", ["weight", "bias"])
+def test_what_is_missing_is_named_and_what_is_there_is_loaded_where_that_is_enough(there):
+    module, source = layer(), layer()
+    state = {name: t for name, t in source.state_dict().items() if name.startswith(there)}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer().load_state_dict(state)
+    assert module.load_state_dict(state, strict=False).missing_keys == [{"weight": "bias", "bias": "weight"}[there]]
+    assert same(held(module), held(source)) is (there == "weight")
+    assert torch.equal(module.bias, source.bias) is (there == "bias")
+
+
+def test_a_layer_made_on_the_meta_device_takes_the_tensors_it_is_assigned():
+    source, x = layer(dtype=torch.bfloat16), torch.randn(3, 96).bfloat16()
+    module = fp.nn.Linear4bit(96, 48, device="meta")
+    module.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(module(x), source(x)) and module.bias.dtype == torch.bfloat16
+
+
+def test_whatever_else_a_layer_holds_is_saved_and_loaded_as_in_any_module():
+    def made():
+        module = layer()
+        module.register_buffer("seen", torch.zeros(3))
+        module.child = torch.nn.Linear(2, 2)
+        module.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: state.pop(prefix + "noted"))
+        module.register_state_dict_post_hook(lambda m, state, prefix, _: state.update({prefix + "noted": x}))
+        return module
+
+    x, module, source = torch.randn(3), made(), made()
+    source.seen.copy_(x)
+    torch.nn.Sequential(module).load_state_dict(torch.nn.Sequential(source).state_dict())
+    assert torch.equal(module.seen, x) and torch.equal(module.child.weight, source.child.weight)
+    assert same(held(module), held(source))
 
 
 def test_an_unexpected_key_is_refused():

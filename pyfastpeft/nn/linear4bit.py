@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -74,6 +75,11 @@ class Linear4bit(OneDevice, nn.Linear):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features] in ``dtype`` (default: the original weight's)."""
         return self._require_packed().dequantize(dtype)
+
+    @property
+    def original_dtype(self) -> torch.dtype:
+        """Of the weight before it was quantized, or while there is none, of the one that is to come."""
+        return self.weight.dtype if self.packed is None else self.packed.dtype
 
     def _require_packed(self) -> Packed4bit:
         if self.packed is None:
@@ -170,12 +176,10 @@ class Linear4bit(OneDevice, nn.Linear):
             self.weight = nn.Parameter(self.packed.codes, requires_grad=False)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
+            del destination[prefix + "weight"]
             destination.update(packed_to_state(self.packed, prefix + "weight"))
-        else:
-            destination[prefix + "weight"] = self.weight
 
     def _load_from_state_dict(
         self,
@@ -187,10 +191,12 @@ class Linear4bit(OneDevice, nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key, bias_key = prefix + "weight", prefix + "bias"
+        rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, *rest)
+        key, bias = prefix + "weight", state_dict.get(prefix + "bias")
         own = {k: state_dict[k] for k in list(state_dict) if k == key or k.startswith(key + ".")}
-        packed, bias = None, state_dict.get(bias_key) if self.bias is not None else None
-        problems = len(error_msgs) + len(missing_keys)
+        packed, problems = None, len(error_msgs)
         if key in own:
             try:
                 packed = self._packed_from(own, key)
@@ -198,22 +204,20 @@ class Linear4bit(OneDevice, nn.Linear):
                 error_msgs.append(f"{key}: {error}")
         elif strict:
             missing_keys.append(key)
-        if bias is not None and bias.shape != self.bias.shape:
-            error_msgs.append(f"{bias_key} has shape {tuple(bias.shape)}; it must be {tuple(self.bias.shape)}")
-        elif bias is None and self.bias is not None and strict:
-            missing_keys.append(bias_key)
-        if strict:
-            known = {key} | {f"{key}.{suffix}" for suffix in STATE_SUFFIXES}
-            known |= set() if self.bias is None else {bias_key}
-            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
-        # All of the layer or nothing.
-        if len(error_msgs) + len(missing_keys) > problems:
+        if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
+            error_msgs.append(f"{prefix}bias has shape {tuple(bias.shape)}; it must be {tuple(self.bias.shape)}")
+        # All that is there of the layer or nothing.
+        if len(error_msgs) > problems:
             return
+        known = {key, *(f"{key}.{suffix}" for suffix in STATE_SUFFIXES)}
+        hooks, weight = self._load_state_dict_pre_hooks, self.weight
+        self._load_state_dict_pre_hooks, self._parameters["weight"] = OrderedDict(), None
+        try:
+            super()._load_from_state_dict({k: t for k, t in state_dict.items() if k not in known}, prefix, *rest)
+        finally:
+            self._load_state_dict_pre_hooks, self._parameters["weight"] = hooks, weight
         if packed is not None:
             self.set_packed(packed)
-        if bias is not None:
-            with torch.no_grad():
-                self.bias.copy_(bias)
 
     def _packed_from(self, state: dict[str, Tensor], key: str) -> Packed4bit:
         """The weight under ``key``, in 4 bits already or quantized now, on this layer's device and of its shape."""

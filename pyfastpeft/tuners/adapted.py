@@ -337,7 +337,7 @@ def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:
 
 def adapter_dtype(base: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
     """The dtype of an adapter's parameters over the layer ``base``."""
-    dtype = base.packed.dtype if isinstance(base, Linear4bit) else base.weight.dtype
+    dtype = base.original_dtype if isinstance(base, Linear4bit) else base.weight.dtype
     if not dtype.is_floating_point:
         return torch.float32
     return torch.float32 if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else dtype
