@@ -164,6 +164,19 @@ def test_int4_error_is_at_most_half_a_step(device):
                 assert (block - back).abs().max() <= step * 0.5 * 1.0001 + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int4_refuses_a_span_that_float32_cannot_hold(device, dtype):
+    w = torch.zeros(4, 64, dtype=dtype)
+    w[2, 5], w[2, 9] = 3e38, -3e38
+    with pytest.raises(ValueError, match=r"weight lies in \[-3e\+38, 3e\+38\], and a block of 32 of it spans more"):
+        fp.quantize_4bit(w, "int4", 32)
+    assert fp.quantize_4bit(w, "nf4", 32).dequantize().isfinite().all()
+    w[2, 5] = 0.0
+    assert torch.allclose(fp.quantize_4bit(w, "int4", 32).dequantize(), w)
+    w[2, 9] = -math.inf  # which is NaN afterwards, not refused
+    assert not fp.quantize_4bit(w, "int4", 32).dequantize()[2].isfinite().all()
+
+
 def test_int4_keeps_a_constant_block_exactly(device):
     w = torch.full((4, 64), 0.37)
     assert torch.equal(fp.quantize_4bit(w, "int4", 32).dequantize(), w)

@@ -209,7 +209,8 @@ def quantize_4bit(
 
     Raises:
         TypeError: ``weight`` is not a floating-point tensor.
-        ValueError: an unknown ``quant_type``, a ``blocksize`` the format does not allow, ``double_quant`` with INT4.
+        ValueError: an unknown ``quant_type``, a ``blocksize`` the format does not allow, ``double_quant`` with INT4, or
+            for INT4 a block of which float32 cannot hold the span.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
@@ -219,10 +220,22 @@ def quantize_4bit(
     weight = weight.detach()
     codes, scale, zero = torch.ops.pyfastpeft.quantize_4bit.default(weight.contiguous(), fmt.id, blocksize)
     zero = zero if fmt.has_zero else None
+    if fmt.has_zero and not (scale.is_meta or torch.compiler.is_compiling()):
+        _check_span(weight, scale, blocksize)
     nested = None
     if double_quant:
         scale, nested = quantize_scales(scale)
     return Packed4bit(codes, scale, zero, nested, weight.shape, weight.dtype, quant_type, blocksize).prepared()
+
+
+def _check_span(weight: Tensor, scale: Tensor, blocksize: int) -> None:
+    """What is decoded as a multiple of the scale, which infinite values make NaN, finite ones must not overflow."""
+    if (scale * 15).isinf().any() and weight.isfinite().all():
+        low, high = (float(v) for v in weight.aminmax())
+        raise ValueError(
+            f"weight lies in [{low:.3g}, {high:.3g}], and a block of {blocksize} of it spans more than float32 holds; "
+            "int4 counts from a block's least value, 'nf4' and 'fp4' take it"
+        )
 
 
 def quantize_reference(weight: Tensor, fmt: Format, blocksize: int) -> tuple[Tensor, Tensor, Tensor | None]:
