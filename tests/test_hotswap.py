@@ -200,6 +200,26 @@ def test_exchanging_adapters_recompiles_nothing(four_bits, kwargs):
             assert_close(compiled(**batch).logits, expected["1"])
 
 
+@pytest.mark.parametrize("method", ["dora", "two", "prefix"])
+def test_what_was_kept_of_tensors_that_are_gone_serves_no_others_at_their_address(method):
+    configs = [fp.LoraConfig(use_dora=method == "dora"), fp.LoraConfig()]
+    if method == "prefix":
+        configs = [fp.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")]
+    model = serving(*configs[: 2 if method == "two" else 1])
+    model.set_adapter(["default", "1"] if method == "two" else "default")
+    name = next(n for n, _ in model.named_parameters() if "lora_B.default" in n or "prompt_encoder" in n)
+    shape, batch = model.get_parameter(name).shape, tiny.inputs()
+
+    def given(i):
+        return torch.linspace(-1, i, shape.numel()).view(shape)
+
+    with torch.no_grad():
+        got = [torch.func.functional_call(model, {name: given(i)}, (), batch).logits for i in range(100)]
+        for i, logits in enumerate(got):
+            model.get_parameter(name).copy_(given(i))
+            assert_close(logits, model(**batch).logits)
+
+
 def assert_close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -515,7 +515,7 @@ class Prefixes:
             return held[2]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = self._work_out(source, others)
-        self._made.keep(names, (name, others), (own, rest, values))
+        self._made.keep(names, (name, others), (own, rest, values, parameters))
         return values
 
     @property

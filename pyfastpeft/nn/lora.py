@@ -110,7 +110,10 @@ def _pair(n_in: int, r: int, n_out: int, bias: bool, initialize: bool) -> tuple[
 
 
 def stamp_of(tensors: list[Tensor]) -> tuple | None:
-    """Changes whenever a value may have changed; None where that cannot be told."""
+    """Changes whenever a value may have changed; None where that cannot be told.
+
+    Whoever keeps it keeps an adapter's tensors: the address of one that is gone may be another's.
+    """
     if any(t.is_inference() for t in tensors):
         return None
     return tuple((t.data_ptr(), t._version) for t in tensors)
@@ -376,7 +379,7 @@ class LoraLayer(nn.Module):
         stamp = stamp_of(tensors)
         held = self._cache.get(names, key)
         if held is None or stamp is None or held[0] != stamp:
-            held = stamp, compute()
+            held = stamp, compute(), [t for t in tensors if t is not self.weight]  # which may be offloaded
             self._cache.keep(names, key, held)
         return held[1]
 
