@@ -84,16 +84,16 @@ def test_the_branch_is_exact(isa):
     n, k = 40, 512
     w = fp.quantize_4bit(torch.randn(n, k) * 1e-8, "nf4")
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 6e-3)):
-        x = torch.randn(20, k).to(dtype)
-        for rows in (3, 20):
-            a, b = adapter(n, k, 7)
+        x = torch.randn(70, k).to(dtype)
+        for rows, rank in ((3, 7), (20, 7), (70, 7), (20, 40), (70, 107)):
+            a, b = adapter(n, k, rank)
             slots = BankView(
                 torch.stack([a, -a]), torch.stack([b, b]), torch.tensor([1.0, 0.5]), torch.arange(rows) % 3 - 1
             )
-            for lora in ((a, b, 2.0), pack_lora(a, b, 2.0), pack_lora(a, b, torch.rand(rows, 7)), slots):
+            for lora in ((a, b, 2.0), pack_lora(a, b, 2.0), pack_lora(a, b, torch.rand(rows, rank)), slots):
                 got = linear_4bit(x[:rows], w, None, lora, compute="int8")
                 expected = linear_4bit(x[:rows], w, None, lora)
-                assert error(got, expected, rows * 7) <= bound, type(lora)
+                assert error(got, expected, rows * rank) <= bound, (type(lora), rows, rank)
 
 
 @pytest.mark.parametrize("rows", [4, 17, 65])

@@ -1028,49 +1028,83 @@ struct Algorithm {
       }
   }
 
-  // MB rows of x times `steps` pairs of a tile, in kParts independent chains a row. What lies kCodesAhead further is
-  // asked for, up to `end` and then from `next` on.
-  template <int MB>
-  static void dots_rows(const E* x, int64_t ldx, const uint16_t* pairs, int64_t steps, const char* end,
-                        const char* next, float* out) {
-    constexpr int kParts = MB >= 8 ? 1 : 8 / MB;
-    constexpr MakeInts<MB> rows{};
+  static constexpr int kManyDots = 6;  // rows at once of a matrix that stays in cache
+
+  // MB rows of x times `steps` pairs of NT tiles, `stride` from one tile to the next, in independent chains. Of a
+  // matrix that is read once or twice, what lies kCodesAhead further is asked for, up to `end` and then from `next` on.
+  template <int MB, int NT>
+  static void dots_rows(const E* x, int64_t ldx, const uint16_t* pairs, int64_t stride, int64_t steps, const char* end,
+                        const char* next, float (*out)[MB][kTile]) {
+    constexpr int kParts = MB * NT > kManyDots ? 1 : MB == kManyDots ? 2 : 8 / MB;
     constexpr MakeInts<kParts> parts{};
     for (int u = 0; u < kTileVecs; ++u) {
-      F part[MB][kParts];
-      each(rows, PF_BODY(int M) { each(parts, PF_BODY(int P) { part[M][P] = V::zero(); }); });
+      F part[NT][MB][kParts];
+      each(
+          MakeInts<NT * MB>{},
+          PF_BODY(int I) { each(parts, PF_BODY(int P) { part[I % NT][I / NT][P] = V::zero(); }); });
       const auto step = [&]<int P>(int64_t s) __attribute__((always_inline)) {
         const uint16_t* at = pairs + (s * kTileVecs + u) * kLanes * 2;
-        const char* ahead = reinterpret_cast<const char*>(at) + kCodesAhead;
-        prefetch_stream(ahead < end ? ahead : next + (ahead - end));
-        const auto w = A::load_pairs(at);
-        each(rows, PF_BODY(int M) { part[M][P] = A::fma_pairs(part[M][P], w, x + M * ldx + s * 2); });
+        decltype(A::load_pairs(at)) w[NT];
+        each(
+            MakeInts<NT>{}, PF_BODY(int T) {
+              w[T] = A::load_pairs(at + T * stride);
+              if constexpr (MB < kManyDots) {
+                const char* ahead = reinterpret_cast<const char*>(at + T * stride) + kCodesAhead;
+                prefetch_stream(ahead < end ? ahead : next + (ahead - end));
+              }
+            });
+        each(
+            MakeInts<NT * MB>{}, PF_BODY(int I) {
+              F& sum = part[I % NT][I / NT][P];
+              sum = A::fma_pairs(sum, w[I % NT], x + I / NT * ldx + s * 2);
+            });
       };
       int64_t s = 0;
       for (; s + kParts <= steps; s += kParts) each(parts, PF_BODY(int P) { step.template operator()<P>(s + P); });
       for (; s < steps; ++s) step.template operator()<0>(s);
       each(
-          rows, PF_BODY(int M) {
-            F sum = part[M][0];
-            for (int p = 1; p < kParts; ++p) sum = V::add(sum, part[M][p]);
-            V::store(out + M * kTile + u * kLanes, sum);
+          MakeInts<NT * MB>{}, PF_BODY(int I) {
+            const F* chains = part[I % NT][I / NT];
+            F sum = chains[0];
+            for (int p = 1; p < kParts; ++p) sum = V::add(sum, chains[p]);
+            V::store(out[I % NT][I / NT] + u * kLanes, sum);
           });
     }
   }
 
-  static void dots_packed(const GemvArgs& g, const Matrix& p, int64_t tile, int64_t col0, int64_t col1,
+  static void dots_packed(const GemvArgs& g, const Matrix& p, int64_t tile0, int64_t tile1, int64_t col0, int64_t col1,
                           const void* next, float* out) {
-    alignas(64) float sums[16][kTile];
-    const int64_t steps = (col1 - col0) / 2, lanes = min64(kTile, p.rows - tile * kTile);
-    const E* x = static_cast<const E*>(g.x) + col0;
-    const uint16_t* pairs = p.pairs(tile, col0);
+    const int64_t steps = (col1 - col0) / 2, stride = p.pairs(1, 0) - p.pairs(0, 0);
     const char* end = reinterpret_cast<const char*>(p.pairs(ceil_div(p.rows, kTile), 0));
-    const char* then = static_cast<const char*>(next);
+    // Blocks of MB rows from m, NT tiles each; then what is left.
+    const auto blocks = [&]<int MB, int NT>(int64_t m, int64_t tile) {
+      alignas(64) float sums[NT][MB][kTile];
+      for (; m + MB <= g.rows; m += MB) {
+        dots_rows<MB, NT>(static_cast<const E*>(g.x) + m * g.ldx + col0, g.ldx, p.pairs(tile, col0), stride, steps, end,
+                          static_cast<const char*>(next), sums);
+        for (int t = 0; t < NT; ++t)
+          for (int r = 0; r < MB; ++r)
+            copy_bytes(out + (m + r) * p.rows + (tile + t) * kTile, sums[t][r],
+                       min64(kTile, p.rows - (tile + t) * kTile) * sizeof(float));
+      }
+      return m;
+    };
     int64_t m = 0;
-    for (; m + 4 <= g.rows; m += 4) dots_rows<4>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
-    for (; m + 2 <= g.rows; m += 2) dots_rows<2>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
-    for (; m < g.rows; ++m) dots_rows<1>(x + m * g.ldx, g.ldx, pairs, steps, end, then, sums[m]);
-    for (m = 0; m < g.rows; ++m) copy_bytes(out + m * p.rows + tile * kTile, sums[m], lanes * sizeof(float));
+    if constexpr (V::kMicroRows > kManyDots)
+      for (int64_t t = tile0; g.rows > kFewRows && t < tile1;) {
+        const auto many = [&]<int NT>() { m = blocks.template operator()<kManyDots, NT>(0, t), t += NT; };
+        if (tile1 - t >= 4)
+          many.template operator()<4>();
+        else if (tile1 - t >= 2)
+          many.template operator()<2>();
+        else
+          many.template operator()<1>();
+      }
+    for (int64_t t = tile0; t < tile1; ++t) {
+      int64_t r = blocks.template operator()<4, 1>(m, t);
+      r = blocks.template operator()<2, 1>(r, t);
+      blocks.template operator()<1, 1>(r, t);
+    }
   }
 
   // Few rows' decoding where lanes are the rows of a tile: a vector of codes gives its columns one step after the

@@ -194,10 +194,10 @@ struct Arithmetic {
   // The same with lanes = columns of `src` (contraction along the rows).
   void (*pack_panels)(const Matrix& src, void* dst, int64_t group0, int64_t group1);
   void (*gemv)(const GemvArgs&, int64_t tile0, int64_t tile1);
-  // Few rows of x (as GemvArgs has them) times a tile of a packed matrix over its columns [col0, col1), both even: the
-  // tile's part of out [rows, p.rows]. `next` is what the caller reads after p.
-  void (*dots_packed)(const GemvArgs& x, const Matrix& p, int64_t tile, int64_t col0, int64_t col1, const void* next,
-                      float* out);
+  // Rows of x (as GemvArgs has them) times tiles [tile0, tile1) of a packed matrix over its columns [col0, col1), both
+  // even: the tiles' part of out [rows, p.rows]. `next` is what the caller reads after p.
+  void (*dots_packed)(const GemvArgs& x, const Matrix& p, int64_t tile0, int64_t tile1, int64_t col0, int64_t col1,
+                      const void* next, float* out);
   // Asks for what gemv reads first of the branch's B.
   void (*prefetch_b)(const Matrix& b, int64_t tile0);
   // Float32 [rows, cols] to the element type, rows of odd length padded with a zero.

@@ -109,19 +109,24 @@ FewRows few_rows(const Kernels& k, const Arithmetic& arith, const Matrix& x, boo
 constexpr int64_t kMostSplitRows = 64;  // of which threads share the columns; more they share as rows
 constexpr int64_t kReading = 20;        // multiply-adds in the time that an element of A takes to arrive
 
+// Tiles of a packed A.
+int64_t tiles_of(const Branch& branch) { return (branch.rank() + kTile - 1) / kTile; }
+
 // s [rows, R] = dropout(x) A^T, in parts that threads take as they come. The sums do not depend on who took what.
 class BranchSums {
  public:
-  // Of few rows as they are, without dropout.
+  // Of rows as they lie, without dropout.
   BranchSums(const Kernels& k, const Arithmetic& arith, const FewRows& few, int64_t rows, const Branch& branch)
       : arith_(arith), branch_(branch), count_(rows * branch.rank()), kernels_(&k), few_(few) {
     args_.x = few.x;
     args_.ldx = few.ldx;
     args_.rows = rows;
-    // A part of a packed A is a range of columns of one tile, in the order of memory; else it is a range of rows.
+    // A part of a packed A is a range of columns: of one tile, in the order of memory, or, where it is used more often
+    // than that counts, of four. Else it is a range of rows.
     if (branch.a.packed) {
+      together_ = rows > arith.few_rows ? 4 : 1;
       split(branch.a.cols, 256, true);
-      parts_ = summands_ * ((branch.rank() + kTile - 1) / kTile);
+      parts_ = summands_ * ((tiles_of(branch) + together_ - 1) / together_);
     } else {
       split(branch.a.rows, 4, false);
     }
@@ -174,12 +179,13 @@ class BranchSums {
 
   void compute(int64_t part, const void* next) {
     const bool tiled = kernels_ != nullptr && branch_.a.packed;
-    const int64_t tile = tiled ? part / summands_ : 0, summand = part - tile * summands_;
+    const int64_t group = tiled ? part / summands_ : 0, summand = part - group * summands_;
     const int64_t begin = summand * step_, end = std::min(begin + step_, size_);
     if (kernels_ == nullptr)
       arith_.rows_times_t(dropped_, branch_.a, sums_ + summand * count_, 0, dropped_.rows, begin, end);
     else if (tiled)
-      arith_.dots_packed(args_, branch_.a, tile, begin, end, next, sums_ + summand * count_);
+      arith_.dots_packed(args_, branch_.a, group * together_, std::min((group + 1) * together_, tiles_of(branch_)),
+                         begin, end, next, sums_ + summand * count_);
     else
       kernels_->dots(few_.xf, few_.ldxf, args_.rows, branch_.a, sums_, begin, end);
   }
@@ -188,10 +194,11 @@ class BranchSums {
   const Branch& branch_;
   int64_t count_, size_, step_, parts_, summands_;
   float* sums_;
-  const Kernels* kernels_ = nullptr;  // of few rows
+  int64_t together_ = 1;
+  const Kernels* kernels_ = nullptr;  // of rows as they lie
   FewRows few_{};
   GemvArgs args_{};
-  PackedRows dropped_{};  // of more
+  PackedRows dropped_{};  // of others
   std::atomic<int64_t> taken_{0}, done_{0};
 };
 
@@ -202,11 +209,23 @@ PackedRows pack_dropped(const Arithmetic& arith, const Matrix& x, const PackedRo
   return pack_rows(arith, x, nullptr, 0, mask_only(dropout), kSlotDropped, parallel);
 }
 
+// Whether a packed A takes x as it lies: packing x for it alone takes as long as multiplying by 16 ranks.
+bool as_it_lies(const Arithmetic& arith, const Matrix& x, const Branch& branch) {
+  return branch.a.packed && x.dtype == arith.element && !arith.tiles && branch.dropout.threshold == 0;
+}
+
 // s [rows, R] of many rows.
-void many_rows_sums(const Arithmetic& arith, const PackedRows& dropped, const Branch& branch, float* s,
+void many_rows_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& dropped, const Branch& branch, float* s,
                     ParallelFor parallel) {
   const int64_t rank = branch.rank();
-  run(parallel, dropped.rows, grain_of(dropped.cols * rank), [&](int64_t r0, int64_t r1) {
+  run(parallel, x.rows, grain_of(x.cols * rank), [&](int64_t r0, int64_t r1) {
+    if (as_it_lies(arith, x, branch)) {
+      GemvArgs own{};
+      own.x = x.row(r0);
+      own.ldx = x.ld;
+      own.rows = r1 - r0;
+      return arith.dots_packed(own, branch.a, 0, tiles_of(branch), 0, branch.a.cols, branch.a.data, s + r0 * rank);
+    }
     arith.rows_times_t(dropped, branch.a, s, r0, r1, 0, dropped.cols);
     if (branch.dropout.threshold != 0)
       for (int64_t i = r0 * rank; i < r1 * rank; ++i) s[i] *= branch.dropout.scale;
@@ -233,11 +252,11 @@ PackedRows pack_scaled(const Arithmetic& arith, const float* s, int64_t rows, co
 }
 
 // The same of s = dropout(x) A^T for more rows than share their columns; s may be null.
-PackedRows pack_many_sums(const Arithmetic& arith, const PackedRows& dropped, const Branch& branch, float* s,
-                          ParallelFor parallel) {
-  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, dropped.rows * branch.rank() * sizeof(float)));
-  many_rows_sums(arith, dropped, branch, s, parallel);
-  return pack_scaled(arith, s, dropped.rows, branch, parallel);
+PackedRows pack_many_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& dropped, const Branch& branch,
+                          float* s, ParallelFor parallel) {
+  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, x.rows * branch.rank() * sizeof(float)));
+  many_rows_sums(arith, x, dropped, branch, s, parallel);
+  return pack_scaled(arith, s, x.rows, branch, parallel);
 }
 
 // The same of sums that are finished, by and for the calling thread.
@@ -262,7 +281,7 @@ void branch_sums(const Kernels& k, const Arithmetic& arith, const Matrix& x, con
   if (few) return all(BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), x.rows, branch));
   const PackedRows dropped = pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
   if (x.rows <= kMostSplitRows) return all(BranchSums(arith, dropped, branch));
-  many_rows_sums(arith, dropped, branch, s, parallel);
+  many_rows_sums(arith, x, dropped, branch, s, parallel);
 }
 
 // ds^T [R, rows] = ((dy B) * factor)^T of dy as panels.
@@ -364,7 +383,7 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   if (rank == 0) return run(parallel, units, grain, whole);
   const PackedRows dropped = pack_dropped(arith, x, args.x, branch.dropout, parallel);
   if (rows > kMostSplitRows) {
-    args.s = pack_many_sums(arith, dropped, branch, s, parallel);
+    args.s = pack_many_sums(arith, x, dropped, branch, s, parallel);
     return run(parallel, units, grain, whole);
   }
   // One region for both, as with few rows.
@@ -453,11 +472,11 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   const auto whole = [&](int64_t g0, int64_t g1) { product(args, g0, g1); };
   run(parallel, rows, grain_of(x.cols * 4), [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, bytes, r0, r1); });
   if (rank == 0) return run(parallel, groups, grain, whole);
-  const bool few = is_few(arith, w, x, branch);
+  const bool few = is_few(arith, w, x, branch) || as_it_lies(arith, x, branch);
   const PackedRows dropped =
       few ? PackedRows{} : pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
   if (rows > kMostSplitRows) {
-    args.s = pack_many_sums(arith, dropped, branch, nullptr, parallel);
+    args.s = pack_many_sums(arith, x, dropped, branch, nullptr, parallel);
     return run(parallel, groups, grain, whole);
   }
   // One region for both, as in linear_forward.
