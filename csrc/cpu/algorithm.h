@@ -100,14 +100,14 @@ constexpr int kGroupLanes = V::kGroupVecs * kLanes;
 // end of a tile, the time becomes the larger of arithmetic and memory, not their sum. Codes come into the second-level
 // cache, which has more requests under way than the first (4096 x 4096, 2 rows: 418 us for 529 on Zen 4); on Zen 5 into
 // the first, which has as many (4096 x 14336, one row: 775 us for 890).
+// The B of the branch is asked for by tiles: a tile's is short, and no hardware sees it coming.
 #ifdef PF_BF16X2
-constexpr int64_t kCodesAhead = 24576, kRowsAhead = 4096, kLocality = 3;
+constexpr int64_t kCodesAhead = 24576, kRowsAhead = 4096, kTilesAhead = 2, kLocality = 3;
 #else
-constexpr int64_t kCodesAhead = 16384, kRowsAhead = 16384, kLocality = 2;
+constexpr int64_t kCodesAhead = 16384, kRowsAhead = 16384, kTilesAhead = 8, kLocality = 2;
 #endif
 constexpr int64_t kScalesAhead = 1024;
 PF_INLINE void prefetch_stream(const void* at) { __builtin_prefetch(at, 0, kLocality); }
-constexpr int64_t kTilesAhead = 8;  // for the B of the branch: a tile's is short, and no hardware sees it coming
 
 // Calls body.operator()<I>() for each I, everything inlined.
 #define PF_BODY(index) [&]<index>() __attribute__((always_inline))
