@@ -96,7 +96,7 @@ def test_the_branch_is_exact(isa):
                 assert error(got, expected, rows * rank) <= bound, (type(lora), rows, rank)
 
 
-@pytest.mark.parametrize("rows", [4, 17, 65])
+@pytest.mark.parametrize("rows", [4, 17, 65, 301])
 def test_threads_share_the_branch(isa, rows):
     n, k, rank = 6144, 1024, 33
     w, (a, b), x = packed_weight(n, k), adapter(n, k, rank), torch.randn(rows, k).bfloat16()

@@ -24,6 +24,10 @@ bool threads_sleep() {
 const int64_t kThreadWork = int64_t{1} << (threads_sleep() ? 23 : 19);
 constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple of
 
+// Multiply-adds in a third of the time in which an element is copied, or rounded to 8 bits: a pass that does nothing
+// else must pay for waking a thread by itself.
+constexpr int64_t kPacking = 12, kQuantizing = 20;
+
 int64_t grain_of(int64_t work_per_item) { return kThreadWork / std::max<int64_t>(work_per_item, 1); }
 
 const Arithmetic& arithmetic_for(const Kernels& k, int dtype) {
@@ -60,7 +64,7 @@ void times_factor(const float* s, const float* factor, const Branch& branch, int
 PackedRows pack_rows(const Arithmetic& arith, const Matrix& m, const float* factor, int64_t factor_ld,
                      const Dropout& dropout, Slot slot, ParallelFor parallel) {
   void* out = scratch(slot, arith.packed_rows_bytes(m.rows, m.cols));
-  run(parallel, m.rows, grain_of(m.cols * 4),
+  run(parallel, m.rows, grain_of(m.cols * kPacking),
       [&](int64_t r0, int64_t r1) { arith.pack_rows(m, factor, factor_ld, dropout, out, r0, r1); });
   return {out, m.rows, m.cols};
 }
@@ -214,24 +218,6 @@ bool as_it_lies(const Arithmetic& arith, const Matrix& x, const Branch& branch) 
   return branch.a.packed && x.dtype == arith.element && !arith.tiles && branch.dropout.threshold == 0;
 }
 
-// s [rows, R] of many rows.
-void many_rows_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& dropped, const Branch& branch, float* s,
-                    ParallelFor parallel) {
-  const int64_t rank = branch.rank();
-  run(parallel, x.rows, grain_of(x.cols * rank), [&](int64_t r0, int64_t r1) {
-    if (as_it_lies(arith, x, branch)) {
-      GemvArgs own{};
-      own.x = x.row(r0);
-      own.ldx = x.ld;
-      own.rows = r1 - r0;
-      return arith.dots_packed(own, branch.a, 0, tiles_of(branch), 0, branch.a.cols, branch.a.data, s + r0 * rank);
-    }
-    arith.rows_times_t(dropped, branch.a, s, r0, r1, 0, dropped.cols);
-    if (branch.dropout.threshold != 0)
-      for (int64_t i = r0 * rank; i < r1 * rank; ++i) s[i] *= branch.dropout.scale;
-  });
-}
-
 constexpr int64_t kPair = 2;  // tiles that stay together, as a group
 int64_t pairs_of(const Weight& w) { return (w.tiles() + kPair - 1) / kPair; }
 
@@ -239,24 +225,43 @@ bool is_few(const Arithmetic& arith, const Weight& w, const Matrix& x, const Bra
   return x.rows <= (w.zero == nullptr ? arith.few_rows : arith.few_rows_of_zeros) && branch.dropout.threshold == 0;
 }
 
-// s * factor, packed.
-PackedRows pack_scaled(const Arithmetic& arith, const float* s, int64_t rows, const Branch& branch,
-                       ParallelFor parallel) {
+// Rows [r0, r1) of s * factor, packed among `rows`. Where rows choose, factor becomes the product.
+void pack_scaled(const Arithmetic& arith, const float* s, float* factor, const Branch& branch, int64_t rows,
+                 void* packed, int64_t r0, int64_t r1) {
   const int64_t rank = branch.rank();
-  float* factor = branch_factor(branch, rows, rank);
-  if (branch.row_scale_ld == 0)
-    return pack_rows(arith, {s, kFloat32, rows, rank, rank}, factor, 0, {}, kSlotS, parallel);
-  run(parallel, rows, grain_of(rank * 4),
-      [&](int64_t r0, int64_t r1) { times_factor(s, factor, branch, r0, r1, factor); });
-  return pack_rows(arith, {factor, kFloat32, rows, rank, rank}, nullptr, 0, {}, kSlotS, parallel);
+  if (branch.row_scale_ld == 0) return arith.pack_rows({s, kFloat32, rows, rank, rank}, factor, 0, {}, packed, r0, r1);
+  times_factor(s, factor, branch, r0, r1, factor);
+  arith.pack_rows({factor, kFloat32, rows, rank, rank}, nullptr, 0, {}, packed, r0, r1);
 }
 
-// The same of s = dropout(x) A^T for more rows than share their columns; s may be null.
+// s [rows, R] = dropout(x) A^T of more rows than share their columns, and s * factor packed. A thread does everything
+// for its rows, `of_rows(r0, r1)` first, which packs them where s needs that: waking it takes as long as some of it.
+// s may be null.
+template <class OfRows>
 PackedRows pack_many_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& dropped, const Branch& branch,
-                          float* s, ParallelFor parallel) {
-  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, x.rows * branch.rank() * sizeof(float)));
-  many_rows_sums(arith, x, dropped, branch, s, parallel);
-  return pack_scaled(arith, s, x.rows, branch, parallel);
+                          float* s, ParallelFor parallel, const OfRows& of_rows) {
+  constexpr int64_t kTogether = 12;  // which rows meet in a kernel must not depend on the number of threads
+  const int64_t rows = x.rows, rank = branch.rank(), units = (rows + kTogether - 1) / kTogether;
+  if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, rows * rank * sizeof(float)));
+  float* factor = branch_factor(branch, rows, rank);
+  void* packed = scratch(kSlotS, arith.packed_rows_bytes(rows, rank));
+  run(parallel, units, grain_of(kTogether * x.cols * (rank + 4)), [&](int64_t u0, int64_t u1) {
+    const int64_t r0 = u0 * kTogether, r1 = std::min(u1 * kTogether, rows);
+    of_rows(r0, r1);
+    if (as_it_lies(arith, x, branch)) {
+      GemvArgs own{};
+      own.x = x.row(r0);
+      own.ldx = x.ld;
+      own.rows = r1 - r0;
+      arith.dots_packed(own, branch.a, 0, tiles_of(branch), 0, branch.a.cols, branch.a.data, s + r0 * rank);
+    } else {
+      arith.rows_times_t(dropped, branch.a, s, r0, r1, 0, dropped.cols);
+      if (branch.dropout.threshold != 0)
+        for (int64_t i = r0 * rank; i < r1 * rank; ++i) s[i] *= branch.dropout.scale;
+    }
+    pack_scaled(arith, s, factor, branch, rows, packed, r0, r1);
+  });
+  return {packed, rows, rank};
 }
 
 // The same of sums that are finished, by and for the calling thread.
@@ -271,17 +276,25 @@ PackedRows pack_sums(const Arithmetic& arith, const BranchSums& sums, const floa
   return {packed, rows, rank};
 }
 
-// s [rows, R] = dropout(x) A^T for any rows, by all threads.
-void branch_sums(const Kernels& k, const Arithmetic& arith, const Matrix& x, const Branch& branch, bool few, float* s,
-                 ParallelFor parallel) {
+// s [rows, R] = dropout(x) A^T for any rows, by all threads, and s * factor packed.
+PackedRows branch_sums(const Kernels& k, const Arithmetic& arith, const Matrix& x, const Branch& branch, float* s,
+                       ParallelFor parallel) {
+  const int64_t rows = x.rows, rank = branch.rank();
   const auto all = [&](BranchSums&& sums) {
     sums.finish(parallel);
     sums.store(s);
+    void* packed = scratch(kSlotS, arith.packed_rows_bytes(rows, rank));
+    pack_scaled(arith, s, branch_factor(branch, rows, rank), branch, rows, packed, 0, rows);
+    return PackedRows{packed, rows, rank};
   };
-  if (few) return all(BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), x.rows, branch));
-  const PackedRows dropped = pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
-  if (x.rows <= kMostSplitRows) return all(BranchSums(arith, dropped, branch));
-  many_rows_sums(arith, x, dropped, branch, s, parallel);
+  if (rows <= arith.few_rows && branch.dropout.threshold == 0)
+    return all(BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), rows, branch));
+  if (rows <= kMostSplitRows)
+    return all(BranchSums(arith, pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel), branch));
+  void* dropped = scratch(kSlotX, arith.packed_rows_bytes(rows, x.cols));
+  return pack_many_sums(arith, x, {dropped, rows, x.cols}, branch, s, parallel, [&](int64_t r0, int64_t r1) {
+    arith.pack_rows(x, nullptr, 0, mask_only(branch.dropout), dropped, r0, r1);
+  });
 }
 
 // ds^T [R, rows] = ((dy B) * factor)^T of dy as panels.
@@ -374,18 +387,25 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   if (is_few(arith, w, x, branch)) return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
   const int64_t rank = branch.rank(), rows = x.rows;
   const bool late = w.zero == nullptr && rows <= arith.late_rows;
-  GemmArgs args{w, late, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), {}, branch.b, bias, y, y_dtype, w.n};
+  GemmArgs args{w, late, {}, {}, branch.b, bias, y, y_dtype, w.n};
   const int64_t units = pairs_of(w), grain = grain_of(kPair * kTile * w.k * rows);
   const auto product = [&](const GemmArgs& own, int64_t u0, int64_t u1) {
     arith.gemm(own, u0 * kPair, std::min(u1 * kPair, w.tiles()));
   };
   const auto whole = [&](int64_t u0, int64_t u1) { product(args, u0, u1); };
-  if (rank == 0) return run(parallel, units, grain, whole);
-  const PackedRows dropped = pack_dropped(arith, x, args.x, branch.dropout, parallel);
-  if (rows > kMostSplitRows) {
-    args.s = pack_many_sums(arith, x, dropped, branch, s, parallel);
+  if (rank > 0 && rows > kMostSplitRows) {
+    const auto room = [&](Slot slot) { return scratch(slot, arith.packed_rows_bytes(rows, x.cols)); };
+    void *own = room(kSlotX), *dropped = branch.dropout.threshold == 0 ? own : room(kSlotDropped);
+    args.x = {own, rows, x.cols};
+    args.s = pack_many_sums(arith, x, {dropped, rows, x.cols}, branch, s, parallel, [&](int64_t r0, int64_t r1) {
+      arith.pack_rows(x, nullptr, 0, {}, own, r0, r1);
+      if (dropped != own) arith.pack_rows(x, nullptr, 0, mask_only(branch.dropout), dropped, r0, r1);
+    });
     return run(parallel, units, grain, whole);
   }
+  args.x = pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel);
+  if (rank == 0) return run(parallel, units, grain, whole);
+  const PackedRows dropped = pack_dropped(arith, x, args.x, branch.dropout, parallel);
   // One region for both, as with few rows.
   BranchSums sums(arith, dropped, branch);
   const float* factor = branch_factor(branch, rows, rank);
@@ -403,8 +423,7 @@ void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, voi
   if (rows == 0 || base.cols == 0) return;
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
-  branch_sums(k, arith, x, branch, rows <= arith.few_rows && branch.dropout.threshold == 0, s, parallel);
-  GemmArgs args{{}, false,      {nullptr, rows, 0}, pack_scaled(arith, s, rows, branch, parallel), branch.b, nullptr,
+  GemmArgs args{{}, false,      {nullptr, rows, 0}, branch_sums(k, arith, x, branch, s, parallel), branch.b, nullptr,
                 y,  base.dtype, base.cols};
   args.w.n = base.cols;
   args.base = base;
@@ -470,15 +489,21 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
     k.int8.product(own, g0 * group, std::min(g1 * group, w.tiles()));
   };
   const auto whole = [&](int64_t g0, int64_t g1) { product(args, g0, g1); };
-  run(parallel, rows, grain_of(x.cols * 4), [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, bytes, r0, r1); });
-  if (rank == 0) return run(parallel, groups, grain, whole);
-  const bool few = is_few(arith, w, x, branch) || as_it_lies(arith, x, branch);
-  const PackedRows dropped =
-      few ? PackedRows{} : pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
-  if (rows > kMostSplitRows) {
-    args.s = pack_many_sums(arith, x, dropped, branch, nullptr, parallel);
+  const bool plain = as_it_lies(arith, x, branch);
+  if (rank > 0 && rows > kMostSplitRows) {
+    void* dropped = plain ? nullptr : scratch(kSlotX, arith.packed_rows_bytes(rows, x.cols));
+    args.s = pack_many_sums(arith, x, {dropped, rows, x.cols}, branch, nullptr, parallel, [&](int64_t r0, int64_t r1) {
+      k.int8.quantize(x, w, bytes, r0, r1);
+      if (!plain) arith.pack_rows(x, nullptr, 0, mask_only(branch.dropout), dropped, r0, r1);
+    });
     return run(parallel, groups, grain, whole);
   }
+  run(parallel, rows, grain_of(x.cols * kQuantizing),
+      [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, bytes, r0, r1); });
+  if (rank == 0) return run(parallel, groups, grain, whole);
+  const bool few = is_few(arith, w, x, branch) || plain;
+  const PackedRows dropped =
+      few ? PackedRows{} : pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
   // One region for both, as in linear_forward.
   BranchSums sums = few ? BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), rows, branch)
                         : BranchSums(arith, dropped, branch);
