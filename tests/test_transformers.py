@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from architectures import relative
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from transformers import (
@@ -211,6 +212,17 @@ def test_the_output_layer_is_converted_when_asked_for_unless_it_is_tied(tmp_path
         config = fp.FastPeftConfig(modules_to_not_convert=[])
         model = auto.from_pretrained(tmp_path / name, quantization_config=config)
         assert ("lm_head" in layers_4bit(model)) == converted
+
+
+def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_full_precision(tmp_path, ids):
+    sizes = {"hidden_size": 64, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 128}
+    original = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
+    original.save_pretrained(tmp_path)
+    for chosen in (None, ["lm_head"]):
+        config = fp.FastPeftConfig(modules_to_not_convert=chosen)
+        model = type(original).from_pretrained(tmp_path, quantization_config=config).eval()
+        assert {name.rpartition(".")[2] for name in layers_4bit(model)} == {"in_proj", "x_proj", "out_proj"}
+        assert relative(output(model, ids), output(original, ids)) < 0.5
 
 
 def test_a_layer_the_checkpoint_lacks_is_initialized_and_quantized(tmp_path):

@@ -322,7 +322,9 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 def layers_to_convert(model: PreTrainedModel, chosen: list[str] | None) -> dict[str, nn.Module]:
     """The layers to bring to 4 bits, by name, where ``chosen`` is a ``modules_to_not_convert``."""
     skip = [*_left_in_full_precision(model, chosen), *(model._keep_in_fp32_modules or ())]
-    return {name: module for name, module in linear_layers(model).items() if should_convert_module(name, skip)}
+    layers = linear_layers(model)
+    skip += [name for name in layers if name.endswith(".dt_proj")]  # by whose weight Mamba's mixers multiply themselves
+    return {name: module for name, module in layers.items() if should_convert_module(name, skip)}
 
 
 def nothing_to_convert(model: PreTrainedModel, config: FastPeftConfig) -> ValueError:
