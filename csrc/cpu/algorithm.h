@@ -101,10 +101,11 @@ constexpr int kGroupLanes = V::kGroupVecs * kLanes;
 // cache, which has more requests under way than the first (4096 x 4096, 2 rows: 418 us for 529 on Zen 4); on Zen 5 into
 // the first, which has as many (4096 x 14336, one row: 775 us for 890).
 // The B of the branch is asked for by tiles: a tile's is short, and no hardware sees it coming.
+constexpr int64_t kTilesAhead = 8;
 #ifdef PF_BF16X2
-constexpr int64_t kCodesAhead = 24576, kRowsAhead = 4096, kTilesAhead = 2, kLocality = 3;
+constexpr int64_t kCodesAhead = 24576, kRowsAhead = 4096, kFewTilesAhead = 2, kLocality = 3;
 #else
-constexpr int64_t kCodesAhead = 16384, kRowsAhead = 16384, kTilesAhead = 8, kLocality = 2;
+constexpr int64_t kCodesAhead = 16384, kRowsAhead = 16384, kFewTilesAhead = kTilesAhead, kLocality = 2;
 #endif
 constexpr int64_t kScalesAhead = 1024;
 PF_INLINE void prefetch_stream(const void* at) { __builtin_prefetch(at, 0, kLocality); }
@@ -1269,12 +1270,12 @@ struct Algorithm {
       t.zeros = g.w.zero == nullptr ? nullptr : g.w.zero + t.tile * segments * kTile;
       if (rank != 0 && g.lora_b.packed) {
         t.b_pairs = g.lora_b.pairs(t.tile, 0);
-        t.b_ahead = reinterpret_cast<const char*>(g.lora_b.pairs(min64(t.tile + kTilesAhead, tile1), 0));
-        t.b_ahead_end = reinterpret_cast<const char*>(g.lora_b.pairs(min64(t.tile + kTilesAhead + 1, tile1), 0));
+        t.b_ahead = reinterpret_cast<const char*>(g.lora_b.pairs(min64(t.tile + kFewTilesAhead, tile1), 0));
+        t.b_ahead_end = reinterpret_cast<const char*>(g.lora_b.pairs(min64(t.tile + kFewTilesAhead + 1, tile1), 0));
         t.b_lines = ceil_div(t.b_ahead_end - t.b_ahead, 64 * segments);
       } else if (rank != 0) {
         pack_lanes_t(g.lora_b, t.tile * kTile, 0, rank, made, 0, kTileVecs);
-        if (t.tile + kTilesAhead < tile1) prefetch_b(g.lora_b, t.tile + kTilesAhead);
+        if (t.tile + kFewTilesAhead < tile1) prefetch_b(g.lora_b, t.tile + kFewTilesAhead);
       }
       row_blocks(g.rows, [&](int64_t m, int n) { pick_gemv<D>(n, MakeInts<D::kMostRows>{})(g, t, m); }, D::kMostRows);
     }
