@@ -18,7 +18,7 @@ from ..formats import Packed4bit
 from ..formats.held import HeldBranch
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
-from .backends import FLOATS, Backend, check_floats, choose, native
+from .backends import FLOATS, Backend, check_floats, choose, native, recorded
 from .copy import Shelf
 
 
@@ -169,14 +169,14 @@ def linear_4bit(
             row_scale, scaling = scaling.float().contiguous(), 1.0
         if dropout > 0.0:
             seed = reference.new_seed(x.device)
-    recorded = needs_grad(x, bias, lora)
+    records = needs_grad(x, bias, lora)
     same_for_all = row_scale is None or row_scale.dim() == 1
-    backend = choose(w, x2.shape[0], x2.dtype, infers=not recorded and same_for_all, drops=seed is not None)
+    backend = choose(w, x2.shape[0], x2.dtype, infers=not records and same_for_all, drops=seed is not None)
     branch = (a, b, row_scale, scaling, seed, dropout)
     weight = w.rows().operands if backend in _OPERATORS else w.operands
     if backend in _IN_PYTHON:
         weight = (*weight[:5], w, *weight[6:])
-    if recorded:
+    if records:
         if compute is not None:
             raise ValueError(f"compute is {compute!r}, for inference only; x, bias or lora requires a gradient here")
         y = _Linear4bit.apply(x2, bias, *branch, backend, *weight)
@@ -212,11 +212,7 @@ def _inference(
 
 def needs_grad(x: Tensor, bias: Tensor | None, lora: AnyLora | None) -> bool:
     """Whether ``linear_4bit`` of these is recorded for autograd."""
-    return torch.is_grad_enabled() and (
-        x.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (lora is not None and (lora[0].requires_grad or lora[1].requires_grad))
-    )
+    return recorded(x, bias, *(() if lora is None else lora[:2]))
 
 
 def takes_int8(w: Packed4bit, compute: str | None) -> bool:

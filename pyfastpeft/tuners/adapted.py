@@ -119,8 +119,7 @@ class AdaptedModel(OneDevice, nn.Module):
         """
         config = self.resolved(config)
         tuner = self.tuner(config)
-        repeated = tuner.repeated(config)
-        tensors = {key: t for key, t in tensors.items() if key not in repeated}
+        tensors = tuner.once(config, tensors)
         expected = self.expected(config, False, tensors)
         optional = {k: tuple(t.shape) for k, t in tuner.optional(config).items()}
         check_tensors(tensors, expected, optional, source)

@@ -311,9 +311,9 @@ class Tuner:
         """Key → tensor of the base model that a file may hold as well; when loading it is copied over."""
         return {}
 
-    def repeated(self, config: Any) -> set[str]:
-        """Keys under which a file may hold once more what it holds under one of :meth:`expected`."""
-        return set()
+    def once(self, config: Any, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``values`` of a file without those that it holds under another key of :meth:`expected` as well."""
+        return values
 
     def attach(
         self,

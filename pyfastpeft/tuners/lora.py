@@ -401,9 +401,11 @@ class LoraTuner(Tuner):
     def _places(self, config: LoraConfig) -> list[Place]:
         return find_places(config.trainable_token_indices, self.model)
 
-    def repeated(self, config: LoraConfig) -> set[str]:
+    def once(self, config: LoraConfig, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """PEFT stores the rows of a tied head as well where it stores embeddings."""
-        return {f"{self.PREFIX}{p}.{DELTA}" for place in self._places(config) for p in place.layers if p != place.path}
+        tied = {p for place in self._places(config) for p in place.layers if p != place.path}
+        again = {f"{self.PREFIX}{path}.{DELTA}" for path in tied}
+        return {key: t for key, t in values.items() if key not in again}
 
     def optional(self, config: LoraConfig) -> dict[str, Tensor]:
         """The base embeddings under the keys that a file of PEFT's may hold them by (see :meth:`_saved_embeddings`)."""

@@ -44,8 +44,7 @@ class Swap:
                 "other base weights; use load_adapter"
             )
         tuner.check_same_tokens(name, old, new)
-        repeated = tuner.repeated(old)
-        tensors = {key: t for key, t in tensors.items() if key not in repeated}
+        tensors = tuner.once(old, tensors)
         layers = tuner.layers(name)
         if any(name in layer.merged_adapters for layer in layers.values()):
             raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
