@@ -276,7 +276,7 @@ void branch_micro(const typename A::Elem* s, const typename A::Elem* const* pane
         });
     each(
         rows, PF_BODY(int R) {
-          const typename A::X own = A::broadcast(s + R * Algorithm<A>::kStride);
+          const typename A::X own = A::broadcast(s + R * Product<A>::kStride);
           each(vecs, PF_BODY(int U) { sums[R][U] = A::fma(sums[R][U], w[U], own); });
         });
   }
@@ -293,7 +293,7 @@ auto pick_branch(int rows, IntList<R...>) {
 // instructions on tiles, the caller holds them.
 template <class A>
 void add_branch(const Part& part, void* made) {
-  using Exact = Algorithm<A>;
+  using Exact = Product<A>;
   using E = typename A::Elem;
   const Int8Args& g = part.g;
   for (int64_t i = 0; i < part.groups(); ++i)
@@ -385,7 +385,7 @@ inline void byte_product(const Int8Args& g, int64_t tile0, int64_t tile1) {
   const int64_t part_tiles = (few ? 1 : kPartGroups) * kByteGroupTiles, part_rows = min64(g.rows, kByteRows);
   float* c = static_cast<float*>(scratch(0, part_tiles * kTile * part_rows * sizeof(float)));
   constexpr int64_t kPanelBytes = kByteBlock * kByteLanes;
-  uint8_t* panel = static_cast<uint8_t*>(scratch(1, kPanelBytes + Algorithm<F32>::kBlock * kByteLanes * sizeof(float)));
+  uint8_t* panel = static_cast<uint8_t*>(scratch(1, kPanelBytes + Product<F32>::kBlock * kByteLanes * sizeof(float)));
 #ifdef PF_BF16
   [[maybe_unused]] const BF16::Tiles held;  // for the branch: holding them anew for each part shows
 #endif

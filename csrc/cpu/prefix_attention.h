@@ -44,8 +44,8 @@ struct Attention {
   static constexpr int64_t kSuper = 4;        // groups whose rows are contracted at once in the backward pass
   static constexpr int64_t kRow = 256 + 64 / sizeof(E);  // elements between rows to broadcast from
   static constexpr int64_t kPanelStep = kGroupLanes * kStep;
-  static constexpr bool kTiles = Algorithm<A>::kHasTiles;
-  static_assert(!kTiles || (kRow == Algorithm<A>::kStride && kTileKeys % (2 * A::Tiles::kRows) == 0));
+  static constexpr bool kTiles = Product<A>::kHasTiles;
+  static_assert(!kTiles || (kRow == Product<A>::kStride && kTileKeys % (2 * A::Tiles::kRows) == 0));
   static constexpr float kLeast = -3e38f;  // a running maximum of nothing: finite, so that differences are
   static_assert(kGroupLanes % (16 * kStep) == 0 && kTileKeys % kStep == 0 && kTileKeys >= kGroupLanes &&
                 kSuper * kGroupLanes <= 256);
@@ -193,10 +193,10 @@ struct Attention {
       };
       if (kNew) __builtin_memset(c, 0, rows * ldc * sizeof(float));
       if (!kNew && factor != nullptr) times([&](int v) { return V::load(factor + v * kLanes); });
-      Algorithm<A>::template multiply_tiles<kGroupTiles>(x, kStride, rows, panel, steps * kStep, {}, c, ldc);
+      Product<A>::template multiply_tiles<kGroupTiles>(x, kStride, rows, panel, steps * kStep, {}, c, ldc);
       if (kNew && *factor != 1.0f) times([&](int) { return V::set1(*factor); });
     } else {
-      Algorithm<A>::row_blocks(rows, [&](int64_t r0, int n) {
+      Product<A>::row_blocks(rows, [&](int64_t r0, int n) {
         pick<kStride, kNew>(n, MakeInts<V::kMicroRows>{})(x + r0 * kStride, x_step, panel, steps, c + r0 * ldc, ldc,
                                                           factor);
       });
@@ -618,7 +618,7 @@ struct Attention {
       constexpr int64_t kKeys = 2 * A::Tiles::kRows;
       for (int64_t j = 0; j < n; j += kKeys) body(j, static_cast<int>(min64(kKeys, n - j)));
     } else {
-      Algorithm<A>::row_blocks(n, body);
+      Product<A>::row_blocks(n, body);
     }
   }
 

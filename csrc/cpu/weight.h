@@ -41,7 +41,7 @@ struct Matrix {
 };
 
 // Broadcast-side operand of a product: rows in the arithmetic's element type, in blocks of `kBlock` columns:
-// [block][row][row stride]. See Layout in algorithm.h.
+// [block][row][row stride]. See panels.h.
 struct PackedRows {
   const void* data = nullptr;
   int64_t rows = 0, cols = 0;

@@ -1,0 +1,306 @@
+// The forward pass of many rows, and the backward pass. Included by algorithm.h, after product.h.
+
+template <class A>
+struct ManyRows : Product<A> {
+  using typename Product<A>::Ahead;
+  using typename Product<A>::E;
+  using typename Product<A>::Tiles;
+  using Product<A>::codes_ahead;
+  using Product<A>::decode_tile;
+  using Product<A>::decode_transposed;
+  using Product<A>::kBlock;
+  using Product<A>::kColumnChunk;
+  using Product<A>::kDecodingRows;
+  using Product<A>::kElement;
+  using Product<A>::kGroupPanel;
+  using Product<A>::kLateRows;
+  using Product<A>::kPanelTiles;
+  using Product<A>::kHasTiles;
+  using Product<A>::kStride;
+  using Product<A>::kStep;
+  using Product<A>::multiply;
+  using Product<A>::multiply_late;
+  using Product<A>::multiply_scaled;
+  using Product<A>::pack_lanes;
+  using Product<A>::pack_lanes_t;
+  using Product<A>::pack_rows;
+  using Product<A>::pack_rows_t;
+  using Product<A>::packed_block;
+  using Product<A>::packed_rows_bytes;
+
+  static constexpr int64_t kRowChunk = kHasTiles ? 512 : 256;  // rows whose float32 results stay in cache together
+
+  // ---- forward, many rows: decode a panel, then a dense product ----
+
+  static void gemm(const GemmArgs& g, int64_t tile0, int64_t tile1) {
+    const int64_t k = g.w.k, rank = g.lora_b.data == nullptr ? 0 : g.lora_b.cols;
+    E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
+    const bool late = kLateRows > 0 && g.late;
+    // More rows share what decoding costs where the weights are scaled (512 rows on Zen 5: 1.045 times dense bf16, not
+    // 1.012); with scales on the sums, on Zen 4, fewer were faster.
+    const int64_t chunk = kDecodingRows > 0 && !late ? 2 * kRowChunk : kRowChunk;
+    float* c = static_cast<float*>(scratch(1, chunk * kPanelTiles * kTile * sizeof(float)));
+    const int64_t count = ceil_div(tile1 - tile0, kPanelTiles);
+    [[maybe_unused]] const Tiles held;
+    constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
+    alignas(64) float scales[kGroupTiles * kScaleStride];
+    for (int64_t row0 = 0; row0 < g.x.rows; row0 += chunk) {
+      const int64_t rows = min64(chunk, g.x.rows - row0);
+      for (int64_t p = 0; p < count; ++p) {
+        // Even panels, of whole groups where that is possible.
+        const int64_t units = ceil_div(tile1 - tile0, kGroupTiles);
+        const int64_t t0 = tile0 + units * p / count * kGroupTiles;
+        const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
+        // body(first tile, tiles, sums) for each group: its panel of a block stays in the first-level cache.
+        const auto groups = [&](const auto& body) {
+          for (int64_t t = t0; t < t1; t += kGroupTiles)
+            body(t, min64(kGroupTiles, t1 - t), c + (t - t0) * kTile * rows);
+        };
+        groups([&](int64_t t, int64_t, float* out) {
+          alignas(64) float bias[kGroupLanes] = {};
+          const int64_t lanes = min64(kGroupLanes, g.w.n - t * kTile);
+          if (g.bias != nullptr) copy_bytes(bias, g.bias + t * kTile, lanes * sizeof(float));
+          for (int64_t r = 0; r < rows; ++r) {
+            copy_bytes(out + r * kGroupLanes, bias, sizeof(bias));
+            if (g.base.data == nullptr) continue;
+            const char* from = g.base.row(row0 + r) + t * kTile * dtype_size(g.base.dtype);
+            to_float(from, g.base.dtype, out + r * kGroupLanes, lanes);
+          }
+        });
+        const auto vecs_of = [](int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; };
+        for (int64_t col0 = 0; col0 < k; col0 += kBlock) {
+          const int64_t n = min64(kBlock, k - col0), segments = n > g.w.segment ? n / g.w.segment : 1;
+          const E* x = packed_block(g.x, col0 / kBlock) + row0 * kStride;
+          groups([&](int64_t t, int64_t tiles, float* out) {
+            const Ahead ahead = codes_ahead(g.w, t, t0, t1, col0, n);
+            for (int64_t i = 0; i < tiles; ++i) {
+              if (rank != 0 && col0 + n == k) prefetch_b(g.lora_b, t + i);
+              if (!late && kDecodingRows == 0) {
+                decode_tile(g.w, t + i, col0, n, ahead.tile(i), panel, i * kTileVecs, vecs_of(tiles));
+                continue;
+              }
+              float* own = scales + i * kScaleStride;
+              const float* from = tile_scales(g.w, t + i, col0 / g.w.segment, segments, own);
+              for (int64_t v = 0; v < segments * kTile; v += kLanes) V::store(own + v, A::clean(V::load(from + v)));
+            }
+            if constexpr (kLateRows > 0)
+              if (late)
+                return multiply_late(x, rows, g.w, t, tiles, col0, n, panel, segments, scales, kScaleStride, ahead, out,
+                                     kGroupLanes);
+            if constexpr (kDecodingRows > 0)
+              multiply_scaled(x, rows, g.w, t, tiles, col0, n, panel, scales, kScaleStride, ahead, out, kGroupLanes);
+            else
+              multiply(x, rows, panel, n, tiles, out, kGroupLanes, ahead);
+          });
+        }
+        for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
+          const int64_t n = min64(kBlock, rank - col0);
+          groups([&](int64_t t, int64_t tiles, float* out) {
+            for (int64_t i = 0; i < tiles; ++i)
+              pack_lanes_t(g.lora_b, (t + i) * kTile, col0, n, panel, i * kTileVecs, vecs_of(tiles));
+            multiply(packed_block(g.s, col0 / kBlock) + row0 * kStride, rows, panel, n, tiles, out, kGroupLanes);
+          });
+        }
+        for (int64_t r = 0; r < rows; ++r)
+          groups([&](int64_t t, int64_t, const float* sums) {
+            char* y = static_cast<char*>(g.y) + ((row0 + r) * g.ldy + t * kTile) * dtype_size(g.y_dtype);
+            from_float(sums + r * kGroupLanes, y, g.y_dtype, min64(kGroupLanes, g.w.n - t * kTile));
+          });
+      }
+    }
+  }
+
+  // ---- backward ----
+
+  static void dx(const DxArgs& g, int64_t col0, int64_t col1) {
+    [[maybe_unused]] const Tiles held;
+    const int64_t groups = ceil_div(g.rows, kGroupLanes), rank = g.ds == nullptr ? 0 : g.lora_a.rows;
+    const int64_t chunk_groups = kRowChunk / kGroupLanes;
+    E* wt = static_cast<E*>(scratch(0, kColumnChunk * kStride * sizeof(E)));
+    float* c = static_cast<float*>(scratch(1, kColumnChunk * kRowChunk * sizeof(float)));
+    for (int64_t g0 = 0; g0 < groups; g0 += chunk_groups) {
+      const int64_t ngroups = min64(chunk_groups, groups - g0);
+      const auto accumulate = [&](const void* panels, int64_t block, int64_t contraction, int64_t cols) {
+        const E* p = static_cast<const E*>(panels) + (block * groups + g0) * kGroupPanel;
+        multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, kGroupLanes);
+      };
+      // body(first row, rows, sums) for each group.
+      const auto each_group = [&](int64_t cols, const auto& body) {
+        for (int64_t i = 0; i < ngroups; ++i) {
+          const int64_t row0 = (g0 + i) * kGroupLanes;
+          body(row0, min64(kGroupLanes, g.rows - row0), c + i * cols * kGroupLanes);
+        }
+      };
+      for (int64_t k0 = col0; k0 < col1; k0 += kColumnChunk) {
+        const int64_t cols = min64(kColumnChunk, col1 - k0);
+        __builtin_memset(c, 0, cols * ngroups * kGroupLanes * sizeof(float));
+        for (int64_t r = 0; r < rank; r += kBlock) {
+          const int64_t n = min64(kBlock, rank - r);
+          Matrix part = g.lora_a;
+          part.data = g.lora_a.row(r);
+          part.rows = n;
+          Matrix shifted = part;  // its columns k0.. become rows 0..
+          shifted.data = static_cast<const char*>(part.data) + k0 * dtype_size(part.dtype);
+          shifted.cols = cols;
+          pack_rows_t(shifted, nullptr, 0, wt);
+          accumulate(g.ds, r / kBlock, n, cols);
+        }
+        if (rank != 0 && g.dropout.threshold != 0)
+          each_group(cols, [&](int64_t row0, int64_t rows, float* sums) {
+            drop_transposed(g.dropout, row0, rows, k0, cols, sums, kGroupLanes);
+          });
+        for (int64_t n0 = 0; n0 < g.w.tiles() * kTile; n0 += kBlock) {
+          const int64_t tile0 = n0 / kTile, tile1 = min64(g.w.tiles(), tile0 + kBlock / kTile);
+          decode_transposed(g.w, tile0, tile1, k0, cols, wt);
+          accumulate(g.dy, n0 / kBlock, min64((tile1 - tile0) * kTile, g.w.n - n0), cols);
+        }
+        each_group(cols, [&](int64_t row0, int64_t rows, const float* sums) {
+          store_transposed(sums, kGroupLanes, cols, rows, g.dx, g.dx_dtype, g.lddx, row0, k0);
+        });
+      }
+    }
+  }
+
+  // c[column][row] masked as element (row0 + row, col0 + column).
+  static void drop_transposed(const Dropout& d, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float* c,
+                              int64_t ldc) {
+    alignas(64) float factors[kColumnChunk];
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < cols; ++i) factors[i] = 1.0f;
+      apply_dropout(d, row0 + r, col0, cols, factors);
+      for (int64_t i = 0; i < cols; ++i) c[i * ldc + r] = factors[i] == 0.0f ? 0.0f : c[i * ldc + r] * factors[i];
+    }
+  }
+
+  // out[row0 + r][col0 + i] = c[i][r] in `dtype`.
+  static void store_transposed(const float* c, int64_t ldc, int64_t cols, int64_t rows, void* out, int dtype,
+                               int64_t ldout, int64_t row0, int64_t col0) {
+    const Matrix m{c, kFloat32, cols, rows, ldc};
+    with_dtype(
+        dtype, PF_BODY(int D) {
+          constexpr int kSize = D == kFloat32 ? 4 : 2;
+          alignas(64) float square[16 * 16];
+          for (int64_t r = 0; r < rows; r += 16)
+            for (int64_t i = 0; i < cols; i += 16) {
+              const int64_t nr = min64(16, rows - r), ni = min64(16, cols - i);
+              load_transposed(m, i, ni, r, nr, square);
+              for (int64_t j = 0; j < nr; ++j) {
+                char* to = static_cast<char*>(out) + ((row0 + r + j) * ldout + col0 + i) * kSize;
+                for (int64_t v = 0; v < ni; v += kLanes) store_part<D>(to, v, ni, V::load(square + j * 16 + v));
+              }
+            }
+        });
+  }
+
+  // ---- the branch's small products ----
+
+  // Rows of a group's sums to rows of `out`, ldout apart.
+  static void copy_sums(const float* c, int64_t rows, int64_t lanes, float* out, int64_t ldout) {
+    for (int64_t r = 0; r < rows; ++r) copy_bytes(out + r * ldout, c + r * kGroupLanes, lanes * sizeof(float));
+  }
+
+  static void rows_times_t(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1, int64_t begin,
+                           int64_t end) {
+    [[maybe_unused]] const Tiles held;
+    const int64_t tiles = ceil_div(p.rows, kTile), groups = ceil_div(tiles, kGroupTiles), rows = row1 - row0;
+    E* panels = static_cast<E*>(scratch(0, groups * kGroupPanel * sizeof(E)));
+    float* c = static_cast<float*>(scratch(1, rows * groups * kGroupLanes * sizeof(float)));
+    __builtin_memset(c, 0, rows * groups * kGroupLanes * sizeof(float));
+    for (int64_t col0 = begin; col0 < end; col0 += kBlock) {
+      const int64_t n = min64(kBlock, end - col0);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const bool whole = tiles - t / kGroupTiles * kGroupTiles >= kGroupTiles;
+        pack_lanes_t(p, t * kTile, col0, n, panels + t / kGroupTiles * kGroupPanel, t % kGroupTiles * kTileVecs,
+                     whole ? V::kGroupVecs : kTileVecs);
+      }
+      multiply(packed_block(x, col0 / kBlock) + row0 * kStride, rows, panels, n, tiles, c, kGroupLanes);
+    }
+    for (int64_t lane = 0; lane < p.rows; lane += kGroupLanes, c += rows * kGroupLanes)
+      copy_sums(c, rows, min64(kGroupLanes, p.rows - lane), out + row0 * p.rows + lane, p.rows);
+  }
+
+  static void rows_times_panels(const PackedRows& x, const void* panels, int64_t lanes, float* out, int64_t group0,
+                                int64_t group1) {
+    [[maybe_unused]] const Tiles held;
+    const int64_t groups = ceil_div(lanes, kGroupLanes);
+    float* c = static_cast<float*>(scratch(1, x.rows * kGroupLanes * sizeof(float)));
+    for (int64_t g = group0; g < group1; ++g) {
+      __builtin_memset(c, 0, x.rows * kGroupLanes * sizeof(float));
+      for (int64_t block = 0; block * kBlock < x.cols; ++block)
+        multiply(packed_block(x, block), x.rows, static_cast<const E*>(panels) + (block * groups + g) * kGroupPanel,
+                 min64(kBlock, x.cols - block * kBlock), kGroupTiles, c, kGroupLanes);
+      const int64_t lane0 = g * kGroupLanes;
+      copy_sums(c, x.rows, min64(kGroupLanes, lanes - lane0), out + lane0, lanes);
+    }
+  }
+
+  static void logits(const Matrix& w, const void* panels, int64_t rows, void* out, int64_t row0, int64_t row1) {
+    [[maybe_unused]] const Tiles held;
+    const int64_t groups = ceil_div(rows, kGroupLanes);
+    if (row1 == w.rows && row1 % kStep != 0)
+      for (int64_t r = 0; r < rows; ++r) static_cast<E*>(out)[(row1 / kBlock * rows + r) * kStride + row1 % kBlock] = 0;
+    E* packed = static_cast<E*>(scratch(0, packed_rows_bytes(kLogits, w.cols)));
+    alignas(64) float c[kLogits * kGroupLanes];
+    for (int64_t n0 = row0; n0 < row1; n0 += kLogits) {
+      const int64_t n = min64(kLogits, row1 - n0), block = n0 / kBlock;
+      const Matrix part{w.row(n0), w.dtype, n, w.cols, w.ld};
+      pack_rows(part, nullptr, 0, {}, packed, 0, n);
+      for (int64_t g = 0; g < groups; ++g) {
+        prefetch_share(w, n0 + n, min64(row1, n0 + n + kLogits), 0, w.cols, g, groups);
+        __builtin_memset(c, 0, sizeof(c));
+        for (int64_t i = 0; i * kBlock < w.cols; ++i)
+          multiply(packed_block({packed, n, w.cols}, i), n,
+                   static_cast<const E*>(panels) + (i * groups + g) * kGroupPanel, min64(kBlock, w.cols - i * kBlock),
+                   kGroupTiles, c, kGroupLanes);
+        const int64_t lane0 = g * kGroupLanes;
+        store_transposed(c, kGroupLanes, n, min64(kGroupLanes, rows - lane0),
+                         static_cast<E*>(out) + block * rows * kStride, kElement, kStride, lane0, n0 % kBlock);
+      }
+    }
+  }
+
+  static void rows_times(const PackedRows& x, const Matrix& p, const Dropout& d, float* out, bool transposed,
+                         int64_t lane0, int64_t lane1) {
+    [[maybe_unused]] const Tiles held;
+    constexpr int64_t kLanesTogether = 16 * kGroupLanes;  // whose sums stay in cache, while p is read along its rows
+    constexpr int64_t kRowsTogether = 32;                 // between them, some of what comes next is asked for
+    constexpr int64_t kSummands = 16 * kBlock;            // of one float32 sum: more are a sum of such sums
+    E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
+    const int64_t rows = x.rows;
+    const bool splits = p.rows > kSummands;
+    float* sums = static_cast<float*>(scratch(1, (splits ? 2 : 1) * rows * kLanesTogether * sizeof(float)));
+    float* totals = splits ? sums + rows * kLanesTogether : sums;
+    for (int64_t first = lane0; first < lane1; first += kLanesTogether) {
+      const int64_t end = min64(lane1, first + kLanesTogether);
+      const int64_t count = ceil_div(end - first, kGroupLanes) * kGroupLanes * rows;
+      // body(first lane, lanes, sums) for each group.
+      const auto groups = [&](float* c, const auto& body) {
+        for (int64_t lane = first; lane < end; lane += kGroupLanes)
+          body(lane, min64(kGroupLanes, end - lane), c + (lane - first) * rows);
+      };
+      __builtin_memset(totals, 0, count * sizeof(float));
+      for (int64_t i = 0; i < p.rows; i += kBlock) {
+        const int64_t n = min64(kBlock, p.rows - i);
+        if (splits && i % kSummands == 0) __builtin_memset(sums, 0, count * sizeof(float));
+        groups(sums, [&](int64_t lane, int64_t, float* c) {
+          pack_lanes(p, d, i, n, lane, panel);
+          // What the next panel is made of: beside this one's part, or below.
+          const bool below = lane + kGroupLanes >= end;
+          const int64_t next = below ? i + n : i, col = below ? first : lane + kGroupLanes;
+          for (int64_t r = 0; r < rows; r += kRowsTogether) {
+            prefetch_share(p, next, min64(p.rows, next + kBlock), col, min64(kGroupLanes, p.cols - col),
+                           r / kRowsTogether, ceil_div(rows, kRowsTogether));
+            multiply(packed_block(x, i / kBlock) + r * kStride, min64(kRowsTogether, rows - r), panel, n, kGroupTiles,
+                     c + r * kGroupLanes, kGroupLanes);
+          }
+        });
+        if (splits && ((i + n) % kSummands == 0 || i + n == p.rows))
+          for (int64_t j = 0; j < count; ++j) totals[j] += sums[j];
+      }
+      groups(totals, [&](int64_t lane, int64_t lanes, float* c) {
+        if (transposed) return store_transposed(c, kGroupLanes, rows, lanes, out, kFloat32, rows, lane, 0);
+        copy_sums(c, rows, lanes, out + lane, p.cols);
+      });
+    }
+  }
+};
