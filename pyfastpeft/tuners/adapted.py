@@ -139,9 +139,10 @@ class AdaptedModel(OneDevice, nn.Module):
                     tensor.copy_(tensors[key])
                 tuner.filled(name, config, tensors)
                 # Asked for again: what the adapter trains whole is no base weight any more, and others are new objects.
-                for key, tensor in tuner.optional(config).items():
-                    if key in tensors and not torch.equal(tensor, tensors[key].to(tensor)):
-                        tensor.copy_(tensors[key])
+                base = [(t, tensors[key].to(t)) for key, t in tuner.optional(config).items() if key in tensors]
+                for tensor, value in base:  # all are converted by now: running out of memory leaves none changed
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
         except BaseException:
             with torch.no_grad():
                 for key, tensor in before.items():
