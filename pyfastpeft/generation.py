@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .training import Messages, check_positions, learned_positions, pad_id, prompt_ids, virtual_tokens
+from .conversations import Messages, check_positions, learned_positions, pad_id, prompt_ids, virtual_tokens
 
 
 @contextmanager

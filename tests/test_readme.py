@@ -20,9 +20,9 @@ from tiny import tiny_llama, tiny_tokenizer
 import pyfastpeft as fp
 from pyfastpeft.cli import main
 from pyfastpeft.cli.models import load_smollm2
+from pyfastpeft.conversations import read_rows
 from pyfastpeft.data import drug_qa, score_answers
 from pyfastpeft.generation import answer
-from pyfastpeft.training import read_rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

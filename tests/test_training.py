@@ -25,19 +25,18 @@ from transformers import (
 )
 
 import pyfastpeft as fp
-from pyfastpeft.data import drug_qa, score_answers
-from pyfastpeft.generation import answer, prompts_of
-from pyfastpeft.hub.files import load_safetensors, save_safetensors
-from pyfastpeft.training import (
+from pyfastpeft.conversations import (
     IGNORED,
-    Collator,
     encode,
     learned_positions,
     load_dataset,
     prompt_ids,
     read_rows,
-    train_adapter,
 )
+from pyfastpeft.data import drug_qa, score_answers
+from pyfastpeft.generation import answer, prompts_of
+from pyfastpeft.hub.files import load_safetensors, save_safetensors
+from pyfastpeft.training import Collator, train_adapter
 
 QUESTION, ANSWER = "Which drug?", "Drug: x"
 TALK = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]

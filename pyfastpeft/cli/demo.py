@@ -55,8 +55,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from transformers import set_seed
 
     from .. import get_peft_model
+    from ..conversations import encode, load_dataset, pad_id, read_objects, read_rows
     from ..generation import answer
-    from ..training import encode, load_dataset, pad_id, read_objects, read_rows, train_adapter
+    from ..training import train_adapter
     from .examine import examine
     from .progress import TrainingProgress
 

@@ -6,9 +6,9 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..conversations import Messages
 from ..data import Score, score_answers
 from ..generation import answer
-from ..training import Messages
 from .progress import progress_bar
 
 _SPARE_TOKENS = 8  # an answer that does not end where it should is cut a little later

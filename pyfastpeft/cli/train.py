@@ -69,8 +69,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from transformers import set_seed
 
     from .. import get_peft_model
+    from ..conversations import load_dataset, pad_id, read_rows
     from ..generation import prompts_of
-    from ..training import load_dataset, pad_id, read_rows, train_adapter
+    from ..training import train_adapter
     from .examine import examine
     from .progress import TrainingProgress
 

@@ -1,0 +1,217 @@
+"""Conversations as tokens: JSONL, chat templates, labels on the completions only, places in a model for them all."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .ops.cross_entropy import IGNORED
+
+Messages = list[dict[str, str]]
+_Row = TypeVar("_Row")
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: any will do where a mask says what counts."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in known if i is not None), 0)
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions ``model`` has learned, each by a vector of its own (GPT-2, OPT); None: they are computed."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 0
+    words = set(model.get_input_embeddings().modules())
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m not in words)
+    # OPT's has two rows more.
+    return limit if limit > 0 and any(limit <= m.num_embeddings <= limit + 2 for m in tables) else None
+
+
+def virtual_tokens(model: nn.Module, names: str | Sequence[str] | None = None) -> int:
+    """How many virtual tokens stand before a row that uses the adapters ``names`` (default: the active ones)."""
+    configs = getattr(model, "peft_config", {})
+    names = model.active_adapters if names is None and configs else names or ()
+    used = (configs.get(name) for name in ([names] if isinstance(names, str) else names))
+    return sum(getattr(config, "num_virtual_tokens", 0) for config in used)
+
+
+def check_positions(what: str, tokens: int, virtual: int, positions: int) -> None:
+    """Whether a row has a place at ``positions`` learned ones; torch says "index out of range" where it has none."""
+    if tokens + virtual > positions:
+        beside = f" beside {virtual} virtual ones" if virtual else ""
+        raise ValueError(f"{what} has {tokens} tokens{beside}; the model has learned {positions} positions")
+
+
+def read_objects(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The JSON objects in a JSONL file, one a line; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is not a JSON object (names the file and the line), or no line at all.
+    """
+    return _read(path, lambda row: row)
+
+
+def read_rows(path: str | os.PathLike) -> list[Messages]:
+    """The conversations in a JSONL file.
+
+    Args:
+        path: each line is an object with ``messages`` (a list of ``{"role", "content"}`` that ends with the assistant)
+            or with ``prompt`` and ``completion``; other keys are ignored.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_objects`, and for a row without these keys.
+    """
+    return _read(path, _messages)
+
+
+def _read(path: str | os.PathLike, convert: Callable[[dict[str, Any]], _Row]) -> list[_Row]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    rows = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    if not isinstance(row, dict):
+                        raise ValueError(f"the row is a JSON {type(row).__name__}; it must be an object")
+                    rows.append(convert(row))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} holds no rows; it must hold one JSON object a line")
+    return rows
+
+
+def _messages(row: dict[str, Any]) -> Messages:
+    if "messages" not in row:
+        for key in ("prompt", "completion"):
+            if not isinstance(row.get(key), str):
+                raise ValueError("the row must have 'messages', or 'prompt' and 'completion' as text")
+            _check_text(row[key])
+        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("'messages' must be a list that is not empty")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError("each of 'messages' must be an object with 'role' and 'content' as text")
+        _check_text(message["role"] + message["content"])
+    if messages[0]["role"] == "assistant":
+        raise ValueError("the first of 'messages' has the role 'assistant'; before it must stand what it answers")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"the last of 'messages' has the role {messages[-1]['role']!r}; it must be 'assistant'")
+    return messages
+
+
+def _check_text(text: str) -> None:
+    """Whether ``text`` is Unicode: JSON and command lines can hold halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds {text[error.start]!r}, a half of a character; it must be Unicode") from None
+
+
+def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_next: bool) -> str:
+    """The conversation as text; without a chat template, its contents one after the other."""
+    if tokenizer.chat_template:
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+        except Exception as error:  # it is a program, and many refuse a system's message, or roles that take no turns
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+    ends = ((tokenizer.eos_token or "") if m["role"] == "assistant" else "" for m in messages)
+    return (tokenizer.bos_token or "") + "".join(m["content"] + end for m, end in zip(messages, ends, strict=True))
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    _check_text(text)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def prompt_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a conversation up to where the assistant's next answer begins.
+
+    Raises:
+        ValueError: the chat template refuses the messages, or there are no tokens that an answer could follow.
+    """
+    ids = _ids(_template(messages, tokenizer, True), tokenizer)
+    if not ids:
+        raise ValueError("the prompt is empty, and the model has no token that begins a text; it needs some text")
+    return ids
+
+
+def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
+    """``input_ids`` and ``labels`` of one conversation, cut to ``max_length``.
+
+    Labels are the ids of every assistant message (and what ends it), -100 elsewhere. The tokens of what is asked are
+    those it has when the model answers, and an answer's are what it adds to them; where the two would share a token,
+    they are tokenized apart.
+
+    Raises:
+        ValueError: the chat template refuses the messages or rewrites earlier ones, or there is no label, or none
+            within ``max_length``.
+    """
+    return _cut(_encode(messages, tokenizer), max_length)
+
+
+def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    ids: list[int] = []
+    labels: list[int] = []
+    done, before = "", []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked, answered = _template(messages[:i], tokenizer, True), _template(messages[: i + 1], tokenizer, False)
+        if not (asked.startswith(done) and answered.startswith(asked)):
+            raise ValueError("the chat template rewrites earlier messages, so the answers cannot be told apart")
+        for text, is_label in ((asked, False), (answered, True)):
+            # Not apart where it need not be: Llama-2's tokenizer begins every text with a space.
+            now = _ids(text, tokenizer)
+            follows = now[: len(before)] == before
+            part = now[len(before) :] if follows else _ids(text[len(done) :], tokenizer)
+            ids += part
+            labels += part if is_label else [IGNORED] * len(part)
+            done, before = text, now
+    if all(label == IGNORED for label in labels):
+        raise ValueError("no message of the assistant has a token, so there is nothing to learn")
+    return {"input_ids": ids, "labels": labels}
+
+
+def _cut(example: dict[str, list[int]], max_length: int) -> dict[str, list[int]]:
+    example = {key: values[:max_length] for key, values in example.items()}
+    if all(label == IGNORED for label in example["labels"]):
+        raise ValueError(f"the prompt fills max_length = {max_length} tokens; no answer is left to learn")
+    return example
+
+
+def load_dataset(
+    path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024
+) -> list[dict[str, list[int]]]:
+    """The rows of a JSONL file (:func:`read_rows`), encoded (:func:`encode`); an error names the line.
+
+    Warns where rows are cut.
+    """
+    whole = 0
+
+    def example(row: dict[str, Any]) -> dict[str, list[int]]:
+        nonlocal whole
+        encoded = _encode(_messages(row), tokenizer)
+        whole += len(encoded["input_ids"]) <= max_length
+        return _cut(encoded, max_length)
+
+    rows = _read(path, example)
+    if whole < len(rows):
+        warnings.warn(
+            f"{path}: {len(rows) - whole} of {len(rows)} rows are longer than max_length = {max_length} tokens; they "
+            "are cut there, and the ends of their answers are not learned",
+            stacklevel=2,
+        )
+    return rows
