@@ -175,10 +175,11 @@ def test_set_adapter_rebuilds_nothing_and_touches_no_weight():
     [
         ALL,
         {**ALL, "use_dora": True},
+        {**ALL, "lora_bias": True},
         {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
         {"target_modules": ["embed_tokens"], "use_dora": True},
     ],
-    ids=["plain", "dora", "embedding_and_head", "embedding_dora"],
+    ids=["plain", "dora", "bias", "embedding_and_head", "embedding_dora"],
 )
 def test_exchanging_adapters_recompiles_nothing(four_bits, kwargs):
     model = serving(fp.LoraConfig(**kwargs), fp.LoraConfig(**kwargs, lora_alpha=5), four_bits=four_bits)

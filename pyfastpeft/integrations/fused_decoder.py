@@ -265,7 +265,7 @@ class _Stack:
             return _NO_BRANCH
         if not plan.simple:
             return self._stacked_branch(module, plan.names, None, dtype)
-        if plan.magnitude is not None or self._drops(plan.dropout):
+        if plan.magnitude is not None or look.get(plan.b, "bias") is not None or self._drops(plan.dropout):
             raise _Unsupported
         a, b = look.get(plan.a, "weight"), look.get(plan.b, "weight")
         branch = module.branch(dtype, plan.names, a, b, plan.scaling, 0.0)

@@ -39,8 +39,8 @@ class Plan:
 
     Attributes:
         names: the active adapters that this layer has.
-        simple: one adapter without a bias: the fields below describe it (else they are not used).
-        a, b: parameter dictionaries whose "weight" are A [r, in] and B [out, r]; never stale.
+        simple: one adapter: the fields below describe it (else they are not used).
+        a, b: parameter dictionaries with A [r, in] and B [out, r] as "weight", and a "bias" [out] or None; never stale.
         magnitude: the same of DoRA's magnitude [out], or None.
         scaling: a number; ``scale`` is the same as a tensor [r], so that compiled code does not hold its value.
         dropout: what the adapter's input goes through in training.
@@ -331,7 +331,7 @@ class LoraLayer(nn.Module):
         if not names or self.merged:
             return None
         (name, *rest) = names
-        if rest or self._bias_of(name) is not None:
+        if rest:
             return Plan(names, False, {}, {}, None, 0.0, None, None)
         a, b = self._holders(name)
         magnitude = None
@@ -555,27 +555,34 @@ class LoraLinear(LoraLayer):
             return self.base_layer(x, *args, **kwargs)
         if not plan.simple:
             return self._general(x, plan.names, None, args, kwargs)
-        a, b = plan.a["weight"], plan.b["weight"]
+        a, b, bias = plan.a["weight"], plan.b["weight"], plan.b["bias"]
         scaling = plan.scale if is_compiling() else plan.scaling
         dropout = dropout_rate(plan.dropout)
         base_layer = self._modules["base_layer"]  # past nn.Module.__getattr__: this is the path of every token
         if isinstance(base_layer, Linear4bit):
             y = base_layer(x, self.branch(x.dtype, plan.names, a, b, scaling, dropout))
-            if plan.magnitude is None:
+            if plan.magnitude is None and bias is None:
                 return y
-            return self._scaled_without_bias(y, self._plan_gain(plan, a, b)).to(y.dtype)
-        y = base_layer(x, *args, **kwargs)
-        if is_compiling():
-            scaling = scaling[0]
-        if plan.magnitude is None:
-            return add_lora(y, x, a, b, scaling, dropout)
-        x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
-        added = F.linear(F.linear(x, a), b) * scaling
-        gain = self._plan_gain(plan, a, b)
-        return (self._scaled_without_bias(y, gain) + added * gain).to(y.dtype)
+            dtype = y.dtype
+            if plan.magnitude is not None:
+                y = self._scaled_without_bias(y, self._plan_gain(plan, a, b))
+        else:
+            y = base_layer(x, *args, **kwargs)
+            dtype = y.dtype
+            factor = scaling[0] if is_compiling() else scaling
+            if plan.magnitude is None:
+                y = add_lora(y, x, a, b, factor, dropout)
+            else:
+                x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
+                added = F.linear(F.linear(x, a), b) * factor
+                gain = self._plan_gain(plan, a, b)
+                y = self._scaled_without_bias(y, gain) + added * gain
+        if bias is not None:
+            y = y + bias * (scaling[0] if is_compiling() else scaling)
+        return y.to(dtype)
 
     def _general(self, x: Tensor, names: tuple[str, ...], mode: Rows | None, args: tuple, kwargs: dict) -> Tensor:
-        """Several adapters, rows that choose, DoRA, biases."""
+        """Several adapters, or rows that choose."""
         rows = x.numel() // self.in_features
         lead = x.shape[:-1]
         gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
