@@ -43,6 +43,7 @@ HOSTILE = {
     "offsets_backwards": container(tensor([2], 8, 0), b"\0" * 8),
     "offsets_do_not_fit_the_shape": container(tensor([3], 0, 8), b"\0" * 8),
     "size_overflows": container(tensor([2**40, 2**40], 0, 8), b"\0" * 8),
+    "size_of_nothing_overflows": container(tensor([0, 2**63], 0, 0)),
     "unknown_dtype": container(tensor([2], 0, 8, "F99"), b"\0" * 8),
     "data_left_over": container(tensor([2], 0, 8), b"\0" * 12),
     "pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94\x8c\x06system\x94\x93\x94.",
