@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import relative
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers.utils import PushToHubMixin
 
@@ -327,7 +327,8 @@ def test_a_save_that_fails_loses_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "warns"), [(ConnectionError("timed out"), True), (EntryNotFoundError("none"), False)]
+    ("error", "warns"),
+    [(ConnectionError("timed out"), True), (LocalEntryNotFoundError("off"), True), (EntryNotFoundError("no"), False)],
 )
 def test_an_encoder_that_could_not_be_looked_up_is_missed_with_a_warning(tmp_path, monkeypatch, error, warns):
     fp.get_peft_model(tiny.make("llama"), STATES["ptuning"](fp)).save_pretrained(tmp_path)
@@ -411,11 +412,11 @@ class TestBadFolders:
 
     def test_a_missing_key_is_named(self, folder):
         self.edit(folder, lambda t: t.pop(self.KEY))
-        self.refused(folder, rf"missing: {self.KEY}")
+        self.refused(folder, rf"Keys missing: {self.KEY}$")
 
     def test_an_extra_key_is_named(self, folder):
         self.edit(folder, lambda t: t.update({"base_model.model.extra": torch.ones(1)}))
-        self.refused(folder, r"not expected: base_model\.model\.extra")
+        self.refused(folder, r"Keys not expected: base_model\.model\.extra$")
 
     def test_another_shape_is_named_with_the_expected_one(self, folder):
         self.edit(folder, lambda t: t.update({self.KEY: torch.ones(16, 5)}))
@@ -506,17 +507,29 @@ def test_a_card_is_there_for_the_trainer(tmp_path):
 
 
 def test_a_hub_repository_takes_the_arguments_that_peft_takes_for_loading(monkeypatch, tmp_path):
-    fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).save_pretrained(tmp_path)
-    asked = []
+    fp.get_peft_model(tiny.make("llama"), STATES["ptuning"](fp)).save_pretrained(tmp_path / "part")
+    asked = {}
 
     def download(repo_id, filename, *, subfolder=None, revision=None):
-        asked.append(revision)
-        return str(tmp_path / filename)
+        asked[filename] = subfolder, revision
+        return str(tmp_path / "part" / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    kwargs = {"low_cpu_mem_usage": True, "device_map": "cpu", "revision": "main"}
-    fp.PeftModel.from_pretrained(tiny.make("llama"), "me/it", **kwargs)
-    assert set(asked) == {"main"}
+    kwargs = {"low_cpu_mem_usage": True, "device_map": "cpu", "subfolder": "part", "revision": "main"}
+    fp.PeftModel.from_pretrained(tiny.make("llama"), "me/it", is_trainable=True, **kwargs)
+    assert asked == dict.fromkeys((folders.CONFIG_NAME, folders.WEIGHTS_NAME, folders.OWN_NAME), ("part", "main"))
+
+
+def test_what_a_folder_lacks_is_not_looked_for_at_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", mock.Mock(side_effect=AssertionError("asked")))
+    fp.get_peft_model(tiny.make("llama"), fp.PromptTuningConfig(num_virtual_tokens=2)).save_pretrained("me/it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fp.PeftModel.from_pretrained(tiny.make("llama"), "me/it", is_trainable=True)  # there is no encoder
+    Path("me/it/adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"me/it/adapter_config\.json"):
+        fp.PeftModel.from_pretrained(tiny.make("llama"), "me/it")
 
 
 def test_embeddings_that_were_resized_are_stored_with_the_adapter(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -111,6 +112,23 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_beside_it(tmp_pa
     assert os.listdir(tmp_path) == ["x"]
 
 
+@pytest.mark.parametrize("syncs_folders", [True, False])
+def test_a_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch, syncs_folders):
+    steps, replace, files = [], os.replace, len(os.listdir("/proc/self/fd"))
+
+    def sync(fd):
+        steps.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        if steps[-1] == "folder" and not syncs_folders:
+            raise OSError("not on this file system")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("name"), replace(*paths)))
+    write_text("new", tmp_path / "x")
+    assert steps == ["file", "name", "folder"]
+    assert (tmp_path / "x").read_text() == "new"
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
 FULL_DISK = """
 import resource, sys, torch
 from pyfastpeft.hub.files import save_safetensors
@@ -184,5 +202,7 @@ def test_damaged_json_is_refused_by_name(tmp_path, content):
 
 @pytest.mark.parametrize("read", [read_json, load_safetensors])
 def test_a_file_that_is_not_there_is_named(tmp_path, read):
-    with pytest.raises(FileNotFoundError, match="nothing_here"):
-        read(tmp_path / "nothing_here")
+    (tmp_path / "a_folder").mkdir()
+    for name in ("nothing_here", "a_folder"):
+        with pytest.raises(FileNotFoundError, match=name):
+            read(tmp_path / name)
