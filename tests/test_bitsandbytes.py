@@ -69,7 +69,7 @@ def test_we_read_bitsandbytes_file_in_any_quant_storage(tmp_path, storage, quant
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
-@pytest.mark.parametrize("shape", [(5, 7), (33, 96), (64, 64), (3, 5, 8), (0, 64)])
+@pytest.mark.parametrize("shape", [(), (5, 7), (33, 96), (64, 64), (3, 5, 8), (0, 64)])
 def test_a_round_trip_changes_nothing(quant_type, shape):
     packed = fp.quantize_4bit(torch.randn(shape), quant_type, 32, double_quant=quant_type != "int4")
     state = packed_to_state(packed, "w")
@@ -133,7 +133,7 @@ def raw(text):
         ("w.quant_map", None, "w.quant_map is missing"),
         ("w.nested_absmax", None, "w.nested_absmax is missing"),
         (NF4_STATE, None, "none of the keys"),
-        ("w.surprise", torch.zeros(1), "w.surprise is not a key"),
+        ("w.surprise", torch.zeros(1), "w.surprise should not be there"),
         ("w.zero", torch.zeros(64), "w.zero should not be there"),
         ("w.quant_state.bitsandbytes__fp4", raw("{}"), "2 of them of the keys"),
         ("w", torch.zeros(7, dtype=torch.uint8), "w holds 7 bytes of codes"),
@@ -143,7 +143,8 @@ def raw(text):
         ("w.nested_quant_map", torch.zeros(255), "w.nested_quant_map is torch.float32 of shape"),
         ("w.quant_map", torch.arange(16.0), "w.quant_map is not the table of nf4"),
         ("w.quant_map", torch.arange(16), "w.quant_map is torch.int64"),
-        (NF4_STATE, torch.zeros(3), "must be a uint8 vector"),
+        (NF4_STATE, torch.zeros(3, dtype=torch.bfloat16), "must be a uint8 vector"),
+        (NF4_STATE, raw("{}")[None], "must be a uint8 vector"),
         (NF4_STATE, raw("{"), "does not hold JSON"),
         (NF4_STATE, torch.tensor([255], dtype=torch.uint8), "does not hold JSON"),
         (NF4_STATE, raw("[" * 100_000), "does not hold JSON"),
@@ -173,7 +174,10 @@ def test_a_damaged_state_is_refused_by_key_and_rule(key, value, message):
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"dtype": {"a": 1}}, "dtype is {'a': 1}"),
         ({"shape": [64, -64]}, "shape is [64, -64]"),
+        ({"shape": [64.0, 64]}, "shape is [64.0, 64]"),
         ({"shape": "64"}, "shape is '64'"),
+        ({"shape": 64}, "shape is 64"),
+        ({"shape": {}}, "shape is {}"),
         ({"shape": [2**40, 2**40]}, "bytes of codes"),
         ({"shape": [10**30]}, "shape is"),
         ({"nested_offset": "x"}, "nested_offset is 'x'"),
@@ -245,5 +249,15 @@ class TestFromBnb:
         assert ours.bias is layer.bias and ours.compute_dtype == torch.bfloat16 and not ours.training
 
     def test_another_layer_is_refused(self):
-        with pytest.raises(TypeError, match="it must be a bitsandbytes"):
-            fp.nn.Linear4bit.from_bnb(torch.nn.Linear(4, 4))
+        for layer in (torch.nn.Linear(4, 4), bnb.nn.Embedding4bit(64, 64)):
+            with pytest.raises(TypeError, match="it must be a bitsandbytes"):
+                fp.nn.Linear4bit.from_bnb(layer)
+
+    def test_a_layer_that_fsdp_took_the_state_from_the_weight_of_is_taken_over(self):
+        layer = bnb_layer(48, 96).to("cpu")
+        expected = fp.nn.Linear4bit.from_bnb(layer).dequantize()
+        layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(torch.Tensor), requires_grad=False)
+        assert torch.equal(fp.nn.Linear4bit.from_bnb(layer).dequantize(), expected)
+        layer.quant_state = None
+        with pytest.raises(ValueError, match=r"weight is torch\.uint8, yet it has no quantization state"):
+            fp.nn.Linear4bit.from_bnb(layer)
