@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -308,19 +309,25 @@ def test_models_that_have_no_embedding_load(tmp_path):
     assert all(torch.equal(t, again[k]) for k, t in fp.get_peft_model_state_dict(model).items())
 
 
-def test_a_save_that_fails_loses_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("full_when", ["written", "synced"])
+def test_a_save_that_fails_loses_nothing(tmp_path, monkeypatch, full_when):
     model = fp.get_peft_model(tiny.make("llama"), STATES["ptuning"](fp))
     model.save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     save = files.save_safetensors
-    tiny.randomize(model)
+    for parameter in model.prompt_encoder.parameters():
+        parameter.data.add_(1)
 
-    def full(tensors, path):
+    def written(tensors, path):
         if "prompt_embeddings" in tensors:
             raise OSError("the disk is full")
         save(tensors, path)
 
-    monkeypatch.setattr(folders, "save_safetensors", full)
+    def synced(fd):
+        if "adapter_config" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(*((folders, "save_safetensors", written) if full_when == "written" else (os, "fsync", synced)))
     with pytest.raises(OSError, match="disk is full"):
         model.save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

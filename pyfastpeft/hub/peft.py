@@ -141,8 +141,7 @@ def write_adapter(
         apart[key] = tensor.detach().clone() if shared else tensor
     # All are on disk before the first takes its name, and they take them one right after the other.
     with ExitStack() as files:
-        aside = files.enter_context(atomic_write(folder / CONFIG_NAME))
-        aside.write_text(json.dumps(config, indent=2), encoding="utf-8")
+        write_text(json.dumps(config, indent=2), files.enter_context(atomic_write(folder / CONFIG_NAME)))
         if own:
             save_safetensors(own, files.enter_context(atomic_write(folder / OWN_NAME)))
         save_safetensors(apart, files.enter_context(atomic_write(folder / WEIGHTS_NAME)))
