@@ -182,6 +182,7 @@ def test_a_damaged_state_is_refused_by_key_and_rule(key, value, message):
         ({"shape": [10**30]}, "shape is"),
         ({"nested_offset": "x"}, "nested_offset is 'x'"),
         ({"nested_blocksize": 0}, "nested_blocksize is 0"),
+        ({"nested_blocksize": "256"}, "nested_blocksize is '256'"),
     ],
 )
 def test_a_hostile_field_is_refused_by_name(fields, message):

@@ -252,6 +252,8 @@ def test_a_file_without_4_bit_layers_loads_as_an_ordinary_model(tmp_path, ids):
     assert not layers_4bit(model) and not hasattr(model.config, "quantization_config")
     expected = logits(dequantized(path), ids)
     assert (logits(model, ids) - expected).norm() < 1e-5 * expected.norm()
+    with pytest.raises(ValueError, match=r"m\.gguf: blk\.0\.attn_q\.weight is F16; only Q4_0 and Q4_1 stay in 4 bits"):
+        GgufFile(path).packed("blk.0.attn_q.weight")
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0, Kind.F16])
@@ -384,6 +386,7 @@ def info(shape=(32, 4), kind=2, offset=0, name=b"w"):
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version is 1"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version is 50331648"),
         (header(), "names no architecture"),
+        (header((b"general.architecture", struct.pack("<II", 4, 7))), "names no architecture"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "header asks for"),
         (header(ARCHITECTURE, (b"a", struct.pack("<IIQ", 9, 8, 2**62))), "header asks for"),
         (header(ARCHITECTURE, (b"a", struct.pack("<IIQ", 9, 4, 2**62))), "header asks for"),
@@ -392,6 +395,7 @@ def info(shape=(32, 4), kind=2, offset=0, name=b"w"):
         (header(ARCHITECTURE, (b"general.alignment", struct.pack("<II", 4, 0))), "alignment is 0"),
         (header(ARCHITECTURE, tensors=2, infos=info() * 2) + bytes(200), "have one name"),
         (header(ARCHITECTURE, tensors=1, infos=info((33, 4))) + bytes(200), "multiples of 32"),
+        (header(ARCHITECTURE, tensors=1, infos=info((32, 0))) + bytes(200), "has shape (32, 0)"),
         (header(ARCHITECTURE, tensors=1, infos=info(kind=250)) + bytes(200), "250"),
         (header(ARCHITECTURE, tensors=1, infos=info((1,) * 5)) + bytes(200), "5 dimensions"),
         (header(ARCHITECTURE, tensors=1, infos=info((2**40, 2**40))) + bytes(200), "the file has"),
@@ -405,6 +409,18 @@ def test_a_hostile_header_is_refused_at_once(tmp_path, data, message):
     with pytest.raises(ValueError, match=r"hostile\.gguf") as error:
         GgufFile(path)
     assert message in str(error.value)
+
+
+def test_fields_of_any_type_are_passed_over(tmp_path):
+    words, text = struct.pack("<IIQ3I", 9, 4, 3, 1, 2, 3), struct.pack("<Q", 3) + b"abc"
+    keys = (b"general.architecture", b"general.alignment", b"llama.rope.dimension_sections", b"a")
+    values = (struct.pack("<IB", 0, 7), words, struct.pack("<I", 8) + text, struct.pack("<IIQ", 9, 8, 2) + text * 2)
+    fields = [(key, value) for key in keys for value in values if (key, value) != (keys[0], values[2])]
+    data = header(*fields, ARCHITECTURE, tensors=1, infos=info((32, 1, 1, 2)))
+    (tmp_path / "m.gguf").write_bytes(data + bytes(-len(data) % 32) + bytes(36))
+    file = GgufFile(tmp_path / "m.gguf")
+    assert (file.architecture, file.shape("w"), file.is_4bit("w")) == ("llama", (2, 1, 1, 32), True)
+    assert (file.packed("w").dequantize() == 0).all()
 
 
 @pytest.mark.parametrize(
