@@ -171,6 +171,39 @@ def test_an_adapter_that_exists_goes_on_to_train_or_not_as_it_did(trains, is_tra
         assert model.peft_config["default"].inference_mode != trains
 
 
+@pytest.mark.parametrize(
+    ("held", "read", "message"),
+    [
+        (fp.LoraConfig(), fp.LoraConfig(lora_alpha=1), "has another scaling"),
+        (fp.LoraConfig(), fp.LoraConfig(r=2), "has other modules or ranks"),
+        (
+            fp.LoraConfig(trainable_token_indices=[1]),
+            fp.LoraConfig(trainable_token_indices=[2]),
+            r"indices is .*\[2\].*; adapter 'a' has .*\[1\]",
+        ),
+        (fp.LoraConfig(), fp.BottleneckConfig(), "is LORA, not BOTTLENECK"),
+        (fp.BottleneckConfig(), fp.BottleneckConfig(bottleneck_size=3), "has other shapes"),
+        (fp.BottleneckConfig(), fp.BottleneckConfig(activation="relu"), "has the activation 'gelu'"),
+        (fp.PromptTuningConfig(num_virtual_tokens=2), fp.PromptTuningConfig(num_virtual_tokens=3), "has other shapes"),
+        (
+            fp.DeepPromptConfig(num_virtual_tokens=4, prefix=True),
+            fp.DeepPromptConfig(num_virtual_tokens=4),
+            "has virtual tokens of another form",
+        ),
+    ],
+    ids=lambda of: type(of).__name__,
+)
+def test_an_adapter_that_exists_takes_no_values_that_would_mean_something_else(tmp_path, held, read, message):
+    fp.get_peft_model(tiny.make("llama"), read).save_pretrained(tmp_path)
+    model = fp.get_peft_model(tiny.make("llama"), held, "a")
+    config, before = model.peft_config["a"], {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"{message}.*delete it first"):
+        model.load_adapter(tmp_path, "a")
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(t, before[k]) for k, t in after.items())
+    assert model.peft_config["a"] is config
+
+
 def test_new_values_load_into_an_adapter_that_exists(tmp_path):
     model = trained(fp.get_peft_model, tiny.make(), fp.LoraConfig())
     expected = {k: t.clone() for k, t in fp.get_peft_model_state_dict(model).items()}

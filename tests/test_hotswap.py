@@ -286,6 +286,20 @@ class TestRefused:
         new[self.KEY] = torch.zeros(17, 8)
         self.refused(model, new, rf"{self.KEY} has shape \(17, 8\); it must be \(16, 8\)")
 
+    def test_another_rank_than_the_configuration_says(self, model):
+        message = r"has shape \(8, 32\); its rank must be 4"
+        self.refused(model, tensors_of(model, "default"), message, config=fp.LoraConfig(r=4, lora_alpha=8))
+
+    def test_a_module_that_is_trained_whole(self):
+        model = serving(fp.LoraConfig(modules_to_save=["lm_head"]))
+        new = tensors_of(model, "default")
+        del new["base_model.model.lm_head.weight"]
+        self.refused(model, new, r"lacks the key base_model\.model\.lm_head\.weight")
+
+    def test_another_embedding(self, model):
+        embedding = {"base_model.model.model.embed_tokens.weight": torch.zeros(tiny.VOCAB, 32)}
+        self.refused(model, tensors_of(model, "default") | embedding, "embed_tokens.weight differs from the base model")
+
     def test_another_dtype(self, model):
         new = tensors_of(model, "default")
         new[self.KEY] = new[self.KEY].long()

@@ -675,7 +675,10 @@ class TestSeveralAdapters:
         model = block("a", "b")
         model.add_adapter("c", fp.LoraConfig(r=3, target_modules=["linear"]))
         model.add_adapter("d", fp.LoraConfig(target_modules=["linear"], use_dora=True))
+        model.add_adapter("e", fp.BottleneckConfig(target_modules=["linear"]))
         for names, kind, new, message, kwargs in (
+            (["a"], "cat", "x", "adapters has 1 names and weights 2", {}),
+            (["a", "e"], "cat", "x", "adapter 'e' is BOTTLENECK; only LoRA", {}),
             (["a", "b"], "magic", "x", "combination_type is 'magic'", {}),
             (["a", "c"], "linear", "x", "ranks of .* differ", {}),
             (["a", "c"], "ties", "x", "ranks of .* differ", {"density": 0.5}),
@@ -702,7 +705,7 @@ class TestSeveralAdapters:
         ):
             with pytest.raises(ValueError, match=message):
                 model.add_weighted_adapter(names, [1.0, 1.0], new, combination_type=kind, **kwargs)
-        assert list(model.peft_config) == ["a", "b", "c", "d"]
+        assert list(model.peft_config) == ["a", "b", "c", "d", "e"]
 
     def test_cat_is_exact(self):
         model = block("a", "b")
@@ -1185,10 +1188,43 @@ class TestBadArguments:
         with pytest.raises(ValueError, match=r"input_layernorm.*Linear, Conv1D or Embedding"):
             fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["input_layernorm"]))
 
-    @pytest.mark.parametrize("name", ["a.b", "__base__", "a/b", "", "keys", "training", 3])
+    @pytest.mark.parametrize("name", ["a.b", "__base__", "a/b", "", "keys", "training", 3, "a"])
     def test_a_wrong_adapter_name_is_refused(self, name):
-        with pytest.raises(ValueError, match="adapter_name is"):
-            fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["linear"]), adapter_name=name)
+        model, config = block("a"), fp.LoraConfig(target_modules=["packed"])
+        with pytest.raises(ValueError, match=f"adapter_name is {name!r}"):
+            model.add_adapter(name, config)
+        assert list(model.peft_config) == ["a"]
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"target_modules": None}, "target_modules is None, .*Block has none .*: conv, embed, linear, packed"),
+            ({"target_modules": ["embed"], "lora_bias": True}, "an embedding has no place for a bias"),
+            ({"target_modules": ["linear"], "bias": "all"}, "biases can follow only one"),
+        ],
+    )
+    def test_what_a_model_has_no_place_for_is_refused(self, kwargs, message):
+        model = fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["linear"], bias="lora_only"))
+        before = [name for name, _ in model.named_modules()]
+        with pytest.raises(ValueError, match=message):
+            model.add_adapter("b", fp.LoraConfig(**kwargs))
+        assert [name for name, _ in model.named_modules()] == before
+
+    def test_a_bias_that_the_base_cannot_hold_is_not_merged(self):
+        base = Block()
+        base.linear.bias = None
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules=["linear"], lora_bias=True))
+        weight = base.linear.weight.clone()
+        with pytest.raises(ValueError, match=r"adapters \['default'\] have lora_bias=True, but the base"):
+            model.merge_adapter()
+        assert not base.linear.merged and torch.equal(base.linear.weight, weight)
+
+    def test_a_scaling_goes_with_its_adapter_alone(self):
+        layer = block("a").get_base_model().linear
+        with pytest.raises(TypeError, match="removed with its adapter"):
+            del layer.scaling["a"]
+        with pytest.raises(KeyError, match=r"'b'; the adapters of this layer are \['a'\]"):
+            layer.scaling["b"] = 1
 
     def test_an_unknown_adapter_is_named_with_those_that_exist(self):
         model = block("a")
