@@ -1234,6 +1234,7 @@ class TestBadArguments:
             lambda: model.delete_adapter("b"),
             lambda: model.merge_adapter(["b"]),
             lambda: model(ids, adapter_names=["b"]),
+            lambda: model(ids, adapter_names=[[3, "b"]]),
         ):
             with pytest.raises(ValueError, match=r"b.*\['a'\]"):
                 call()
@@ -1256,11 +1257,12 @@ class TestBadArguments:
         with pytest.raises(ValueError, match="it is for dequantize=True"):
             block("a").merge_and_unload(dtype=torch.bfloat16)
 
-    def test_rows_cannot_choose_while_adapters_are_merged(self):
+    @pytest.mark.parametrize("name", ["a", "__base__", []])
+    def test_rows_cannot_choose_while_adapters_are_merged(self, name):
         model = block("a")
         model.merge_adapter()
         with pytest.raises(ValueError, match="merged"):
-            model(torch.randint(0, 20, (1, 3)), adapter_names=["a"])
+            model(torch.randint(0, 20, (1, 3)), adapter_names=[name])
 
     def test_an_adapter_that_fails_half_way_leaves_nothing_behind(self):
         model = block("a")

@@ -538,12 +538,12 @@ class Prefixes:
 
     def tensors(self, names: Sequence[str], decoding: bool) -> list[Tensor]:
         name, others = names[0], tuple(names[1:])
-        with self.bank.using(Rows((others,), others)):
+        with self.bank.using(_beside_a_prompt(others)):
             values = self._kept(name, others, decoding)
         return values.tensors if values.last is None else [*values.tensors, values.last]
 
     def _work_out(self, source: Source, others: tuple[str, ...]) -> Values:
-        rows = self.bank.mode and Rows((others,), others)
+        rows = self.bank.mode and _beside_a_prompt(others)
         vectors = source.module().to(self.model.get_input_embeddings().weight.dtype)
         if source.form is Form.KEYS_VALUES:
             layers, heads, dim = self.shape
@@ -669,6 +669,11 @@ def _home(layer: nn.Module) -> torch.device | None:
 def _beside(t: Tensor, value: Any) -> Any:
     """``value`` on the device of ``t``, if it is a tensor."""
     return value.to(t.device) if isinstance(value, Tensor) else value
+
+
+def _beside_a_prompt(others: tuple[str, ...]) -> Rows:
+    """The one row that a soft prompt is worked out in, with the adapters ``others``."""
+    return Rows((others,), others) if others else NO_ROWS
 
 
 def past_of(kwargs: dict[str, Any]) -> int | Tensor | None:

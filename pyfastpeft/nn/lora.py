@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import AdapterBank, Made, Rows
+from ..adapters import NO_ROWS, AdapterBank, Made, Rows
 from ..formats import quantize_4bit
 from ..ops import Lora, PackedLora, add_lora, linear_4bit, mixed, pack_lora
 from .linear4bit import Linear4bit
@@ -363,7 +363,7 @@ class LoraLayer(nn.Module):
 
     def present(self, mode: Rows) -> tuple[str, ...]:
         """The adapters that the rows choose among and that this layer has."""
-        if self.merged and mode.names:
+        if self.merged and mode is not NO_ROWS:  # where nobody chooses, what is merged is the base
             raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
         return tuple(n for n in mode.names if n in self.r)
 
