@@ -75,7 +75,7 @@ class Rows:
         found = self._masks.get(key)
         if found is None:
             batch = len(self.of_row)
-            if batch == 0 or rows % batch:
+            if rows % batch:
                 raise ValueError(
                     f"adapter_names has {batch} names; it must have one a row, and a layer saw {rows} rows"
                 )
@@ -251,8 +251,6 @@ class AdapterBank:
             parameter.requires_grad_(False)
         del self._find[name], self._trainable[name]
         self._training.discard(name)
-        self.layouts.pop(name, None)
-        self._plans = {active: plans for active, plans in self._plans.items() if name not in active}
 
     def prepare(self, active: tuple[str, ...]) -> list:
         """Each layer's plan for these adapters; built once, then exchanged by reference."""

@@ -147,6 +147,8 @@ class TestLikePeft:
         trains = {n for n, p in ours.named_parameters() if p.requires_grad}
         assert trains == {n for n, p in theirs.named_parameters() if p.requires_grad}
         assert any(n.endswith("bias") for n in trains)
+        ours.delete_adapter("default")
+        assert not any(p.requires_grad for p in ours.parameters())
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_adapters_over_a_16_bit_base_are_float32(self, dtype, seed, plain_torch):
@@ -1243,6 +1245,8 @@ class TestBadArguments:
         model = block("a")
         with pytest.raises(ValueError, match="3 names; the batch has 2 rows"):
             model(torch.randint(0, 20, (2, 3)), adapter_names=["a"] * 3)
+        with pytest.raises(ValueError, match="has 4 names; it must have one a row, and a layer saw 6 rows"):
+            model(ids=torch.randint(0, 20, (2, 3)), adapter_names=["a"] * 4)
 
     def test_an_adapter_that_starts_from_the_base_is_refused_while_others_are_merged(self):
         model = block("a")
