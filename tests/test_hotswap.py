@@ -85,6 +85,9 @@ def test_an_adapter_swapped_in_serves_as_if_it_had_been_loaded(four_bits, kwargs
     assert_untouched(model, before)
     assert torch.equal(model(**batch).logits, expected)
     assert model.peft_config["default"].lora_alpha == 20
+    new = fp.LoraConfig(**ALL, **kwargs, lora_alpha=20, revision="new")  # the same form: values are copied alone
+    model.hotswap_adapter(tensors_of(model, "1"), "default", new)
+    assert (model.peft_config["default"].revision, model.peft_config["default"].inference_mode) == ("new", True)
 
 
 def test_tensors_in_memory_swap_in_and_stay_the_callers_own():
@@ -246,6 +249,17 @@ def test_modules_saved_with_the_adapter_swap_too():
     model.set_adapter("default")
     model.hotswap_adapter(tensors_of(model, "1"))
     assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("beside", [[], ["model.embed_tokens.weight"]], ids=["adapter", "and_an_embedding"])
+def test_whatever_keeps_values_is_told_of_a_swap(beside):
+    model = serving(fp.LoraConfig(), fp.LoraConfig())
+    bank, base = model.base_model.bank, model.get_base_model()
+    version = bank.version
+    model.hotswap_adapter(
+        tensors_of(model, "1") | {f"base_model.model.{k}": base.get_parameter(k).clone() for k in beside}
+    )
+    assert bank.version > version
 
 
 class TestRefused:

@@ -505,6 +505,21 @@ class TestMerging:
 
 
 class TestSeveralAdapters:
+    def test_a_module_trained_whole_comes_and_goes_with_its_adapter(self):
+        model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(), "a")
+        batch, logits = tiny.inputs(), {}
+        model.add_adapter("b", fp.LoraConfig(modules_to_save=["lm_head"]))
+        tiny.randomize(model)
+        for name in ("a", "b", "a", "b"):
+            model.set_adapter(name)
+            now = model(**batch).logits
+            assert torch.equal(logits.setdefault(name, now), now)
+        assert not torch.allclose(logits["a"], logits["b"])
+        model.delete_adapter("b")
+        model.set_adapter("a")
+        assert torch.equal(model(**batch).logits, logits["a"])
+        assert type(model.get_base_model().lm_head) is nn.Linear and not model.base_model.bank.wrappers
+
     @pytest.mark.parametrize("use_dora", [False, True])
     def test_adapters_active_together_add_up(self, use_dora):
         model = block("a", "b", use_dora=use_dora)

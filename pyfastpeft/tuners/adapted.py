@@ -224,7 +224,6 @@ class AdaptedModel(OneDevice, nn.Module):
         self.bank.release(name)
         self.tuner_of(name).remove(name)
         self._drop_saved(name)
-        self.bank.forget()
         del self.configs[name]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
