@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from .conversations import check_positions, learned_positions, virtual_tokens
-from .hub.files import check_tensors, load_safetensors, read_json, save_safetensors, write_text
+from .hub.files import atomic_write, check_tensors, load_safetensors, read_json, save_safetensors, write_text
 from .ops.cross_entropy import IGNORED
 
 _SLOTS = ("step", "exp_avg", "exp_avg_sq")
@@ -65,7 +65,6 @@ class AdapterTrainer(Trainer):
         rank = self.args.process_index
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         try:
             if self.args.should_save:
@@ -74,7 +73,8 @@ class AdapterTrainer(Trainer):
                 save_safetensors(tensors, aside / "optimizer.safetensors")
                 schedule = self.lr_scheduler.state_dict()
                 write_text(json.dumps({"optimizer": numbers, "scheduler": schedule}), aside / "optimizer.json")
-                self.state.save_to_json(str(aside / "trainer_state.json"))
+                with atomic_write(aside / "trainer_state.json") as state:
+                    self.state.save_to_json(str(state))
             tensors, numbers = _random_state()
             save_safetensors(tensors, aside / f"random-{rank}.safetensors")
             write_text(json.dumps(numbers), aside / f"random-{rank}.json")

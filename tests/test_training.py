@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +19,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -30,12 +36,13 @@ from pyfastpeft.conversations import (
     encode,
     learned_positions,
     load_dataset,
+    pad_id,
     prompt_ids,
     read_rows,
 )
 from pyfastpeft.data import drug_qa, score_answers
 from pyfastpeft.generation import answer, prompts_of
-from pyfastpeft.hub.files import load_safetensors, save_safetensors
+from pyfastpeft.hub.files import load_safetensors, save_safetensors, write_text
 from pyfastpeft.training import Collator, train_adapter
 
 QUESTION, ANSWER = "Which drug?", "Drug: x"
@@ -66,6 +73,7 @@ def test_messages_and_prompt_with_completion_are_read_alike(tmp_path):
         ('{"prompt": "a", "completion": 3}', "as text"),
         ('{"messages": []}', "not empty"),
         ('{"messages": [{"role": "user"}]}', "'content'"),
+        ('{"messages": [{"content": "a"}]}', "'role'"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "'assistant'"),
         ("[" * 100_000, "line 2"),
         (r'{"prompt": "a \ud83d", "completion": "b"}', "half of a character"),
@@ -88,8 +96,9 @@ def test_bytes_that_are_not_utf8_and_an_empty_file_are_refused(tmp_path):
     path.write_text("\n")
     with pytest.raises(ValueError, match="no rows"):
         read_rows(path)
-    with pytest.raises(FileNotFoundError):
-        read_rows(tmp_path / "none.jsonl")
+    for missing in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"there is no file {missing}"):
+            read_rows(missing)
 
 
 def test_labels_are_on_the_completions_only():
@@ -186,6 +195,26 @@ def test_a_chat_template_that_fails_in_any_way_is_a_value_error(template):
         prompt_ids(TALK[:1], tokenizer)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
+    ],
+    ids=["without_earlier_messages", "without_what_the_answer_begins_with"],
+)
+def test_a_chat_template_that_rewrites_what_was_said_is_refused(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="the chat template rewrites earlier messages"):
+        encode([*TALK, *TALK], tokenizer, 1000)
+
+
+@pytest.mark.parametrize(("pad", "eos", "used"), [(3, 5, 3), (None, 5, 5), (0, 5, 0), (None, None, 0)])
+def test_what_is_padded_with_is_always_a_token(pad, eos, used):
+    assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == used
+
+
 def test_an_empty_prompt_and_a_row_without_labels_say_so():
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="no message of the assistant has a token"):
@@ -269,10 +298,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, kind):
         assert torch.equal(value, expected[key]), key
 
 
-def test_a_checkpoint_is_an_adapter_and_no_pickle(tmp_path):
-    model = adapter()
+def test_a_checkpoint_is_an_adapter_and_no_pickle(tmp_path, monkeypatch):
+    model, sync, synced = adapter(), os.fsync, set()
+    write_text("of a run that was killed", tmp_path / ".checkpoint-6.partial" / "optimizer.bin")
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
     run(model, tmp_path, save_steps=2)
     names = {p.name for p in (tmp_path / "checkpoint-6").iterdir()}
+    assert all(any(f"/.checkpoint-6.partial/.{name}." in path for path in synced) for name in names)
     assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"} <= names
     assert all(p.suffix in (".json", ".safetensors", ".md") for p in tmp_path.rglob("*") if p.is_file())
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
@@ -506,6 +538,10 @@ def test_which_models_have_learned_positions():
     opt = learned(OPTConfig, hidden_size=8, ffn_dim=8, word_embed_proj_dim=8)
     assert [learned_positions(m) for m in (learned(hidden_size=8), opt, tiny_llama())] == [32, 32, None]
     assert learned_positions(fp.get_peft_model(opt, fp.LoraConfig())) == 32
+    size = {"vocab_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    of_rotary = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2, max_position_embeddings=64))
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    assert learned_positions(of_rotary) is learned_positions(t5) is None
 
 
 # Answers.
