@@ -180,6 +180,7 @@ class _Stack:
         norms, head_norms, linears = [], [], []
         dtype, eps = model.norm.weight.dtype, model.norm.variance_epsilon
         self.dtype = dtype
+        window = look.get(vars(config), "sliding_window")  # of every layer that does not say its own, as Mistral's
 
         def norm(parent: nn.Module, name: str) -> Tensor:
             module = look.module(parent, name)
@@ -195,7 +196,7 @@ class _Stack:
                 [type(m).__name__ for m in (layer, attention, mlp)]
                 != [f"{family}{part}" for part in ("DecoderLayer", "Attention", "MLP")]
                 or type(look.module(mlp, "act_fn")).__name__ not in ("SiLU", "SiLUActivation")
-                or getattr(attention, "sliding_window", None) is not None
+                or getattr(attention, "sliding_window", window) is not None
             ):
                 raise _Unsupported
             if attention.attention_dropout and look.get(vars(attention), "training"):
