@@ -380,11 +380,14 @@ BAD = {
         prefix_k=torch.randn(2, 2, 3, 32), prefix_v=torch.randn(2, 2, 3, 32)
     ),
     "prefix_index is torch.int64 of shape (3,)": lambda a: a.update(prefix_index=torch.zeros(3, dtype=torch.int64)),
+    "prefix_index is a list; it must be a tensor": lambda a: a.update(prefix_index=[0, 0]),
+    "prefix_lengths is a int; it must be a tensor": lambda a: a.update(prefix_lengths=3),
     "prefix_index has 1; each must lie in [-1, 0]": lambda a: a.update(prefix_index=torch.tensor([0, 1])),
     "prefix_lengths has 4; each must lie in [0, 3]": lambda a: a.update(prefix_lengths=torch.tensor([4])),
     "prefix_index is given without": lambda a: a.update(
         prefix_k=None, prefix_v=None, prefix_index=torch.zeros(2, dtype=torch.int64)
     ),
+    "mask is a list; it must be a tensor": lambda a: a.update(mask=[[1] * 7] * 2),
     "mask is torch.bool of shape (2, 6)": lambda a: a.update(mask=torch.ones(2, 6, dtype=torch.bool)),
     "mask is torch.float32 of shape (2, 7)": lambda a: a.update(mask=torch.ones(2, 7)),
     "mask is torch.int64 of shape (2, 1, 1, 7)": lambda a: a.update(mask=torch.ones(2, 1, 1, 7, dtype=torch.int64)),

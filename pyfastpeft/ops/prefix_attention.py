@@ -79,6 +79,8 @@ def prefix_attention(
     _check_tensors(q, k, v)
     batch, _, tokens, dim = q.shape
     keys = k.shape[2]
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}; it must be a tensor")
     if causal and keys < tokens and (mask is None or mask.dim() != 4):
         raise ValueError(f"k has {keys} keys; causal attention needs at least the {tokens} of the queries")
     if prefix_k is not None or prefix_v is not None:
@@ -150,6 +152,8 @@ def _check_prefix(
     if index is None and slots != 1:
         raise ValueError(f"prefix_index is None; of {slots} prefixes it must pick one a row")
     for name, t, n in (("prefix_index", index, q.shape[0]), ("prefix_lengths", lengths, slots)):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}; it must be a tensor")
         if t is not None and (t.dtype != torch.int64 or t.shape != (n,) or t.device != q.device):
             what = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
             raise ValueError(f"{name} is {what}; it must be int64 of shape ({n},) on {q.device}")
