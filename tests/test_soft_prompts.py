@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from functools import partial
 from pathlib import Path
@@ -384,6 +385,16 @@ class TestFiles:
         with pytest.raises(ValueError, match="encoder beside the adapter does not belong to it"):
             fp.PeftModel.from_pretrained(llama(), tmp_path / "a", is_trainable=True)
         fp.PeftModel.from_pretrained(llama(), tmp_path / "a")
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_an_encoder_that_is_not_finite_loads_as_it_was_saved(self, value, tmp_path):
+        model = ours(llama(), "ptuning")
+        with torch.no_grad():
+            model.prompt_encoder["default"].mlp_head[-1].bias[3] = value
+        model.save_pretrained(tmp_path)
+        again = fp.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+        vectors = again.prompt_encoder["default"]()
+        torch.testing.assert_close(vectors, model.prompt_encoder["default"](), equal_nan=True)
 
     def test_saving_leaves_no_encoder_of_an_earlier_adapter(self, tmp_path):
         ours(llama(), "ptuning").save_pretrained(tmp_path)
