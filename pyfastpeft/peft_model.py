@@ -20,7 +20,7 @@ from transformers.utils import PushToHubMixin
 
 from .adapters import NO_ROWS, Names, Rows
 from .hub.files import save_safetensors
-from .hub.peft import CARD_NAME, adapter_folder, read_config, read_own, read_tensors, write_adapter
+from .hub.peft import CARD_NAME, OWN_NAME, adapter_folder, read_config, read_own, read_tensors, write_adapter
 from .integrations.accelerate import fuse, take_over
 from .integrations.attention import use_fast_attention
 from .integrations.forwards import remove
@@ -678,12 +678,14 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         config = read_config(model_id, **hub) if config is None else PeftConfig.from_peft(config)
         tensors, path = read_tensors(model_id, **hub)
+        source = str(path)
         held = self.peft_config.get(adapter_name)
         encodes = is_trainable if held is None else self.base_model.tuner_of(adapter_name).own_state(adapter_name, held)
-        if encodes and isinstance(config, SoftPromptConfig):
-            tensors |= read_own(model_id, **hub)
+        if encodes and isinstance(config, SoftPromptConfig) and (own := read_own(model_id, **hub)):
+            tensors |= own
+            source += f" with {OWN_NAME}"
         config = replace(config, inference_mode=not is_trainable)
-        return self._install(adapter_name, config, tensors, str(path), autocast_adapter_dtype)
+        return self._install(adapter_name, config, tensors, source, autocast_adapter_dtype)
 
     def _install(
         self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool

@@ -384,6 +384,10 @@ class TestFiles:
         (tmp_path / "a" / file).write_bytes((tmp_path / "b" / file).read_bytes())
         with pytest.raises(ValueError, match="encoder beside the adapter does not belong to it"):
             fp.PeftModel.from_pretrained(llama(), tmp_path / "a", is_trainable=True)
+        ours(llama(), "ptuning", encoder_hidden_size=5).save_pretrained(tmp_path / "b")
+        (tmp_path / "a" / file).write_bytes((tmp_path / "b" / file).read_bytes())
+        with pytest.raises(ValueError, match=rf"with {file}: encoder.mlp_head.0.bias has shape \(5,\)"):
+            fp.PeftModel.from_pretrained(llama(), tmp_path / "a", is_trainable=True)
         fp.PeftModel.from_pretrained(llama(), tmp_path / "a")
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
