@@ -331,6 +331,18 @@ def test_a_start_from_the_weight_that_embedding_and_head_share_is_refused(attach
         fp.PeftModel.from_pretrained(base, tmp_path)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_embedding_that_is_tied_to_the_head_starts_as_usual_beside_a_start_from_the_weights(init, tmp_path):
+    base, batch = tiny.make("qwen2"), tiny.inputs()  # tied
+    ours, theirs = configured("embedding", init_lora_weights=init)
+    fp.get_peft_model(copy.deepcopy(base), ours)
+    theirs = trained(peft.get_peft_model, base, theirs)
+    theirs.save_pretrained(tmp_path)
+    model = fp.PeftModel.from_pretrained(base, tmp_path)
+    tiny.use_plain_layers(model)
+    assert relative(model(**batch).logits, theirs(**batch).logits) < EQUAL
+
+
 def test_models_that_have_no_embedding_load(tmp_path):
     part = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     text, vision = part | {"vocab_size": 64, "max_position_embeddings": 16}, part | {"image_size": 16, "patch_size": 8}

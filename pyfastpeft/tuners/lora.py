@@ -451,9 +451,9 @@ class LoraTuner(Tuner):
             self._biased = name
 
     def _check_ends(self, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
-        """Where embedding and head are one weight, PEFT's adapters that start from it change both."""
-        ends = tied_ends(self.model)
-        path = next((path for path, m in targets.items() if base_of(m) in ends), None)
+        """Where embedding and head are one weight, PEFT's adapters that start from the head's change both."""
+        heads = [end for end in tied_ends(self.model) if not isinstance(end, nn.Embedding)]
+        path = next((path for path, m in targets.items() if base_of(m) in heads), None)
         if path is not None:
             raise ValueError(
                 f"init_lora_weights is {config.init_lora_weights!r}, which changes the weight of {path}; embedding and "
