@@ -155,6 +155,7 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         (["quantize", model_folder, output, "--blocksize", "48"], "blocksize"),
         (["train", "--model", model_folder, "--data", str(bad_row), "--output", output], "bad.jsonl, line 2"),
         (["train", "--model", model_folder, "--data", "none.jsonl", "--output", output], "none.jsonl"),
+        ([*train, "--output", str(bad_row)], "bad.jsonl', which is a file"),
         ([*train, "--r", "0"], "r is 0"),
         ([*train, "--target-modules", "q_prj"], "q_proj"),
         ([*train, "--method", "prompt", "--virtual-tokens", "0"], "num_virtual_tokens is 0"),
@@ -308,6 +309,14 @@ def test_a_reader_that_has_enough_is_no_error_to_speak_of(tmp_path):
     env = os.environ | {"PYTHONPATH": str(path)}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 1 and "rror" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_stdout_that_was_closed_from_the_start_is_no_error(tmp_path):
+    path = Path(fp.__file__).parent.parent
+    command = f"{sys.executable} -m pyfastpeft.cli info --json >&-"
+    env = os.environ | {"PYTHONPATH": str(path)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and "rror" not in done.stderr
 
 
 def test_a_missing_smollm2_names_the_command_that_installs_it(capsys, monkeypatch):

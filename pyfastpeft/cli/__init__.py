@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = args.run(args, console)
         if args.json:
             print(json.dumps(result, indent=2))
-        sys.stdout.flush()
+        print(end="", flush=True)  # sys.stdout is None where it was closed from the start
     except BrokenPipeError:  # whoever reads has enough, as in `| head`; nor is there anybody for what Python flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import warnings
 from typing import Any
@@ -76,7 +77,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .progress import TrainingProgress
 
     method, options, quantized = chosen(args)
-    read_rows(args.data)  # a fault in the data shows before the model is loaded
+    # What is wrong with these shows before the model is loaded.
+    if os.path.exists(args.output) and not os.path.isdir(args.output):
+        raise ValueError(f"output is {args.output!r}, which is a file; it must be a folder, or not exist yet")
+    read_rows(args.data)
     questions = read_rows(args.test) if args.test else []
     base, tokenizer = load_model(args, quantized)
     with warnings.catch_warnings(record=True) as caught:  # shown whatever other libraries have made of the filters
