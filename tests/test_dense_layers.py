@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_llama
 from torch import nn
+from torch.autograd import forward_ad
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import dense_layers
@@ -118,6 +119,15 @@ def test_what_torch_computes(pays, monkeypatch):
     assert torch.equal(compiled(x), F.linear(x, frozen.weight, frozen.bias))
     monkeypatch.setattr(dense, "choose_plain", lambda device: fp.ops.Backend.REFERENCE)
     assert not dense.many_rows_pay(x, frozen.weight, frozen.bias)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("grad", [True, False])
+def test_tangents_are_those_of_torch(pays, grad, rows):
+    x, weight = torch.randn(rows, 64), torch.randn(48, 64)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        y = dense_linear(forward_ad.make_dual(x, 2 * x), weight)
+        assert torch.equal(forward_ad.unpack_dual(y).tangent, F.linear(2 * x, weight))
 
 
 def test_layers_use_it_where_it_pays(pays, monkeypatch):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import pyfastpeft as fp
 from pyfastpeft.ops import projected_swiglu, rms_norm, rope, swiglu
@@ -301,15 +302,15 @@ def test_threads_change_nothing(isa):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: rms_norm(x, torch.ones(16), 1e-5),
-        lambda x: swiglu(x, x),
-        lambda x: rope(x, x, torch.ones(1, 3, 16), torch.ones(1, 3, 16))[0],
-        lambda x: projected_swiglu(x, lambda x: (x, 2 * x)),
-    ],
+FUNCTIONS = (
+    lambda x: rms_norm(x, torch.ones(16), 1e-5),
+    lambda x: swiglu(x, x),
+    lambda x: rope(x, x, torch.ones(1, 3, 16), torch.ones(1, 3, 16))[0],
+    lambda x: projected_swiglu(x, lambda x: (x, 2 * x)),
 )
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_second_derivatives_are_an_error(function):
     """Past a residual too, whose own would be taken for the whole."""
     x = torch.randn(1, 2, 3, 16, requires_grad=True)
@@ -317,6 +318,14 @@ def test_second_derivatives_are_an_error(function):
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             torch.autograd.grad(first.sum(), x)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("function", FUNCTIONS[:3])
+def test_forward_mode_is_an_error(function, grad):
+    x = torch.randn(1, 2, 3, 16)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="jvp"):
+        function(forward_ad.make_dual(x, x))
 
 
 def test_a_weight_that_was_offloaded_is_named():

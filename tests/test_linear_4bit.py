@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import pyfastpeft as fp
 from pyfastpeft.ops import BankView, Lora, linear_4bit, mixed, pack_lora
@@ -1128,3 +1129,19 @@ def test_second_derivatives_match_float64(device, k, dropout):
 
     for got, expected in zip(seconds(mine), seconds(lambda x: float64(x, w, None, lora, keep)), strict=True):
         assert error(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_an_error(grad):
+    """Where a tensor has a tangent, which the bare operator would drop; others are as ever."""
+    w, x, (a, b) = packed_weight(48, 64), torch.randn(3, 64), adapter(48, 64, 4)
+    plain = linear_4bit(x, w)
+    with torch.set_grad_enabled(grad):
+        with forward_ad.dual_level():
+            dual = [forward_ad.make_dual(t, t) for t in (x, a)]
+            for x_, lora in ((dual[0], None), (dual[0], (a, b, 1.0)), (x, (dual[1], b, 1.0))):
+                with pytest.raises(NotImplementedError, match="jvp"):
+                    linear_4bit(x_, w, lora=lora)
+            assert torch.equal(linear_4bit(x, w), plain)
+        with pytest.raises(RuntimeError, match="functorch"):
+            torch.func.jvp(lambda x: linear_4bit(x, w), (x,), (x,))

@@ -29,7 +29,7 @@ from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear, stamp_of
 from ..ops import PackedLora
-from ..ops.backends import Backend, choose_attention, choose_plain, native
+from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode, native
 from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
@@ -375,7 +375,7 @@ class _FewRows(ModuleForward):
         self.__init__(state["module"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not args and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if not (args or torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_mode()):
             output = self._few_rows(**{name: value for name, value in kwargs.items() if value is not None})
             if output is not None:
                 return output

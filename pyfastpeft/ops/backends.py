@@ -9,6 +9,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..formats import Packed4bit, format_of
 from ..formats.packed import dequantize_reference, quantize_reference
@@ -30,8 +31,18 @@ def check_floats(name: str, t: Tensor) -> None:
 
 
 def recorded(*tensors: Tensor | None) -> bool:
-    """Whether what is computed of ``tensors`` is recorded for autograd."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether what is computed of ``tensors`` is recorded for autograd.
+
+    Tensors with tangents count: autograd's functions refuse forward mode, the bare operators drop tangents in silence.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return forward_mode() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def forward_mode() -> bool:
+    """Whether tensors may have tangents here, without gradients too."""
+    return forward_ad._current_level >= 0
 
 
 class Backend(enum.Enum):

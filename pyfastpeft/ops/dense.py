@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, choose_plain
+from .backends import FLOATS, Backend, choose_plain, forward_mode
 
 FEW_ROWS = 16
 """Rows up to which the kernel takes what reading the weight once takes: it multiplies by a tile of so many."""
@@ -62,7 +62,8 @@ def many_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _multiplies(x: Tensor, weight: Tensor) -> bool:
     alike = x.dtype == weight.dtype and x.dtype in FLOATS and x.device == weight.device
-    return alike and not torch.is_autocast_enabled("cpu") and choose_plain(x.device) is Backend.NATIVE
+    plain = not (torch.is_autocast_enabled("cpu") or forward_mode())
+    return alike and plain and choose_plain(x.device) is Backend.NATIVE
 
 
 class _ManyRows(torch.autograd.Function):

@@ -18,7 +18,7 @@ from ..formats import Packed4bit
 from ..formats.held import HeldBranch
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
-from .backends import FLOATS, Backend, check_floats, choose, native, recorded
+from .backends import FLOATS, Backend, check_floats, choose, forward_mode, native, recorded
 from .copy import Shelf
 
 
@@ -137,7 +137,7 @@ def linear_4bit(
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not forward_mode():
         y = _inference(x, w, bias, lora, compute)
         if y is not None:
             return y
