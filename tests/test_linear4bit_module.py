@@ -213,6 +213,17 @@ def test_a_layer_made_on_the_meta_device_takes_the_tensors_it_is_assigned():
     assert torch.equal(module(x), source(x)) and module.bias.dtype == torch.bfloat16
 
 
+def test_another_weight_is_set_packed_and_refused_where_it_would_never_be_read():
+    module, other = layer(), layer()
+    before = held(module)
+    for weight in (other.weight, torch.nn.Parameter(torch.randn(48, 96)), None):
+        with pytest.raises(TypeError, match="weight is assigned, but a Linear4bit's is packed: call set_packed"):
+            module.weight = weight
+    assert same(held(module), before)
+    module.set_packed(other.packed)
+    assert module.weight.data_ptr() == other.weight.data_ptr() and same(held(module), held(other))
+
+
 def test_whatever_else_a_layer_holds_is_saved_and_loaded_as_in_any_module():
     def made():
         module = layer()

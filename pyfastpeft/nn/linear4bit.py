@@ -67,6 +67,16 @@ class Linear4bit(OneDevice, nn.Linear):
         self.double_quant = packed.nested is not None
         self.weight = nn.Parameter(self.packed.codes, requires_grad=False)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuses another ``weight`` than ``packed``'s codes, by which the layer goes: it would never be read."""
+        packed = self.__dict__.get("packed")
+        if name == "weight" and packed is not None and (param is None or param.data_ptr() != packed.codes.data_ptr()):
+            raise TypeError(
+                "weight is assigned, but a Linear4bit's is packed: call set_packed, with quantize_4bit(weight) or with "
+                "another layer's packed, which both then share; or load_state_dict"
+            )
+        super().register_parameter(name, param)
+
     def _check_shape(self, packed: Packed4bit) -> None:
         if tuple(packed.shape) != (self.out_features, self.in_features):
             expected = (self.out_features, self.in_features)
