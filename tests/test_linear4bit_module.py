@@ -166,7 +166,7 @@ def test_a_full_precision_weight_is_quantized_on_the_way_in():
 
 def test_a_layer_made_on_the_meta_device_says_so_until_it_is_loaded():
     module = fp.nn.Linear4bit(96, 48, device="meta", bias=False)
-    with pytest.raises(RuntimeError, match="holds no weight yet"):
+    with pytest.raises(RuntimeError, match="holds no weight"):
         module.dequantize()
     assert module.state_dict()["weight"].is_meta
     source = layer(bias=False)
@@ -211,6 +211,16 @@ def test_a_layer_made_on_the_meta_device_takes_the_tensors_it_is_assigned():
     module = fp.nn.Linear4bit(96, 48, device="meta")
     module.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(module(x), source(x)) and module.bias.dtype == torch.bfloat16
+
+
+def test_a_layer_moved_to_the_meta_device_is_as_one_made_there():
+    source, x = layer(), torch.randn(3, 96)
+    state, before = copy.deepcopy(source.state_dict()), source(x)
+    assert source.to("meta").state_dict()["weight"].is_meta
+    with pytest.raises(RuntimeError, match="holds no weight"):
+        source(x)
+    source.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(source(x), before)
 
 
 def test_another_weight_is_set_packed_and_refused_where_it_would_never_be_read():

@@ -93,7 +93,7 @@ class Linear4bit(OneDevice, nn.Linear):
 
     def _require_packed(self) -> Packed4bit:
         if self.packed is None:
-            raise RuntimeError("this Linear4bit holds no weight yet (it was made on the meta device); load one first")
+            raise RuntimeError("this Linear4bit holds no weight: it was made on or moved to the meta device; load one")
         return self.packed
 
     def forward(self, x: Tensor, lora: Lora | tuple | None = None) -> Tensor:
@@ -176,6 +176,11 @@ class Linear4bit(OneDevice, nn.Linear):
             self.weight = nn.Parameter(packed.codes, requires_grad=False)
         # Move as bytes: `.half()` or `.to(dtype)` must not touch a scale, and a change of device changes the layout.
         target = fn(packed.codes[:0]).device
+        if target.type == "meta":  # as if it had been made there
+            self.packed = None
+            shape = self.out_features, self.in_features
+            self.weight = nn.Parameter(torch.empty(shape, dtype=packed.dtype, device=target), requires_grad=False)
+            return self
         self.set_packed(packed.to(target) if target != packed.device else packed.map_bytes(fn))
         return self
 
