@@ -343,6 +343,21 @@ def test_an_embedding_that_is_tied_to_the_head_starts_as_usual_beside_a_start_fr
     assert relative(model(**batch).logits, theirs(**batch).logits) < EQUAL
 
 
+def test_names_in_pefts_folders_that_no_module_has_are_said_once_and_left(tmp_path):
+    kwargs = {"target_modules": ["q_proj", "Wqkv"], "modules_to_save": ["lm_head", "head_of_others"]}
+    base, batch = tiny.make("llama"), tiny.inputs()
+    theirs = trained(peft.get_peft_model, base, peft.LoraConfig(**kwargs))
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns() as caught:
+        model = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    said = [str(w.message) for w in caught if "match no module" in str(w.message)]
+    assert len(said) == 2 and "Wqkv" in said[0] and "head_of_others" in said[1]
+    tiny.use_plain_layers(model)
+    assert relative(model(**batch).logits, theirs(**batch).logits) < EQUAL
+    with pytest.raises(ValueError, match=r"modules_to_save \['head_of_others'\] match no module"):
+        fp.get_peft_model(base, fp.LoraConfig(modules_to_save=["head_of_others"]))
+
+
 def test_models_that_have_no_embedding_load(tmp_path):
     part = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     text, vision = part | {"vocab_size": 64, "max_position_embeddings": 16}, part | {"image_size": 16, "patch_size": 8}

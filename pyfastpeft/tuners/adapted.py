@@ -22,7 +22,7 @@ from ..nn.one_device import OneDevice
 from ..nn.trainable_tokens import TrainableTokens
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
-from .modules import HEADS, find_saved, put, tied_ends, trainable_copy, trainable_state
+from .modules import HEADS, find_saved, put, tied_ends, trainable_copy, trainable_state, unmatched_saved
 
 
 class AdaptedModel(OneDevice, nn.Module):
@@ -75,6 +75,8 @@ class AdaptedModel(OneDevice, nn.Module):
         """See :meth:`Tuner.expected`."""
         tuner = self.tuner(config)
         shapes = tuner.expected(config, strict, values)
+        if not strict and (unmatched := unmatched_saved(config, self.model)):
+            warnings.warn(unmatched, stacklevel=2)
         for path, module in find_saved(config, self.model).items():
             source = module.original_module if isinstance(module, ModulesToSave) else module
             held = trainable_state(source)
@@ -93,6 +95,8 @@ class AdaptedModel(OneDevice, nn.Module):
         """Attach an adapter as :meth:`Tuner.attach` says; on any error the model is as it was."""
         _check_name(name, self.configs)
         tuner = self.tuner(config)
+        if strict and (unmatched := unmatched_saved(config, self.model)):
+            raise ValueError(unmatched)
         saved = find_saved(config, self.model)
         try:
             for path, module in saved.items():

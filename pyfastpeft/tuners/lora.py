@@ -295,16 +295,14 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
     """Path → module for every target of a resolved ``config``.
 
     Args:
-        strict: a name in ``target_modules`` that no module has is an error, not a warning.
+        strict: a name in ``target_modules`` that no module has is an error.
 
     Raises:
         ValueError: nothing matches, a name matches nothing (``strict``), or a match cannot carry LoRA.
     """
     candidates = dict(modules_of(model))
     targets = {path: m for path, m in candidates.items() if matches(config, path)}
-    unmatched: list[str] = []
-    if isinstance(config.target_modules, list):
-        unmatched = [n for n in config.target_modules if not any(ends_with(path, [n]) for path in candidates)]
+    unmatched = _unmatched(config, candidates)
     if not targets and isinstance(config.target_modules, list) and config.target_modules and not unmatched:
         raise ValueError(
             f"target_modules {config.target_modules!r} are modules of {type(model).__name__}, but exclude_modules "
@@ -316,8 +314,6 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
         raise ValueError(
             f"target_modules {asked!r} matches no module of {type(model).__name__}. {_hint(asked, candidates)}"
         )
-    if unmatched:
-        warnings.warn(f"target_modules {unmatched} match no module. {_hint(unmatched, candidates)}", stacklevel=3)
     wrong = {p: m for p, m in targets.items() if layer_class(base_of(m)) is None}
     if wrong:
         path, module = next(iter(wrong.items()))
@@ -325,6 +321,12 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
             f"target_modules matches {path!r}, a {type(module).__name__}; LoRA needs a Linear, Conv1D or Embedding"
         )
     return targets
+
+
+def _unmatched(config: LoraConfig, candidates: dict[str, nn.Module]) -> list[str]:
+    """The names in ``target_modules`` that no module has."""
+    names = config.target_modules if isinstance(config.target_modules, list) else []
+    return [n for n in names if not any(ends_with(path, [n]) for path in candidates)]
 
 
 def _hint(asked: list[str] | str, candidates: dict[str, nn.Module]) -> str:
@@ -385,11 +387,14 @@ class LoraTuner(Tuner):
         self, config: LoraConfig, strict: bool, values: Mapping[str, Tensor] | None
     ) -> dict[str, tuple[int, ...]]:
         targets = find_targets(config, self.model, strict)
+        candidates = dict(modules_of(self.model))
+        if unmatched := _unmatched(config, candidates):
+            warnings.warn(f"target_modules {unmatched} match no module. {_hint(unmatched, candidates)}", stacklevel=3)
         shapes = {}
         for path, module in targets.items():
             own = expected_tensors(base_of(module), config.rank_of(path), config.use_dora, config.lora_bias)
             shapes |= {f"{self.PREFIX}{path}.{suffix}": shape for suffix, shape in own.items()}
-        modules = {"": self.model, **dict(modules_of(self.model))}
+        modules = {"": self.model, **candidates}
         for name in _bias_names(config, self.model, targets):
             path = name.removesuffix("bias").removesuffix(".").removesuffix(".base_layer")
             shapes[self.PREFIX + name] = tuple(base_of(modules[path.removesuffix(".token_adapter")]).bias.shape)

@@ -81,19 +81,23 @@ def tied_ends(model: nn.Module) -> list[nn.Module]:
 
 
 def find_saved(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """Path → module for every module of ``modules_to_save``; a head the task adds need not exist.
+    """Path → module for every module of ``modules_to_save``.
 
     As in PEFT a path need only end so: DistilBERT's ``pre_classifier`` belongs to its ``classifier``.
     """
-    wanted = config.modules_to_save or []
-    found = {path: m for path, m in modules_of(model) if path.endswith(tuple(wanted))}
-    added = HEADS.get(config.task_type, [])
-    missing = [n for n in wanted if n not in added and not any(path.endswith(n) for path in found)]
-    if missing:
-        names = sorted({path.rpartition(".")[2] for path, _ in modules_of(model)})
-        close = [c for n in missing for c in difflib.get_close_matches(n, names, n=3, cutoff=0.5)]
-        raise ValueError(f"modules_to_save {missing} match no module of the model. Close matches: {close}")
-    return found
+    wanted = tuple(config.modules_to_save or ())
+    return {path: m for path, m in modules_of(model) if path.endswith(wanted)}
+
+
+def unmatched_saved(config: PeftConfig, model: nn.Module) -> str | None:
+    """Says which names in ``modules_to_save`` no module has; a head that the task adds need not exist."""
+    paths, added = [path for path, _ in modules_of(model)], HEADS.get(config.task_type, [])
+    missing = [n for n in config.modules_to_save or () if n not in added and not any(p.endswith(n) for p in paths)]
+    if not missing:
+        return None
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    close = [c for n in missing for c in difflib.get_close_matches(n, names, n=3, cutoff=0.5)]
+    return f"modules_to_save {missing} match no module of the model. Close matches: {close}"
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
