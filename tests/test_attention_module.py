@@ -100,3 +100,13 @@ def test_projections_may_be_4_bit():
 def test_sizes_that_do_not_fit(sizes, message):
     with pytest.raises(ValueError, match=message):
         fp.nn.Attention(*sizes)
+
+
+def test_no_tokens_and_keys_and_values_in_one_tensor():
+    layer, prefix = fp.nn.Attention(48, 6, 2), torch.randn(2, 2, 5, 8)
+    out, (keys, values) = layer(torch.randn(3, 0, 48), prefix=prefix)
+    assert out.shape == (3, 0, 48) and keys.shape == values.shape == (3, 2, 0, 8)
+    x = torch.randn(3, 4, 48)
+    assert torch.equal(layer(x, prefix=prefix)[0], layer(x, prefix=tuple(prefix))[0])
+    with pytest.raises(ValueError, match=r"x has shape \(4, 48\); it must be \[batch, tokens, hidden_size\]"):
+        layer(x[0])

@@ -85,17 +85,21 @@ class Attention(nn.Module):
 
         Returns:
             [B, T, hidden_size], and the keys and values [B, kv heads, past + T, head_dim] for the next call.
+
+        Raises:
+            TypeError, ValueError: the argument at fault, what it was and what it must be.
         """
-        batch, tokens, _ = x.shape
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [batch, tokens, hidden_size]")
         q, k, v = (
-            projection(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+            projection(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotary is not None:
             q, k = rope(q, k, *rotary)
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        prefix_k, prefix_v, index, lengths = (*(prefix or ()), None, None, None, None)[:4]
+        prefix_k, prefix_v, index, lengths = (*(() if prefix is None else prefix), None, None, None, None)[:4]
         out = prefix_attention(
             q,
             k,
@@ -108,7 +112,7 @@ class Attention(nn.Module):
             window=self.window,
             prefix_lengths=lengths,
         )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1)), (k, v)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), (k, v)
 
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"
