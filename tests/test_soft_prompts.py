@@ -1231,6 +1231,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"attention_mask has shape .* it must be \(3, 6\)"):
             ours(llama(), "prompt")(tiny.inputs()["input_ids"], attention_mask=torch.ones(shape))
 
+    def test_a_call_without_tokens_is_the_models_own_error(self):
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            ours(llama(), "prefix")(attention_mask=torch.ones(2, 3))
+
     def test_a_model_that_is_no_transformers_model(self):
         with pytest.raises(ValueError, match="no model of transformers"):
             fp.get_peft_model(torch.nn.Linear(2, 2), config(fp, "prefix"))

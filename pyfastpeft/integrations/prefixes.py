@@ -300,7 +300,9 @@ class Prefixes:
         self._check_attention()
         kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
         inputs = kwargs.get("inputs_embeds")
-        inputs = kwargs["input_ids"] if inputs is None else inputs
+        inputs = kwargs.get("input_ids") if inputs is None else inputs
+        if inputs is None:
+            return None  # the decoder says so itself
         past = past_of(kwargs)
         decoding = goes_on(past, inputs.shape[1])
         positions = self._positions(kwargs, inputs, past)
