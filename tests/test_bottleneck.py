@@ -436,6 +436,8 @@ def test_a_bottleneck_cannot_be_merged(merge):
     [
         ({"placement": "both"}, "placement is 'both'; it must be one of houlsby, pfeiffer"),
         ({"reduction_factor": 0}, "reduction_factor is 0; it must be a number above 0"),
+        ({"reduction_factor": True}, "reduction_factor is True; it must be a number above 0"),
+        ({"reduction_factor": "8"}, "reduction_factor is '8'; it must be a number above 0"),
         ({"bottleneck_size": 0}, "bottleneck_size is 0; it must be an integer of at least 1"),
         ({"activation": "swish"}, "activation is 'swish'; it must be one of gelu, relu, silu, tanh"),
         ({"target_modules": ["o_prj"]}, r"target_modules \['o_prj'\] matches no module of LlamaForCausalLM"),

@@ -194,6 +194,14 @@ class TestLikePeft:
         assert first == capsys.readouterr().out
 
 
+def test_a_layer_that_stands_at_two_paths_carries_lora_at_the_first_as_in_peft(seed):
+    base = Block()
+    base.again = base.linear
+    ours, theirs = pair(base, seed, target_modules=r"linear|again|packed|embed", exclude_modules=["packed"])
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    assert type(ours.get_base_model().again) is nn.Linear
+
+
 class TestDefaults:
     @pytest.mark.parametrize(
         ("architecture", "names"),
@@ -1104,7 +1112,11 @@ class TestBadArguments:
             ({"r": True}, "r is True"),
             ({"rank_pattern": {"q": -1}}, "rank_pattern"),
             ({"lora_alpha": "big"}, "lora_alpha is 'big'"),
+            ({"lora_alpha": True}, "lora_alpha is True"),
+            ({"lora_alpha": math.nan}, "lora_alpha is nan"),
+            ({"alpha_pattern": {"q": math.inf}}, r"alpha_pattern\['q'\] is inf"),
             ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+            ({"lora_dropout": False}, "lora_dropout is False"),
             ({"bias": "some"}, "bias is 'some'"),
             ({"init_lora_weights": "magic"}, "init_lora_weights is 'magic'"),
             ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, "loftq_bits"),
@@ -1139,6 +1151,13 @@ class TestBadArguments:
     def test_a_wrong_field_is_named(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             fp.LoraConfig(**kwargs)
+
+    def test_a_configuration_keeps_its_own_fields(self):
+        ranks, targets = {"q_proj": 2}, {"v_proj", "q_proj", "k_proj", "o_proj"}
+        config = fp.LoraConfig(rank_pattern=ranks, alpha_pattern=None, target_modules=targets)
+        ranks.clear(), targets.clear()
+        assert (config.rank_of("q_proj"), config.rank_of("v_proj"), config.alpha_pattern) == (2, 8, {})
+        assert config.target_modules == ["k_proj", "o_proj", "q_proj", "v_proj"]  # whatever order the set had
 
     @pytest.mark.parametrize("names", [["q_prj"], ["q_proj", "v_prj"], "q_prj"])
     def test_an_unknown_target_lists_close_matches_and_leaves_the_model_alone(self, names):

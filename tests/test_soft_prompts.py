@@ -1360,6 +1360,8 @@ class TestBadInput:
         ):
             with pytest.raises(ValueError, match=r"text has token \d+, and a LlamaForCausalLM has 64"):
                 fp.get_peft_model(llama(), made)
+        with pytest.raises(ValueError, match="initial text is '', which has no tokens"):
+            fp.get_peft_model(llama(), fp.PrefixTuningConfig(**text, prefix_init_text=""))
 
     def test_attention_exchanged_afterwards(self):
         model = ours(llama(), "prefix")
@@ -1374,19 +1376,40 @@ class TestBadInput:
             model.merge_and_unload()
         model.merge_adapter(["lora"])
 
-    def test_an_unknown_choice(self):
-        with pytest.raises(ValueError, match="prompt_tuning_init is 'x'"):
-            fp.PromptTuningConfig(num_virtual_tokens=P, prompt_tuning_init="x")
-        with pytest.raises(ValueError, match="tokenizer_name_or_path is None; prompt_tuning_init 'TEXT' needs it"):
-            fp.PromptTuningConfig(num_virtual_tokens=P, prompt_tuning_init="TEXT", prompt_tuning_init_text="a")
-        with pytest.raises(ValueError, match="encoder_reparameterization_type is 'x'"):
-            fp.PromptEncoderConfig(num_virtual_tokens=P, encoder_reparameterization_type="x")
-        with pytest.raises(ValueError, match="prefix_init is 'x'"):
-            fp.PrefixTuningConfig(num_virtual_tokens=P, prefix_init="x")
-        with pytest.raises(ValueError, match="prefix_init_text is given"):
-            fp.PrefixTuningConfig(num_virtual_tokens=P, prefix_init_text="x")
-        with pytest.raises(ValueError, match="prefix_dropout is 1"):
-            fp.DeepPromptConfig(num_virtual_tokens=P, prefix_dropout=1)
+    @pytest.mark.parametrize(
+        ("kind", "kwargs", "message"),
+        [
+            (fp.PromptTuningConfig, {"prompt_tuning_init": "x"}, "prompt_tuning_init is 'x'"),
+            (
+                fp.PromptTuningConfig,
+                {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a"},
+                "tokenizer_name_or_path is None; prompt_tuning_init 'TEXT' needs it",
+            ),
+            (fp.PromptTuningConfig, {"tokenizer_kwargs": {"a": 1}}, "tokenizer_kwargs is given"),
+            (fp.PromptTuningConfig, {"token_dim": 0}, "token_dim is 0"),
+            (fp.PromptTuningConfig, {"num_transformer_submodules": "1"}, "num_transformer_submodules is '1'"),
+            (fp.PromptTuningConfig, {"num_attention_heads": True}, "num_attention_heads is True"),
+            (fp.PromptTuningConfig, {"num_layers": -1}, "num_layers is -1"),
+            (
+                fp.PromptEncoderConfig,
+                {"encoder_reparameterization_type": "x"},
+                "encoder_reparameterization_type is 'x'",
+            ),
+            (fp.PromptEncoderConfig, {"encoder_hidden_size": 0}, "encoder_hidden_size is 0"),
+            (fp.PromptEncoderConfig, {"encoder_num_layers": 0}, "encoder_num_layers is 0"),
+            (fp.PromptEncoderConfig, {"encoder_dropout": 1.0}, "encoder_dropout is 1.0"),
+            (fp.PrefixTuningConfig, {"prefix_init": "x"}, "prefix_init is 'x'"),
+            (fp.PrefixTuningConfig, {"prefix_init_text": "x"}, "prefix_init_text is given"),
+            (fp.PrefixTuningConfig, {"init_weights": "x"}, "init_weights is 'x'"),
+            (fp.PrefixTuningConfig, {"encoder_hidden_size": 2.5}, "encoder_hidden_size is 2.5"),
+            (fp.PrefixTuningConfig, {"prefix_projection": True, "prefix_init": "text"}, "prefix_init is 'text'"),
+            (fp.DeepPromptConfig, {"prefix_init": "x"}, "prefix_init is 'x'"),
+            (fp.DeepPromptConfig, {"prefix_dropout": 1}, "prefix_dropout is 1"),
+        ],
+    )
+    def test_a_wrong_field(self, kind, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            kind(num_virtual_tokens=P, **kwargs)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_an_error_leaves_the_model_as_it_was(self, method, tmp_path):

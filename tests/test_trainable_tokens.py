@@ -282,6 +282,8 @@ def test_who_multiplies_by_the_weight_of_the_embedding_gets_the_rows():
         ([1, 1], {}, "each once"),
         ([-1], {}, "token numbers"),
         ([True], {}, "token numbers"),
+        (["1"], {}, "token numbers"),
+        (3, {}, "token numbers"),
         ("12", {}, "token numbers"),
         ({"embed_tokens": []}, {}, r"trainable_token_indices\['embed_tokens'\] is"),
         ([64], {}, "holds 64; 'model.embed_tokens' has 64 tokens"),
