@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 import warnings
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import DynamicCache, StaticCache
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import prefixes
+from pyfastpeft.integrations.bare import reaching
 
 CAUSAL = ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt2", "opt"]
 P = 5
@@ -476,6 +478,7 @@ class TestWherePeftFails:
         own = {"num_virtual_tokens": 6, "tokenizer_name_or_path": tokenizer}
         if method == "prompt":
             made = fp.PromptTuningConfig(**own, prompt_tuning_init="TEXT", prompt_tuning_init_text="a text")
+            assert json.loads(json.dumps(made.to_dict()))["tokenizer_name_or_path"] == type(tokenizer).__name__
         elif method == "prefix":
             made = fp.PrefixTuningConfig(**own, prefix_init_text="a text")
         else:
@@ -1167,6 +1170,23 @@ class TestDeepPrompts:
 def without_attention(model: torch.nn.Module) -> torch.nn.Module:
     model.model.layers[1].self_attn = torch.nn.Identity()
     return model
+
+
+def test_positions_are_lengthened_for_a_prompt_in_its_own_thread_alone():
+    class Rotary(torch.nn.Module):
+        def forward(self, x, position_ids):
+            return position_ids, position_ids.max() + torch.zeros_like(position_ids)
+
+    def turned():
+        return [t.tolist() for t in rotary(None, torch.arange(3)[None])]
+
+    rotary, elsewhere = Rotary(), []
+    with reaching([rotary], 9):
+        thread = threading.Thread(target=lambda: elsewhere.extend(turned()))
+        thread.start()
+        thread.join()
+        assert turned() == [[[0, 1, 2]], [[8, 8, 8]]]
+    assert turned() == elsewhere == [[[0, 1, 2]], [[2, 2, 2]]]
 
 
 class TestBadInput:
