@@ -941,6 +941,12 @@ class TestInTraining:
             module.train()
         assert not torch.equal(model(**batch).logits, model(**batch).logits)
 
+    def test_an_adapter_added_to_a_model_that_serves_drops_nothing(self):
+        model, batch = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).eval(), tiny.inputs()
+        model.add_adapter("b", fp.LoraConfig(lora_dropout=0.5, init_lora_weights=False))
+        model.set_adapter("b")
+        assert torch.equal(model(**batch).logits, model(**batch).logits)
+
     def test_a_layers_scaling_may_be_written(self):
         ours, theirs = pair(tiny.make("llama"), 0, init_lora_weights=False)
         batch = tiny.inputs()
@@ -959,11 +965,17 @@ class TestInTraining:
         each(lambda layer: layer.unscale_layer(2))
         each(lambda layer: layer.set_scale("default", 0.25))
         each(lambda layer: layer.unscale_layer())
+        for model, library in ((ours, fp), (theirs, peft)):
+            model.add_adapter("k", library.LoraConfig(target_modules=["k_proj"]))
+            model.base_model.set_adapter(["default", "k"])  # of which each layer has one
+        each(lambda layer: layer.scale_layer(2))
         ours.eval().merge_adapter()
         assert relative(ours(**batch).logits, theirs.eval()(**batch).logits) < 1e-5
         layer = ours.base_model.model.model.layers[0].self_attn.q_proj
         with pytest.raises(KeyError, match=r"'no'; the adapters of this layer are \['default'\]"):
             layer.scaling["no"] = 1.0
+        with pytest.raises(TypeError, match="removed with its adapter"):
+            del layer.scaling["default"]
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing_gives_the_same_gradients_also_for_rows_that_choose(self, reentrant):
@@ -1254,13 +1266,6 @@ class TestBadArguments:
         with pytest.raises(ValueError, match=r"adapters \['default'\] have lora_bias=True, but the base"):
             model.merge_adapter()
         assert not base.linear.merged and torch.equal(base.linear.weight, weight)
-
-    def test_a_scaling_goes_with_its_adapter_alone(self):
-        layer = block("a").get_base_model().linear
-        with pytest.raises(TypeError, match="removed with its adapter"):
-            del layer.scaling["a"]
-        with pytest.raises(KeyError, match=r"'b'; the adapters of this layer are \['a'\]"):
-            layer.scaling["b"] = 1
 
     def test_an_unknown_adapter_is_named_with_those_that_exist(self):
         model = block("a")
