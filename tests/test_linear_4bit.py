@@ -896,6 +896,7 @@ def test_float64_reference_agrees_with_torch_linear():
         ({"w": fp.quantize_4bit(torch.ones(2, 3, 64))}, ValueError, "w has shape .*must be a matrix"),
         ({"bias": torch.ones(23)}, ValueError, "bias is .*shape \\(24,\\)"),
         ({"bias": torch.ones(24, dtype=torch.int32)}, ValueError, "bias is torch.int32"),
+        ({"bias": torch.ones(24, device="meta")}, ValueError, "bias is on meta; it must be on x's device, cpu"),
         ({"lora": (torch.ones(4, 63), torch.ones(24, 4), 1.0)}, ValueError, "lora A .*K = 64"),
         ({"lora": (torch.ones(0, 64), torch.ones(24, 0), 1.0)}, ValueError, "lora A .*r >= 1"),
         ({"lora": (torch.ones(4, 64), torch.ones(24, 5), 1.0)}, ValueError, "lora B .*r = 4"),
@@ -978,24 +979,24 @@ def test_the_compiled_operators_refuse_what_would_read_past_a_buffer(name, case,
         operator(*replaced(arguments, position, spoil(arguments[position])))
 
 
-def test_a_bank_refuses_a_wrong_number_of_rows():
-    w = fp.quantize_4bit(torch.ones(24, 64))
-    bank = BankView(torch.ones(2, 4, 64), torch.ones(2, 24, 4), torch.ones(2), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="rows of the bank has shape \\(2,\\); it must be \\(3,\\)"):
-        linear_4bit(torch.ones(3, 64), w, None, bank)
-
-
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("change", "message"),
     [
-        ([0, 1, 2], r"rows of the bank lie in \[0, 2\]; they must lie in \[-1, 1\]"),
-        ([0, -2, 1], r"rows of the bank lie in \[-2, 1\]"),
-        ([0.0, 1.0, 1.0], "rows of the bank are torch.float32; they must be int64"),
+        ({"rows": torch.tensor([0, 1, 2])}, r"rows of the bank lie in \[0, 2\]; they must lie in \[-1, 1\]"),
+        ({"rows": torch.tensor([0, -2, 1])}, r"rows of the bank lie in \[-2, 1\]"),
+        ({"rows": torch.tensor([0.0, 1.0, 1.0])}, "rows of the bank are torch.float32; they must be int64"),
+        ({"rows": torch.tensor([0, 1])}, r"rows of the bank has shape \(2,\); it must be \(3,\)"),
+        ({"b": torch.ones(2, 24, 4, device="meta")}, "b of the bank is on meta; it must be on x's device, cpu"),
+        ({"b": torch.ones(2, 24, 4).double()}, "a and b of the bank are torch.float32 and torch.float64 of rank 4"),
+        ({"a": torch.ones(2, 0, 64), "b": torch.ones(2, 24, 0)}, "torch.float32 of rank 0; .*of rank 1 at least"),
+        ({"a": torch.ones(4, 64)}, r"a of the bank has shape \(4, 64\)"),
     ],
 )
-def test_a_bank_refuses_slots_that_it_has_not(rows, message):
+def test_a_bank_refuses_what_does_not_fit(change, message):
     w = fp.quantize_4bit(torch.ones(24, 64))
-    bank = BankView(torch.ones(2, 4, 64), torch.ones(2, 24, 4), torch.ones(2), torch.tensor(rows))
+    bank = BankView(torch.ones(2, 4, 64), torch.ones(2, 24, 4), torch.ones(2), torch.tensor([0, 1, 1]))._replace(
+        **change
+    )
     with pytest.raises(ValueError, match=message):
         linear_4bit(torch.ones(3, 64), w, None, bank)
 

@@ -373,6 +373,7 @@ BAD = {
     "k has shape (1, 2, 7, 32); its batch": lambda a: a.update(k=a["k"][:1]),
     "v has shape (2, 2, 6, 32); it must be that of k": lambda a: a.update(v=a["v"][:, :, 1:]),
     "k has 5 keys; causal attention needs at least the 7": lambda a: a.update(k=a["k"][:, :, 2:], v=a["v"][:, :, 2:]),
+    "q has shape (2, 0, 7, 32); it must have a head": lambda a: a.update(q=a["q"][:, :0]),
     "prefix_v is a NoneType": lambda a: a.update(prefix_v=None),
     "prefix_k has shape (1, 3, 32); it must be [2, P, 32]": lambda a: a.update(prefix_k=a["prefix_k"][:1]),
     "prefix_v has shape (2, 2, 32); it must be that of prefix_k": lambda a: a.update(prefix_v=a["prefix_v"][:, 1:]),
