@@ -85,6 +85,10 @@ def test_an_adapter_swapped_in_serves_as_if_it_had_been_loaded(four_bits, kwargs
     assert_untouched(model, before)
     assert torch.equal(model(**batch).logits, expected)
     assert model.peft_config["default"].lora_alpha == 20
+    layer = next(m for m in model.modules() if isinstance(m, fp.nn.LoraLinear))
+    layer.scale_layer(3)
+    layer.unscale_layer()
+    assert layer.scaling["default"] == 20 / 8
     new = fp.LoraConfig(**ALL, **kwargs, lora_alpha=20, revision="new")  # the same form: values are copied alone
     model.hotswap_adapter(tensors_of(model, "1"), "default", new)
     assert (model.peft_config["default"].revision, model.peft_config["default"].inference_mode) == ("new", True)
