@@ -141,6 +141,9 @@ def test_generation_over_a_static_cache(method):
 @pytest.mark.parametrize("architecture", ["opt", "phi"])
 def test_other_architectures(method, architecture):
     model = adapted(method, architecture).train()
+    for module in model.modules():
+        if hasattr(module, "layerdrop"):  # OPT's: by a number drawn anew, even where it is 0 in older transformers
+            module.training = False
     agree_in_training(whole(model)[0], model, tiny.inputs(architecture))
 
 
