@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .nn.lora import LoraLayer
+    from .nn.lora_layer import LoraLayer
     from .nn.modules_to_save import ModulesToSave
     from .nn.trainable_tokens import TokenRows
 

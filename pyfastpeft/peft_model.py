@@ -26,7 +26,8 @@ from .integrations.attention import use_fast_attention
 from .integrations.forwards import remove
 from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
-from .nn.lora import LoraLayer, LoraLinear
+from .nn.lora import LoraLinear
+from .nn.lora_layer import LoraLayer
 from .nn.trainable_tokens import TokenRows
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners.adapted import AdaptedModel

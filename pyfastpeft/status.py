@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .nn.bottleneck import BottleneckLayer
 from .nn.linear4bit import Linear4bit
-from .nn.lora import LoraLayer
+from .nn.lora_layer import LoraLayer
 from .nn.modules_to_save import ModulesToSave
 from .nn.trainable_tokens import TrainableTokens
 

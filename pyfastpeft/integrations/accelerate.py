@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..nn import Linear4bit
-from ..nn.lora import LoraLayer
+from ..nn.lora_layer import LoraLayer
 from .attention import use_fast_attention
 from .deferred_logits import defer_logits
 from .fused_decoder import fuse_decoder

@@ -27,7 +27,8 @@ from ..adapters import AdapterBank, Rows
 from ..formats.held import HeldDecoder
 from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
-from ..nn.lora import LoraLinear, stamp_of
+from ..nn.lora import LoraLinear
+from ..nn.lora_layer import stamp_of
 from ..ops import PackedLora
 from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode, native
 from ..ops.dense import FEW_ROWS

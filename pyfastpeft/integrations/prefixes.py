@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..adapters import NO_ROWS, AdapterBank, Made, Prefix, Rows, keep
-from ..nn.lora import stamp_of
+from ..nn.lora_layer import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import once_differentiable

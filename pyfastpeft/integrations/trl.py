@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ..nn.lora import LoraLayer
+from ..nn.lora_layer import LoraLayer
 
 
 def teach_trl(module: ModuleType) -> None:

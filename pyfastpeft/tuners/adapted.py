@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..adapters import BASE, AdapterBank
 from ..hub.files import check_tensors
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraLayer
+from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.one_device import OneDevice
 from ..nn.trainable_tokens import TrainableTokens

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraConv1D, LoraLayer, expected_tensors, layer_class, scaling_of
+from ..nn.lora import LoraConv1D, expected_tensors, layer_class
 from ..nn.lora_init import loftq, olora, pissa
+from ..nn.lora_layer import LoraLayer, scaling_of
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TrainableTokens
 from .adapted import adapter_dtype

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..nn.lora import LoraLayer, scaling_of
+from ..nn.lora_layer import LoraLayer, scaling_of
 from ..ops import copy_tensors
 from .lora import LoraConfig, matches
 

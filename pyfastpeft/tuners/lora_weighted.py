@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn.lora import LoraLayer
+from ..nn.lora_layer import LoraLayer
 from .adapted import AdaptedModel
 from .base import Tuner
 from .lora import LoraConfig

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraLayer
+from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TrainableTokens
 from .base import PeftConfig, TaskType

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank
-from ..nn.lora import LoraLayer
+from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TokenRows, TrainableTokens
 from .adapted import adapter_dtype

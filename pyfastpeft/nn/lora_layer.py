@@ -1,0 +1,519 @@
+"""What a layer with LoRA adapters beside it has and does, whatever layer it is; :mod:`.lora` says what it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import NO_ROWS, AdapterBank, Made, Rows
+from ..ops import Lora, PackedLora, mixed, pack_lora
+
+is_compiling = torch.compiler.is_compiling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What one layer does while a set of adapters is active.
+
+    No tuple: torch.export would leave a copy of it in the layer, whose parameters were its own.
+
+    Attributes:
+        names: the active adapters that this layer has.
+        simple: one adapter: the fields below describe it (else they are not used).
+        a, b: parameter dictionaries with A [r, in] and B [out, r] as "weight", and a "bias" [out] or None; never stale.
+        magnitude: the same of DoRA's magnitude [out], or None.
+        scaling: a number; ``scale`` is the same as a tensor [r], so that compiled code does not hold its value.
+        dropout: what the adapter's input goes through in training.
+    """
+
+    names: tuple[str, ...]
+    simple: bool
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    magnitude: dict[str, Tensor] | None
+    scaling: float
+    scale: Tensor | None
+    dropout: nn.Module | None
+
+
+class Magnitude(nn.Module):
+    """DoRA's magnitude, ``weight`` [out]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def dropout_rate(dropout: nn.Module | None) -> float:
+    """The share that ``dropout`` leaves out now. It is asked each time: users switch off what they find in a model."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def scaling_of(alpha: float, r: int, use_rslora: bool) -> float:
+    """What multiplies B A of rank ``r``: alpha / r, or alpha / √r (rsLoRA, Kalajdzievski 2023)."""
+    return alpha / math.sqrt(r) if use_rslora else alpha / r
+
+
+class _Scaling(MutableMapping[str, float]):
+    """A layer's scaling by adapter; what is written takes effect."""
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> float:
+        return self._layer._scaling[name]
+
+    def __setitem__(self, name: str, scaling: float) -> None:
+        if name not in self._layer._scaling:
+            raise KeyError(f"{name!r}; the adapters of this layer are {list(self._layer._scaling)}")
+        self._layer._scale_by(name, float(scaling))
+        self._layer.bank.refresh_one(self._layer)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a layer's scaling is removed with its adapter")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer._scaling)
+
+    def __len__(self) -> int:
+        return len(self._layer._scaling)
+
+    def __repr__(self) -> str:
+        return repr(self._layer._scaling)
+
+
+def _pair(n_in: int, r: int, n_out: int, bias: bool, initialize: bool) -> tuple[nn.Linear, nn.Linear]:
+    if initialize:
+        return nn.Linear(n_in, r, bias=False), nn.Linear(r, n_out, bias=bias)
+    make = nn.utils.skip_init
+    return make(nn.Linear, n_in, r, bias=False), make(nn.Linear, r, n_out, bias=bias)
+
+
+def stamp_of(tensors: list[Tensor]) -> tuple | None:
+    """Changes whenever a value may have changed; None where that cannot be told.
+
+    Whoever keeps it keeps an adapter's tensors: the address of one that is gone may be another's.
+    """
+    if any(t.is_inference() for t in tensors):
+        return None
+    return tuple((t.data_ptr(), t._version) for t in tensors)
+
+
+def _after_loading(layer: LoraLayer, _: Any) -> None:
+    layer._changed()
+
+
+class LoraLayer(nn.Module):
+    """A base layer with named LoRA adapters; the parts that do not depend on the base layer's type.
+
+    Attributes:
+        base_layer: the wrapped module.
+        r, lora_alpha: by adapter name. ``r`` is the rank in use, which after a hot-swap may be below the rank of the
+            parameters (the rest is zero).
+        lora_dropout: by adapter name an ``nn.Dropout``, or ``nn.Identity`` where nothing is left out.
+        merged_adapters: the adapters added into the base weight at the moment.
+    """
+
+    def __init__(self, base_layer: nn.Module, bank: AdapterBank) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bank = bank
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self._scaling: dict[str, float] = {}
+        self._own_scaling: dict[str, float] = {}
+        self._scale: dict[str, Tensor] = {}
+        self._plan: Plan | None = None
+        self._unmerged: tuple[Any, nn.Parameter | None] | None = None
+        self._cache = Made()
+        self._square: tuple[tuple | None, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_after_loading)
+
+    # What a subclass says about its base layer.
+
+    in_features: int
+    out_features: int
+
+    def matrix(self) -> Tensor:
+        """M [out, in] in float32."""
+        raise NotImplementedError
+
+    def set_matrix(self, matrix: Tensor) -> Any:
+        """Hold ``matrix`` [out, in] in the base layer's own precision; returns what was held before."""
+        old = self.base_layer.weight
+        stored = self.as_stored(matrix).to(old.dtype).contiguous()
+        # A new parameter, so that a tied one elsewhere keeps its values.
+        self.base_layer.weight = nn.Parameter(stored, requires_grad=old.requires_grad)
+        return old
+
+    def put_back(self, held: Any) -> None:
+        """Hold again what :meth:`set_matrix` returned."""
+        self.base_layer.weight = held
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """M in the orientation of the base layer's weight."""
+        return matrix
+
+    def times(self, a: Tensor) -> Tensor:
+        """M aᵀ [out, r] in float32, without building M."""
+        raise NotImplementedError
+
+    KEYS: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    """What A and B are called in PEFT's files, after the layer's path."""
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of an adapter."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def capacity(self, name: str) -> int:
+        """The rank of an adapter's parameters, of which ``r`` may be in use."""
+        return len(self._scale[name])
+
+    # Adapters.
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def scaling(self) -> MutableMapping[str, float]:
+        """Scaling of each adapter; may be written."""
+        return _Scaling(self)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make an adapter's scaling ``scale`` times its own, alpha / r (or alpha / √r)."""
+        if adapter in self._own_scaling:
+            self.scaling[adapter] = scale * self._own_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters if scale != 1 else ():
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; None: give them their own again."""
+        for name in self.active_adapters:
+            self.scaling[name] = self._own_scaling[name] if scale is None else self.scaling[name] / scale
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Those of the active adapters that this layer has."""
+        return [name for name in self.bank.chosen if name in self.r]
+
+    @property
+    def use_dora(self) -> dict[str, bool]:
+        """By adapter name."""
+        return {name: name in self.lora_magnitude_vector for name in self.r}
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def set_scaling(self, name: str, scaling: float) -> None:
+        """Change what is an adapter's own scaling, in place; the bank must be refreshed afterwards."""
+        self._own_scaling[name] = scaling
+        self._scale_by(name, scaling)
+
+    def _scale_by(self, name: str, scaling: float) -> None:
+        self._scaling[name] = scaling
+        self._scale[name].fill_(scaling)
+
+    def add_adapter(
+        self,
+        name: str,
+        r: int,
+        alpha: float,
+        *,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        dtype: torch.dtype | None = None,
+        initial: Callable[[Tensor, int, float], tuple[Tensor, Tensor, Tensor]] | bool | str = True,
+        empty: bool = False,
+    ) -> None:
+        """Add an adapter of rank ``r``.
+
+        Args:
+            dtype: of its parameters.
+            initial: True (A Kaiming-uniform, B zero), False (both as ``nn.Linear``'s default), "gaussian", or a
+                function of (M, r, scaling) that returns A, B and the weight that is left for the base layer.
+            empty: leave the values to be loaded; a function ``initial`` still changes the base weight.
+        """
+        self.r[name], self.lora_alpha[name] = r, alpha
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_dropout[name].train(self.training)
+        self._scaling[name] = self._own_scaling[name] = scaling_of(alpha, r, use_rslora)
+        self._make_parameters(name, r, lora_bias, initial, empty)
+        if callable(initial):
+            a, b, rest = initial(self.matrix(), r, self._scaling[name])
+            for parameter, value in zip(self.factors(name), (a, b), strict=True):
+                parameter.data.copy_(value)
+            self.set_matrix(rest)
+            self._square = None
+        device = self.weight.device
+        for holder in (self.lora_A, self.lora_B):
+            if name in holder:
+                holder[name].to(device, dtype)
+        self._place_own(name, device, dtype)
+        self._scale[name] = torch.full((r,), self._scaling[name], dtype=torch.float32, device=device)
+        if use_dora:
+            norm = self.weight.new_empty((self.out_features,), dtype=dtype) if empty else self.norm(name).to(dtype)
+            self.lora_magnitude_vector[name] = Magnitude(norm)
+            self.lora_magnitude_vector[name].to(device)
+
+    def _make_parameters(self, name: str, r: int, lora_bias: bool, initial: Any, empty: bool) -> None:
+        self.lora_A[name], self.lora_B[name] = _pair(self.in_features, r, self.out_features, lora_bias, not empty)
+        if empty or initial is False or callable(initial):
+            return
+        if initial == "gaussian":
+            nn.init.normal_(self.lora_A[name].weight, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A[name].weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[name].weight)
+        if lora_bias:
+            nn.init.zeros_(self.lora_B[name].bias)
+
+    def _place_own(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Move parameters that a subclass keeps elsewhere."""
+
+    def remove_adapter(self, name: str) -> None:
+        for held in (self.r, self.lora_alpha, self._scaling, self._own_scaling, self._scale):
+            held.pop(name, None)  # one that failed half-way has only some
+        for holder in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_dropout):
+            if name in holder:
+                del holder[name]
+        self._cache.clear()
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The adapter's live parameters under the suffixes of PEFT's files."""
+        held = dict(zip(self.KEYS, self.factors(name), strict=True))
+        if (bias := self._bias_of(name)) is not None:
+            held["lora_B.bias"] = bias
+        if name in self.lora_magnitude_vector:
+            held["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
+        return held
+
+    def plan(self, active: tuple[str, ...]) -> Plan | None:
+        names = tuple(n for n in active if n in self.r)
+        if not names or self.merged:
+            return None
+        (name, *rest) = names
+        if rest:
+            return Plan(names, False, {}, {}, None, 0.0, None, None)
+        a, b = self._holders(name)
+        magnitude = None
+        if name in self.lora_magnitude_vector:
+            magnitude = self.lora_magnitude_vector[name]._parameters
+        return Plan(names, True, a, b, magnitude, self._scaling[name], self._scale[name], self.lora_dropout[name])
+
+    def _holders(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.lora_A[name]._parameters, self.lora_B[name]._parameters
+
+    def _plan_gain(self, plan: Plan, a: Tensor, b: Tensor) -> Tensor:
+        """:meth:`gain` of the plan's adapter; compiled code must not depend on its name."""
+        if is_compiling():
+            return plan.magnitude["weight"] / self._norm(a, b, plan.scale)
+        return self.gain(plan.names[0])
+
+    def all_finite(self, names: tuple[str, ...], dtype: torch.dtype) -> bool:
+        """Whether A and B of these adapters are finite in ``dtype``."""
+        factors = [t for name in names for t in self.factors(name)]
+        compute = lambda: all(bool(t.to(dtype).isfinite().all()) for t in factors)  # noqa: E731
+        return self._cached(names, ("finite", names, dtype), factors, compute)
+
+    def only_product(self, names: tuple[str, ...]) -> bool:
+        """Whether these adapters add (x · Aᵀ ∘ f) · Bᵀ and nothing else: no DoRA, no bias."""
+        return not any(n in self.lora_magnitude_vector or self._bias_of(n) is not None for n in names)
+
+    def _bias_of(self, name: str) -> Tensor | None:
+        return self.lora_B[name].bias if name in self.lora_B else None
+
+    def present(self, mode: Rows) -> tuple[str, ...]:
+        """The adapters that the rows choose among and that this layer has."""
+        if self.merged and mode is not NO_ROWS:  # where nobody chooses, what is merged is the base
+            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
+        return tuple(n for n in mode.names if n in self.r)
+
+    # Arithmetic shared by the layer types.
+
+    def _cached(self, names: tuple[str, ...], key: Any, tensors: list[Tensor], compute: Callable[[], Any]) -> Any:
+        """``compute()``, kept while ``tensors`` do not change; only for adapters that are for inference.
+
+        One that trains may be written through ``.data``, which leaves no trace.
+        """
+        if is_compiling() or not self.bank.frozen.issuperset(names):
+            return compute()
+        stamp = stamp_of(tensors)
+        held = self._cache.get(names, key)
+        if held is None or stamp is None or held[0] != stamp:
+            held = stamp, compute(), [t for t in tensors if t is not self.weight]  # which may be offloaded
+            self._cache.keep(names, key, held)
+        return held[1]
+
+    def stacked(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """A's one below the other [R, in], B's side by side [out, R], the scaling of each column [R]."""
+        if len(names) == 1:
+            return (*self.factors(names[0]), self._scale[names[0]])
+        tensors = self.parts(names)
+
+        def stack() -> tuple[Tensor, Tensor, Tensor]:
+            return torch.cat(tensors[::3]), torch.cat(tensors[1::3], dim=1), torch.cat(tensors[2::3])
+
+        return self._cached(names, names, tensors, stack)
+
+    def parts(self, names: tuple[str, ...]) -> list[Tensor]:
+        """What :meth:`stacked` puts together: A, B and the scaling of each."""
+        return [t for n in names for t in (*self.factors(n), self._scale[n])]
+
+    def branch(
+        self, dtype: torch.dtype, names: tuple[str, ...], a: Tensor, b: Tensor, scaling: Any, dropout: float
+    ) -> Lora | PackedLora:
+        """The branch of stacked adapters for x of ``dtype``; packed, once, where they are for inference."""
+        packable = dtype is torch.bfloat16 and dropout == 0.0 and self.bank.frozen.issuperset(names)
+        if not packable or is_compiling() or a.device.type != "cpu":
+            return Lora(a, b, scaling, dropout)
+        tensors = [t for name in names for t in self.factors(name)]
+        packed = self._cached(names, ("packed", names), tensors, lambda: pack_lora(a, b))
+        return PackedLora(a, b, scaling, *packed[3:])
+
+    def column_scale(self, names: tuple[str, ...], scale: Tensor, mode: Rows | None, rows: int) -> Tensor:
+        """The factor of each column [R], or of each row's columns [rows, R], from the ``scale`` of :meth:`stacked`."""
+        if mode is None:
+            return scale
+        ranks = tuple(self.capacity(n) for n in names)
+        return mixed.own(mode.mask(names, ranks, rows, scale.device) > 0, scale)
+
+    def norm(self, name: str) -> Tensor:
+        """Float32 [out]: ||M + scaling · B A|| a row; no gradient flows into it."""
+        a, b = self.factors(name)
+        scale = self._scale[name]
+        tensors = [a, b, scale, self.weight]
+        return self._cached((name,), ("norm", name), tensors, lambda: self._norm(a, b, scale))
+
+    @torch.no_grad()
+    def _norm(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """From ||M||² and products with A, never building the sum."""
+        a32, b32, s = a.float(), b.float(), scale[0]
+        square = self._matrix_square() + 2 * s * (self.times(a) * b32).sum(1)
+        square = square + s * s * ((b32 @ (a32 @ a32.t())) * b32).sum(1)
+        return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def _matrix_square(self) -> Tensor:
+        """Float32 [out]: ||M||² a row, computed once for a weight."""
+        if is_compiling():
+            return self.matrix().square().sum(1) if self._square is None else self._square[1]
+        stamp = stamp_of([self.weight])
+        if self._square is None or stamp is None or self._square[0] != stamp:
+            self._square = (stamp, self.matrix().square().sum(1))
+        return self._square[1]
+
+    def gain(self, name: str) -> Tensor:
+        """DoRA's factor a row [out], differentiable in the magnitude."""
+        return self.lora_magnitude_vector[name].weight / self.norm(name)
+
+    def _base_gain(self, gains: dict[str, Tensor], mode: Rows | None, x: Tensor, rows: int) -> Tensor:
+        """Factor of the base product: 1 + Σ (g - 1), [out] or, where rows choose, [rows, out]."""
+        names = tuple(gains)
+        extra = torch.stack([gains[n] - 1 for n in names])
+        if mode is None:
+            return 1 + extra.sum(0)
+        return 1 + mixed.summed(mode.mask(names, (1,) * len(names), rows, x.device), extra)
+
+    def _gained(self, name: str, gains: dict[str, Tensor]) -> Tensor:
+        b = self.factors(name)[1]
+        return (b * gains[name][:, None]).to(b.dtype) if name in gains else b
+
+    # Merging.
+
+    @torch.no_grad()
+    def delta(self, name: str) -> Tensor:
+        """scaling · B A, float32 [out, in]."""
+        a, b = self.factors(name)
+        return self._scaling[name] * (b.float() @ a.float())
+
+    @torch.no_grad()
+    def merged_matrix(self, names: tuple[str, ...]) -> Tensor:
+        """The float32 matrix that alone computes what base and adapters compute."""
+        matrix = self.matrix()
+        gains = {n: self.gain(n).float() for n in names if n in self.lora_magnitude_vector}
+        out = matrix
+        if gains:
+            out = matrix * self._base_gain(gains, None, matrix, 0)[:, None]
+        for name in names:
+            delta = self.delta(name)
+            out = out + (delta * gains[name][:, None] if name in gains else delta)
+        return out
+
+    def merge(self, names: tuple[str, ...], safe: bool = False) -> None:
+        """Add adapters into the base weight, with those that are merged already.
+
+        The original weight is kept, not recomputed, for :meth:`unmerge`; all are added to it with one rounding.
+
+        Raises:
+            ValueError: ``safe`` and the result is not finite, or an adapter has a bias and the base layer none; nothing
+                is merged then.
+        """
+        held = self.merged_adapters
+        names = tuple(dict.fromkeys((*held, *(n for n in names if n in self.r))))
+        if len(names) == len(held):
+            return
+        self.unmerge()
+        biases = [n for n in names if self._bias_of(n) is not None]
+        if biases and self.bias is None:
+            raise ValueError(f"adapters {biases} have lora_bias=True, but the base layer has no bias to merge it into")
+        merged = self.merged_matrix(names)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(f"merging {list(names)} would write values that are not finite")
+        bias = self.bias
+        self._unmerged, self.merged_adapters = (self.set_matrix(merged), bias), list(names)
+        self._square = None
+        if biases:
+            added = sum(self._scaling[n] * self._bias_of(n).detach().float() for n in biases)
+            self.base_layer.bias = nn.Parameter((bias.float() + added).to(bias.dtype), requires_grad=False)
+
+    def unmerge(self) -> None:
+        """The base weight of before :meth:`merge`, bit for bit (it was kept)."""
+        if self._unmerged is not None:
+            weight, bias = self._unmerged
+            self.put_back(weight)
+            if bias is not None:
+                self.base_layer.bias = bias
+            self._unmerged, self.merged_adapters = None, []
+            self._square = None
+            self._cache.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, in the orientation in which the base layer stores it."""
+        return self.as_stored(self.delta(adapter))
+
+    def _changed(self) -> None:
+        """Parameters may be other objects now."""
+        self._cache.clear()
+        self._square = None
+        self.bank.refresh_one(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
+        super()._apply(fn, recurse)
+        device = self.weight.device
+        # Scalings stay in float32 whatever the model is cast to.
+        self._scale = {n: t.to(device) for n, t in self._scale.items()}
+        self._changed()
+        return self
