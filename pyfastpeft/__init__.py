@@ -33,6 +33,12 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from .functional import (
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
     from .integrations.accelerate import accelerate
     from .integrations.gguf import from_gguf
     from .integrations.transformers import FastPeftConfig
@@ -45,11 +51,7 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
         get_peft_model,
-        get_peft_model_state_dict,
-        inject_adapter_in_model,
-        load_peft_weights,
         prepare_model_for_kbit_training,
-        set_peft_model_state_dict,
     )
     from .status import get_layer_status, get_model_status
 
@@ -120,11 +122,11 @@ _HOMES = {
     "get_layer_status": "status",
     "get_model_status": "status",
     "get_peft_model": "peft_model",
-    "get_peft_model_state_dict": "peft_model",
-    "inject_adapter_in_model": "peft_model",
-    "load_peft_weights": "peft_model",
+    "get_peft_model_state_dict": "functional",
+    "inject_adapter_in_model": "functional",
+    "load_peft_weights": "functional",
     "prepare_model_for_kbit_training": "peft_model",
-    "set_peft_model_state_dict": "peft_model",
+    "set_peft_model_state_dict": "functional",
 }
 
 
