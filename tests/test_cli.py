@@ -160,6 +160,8 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         ([*train, "--target-modules", "q_prj"], "q_proj"),
         ([*train, "--method", "prompt", "--virtual-tokens", "0"], "num_virtual_tokens is 0"),
         ([*train, "--method", "prefix", "--init", "zero", "--init-text", "a"], "it needs --init text"),
+        ([*train, "--method", "prefix", "--encoder-hidden-size", "8"], "it needs --projection"),
+        ([*train, "--method", "prompt", "--init-text", ""], "the initial text is '', which has no tokens"),
         ([*train, "--method", "bottleneck", "--reduction-factor", "0"], "reduction_factor is 0"),
         ([*train, "--resume"], "no checkpoint"),
         ([*train, "--max-length", "4"], "line 1"),

@@ -88,6 +88,8 @@ def _prefix(
 ) -> PeftConfig:
     from .. import PrefixTuningConfig
 
+    if encoder_hidden_size is not None and not projection:
+        raise ValueError("--encoder-hidden-size is given, and there is no encoder; it needs --projection")
     start = _start("prefix_init", init or ("random" if projection else "text"), init_text, tokenizer)
     return PrefixTuningConfig(
         task_type="CAUSAL_LM",
@@ -101,7 +103,7 @@ def _prefix(
 def _start(field: str, init: str, text: str | None, tokenizer: Any) -> dict[str, Any]:
     """The fields of a configuration that say what a soft prompt starts from."""
     if init.lower() == "text":
-        return {field: init, f"{field}_text": text or _TEXT, "tokenizer_name_or_path": tokenizer}
+        return {field: init, f"{field}_text": _TEXT if text is None else text, "tokenizer_name_or_path": tokenizer}
     if text is not None:
         raise ValueError(f"--init-text is given, and the adapter starts from {init.lower()}; it needs --init text")
     return {field: init}
