@@ -589,6 +589,10 @@ class TestAccelerate:
         fp.accelerate(model)
         torch.testing.assert_close(model(ids).logits, expected)
 
+    def test_what_is_no_module_is_refused_by_name(self):
+        with pytest.raises(TypeError, match=r"model is a str; it must be a torch\.nn\.Module"):
+            fp.accelerate("model")
+
     def test_all_models_in_a_container_are_accelerated(self):
         models = torch.nn.ModuleList([tiny_llama(), tiny_llama()])
         fp.accelerate(models)

@@ -28,7 +28,12 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model`` itself, unless it is such a layer.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     if _is_bnb(model):
         return _replacement(model)
     take_over(model)
