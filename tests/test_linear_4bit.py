@@ -910,6 +910,14 @@ def test_float64_reference_agrees_with_torch_linear():
         ({"lora": "adapter"}, (TypeError, ValueError), "lora"),
         ({"lora": (None, torch.ones(24, 4), 1.0)}, TypeError, "lora A is a NoneType"),
         ({"lora": (torch.ones(4, 64), [1.0], 1.0)}, TypeError, "lora B is a list"),
+        ({"lora": (torch.ones(4, 64), torch.ones(24, 4), None)}, TypeError, "lora scaling is a NoneType"),
+        ({"lora": (torch.ones(4, 64), torch.ones(24, 4), "1")}, TypeError, "lora scaling is a str"),
+        ({"bias": [0.0] * 24}, TypeError, "bias is a list"),
+        (
+            {"lora": BankView(torch.ones(2, 4, 64), torch.ones(2, 24, 4), torch.ones(2), [0, 1, 1])},
+            TypeError,
+            "rows of the bank is a list",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, kind, message):

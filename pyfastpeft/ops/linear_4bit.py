@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ class BankView(NamedTuple):
         return Lora(self.a.reshape(slots * r, k), self.b.transpose(0, 1).reshape(-1, slots * r), scale)
 
 
+_SCALINGS = (float, Tensor, Real, torch.SymFloat)
 AnyLora = Lora | PackedLora | BankView | tuple
 _HELD = torch.ops.pyfastpeft.linear_4bit_held.default
 # The longest block whose values 8 bits hold to the int8 tier's error: those of longer ones crowd around zero.
@@ -243,6 +245,8 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {k}, as w is {(n, k)}")
     if x.device != w.device:
         raise ValueError(f"x is on {x.device}; it must be on the device of w, {w.device}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias is a {type(bias).__name__}; it must be a tensor or None")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS):
         raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be floating, shape ({n},)")
     if bias is not None and bias.device != x.device:
@@ -259,6 +263,9 @@ def _as_lora(lora: Lora | tuple) -> Lora:
 
 
 def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
+    for name, t in bank._asdict().items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} of the bank is a {type(t).__name__}; it must be a tensor")
     slots, r = bank.a.shape[:2] if bank.a.dim() == 3 else (0, 0)
     shapes = {"a": (slots, r, k), "b": (slots, n, r), "scaling": (slots,), "rows": (x.shape[0],)}
     for name, shape in shapes.items():
@@ -290,6 +297,8 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
         raise ValueError(f"lora B is {b.dtype} of shape {tuple(b.shape)}; it must be floating point (N = {n}, r = {r})")
     if a.device != x.device or b.device != x.device:
         raise ValueError(f"lora A is on {a.device}, B on {b.device}; both must be on x's device, {x.device}")
+    if not isinstance(scaling, _SCALINGS):
+        raise TypeError(f"lora scaling is a {type(scaling).__name__}; it must be a number or a tensor")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora dropout is {dropout}; it must lie in [0, 1)")
     if isinstance(scaling, Tensor) and scaling.shape not in ((r,), (x.shape[0], r)):
