@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import threading
@@ -874,6 +875,10 @@ class TestCalls:
         with pytest.raises(ValueError, match=r"use_cache is True.* it must be False with a soft prompt"):
             model.generate(ids, token_type_ids=0 * ids, **GREEDY)
         assert model.generate(ids, token_type_ids=0 * ids, use_cache=False, **GREEDY).shape == (2, 12)
+        for name in ("cache", "past_key_values"):  # newer versions of transformers have the first, older the second
+            if name in inspect.signature(base.forward).parameters:
+                with pytest.raises(ValueError, match="there is a cache; it must be False with a soft prompt"):
+                    model(ids, token_type_ids=0 * ids, **{name: DynamicCache()})
 
 
 class TestServing:

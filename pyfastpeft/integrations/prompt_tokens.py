@@ -168,7 +168,7 @@ class EncoderModelForward(_Prompted):
         layout = _with_prompt(self.module, self.source, named)
         if layout is None:
             return self.own(*args, **kwargs)
-        if named.get("use_cache") or named.get("past_key_values") is not None:
+        if named.get("use_cache") or any(named.get(name) is not None for name in ("cache", "past_key_values")):
             raise ValueError(
                 f"use_cache is True, or there is a cache; it must be False with a soft prompt, as tokens of a "
                 f"{type(self.module).__name__} see those that follow"
