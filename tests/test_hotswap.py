@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import architectures as tiny
 import pytest
 import torch
@@ -264,6 +267,30 @@ def test_whatever_keeps_values_is_told_of_a_swap(beside):
         tensors_of(model, "1") | {f"base_model.model.{k}": base.get_parameter(k).clone() for k in beside}
     )
     assert bank.version > version
+
+
+def test_an_adapter_that_is_gone_is_kept_nowhere():
+    model, batch = serving(fp.LoraConfig(**ALL), fp.LoraConfig(**ALL, use_dora=True)).bfloat16(), tiny.inputs()
+    for names in ("1", ["default", "1"]):
+        model.set_adapter(names)
+        with torch.no_grad():
+            model(**batch)
+    gone = [weakref.ref(p) for n, p in model.named_parameters() if n.endswith(".1.weight")]
+    model.set_adapter("default")
+    model.delete_adapter("1")
+    gc.collect()
+    assert gone and not any(parameter() is not None for parameter in gone)
+
+
+def test_an_adapter_added_again_under_its_name_takes_the_values():
+    model = serving(fp.LoraConfig(), fp.LoraConfig())
+    new = tensors_of(model, "1")
+    model.hotswap_adapter(new)
+    model.set_adapter("1")
+    model.delete_adapter("default")
+    model.add_adapter("default", fp.LoraConfig())
+    model.hotswap_adapter(new, "default")
+    assert all(torch.equal(t, new[k]) for k, t in tensors_of(model, "default").items())
 
 
 class TestRefused:

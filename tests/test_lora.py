@@ -917,6 +917,8 @@ class TestDisabled:
         with pytest.warns(UserWarning, match="'default'.* unmerged to disable"):
             model.disable_adapter_layers()
         assert torch.equal(model(**batch).logits, plain)
+        model.get_base_model().model.layers[0].self_attn.q_proj.scaling["default"] = 3.0  # which enables nothing
+        assert torch.equal(model(**batch).logits, plain)
 
 
 class TestInTraining:
