@@ -1173,6 +1173,13 @@ class TestBadArguments:
         assert (config.rank_of("q_proj"), config.rank_of("v_proj"), config.alpha_pattern) == (2, 8, {})
         assert config.target_modules == ["k_proj", "o_proj", "q_proj", "v_proj"]  # whatever order the set had
 
+    def test_patterns_that_match_no_target_are_said(self):
+        config = fp.LoraConfig(rank_pattern={"q_prj": 2, "0.*": 4}, alpha_pattern={"layers.9.*": 3})
+        with pytest.warns(UserWarning) as caught:
+            fp.get_peft_model(tiny.make(), config)
+        said = [str(w.message) for w in caught if "match no target" in str(w.message)]
+        assert [m.partition(" match")[0] for m in said] == ["rank_pattern ['q_prj']", "alpha_pattern ['layers.9.*']"]
+
     @pytest.mark.parametrize("names", [["q_prj"], ["q_proj", "v_prj"], "q_prj"])
     def test_an_unknown_target_lists_close_matches_and_leaves_the_model_alone(self, names):
         base = tiny.make()

@@ -237,11 +237,12 @@ class LoraConfig(PeftConfig):
         return init
 
 
+def _fits(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
 def _by_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if _fits(pattern, path)), default)
 
 
 def matches(config: LoraConfig, path: str) -> bool:
@@ -437,6 +438,10 @@ class LoraTuner(Tuner):
         autocast_adapter_dtype: bool,
     ) -> None:
         targets = find_targets(config, self.model, strict)
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            unused = [key for key in getattr(config, field_name) if not any(_fits(key, path) for path in targets)]
+            if unused:
+                warnings.warn(f"{field_name} {unused} match no target, and change nothing", stacklevel=3)
         if config.bias != "none" and self._biased:
             raise ValueError("bias is not 'none' for a second adapter; the base model's biases can follow only one")
         if config.changes_base:
