@@ -30,7 +30,10 @@ def learned_positions(model: nn.Module) -> int | None:
     words = set(model.get_input_embeddings().modules())
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m not in words)
     # OPT's has two rows more.
-    return limit if limit > 0 and any(limit <= m.num_embeddings <= limit + 2 for m in tables) else None
+    table = next((m for m in tables if 0 < limit <= m.num_embeddings <= limit + 2), None)
+    if table is None:
+        return None
+    return limit if table.padding_idx is None else limit - table.padding_idx - 1  # RoBERTa's begin behind padding's
 
 
 def virtual_tokens(model: nn.Module, names: str | Sequence[str] | None = None) -> int:

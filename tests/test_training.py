@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     PreTrainedTokenizerFast,
+    RobertaConfig,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -538,6 +539,9 @@ def test_which_models_have_learned_positions():
     opt = learned(OPTConfig, hidden_size=8, ffn_dim=8, word_embed_proj_dim=8)
     assert [learned_positions(m) for m in (learned(hidden_size=8), opt, tiny_llama())] == [32, 32, None]
     assert learned_positions(fp.get_peft_model(opt, fp.LoraConfig())) == 32
+    behind_padding = learned(RobertaConfig, hidden_size=8, intermediate_size=8, is_decoder=True)
+    assert learned_positions(behind_padding) == 30
+    assert behind_padding(torch.full((1, 30), 5)).logits.shape == (1, 30, 320)
     size = {"vocab_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     of_rotary = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2, max_position_embeddings=64))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
