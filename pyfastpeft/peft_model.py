@@ -383,7 +383,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         """Make one adapter (or several at once) the active one.
 
         Its parameters train, and those of all others do not. No module is rebuilt and compiled code stays valid between
-        adapters of equal ranks. Merged adapters are taken out of the base weights first, with a warning.
+        adapters of equal ranks. Merged adapters are taken out of the base weights first, with a warning. A forward that
+        runs meanwhile in another thread may see both adapters: requests served side by side choose theirs by
+        ``adapter_names``.
 
         Args:
             inference_mode: whether the active ones are frozen as well. Default: as each adapter was loaded.
@@ -737,7 +739,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         Parameters stay the same objects, so compiled code and optimizers stay valid; the base weights are not touched.
         The new adapter may lack some of the modules (they become zero) and may have smaller ranks (the rest is zero);
         its scaling is its own. A soft prompt that is for inference may get another number of virtual tokens. Everything
-        is validated first: after an error nothing has changed.
+        is validated first: after an error nothing has changed. A forward that runs meanwhile in another thread may see
+        old and new values; load the new ones as another adapter, and let rows choose, where that must not be.
 
         Args:
             source: a PEFT folder or hub repository, or the tensors themselves under PEFT's keys.
