@@ -133,7 +133,7 @@ def raw(text):
         ("w.quant_map", None, "w.quant_map is missing"),
         ("w.nested_absmax", None, "w.nested_absmax is missing"),
         (NF4_STATE, None, "none of the keys"),
-        ("w.surprise", torch.zeros(1), "w.surprise should not be there"),
+        ("w.surprise", torch.zeros(1), "w.surprise is not a key"),
         ("w.zero", torch.zeros(64), "w.zero should not be there"),
         ("w.quant_state.bitsandbytes__fp4", raw("{}"), "2 of them of the keys"),
         ("w", torch.zeros(7, dtype=torch.uint8), "w holds 7 bytes of codes"),
