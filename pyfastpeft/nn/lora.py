@@ -87,13 +87,11 @@ class LoraLinear(LoraLayer):
             dropout = dropout_rate(self.lora_dropout[name])
             groups[dropout] = (*groups.get(dropout, ()), name)
 
-        if self._fused and len(groups) == 1 and (not gains or (len(names) == 1 and mode is None)):
+        if self._fused and len(groups) == 1 and not gains:
             a, b, scale = self.stacked(names)
             scale = self.column_scale(names, scale, mode, rows)
             y = self.base_layer(x, self.branch(x.dtype, names, a, b, scale, next(iter(groups))))
             dtype = y.dtype
-            if gains:
-                y = self._scaled_without_bias(y, gains[names[0]])
         else:
             y = self.base_layer(x, *args, **kwargs)
             dtype = y.dtype

@@ -69,14 +69,10 @@ class AdaptedModel(OneDevice, nn.Module):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
         return self.tuner(config).resolved(config)
 
-    def expected(
-        self, config: PeftConfig, strict: bool, values: Mapping[str, Tensor] | None
-    ) -> dict[str, tuple[int, ...]]:
+    def expected(self, config: PeftConfig, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """See :meth:`Tuner.expected`."""
         tuner = self.tuner(config)
-        shapes = tuner.expected(config, strict, values)
-        if not strict and (unmatched := unmatched_saved(config, self.model)):
-            warnings.warn(unmatched, stacklevel=2)
+        shapes = tuner.expected(config, values)
         for path, module in find_saved(config, self.model).items():
             source = module.original_module if isinstance(module, ModulesToSave) else module
             held = trainable_state(source)
@@ -95,7 +91,8 @@ class AdaptedModel(OneDevice, nn.Module):
         """Attach an adapter as :meth:`Tuner.attach` says; on any error the model is as it was."""
         _check_name(name, self.configs)
         tuner = self.tuner(config)
-        if strict and (unmatched := unmatched_saved(config, self.model)):
+        unmatched = unmatched_saved(config, self.model)
+        if strict and unmatched:
             raise ValueError(unmatched)
         saved = find_saved(config, self.model)
         try:
@@ -105,6 +102,8 @@ class AdaptedModel(OneDevice, nn.Module):
         except BaseException:
             self._drop_saved(name)
             raise
+        if unmatched:
+            warnings.warn(unmatched, stacklevel=3)
         self.configs[name] = config
         self.bank.hold(name, partial(self._trained, name))
 
@@ -124,7 +123,7 @@ class AdaptedModel(OneDevice, nn.Module):
         config = self.resolved(config)
         tuner = self.tuner(config)
         tensors = tuner.once(config, tensors)
-        expected = self.expected(config, False, tensors)
+        expected = self.expected(config, tensors)
         optional = {k: tuple(t.shape) for k, t in tuner.optional(config).items()}
         check_tensors(tensors, expected, optional, source)
         exists = name in self.configs

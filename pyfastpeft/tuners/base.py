@@ -298,11 +298,10 @@ class Tuner:
         """
         return config
 
-    def expected(self, config: Any, strict: bool, values: Mapping[str, Tensor] | None) -> dict[str, tuple[int, ...]]:
+    def expected(self, config: Any, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Key → shape of all that the files for a resolved ``config`` must hold; nothing is changed.
 
         Args:
-            strict: for an adapter that is new: what would be a warning for one that is loaded is an error.
             values: the tensors about to be loaded, where they decide the form.
         """
         raise NotImplementedError
@@ -327,7 +326,7 @@ class Tuner:
         """Attach an adapter for a resolved ``config``; on any error the model is as it was.
 
         Args:
-            strict: as in :meth:`expected`.
+            strict: names in ``config`` that the model has not are an error, not a warning.
             values: None: a new adapter, to be initialized. Else it is filled (through :meth:`tensors`) right after.
             autocast_adapter_dtype: parameters in float32 over a 16-bit base; else in the base's dtype.
         """

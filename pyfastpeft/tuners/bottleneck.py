@@ -128,9 +128,7 @@ class BottleneckTuner(Tuner):
                 )
         return found
 
-    def expected(
-        self, config: BottleneckConfig, strict: bool, values: Mapping[str, Tensor] | None
-    ) -> dict[str, tuple[int, ...]]:
+    def expected(self, config: BottleneckConfig, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         shapes = {}
         for path, module in self._targets(config).items():
             features = matrix_shape(module)[0]

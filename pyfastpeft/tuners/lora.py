@@ -385,18 +385,13 @@ class LoraTuner(Tuner):
             config.target_modules = _all_linear(self.model, config)
         return config
 
-    def expected(
-        self, config: LoraConfig, strict: bool, values: Mapping[str, Tensor] | None
-    ) -> dict[str, tuple[int, ...]]:
-        targets = find_targets(config, self.model, strict)
-        candidates = dict(modules_of(self.model))
-        if unmatched := _unmatched(config, candidates):
-            warnings.warn(f"target_modules {unmatched} match no module. {_hint(unmatched, candidates)}", stacklevel=3)
+    def expected(self, config: LoraConfig, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        targets = find_targets(config, self.model, strict=False)
         shapes = {}
         for path, module in targets.items():
             own = expected_tensors(base_of(module), config.rank_of(path), config.use_dora, config.lora_bias)
             shapes |= {f"{self.PREFIX}{path}.{suffix}": shape for suffix, shape in own.items()}
-        modules = {"": self.model, **candidates}
+        modules = {"": self.model, **dict(modules_of(self.model))}
         for name in _bias_names(config, self.model, targets):
             path = name.removesuffix("bias").removesuffix(".").removesuffix(".base_layer")
             shapes[self.PREFIX + name] = tuple(base_of(modules[path.removesuffix(".token_adapter")]).bias.shape)
@@ -438,10 +433,7 @@ class LoraTuner(Tuner):
         autocast_adapter_dtype: bool,
     ) -> None:
         targets = find_targets(config, self.model, strict)
-        for field_name in ("rank_pattern", "alpha_pattern"):
-            unused = [key for key in getattr(config, field_name) if not any(_fits(key, path) for path in targets)]
-            if unused:
-                warnings.warn(f"{field_name} {unused} match no target, and change nothing", stacklevel=3)
+        self._warn_of_names(config, targets)
         if config.bias != "none" and self._biased:
             raise ValueError("bias is not 'none' for a second adapter; the base model's biases can follow only one")
         if config.changes_base:
@@ -460,6 +452,16 @@ class LoraTuner(Tuner):
             raise
         if config.bias != "none":
             self._biased = name
+
+    def _warn_of_names(self, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
+        """Say which names in ``config`` change nothing."""
+        candidates = dict(modules_of(self.model))
+        if unmatched := _unmatched(config, candidates):
+            warnings.warn(f"target_modules {unmatched} match no module. {_hint(unmatched, candidates)}", stacklevel=4)
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            unused = [key for key in getattr(config, field_name) if not any(_fits(key, path) for path in targets)]
+            if unused:
+                warnings.warn(f"{field_name} {unused} match no target, and change nothing", stacklevel=4)
 
     def _check_ends(self, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
         """Where embedding and head are one weight, PEFT's adapters that start from the head's change both."""

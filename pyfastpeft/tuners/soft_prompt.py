@@ -174,9 +174,7 @@ class SoftPromptTuner(Tuner):
         if asked not in allowed:
             raise ValueError(f"num_transformer_submodules is {asked}; for a {kind} it must be {allowed[-1]}")
 
-    def expected(
-        self, config: SoftPromptConfig, strict: bool, values: Mapping[str, Tensor] | None
-    ) -> dict[str, tuple[int, ...]]:
+    def expected(self, config: SoftPromptConfig, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         shapes = {KEY: (config.rows, config.width)}
         if _with_encoder(values):
             with torch.device("meta"):
