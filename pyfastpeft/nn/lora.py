@@ -256,7 +256,7 @@ class LoraEmbedding(LoraLayer):
                 # Compiled code reads the plan, whose dictionaries it guards; they are copies here.
                 a, b = (plan.a["weight"], plan.b["weight"]) if is_compiling() else self.factors(plan.names[0])
                 added = self._looked_up(x, a) * (plan.scale[0] if is_compiling() else plan.scaling)
-                added = self._as_output(F.linear(added, b))
+                added = as_output(self.base_layer, F.linear(added, b))
                 if plan.magnitude is not None:
                     gain = self._plan_gain(plan, a, b)
                     return (y * gain + added * gain).to(dtype)
@@ -274,7 +274,7 @@ class LoraEmbedding(LoraLayer):
             b = torch.cat([self._gained(n, gains) for n in names], dim=1)
         h = self._looked_up(x, a)
         added = F.linear(h * scale.to(h.dtype), b) if mode is None else mixed.added(h, scale, b)
-        return (y + self._as_output(added)).to(dtype)
+        return (y + as_output(self.base_layer, added)).to(dtype)
 
     def _looked_up(self, ids: Tensor, a: Tensor) -> Tensor:
         """Column of A for every id, [..., r]."""
@@ -282,11 +282,6 @@ class LoraEmbedding(LoraLayer):
         return F.embedding(
             ids, a.t(), base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse
         )
-
-    def _as_output(self, added: Tensor) -> Tensor:
-        """Some embeddings (Gemma 3) multiply their output; what is added must be multiplied as well."""
-        scale = getattr(self.base_layer, "embed_scale", None)
-        return added if scale is None else added * torch.as_tensor(scale, dtype=added.dtype, device=added.device)
 
     def matrix(self) -> Tensor:
         return self.base_layer.weight.detach().float().t()
@@ -297,6 +292,12 @@ class LoraEmbedding(LoraLayer):
     def times(self, a: Tensor) -> Tensor:
         weight = self.weight.detach()
         return (a.to(weight.dtype) @ weight).float().t()
+
+
+def as_output(embedding: nn.Embedding, rows: Tensor) -> Tensor:
+    """``rows`` as the embedding would give them: some (Gemma 3) multiply their output."""
+    scale = getattr(embedding, "embed_scale", None)
+    return rows if scale is None else rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

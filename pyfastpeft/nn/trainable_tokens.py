@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Rows
 from ..ops import mixed
+from .lora import as_output
 
 
 class TokenRows:
@@ -146,10 +147,7 @@ class TrainableTokens(nn.Module):
 
     def _looked_up(self, y: Tensor, ids: Tensor, name: str, chosen: Tensor | None) -> Tensor:
         base, slot = self.base_layer, self.rows.slots[name].to(ids.device)[ids]
-        own = F.embedding(slot.clamp_min(0), self.rows.values[name].to(base.weight))
-        scale = getattr(base, "embed_scale", None)  # some embeddings (Gemma 3) multiply their output
-        if scale is not None:
-            own = own * torch.as_tensor(scale, dtype=own.dtype, device=own.device)
+        own = as_output(base, F.embedding(slot.clamp_min(0), self.rows.values[name].to(base.weight)))
         if base.padding_idx is not None:  # whose row gets no gradient from here
             own = torch.where((ids == base.padding_idx).unsqueeze(-1), own.detach(), own)
         mine = (slot >= 0).unsqueeze(-1)

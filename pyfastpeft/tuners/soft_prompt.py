@@ -313,8 +313,8 @@ class SoftPromptTuner(Tuner):
         self.bank.prompts.clear()
 
 
-def _with_encoder(values: Mapping[str, Tensor] | None) -> bool:
-    return values is not None and any(key.startswith(_ENCODER) for key in values)
+def _with_encoder(values: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith(_ENCODER) for key in values)
 
 
 def _reads_alike(a: SoftPromptConfig, b: SoftPromptConfig) -> bool:
