@@ -153,13 +153,13 @@ METHODS: dict[str, Method] = {
 """Defaults are what learned the drug facts that come with the package best (see README.md)."""
 
 
-def above_zero(kind: type) -> Callable[[str], Any]:
+def above_zero(kind: type, or_zero: bool = False) -> Callable[[str], Any]:
     """For argparse: a finite number of that kind, above 0."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+        if not (0 < value < math.inf or (or_zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"{text} must be a number above 0{', or 0' * or_zero}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
@@ -210,7 +210,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + " (default: %(default)s)",
     )
     rates = ", ".join(f"{name} {method.rates}" for name, method in METHODS.items())
-    parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
+    parser.add_argument("--lr", type=above_zero(float), help=f"peak learning rate (default: {rates})")
     parser.add_argument("--full-precision", action="store_true", help="do not bring the base model to 4 bits")
     group = parser.add_argument_group("options of the methods")
     for option, (text, keywords) in _OPTIONS.items():

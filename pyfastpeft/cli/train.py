@@ -51,13 +51,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-steps", type=above_zero(int), default=-1, help="stop after this many steps instead")
     parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="default: %(default)s")
-    parser.add_argument("--warmup", type=float, default=0.05, help="steps, or a share below 1 (default: %(default)s)")
+    parser.add_argument(
+        "--warmup",
+        type=above_zero(float, or_zero=True),
+        default=0.05,
+        help="steps, or a share below 1 (default: %(default)s)",
+    )
     parser.add_argument("--batch-size", type=above_zero(int), default=8, help="rows a step (default: %(default)s)")
     parser.add_argument("--accumulate", type=above_zero(int), default=1, help="batches a step (default: %(default)s)")
     parser.add_argument(
         "--max-length", type=above_zero(int), default=1024, help="tokens of a row (default: %(default)s)"
     )
-    parser.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps (0: none)")
+    parser.add_argument(
+        "--save-steps",
+        type=above_zero(int, or_zero=True),
+        default=0,
+        help="write a checkpoint every so many steps (0: none)",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --output, at its learning rate"
     )
