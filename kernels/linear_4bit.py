@@ -666,7 +666,8 @@ def splits(m: int, n: int, k: int, cut: Tiles) -> int:
 
 
 class Weight(NamedTuple):
-    """W [N, K] in storage order: see ``_decode`` for the tensors. ``table``: the value of each code."""
+    """W [N, K] in storage order: see ``_decode`` for the tensors. ``table``: the value of each code; ``bf16_table``:
+    the same where products are in bf16 and their sums are scaled."""
 
     codes: Tensor
     scale: Tensor
@@ -675,6 +676,7 @@ class Weight(NamedTuple):
     offset: Tensor | None
     dynamic_map: Tensor | None
     table: tuple[float, ...]
+    bf16_table: tuple[float, ...]
     n: int
     k: int
     blocksize: int
@@ -698,7 +700,7 @@ class Weight(NamedTuple):
         if cut.rows > _FEW_ROWS or group % 32 != 0 or not self.in_words(like):
             return {"table": None}
         codes = self.codes.view(-1).view(torch.int32)
-        table = _table_on(self.table, like, codes.device)
+        table = _table_on(self.bf16_table if like == torch.bfloat16 else self.table, like, codes.device)
         return {"table": table, "codes": codes, "BK": group * cut.warps, "GROUP": group, "ASM": None}
 
 

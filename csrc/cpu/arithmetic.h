@@ -14,7 +14,7 @@ struct F32 {
   using Tiles = NoTiles;
   using W = V::F;
   using Table = V::T;
-  static Table table(const float* t) { return V::table(t); }
+  static Table table(const Weight& w) { return V::table(kTables[w.format]); }
   template <int I>
   static W decode(const Table& t, V::C codes) {
     return V::decode<I>(t, codes);
@@ -60,7 +60,7 @@ struct BF16 {
 #endif
   using W = V::Pair;
   using Table = V::PairTable;
-  static Table table(const float* t) { return V::pair_table(t); }
+  static Table table(const Weight& w) { return V::pair_table(bf16_table(w.format)); }
   template <int I>
   static W decode(const Table& t, V::C codes) {
     return V::decode_pair<I>(t, codes);

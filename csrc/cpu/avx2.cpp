@@ -120,7 +120,7 @@ struct V {
     static constexpr int parts(int rows) { return rows == 4 ? 2 : 4; }
     static int64_t unit(const Weight& w) { return w.segment; }
     static Table table(const Weight& w) {
-      const float* t = kTables[w.format];
+      const float* t = N == 4 ? kTables[w.format] : bf16_table(w.format);
       alignas(16) uint8_t bytes[N][16];
       for (int i = 0; i < 16; ++i) {
         const uint32_t bits = N == 4 ? float_to_bits(t[i]) : float_to_bf16(t[i]);

@@ -27,6 +27,13 @@ extern const float kTables[3][16] = {
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
 };
 
+// Four values are not the nearest in bf16 but their other neighbours: of the nearest most are too large, and where x
+// has a mean that adds up, with the root of the columns (1.9e-2 at 2048). Of all such choices, the least mean error
+// over weights distributed normally or evenly, in blocks of 32 to 4096 (8e-6 of their deviation). FP4's errors cancel.
+extern const float kBf16Nf4[16] = {
+    -1.0f,         -0.6953125f,   -0.52734375f, -0.39453125f, -0.28515625f, -0.1845703125f, -0.09130859375f, 0.0f,
+    0.0791015625f, 0.1611328125f, 0.24609375f,  0.33984375f,  0.44140625f,  0.5625f,        0.72265625f,     1.0f};
+
 // NF4: of all steps up to 2^13, that with the least error (3.6e-5). FP4 and INT4: exact.
 extern const float kWordSteps[3] = {7854.0f, 8064.0f, 546.0f};
 

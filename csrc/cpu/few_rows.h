@@ -180,7 +180,7 @@ struct FewRows : Product<A> {
     static constexpr int kMostRows = V::kGemvRows;
     static constexpr int parts(int rows) { return V::gemv_parts(rows); }
     static int64_t unit(const Weight& w) { return w.segment; }
-    static Table table(const Weight& w) { return A::table(kTables[w.format]); }
+    static Table table(const Weight& w) { return A::table(w); }
     template <int S>
     static typename A::W weights(const Table& t, V::C codes) {
       return A::template decode<S>(t, codes);

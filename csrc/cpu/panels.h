@@ -209,7 +209,7 @@ struct Panels {
   // Columns [col0, col0 + n) of a tile, code values without scales, into vectors vec.. of a panel of `vecs` vectors.
   static void decode_codes(const Weight& w, int64_t tile, int64_t col0, int64_t n, Ahead ahead, E* panel, int vec,
                            int vecs) {
-    const typename A::Table table = A::table(kTables[w.format]);
+    const typename A::Table table = A::table(w);
     const uint8_t* codes = w.codes + (tile * w.k + col0) * (kTile / 2);
     for (int64_t c = 0; c < n; c += kGroupColumns, codes += 64) {
       if (!kHasTiles || c % (2 * kGroupColumns) == 0) ahead.next_line();

@@ -299,7 +299,7 @@ struct Product : Panels<A> {
         constexpr int64_t kPanelGroup = NV * kLanes * kGroupColumns;
         constexpr MakeInts<kLateMicroRows> sizes{};
         const int64_t groups = n / kGroupColumns / segments;
-        Codes codes{A::table(kTables[w.format]), {}, panel - kPanelGroup, ahead, {}};
+        Codes codes{A::table(w), {}, panel - kPanelGroup, ahead, {}};
         for (int64_t i = 0; i < tiles; ++i) codes.codes[i] = w.codes + ((tile + i) * w.k + col0) * (kTile / 2);
         const auto body = [&](int64_t r, int m) {
           const E* from = x + r * kStride;

@@ -75,7 +75,11 @@ using MakeInts = typename MakeIntsImpl<N>::type;
 
 // Code tables, in dispatch.cpp.
 extern const float kTables[3][16];
+extern const float kBf16Nf4[16];
 extern const float kWordSteps[3];  // a value times this, rounded, fits 14 bits
 extern float kDynamicMap[256];
+
+// What products in bf16 take for the values of a format's codes.
+PF_INLINE const float* bf16_table(int format) { return format == kNF4 ? kBf16Nf4 : kTables[format]; }
 
 }  // namespace pf

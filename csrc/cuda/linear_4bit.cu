@@ -344,9 +344,10 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) copy(step0 + s);
   load_scales(step0);
+  const float* value = product_values<T>(w.format);
   for (int i = 0; i < 256 / kWarps; ++i) {
     const int entry = warp() * (256 / kWarps) + i;
-    const uint32_t pair = pack<T>(kValues[w.format][entry / 16], kValues[w.format][entry % 16]);
+    const uint32_t pair = pack<T>(value[entry / 16], value[entry % 16]);
     *reinterpret_cast<uint32_t*>(memory + entry * 256 + lane() * 4) = pair;
   }
   if (w.scale == nullptr) dynamic_map[threadIdx.x] = __ldg(w.dynamic_map + threadIdx.x);

@@ -77,15 +77,17 @@ def _on(device: torch.device) -> Iterator[None]:
 
 
 @functools.cache
-def _table(quant_type: str) -> tuple[float, ...]:
-    return tuple(get_format(quant_type).table.tolist())
+def _tables(quant_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The values of the codes, and what products in bfloat16 take for them."""
+    form = get_format(quant_type)
+    return tuple(form.table.tolist()), tuple(form.bf16_table.tolist())
 
 
 def _weight(operands: tuple, k: int) -> tuple:
     codes, scale, zero, absmax2, offset, format, n, blocksize = operands
     nested = (None, None, None) if absmax2 is None else (absmax2, offset, _dynamic_map(codes.device))
-    table = _table(format_of(format).name)
-    return _kernels("linear_4bit").Weight(codes, scale, zero, *nested, table, n, k, blocksize)
+    tables = _tables(format_of(format).name)
+    return _kernels("linear_4bit").Weight(codes, scale, zero, *nested, *tables, n, k, blocksize)
 
 
 def _branch(
@@ -182,7 +184,7 @@ def quantize_4bit(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tenso
     """(codes, scale, zero) of contiguous ``w``, in the ``rows`` layout."""
     form = format_of(format)
     with _on(w.device):
-        return _kernels("quantize_4bit").quantize(w, _table(form.name), form.has_zero, blocksize)
+        return _kernels("quantize_4bit").quantize(w, _tables(form.name)[0], form.has_zero, blocksize)
 
 
 def dequantize_4bit(

@@ -90,6 +90,12 @@ def test_few_rows_by_words_of_the_weight(m, dtype):
         assert error(linear_4bit(x, w, bias), float64(x, w, bias)) <= FORWARD[dtype], w
 
 
+def test_few_rows_with_a_mean_lose_no_accuracy():
+    for dense in (torch.randn(64, 4096), torch.rand(64, 4096) - 0.5):
+        w, x = fp.quantize_4bit(dense, "nf4"), torch.rand(8, 4096).bfloat16()
+        assert error(linear_4bit(x, w), float64(x, w)) <= FORWARD[torch.bfloat16]
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_every_blocksize_and_double_quantization(quant_type, double_quant):
