@@ -557,6 +557,35 @@ def test_hooks_inside_the_model_run(served):
     assert any(served)
 
 
+def other_order(model):
+    model.layers[0], model.layers[1] = model.layers[1], model.layers[0]  # each keeps its place in the cache
+
+
+def other_norm(model):
+    model.norm.variance_epsilon = 0.5
+
+
+def other_scaling(model):
+    model.layers[1].self_attn.scaling *= 3
+
+
+@pytest.mark.parametrize("change", [other_order, other_norm, other_scaling])
+def test_a_decoder_that_was_changed_is_left_to_its_class(change, served):
+    models, ids = pair(), torch.randint(1, VOCAB, (1, 5))
+
+    def logits(model):
+        return torch.stack(generate(model, ids, return_dict_in_generate=True, output_logits=True).logits)
+
+    before = logits(models[1])
+    assert any(served)
+    for model in models:
+        change(model.model)
+    served.clear()
+    expected, got = map(logits, models)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (got - before).abs().max() > 1e-3 and not any(served)
+
+
 def test_hidden_states_and_attentions_come_when_asked_for(served):
     plain, fused = pair(attn_implementation="eager")
     ids = torch.randint(1, VOCAB, (1, 5))

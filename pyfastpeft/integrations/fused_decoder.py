@@ -180,13 +180,16 @@ class _Stack:
         layers = look.module(model, "layers")
         norms, head_norms, linears = [], [], []
         dtype, eps = model.norm.weight.dtype, model.norm.variance_epsilon
+        scaling = layers[0].self_attn.scaling
         self.dtype = dtype
         window = look.get(vars(config), "sliding_window")  # of every layer that does not say its own, as Mistral's
 
         def norm(parent: nn.Module, name: str) -> Tensor:
             module = look.module(parent, name)
             weight = look.get(module._parameters, "weight")
-            if type(module).__name__ != f"{family}RMSNorm" or weight.dtype != dtype or module.variance_epsilon != eps:
+            if type(module).__name__ != f"{family}RMSNorm" or weight.dtype != dtype:
+                raise _Unsupported
+            if look.get(vars(module), "variance_epsilon") != eps:
                 raise _Unsupported
             return weight
 
@@ -198,6 +201,8 @@ class _Stack:
                 != [f"{family}{part}" for part in ("DecoderLayer", "Attention", "MLP")]
                 or type(look.module(mlp, "act_fn")).__name__ not in ("SiLU", "SiLUActivation")
                 or getattr(attention, "sliding_window", window) is not None
+                or look.get(vars(attention), "layer_idx") != i  # its place in the cache
+                or look.get(vars(attention), "scaling") != scaling
             ):
                 raise _Unsupported
             if attention.attention_dropout and look.get(vars(attention), "training"):
@@ -209,14 +214,13 @@ class _Stack:
             for parent, name in _PROJECTIONS:
                 linears.append(self._linear(look.module(layer._modules[parent], name), dtype))
         last_weight = norm(model, "norm")
-        attention = layers[0].self_attn
-        self.kv_heads, self.dim = config.num_key_value_heads, attention.head_dim
+        self.kv_heads, self.dim = config.num_key_value_heads, layers[0].self_attn.head_dim
         if model.rotary_emb.inv_freq.numel() * 2 != self.dim or not getattr(config, "is_causal", True):
             raise _Unsupported
         try:
             heads = config.num_attention_heads, self.kv_heads, self.dim
             new = torch.ops.pyfastpeft.new_decoder.default
-            held = HeldDecoder(new(last_weight, norms, head_norms, *heads, eps, attention.scaling))
+            held = HeldDecoder(new(last_weight, norms, head_norms, *heads, eps, scaling))
             for add, *linear in linears:
                 add(held.number, *linear)
         except RuntimeError as error:
