@@ -42,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every shape, rank and model: hours instead of two minutes")
     parser.add_argument("--out", default="pyfastpeft-bench", help="folder for report.json and report.html")
     parser.add_argument("--only", type=harness.split, help="contenders: names, or prefixes with *")
-    parser.add_argument("--threads", type=harness.ints, help="default: 1 and 2")
+    parser.add_argument("--threads", type=harness.counts, help="default: 1 and 2")
     parser.add_argument("--dtypes", type=harness.split, default="bf16,fp32", help="of the inputs: bf16,fp32,fp16")
     parser.add_argument("--shapes", type=harness.shapes, help="KxN, comma-separated")
-    parser.add_argument("--M", type=harness.ints, help="numbers of rows")
+    parser.add_argument("--M", type=harness.counts, help="numbers of rows")
 
 
 def parts(args: argparse.Namespace) -> Iterator[Part]:

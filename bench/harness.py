@@ -228,9 +228,20 @@ def ints(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def counts(text: str) -> list[int]:
+    """The same of numbers above 0."""
+    numbers = ints(text)
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be whole numbers above 0, comma-separated")
+    return numbers
+
+
 def shapes(text: str) -> list[tuple[int, int]]:
     """``"4096x4096,576x1536"`` to (K, N) pairs, for argparse."""
-    return [tuple(map(int, part.split("x"))) for part in text.split(",")]
+    pairs = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+    if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text} must be pairs of numbers above 0, such as 4096x4096,576x1536")
+    return pairs
 
 
 def split(text: str) -> list[str]:

@@ -175,6 +175,21 @@ def test_wrong_options_are_refused(args, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--shapes", "64"], "64 must be pairs of numbers above 0"),
+        (["--shapes", "0x64"], "0x64 must be pairs"),  # a peer ends the process with a division by zero
+        (["--M", "4,0"], "4,0 must be whole numbers above 0"),
+        (["--threads", "0"], "0 must be whole numbers above 0"),
+    ],
+)
+def test_sizes_of_nothing_are_refused_before_anything_runs(args, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", *args])
+    assert f"argument {args[0]}: {message}" in capsys.readouterr().err
+
+
 def test_linear_writes_its_records(tmp_path):
     args = ["--shapes", "64x96", "--M", "1,20", "--threads", "1", "--rounds", "1", "--only", "ours_nf4,torch_dense"]
     payload = run_bench("linear", tmp_path, *args, "--dtypes", "bf16")
