@@ -295,6 +295,29 @@ def test_a_hook_may_keep_what_it_saw():
 
 
 @pytest.mark.parametrize("config", [tf.LlamaConfig(**SMALL), tf.Phi3Config(**SMALL)], ids=lambda c: c.model_type)
+@pytest.mark.parametrize("train", [False, True])
+def test_a_hook_on_the_activation_or_another_one_is_heeded(config, train):
+    plain, inputs = model_of(config).train(train), batch()
+    fused = copy.deepcopy(plain)
+    fuse_layers(fused)
+    if train:  # the MLP is then computed from its norm's input
+        for model in (plain, fused):
+            model.model.layers.requires_grad_(False)
+    name = "activation_fn" if config.model_type == "phi3" else "act_fn"
+    for change in (
+        lambda mlp: mlp.get_submodule(name).register_forward_hook(lambda module, args, out: out * 0.5),
+        lambda mlp: setattr(mlp.get_submodule(name), "forward", lambda x: x * 0.5),
+        lambda mlp: setattr(mlp, name, nn.GELU()),
+    ):
+        before = fused(**inputs).logits
+        for model in (plain, fused):
+            change(model.model.layers[0].mlp)
+        logits = fused(**inputs).logits
+        torch.testing.assert_close(logits, plain(**inputs).logits, rtol=0, atol=1e-5)
+        assert (logits - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", [tf.LlamaConfig(**SMALL), tf.Phi3Config(**SMALL)], ids=lambda c: c.model_type)
 @pytest.mark.parametrize(("rows", "computed"), [(24, 1), (25, 2)])
 def test_gate_and_up_are_kept_where_they_are_few_beside_the_weights(config, rows, computed, monkeypatch):
     model = fp.accelerate(model_of(config)).requires_grad_(False).train()

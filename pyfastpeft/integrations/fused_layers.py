@@ -90,7 +90,7 @@ class _LlamaMlp(ModuleForward):
     def __call__(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Of x, or of its ``norm``, which is frozen."""
         mlp = self.module
-        if not _serves(x):
+        if not (_serves(x) and _is_silu(mlp.act_fn)):
             return self.own(x if norm is None else norm(x))
 
         def project(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ class _LlamaLayer(ModuleForward):
 class _Phi3Mlp(ModuleForward):
     def __call__(self, hidden_states: Tensor) -> Tensor:
         mlp = self.module
-        if not _serves(hidden_states):
+        if not (_serves(hidden_states) and _is_silu(mlp.activation_fn)):
             return self.own(hidden_states)
         both = lambda x: mlp.gate_up_proj(x).chunk(2, dim=-1)  # noqa: E731
         return mlp.down_proj(_activated(hidden_states, both, mlp.gate_up_proj))
@@ -200,7 +200,9 @@ def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
 
 
 def _is_silu(activation: Any) -> bool:
-    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+    """Whether this is SiLU with nothing around it."""
+    known = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+    return known and not hooked(activation) and "forward" not in vars(activation)
 
 
 def fuse_layers(model: nn.Module, fuse: bool = True) -> None:
