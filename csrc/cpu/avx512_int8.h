@@ -5,6 +5,11 @@ struct B {
   static constexpr int kGroupVecs = 2;  // 6 x 2 sums of both kinds, 2 of weights, 1 broadcast, table, mask: 29 of 32
   static constexpr int kMicroRows = 6;
   static constexpr int64_t kFewRows = 16;
+#ifdef PF_BF16X2
+  static constexpr int64_t kExactRows = 3;
+#else
+  static constexpr int64_t kExactRows = 2;
+#endif
   static constexpr int kOffset = 128;  // vpdpbusd takes the weight unsigned
   using I = __m512i;
   using C = __m512i;

@@ -155,7 +155,8 @@ inline const float* tile_scales(const Weight& w, int64_t tile, int64_t seg0, int
 // Asks for the scales and zeros of a tile's columns [col0, col0 + n): lines that no stream leads to cost more than
 // their share of the bytes (4096 x 4096, 17 rows: a tenth of the time).
 inline void prefetch_scales(const Weight& w, int64_t tile, int64_t col0, int64_t n) {
-  const int64_t first = (tile * w.segments() + col0 / w.segment) * kTile, end = first + ceil_div(n, w.segment) * kTile;
+  const int64_t first = (tile * w.segments() + w.segment_of(col0)) * kTile;
+  const int64_t end = first + (w.segment_of(n - 1) + 1) * kTile;
   const float* const held[] = {w.scale, w.zero};
   for (const float* values : held)
     for (int64_t i = first; values != nullptr && i < end; i += kTile) __builtin_prefetch(values + i);
@@ -170,15 +171,16 @@ inline void prefetch_share(const Matrix& m, int64_t row0, int64_t row1, int64_t 
     for (int64_t byte = 0; byte < cols * size; byte += 64) prefetch_stream(m.row(r) + col0 * size + byte);
 }
 
-// Asks for a part of the B of tiles [tile0, tile1), as much of it as columns [col0, col1) are of k: in bursts it would
-// hold up the codes.
-inline void prefetch_b_part(const Matrix& b, int64_t tile0, int64_t tile1, int64_t col0, int64_t col1, int64_t k) {
+// Lines of a tile's B: where it is not packed, of each row the first.
+inline int64_t b_lines(const Matrix& b) { return b.packed ? b.cols * kTile * 2 / 64 : kTile; }
+
+// Asks for some of them: all at once would hold up the codes.
+inline void prefetch_b_lines(const Matrix& b, int64_t tile, int64_t line0, int64_t lines) {
   if (b.data == nullptr) return;
-  const char* at = b.packed ? reinterpret_cast<const char*>(b.pairs(tile0, 0)) : b.row(tile0 * kTile);
-  const int64_t row0 = tile0 * kTile, rows = min64(tile1 * kTile, b.rows) - row0;
-  const int64_t lines = b.packed ? (reinterpret_cast<const char*>(b.pairs(tile1, 0)) - at) / 64 : rows;
+  const int64_t end = b.packed ? b_lines(b) : min64(kTile, b.rows - tile * kTile);
+  const char* at = b.packed ? reinterpret_cast<const char*>(b.pairs(tile, 0)) : b.row(tile * kTile);
   const int64_t step = b.packed ? 64 : b.row(1) - b.row(0);
-  for (int64_t i = lines * col0 / k; i < lines * col1 / k; ++i) prefetch_stream(at + i * step);
+  for (int64_t i = line0; i < min64(line0 + lines, end); ++i) prefetch_stream(at + i * step);
 }
 
 // Asks for a tile's B, into the second-level cache: it is read tiles later.

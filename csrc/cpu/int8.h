@@ -43,6 +43,7 @@ struct Int8Args {
 // The part of the tier that an instruction set provides.
 struct Int8 {
   int64_t group_tiles;  // tiles that are computed together
+  int64_t exact_rows;   // up to here the exact product of bf16 takes no longer: reading the weight takes the time
   void (*quantize)(const Matrix& x, const Weight& w, ByteRow* out, int64_t row0, int64_t row1);
   void (*product)(const Int8Args&, int64_t tile0, int64_t tile1);
 };
@@ -56,6 +57,7 @@ PF_INLINE int64_t byte_unit(const Weight& w) {
 // For an instruction set's vocabulary B over V whose reductions come to numbers one by one.
 template <class V>
 struct ByUnit {
+  static constexpr int64_t kExactRows = 0;
   static void join_max(const float* of, float* out) { __builtin_memcpy(out, of, kByteUnits * sizeof(float)); }
   static void join_sum(const int32_t* of, int32_t* out) { __builtin_memcpy(out, of, kByteUnits * sizeof(int32_t)); }
   static void join_sum(const typename V::F* of, float* out) {

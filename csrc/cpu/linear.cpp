@@ -476,9 +476,8 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   if (x.rows == 0 || w.n == 0) return;
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
-  // Rounding would only cost where reading the weight takes the time, and where instructions on tiles beat it (4096 x
-  // 4096, 16 rows: 1.3 ms for 1.5, 256 rows: 6.7 for 16).
-  const bool pays = x.rows > 2 && (x.rows <= 10 || !arith.tiles);
+  // Instructions on tiles beat rounding (4096 x 4096, 16 rows: 1.3 ms for 1.5, 256 rows: 6.7 for 16).
+  const bool pays = x.rows > k.int8.exact_rows && (x.rows <= 10 || !arith.tiles);
   if (&arith == &k.bf16 && !pays) return linear_forward(w, x, bias, branch, y, y_dtype, nullptr, parallel);
   const int64_t rank = branch.rank(), rows = x.rows;
   const int64_t blocks = (x.cols + kByteBlock - 1) / kByteBlock, group = k.int8.group_tiles;

@@ -69,7 +69,7 @@ struct ManyRows : Product<A> {
         });
         const auto vecs_of = [](int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; };
         for (int64_t col0 = 0; col0 < k; col0 += kBlock) {
-          const int64_t n = min64(kBlock, k - col0), segments = n > g.w.segment ? n / g.w.segment : 1;
+          const int64_t n = min64(kBlock, k - col0), segments = n > g.w.segment ? g.w.segment_of(n) : 1;
           const E* x = packed_block(g.x, col0 / kBlock) + row0 * kStride;
           groups([&](int64_t t, int64_t tiles, float* out) {
             const Ahead ahead = codes_ahead(g.w, t, t0, t1, col0, n);
@@ -80,7 +80,7 @@ struct ManyRows : Product<A> {
                 continue;
               }
               float* own = scales + i * kScaleStride;
-              const float* from = tile_scales(g.w, t + i, col0 / g.w.segment, segments, own);
+              const float* from = tile_scales(g.w, t + i, g.w.segment_of(col0), segments, own);
               for (int64_t v = 0; v < segments * kTile; v += kLanes) V::store(own + v, A::clean(V::load(from + v)));
             }
             if constexpr (kLateRows > 0)

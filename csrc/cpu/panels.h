@@ -249,7 +249,7 @@ struct Panels {
   static void decode_tile(const Weight& w, int64_t tile, int64_t col0, int64_t n, Ahead ahead, E* panel, int vec,
                           int vecs) {
     const V::T table = V::table(kTables[w.format]);
-    const int64_t seg0 = col0 / w.segment, segs = (col0 + n - 1) / w.segment - seg0 + 1;
+    const int64_t seg0 = w.segment_of(col0), segs = w.segment_of(col0 + n - 1) - seg0 + 1;
     alignas(64) float decoded[(kBlock / 32 + 1) * kTile];
     const float* scales = tile_scales(w, tile, seg0, segs, decoded);
     const float* zeros = w.zero == nullptr ? nullptr : w.zero + (tile * w.segments() + seg0) * kTile;
@@ -273,7 +273,7 @@ struct Panels {
   static void decode_transposed(const Weight& w, int64_t tile0, int64_t tile1, int64_t col0, int64_t n, E* rows) {
     constexpr MakeInts<V::kGroupVecs> vecs{};
     const V::T table = V::table(kTables[w.format]);
-    const int64_t seg0 = col0 / w.segment, segs = (col0 + n - 1) / w.segment - seg0 + 1;
+    const int64_t seg0 = w.segment_of(col0), segs = w.segment_of(col0 + n - 1) - seg0 + 1;
     alignas(64) float decoded[kGroupTiles][(kColumnChunk / 32 + 1) * kTile];
     for (int64_t tile = tile0; tile < tile1; tile += kGroupTiles, rows += kGroupLanes) {
       const float *scales[kGroupTiles], *zeros[kGroupTiles];
@@ -286,7 +286,7 @@ struct Panels {
         codes[i] = w.codes + (t * w.k + col0) * (kTile / 2);
       }
       for (int64_t c0 = 0; c0 < n;) {
-        const int64_t s = (col0 + c0) / w.segment - seg0, end = min64(n, (seg0 + s + 1) * w.segment - col0);
+        const int64_t s = w.segment_of(col0 + c0) - seg0, end = min64(n, (seg0 + s + 1) * w.segment - col0);
         F scale[V::kGroupVecs], zero[V::kGroupVecs];
         each(
             vecs, PF_BODY(int U) {

@@ -140,7 +140,7 @@ struct Product : Panels<A> {
     // Segments are powers of two; the block may be a part of one.
     const int per_segment = n < w.segment ? 63 : __builtin_ctzll(w.segment / kGroupColumns);
     const uint8_t* codes = w.codes + tile * code_stride + col0 * (kTile / 2);
-    const float* zeros = kHasZero ? w.zero + tile * zero_stride + col0 / w.segment * kTile : nullptr;
+    const float* zeros = kHasZero ? w.zero + tile * zero_stride + w.segment_of(col0) * kTile : nullptr;
     V::C held[NV];
     F scale[NV], zero[NV];
     const auto load = [&](int64_t group) __attribute__((always_inline)) {

@@ -58,7 +58,9 @@ struct Weight {
   int64_t n, k, segment, blocksize;
 
   PF_INLINE int64_t tiles() const { return (n + kTile - 1) / kTile; }
-  PF_INLINE int64_t segments() const { return k / segment; }
+  // Segments are powers of two, and kernels ask where divisions would show.
+  PF_INLINE int64_t segment_of(int64_t col) const { return col >> __builtin_ctzll(segment); }
+  PF_INLINE int64_t segments() const { return segment_of(k); }
 };
 
 // Compile-time lists of integers.
