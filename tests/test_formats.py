@@ -139,6 +139,11 @@ def test_double_quantization_is_bit_identical_to_bitsandbytes(quant_type):
             assert_same_bits(packed.block_scales(), scales, name)
 
 
+def test_the_scales_of_nothing_have_an_offset_that_a_file_can_hold():
+    packed = fp.quantize_4bit(torch.empty(0, 64), "nf4", double_quant=True)
+    assert packed.nested.offset == 0 and packed.dequantize().shape == (0, 64)
+
+
 def test_the_8_bit_quantizer_bins_as_bitsandbytes_does():
     for spread in (1.0, 1e-3, 1e6, 1e-38, 1e-42, 0.0):
         for count in (1, 2, 255, 256, 257, 5000):

@@ -66,7 +66,7 @@ class _Codebook(Format):
     def quantize(self, flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor, None]:
         full = flat.numel() // blocksize * blocksize
         blocks, tail = flat[:full].view(-1, blocksize), flat[full:]
-        absmax = blocks.abs().amax(-1) if full else flat.new_empty(0)
+        absmax = blocks.abs().amax(-1)
         scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).flatten()
         if tail.numel():
             # bitsandbytes divides in the short last block and multiplies by the reciprocal elsewhere.
@@ -112,9 +112,8 @@ class INT4(Format):
     def quantize(self, flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
         n = flat.numel()
         blocks = -(-n // blocksize)
-        padded = torch.cat([flat, flat[-1:].expand(blocks * blocksize - n)]) if n else flat
-        padded = padded.view(blocks, blocksize)
-        low, high = (padded.amin(-1), padded.amax(-1)) if n else (flat, flat)
+        padded = torch.cat([flat, flat[-1:].expand(blocks * blocksize - n)]).view(blocks, blocksize)
+        low, high = padded.amin(-1), padded.amax(-1)
         scale = (high - low) / 15
         inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
         codes = torch.round((padded - low[:, None]) * inverse[:, None]).nan_to_num(0.0).clamp(0, 15)
