@@ -93,6 +93,13 @@ def test_help_lists_every_command(capsys):
     assert code == 0 and all(command in out for command in COMMANDS)
 
 
+def test_the_help_of_train_says_the_defaults_of_each_method(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")  # lines may break at any hyphen
+    text = " ".join(run(capsys, "train", "--help")[1].split())
+    assert "rank (qlora: 8, lora: 8)" in text and "lora_alpha, 2 r if not given (qlora, lora)" in text
+    assert "ptuning 0.01 (--encoder lstm: 0.001), ptuning-v2 0.2, prefix 0.1 (--projection: 0.001)" in text
+
+
 def test_info_reports_the_kernels_in_use(capsys):
     result = run_json(capsys, "info")
     assert result["isa"] in result["available_isas"] and "generic" in result["available_isas"]
@@ -151,16 +158,18 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
     not_gguf.write_bytes(b"GGUF" + b"\xff" * 40)
     output = str(tmp_path / "out")
     train = ["train", "--model", model_folder, "--data", data_file, "--output", output]
+    before_loading = ["train", "--model", "./no-such-model", "--data", data_file, "--output", output]
     cases = [
         (["quantize", "./no-such-model", output], "no-such-model"),
         (["quantize", str(not_gguf), output], "not.gguf"),
         (["quantize", model_folder, str(tmp_path)], "exists"),
         (["quantize", model_folder, output, "--blocksize", "48"], "blocksize"),
-        (["train", "--model", model_folder, "--data", str(bad_row), "--output", output], "bad.jsonl, line 2"),
-        (["train", "--model", model_folder, "--data", "none.jsonl", "--output", output], "none.jsonl"),
-        ([*train, "--output", str(bad_row)], "bad.jsonl', which is a file"),
+        ([*before_loading, "--data", str(bad_row)], "bad.jsonl, line 2"),
+        ([*before_loading, "--data", "none.jsonl"], "none.jsonl"),
+        ([*before_loading, "--test", str(half)], "half.jsonl, line 1: the text holds '\\ud83d'"),
+        ([*before_loading, "--output", str(bad_row)], "bad.jsonl', which is a file"),
         ([*train, "--r", "0"], "r is 0"),
-        ([*train, "--target-modules", "q_prj"], "q_proj"),
+        ([*train, "--target-modules", "q_prj"], "Close matches: q_proj"),
         ([*train, "--method", "prompt", "--virtual-tokens", "0"], "num_virtual_tokens is 0"),
         ([*train, "--method", "prefix", "--init", "zero", "--init-text", "a"], "it needs --init text"),
         ([*train, "--method", "prefix", "--encoder-hidden-size", "8"], "it needs --projection"),
@@ -168,7 +177,6 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         ([*train, "--method", "bottleneck", "--reduction-factor", "0"], "reduction_factor is 0"),
         ([*train, "--resume"], "no checkpoint"),
         ([*train, "--max-length", "4"], "line 1"),
-        ([*train, "--test", str(half)], "half.jsonl, line 1: the text holds '\\ud83d'"),
         (["generate", "--model", model_folder, "--prompt", "\udcff"], "the text holds '\\udcff'"),
         (["generate", "--model", model_folder, "--adapter", f"a={tmp_path}", "--prompt", "p"], "adapter_config.json"),
     ]
@@ -295,6 +303,16 @@ def test_a_model_in_4_bits_stays_so_where_no_quantization_is_asked_for(capsys, t
     assert run_json(capsys, *arguments, "--full-precision") == run_json(capsys, *arguments)
     arguments = ["--model", small, "--data", data_file, "--output", str(tmp_path / "out"), "--max-steps", "1"]
     assert run_json(capsys, "train", *arguments, "--method", "lora")["steps"] == 1
+
+
+def test_generate_brings_a_model_to_4_bits_unless_full_precision_is_asked_for(capsys, monkeypatch, model_folder):
+    def layers_in_4_bits(model, *_, **__):
+        return [str(sum(isinstance(module, fp.nn.Linear4bit) for module in model.modules()))]
+
+    monkeypatch.setattr("pyfastpeft.generation.answer", layers_in_4_bits)
+    arguments = ["generate", "--model", model_folder, "--prompt", "p"]
+    assert run_json(capsys, *arguments)["answers"][0]["answer"] == "14"
+    assert run_json(capsys, *arguments, "--full-precision")["answers"][0]["answer"] == "0"
 
 
 def test_the_process_exits_with_the_code(tmp_path):
@@ -516,11 +534,11 @@ def test_adapters_switch_at_the_interactive_prompt(capsys, monkeypatch, model_fo
     arguments = ["generate", "--model", model_folder, "--max-new-tokens", "8"]
     expected = {e["adapter"]: e["answer"] for e in run_json(capsys, *arguments, *given, "--prompt", "hello")["answers"]}
     expected["base"] = run_json(capsys, *arguments, "--prompt", "hello")["answers"][0]["answer"]
-    lines = ["hello", "/adapter b", "hello", "/adapter base", "hello", "/adapter none", "/quit"]
+    lines = ["hello", "/adapter b", "hello", "/adapter base", "hello", "/adapter none", "/quit", "/adapter"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     code, out, _ = run(capsys, *arguments, *given)
     shown = out.split("> ")
     assert code == 0
     for name, answered in (("a", shown[1]), ("b", shown[3]), ("base", shown[5])):
         assert answered.startswith(expected[name]), name
-    assert "adapters: base a b" in shown[6]
+    assert "adapters: base a b" in shown[6] and len(shown) == 8
