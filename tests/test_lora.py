@@ -36,6 +36,10 @@ VARIANTS = {
     "not_initialized": {"init_lora_weights": False},
     "patterns": {"rank_pattern": {"0.*": 4, "v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
     "some_layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "some_layers_and_a_path": {
+        "target_modules": ["0.self_attn.q_proj", "model.layers.0.mlp.up_proj"],
+        "layers_to_transform": 1,
+    },
     "excluded": {"exclude_modules": ["v_proj"]},
     "lora_bias": {"lora_bias": True, "target_modules": ["q_proj", "lm_head"]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
@@ -528,9 +532,9 @@ class TestSeveralAdapters:
         assert torch.equal(model(**batch).logits, logits["a"])
         assert type(model.get_base_model().lm_head) is nn.Linear and not model.base_model.bank.wrappers
 
-    @pytest.mark.parametrize("use_dora", [False, True])
-    def test_adapters_active_together_add_up(self, use_dora):
-        model = block("a", "b", use_dora=use_dora)
+    @pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
+    def test_adapters_active_together_add_up(self, kwargs):
+        model = block("a", "b", target_modules=["linear", "packed"], **kwargs)
         for layer, x in (("linear", torch.randn(2, 48)), ("packed", torch.randn(2, 32))):
             layer = model.get_base_model().get_submodule(layer)
             single = []
