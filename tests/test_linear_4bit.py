@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import pyfastpeft as fp
-from pyfastpeft.ops import BankView, Lora, linear_4bit, mixed, pack_lora
+from pyfastpeft.ops import BankView, Lora, backends, linear_4bit, mixed, pack_lora
 from pyfastpeft.ops.reference import keep_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -384,7 +384,10 @@ def test_training_over_a_bank_keeps_what_is_not_finite_to_its_rows_and_slot(devi
         check_isolation(dtype, m, *shape)
 
 
-def test_an_adapter_that_overflows_stays_in_its_rows(device):
+@pytest.mark.parametrize("kernels", [True, False])
+def test_an_adapter_that_overflows_stays_in_its_rows(device, monkeypatch, kernels):
+    if not kernels:
+        monkeypatch.setattr(backends, "_FORCED", backends.Backend.REFERENCE)
     w, x, rows = packed_weight(24, 64), torch.randn(6, 64), torch.tensor([0, 1, -1, 0, 1, 0])
     a, b = torch.randn(2, 4, 64), torch.randn(2, 24, 4)
     huge = a.clone()
