@@ -371,6 +371,16 @@ class TestRefused:
         with pytest.raises(ValueError, match="merged"):
             model.hotswap_adapter(tensors_of(model, "default"))
 
+    def test_magnitudes_of_the_base_while_another_adapter_is_merged(self):
+        model = serving(fp.LoraConfig(use_dora=True), fp.LoraConfig())
+        new = {k: t for k, t in tensors_of(model, "default").items() if "v_proj" not in k}
+        model.merge_adapter(["1"])
+        self.refused(model, new, r"\['1'\] are merged, and the state dict lacks .*v_proj, where the magnitude")
+        model.unmerge_adapter()
+        model.hotswap_adapter(new)
+        gain = model.get_base_model().model.layers[0].self_attn.v_proj.gain("default")
+        torch.testing.assert_close(gain, torch.ones_like(gain))
+
 
 def test_many_tensors_are_copied_whatever_they_are():
     from pyfastpeft.ops import copy_tensors

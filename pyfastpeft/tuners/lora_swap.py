@@ -85,6 +85,11 @@ class Swap:
         if missing:
             if len(missing) < len(keys) or (given and matches(new, path)):
                 raise ValueError(f"{source} lacks the key {missing[0]}")
+            if layer.merged and self.name in layer.lora_magnitude_vector:
+                raise ValueError(
+                    f"{layer.merged_adapters} are merged, and {source} lacks {path}, where the magnitude becomes that "
+                    "of the base weights; call unmerge_adapter() first"
+                )
             self.zeroed += [t for suffix, t in held.items() if suffix != "lora_magnitude_vector"]
             self.ranks[path] = (0, 0.0, layer.scaling[self.name])
             return
