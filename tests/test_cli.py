@@ -21,6 +21,7 @@ from safetensors.torch import save as save_safetensors
 from test_gguf import write_llama
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, get_scheduler
+from transformers.utils import logging
 
 import pyfastpeft as fp
 from pyfastpeft.cli import main
@@ -415,8 +416,9 @@ def test_train_writes_a_folder_that_peft_loads(capsys, tmp_path, model_folder, d
 
 def test_train_says_how_many_rows_it_cuts(capsys, tmp_path, model_folder, data_file):
     arguments = ["train", "--model", model_folder, "--data", data_file, "--output", str(tmp_path), "--max-steps", "1"]
-    code, _, err = run(capsys, *arguments, "--max-length", "90")
+    code, out, err = run(capsys, *arguments, "--max-length", "90")
     assert code == 0 and f"pyfastpeft train: warning: {data_file}: 5 of 8 rows are longer than max_length = 90" in err
+    assert "\n1 steps, " in out
     assert "warning" not in run(capsys, *arguments)[2]
 
 
@@ -520,6 +522,12 @@ def test_what_cannot_be_asked_ends_no_conversation(capsys, monkeypatch, model_fo
     assert code == 0 and "error: prompt 1: the text holds '\\udcff'" in out and out.count("base> ") == 3
 
 
+def test_the_libraries_show_nothing_of_their_own(capsys, model_folder):
+    logging.enable_progress_bar()
+    code, _, err = run(capsys, "generate", "--model", model_folder, "--prompt", "p", "--max-new-tokens", "1")
+    assert code == 0 and err == ""
+
+
 def test_answers_are_printed_as_they_are(capsys, monkeypatch, model_folder):
     text = "see :warning: or a[:100:] [bold]\tand " + "word " * 40 + "\nhttps://example.com/" + "x" * 100
     monkeypatch.setattr("pyfastpeft.generation.answer", lambda *_, **__: [text])
@@ -541,4 +549,5 @@ def test_adapters_switch_at_the_interactive_prompt(capsys, monkeypatch, model_fo
     assert code == 0
     for name, answered in (("a", shown[1]), ("b", shown[3]), ("base", shown[5])):
         assert answered.startswith(expected[name]), name
+    assert shown[0].startswith("adapters: base a b. /adapter NAME switches")
     assert "adapters: base a b" in shown[6] and len(shown) == 8
