@@ -127,6 +127,8 @@ def test_a_smaller_rank_and_fewer_modules_swap_in_and_out_again(use_dora, tmp_pa
     model.hotswap_adapter(tmp_path / "1")
     assert_untouched(model, before)
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    a, b = model.get_base_model().model.layers[0].self_attn.q_proj.factors("default")
+    assert a[:3].all() and not a[3:].any() and not b[:, 3:].any()
     saved = tensors_of(model, "default")
     new = tensors_of(model, "1")
     assert saved.keys() == new.keys()

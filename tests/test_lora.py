@@ -514,6 +514,8 @@ class TestMerging:
         expected = layer(x)
         model.merge_adapter()
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+        assert torch.equal(layer(x), expected)
 
 
 class TestSeveralAdapters:
@@ -731,6 +733,7 @@ class TestSeveralAdapters:
             ),
             (["a", "b"], "ties", "x", "majority_sign_method is 'x'", {"density": 1, "majority_sign_method": "x"}),
             (["a", "b"], "ties", "x", "svd_rank is 2", {"density": 1, "svd_rank": 2}),
+            (["a", "b"], "svd", "x", "svd_rank is 0; it must be at least 1", {"svd_rank": 0}),
         ):
             with pytest.raises(ValueError, match=message):
                 model.add_weighted_adapter(names, [1.0, 1.0], new, combination_type=kind, **kwargs)
