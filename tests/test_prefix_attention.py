@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pyfastpeft.ops import HIDDEN, key_positions, prefix_attention
+from pyfastpeft.ops import HIDDEN, backends, key_positions, prefix_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative Frobenius error.
@@ -281,8 +281,12 @@ def test_nothing_in_nothing_out(device, shape):
         check(make(*shape, 32, prefix=prefix))
 
 
-def test_without_keys_the_prefix_is_all_there_is(device):
-    check(make(2, 2, 1, 5, 0, 32, prefix=4), causal=False)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_without_keys_the_prefix_is_all_there_is(device, monkeypatch, kernels):
+    if not kernels:
+        monkeypatch.setattr(backends, "_FORCED", backends.Backend.REFERENCE)
+    for window in (None, 3):
+        check(make(2, 2, 1, 5, 0, 32, prefix=4), causal=False, window=window)
     check(make(2, 2, 1, 5, 0, 32), causal=False)
 
 
