@@ -1143,7 +1143,9 @@ class TestDeepPrompts:
         ids = torch.tensor(tokenizer(text)["input_ids"])
         tail = torch.randint(0, 256, (1, 4))
         expected = base(torch.cat([ids[None], tail], 1)).logits[:, len(ids) :]
-        close(fp.get_peft_model(copy.deepcopy(base), deep).eval()(tail).logits, expected)
+        own = fp.get_peft_model(copy.deepcopy(base), deep).eval()
+        close(own(tail).logits, expected)
+        assert not any(layer._forward_pre_hooks for layer in own.get_base_model().get_decoder().layers)
         plain = fp.PrefixTuningConfig(**kwargs)
         close(fp.get_peft_model(copy.deepcopy(base), plain).eval()(tail).logits, expected)
 
