@@ -9,6 +9,7 @@ import json
 import logging
 import pickle
 import warnings
+from functools import partial
 
 import architectures as tiny
 import peft
@@ -300,6 +301,10 @@ class TestInjected:
             fp.inject_adapter_in_model(fp.PrefixTuningConfig(**VIRTUAL), tiny.make())
         with pytest.raises(TypeError, match="model is a LlamaForCausalLM; it must be a PeftModel"):
             fp.get_peft_model_state_dict(tiny.make())
+        model = fp.inject_adapter_in_model(fp.LoraConfig(), tiny.make())
+        for call in (fp.get_peft_model_state_dict, partial(fp.set_peft_model_state_dict, peft_model_state_dict={})):
+            with pytest.raises(ValueError, match=r"no adapter 'none'.*\['default'\]"):
+                call(model, adapter_name="none")
 
     def test_the_tensors_of_a_folder_are_what_peft_reads(self, tmp_path):
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig(r=2))
@@ -440,6 +445,12 @@ class TestAuto:
         )
         layer = model.get_base_model().model.layers[0].self_attn.q_proj
         assert isinstance(layer.base_layer, fp.nn.Linear4bit) and layer.base_layer.packed.dtype == torch.bfloat16
+
+    def test_a_folder_may_be_called_as_a_gguf_file_is(self, folder):
+        base = folder.with_name("base")
+        path = folder / "adapter_config.json"
+        path.write_text(path.read_text().replace(str(base), str(base.rename(base.with_suffix(".gguf")))))
+        assert fp.AutoPeftModelForCausalLM.from_pretrained(folder).peft_config["default"].r == 2
 
     def test_an_adapter_below_a_folder_is_found(self, folder):
         model = fp.AutoPeftModelForCausalLM.from_pretrained(folder.parent, subfolder="adapter")
