@@ -142,7 +142,6 @@ class LoraLinear(LoraLayer):
 
     def set_matrix(self, matrix: Tensor) -> Any:
         if not self._fused:
-            self._dense_weight()  # refuses a weight that is packed by someone else
             return super().set_matrix(matrix)
         base, old = self.base_layer, self.base_layer.packed
         packed = quantize_4bit(matrix, base.quant_type, base.blocksize, base.double_quant)
