@@ -741,8 +741,12 @@ class TestSeveralAdapters:
 
     def test_cat_is_exact(self):
         model = block("a", "b")
+        model.add_adapter("c", fp.LoraConfig(r=3, target_modules=["linear"], init_lora_weights=False))
         model.add_weighted_adapter(["a", "b"], [2.0, -0.5], "mix", combination_type="cat")
+        model.add_weighted_adapter(["a", "c"], [2.0, -0.5], "ranks", combination_type="cat")
         layer = model.get_base_model().linear
+        expected = 2 * layer.get_delta_weight("a") - 0.5 * layer.get_delta_weight("c")
+        torch.testing.assert_close(layer.get_delta_weight("ranks"), expected, rtol=1e-4, atol=1e-5)
         expected = 2 * layer.get_delta_weight("a") - 0.5 * layer.get_delta_weight("b")
         torch.testing.assert_close(layer.get_delta_weight("mix"), expected, rtol=1e-4, atol=1e-5)
 

@@ -1045,6 +1045,8 @@ class TestServing:
         assert not torch.allclose(before, after)
         names = [["default", "lora"]] * len(ids)
         close(model(ids, adapter_names=names).logits, after)
+        model.base_model.bank.kept.clear()
+        assert torch.equal(model(ids).logits, after)
 
     def test_what_inference_kept_serves_beside_what_trains(self):
         model = ours(llama(), "prefix").eval()
