@@ -1158,6 +1158,8 @@ class TestDeepPrompts:
         assert torch.equal(own.eval()(ids).logits, own(ids).logits)
         own.train()
         assert not torch.equal(own(ids).logits, own(ids).logits)
+        own.set_adapter("default", inference_mode=True)
+        assert not torch.equal(own(ids).logits, own(ids).logits)
 
     def test_a_classification_head_trains_along(self, tmp_path):
         base = tf.LlamaForSequenceClassification(tf.LlamaConfig(**tiny._LLAMA, num_labels=3)).eval()
