@@ -144,6 +144,16 @@ def test_a_smaller_rank_and_fewer_modules_swap_in_and_out_again(use_dora, tmp_pa
     torch.testing.assert_close(model(**batch).logits, first, rtol=1e-4, atol=1e-5)
 
 
+def test_a_module_trained_whole_swaps_in_with_a_smaller_rank():
+    model = serving(*(fp.LoraConfig(r=r, modules_to_save=["lm_head"]) for r in (8, 4)))
+    batch = tiny.inputs()
+    model.set_adapter("1")
+    expected = model(**batch).logits
+    model.set_adapter("default")
+    model.hotswap_adapter(tensors_of(model, "1"), config=model.peft_config["1"])
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_swap_back_to_the_full_rank_is_saved_whole():
     model = serving(fp.LoraConfig(r=8, **ALL), fp.LoraConfig(r=4, **ALL))  # both scale by 2
     whole = tensors_of(model, "default")
