@@ -171,10 +171,15 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.base_model = AdaptedModel(model)
         self.prompt_encoder = self.base_model.bank.prompts
         self.train(model.training)
-        self._show_signature()
+        self._complete()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._complete()
+
+    def _complete(self) -> None:
+        """What a copy must have for itself."""
+        self.base_model.belong_to(self)
         self._show_signature()
 
     def _show_signature(self) -> None:
@@ -533,7 +538,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         return self._unloaded(())
 
     def _unloaded(self, names: tuple[str, ...]) -> nn.Module:
-        model = self.base_model.unload(names)
+        model = self.base_model.unwrapped(names)
         use_fast_attention(model, False)
         return model
 

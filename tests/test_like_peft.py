@@ -227,6 +227,35 @@ class TestModels:
         with pytest.raises(ValueError, match=r"needs one active adapter; active are \['b', 'a'\]"):
             _ = model.active_peft_config
 
+    def test_base_model_answers_for_the_adapters_as_in_peft(self, seed):
+        base, ids = tiny.make(), tiny.inputs()["input_ids"]
+        seen = []
+        for library in (fp, peft):
+            config = library.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+            model = library.get_peft_model(copy.deepcopy(base), config, "a")
+            model.add_adapter("b", config)
+            torch.manual_seed(seed)
+            tiny.randomize(model)
+            for again in (model, copy.deepcopy(model)):
+                held, outputs = again.base_model, []
+                held.add_weighted_adapter(["a", "b"], [1.0, 0.5], "c", combination_type="cat")
+                held.set_adapter(["c"])
+                outputs.append(again(ids).logits)
+                held.merge_adapter(adapter_names=["b"])
+                outputs.append(again(ids).logits)
+                held.unmerge_adapter()
+                held.delete_adapter("b")
+                said = list(held.peft_config), held.active_adapters, again.active_adapters
+                outputs.append(held.merge_and_unload()(ids).logits)
+                seen.append((said, outputs))
+        for said, outputs in seen:
+            assert said == (["a", "c"], ["c"], ["c"])
+            torch.testing.assert_close(outputs, seen[-1][1], rtol=1e-4, atol=1e-5)
+        model = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(), "a")
+        assert model.base_model.active_adapter == "a"
+        assert pickle.loads(pickle.dumps(model)).base_model.active_adapters == ["a"]
+        assert torch.equal(model.base_model.unload()(ids).logits, base(ids).logits)
+
     def test_a_pipeline_takes_it_without_a_word(self, caplog):
         model = fp.get_peft_model(tiny_llama(), fp.LoraConfig(task_type="CAUSAL_LM"))
         logger = logging.getLogger("transformers")

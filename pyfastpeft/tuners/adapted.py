@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,24 @@ from ..nn.trainable_tokens import TrainableTokens
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
 from .modules import HEADS, find_saved, put, tied_ends, trainable_copy, trainable_state, unmatched_saved
+
+if TYPE_CHECKING:
+    from ..peft_model import PeftModel
+
+_OF_PEFT_MODEL = frozenset(
+    (
+        "active_adapter",
+        "active_adapters",
+        "add_weighted_adapter",
+        "delete_adapter",
+        "merge_adapter",
+        "merge_and_unload",
+        "peft_config",
+        "unload",
+        "unmerge_adapter",
+    )
+)
+"""What PEFT has on ``base_model``, and scripts ask for there; transformers' models have other things by these names."""
 
 
 class AdaptedModel(OneDevice, nn.Module):
@@ -48,9 +66,16 @@ class AdaptedModel(OneDevice, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name in ("model", "peft_model"):
                 raise
-            return getattr(self.model, name)
+            return getattr(self.peft_model if name in _OF_PEFT_MODEL else self.model, name)
+
+    def belong_to(self, peft_model: PeftModel) -> None:
+        """Let ``peft_model``, whose ``base_model`` this is, answer for what PEFT has here."""
+        vars(self)["peft_model"] = peft_model  # no submodule of its own submodule
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "peft_model"}  # a copy's own will say so
 
     def tuner(self, config: PeftConfig) -> Tuner:
         kind = config.tuner()
@@ -303,7 +328,7 @@ class AdaptedModel(OneDevice, nn.Module):
 
     # Without adapters again.
 
-    def unload(self, names: tuple[str, ...]) -> nn.Module:
+    def unwrapped(self, names: tuple[str, ...]) -> nn.Module:
         """The base model without any wrapper; modules kept by ``names`` stand in the place of the originals."""
         for tuner in self._tuners.values():
             tuner.unload()
