@@ -211,6 +211,11 @@ class AdapterBank:
         return () if self.disabled else self.chosen
 
     @property
+    def enabled(self) -> bool:
+        """Whether the active adapters are in use in the calling thread."""
+        return not self.disabled and self.mode is not NO_ROWS
+
+    @property
     def mergeable(self) -> list[LoraLayer | TokenRows]:
         """All that adapters can be merged into."""
         return [*self.layers.values(), *self.tokens.values()]

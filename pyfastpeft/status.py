@@ -72,7 +72,7 @@ def _status(name: str, layer: LoraLayer | BottleneckLayer | ModulesToSave | Trai
     return TunerLayerStatus(
         name=name,
         module_type=kind,
-        enabled=not layer.bank.disabled,
+        enabled=layer.bank.enabled,
         active_adapters=list(layer.bank.chosen),
         merged_adapters=merged,
         requires_grad={n: _same(p.requires_grad for p in ps) for n, ps in parameters.items()},
@@ -102,7 +102,7 @@ def get_model_status(model: PeftModel) -> TunerModelStatus:
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
-        enabled=not bank.disabled,
+        enabled=bank.enabled,
         active_adapters=list(bank.chosen),
         merged_adapters="irregular" if partly else sorted(merged),
         requires_grad={n: _same(s.requires_grad[n] for s in layers if n in s.requires_grad) for n in names},

@@ -378,6 +378,13 @@ class TestStatus:
         assert fp.get_model_status(ours) == ours.get_model_status()
         assert fp.get_layer_status(ours) == ours.get_layer_status()
 
+    def test_adapters_are_not_enabled_inside_disable_adapter(self):
+        models = [library.get_peft_model(tiny.make(), library.LoraConfig(lora_alpha=16)) for library in (fp, peft)]
+        for model in models:
+            with model.disable_adapter():
+                inside = model.get_model_status().enabled, {s.enabled for s in model.get_layer_status()}
+            assert inside == (False, {False}) and model.get_model_status().enabled is True
+
     def test_a_4_bit_base_and_the_other_methods_are_told(self):
         model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(task_type="CAUSAL_LM"))
         model.add_adapter("b", fp.BottleneckConfig())
