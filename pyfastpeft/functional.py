@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from .hub.peft import read_tensors
 from .peft_model import IncompatibleKeys, PeftModel
+from .status import INJECTED, adapters_of
 from .tuners.base import PeftConfig, Tuner
-
-_INJECTED = "_injected_adapters"
-"""Where a model has what :func:`inject_adapter_in_model` put into it."""
 
 
 def inject_adapter_in_model(
@@ -35,9 +33,9 @@ def inject_adapter_in_model(
     config = PeftConfig.from_peft(peft_config)
     if config.is_prompt_learning:
         raise ValueError(f"peft_config is a {type(config).__name__}, a soft prompt, which needs get_peft_model")
-    held = vars(model).get(_INJECTED)
+    held = vars(model).get(INJECTED)
     if held is None:
-        held = vars(model)[_INJECTED] = PeftModel(model, config, adapter_name)  # no submodule of its own base
+        held = vars(model)[INJECTED] = PeftModel(model, config, adapter_name)  # no submodule of its own base
         model.peft_config = held.peft_config
     else:
         held.add_adapter(adapter_name, config)
@@ -47,11 +45,8 @@ def inject_adapter_in_model(
 
 def _adapters_of(model: nn.Module) -> tuple[PeftModel, str]:
     """The model's adapters, and what their keys have in front that ``model`` lacks."""
-    if isinstance(model, PeftModel):
-        return model, ""
-    if _INJECTED not in vars(model):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a PeftModel, or have adapters injected")
-    return vars(model)[_INJECTED], Tuner.PREFIX
+    held = adapters_of(model)
+    return held, "" if held is model else Tuner.PREFIX
 
 
 def load_peft_weights(

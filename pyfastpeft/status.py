@@ -6,17 +6,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 from .nn.bottleneck import BottleneckLayer
 from .nn.linear4bit import Linear4bit
 from .nn.lora_layer import LoraLayer
 from .nn.modules_to_save import ModulesToSave
 from .nn.trainable_tokens import TrainableTokens
+from .tuners.adapted import AdaptedModel
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
 
 Irregular = Literal["irregular"]
 """In place of a value that is not the same everywhere."""
+
+INJECTED = "_injected_adapters"
+"""Where a model has what :func:`inject_adapter_in_model` put into it, a :class:`PeftModel` around itself."""
 
 
 @dataclass
@@ -53,10 +59,30 @@ class TunerModelStatus:
     quantization_backend: str | Irregular | None
 
 
-def get_layer_status(model: PeftModel) -> list[TunerLayerStatus]:
-    """The status of every layer with adapters; soft prompts, which are in no layer, have none."""
+def adapters_of(model: nn.Module) -> PeftModel:
+    """``model`` itself, or what was injected into it.
+
+    Raises:
+        TypeError: it has no adapters.
+    """
+    held = vars(model).get(INJECTED, model)
+    if not isinstance(getattr(held, "base_model", None), AdaptedModel):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a PeftModel, or have adapters injected")
+    return held
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The status of every layer with adapters; soft prompts, which are in no layer, have none.
+
+    Args:
+        model: a :class:`PeftModel`, or one with injected adapters, whose layers are named as it names them.
+
+    Raises:
+        TypeError: it has no adapters.
+    """
     kinds = (LoraLayer, BottleneckLayer, ModulesToSave, TrainableTokens)
-    return [_status(name, m) for name, m in model.base_model.named_modules() if isinstance(m, kinds)]
+    root = model.base_model if adapters_of(model) is model else model
+    return [_status(name, m) for name, m in root.named_modules() if isinstance(m, kinds)]
 
 
 def _status(name: str, layer: LoraLayer | BottleneckLayer | ModulesToSave | TrainableTokens) -> TunerLayerStatus:
@@ -88,9 +114,10 @@ def _same(values: Iterable[Any]) -> Any:
     return found.pop() if len(found) == 1 else "irregular"
 
 
-def get_model_status(model: PeftModel) -> TunerModelStatus:
-    """The status of ``model``: what its layers have in common."""
-    layers, bank = get_layer_status(model), model.base_model.bank
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The status of ``model``: what its layers have in common. Argument and error as in :func:`get_layer_status`."""
+    layers, model = get_layer_status(model), adapters_of(model)
+    bank = model.base_model.bank
     trainable, total = model.get_nb_trainable_parameters()
     merged = {n for layer in layers for n in layer.merged_adapters}
     partly = any(merged & set(layer.available_adapters) - set(layer.merged_adapters) for layer in layers)

@@ -385,6 +385,20 @@ class TestStatus:
                 inside = model.get_model_status().enabled, {s.enabled for s in model.get_layer_status()}
             assert inside == (False, {False}) and model.get_model_status().enabled is True
 
+    def test_injected_adapters_have_a_status_and_other_models_none(self):
+        for library in (fp, peft):
+            kwargs = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+            model = library.inject_adapter_in_model(library.LoraConfig(**kwargs), tiny.make())
+            layers, whole = library.get_layer_status(model), library.get_model_status(model)
+            assert {s.name for s in layers} == {
+                n for n, _ in model.named_modules() if n.endswith(("q_proj", "lm_head"))
+            }
+            assert whole.base_model_type == "LlamaForCausalLM" and whole.num_adapter_layers == len(layers)
+            assert whole.requires_grad == {"default": True} and whole.available_adapters == ["default"]
+        for status in (fp.get_layer_status, fp.get_model_status):
+            with pytest.raises(TypeError, match="model is a LlamaForCausalLM; it must be a PeftModel, or"):
+                status(tiny.make())
+
     def test_a_4_bit_base_and_the_other_methods_are_told(self):
         model = fp.get_peft_model(tiny.quantized(tiny.make()), fp.LoraConfig(task_type="CAUSAL_LM"))
         model.add_adapter("b", fp.BottleneckConfig())
