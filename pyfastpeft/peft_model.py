@@ -347,7 +347,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 yield
         finally:
             for layer, names in merged.items():
-                layer.merge(names)
+                layer.merge(False, names)
 
     def _warn_of_biases(self, stacklevel: int) -> None:
         if any(isinstance(c, LoraConfig) and c.bias != "none" for c in self.peft_config.values()):
@@ -461,7 +461,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         names = self._mergeable(adapter_names)
         with self._as_before_if_it_fails():
             for layer in self._layers():
-                layer.merge(names, safe_merge)
+                layer.merge(safe_merge, names)
         self.base_model.bank.refresh()
 
     @contextmanager
@@ -473,7 +473,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         except BaseException:
             for layer in self._layers():
                 layer.unmerge()
-                layer.merge(merged.get(layer, ()))
+                layer.merge(False, merged.get(layer, ()))
             self.base_model.bank.refresh()
             raise
 
@@ -519,7 +519,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 if dequantize and isinstance(layer, LoraLinear):
                     layer.merge_dense(names, safe_merge, dtype)
                 else:
-                    layer.merge(names, safe_merge)
+                    layer.merge(safe_merge, names)
         remove(self.get_base_model())
         model = self._unloaded(names)
         if dequantize:

@@ -368,7 +368,7 @@ class TestStatus:
             elif change == "merged":
                 model.merge_adapter()
             elif change == "one_merged":
-                model.base_model.model.model.layers[0].self_attn.q_proj.merge(["default"])
+                model.base_model.model.model.layers[0].self_attn.q_proj.merge(adapter_names=["default"])
             elif change == "disabled":
                 model.base_model.disable_adapter_layers()
         ours, theirs = models

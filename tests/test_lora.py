@@ -496,6 +496,26 @@ class TestMerging:
         assert model.state_dict().keys() == before.keys()
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
+    def test_a_layer_merges_and_unmerges_by_itself_as_in_peft(self):
+        base, ids = tiny.make(), tiny.inputs()["input_ids"]
+        for library in (fp, peft):
+            model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(target_modules=["q_proj", "v_proj"]))
+            tiny.randomize(model)
+            layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+            expected = model(ids).logits
+            for each in (
+                lambda layer: layer.merge(),
+                lambda layer: layer.unmerge(),
+                lambda layer: layer.merge(safe_merge=True, adapter_names=["default"]),
+            ):
+                for layer in layers:
+                    each(layer)
+                torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+            model.unmerge_adapter()
+            model.merge_adapter()
+            layers[0].unmerge()
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
     def test_a_copy_of_a_merged_model_unmerges_by_itself(self):
         model = block()
         ids = torch.randint(0, 20, (2, 3))

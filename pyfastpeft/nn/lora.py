@@ -159,13 +159,13 @@ class LoraLinear(LoraLayer):
     def merge_dense(self, names: tuple[str, ...], safe: bool, dtype: torch.dtype | None) -> None:
         """:meth:`merge`, with a 4-bit base layer exchanged for one in ``dtype``, rounded once."""
         if not self._fused:
-            return self.merge(names, safe)
+            return self.merge(safe, names)
         names = (*self.merged_adapters, *names)
         self.unmerge()
         packed = self.base_layer
         self.base_layer = packed.to_linear(torch.float32)
         try:
-            self.merge(names, safe)
+            self.merge(safe, names)
         finally:
             self._unmerged = packed, packed.bias
         self.base_layer.to(packed.packed.dtype if dtype is None else dtype)

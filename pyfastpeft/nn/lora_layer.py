@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -462,17 +462,17 @@ class LoraLayer(nn.Module):
             out = out + (delta * gains[name][:, None] if name in gains else delta)
         return out
 
-    def merge(self, names: tuple[str, ...], safe: bool = False) -> None:
-        """Add adapters into the base weight, with those that are merged already.
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Add adapters (default: the active ones) into the base weight, with those that are merged already.
 
         The original weight is kept, not recomputed, for :meth:`unmerge`; all are added to it with one rounding.
 
         Raises:
-            ValueError: ``safe`` and the result is not finite, or an adapter has a bias and the base layer none; nothing
-                is merged then.
+            ValueError: ``safe_merge`` and the result is not finite, or an adapter has a bias and the base layer none;
+                nothing is merged then.
         """
-        held = self.merged_adapters
-        names = tuple(dict.fromkeys((*held, *(n for n in names if n in self.r))))
+        held, asked = self.merged_adapters, self.active_adapters if adapter_names is None else adapter_names
+        names = tuple(dict.fromkeys((*held, *(n for n in asked if n in self.r))))
         if len(names) == len(held):
             return
         self.unmerge()
@@ -480,7 +480,7 @@ class LoraLayer(nn.Module):
         if biases and self.bias is None:
             raise ValueError(f"adapters {biases} have lora_bias=True, but the base layer has no bias to merge it into")
         merged = self.merged_matrix(names)
-        if safe and not torch.isfinite(merged).all():
+        if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging {list(names)} would write values that are not finite")
         bias = self.bias
         self._unmerged, self.merged_adapters = (self.set_matrix(merged), bias), list(names)
@@ -488,6 +488,7 @@ class LoraLayer(nn.Module):
         if biases:
             added = sum(self._scaling[n] * self._bias_of(n).detach().float() for n in biases)
             self.base_layer.bias = nn.Parameter((bias.float() + added).to(bias.dtype), requires_grad=False)
+        self.bank.refresh_one(self)
 
     def unmerge(self) -> None:
         """The base weight of before :meth:`merge`, bit for bit (it was kept)."""
@@ -499,6 +500,7 @@ class LoraLayer(nn.Module):
             self._unmerged, self.merged_adapters = None, []
             self._square = None
             self._cache.clear()
+            self.bank.refresh_one(self)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base weight, in the orientation in which the base layer stores it."""

@@ -91,14 +91,14 @@ class TokenRows:
         return weight
 
     @torch.no_grad()
-    def merge(self, names: tuple[str, ...], safe: bool = False) -> None:
+    def merge(self, safe_merge: bool, adapter_names: Sequence[str]) -> None:
         """Put rows into the weight, beside those that are merged already; :meth:`LoraLayer.merge` has the rest."""
         held = self.merged_adapters
-        names = self._apart(tuple(dict.fromkeys((*held, *names))))
+        names = self._apart(tuple(dict.fromkeys((*held, *adapter_names))))
         if len(names) == len(held):
             return
         self.unmerge()
-        if safe and not all(bool(self.values[n].isfinite().all()) for n in names):
+        if safe_merge and not all(bool(self.values[n].isfinite().all()) for n in names):
             raise ValueError(f"merging {list(names)} would write values that are not finite")
         self._unmerged, self.merged_adapters = self.weight, list(names)
         self._hold(nn.Parameter(self.replaced(names), requires_grad=self.weight.requires_grad))
