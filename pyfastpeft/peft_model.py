@@ -35,7 +35,7 @@ from .tuners.base import PeftConfig, PeftType, TaskType
 from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
 from .tuners.modules import dequantize_model
-from .tuners.soft_prompt import SoftPromptConfig, SoftPromptTuner
+from .tuners.soft_prompt import KEY, SoftPromptConfig, SoftPromptTuner
 
 
 class IncompatibleKeys(NamedTuple):
@@ -603,6 +603,18 @@ class PeftModel(PushToHubMixin, nn.Module):
         called = nn.Module()
         called.model, called.forward = self, state
         return functional_call(called, {f"model.{key}": given[key] for key in known if key in given})
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The ``prompt_embeddings`` of a soft prompt's file [rows, width], on the CPU: what an encoder makes, not it.
+
+        Raises:
+            ValueError: there is no such adapter, or it is no soft prompt.
+        """
+        self._known([adapter_name])
+        config = self.peft_config[adapter_name]
+        if not config.is_prompt_learning:
+            raise ValueError(f"adapter_name is {adapter_name!r}, which is {config.peft_type}; it must be a soft prompt")
+        return self._state(adapter_name, False, None)[0][KEY].cpu()
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """For transformers' Trainer: the card in ``output_dir``, which :meth:`save_pretrained` has written."""

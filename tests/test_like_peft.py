@@ -256,6 +256,19 @@ class TestModels:
         assert pickle.loads(pickle.dumps(model)).base_model.active_adapters == ["a"]
         assert torch.equal(model.base_model.unload()(ids).logits, base(ids).logits)
 
+    @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "LoraConfig"])
+    def test_the_embeddings_of_a_soft_prompt_are_given_as_in_peft(self, name, seed):
+        base, given = tiny.make(), []
+        for library in (fp, peft):
+            torch.manual_seed(seed)
+            model = library.get_peft_model(copy.deepcopy(base), getattr(library, name)(**CONFIGS[name]), "p")
+            given.append(model.get_prompt_embedding_to_save("p"))
+        torch.testing.assert_close(*given)
+        assert not given[0].requires_grad
+        model = fp.get_peft_model(base, fp.LoraConfig())
+        with pytest.raises(ValueError, match="adapter_name is 'default', which is LORA; it must be a soft prompt"):
+            model.get_prompt_embedding_to_save("default")
+
     def test_a_pipeline_takes_it_without_a_word(self, caplog):
         model = fp.get_peft_model(tiny_llama(), fp.LoraConfig(task_type="CAUSAL_LM"))
         logger = logging.getLogger("transformers")
