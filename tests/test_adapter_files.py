@@ -139,6 +139,33 @@ def test_an_adapter_trained_over_4_bits_loads_in_peft(tmp_path):
     assert relative(theirs(**batch).logits, model(**batch).logits) < 1e-4
 
 
+def test_a_head_that_counts_its_batches_comes_and_goes_with_its_adapter(tmp_path):
+    """SegFormer's has a BatchNorm, whose buffers are files' only whole numbers."""
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8}
+    base = tf.SegformerForSemanticSegmentation(tf.SegformerConfig(**sizes, num_labels=3, classifier_dropout_prob=0.0))
+    kwargs = {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["decode_head"]}
+    pixels = torch.randn(2, 3, 32, 32)
+    model = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(**kwargs)).train()
+    tiny.randomize(model)
+    model(pixels)
+    model(pixels * 2)
+    expected = model.eval()(pixels).logits
+    model.save_pretrained(tmp_path)
+    counted = "base_model.model.decode_head.batch_norm.num_batches_tracked"
+    assert load_file(tmp_path / "adapter_model.safetensors")[counted] == 2
+    for library in (peft, fp):
+        again = library.PeftModel.from_pretrained(copy.deepcopy(base).eval(), tmp_path)
+        torch.testing.assert_close(again(pixels).logits, expected, rtol=1e-4, atol=1e-5)
+    swapped = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(**kwargs)).eval()
+    halved = {k: t.bfloat16() if t.is_floating_point() else t for k, t in fp.load_peft_weights(tmp_path).items()}
+    for values in (tmp_path, halved):
+        swapped.hotswap_adapter(values)
+        assert swapped.state_dict()[counted.replace("head.", "head.modules_to_save.default.")] == 2
+    wrong = fp.load_peft_weights(tmp_path) | {counted: torch.tensor(2.0)}
+    with pytest.raises(ValueError, match=f"{counted} has dtype torch.float32; it must be whole numbers"):
+        fp.set_peft_model_state_dict(again, wrong)
+
+
 def test_other_adapters_lie_in_folders_of_their_names(tmp_path):
     model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
     model.add_adapter("other", fp.LoraConfig(r=2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,12 @@ def check_tensors(
     expected: Mapping[str, tuple[int, ...]],
     optional: Mapping[str, tuple[int, ...]],
     source: str,
+    whole: Collection[str] = (),
 ) -> None:
     """Hold ``tensors`` against the keys and shapes of an adapter.
+
+    Args:
+        whole: keys of what is not floating point, as the number of batches that a BatchNorm has seen.
 
     Raises:
         ValueError: a key is missing or too many, or a shape or dtype is not the expected one.
@@ -131,8 +135,14 @@ def check_tensors(
         shape = expected.get(key, optional.get(key))
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{source}: {key} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{source}: {key} has dtype {tensor.dtype}; it must be floating point")
+        check_kind(key, tensor, key not in whole, source)
+
+
+def check_kind(key: str, tensor: Tensor, floating: bool, source: str) -> None:
+    """Whether the values of ``tensor`` are of the kind that they replace."""
+    if tensor.is_floating_point() != floating:
+        kind = "floating point" if floating else "whole numbers"
+        raise ValueError(f"{source}: {key} has dtype {tensor.dtype}; it must be {kind}")
 
 
 def _listed(keys: list[str]) -> str:

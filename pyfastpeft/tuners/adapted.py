@@ -96,13 +96,16 @@ class AdaptedModel(OneDevice, nn.Module):
 
     def expected(self, config: PeftConfig, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """See :meth:`Tuner.expected`."""
-        tuner = self.tuner(config)
-        shapes = tuner.expected(config, values)
+        saved = {key: tuple(t.shape) for key, t in self._to_save(config).items()}
+        return self.tuner(config).expected(config, values) | saved
+
+    def _to_save(self, config: PeftConfig) -> dict[str, Tensor]:
+        """Key → tensor, as far as shape and kind go, of the copies that ``modules_to_save`` makes."""
+        held, prefix = {}, self.tuner(config).PREFIX
         for path, module in find_saved(config, self.model).items():
             source = module.original_module if isinstance(module, ModulesToSave) else module
-            held = trainable_state(source)
-            shapes |= {f"{tuner.PREFIX}{path}.{key}": tuple(t.shape) for key, t in held.items()}
-        return shapes
+            held |= {f"{prefix}{path}.{key}": t for key, t in trainable_state(source).items()}
+        return held
 
     def add(
         self,
@@ -150,7 +153,8 @@ class AdaptedModel(OneDevice, nn.Module):
         tensors = tuner.once(config, tensors)
         expected = self.expected(config, tensors)
         optional = {k: tuple(t.shape) for k, t in tuner.optional(config).items()}
-        check_tensors(tensors, expected, optional, source)
+        whole = [key for key, t in self._to_save(config).items() if not t.is_floating_point()]
+        check_tensors(tensors, expected, optional, source, whole)
         exists = name in self.configs
         if exists:
             held, live = self.configs[name], self.tensors(name)
@@ -320,7 +324,8 @@ class AdaptedModel(OneDevice, nn.Module):
             return False
         new = [values[key] for key in live]
         if not copy_alike(targets, new):
-            if [v.shape for v in new] != shapes or not all(v.is_floating_point() for v in new):
+            kinds = [v.is_floating_point() for v in new] == [t.is_floating_point() for t in targets]
+            if [v.shape for v in new] != shapes or not kinds:
                 return False
             copy_tensors(targets, new)
         self.bank.version += 1

@@ -382,7 +382,8 @@ class Tuner:
         Returns:
             The adapter's configuration from now on.
         """
-        check_tensors(values, {k: tuple(t.shape) for k, t in live.items()}, {}, source)
+        whole = [k for k, t in live.items() if not t.is_floating_point()]
+        check_tensors(values, {k: tuple(t.shape) for k, t in live.items()}, {}, source, whole)
         raise ValueError(f"adapter {name!r} cannot be replaced from {source}: their configurations differ in form")
 
     def remove(self, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..hub.files import check_kind
 from ..nn.lora_layer import LoraLayer, scaling_of
 from ..ops import copy_tensors
 from .lora import LoraConfig, matches
@@ -117,8 +118,7 @@ class Swap:
     def _pair(self, key: str, target: Tensor, value: Tensor, source: str) -> None:
         if value.shape != target.shape:
             raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}; it must be {tuple(target.shape)}")
-        if not value.is_floating_point():
-            raise ValueError(f"{source}: {key} has dtype {value.dtype}; it must be floating point")
+        check_kind(key, value, target.is_floating_point(), source)
         self.pairs.append((target, value))
 
     def _new_config(self, old: LoraConfig) -> LoraConfig:
