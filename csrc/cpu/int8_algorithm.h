@@ -378,17 +378,19 @@ inline void multiply_block(const Part& part, const Plan& plan, int64_t col0, uin
   }
 }
 
+// Row by row, in strips of columns: of groups, or of their tiles where these lie apart.
 inline void store_sums(const Part& part) {
   const Int8Args& g = part.g;
-  const int together = part.apart == 1 ? kByteGroupTiles : 1;  // tiles
-  for (int64_t r = 0; r < part.rows; ++r)
-    for (int64_t i = 0; i < part.groups; ++i)
-      for (int t = 0; t < kByteGroupTiles && part.place(i, t) < part.end; t += together) {
-        const int64_t tile = part.place(i, t), n0 = tile * kTile;
-        const int64_t lanes = min64(min64(together, part.end - tile) * kTile, g.w.n - n0);
-        char* y = static_cast<char*>(g.y) + ((part.row0 + r) * g.ldy + n0) * dtype_size(g.y_dtype);
-        from_float(part.sums(i) + r * kByteLanes + t * kTile, y, g.y_dtype, lanes);
-      }
+  const bool whole = part.apart == 1;
+  const int64_t strip = whole ? kByteLanes : kTile, step = whole ? kByteLanes : part.apart * kTile;
+  const int64_t sum_step = whole ? part.rows * kByteLanes : kTile, size = dtype_size(g.y_dtype), bytes = step * size;
+  const int64_t col0 = part.tile0 * kTile, end = min64(part.end * kTile, g.w.n);
+  for (int64_t r = 0; r < part.rows; ++r) {
+    const float* sums = part.c + r * kByteLanes;
+    char* y = static_cast<char*>(g.y) + ((part.row0 + r) * g.ldy + col0) * size;
+    for (int64_t left = end - col0; left > 0; left -= step, sums += sum_step, y += bytes)
+      from_float(sums, y, g.y_dtype, min64(strip, left));
+  }
 }
 
 // Tiles [tile0, tile1) of y, tile0 at the head of a group.
@@ -411,7 +413,8 @@ inline void byte_product(const Int8Args& g, int64_t tile0, int64_t tile1) {
   for (int64_t row0 = 0; row0 < g.rows; row0 += kByteRows)
     for (int64_t t0 = tile0; t0 < tile0 + (few ? apart : count); t0 += next) {
       const int64_t rows = min64(kByteRows, g.rows - row0);
-      const Part part{g, row0, rows, t0, tile1, min64(groups, ceil_div(tile1 - t0, kByteGroupTiles)), apart, c};
+      const int64_t end = few ? tile1 : min64(tile1, t0 + next);
+      const Part part{g, row0, rows, t0, end, few ? 1 : ceil_div(end - t0, kByteGroupTiles), apart, c};
       open_sums(part, panel + kPanelBytes);
       for (int64_t col0 = 0; col0 < g.w.k; col0 += kByteBlock) multiply_block(part, plan, col0, panel);
       store_sums(part);
