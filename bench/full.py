@@ -82,6 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         write_text(html(payload), folder / "report.html")
         return payload
 
+    payload = write()  # a folder that cannot be written shows before anything is measured
     for part in parts(args):
         # A pass over branches measures what can have one, and what that stands over.
         lora = {name for name in names if REGISTRY[name].lora}

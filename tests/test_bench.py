@@ -175,6 +175,13 @@ def test_wrong_options_are_refused(args, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_shows_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(f"{BENCH}.full.sweep", lambda *args: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    assert main(["bench", "--out", str(tmp_path / "file")]) == 1
+    assert "file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
