@@ -20,13 +20,13 @@ namespace pf {
 static __constant__ const float kValues[3][16] = {
     {PF_NF4_VALUES}, {PF_FP4_VALUES}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
 // csrc/cpu/dispatch.cpp says why these are not the nearest.
-static __constant__ const float kBf16Nf4[16] = {
+static __constant__ const float kNf4Bf16Values[16] = {
     -1.0f,         -0.6953125f,   -0.52734375f, -0.39453125f, -0.28515625f, -0.1845703125f, -0.09130859375f, 0.0f,
     0.0791015625f, 0.1611328125f, 0.24609375f,  0.33984375f,  0.44140625f,  0.5625f,        0.72265625f,     1.0f};
 // What products of T take for the values of a format's codes.
 template <class T>
 PF_DEVICE const float* product_values(int format) {
-  return std::is_same_v<T, bf16> && format == kNF4 ? kBf16Nf4 : kValues[format];
+  return std::is_same_v<T, bf16> && format == kNF4 ? kNf4Bf16Values : kValues[format];
 }
 
 // What is loaded for the scale of a block; `scale_of` makes it a number. In two halves, so that loads can be early.
