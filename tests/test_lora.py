@@ -802,11 +802,11 @@ class TestSeveralAdapters:
 
 class TestTargets:
     @pytest.mark.parametrize("head", ["roberta", "electra"])
-    def test_all_linear_leaves_a_head_of_several_layers_to_be_trained_whole(self, head):
+    def test_all_linear_in_any_case_leaves_a_head_of_several_layers_to_be_trained_whole(self, head):
         name = {"roberta": "Roberta", "electra": "Electra"}[head]
         config = getattr(tf, f"{name}Config")(**tiny._BERT)
         base = getattr(tf, f"{name}ForSequenceClassification")(config)
-        made = [lib.LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS") for lib in (fp, peft)]
+        made = [lib.LoraConfig(r=4, target_modules="ALL-linear", task_type="SEQ_CLS") for lib in (fp, peft)]
         a, b = fp.get_peft_model(copy.deepcopy(base), made[0]), peft.get_peft_model(base, made[1])
         assert a.get_nb_trainable_parameters()[0] == b.get_nb_trainable_parameters()[0]
 

@@ -157,6 +157,8 @@ class LoraConfig(PeftConfig):
         self.trainable_token_indices = checked_tokens(self.trainable_token_indices)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}; it must be 'none', 'all' or 'lora_only'")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self.target_modules = ALL_LINEAR  # PEFT takes any case
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
