@@ -30,8 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pyfastpeft.formats import FORMATS
-from pyfastpeft.ops.triton_kernels import _kernels
+from pyfastpeft.ops.triton_kernels import _kernels, _tables
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ((4096, 4096), (8192, 8192))
@@ -286,7 +285,6 @@ def triton_launches(gpu: Gpu) -> Iterator[list]:
 
 def triton_estimates(gpu: Gpu, rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...]) -> Iterator[dict]:
     kernels = _kernels("linear_4bit")
-    table = tuple(FORMATS["nf4"].table.tolist())
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -294,7 +292,7 @@ def triton_estimates(gpu: Gpu, rows: tuple[int, ...], shapes: tuple[tuple[int, i
     steps: dict[bytes, Step] = {}
     for n, k in shapes:
         codes, scale = empty(n * k // 2, 1, dtype=torch.uint8), empty(n * k // BLOCKSIZE)
-        w = kernels.Weight(codes, scale, *[None] * 4, table, n, k, BLOCKSIZE)
+        w = kernels.Weight(codes, scale, *[None] * 4, *_tables("nf4"), n, k, BLOCKSIZE)
         for m in rows:
             with triton_launches(gpu) as launches:
                 kernels.forward(empty(m, k, dtype=torch.bfloat16), w, None, None)

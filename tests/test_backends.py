@@ -285,7 +285,7 @@ def test_what_triton_kernels_keep_is_not_allocated_by_the_thread_that_calls_them
     pytest.importorskip("triton")
     from pyfastpeft.kernels import linear_4bit, quantize_4bit
 
-    table, device = triton_kernels._table("nf4"), torch.device("meta")
+    table, device = triton_kernels._tables("nf4")[0], torch.device("meta")
     for cached, *key in (
         (triton_kernels._dynamic_map,),
         (triton_kernels._table_on, 0),

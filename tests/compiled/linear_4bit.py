@@ -8,7 +8,7 @@ import torch
 from toolchain import empty, main
 
 from pyfastpeft.formats import FORMATS
-from pyfastpeft.ops.triton_kernels import _kernels
+from pyfastpeft.ops.triton_kernels import _kernels, _tables
 
 kernels = _kernels("linear_4bit")
 
@@ -20,7 +20,7 @@ def weight(quant_type: str, n: int, k: int, blocksize: int = 64, nested: bool = 
     second = (empty(-(-blocks // 256)), empty(), empty(256)) if nested else (None, None, None)
     zero = empty(blocks) if form.has_zero else None
     codes = empty((n * k + 1) // 2, 1, dtype=torch.uint8)
-    return kernels.Weight(codes, scale, zero, *second, tuple(form.table.tolist()), n, k, blocksize)
+    return kernels.Weight(codes, scale, zero, *second, *_tables(quant_type), n, k, blocksize)
 
 
 def branch(rank: int, n: int, k: int, dropout: float = 0.0) -> kernels.Branch:

@@ -6,13 +6,13 @@ import torch
 from toolchain import empty, main
 
 from pyfastpeft.formats import FORMATS
-from pyfastpeft.ops.triton_kernels import _kernels, _table
+from pyfastpeft.ops.triton_kernels import _kernels, _tables
 
 kernels = _kernels("quantize_4bit")
 
 
 def quantize(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
-    kernels.quantize(empty(4096, 4096, dtype=dtype), _table(quant_type), FORMATS[quant_type].has_zero, blocksize)
+    kernels.quantize(empty(4096, 4096, dtype=dtype), _tables(quant_type)[0], FORMATS[quant_type].has_zero, blocksize)
 
 
 def dequantize(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:

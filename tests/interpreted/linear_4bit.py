@@ -282,7 +282,7 @@ def test_an_export_leaves_nothing_behind():
     """What is remembered between calls may hold no symbol of a tracer's."""
     layer = fp.nn.Linear4bit.from_linear(torch.nn.Linear(64, 24)).eval()
     x = torch.randn(3, 64, dtype=torch.bfloat16)
-    for remembered in (kernels.table_words, kernels.table_asm, kernels._table_on, triton_kernels._table):
+    for remembered in (kernels.table_words, kernels.table_asm, kernels._table_on, triton_kernels._tables):
         remembered.cache_clear()
     with torch.no_grad():
         exported = torch.export.export(layer, (x,), strict=False)
