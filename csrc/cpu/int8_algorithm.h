@@ -233,8 +233,8 @@ inline void byte_rows(const ByteRow* x, int64_t rows, const Codes& codes, uint8_
                       const float* const* scales, int shift, int64_t unit, int64_t units, float* c) {
   const int64_t blocks = ceil_div(rows, B::kMicroRows);
   uint8_t* const before = panel - kGroupColumns * kByteLanes;
-  for (int64_t i = 0, r0 = 0, r1; i < blocks; ++i, r0 = r1) {
-    r1 = i + 1 == blocks ? rows : rows * (i + 1) / blocks;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t r0 = rows * i / blocks, r1 = rows * (i + 1) / blocks;
     ahead.x = reinterpret_cast<const char*>(x + r1);
     const auto add = [&]<class Source>(const Source& source) {
       pick_byte<Source>(static_cast<int>(r1 - r0), MakeInts<B::kMicroRows>{})(x + r0, source, ahead, scales, shift,
