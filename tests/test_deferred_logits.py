@@ -248,6 +248,23 @@ def test_copies_are_copies_and_views_are_views(loss, dtype):
     assert torch.equal(*values)
 
 
+def test_arguments_may_have_their_names():
+    batch = labelled_batch()
+    del batch["labels"]
+    model = trained_model(CONFIGS[0])
+    expected = model(**batch).logits.detach()
+    for call in (
+        lambda t: t.to(device="cpu"),
+        lambda t: t.to(dtype=torch.float64),
+        lambda t: t.float(memory_format=torch.preserve_format),
+        lambda t: t.contiguous(memory_format=torch.contiguous_format),
+        lambda t: t.view(size=(-1, 200)),
+        lambda t: t.flatten(end_dim=1),
+    ):
+        got, wanted = call(model(**batch).logits), call(expected)
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
 def test_a_view_that_torch_refuses_is_refused():
     model, batch = trained_model(CONFIGS[0]), labelled_batch()
     with pytest.raises(RuntimeError, match="view size is not compatible"):

@@ -230,7 +230,7 @@ def _deferred(form: _Form) -> DeferredLogits:
     return _Deferral.apply(form.call.hidden, form)
 
 
-def _converted(logits: DeferredLogits, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+def _converted(logits: DeferredLogits, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(dtype, torch.dtype) or args or kwargs:
         return NotImplemented
     return logits if dtype == logits.dtype else _deferred(logits.form.after(lambda t: t.to(dtype)))
@@ -315,7 +315,7 @@ _DESCRIPTIONS = frozenset(
 )
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
-    Tensor.float: lambda logits: _converted(logits, torch.float32),
+    Tensor.float: lambda logits, **layout: _converted(logits, torch.float32, **layout),
     Tensor.to: _converted,
     Tensor.contiguous: _contiguous,
     Tensor.__getitem__: _sliced,
