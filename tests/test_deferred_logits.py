@@ -200,6 +200,19 @@ def test_the_logits_are_there_for_whoever_reads_them(operator, computed):
     assert torch.equal(copied, expected)
 
 
+def test_logits_that_were_first_read_in_inference_mode_have_their_gradient_after_it():
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+
+    def loss(outputs):
+        with torch.inference_mode():
+            assert not outputs.logits.view(-1, 200).argmax(-1).requires_grad
+        return outputs.logits.float().square().mean() + shifted(outputs, batch["labels"])
+
+    deferred = loss_and_gradients(model, batch, loss)
+    defer_logits(model, False)
+    assert_same(deferred, loss_and_gradients(model, batch, loss))
+
+
 def test_a_change_in_place_is_seen_by_every_view():
     model, batch = trained_model(CONFIGS[0]), labelled_batch()
     logits = model(input_ids=batch["input_ids"]).logits

@@ -133,7 +133,7 @@ class _Call:
     def logits(self) -> Tensor:
         """The logits [..., classes], computed once, with the graph that they have where nothing is put off."""
         if self.value is None:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 self.value = self.project(self.hidden)
             # What was copied is a copy from now on: what reads the logits may go on to change them in place.
             for held in self.forms:
@@ -174,7 +174,7 @@ class _Form:
         if self._value is None:
             source = self._source()
             if self._value is None:  # by now it may have been made
-                with torch.enable_grad():
+                with torch.inference_mode(False), torch.enable_grad():
                     self._value = self._operation(source)
         return self._value
 
