@@ -129,6 +129,7 @@ LOSSES = {
     "smoothed": lambda o, y: F.cross_entropy(o[1].view(-1, 200), y.view(-1), label_smoothing=0.1),
     "two losses": lambda o, y: o.loss + o.logits.float().logsumexp(-1).square().mean(),
     "read first": lambda o, y: o.logits.mean() + F.cross_entropy(o.logits.view(-1, 200), y.view(-1)),
+    "labels of a byte": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1).byte(), ignore_index=156),
     "per row": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1), reduction="none")[3],
     "some columns": lambda o, y: o.logits[..., 5:9].square().sum() + o.logits[0, 1, 2] + o.logits[:, -1].sum(),
 }

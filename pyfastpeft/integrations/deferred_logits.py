@@ -284,7 +284,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
-    rows = target.dim() == 1 and logits.shape[:-1] == target.shape and not target.is_floating_point()
+    rows = target.dim() == 1 and logits.shape[:-1] == target.shape and target.dtype == torch.int64
     if not (plain and rows and reduction in ("mean", "sum")):
         return NotImplemented
     call = logits.form.call
