@@ -262,6 +262,27 @@ def test_copies_are_copies_and_views_are_views(loss, dtype):
     assert torch.equal(*values)
 
 
+@pytest.mark.parametrize("read", [torch.sum, lambda t: F.cross_entropy(t.view(6, -1), torch.arange(6))])
+def test_a_head_whose_input_was_changed_in_place_is_an_error(read):
+    model = make("llama").train().requires_grad_(False)
+    defer_logits(model)
+    hidden = torch.randn(2, 3, 32)
+    logits, read_before = model.lm_head(hidden[:]), model.lm_head(hidden)
+    expected = read_before.clone()
+    hidden.mul_(2)
+    with pytest.raises(RuntimeError, match=r"changed in place.*defer_logits"):
+        read(logits)
+    assert torch.equal(read_before.clone(), expected)
+
+
+def test_inference_tensors_are_projected_at_once():
+    model = make("llama").train().requires_grad_(False)
+    defer_logits(model)
+    with torch.inference_mode():
+        hidden = torch.randn(2, 3, 32)
+    assert torch.equal(model.lm_head(hidden), F.linear(hidden, model.lm_head.weight))
+
+
 def test_arguments_may_have_their_names():
     batch = labelled_batch()
     del batch["labels"]

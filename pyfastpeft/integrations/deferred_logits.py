@@ -111,12 +111,21 @@ class _Call:
     """One call of an output head that was put off."""
 
     def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
-        self.head, self.hidden = head, hidden
+        self.head, self._hidden, self._version = head, hidden, hidden._version
         self.autocast = autocast_of(hidden)  # which may have ended by the time the logits are computed
         self.dtype = self.autocast["dtype"] if self.autocast["enabled"] else hidden.dtype
         self.loss_taken = False
         self.value: Tensor | None = None
         self.forms: list[weakref.ref[_Form]] = []
+
+    @property
+    def hidden(self) -> Tensor:
+        if self._hidden._version != self._version:
+            raise RuntimeError(
+                "what the output head was called with was changed in place before the logits were read; "
+                "call pyfastpeft.integrations.deferred_logits.defer_logits(model, False) before the forward"
+            )
+        return self._hidden
 
     def project(self, hidden: Tensor) -> Tensor:
         with torch.autocast(**self.autocast):
@@ -332,7 +341,9 @@ class _DeferringForward(ModuleForward):
         if not (head.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
         # A hook wants to see the logits, or brings the weight for this very call; a trained weight may soon be another.
-        if hooked(head) or input.dtype not in FLOATS or any(p.requires_grad for p in head.parameters()):
+        trained = any(p.requires_grad for p in head.parameters())
+        # Inference tensors do not tell whether they were changed.
+        if hooked(head) or trained or input.dtype not in FLOATS or input.is_inference():
             return self.own(input)
         call = _Call(head, input)
         meta = torch.empty((*input.shape[:-1], head.out_features), dtype=call.dtype, device="meta")
