@@ -183,6 +183,37 @@ def test_values_are_rounded_where_transformers_rounds_them(device, dtype):
             assert torch.allclose(got.float(), expected.float(), rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_torch_serves_where_there_are_no_kernels(plain_torch, monkeypatch, dtype):
+    monkeypatch.setattr(torch.ops, "pyfastpeft", None)
+    cpu = torch.device("cpu")
+    test_rms_norm_and_its_gradients(cpu, dtype)
+    test_rms_norm_of_a_sum_and_its_gradients(cpu, dtype)
+    test_swiglu_and_its_gradients(cpu, dtype)
+    test_rope_and_its_gradients(cpu, dtype)
+    test_values_are_rounded_where_transformers_rounds_them(cpu, dtype)
+    check_gradients(
+        lambda x: projected_swiglu(x, lambda x: (x, 2 * x)),
+        lambda x: 2 * x * x * torch.sigmoid(x),
+        (torch.randn(3, 4),),
+        dtype,
+    )
+
+
+def test_what_is_computed_again_is_computed_in_the_same_mode():
+    modes = []
+
+    def project(x):
+        modes.append((torch.is_grad_enabled(), x.requires_grad))
+        return x.sin(), x.cos()
+
+    x = torch.randn(3, 4, requires_grad=True)
+    y, expected = projected_swiglu(x, project), swiglu(x.sin(), x.cos())
+    dy = torch.randn(3, 4)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy))
+    assert modes == [(True, True)] * 2 and torch.equal(y, expected)
+
+
 def test_strided_inputs_give_the_contiguous_result(device):
     wide = torch.randn(9, 201)
     for x in (wide[:, 1:97], wide[::2, :96], wide[:, :192:2], torch.randn(96, 9).t()):
@@ -268,8 +299,10 @@ def test_errors_name_the_argument():
         (lambda: rms_norm(x.long(), torch.ones(8)), TypeError, "x has dtype"),
         (lambda: rms_norm(x, torch.ones(7)), ValueError, "weight is"),
         (lambda: rms_norm(x, torch.ones(8).double()), ValueError, "weight is"),
+        (lambda: rms_norm(x[0, 0], torch.tensor(1.0)), ValueError, "weight is"),
         (lambda: rms_norm(x, torch.ones(8), residual=x[:2]), ValueError, "residual is"),
         (lambda: swiglu(x, x.bfloat16()), ValueError, "up is"),
+        (lambda: swiglu(x, x.to("meta")), ValueError, "up is .* on meta"),
         (lambda: rope(q[0], q, cos, sin), ValueError, "q has shape"),
         (lambda: rope(q, q[..., :6], cos, sin), ValueError, "k has shape"),
         (lambda: rope(q, q, cos[:, :2], sin), ValueError, "cos has shape"),
