@@ -182,8 +182,8 @@ class _ProjectedSwiGlu(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.project = project
         with torch.enable_grad():  # as in the backward pass: without, a layer may take what is for inference alone
-            gate, up = project(x.detach().requires_grad_())
-        return _swiglu(gate.detach(), up.detach())
+            both = project(x.detach().requires_grad_())
+        return _swiglu(*both)
 
     @staticmethod
     @once_differentiable
@@ -191,7 +191,7 @@ class _ProjectedSwiGlu(torch.autograd.Function):
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
             both = ctx.project(x)
-        found = torch.ops.pyfastpeft.swiglu_backward.default(_rows(dy), *(_rows(t.detach()) for t in both))
+        found = torch.ops.pyfastpeft.swiglu_backward.default(_rows(dy), *map(_rows, both))
         dx = torch.autograd.grad(both, x, [d.view(dy.shape) for d in found])
         return *dx, None
 
