@@ -262,6 +262,42 @@ def test_copies_are_copies_and_views_are_views(loss, dtype):
     assert torch.equal(*values)
 
 
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class DoubledWeight(nn.Parameter):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * result if func is F.linear else result
+
+
+@pytest.mark.parametrize("head", ["product", "biased", "forward", "weight", "autocast", "plain_torch"])
+def test_a_head_that_is_more_than_a_product_or_that_no_operator_serves_is_called(head, computed, request):
+    model = make("llama").train()
+    if head == "forward":
+        model.lm_head.__class__ = Doubled
+    elif head == "weight":
+        model.lm_head.weight = DoubledWeight(model.lm_head.weight.data)
+    elif head == "biased":
+        model.lm_head.bias = nn.Parameter(torch.randn(64))
+    elif head == "plain_torch":
+        request.getfixturevalue(head)
+    model.lm_head.requires_grad_(False)
+    hidden, labels = torch.randn(6, 32, requires_grad=True), torch.arange(6)
+    found = []
+    for defer in (True, False):
+        defer_logits(model, defer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=head == "autocast"):
+            loss = F.cross_entropy(model.lm_head(hidden).float(), labels)
+        found.append((loss, *torch.autograd.grad(loss, hidden)))
+    tolerance = 1e-2 if head == "autocast" else 1e-5
+    torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance / 10)
+    assert bool(computed) == (head != "product")
+
+
 @pytest.mark.parametrize("read", [torch.sum, lambda t: F.cross_entropy(t.view(6, -1), torch.arange(6))])
 def test_a_head_whose_input_was_changed_in_place_is_an_error(read):
     model = make("llama").train().requires_grad_(False)

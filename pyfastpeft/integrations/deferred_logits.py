@@ -103,8 +103,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # what the gradient depends on was not kept
             raise RuntimeError(TWICE)
         (d_hidden,) = ctx.saved_tensors
-        # In float32: that of a scaled loss may be beyond float16. Without a dimension it would be rounded first.
-        return torch.mul(d_hidden, grad.float().view(1), out=torch.empty_like(d_hidden)), *[None] * 5
+        # That of a scaled loss may be beyond float16. Without a dimension it would be rounded first.
+        return torch.mul(d_hidden, grad.view(1), out=torch.empty_like(d_hidden)), *[None] * 5
 
 
 class _Call:
@@ -136,8 +136,7 @@ class _Call:
         head, weight = self.head, self.head.weight
         plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
         alike = not self.autocast["enabled"] and weight.dtype == self.hidden.dtype
-        served = plain and alike and weight.is_cpu and choose_plain(weight.device) is Backend.NATIVE
-        return weight if served else None
+        return weight if plain and alike and choose_plain(weight.device) is Backend.NATIVE else None
 
     def logits(self) -> Tensor:
         """The logits [..., classes], computed once, with the graph that they have where nothing is put off."""
@@ -180,11 +179,10 @@ class _Form:
 
     def computed(self) -> Tensor:
         """What the operations give: views of the logits are views, and copies are made once."""
+        source = self._source()  # which may make this one too
         if self._value is None:
-            source = self._source()
-            if self._value is None:  # by now it may have been made
-                with torch.inference_mode(False), torch.enable_grad():
-                    self._value = self._operation(source)
+            with torch.inference_mode(False), torch.enable_grad():
+                self._value = self._operation(source)
         return self._value
 
 
