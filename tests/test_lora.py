@@ -307,6 +307,40 @@ class TestInitialValues:
             else:
                 torch.testing.assert_close(whole, weight, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "loftq"])
+    def test_values_from_the_weight_have_at_most_its_rank(self, init):
+        for r in (16, 17):
+            base = nn.ModuleDict({"linear": nn.Linear(24, 16, bias=False)})
+            weight = base["linear"].weight.clone()
+            config = fp.LoraConfig(target_modules=["linear"], init_lora_weights=init, r=r, lora_alpha=2)
+            if r > 16:
+                with pytest.raises(ValueError, match=rf"r is 17; with .*{init[:5]}.* at most 16, .*\(16, 24\)"):
+                    fp.get_peft_model(base, config)
+                assert torch.equal(base["linear"].weight, weight)
+            else:
+                layer = fp.get_peft_model(base, config).get_base_model()["linear"]
+                whole = layer.weight + layer.get_delta_weight("default")
+                torch.testing.assert_close(whole, weight, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("init", ["pissa", "pissa_niter_1", "olora"])
+    def test_values_from_the_weight_are_its_principal_part(self, init):
+        base = nn.ModuleDict({"linear": nn.Linear(48, 40, bias=False)})
+        weight = base["linear"].weight.detach().clone()
+        config = fp.LoraConfig(target_modules=["linear"], init_lora_weights=init, r=4, lora_alpha=2)
+        layer = fp.get_peft_model(base, config).get_base_model()["linear"]
+        a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        if init == "olora":
+            torch.testing.assert_close(b.t() @ b, torch.eye(4))
+            assert not a.tril(-1).any()
+            torch.testing.assert_close(b @ a[:, :4], weight[:, :4], rtol=1e-4, atol=1e-5)
+            return
+        exact, found = torch.linalg.svdvals(weight), a.square().sum(1) / 2  # the scaling
+        for shares in (a @ a.t(), b.t() @ b):
+            torch.testing.assert_close(shares, torch.diag(2 * found), rtol=1e-3, atol=1e-4)
+        left = torch.linalg.svdvals(layer.weight)[:-4]
+        assert torch.allclose(found, exact[:4], rtol=1e-4) == (init == "pissa")
+        assert torch.allclose(left, exact[4:], rtol=1e-3) == (init == "pissa")
+
     def test_loftq_leaves_weights_that_nf4_holds_exactly(self):
         model = fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["linear"], init_lora_weights="loftq"))
         weight = model.get_base_model().linear.base_layer.weight
