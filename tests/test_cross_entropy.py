@@ -1,5 +1,6 @@
 """Cross-entropy and its gradient under every instruction set, against float64."""
 
+import itertools
 import math
 
 import pytest
@@ -29,6 +30,13 @@ def test_losses_and_gradients(device, dtype, shape):
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     rounding = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_torch_serves_where_there_is_no_kernel(plain_torch, monkeypatch, dtype):
+    monkeypatch.setattr(torch.ops, "pyfastpeft", None)
+    for shape in ((0, 9), (3, 7), (70, 2051)):  # rows of more than one part
+        test_losses_and_gradients(torch.device("cpu"), dtype, shape)
 
 
 def test_large_logits_and_large_differences(device):
@@ -75,7 +83,9 @@ def test_labels_are_checked():
 
 
 def test_the_operator_passes_opcheck():
-    torch.library.opcheck(torch.ops.pyfastpeft.cross_entropy_.default, (torch.randn(3, 40), torch.tensor([1, 2, 39])))
+    for dtype in DTYPES:
+        operands = torch.randn(3, 40).to(dtype), torch.tensor([1, 2, 39])
+        torch.library.opcheck(torch.ops.pyfastpeft.cross_entropy_.default, operands)
 
 
 # ---- of an output head -----------------------------------------------------------------------------------------------
@@ -143,8 +153,8 @@ def test_a_heads_operands_are_checked():
 
 
 def test_the_heads_operator_passes_opcheck():
-    operands = torch.randn(3, 8), torch.randn(40, 8), torch.tensor([1, 2, 39])
-    for differentiates in (True, False):
+    for dtype, differentiates in itertools.product(DTYPES, (True, False)):
+        operands = torch.randn(3, 8).to(dtype), torch.randn(40, 8).to(dtype), torch.tensor([1, 2, 39])
         torch.library.opcheck(torch.ops.pyfastpeft.head_cross_entropy.default, (*operands, differentiates))
 
 

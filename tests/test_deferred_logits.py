@@ -491,7 +491,7 @@ def test_rows_without_a_label_count_for_nothing_in_a_recorded_step(monkeypatch):
 def test_on_a_device_a_label_that_is_no_class_spoils_its_row_and_the_loss(monkeypatch):
     """Plain torch's way there, which no exception leaves."""
     monkeypatch.setattr(backends, "_FORCED", backends.Backend.REFERENCE)
-    logits, labels = torch.randn(4, 50), torch.tensor([3, 50, -1, 49])
+    logits, labels = torch.randn(4, 50), torch.tensor([0, 50, -1, 49])
     with pytest.raises((IndexError, RuntimeError)):
         cross_entropy_(logits.clone(), labels)
     elsewhere = labels.as_subclass(Elsewhere)

@@ -256,7 +256,11 @@ def _samples():
     q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
     return {
         "rms_norm": [(x, None, weight, 1e-6), (x, x + 1, weight, 1e-6)],
-        "rms_norm_backward": [(x, None, x, weight, 1e-6, True), (x, x + 1, x, weight, 1e-6, False)],
+        "rms_norm_backward": [
+            (x, None, x, weight, 1e-6, True),
+            (x, x + 1, x, weight, 1e-6, False),
+            (x.half(), None, x.half(), weight.half(), 1e-6, True),
+        ],
         "swiglu": [(x, x + 1)],
         "swiglu_backward": [(x, x + 1, x + 2)],
         "rope": [(q, k, *cos_sin, False), (q, k, *angles(1, 3, 8), True)],
