@@ -230,7 +230,7 @@ class _Deferral(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         logits, hidden = ctx.form.computed(), ctx.form.call.hidden
-        return *torch.autograd.grad(logits, hidden, grad.to(logits.dtype), retain_graph=True), None
+        return *torch.autograd.grad(logits, hidden, grad, retain_graph=True), None
 
 
 def _deferred(form: _Form) -> DeferredLogits:
