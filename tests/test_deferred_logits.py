@@ -129,6 +129,8 @@ LOSSES = {
     "smoothed": lambda o, y: F.cross_entropy(o[1].view(-1, 200), y.view(-1), label_smoothing=0.1),
     "two losses": lambda o, y: o.loss + o.logits.float().logsumexp(-1).square().mean(),
     "read first": lambda o, y: o.logits.mean() + F.cross_entropy(o.logits.view(-1, 200), y.view(-1)),
+    "by name": lambda o, y: F.cross_entropy(input=o.logits.view(-1, 200), target=y.view(-1)),
+    "as a target": lambda o, y: F.cross_entropy(torch.ones(51, 200).cumsum(1) / 99, o.logits.view(-1, 200)),
     "labels of a byte": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1).byte(), ignore_index=156),
     "per row": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1), reduction="none")[3],
     "some columns": lambda o, y: o.logits[..., 5:9].square().sum() + o.logits[0, 1, 2] + o.logits[:, -1].sum(),
@@ -178,6 +180,17 @@ def test_a_gradient_that_arrives_at_the_deferred_tensor_reaches_the_model(arrang
     deferred = loss_and_gradients(model, batch, loss)
     defer_logits(model, False)
     assert_same(deferred, loss_and_gradients(model, batch, loss))
+
+
+def test_such_a_gradient_may_arrive_twice_and_is_not_differentiated():
+    model, hidden = make("llama").train().requires_grad_(False), torch.randn(3, 32, requires_grad=True)
+    defer_logits(model)
+    loss = Squares.apply(model.lm_head(hidden))
+    first, again = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.grad(gradient.sum(), hidden)
 
 
 def test_the_logits_are_there_for_whoever_reads_them(operator, computed):
@@ -238,6 +251,12 @@ def change_of_a_copy(logits, labels):
     return logits.div_(0.1).softmax(-1).square().sum() + logits[:, 1:].reshape(-1, 200)[0, 0]
 
 
+def change_of_a_copy_in_its_dtype(logits, labels):
+    by_name, by_place = logits.to(logits.dtype, copy=True), logits.to(logits.dtype, False, True)
+    logits.mul_(10)
+    return (by_name + by_place).square().mean() + logits.mean()
+
+
 def change_of_rows(logits, labels):
     rows = logits[:, :-1].reshape(-1, 200)
     rows.mul_(10)
@@ -251,7 +270,11 @@ def change_beside_a_copy(logits, labels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("loss", [argmax_of_a_copy, change_of_a_copy, change_of_rows, change_beside_a_copy])
+@pytest.mark.parametrize(
+    "loss",
+    [argmax_of_a_copy, change_of_a_copy, change_of_a_copy_in_its_dtype, change_of_rows, change_beside_a_copy],
+    ids=lambda loss: loss.__name__,
+)
 def test_copies_are_copies_and_views_are_views(loss, dtype):
     model, batch = trained_model(CONFIGS[0], dtype), labelled_batch()
     labels = batch["labels"].clamp(min=0)
@@ -325,12 +348,14 @@ def test_arguments_may_have_their_names():
     model = trained_model(CONFIGS[0])
     expected = model(**batch).logits.detach()
     for call in (
+        lambda t: t.to("cpu"),
         lambda t: t.to(device="cpu"),
         lambda t: t.to(dtype=torch.float64),
         lambda t: t.float(memory_format=torch.preserve_format),
         lambda t: t.contiguous(memory_format=torch.contiguous_format),
         lambda t: t.view(size=(-1, 200)),
         lambda t: t.flatten(end_dim=1),
+        lambda t: torch.reshape(input=t, shape=(-1, 200)),
     ):
         got, wanted = call(model(**batch).logits), call(expected)
         assert got.dtype == wanted.dtype and torch.equal(got, wanted)
