@@ -1,5 +1,7 @@
 """The dense product over W decoded slab by slab: the operator's promises, kept by torch on any device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_linear_4bit import (
@@ -15,6 +17,7 @@ from test_linear_4bit import (
     pick,
 )
 
+from pyfastpeft.formats import Packed4bit
 from pyfastpeft.ops import Lora, backends, linear_4bit, mixed, slabs
 
 
@@ -74,6 +77,30 @@ def test_inference_of_every_format(device, cut, double_quant):
         lora = Lora(*adapter(100, 96, 4), 0.5)
         with torch.no_grad():
             assert error(linear_4bit(x, w, None, lora), float64(x, w, None, lora)) <= FORWARD[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpus_slabs_take_turns_in_one_memory(monkeypatch, dtype):
+    decoded = []
+
+    def dequantize_rows(*arguments):
+        *weight, k, row, out = arguments
+        decoded.append((row, *out.shape, out.data_ptr()))
+        out.copy_(Packed4bit.of_operands(weight, k).dequantize(out.dtype)[row : row + len(out)])
+
+    n, k = 700, 96
+    gpu = SimpleNamespace(L2_cache_size=2 * 256 * k * dtype.itemsize, multi_processor_count=2)
+    monkeypatch.setattr(slabs, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.ops.pyfastpeft, "dequantize_rows", SimpleNamespace(default=dequantize_rows))
+    for bias, rank in ((None, 0), (torch.randn(n), 4)):
+        decoded.clear()
+        check_gradients(dtype, 300, n, k, rank, torch.float32, bias, 2.0 if rank else 1.0)
+        assert [shape for *shape, _ in decoded] == [[0, 384, k], [384, 316, k], [0, n, k]]
+        assert decoded[0][-1] == decoded[1][-1]
+    decoded.clear()
+    check_gradients(dtype, 0, n, k, 0, torch.float32, None, 1.0)
+    assert [shape for *shape, _ in decoded] == [[0, n, k]]
 
 
 @pytest.mark.parametrize("m", [1, 256, 512, 2048, 16384])
