@@ -349,6 +349,19 @@ class TestInitialValues:
         weight = model.get_base_model().linear.base_layer.weight
         assert torch.equal(fp.quantize_4bit(weight).dequantize(), weight)
 
+    def test_loftq_fits_what_quantizing_lost_and_more_iterations_fit_it_better(self):
+        base = nn.ModuleDict({"linear": nn.Linear(64, 48, bias=False)})
+        base["linear"].weight.data.normal_()
+        weight, losses = base["linear"].weight.detach().clone(), []
+        for n in (1, 5):
+            loftq = {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": n}}
+            config = fp.LoraConfig(target_modules=["linear"], r=8, lora_alpha=4, **loftq)
+            layer = fp.get_peft_model(copy.deepcopy(base), config).get_base_model()["linear"]
+            lost = weight - layer.weight
+            losses.append((lost - layer.get_delta_weight("default")).norm())
+            torch.testing.assert_close(losses[-1], torch.linalg.svdvals(lost)[8:].norm(), rtol=1e-4, atol=0)
+        assert losses[1] < 0.95 * losses[0]
+
     @pytest.mark.parametrize("init", ["pissa", "olora"])
     def test_a_4_bit_base_is_quantized_again_without_the_principal_part(self, init):
         base = Block()
