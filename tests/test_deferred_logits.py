@@ -131,6 +131,10 @@ LOSSES = {
     "read first": lambda o, y: o.logits.mean() + F.cross_entropy(o.logits.view(-1, 200), y.view(-1)),
     "by name": lambda o, y: F.cross_entropy(input=o.logits.view(-1, 200), target=y.view(-1)),
     "as a target": lambda o, y: F.cross_entropy(torch.ones(51, 200).cumsum(1) / 99, o.logits.view(-1, 200)),
+    "weighted": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1), torch.arange(200) / 99),
+    "old sum": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1), size_average=False),
+    "old rows": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1), reduce=False)[14],
+    "probabilities": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), torch.ones(51, 200).cumsum(1) / 99),
     "labels of a byte": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1).byte(), ignore_index=156),
     "per row": lambda o, y: F.cross_entropy(o.logits.view(-1, 200), y.view(-1), reduction="none")[3],
     "some columns": lambda o, y: o.logits[..., 5:9].square().sum() + o.logits[0, 1, 2] + o.logits[:, -1].sum(),
@@ -361,10 +365,44 @@ def test_arguments_may_have_their_names():
         assert got.dtype == wanted.dtype and torch.equal(got, wanted)
 
 
+def test_slices_and_views_are_those_of_the_logits():
+    batch = labelled_batch()
+    del batch["labels"]
+    model = trained_model(CONFIGS[0])
+    expected = model(**batch).logits.detach()
+    for call in (
+        lambda t: t[1:],
+        lambda t: t[1],
+        lambda t: t[None],
+        lambda t: t[torch.tensor([2, 0])],
+        lambda t: t[:, torch.arange(17) > 3],
+        lambda t: t[0, 1:],
+        lambda t: t[...],
+        lambda t: t[..., :, :, :],
+        lambda t: t[:, ..., 3:4],
+        lambda t: t[1:, ..., :],
+        lambda t: t.view(-1, 100),
+        lambda t: t.view(3, 17, 2, 100),
+        lambda t: t.view(torch.int32),
+    ):
+        got, wanted = call(model(**batch).logits), call(expected)
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def test_classes_that_are_not_last_are_where_torch_looks_for_them():
+    model, hidden = make("llama").train().requires_grad_(False), torch.randn(2, 64, 32)
+    defer_logits(model)
+    labels = torch.randint(0, 64, (2, 64))
+    expected = F.cross_entropy(F.linear(hidden, model.lm_head.weight), labels)
+    torch.testing.assert_close(F.cross_entropy(model.lm_head(hidden), labels), expected)
+
+
 def test_a_view_that_torch_refuses_is_refused():
     model, batch = trained_model(CONFIGS[0]), labelled_batch()
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         model(input_ids=batch["input_ids"]).logits[:, :-1].view(-1, 200)
+    with pytest.raises(IndexError, match="too many indices"):
+        model(input_ids=batch["input_ids"]).logits[:, :, :, :]
 
 
 def test_observing_gradients_of_logits_that_the_loss_did_without_is_an_error():
