@@ -429,6 +429,20 @@ def test_autocast_holds_for_logits_that_are_computed_after_it():
     torch.testing.assert_close(outputs.loss, expected.loss, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loss_has_the_dtype_that_torch_gives_it(autocast):
+    model = make("llama").to(torch.float32 if autocast else torch.bfloat16).train().requires_grad_(False)
+    hidden, labels = torch.randn(6, 32).to(model.dtype), torch.arange(6)
+    losses = []
+    for defer in (True, False):
+        defer_logits(model, defer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model.lm_head(hidden)
+            losses.append(F.cross_entropy(logits, labels))
+        assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("change", ["trained head", "hooked head", "no_grad", "eval", "logits_to_keep"])
 def test_where_deferring_would_not_do_the_logits_are_computed_at_once(change):
     model, batch = trained_model(CONFIGS[0]), {"input_ids": torch.randint(0, 200, (2, 5))}

@@ -65,6 +65,31 @@ def test_autocast_changes_no_dtype_within(device, cut, dtype):
         check_autocast(device.type, dtype, 33, 96, scaling)
 
 
+def test_a_backward_pass_under_autocast_is_the_same():
+    w, (a, b) = packed_weight(33, 96), adapter(33, 96, 4)
+    leaves = [t.requires_grad_() for t in (torch.randn(40, 96), a, b)]
+    y = linear_4bit(leaves[0], w, None, Lora(a, b, 2.0))
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, torch.autograd.grad(y, leaves, dy), expected))
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2)])
+def test_any_of_the_gradients_alone(needed):
+    w, (a, b) = packed_weight(33, 96), adapter(33, 96, 4)
+    tensors = [torch.randn(40, 96), a, b]
+    dy = torch.randn(40, 33)
+
+    def gradients(places):
+        leaves = [t.detach().requires_grad_(i in places) for i, t in enumerate(tensors)]
+        y = linear_4bit(leaves[0], w, None, Lora(*leaves[1:], 2.0))
+        return torch.autograd.grad(y, [leaves[i] for i in places], dy)
+
+    every = gradients((0, 1, 2))
+    assert all(map(torch.equal, gradients(needed), [every[i] for i in needed]))
+
+
 def test_what_is_not_finite_stays_in_its_rows_and_slot(device, cut, monkeypatch):
     monkeypatch.setattr(mixed, "tells", lambda _: False)  # as on a GPU
     check_isolation(torch.float32, 40, 33, 96)
@@ -135,9 +160,9 @@ def test_opcheck_passes():
     w, (a, b) = packed_weight(24, 64, "nf4", True).rows(), adapter(24, 64, 4)
     x, dy, s, seed = torch.randn(5, 64), torch.randn(5, 24), torch.randn(5, 4), torch.tensor([12345])
     for branch in ((None, None, None, 1.0, None, 0.0), (a, b, torch.rand(5, 4), 2.0, seed, 0.5)):
-        torch.library.opcheck(
-            torch.ops.pyfastpeft.linear_4bit_slabs.default, (x, *w.operands, torch.randn(24), *branch)
-        )
+        for dtype in DTYPES:
+            arguments = (x.to(dtype), *w.operands, torch.randn(24), *branch)
+            torch.library.opcheck(torch.ops.pyfastpeft.linear_4bit_slabs.default, arguments)
     for needs in ((True, True, True), (True, False, False), (False, False, True)):
         arguments = (dy, x, s, *w.operands, 64, *branch, *needs)
         torch.library.opcheck(torch.ops.pyfastpeft.linear_4bit_slabs_backward.default, arguments)
