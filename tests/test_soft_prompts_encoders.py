@@ -589,6 +589,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match="WhisperEncoder takes no inputs_embeds"):
             fp.get_peft_model(audio, fp.PromptTuningConfig(num_virtual_tokens=2))
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_decoder_without_inputs_is_refused_by_the_model(self, method):
+        name = "t5 SEQ_2_SEQ_LM"
+        batch = batch_of(name)
+        del batch["labels"]
+        for model in pair(name, method, 0):
+            with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+                model(**batch)
+
     def test_a_mask_of_the_wrong_shape(self):
         model = adapted("bert SEQ_CLS", {"a": "prompt"})
         with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 9\).*\(2, 6\)"):

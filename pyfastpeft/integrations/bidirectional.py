@@ -292,8 +292,10 @@ class BidirectionalPrefixes(Prefixes):
             return
         self._check_attention()
         inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
-        batch, length = next(x.shape[:2] for x in inputs if x is not None)
-        self.bank.run = self.run_of(rows, batch, goes_on(past_of(kwargs), length))
+        given = next((x for x in inputs if x is not None), None)
+        if given is None:
+            return  # the decoder says so itself
+        self.bank.run = self.run_of(rows, len(given), goes_on(past_of(kwargs), given.shape[1]))
         self._collect(self.bank.run)
 
     @torch.compiler.disable
