@@ -154,6 +154,32 @@ class _Mode(threading.local):
         return _Mode, ([],)
 
 
+class Parts(nn.ModuleDict):
+    """Modules by adapter name, of which plans keep hold.
+
+    Args:
+        exchanged: called when one is exchanged for another, as by users who want a dropout or a head of their own.
+    """
+
+    def __init__(self, exchanged: Callable[[], None]) -> None:
+        super().__init__()
+        self._exchanged = exchanged
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        exchanges = name in self
+        super().add_module(name, module)
+        if exchanges:
+            self._exchanged()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in vars(self).get("_modules", ()):
+            self._exchanged()
+
+    def _get_name(self) -> str:
+        return nn.ModuleDict.__name__
+
+
 class Holder(Protocol):
     """What depends on which adapters are active."""
 
@@ -283,10 +309,11 @@ class AdapterBank:
         self.forget()
         self._push(self.active)
 
-    def refresh_one(self, layer: LoraLayer) -> None:
-        """:meth:`refresh` where only ``layer`` has changed."""
+    def refresh_one(self, holder: Holder) -> None:
+        """:meth:`refresh` where only ``holder`` has changed."""
         self.forget()
-        layer._plan = layer.plan(self.active)
+        # Past nn.Module.__setattr__, to which a plan may be one more submodule.
+        holder.__dict__["_plan"] = holder.plan(self.active)
 
     def forget(self) -> None:
         """Layers or parameters may have been exchanged: work everything out again when it is next needed."""

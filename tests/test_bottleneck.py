@@ -412,6 +412,14 @@ def test_it_learns():
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_a_bottleneck_that_is_put_in_anothers_place_computes():
+    model, batch = fp.get_peft_model(make("llama"), fp.BottleneckConfig(reduction_factor=4)).eval(), inputs()
+    before = model(**batch).logits
+    layer = next(m for m in model.modules() if hasattr(m, "bottleneck"))
+    layer.bottleneck["default"] = random_bottleneck(layer.base_layer.out_features)
+    assert not torch.equal(model(**batch).logits, before)
+
+
 def test_it_compiles_as_one_graph_and_switches():
     peft_model, batch = adapted(make(), "a"), {"input_ids": inputs()["input_ids"], "use_cache": False}
     peft_model.add_adapter("b", config())

@@ -1024,6 +1024,33 @@ class TestInTraining:
             module.train()
         assert not torch.equal(model(**batch).logits, model(**batch).logits)
 
+    @pytest.mark.parametrize("put", [setattr, nn.ModuleDict.__setitem__], ids=["as attribute", "as item"])
+    @pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"])
+    def test_what_is_put_in_the_place_of_a_part_computes_and_trains_as_in_peft(self, part, put):
+        config = {"init_lora_weights": False, "modules_to_save": ["lm_head"], "use_dora": part.endswith("vector")}
+        ours, theirs = pair(tiny.make("llama"), 0, **config)
+        batch, found = tiny.inputs(), []
+        for model in (copy.deepcopy(ours), theirs):
+            holders = [getattr(m, part) for m in model.modules() if part in m._modules]
+            for holder in holders:
+                module = copy.deepcopy(holder["default"])
+                module.weight.data.mul_(0.5)
+                put(holder, "default", module)
+            out = model(**batch)
+            out.loss.backward()
+            found.append([out.logits, *(holder["default"].weight.grad for holder in holders)])
+        for own, other in zip(*found, strict=True):
+            assert relative(own, other) < 1e-4
+
+    def test_a_dropout_that_is_put_in_drops(self):
+        model, batch = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights=False)), tiny.inputs()
+        model.train()
+        assert torch.equal(model(**batch).logits, model(**batch).logits)
+        for layer in model.modules():
+            if hasattr(layer, "lora_dropout"):
+                layer.lora_dropout["default"] = nn.Dropout(0.5)
+        assert not torch.equal(model(**batch).logits, model(**batch).logits)
+
     def test_an_adapter_added_to_a_model_that_serves_drops_nothing(self):
         model, batch = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).eval(), tiny.inputs()
         model.add_adapter("b", fp.LoraConfig(lora_dropout=0.5, init_lora_weights=False))

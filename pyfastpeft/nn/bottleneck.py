@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import AdapterBank, Rows
+from ..adapters import AdapterBank, Parts, Rows
 from ..ops import mixed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -84,7 +84,7 @@ class BottleneckLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.bank = bank
-        self.bottleneck = nn.ModuleDict()
+        self.bottleneck = Parts(self._changed)
         self._plan: tuple[Bottleneck, ...] = ()
 
     @property
@@ -97,6 +97,9 @@ class BottleneckLayer(nn.Module):
 
     def plan(self, active: tuple[str, ...]) -> tuple[Bottleneck, ...]:
         return tuple(self.bottleneck[n] for n in active if n in self.bottleneck)
+
+    def _changed(self) -> None:
+        self.bank.refresh_one(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = self._modules["base_layer"](*args, **kwargs)

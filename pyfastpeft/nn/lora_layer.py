@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters import NO_ROWS, AdapterBank, Made, Rows
+from ..adapters import NO_ROWS, AdapterBank, Made, Parts, Rows
 from ..ops import Lora, PackedLora, mixed, pack_lora
 
 is_compiling = torch.compiler.is_compiling
@@ -125,11 +125,11 @@ class LoraLayer(nn.Module):
         self.bank = bank
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.lora_dropout = nn.ModuleDict()
+        self.lora_dropout = Parts(self._changed)
         self.merged_adapters: list[str] = []
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
+        self.lora_A = Parts(self._changed)
+        self.lora_B = Parts(self._changed)
+        self.lora_magnitude_vector = Parts(self._changed)
         self._scaling: dict[str, float] = {}
         self._own_scaling: dict[str, float] = {}
         self._scale: dict[str, Tensor] = {}

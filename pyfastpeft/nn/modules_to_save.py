@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import AdapterBank
+from ..adapters import AdapterBank, Parts
 from ..ops import mixed
 
 
@@ -17,7 +17,7 @@ class ModulesToSave(nn.Module):
     def __init__(self, module: nn.Module, bank: AdapterBank) -> None:
         super().__init__()
         self.original_module = module
-        self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save = Parts(self._changed)
         self.bank = bank
         self._plan: nn.Module | None = None
 
@@ -27,6 +27,9 @@ class ModulesToSave(nn.Module):
         if len(names) > 1:
             raise ValueError(f"adapters {names} each bring their own copy of one module; only one can be active")
         return self.modules_to_save[names[0]] if names else None
+
+    def _changed(self) -> None:
+        self.bank.refresh_one(self)
 
     def module_in_use(self) -> nn.Module:
         return self.original_module if self._plan is None else self._plan
