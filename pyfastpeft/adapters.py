@@ -283,6 +283,12 @@ class AdapterBank:
         del self._find[name], self._trainable[name]
         self._training.discard(name)
 
+    def let_train(self, name: str, trains: bool) -> None:
+        """Let what is ``name``'s train, or not, until the next :meth:`activate`."""
+        for parameter in self.parameters(name):
+            parameter.requires_grad_(trains)
+        self._training.add(name)
+
     def prepare(self, active: tuple[str, ...]) -> list:
         """Each layer's plan for these adapters; built once, then exchanged by reference."""
         plans = self._plans.get(active)

@@ -397,6 +397,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         self.base_model.set_adapter(adapter_name, inference_mode)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the parameters of adapters train, or not, active or not; the next :meth:`set_adapter` decides anew."""
+        for name in self._known(adapter_names):
+            self.base_model.bank.let_train(name, requires_grad)
+
     def _prepare(self) -> None:
         """Work out now what switching to each adapter needs, so that no request waits for it."""
         fuse(self.get_base_model())

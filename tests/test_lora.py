@@ -849,6 +849,22 @@ class TestSeveralAdapters:
         model.set_adapter("a", inference_mode=True)
         assert not any(p.requires_grad for p in model.parameters())
 
+    @pytest.mark.parametrize("of_base_model", [False, True])
+    def test_what_trains_may_be_set_by_adapter_as_in_peft(self, of_base_model):
+        models, found = pair(tiny.make("llama"), 0, modules_to_save=["lm_head"]), []
+        for model, library in zip(models, (fp, peft), strict=True):
+            model.add_adapter("b", library.LoraConfig(target_modules=["k_proj"]))
+            setting = (model.base_model if of_base_model else model).set_requires_grad
+            changes = partial(setting, "b"), partial(setting, ["default", "b"], False), partial(setting, "b", True)
+            trains = []
+            for change in (*changes, partial(model.set_adapter, "default")):
+                change()
+                trains.append({n for n, p in model.named_parameters() if p.requires_grad})
+            found.append(trains)
+        assert found[0] == found[1]
+        with pytest.raises(ValueError, match="'no'"):
+            models[0].set_requires_grad("no")
+
 
 class TestTargets:
     @pytest.mark.parametrize("head", ["roberta", "electra"])

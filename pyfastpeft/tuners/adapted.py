@@ -36,6 +36,7 @@ _OF_PEFT_MODEL = frozenset(
         "merge_adapter",
         "merge_and_unload",
         "peft_config",
+        "set_requires_grad",
         "unload",
         "unmerge_adapter",
     )
