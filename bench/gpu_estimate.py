@@ -1,13 +1,18 @@
-"""What bounds the 4-bit product's kernels on a GPU, from their machine code: an estimate that needs no GPU.
+"""What bounds the kernels on a GPU, from their machine code: an estimate that needs no GPU.
 
     python -m bench.gpu_estimate
 
-Triton's kernels are compiled as the operator launches them, those of csrc/cuda where nvcc is (CUDA_HOME); what either
+Triton's kernels are compiled as the operators launch them, those of csrc/cuda where nvcc is (CUDA_HOME); what either
 lacks is said. In the machine code of each the main loop is counted: bytes asked of memory, tensor-core operations,
-cycles of shared memory (without bank conflicts), instructions issued, and those of the integer and the floating pipe.
-The slowest of these is the bound, and its time the prediction; latencies, the loop's entry and the epilogue are left
-out, so a kernel can only be slower. Beside it stands what cuBLAS in bf16 could at best reach on the same GPU, and
-the target against it. Writes bench/results/gpu_estimate.json.
+cycles of shared memory (without bank conflicts and TMA's copies), instructions issued, and those of the integer, the
+floating and the special pipe. The slowest of these is the bound, and its time the prediction; latencies, the loop's
+entry and the epilogue are left out, so a kernel can only be slower. Of code without tensor-core operations the loops
+are counted, or else all; of CUDA's dequantization what runs where memory is read and written by whole words. CUDA's
+quantization, whose code has too many alternatives for that, is left out.
+
+Beside the 4-bit product stands what cuBLAS in bf16 could at best reach on the same GPU, and the target against it.
+"slabs" is the product of many rows, W decoded for it: the dense product at its limit and the decoding one after the
+other, as if what is decoded went to memory and not to the L2 cache. Writes bench/results/gpu_estimate.json.
 """
 
 from __future__ import annotations
@@ -15,13 +20,15 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -33,15 +40,15 @@ from rich.table import Table
 from pyfastpeft.ops.triton_kernels import _kernels, _tables
 
 ROOT = Path(__file__).parents[1]
-SHAPES = ((4096, 4096), (8192, 8192))
-ROWS = (1, 16, 64, 128, 4096)
 SCHEDULERS = 4  # of a multiprocessor, each of which issues one instruction a cycle
 BLOCKSIZE = 64
+BF16 = 2  # bytes
 
 
 class Gpu(NamedTuple):
     """Vendor's figures. ``tensor``: dense bf16 operations a cycle and multiprocessor, by wgmma (if there) and by mma.
-    ``floating``: cycles for which an instruction of a warp takes the floating pipe; the integer pipe is taken for two.
+    ``floating``: cycles for which an instruction of a warp takes the floating pipe; the integer pipe is taken for two,
+    the special one for eight.
     """
 
     name: str
@@ -69,8 +76,15 @@ GPUS = (
 
 class Instruction(NamedTuple):
     address: int
+    conditional: bool
     opcode: str
     operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Of a branch."""
+        found = re.search(r"(0x[0-9a-f]+)\s*$", self.operands) if self.opcode.startswith("BRA") else None
+        return found and int(found[1], 16)
 
 
 def functions(sass: str) -> dict[str, list[Instruction]]:
@@ -83,10 +97,10 @@ def functions(sass: str) -> dict[str, list[Instruction]]:
             name = m[1]
         elif m := re.match(r"(\.L_\w+):", line):
             waiting.append(m[1])
-        elif m := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
+        elif m := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
             labels |= dict.fromkeys(waiting, f"0x{m[1]}")
             waiting = []
-            code.setdefault(name, []).append(Instruction(int(m[1], 16), m[2], m[3]))
+            code.setdefault(name, []).append(Instruction(int(m[1], 16), m[2] is not None, m[3], m[4]))
 
     def resolved(i: Instruction) -> Instruction:
         return i._replace(operands=re.sub(r"`\((\.L_\w+)\)", lambda m: labels.get(m[1], m[0]), i.operands))
@@ -98,25 +112,55 @@ def is_tensor(i: Instruction) -> bool:
     return i.opcode.startswith(("HMMA", "HGMMA"))
 
 
+def is_load(i: Instruction) -> bool:
+    return i.opcode.startswith(("LDG.", "LDGSTS"))
+
+
 def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """Of the loops that hold no other loop with tensor-core operations the one with the most of these.
+    """What a kernel does again and again: of the loops that hold no other loop with tensor-core operations the one with
+    the most of these, of equal ones the shortest (the others mask); without such operations all innermost loops that
+    read memory, or else the whole code.
 
     A loop is what lies between the target of branches that lead back and the last of them.
-
-    Raises:
-        ValueError: there is no such loop.
     """
-    ends: dict[int, int] = {}
-    for i in code:
-        target = re.search(r"(0x[0-9a-f]+)\s*$", i.operands) if i.opcode.startswith("BRA") else None
-        if target and int(target[1], 16) < i.address:
-            ends[int(target[1], 16)] = i.address
+    ends = {i.target: i.address for i in code if i.target is not None and i.target < i.address}
     loops = [[i for i in code if start <= i.address <= end] for start, end in ends.items()]
-    loops = [loop for loop in loops if any(map(is_tensor, loop))]
+    tensor = any(map(is_tensor, code))
+    loops = [loop for loop in loops if any(map(is_tensor if tensor else is_load, loop))]
     innermost = [loop for loop in loops if not any(set(other) < set(loop) for other in loops)]
-    if not innermost:
-        raise ValueError("no loop has tensor-core operations")
-    return max(innermost, key=lambda loop: sum(map(is_tensor, loop)))
+    if tensor:
+        return max(innermost, key=lambda loop: (sum(map(is_tensor, loop)), -len(loop)), default=code)
+    return [i for loop in innermost for i in loop] or code
+
+
+def is_narrow(i: Instruction) -> bool:
+    return i.opcode.startswith(("LDG.", "STG.")) and width(i.opcode) < 4
+
+
+def wide_path(code: list[Instruction]) -> list[Instruction]:
+    """What runs where no lane reads or writes memory by one or two bytes: the blocks on a way from the entry to an exit
+    around those that do."""
+    place = {i.address: n for n, i in enumerate(code)}
+    starts = {0, *(place[i.target] for i in code if i.target is not None)}
+    starts |= {n + 1 for n, i in enumerate(code[:-1]) if i.opcode.startswith(("BRA", "EXIT"))}
+    blocks = {a: code[a:b] for a, b in itertools.pairwise([*sorted(starts), len(code)])}
+    blocks = {start: block for start, block in blocks.items() if not any(map(is_narrow, block))}
+    ways = set()
+    for start, block in blocks.items():
+        last = block[-1]
+        if last.target is not None:
+            ways.add((start, place[last.target]))
+        if last.conditional or not last.opcode.startswith(("BRA", "EXIT")):
+            ways.add((start, start + len(block)))
+
+    def reached(found: set[int], ways: set[tuple[int, int]]) -> set[int]:
+        while more := {b for a, b in ways if a in found and b in blocks} - found:
+            found |= more
+        return found
+
+    exits = {start for start, block in blocks.items() if block[-1].opcode == "EXIT"}
+    used = reached({0}, ways) & reached(exits, {(b, a) for a, b in ways})
+    return [i for start in sorted(used) for i in blocks[start]]
 
 
 def width(opcode: str) -> int:
@@ -125,17 +169,22 @@ def width(opcode: str) -> int:
     return next((int(p) // 8 for p in parts if p in ("64", "128")), 2 if "U16" in parts else 1 if "U8" in parts else 4)
 
 
-def shared_cycles(opcode: str) -> int:
-    """Cycles (of 128 bytes) that shared memory is taken for, without bank conflicts."""
-    if opcode.startswith(("LDSM", "STSM")):
-        return int(opcode[-1]) if opcode.endswith((".2", ".4")) else 1
-    if opcode.startswith(("LDS", "STS", "LDGSTS")):
-        return max(1, width(opcode) // 4)
-    return int(opcode.startswith(("SHFL", "ATOMS")))
+def shared_cycles(i: Instruction) -> float:
+    """Cycles (of 128 bytes) that a warp takes shared memory for, without bank conflicts."""
+    if m := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", i.opcode):  # four warps; the weights may be in registers
+        rows, columns, depth = map(int, m.groups())
+        from_registers = re.match(r"R\d+, R\d+", i.operands)
+        return (columns + (0 if from_registers else rows)) * depth * BF16 / 128 / 4
+    if i.opcode.startswith(("LDSM", "STSM")):
+        return int(i.opcode[-1]) if i.opcode.endswith((".2", ".4")) else 1
+    if i.opcode.startswith(("LDS", "STS", "LDGSTS")):
+        return max(1, width(i.opcode) // 4)
+    return int(i.opcode.startswith(("SHFL", "ATOMS")))
 
 
 INTEGER = "LOP3 PRMT SHF IADD3 VIADD IADD ISETP SEL LEA MOV PLOP3 FMNMX IMNMX VIMNMX IABS POPC FLO BREV SGXT BMSK F2FP"
 FLOATING = "FMUL FADD FFMA FSEL FSETP HADD2 HMUL2 HFMA2 IMAD"
+SPECIAL = "MUFU F2F F2I I2F"
 
 
 class Step(NamedTuple):
@@ -144,7 +193,8 @@ class Step(NamedTuple):
     issued: int
     integer: int
     floating: int
-    shared: int  # cycles
+    special: int
+    shared: float  # cycles
     bytes: int  # from global memory; of instructions that only some lanes do, as if all did
     mma: int  # operations
     wgmma: int
@@ -153,7 +203,7 @@ class Step(NamedTuple):
 
 def count(loop: list[Instruction]) -> Step:
     names = [i.opcode.split(".")[0] for i in loop]
-    loads = [i.opcode for i in loop if i.opcode.startswith(("LDG.", "LDGSTS"))]
+    loads = [i.opcode for i in loop if is_load(i)]
     mma = wgmma = 0
     for i in loop:
         if m := re.match(r"HMMA\.(\d+)", i.opcode):
@@ -165,75 +215,13 @@ def count(loop: list[Instruction]) -> Step:
         issued=sum(name != "NOP" for name in names),
         integer=sum(name in INTEGER.split() for name in names),
         floating=sum(name in FLOATING.split() for name in names),
-        shared=sum(shared_cycles(i.opcode) for i in loop if not i.operands.startswith("RZ,")),
+        special=sum(name in SPECIAL.split() for name in names),
+        shared=sum(shared_cycles(i) for i in loop if not i.operands.startswith("RZ,")),
         bytes=sum(32 * width(opcode) for opcode in loads),
         mma=mma,
         wgmma=wgmma,
         most=dict(collections.Counter(names).most_common(12)),
     )
-
-
-# ---- the bound -------------------------------------------------------------------------------------------------------
-
-
-class Work(NamedTuple):
-    """A launch: ``warp_steps`` passes through the loop in all, the busiest multiprocessor having ``uneven`` times its
-    share."""
-
-    m: int
-    n: int
-    k: int
-    warp_steps: float
-    uneven: float
-
-
-def times(gpu: Gpu, step: Step, work: Work) -> dict[str, float]:
-    """Seconds for which each part of the GPU is taken."""
-    a_cycle = gpu.multiprocessors * gpu.hertz / work.uneven
-    m, n, k = work.m, work.n, work.k
-    tensor = step.mma / gpu.mma + (step.wgmma / gpu.wgmma if step.wgmma else 0)
-    return {
-        "memory": (n * k * (0.5 + 4 / BLOCKSIZE) + 2 * m * (n + k)) / gpu.bytes_per_s,
-        "tensor": work.warp_steps * tensor / a_cycle,
-        "shared memory": work.warp_steps * step.shared / a_cycle,
-        "issue": work.warp_steps * step.issued / SCHEDULERS / a_cycle,
-        "integer pipe": work.warp_steps * step.integer * 2 / SCHEDULERS / a_cycle,
-        "floating pipe": work.warp_steps * step.floating * gpu.floating / SCHEDULERS / a_cycle,
-    }
-
-
-def target(m: int, n: int) -> float:
-    """The speed over cuBLAS bf16 that is asked (on an H100)."""
-    if m <= 16:
-        return 2.0 if n < 8192 else 2.6
-    return 1.4 if m <= 128 else 0.95
-
-
-def estimate(gpu: Gpu, kernel: str, step: Step, work: Work) -> dict:
-    m, n, k = work.m, work.n, work.k
-    taken = times(gpu, step, work)
-    bound = max(taken, key=taken.get)
-    dense = 2 * m * n * k / gpu.peak
-    limit = max(taken["memory"], dense)
-    cublas = max(2 * (n * k + m * k + m * n) / gpu.bytes_per_s, dense)
-    return {
-        "gpu": gpu.name,
-        "kernel": kernel,
-        "m": m,
-        "n": n,
-        "k": k,
-        "bound": bound,
-        "predicted_us": taken[bound] * 1e6,
-        "fraction_of_limit": limit / taken[bound],
-        "over_cublas_limit": cublas / taken[bound],
-        "target": target(m, n),
-        "us": {name: t * 1e6 for name, t in taken.items()},
-        "issued_per_weight": step.issued * work.warp_steps * 32 / (n * k),
-        "step": step._asdict(),
-    }
-
-
-# ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
 def tool(name: str) -> Path | None:
@@ -253,22 +241,245 @@ def disassembled(cubin: bytes) -> dict[str, list[Instruction]]:
     return functions(done.stdout)
 
 
+# ---- the bound -------------------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """What a launch has to do: ``bytes`` of memory at least, W cold; dense ``operations`` of tensor cores; passes of a
+    warp through the main loop, of which the busiest multiprocessor has ``uneven`` times its share."""
+
+    bytes: float
+    operations: float
+    warp_steps: float
+    uneven: float = 1.0
+
+
+class Product(NamedTuple):
+    """m rows of x, or of dy, times W [n, k] in 4 bits."""
+
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        size = f"{self.n}²" if self.n == self.k else f"{self.n} × {self.k}"
+        return f"{self.m} row{'s' * (self.m > 1)}, {size}"
+
+    @property
+    def bytes(self) -> float:
+        return self.n * self.k * (0.5 + 4 / BLOCKSIZE) + BF16 * self.m * (self.n + self.k)
+
+    @property
+    def operations(self) -> float:
+        return 2 * self.m * self.n * self.k
+
+    def beside_cublas(self, gpu: Gpu, seconds: float) -> dict:
+        """Of a product in ``seconds``: the speed over the least time of the dense one, and what is asked on an H100."""
+        m, n, k = self
+        cublas = max(BF16 * (n * k + m * k + m * n) / gpu.bytes_per_s, self.operations / gpu.peak)
+        target = (2.0 if n < 8192 else 2.6) if m <= 16 else 1.4 if m <= 128 else 0.95
+        return {"over_cublas_limit": cublas / seconds, "target": target}
+
+
+def times(gpu: Gpu, step: Step, work: Work) -> dict[str, float]:
+    """Seconds for which each part of the GPU is taken."""
+    a_cycle = gpu.multiprocessors * gpu.hertz / work.uneven
+    tensor = step.mma / gpu.mma + (step.wgmma / gpu.wgmma if step.wgmma else 0)
+    return {
+        "memory": work.bytes / gpu.bytes_per_s,
+        "tensor": work.warp_steps * tensor / a_cycle,
+        "shared memory": work.warp_steps * step.shared / a_cycle,
+        "issue": work.warp_steps * step.issued / SCHEDULERS / a_cycle,
+        "integer pipe": work.warp_steps * step.integer * 2 / SCHEDULERS / a_cycle,
+        "floating pipe": work.warp_steps * step.floating * gpu.floating / SCHEDULERS / a_cycle,
+        "special pipe": work.warp_steps * step.special * 8 / SCHEDULERS / a_cycle,
+    }
+
+
+def estimate(gpu: Gpu, kernel: str, what: Product | str, step: Step, work: Work) -> dict:
+    taken = times(gpu, step, work)
+    bound = max(taken, key=taken.get)
+    limit = max(taken["memory"], work.operations / gpu.peak)
+    found = {
+        "gpu": gpu.name,
+        "kernel": kernel,
+        "what": str(what),
+        "bound": bound,
+        "predicted_us": taken[bound] * 1e6,
+        "fraction_of_limit": limit / taken[bound],
+        "us": {name: t * 1e6 for name, t in taken.items()},
+        "step": step._asdict(),
+    }
+    if isinstance(what, Product):
+        slots = step.issued * work.warp_steps * 32 / (what.n * what.k)
+        found |= {"issued_per_weight": slots} | what.beside_cublas(gpu, taken[bound])
+    return found
+
+
+# ---- Triton's kernels ------------------------------------------------------------------------------------------------
+
+PRODUCTS = tuple(Product(m, n, n) for n in (4096, 8192) for m in (1, 16, 32, 64, 128, 256, 4096))
+MANY = 4096  # rows of what trains
+CONVERTED = "4096², quantization"
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _weight(n: int, k: int) -> NamedTuple:
+    codes, scale = _empty(n * k // 2, 1, dtype=torch.uint8), _empty(n * k // BLOCKSIZE, dtype=torch.float32)
+    return _kernels("linear_4bit").Weight(codes, scale, *[None] * 4, *_tables("nf4"), n, k, BLOCKSIZE)
+
+
+def _forward(m: int, n: int, k: int) -> None:
+    _kernels("linear_4bit").forward(_empty(m, k), _weight(n, k), None, None)
+
+
+def _backward(n: int, rank: int) -> None:
+    kernels, f32 = _kernels("linear_4bit"), torch.float32
+    branch = kernels.Branch(_empty(rank, n, dtype=f32), _empty(n, rank, dtype=f32), None, 2.0, None, 0.0)
+    x, s = _empty(MANY, n), _empty(MANY, rank, dtype=f32)
+    kernels.backward(x, x, s, _weight(n, n), branch, True, True, True)
+
+
+def _attention(batch: int, tokens: int, keys: int, dim: int, train: bool) -> None:
+    from pyfastpeft.ops.triton_kernels import prefix_attention, prefix_attention_backward
+
+    q, k = _empty(batch, tokens, 32, dim).transpose(1, 2), _empty(batch, 8, keys, dim)
+    rest = (q, k, k, *[None] * 5, True, 0.125, 0)
+    out, lse = prefix_attention(*rest, train)
+    if train:
+        prefix_attention_backward(q, *rest, out, lse)
+
+
+def _elementwise() -> None:
+    kernels = _kernels("elementwise")
+    x, wide = _empty(MANY, 4096), _empty(MANY, 14336)
+    kernels.rms_norm(x, x, x[0], 1e-6)
+    kernels.rms_norm_backward(x, x, x, x[0], 1e-6, False)
+    kernels.swiglu(wide, wide)
+    kernels.swiglu_backward(wide, wide, wide)
+    q, k = (_empty(MANY // 1024, 1024, heads, 128).transpose(1, 2) for heads in (32, 8))
+    kernels.rope(q, k, _empty(1, 1024, 128), _empty(1, 1024, 128), False)
+
+
+def _quantization(n: int) -> None:
+    kernels = _kernels("quantize_4bit")
+    codes, scale, _ = kernels.quantize(_empty(n, n), _tables("nf4")[0], False, BLOCKSIZE)
+    kernels.dequantize(codes, scale, None, _empty(16, dtype=torch.float32), BLOCKSIZE, [n, n], torch.bfloat16)
+
+
+def _cross_entropy(classes: int) -> None:
+    _kernels("cross_entropy").cross_entropy_(_empty(MANY, classes), _empty(MANY, dtype=torch.int64))
+
+
+CALLS: tuple[tuple[Product | str, Callable[[], None]], ...] = (
+    *((product, functools.partial(_forward, *product)) for product in PRODUCTS),
+    (Product(MANY, 4096, 4096), lambda: _backward(4096, 16)),
+    ("4 × 2048 tokens, 32 heads of 128 over 8", lambda: _attention(4, 2048, 2048, 128, True)),
+    ("4 × 2048 tokens, 32 heads of 64 over 8", lambda: _attention(4, 2048, 2048, 64, True)),
+    ("decoding 8 rows, 4096 keys, 32 heads of 128 over 8", lambda: _attention(8, 1, 4096, 128, False)),
+    (f"{MANY} rows of 4096, of 14336, of heads of 128", _elementwise),
+    (f"{MANY} rows, 128256 classes", lambda: _cross_entropy(128256)),
+    (CONVERTED, lambda: _quantization(4096)),
+)
+
+
+class Launch(NamedTuple):
+    """A kernel, by its module and name, the number of its programs, its arguments and its machine code."""
+
+    kernel: str
+    programs: int
+    given: SimpleNamespace
+    cubin: bytes
+
+    def work(self, gpu: Gpu, need: tuple[float, float, float]) -> Work:
+        """``need``: bytes, operations, passes of all programs through the main loop."""
+        size, operations, passes = need
+        uneven = -(-self.programs // gpu.multiprocessors) * gpu.multiprocessors / self.programs
+        return Work(size, operations, passes * self.given.num_warps, uneven)
+
+
+def _size(*tensors: torch.Tensor | None) -> int:
+    """Bytes."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _of_product(run: Launch) -> tuple[float, float, float]:
+    g, forward = run.given, "_forward" in run.kernel
+    product, step = Product(g.M, g.N, g.K), g.BK if forward else g.BN
+    return product.bytes, product.operations, run.programs * -(-min(g.span if forward else g.N, g.K) // step)
+
+
+def _of_projection(run: Launch) -> tuple[float, float, float]:
+    g = run.given
+    sums = (g.q is not None) + (g.t is not None)
+    return _size(g.p, g.q, g.t), 2 * g.M * g.C * g.R * sums, run.programs * (g.CHUNK // g.BM)
+
+
+def _of_attention(run: Launch) -> tuple[float, float, float]:
+    """Token t sees the keys up to t + S - T. A program takes rows and passes over keys, or the other way around."""
+    g, rows, more = run.given, run.given.T * run.given.GROUP, run.given.S - run.given.T
+    q, k = _size(g.q.data), _size(g.k.data)
+    units = g.k.data.shape[0] * g.HKV
+    pairs = units * g.GROUP * sum(min(g.S, t + 1 + more) for t in range(g.T))
+    if "_key_grad" in run.kernel:
+        tiles = sum(-(-(rows - max(j - more, 0) * g.GROUP) // g.BM) for j in range(0, g.S, g.BN))
+        return 2 * q + 4 * k, 8 * pairs * g.D, units * tiles
+    last = ((min(row + g.BM, rows) - 1) // g.GROUP for row in range(0, rows, g.BM))
+    tiles = sum(-(-min(g.S, t + 1 + more) // g.BN) for t in last)
+    forward = "_forward" in run.kernel
+    return (2 if forward else 4) * q + 2 * k, (4 if forward else 6) * pairs * g.D, units * tiles
+
+
+def _of_tensors(*names: str) -> Callable[[Launch], tuple[float, float, float]]:
+    """A kernel that takes each of these once, and passes once through its code."""
+    return lambda run: (_size(*(getattr(run.given, name) for name in names)), 0, run.programs)
+
+
+NEEDS: dict[str, Callable[[Launch], tuple[float, float, float]]] = {
+    "linear_4bit._forward": _of_product,
+    "linear_4bit._input_grad": _of_product,
+    "linear_4bit._project": _of_projection,
+    "prefix_attention._forward": _of_attention,
+    "prefix_attention._query_grad": _of_attention,
+    "prefix_attention._key_grad": _of_attention,
+    "elementwise._rms_norm": _of_tensors("x", "residual", "y", "total"),
+    "elementwise._rms_norm_backward": _of_tensors("dy", "dsum", "x", "dx"),
+    "elementwise._swiglu": _of_tensors("gate", "up", "y"),
+    "elementwise._swiglu_backward": _of_tensors("dy", "gate", "up", "dgate", "dup"),
+    "elementwise._rope": _of_tensors("q", "k", "q_out", "k_out"),
+    "cross_entropy._cross_entropy": lambda run: (
+        2 * _size(run.given.logits),
+        0,
+        run.programs * -(-run.given.C // run.given.COLUMNS),
+    ),
+    "quantize_4bit._quantize": _of_tensors("w", "codes", "scale", "zero"),
+    "quantize_4bit._dequantize": _of_tensors("codes", "scale", "zero", "out"),
+}
+"""What the kernels need that do not merely add up parts or look at positions."""
+
+
 @contextlib.contextmanager
-def triton_launches(gpu: Gpu) -> Iterator[list]:
-    """Collects (kernel's name, grid, arguments, what Triton compiled) of launches, which do not run."""
+def triton_launches(gpu: Gpu) -> Iterator[list[Launch]]:
+    """Collects launches, which do not run."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    collected: list = []
+    collected: list[Launch] = []
 
     def launcher(kernel, grid):
         def compile(**given):
             out = kernel.run(grid=(1,), warmup=True, **given)
-            collected.append((kernel.fn.__name__, grid, given, out))
+            name = f"{kernel.fn.__module__.split('.')[-1]}.{kernel.fn.__name__}"
+            collected.append(Launch(name, math.prod(grid), SimpleNamespace(**given), out.asm["cubin"]))
 
         return compile
 
     driver, get = triton.runtime.driver, triton.JITFunction.__getitem__
+    available, capability = torch.cuda.is_available, torch.cuda.get_device_capability
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", int(gpu.chip), 32),
@@ -277,37 +488,37 @@ def triton_launches(gpu: Gpu) -> Iterator[list]:
         )
     )
     triton.JITFunction.__getitem__ = launcher
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda device=None: divmod(int(gpu.chip), 10)
     try:
         yield collected
     finally:
         triton.JITFunction.__getitem__ = get
+        torch.cuda.is_available, torch.cuda.get_device_capability = available, capability
 
 
-def triton_estimates(gpu: Gpu, rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...]) -> Iterator[dict]:
-    kernels = _kernels("linear_4bit")
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+def triton_estimates(gpu: Gpu, only: str) -> Iterator[dict]:
     steps: dict[bytes, Step] = {}
-    for n, k in shapes:
-        codes, scale = empty(n * k // 2, 1, dtype=torch.uint8), empty(n * k // BLOCKSIZE)
-        w = kernels.Weight(codes, scale, *[None] * 4, *_tables("nf4"), n, k, BLOCKSIZE)
-        for m in rows:
-            with triton_launches(gpu) as launches:
-                kernels.forward(empty(m, k, dtype=torch.bfloat16), w, None, None)
-            ((name, grid, given, out),) = launches
-            cubin = out.asm["cubin"]
-            if cubin not in steps:
-                steps[cubin] = count(main_loop(next(iter(disassembled(cubin).values()))))
-            programs, passes = math.prod(grid), -(-min(given["span"], k) // given["BK"])
-            uneven = -(-programs // gpu.multiprocessors) * gpu.multiprocessors / programs
-            work = Work(m, n, k, programs * given["num_warps"] * passes, uneven)
-            yield estimate(gpu, f"triton {name}", steps[cubin], work)
+    for what, call in CALLS:
+        if only not in str(what):
+            continue
+        with triton_launches(gpu) as launches:
+            call()
+        for run in launches:
+            if run.kernel not in NEEDS:
+                continue
+            if run.cubin not in steps:
+                steps[run.cubin] = count(main_loop(next(iter(disassembled(run.cubin).values()))))
+            need = NEEDS[run.kernel]
+            named = what if need is _of_product else str(what)
+            yield estimate(gpu, f"triton {run.kernel}", named, steps[run.cubin], run.work(gpu, need(run)))
+
+
+# ---- the kernels of csrc/cuda ----------------------------------------------------------------------------------------
 
 
 class Cuda(NamedTuple):
-    """A kernel of csrc/cuda for ``first`` to ``last`` rows, whose mangled name matches ``pattern``. ``columns``: rows
+    """A product of csrc/cuda for ``first`` to ``last`` rows, whose mangled name matches ``pattern``. ``columns``: rows
     of x that its products are wide."""
 
     source: str
@@ -318,34 +529,85 @@ class Cuda(NamedTuple):
     columns: int
 
 
+def _mma(tiles: int, first: int, last: int, columns: int) -> Cuda:
+    pattern = rf"linear_4bit_kernelI13__nv_bfloat16Li{tiles}E.*E0E"
+    return Cuda("linear_4bit.cu", pattern, ("80", "90"), first, last, columns)
+
+
+def _wgmma(width: int, count: int, first: int) -> Cuda:
+    columns = 2 * width * count
+    pattern = rf"sweepI13__nv_bfloat16Li{width}ELi{count}E"
+    return Cuda("linear_4bit_sm90.cu", pattern, ("90",), first, columns, columns)
+
+
 CUDA = (
-    Cuda("linear_4bit.cu", r"linear_4bit_kernelI13__nv_bfloat16Li1E.*E0E", ("80", "90"), 1, 8, 8),
-    Cuda("linear_4bit.cu", r"linear_4bit_kernelI13__nv_bfloat16Li2E.*E0E", ("80", "90"), 9, 16, 16),
-    Cuda("linear_4bit.cu", r"linear_4bit_kernelI13__nv_bfloat16Li8E.*E0E", ("80", "90"), 33, 128, 64),
+    _mma(1, 1, 8, 8),
+    _mma(2, 9, 16, 16),
+    _mma(8, 33, 128, 64),
+    _wgmma(16, 1, 17),
+    _wgmma(32, 1, 33),
+    _wgmma(64, 1, 97),
+    _wgmma(64, 2, 193),
 )
 
 
-def cuda_estimates(gpu: Gpu, rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...]) -> Iterator[dict]:
+def cuda_code(gpu: Gpu, source: str) -> dict[str, list[Instruction]]:
+    """The functions of a source by their mangled names."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        chip = "90a" if gpu.chip == "90" else gpu.chip
+        command = [tool("nvcc"), "-std=c++20", "-O3", f"-arch=sm_{chip}", "-cubin", f"-I{ROOT / 'csrc'}"]
+        subprocess.run([*command, ROOT / "csrc/cuda" / source, "-o", cubin], check=True, capture_output=True)
+        return disassembled(cubin.read_bytes())
+
+
+def function(code: dict[str, list[Instruction]], pattern: str) -> list[Instruction]:
+    (name,) = [f for f in code if re.search(pattern, f)]
+    return code[name]
+
+
+def cuda_products(gpu: Gpu, only: str) -> Iterator[dict]:
     """Of a warp's products the weights are known; that the multiprocessors have equal shares is assumed."""
-    nvcc, sources = tool("nvcc"), {c.source for c in CUDA if gpu.chip in c.chips}
-    code: dict[str, dict[str, list[Instruction]]] = {}
-    for source in sorted(sources):
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernels.cubin"
-            chip = "90a" if gpu.chip == "90" else gpu.chip
-            command = [nvcc, "-std=c++20", "-O3", f"-arch=sm_{chip}", "-cubin", f"-I{ROOT / 'csrc'}"]
-            subprocess.run([*command, ROOT / "csrc/cuda" / source, "-o", cubin], check=True, capture_output=True)
-            code[source] = disassembled(cubin.read_bytes())
-    for n, k in shapes:
-        for m in rows:
-            for kernel in CUDA:
-                if not kernel.first <= m <= kernel.last or gpu.chip not in kernel.chips:
-                    continue
-                (name,) = [f for f in code[kernel.source] if re.search(kernel.pattern, f)]
-                step = count(main_loop(code[kernel.source][name]))
+    kernels = [c for c in CUDA if gpu.chip in c.chips]
+    code = {source: cuda_code(gpu, source) for source in sorted({c.source for c in kernels})}
+    for product in PRODUCTS:
+        for kernel in kernels:
+            if kernel.first <= product.m <= kernel.last and only in str(product):
+                step = count(main_loop(function(code[kernel.source], kernel.pattern)))
                 weights = (step.mma + step.wgmma) / (2 * kernel.columns)
-                work = Work(m, n, k, -(-m // kernel.columns) * n * k / weights, 1.0)
-                yield estimate(gpu, f"cuda {kernel.source}", step, work)
+                steps = -(-product.m // kernel.columns) * product.n * product.k / weights
+                work = Work(product.bytes, product.operations, steps)
+                yield estimate(gpu, f"cuda {kernel.source}", product, step, work)
+
+
+def cuda_decoding(gpu: Gpu) -> dict:
+    """Of W, 4096², 32 elements a thread."""
+    code = function(cuda_code(gpu, "dequantize_4bit.cu"), "dequantize_kernelI13__nv_bfloat16E")
+    work = Work(4096**2 * (BF16 + 0.5 + 4 / BLOCKSIZE), 0, 4096**2 / 32 / 32)
+    return estimate(gpu, "cuda dequantize_4bit.cu", CONVERTED, count(wide_path(code)), work)
+
+
+def slabs(gpu: Gpu, product: Product, decoding_us: float) -> dict:
+    """W decoded, then the dense product at its limit."""
+    taken = {"decoding": decoding_us, "tensor": product.operations / gpu.peak * 1e6}
+    total = sum(taken.values())
+    return {
+        "gpu": gpu.name,
+        "kernel": "slabs",
+        "what": str(product),
+        "bound": max(taken, key=taken.get),
+        "predicted_us": total,
+        "fraction_of_limit": taken["tensor"] / total,
+        "us": taken,
+    } | product.beside_cublas(gpu, total / 1e6)
+
+
+def cuda_estimates(gpu: Gpu, only: str) -> Iterator[dict]:
+    yield from cuda_products(gpu, only)
+    if only in CONVERTED:
+        decoding = cuda_decoding(gpu)
+        yield decoding
+        yield from (slabs(gpu, Product(m, 4096, 4096), decoding["predicted_us"]) for m in (2048, 4096))
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -353,38 +615,40 @@ def cuda_estimates(gpu: Gpu, rows: tuple[int, ...], shapes: tuple[tuple[int, int
 
 def table(estimates: list[dict]) -> Table:
     out = Table(title="predicted at best (W cold); slots: instructions issued a weight and lane")
-    for column in ("GPU", "kernel", "rows", "W", "slots", "bound", "µs", "of its limit", "× cuBLAS' limit", "target"):
-        out.add_column(column, justify="left" if column in ("GPU", "kernel", "bound") else "right")
+    for column in ("GPU", "kernel", "of", "slots", "bound", "µs", "of its limit", "× cuBLAS' limit", "target"):
+        out.add_column(column, justify="left" if column in ("GPU", "kernel", "of", "bound") else "right")
     for e in estimates:
-        good = e["over_cublas_limit"] >= e["target"]
+        beside = ("", "")
+        if "target" in e:
+            good = e["over_cublas_limit"] >= e["target"]
+            beside = (f"[{'green' if good else 'red'}]{e['over_cublas_limit']:.2f}[/]", f"{e['target']:.2f}")
         out.add_row(
             e["gpu"],
             e["kernel"],
-            str(e["m"]),
-            f"{e['n']}²" if e["n"] == e["k"] else f"{e['n']} × {e['k']}",
-            f"{e['issued_per_weight']:.2f}",
+            e["what"],
+            f"{e['issued_per_weight']:.2f}" if "issued_per_weight" in e else "",
             e["bound"],
             f"{e['predicted_us']:.1f}",
             f"{e['fraction_of_limit']:.2f}",
-            f"[{'green' if good else 'red'}]{e['over_cublas_limit']:.2f}[/]",
-            f"{e['target']:.2f}",
+            *beside,
         )
     return out
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--only", default="", help="what is in the name of what is estimated, such as '1 row'")
     parser.add_argument("--gpus", nargs="+", choices=[g.name for g in GPUS], default=[g.name for g in GPUS])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gpu_estimate.json")
     args = parser.parse_args(argv)
-    console = Console()
+    console = Console(width=160)
     estimates: list[dict] = []
     absent = [] if tool("nvcc") else ["csrc/cuda: no nvcc is here (CUDA_HOME)"]
     for gpu in GPUS:
         if gpu.name in args.gpus:
-            estimates += triton_estimates(gpu, tuple(args.rows), SHAPES)
-            estimates += [] if absent else cuda_estimates(gpu, tuple(args.rows), SHAPES)
+            estimates += triton_estimates(gpu, args.only)
+            if not absent:
+                estimates += cuda_estimates(gpu, args.only)
     for line in absent:
         console.print(line)
     console.print(table(estimates))

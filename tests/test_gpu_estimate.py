@@ -27,14 +27,25 @@ SASS = """
         /*00b0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
         /*00c0*/                   PRMT R15, R20, 0x7770, RZ ;
         /*00d0*/                   FMUL R30, R33, R42.reuse ;
+        /*00d8*/                   MUFU.EX2 R30, R33 ;
         /*00e0*/                   NOP ;
         /*00f0*/              @!P5 BRA `(.L_x_2) ;
         /*0100*/               @P1 BRA `(.L_x_1) ;
 .L_x_3:
         /*0110*/                   BRA `(.L_x_3);
 	.section	.text.other,"ax",@progbits
+        /*0000*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0010*/               @P0 BRA `(.L_x_4) ;
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/               @P1 EXIT ;
+        /*0040*/                   FMUL R4, R4, R5 ;
+        /*0050*/                   BRA `(.L_x_5) ;
 .L_x_4:
-        /*0000*/                   EXIT ;
+        /*0060*/                   LDG.E.U8 R6, desc[UR4][R2.64] ;
+        /*0070*/                   FADD R6, R6, R5 ;
+.L_x_5:
+        /*0080*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0090*/                   EXIT ;
 """
 
 
@@ -44,25 +55,40 @@ def test_the_main_loop_is_found_and_counted():
     loop = gpu_estimate.main_loop(code["kernel"])
     assert (loop[0].address, loop[-1].address) == (0x40, 0xF0)
     step = gpu_estimate.count(loop)
-    assert step.issued == 11
-    assert (step.integer, step.floating) == (1, 1)
-    assert step.shared == 4 + 1 + 4  # LDGSTS, LDS, LDSM
+    assert step.issued == 12
+    assert (step.integer, step.floating, step.special) == (1, 1, 1)
+    assert step.shared == 4 + 1 + 4 + (64 + 128) * 16 * 2 / 128 / 4  # LDGSTS, LDS, LDSM; HGMMA, of four warps
     assert step.bytes == 32 * (16 + 8)
     assert step.mma == 2 * 16 * 8 * 16 + 2 * (2 * 16 * 8 * 8)
     assert step.wgmma == 2 * 64 * 128 * 16 // 4
-    with pytest.raises(ValueError, match="no loop"):
-        gpu_estimate.main_loop(code["other"])
+
+
+def test_weights_in_registers_are_not_read_from_shared_memory():
+    def product(a: str) -> gpu_estimate.Instruction:
+        return gpu_estimate.Instruction(0, False, "HGMMA.64x32x16.F32.BF16", f"R24, {a}, R24")
+
+    assert gpu_estimate.shared_cycles(product("R8, gdesc[UR4]")) == 32 * 16 * 2 / 128 / 4
+    assert gpu_estimate.shared_cycles(product("gdesc[UR4]")) == (32 + 64) * 16 * 2 / 128 / 4
+
+
+def test_of_code_without_a_loop_all_is_counted_or_what_reads_whole_words():
+    code = gpu_estimate.functions(SASS)["other"]
+    assert gpu_estimate.main_loop(code) == code
+    wide = [i.address for i in gpu_estimate.wide_path(code)]
+    assert wide == [0x00, 0x10, 0x20, 0x30, 0x40, 0x50, 0x80, 0x90]
 
 
 def test_the_slowest_part_is_the_bound():
     gpu = gpu_estimate.Gpu("", "90", 100, 1e9, 1e12, 4096, 2048, 1)
-    step = gpu_estimate.Step(100, 10, 10, 10, 0, 2048, 0, {})
-    work = gpu_estimate.Work(1, 1024, 1024, 1e6, 2.0)
+    step = gpu_estimate.Step(100, 10, 10, 10, 10, 0, 2048, 0, {})
+    product = gpu_estimate.Product(1, 1024, 1024)
+    work = gpu_estimate.Work(product.bytes, product.operations, 1e6, 2.0)
     seconds = gpu_estimate.times(gpu, step, work)
     assert seconds["issue"] == pytest.approx(1e6 * 100 / 4 / 100 / 1e9 * 2)
     assert seconds["tensor"] == pytest.approx(1e6 / 100 / 1e9 * 2)
     assert seconds["memory"] == pytest.approx((1024 * 1024 * 0.5625 + 4096) / 1e12)
-    found = gpu_estimate.estimate(gpu, "kernel", step, work)
+    assert seconds["special pipe"] == pytest.approx(1e6 * 10 * 8 / 4 / 100 / 1e9 * 2)
+    found = gpu_estimate.estimate(gpu, "kernel", product, step, work)
     assert found["bound"] == "issue"
     assert found["fraction_of_limit"] == pytest.approx(seconds["memory"] / seconds["issue"])
 
@@ -71,9 +97,9 @@ def test_the_slowest_part_is_the_bound():
 def test_it_estimates_the_kernels_that_the_operator_launches(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    gpu_estimate.main(["--rows", "1", "--gpus", "H100", "--output", str(tmp_path / "out.json")])
+    gpu_estimate.main(["--only", "1 row", "--gpus", "H100", "--output", str(tmp_path / "out.json")])
     written = json.loads((tmp_path / "out.json").read_text())
-    assert [(e["m"], e["n"]) for e in written["estimates"]] == [(1, 4096), (1, 8192)]
+    assert [e["what"] for e in written["estimates"]] == ["1 row, 4096²", "1 row, 8192²"]
     for e in written["estimates"]:
         assert e["predicted_us"] == max(e["us"].values()) >= e["us"]["memory"] > 0
         assert 0.9 < e["fraction_of_limit"] <= 1  # decoding is bound by memory, or all but
