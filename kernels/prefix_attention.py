@@ -97,6 +97,22 @@ def _rows(t, batch, head, row):
 
 
 @triton.jit
+def _query_rows(kv_head, row0, R, GROUP: tl.constexpr, BM: tl.constexpr):
+    """Rows row0 to row0 + BM - 1 of one row of the batch: (they, which of them there are, their tokens, their heads)"""
+    rows = row0 + tl.arange(0, BM)
+    return rows, rows < R, rows // GROUP, kv_head * GROUP + rows % GROUP
+
+
+@triton.jit
+def _unit_rows(b, kv_head, row0, R, T, GROUP: tl.constexpr, BM: tl.constexpr):
+    """Rows row0 to row0 + BM - 1 of unit b, counted over the batch: (they, which of them there are, their rows of the
+    batch, their tokens, their heads)"""
+    inside = row0 + tl.arange(0, BM) < R
+    rows = b * R + row0 + tl.arange(0, BM)
+    return rows, inside, rows // (T * GROUP), rows // GROUP % T, kv_head * GROUP + rows % GROUP
+
+
+@triton.jit
 def _prefix_of(index, lengths, b, slots, P):
     """(which prefix row b of the batch has, its length: 0 where it has none)"""
     slot = b.to(tl.int64) * 0
@@ -235,6 +251,16 @@ def _gradient_sweep(
     return dq
 
 
+@triton.jit
+def _anew(x, MOVE: tl.constexpr):
+    """The number x, which the compiler does not know to be that: what follows from it is computed again, and does not
+    lie in registers during the sweep, which has use for all of them."""
+    if MOVE is None:
+        return x
+    else:
+        return tl.inline_asm_elementwise(MOVE, "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+
+
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 _SIZES = ["T", "S", "P", "slots", "window", "units", "R", "M", "span", "parts", "B", "N"]
@@ -290,15 +316,14 @@ def _forward(
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    MOVE: tl.constexpr,  # of an integer in PTX, or None
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     unit, part = tl.program_id(0) % units, tl.program_id(1)
     row0 = (tl.num_programs(0) // units - 1 - tl.program_id(0) // units) * BM  # those that see the most come first
     b, kv_head = unit // HKV, unit % HKV
-    rows = b * R + row0 + tl.arange(0, BM)
-    inside = row0 + tl.arange(0, BM) < R
-    row_b, token, head = rows // (T * GROUP), rows // GROUP % T, kv_head * GROUP + rows % GROUP
+    rows, inside, row_b, token, head = _unit_rows(b, kv_head, row0, R, T, GROUP, BM)
     first, last = row0 // GROUP, (tl.minimum(row0 + BM, R) - 1) // GROUP  # tokens
     q_tile = _load(_rows(q, row_b, head, token), inside, D, WIDTH)
     upper = token[:, None] if CAUSAL else _SHOWN - 1
@@ -333,6 +358,8 @@ def _forward(
             acc, total, most, q_tile, k, v, b, kv_head, begin, end,
             positions, shift, upper, token[:, None], window, scale, True, D, WIDTH, BN,
         )  # fmt: skip
+    unit = _anew(unit, MOVE)
+    rows, inside, row_b, token, head = _unit_rows(unit // HKV, unit % HKV, _anew(row0, MOVE), R, T, GROUP, BM)
     at = part.to(tl.int64) * M + (row_b * T + token) * (HKV * GROUP) + head
     _store(out + at * D, acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None], inside, D, WIDTH)
     if lse is not None:
@@ -405,6 +432,7 @@ def _query_grad(
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    MOVE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -413,9 +441,7 @@ def _query_grad(
     units = tl.num_programs(0) // blocks
     unit, row0 = tl.program_id(0) % units, (blocks - 1 - tl.program_id(0) // units) * BM
     b, kv_head = unit // HKV, unit % HKV
-    rows = row0 + tl.arange(0, BM)
-    inside = rows < R
-    token, head = rows // GROUP, kv_head * GROUP + rows % GROUP
+    rows, inside, token, head = _query_rows(kv_head, row0, R, GROUP, BM)
     first, last = row0 // GROUP, (tl.minimum(row0 + BM, R) - 1) // GROUP  # tokens
     upper = token[:, None] if CAUSAL else _SHOWN - 1
     q_tile = _load(_rows(q, b, head, token), inside, D, WIDTH)
@@ -444,6 +470,10 @@ def _query_grad(
         acc, q_tile, dout_tile, lse_tile, delta_tile, k, v, b, kv_head, begin, end,
         positions, T - S, upper, token[:, None], window, scale, D, WIDTH, BN,
     )  # fmt: skip
+    unit = _anew(unit, MOVE)
+    b, kv_head = unit // HKV, unit % HKV
+    rows, inside, token, head = _query_rows(kv_head, _anew(row0, MOVE), R, GROUP, BM)
+    at = (b.to(tl.int64) * T + token) * (HKV * GROUP) + head
     _store(dq + at * D, acc * dq_scale, inside, D, WIDTH)
 
 
@@ -477,6 +507,7 @@ def _key_grad(
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    MOVE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -489,7 +520,8 @@ def _key_grad(
         positions += b.to(tl.int64) * S
     # The prefix's tiles come first, as all rows see them.
     of_prefix = tile < tl.cdiv(P, BN)
-    j = (tile - tl.where(of_prefix, 0, tl.cdiv(P, BN))) * BN + tl.arange(0, BN)
+    j0 = (tile - tl.where(of_prefix, 0, tl.cdiv(P, BN))) * BN
+    j = j0 + tl.arange(0, BN)
     place = _places(positions, T - S, j, tl.where(of_prefix, 0, S))
     if prefix_k is not None:
         slot, length = _prefix_of(index, lengths, b, slots, P)
@@ -514,9 +546,7 @@ def _key_grad(
     acc_k = tl.zeros((BN, WIDTH), tl.float32)
     acc_v = tl.zeros((BN, WIDTH), tl.float32)
     for row0 in range(tl.maximum(first, 0) * GROUP, last * GROUP, BM):
-        rows = row0 + tl.arange(0, BM)
-        inside = rows < R
-        token, head = rows // GROUP, kv_head * GROUP + rows % GROUP
+        rows, inside, token, head = _query_rows(kv_head, row0, R, GROUP, BM)
         q_tile = _load(_rows(q, b, head, token), inside, D, WIDTH)
         dout_tile = _load(_rows(dout, b, head, token), inside, D, WIDTH)
         at = unit.to(tl.int64) * R + rows
@@ -530,6 +560,8 @@ def _key_grad(
         ds = weight * (tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee") - delta_tile[None, :])
         acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision="ieee")
     acc_k *= dk_scale
+    j, unit = _anew(j0, MOVE) + tl.arange(0, BN), _anew(unit, MOVE)
+    b, kv_head = unit // HKV, unit % HKV
     if of_prefix:
         at = (unit.to(tl.int64) * P + j) * D
         _store(prefix_dk + at, acc_k, j < P, D, WIDTH)
@@ -578,43 +610,67 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(rows: int, width: int, dtype: torch.dtype) -> Tiles:
-    """Of ``_forward``, for units of ``rows`` rows; ``width`` is D, padded.
+_TILES = {
+    "tcgen05": {
+        64: (Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 2), Tiles(64, 128, 8, 2)),
+        128: (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
+        256: (Tiles(64, 16, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 64, 8, 2)),
+    },
+    "wgmma": {
+        64: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
+        128: (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
+        256: (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 64, 8, 2)),
+    },
+    "mma": {
+        64: (Tiles(128, 32, 4, 3), Tiles(128, 32, 4, 2), Tiles(32, 128, 8, 2)),
+        128: (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 2)),
+        256: (Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 2), Tiles(16, 32, 4, 2)),
+    },
+    "mfma": {
+        64: (Tiles(128, 64, 4, 3), Tiles(128, 32, 4, 2), Tiles(32, 128, 4, 2)),
+        128: (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2)),
+        256: (Tiles(64, 32, 4, 2), Tiles(64, 16, 4, 2), Tiles(16, 32, 4, 2)),
+    },
+}
+"""By tensor cores and width (the nearest of these), of elements of two bytes: what ``_forward``, ``_query_grad`` and
+``_key_grad`` take. A warp reads the tiles that it multiplies from shared memory, which is what bounds these kernels. So
+warps divide the rows of the products alone (of ``_key_grad``, keys), 16 or 32 each: two side by side would read the
+same, and hand the weights to one another. And tiles are as large as registers hold without spilling (AMD's warps are
+twice as wide, its shared memory is the smallest)."""
 
-    As high as registers hold: what is read of K and V then serves the most rows.
-    """
-    most = 128 if width <= (128 if _reads_shared_memory() else 64) else 64
-    height = min(max(16, triton.next_power_of_2(rows)), most)
+
+def _cuts(width: int) -> tuple[Tiles, Tiles, Tiles]:
+    cores = "mma" if torch.version.hip is None else "mfma"
+    if cores == "mma" and torch.cuda.is_available():
+        cores = {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability()[0], cores)
+    return _TILES[cores][min(max(width, 64), 256)]
+
+
+def tiles(rows: int, width: int, dtype: torch.dtype) -> Tiles:
+    """Of ``_forward``, for units of ``rows`` rows; ``width`` is D, padded."""
+    height = max(16, triton.next_power_of_2(rows))
     if dtype == torch.float32:
         side = _side(width)
         return Tiles(min(height, side), side, 4, 2)
-    return Tiles(height, 64 if width <= 128 else 32, _warps(height * width), 3 if width <= 64 else 2)
+    if height <= 32:  # reading bounds it
+        return Tiles(height, 64 if width <= 128 else 32, 4, 3 if width <= 64 else 2)
+    cut = _cuts(width)[0]
+    height = min(height, cut.rows)
+    return cut._replace(rows=height, warps=max(4, cut.warps * height // cut.rows))
 
 
 def gradient_tiles(width: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:
     """Of ``_query_grad``, and of ``_key_grad``, which holds two sums, [keys, width]."""
     if dtype == torch.float32:
-        side, warps = _side(width), _warps(64 * width)
+        side, warps = _side(width), 8 if width >= 128 and torch.version.hip is None else 4
         return Tiles(side, side, warps, 2), Tiles(16, side, warps, 2)
-    height, keys = 128 if width <= 64 else 64, min(128, 8192 // width)
-    step = 32 if width <= 128 else 16
-    return Tiles(height, step, _warps(height * width), 2), Tiles(step, keys, _warps(2 * keys * width), 2)
+    return _cuts(width)[1:]
 
 
 def _side(width: int) -> int:
     """Of float32 tiles: what fits into the smallest shared memory, 99 KiB, and into registers, where what is multiplied
     without tensor cores lies too."""
     return 32 if width <= 64 else 16
-
-
-def _warps(sums: int) -> int:
-    """Of a program that holds so many sums; AMD's warps are twice as wide."""
-    return 8 if sums >= 128 * 64 and torch.version.hip is None else 4
-
-
-def _reads_shared_memory() -> bool:
-    """Whether the tensor cores take their operands from there (wgmma, tcgen05), which leaves registers for the sums."""
-    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 class Call(NamedTuple):
@@ -691,8 +747,10 @@ def _view(t: Tensor | None) -> View | None:
     return View(t, *t.stride()[:3])
 
 
-def _cut(cut: Tiles) -> dict:
-    return {"BM": cut.rows, "BN": cut.keys, "num_warps": cut.warps, "num_stages": cut.stages}
+def _cut(cut: Tiles, full: bool) -> dict:
+    """``full``: the sums fill the registers."""
+    move = "mov.b32 $0, $1;" if full and torch.version.hip is None else None
+    return {"BM": cut.rows, "BN": cut.keys, "MOVE": move, "num_warps": cut.warps, "num_stages": cut.stages}
 
 
 class _Pass(NamedTuple):
@@ -719,7 +777,7 @@ def forward(call: Call, need_lse: bool) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((batch * kv_heads if need_lse else 0, tokens * group), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    arguments, prefix = call.arguments(), call.prefix[1]
+    arguments, prefix, full = call.arguments(), call.prefix[1], q.dtype != torch.float32
     rows, units = tokens * group, batch * kv_heads
     passes = [_Pass(units, rows, prefix + keys, {})]
     if prefix > 0 and call.index is None and call.window is None and rows <= _FEW and batch > 1:
@@ -744,7 +802,7 @@ def forward(call: Call, need_lse: bool) -> tuple[Tensor, Tensor]:
             M=batch * tokens * heads,
             span=span,
             **arguments | each.without,
-            **_cut(cut),
+            **_cut(cut, full and cut.rows > 32),
         )
         at += n
     if parts > 1:
@@ -782,9 +840,10 @@ def backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor
     delta = torch.empty_like(lse)
     arguments = call.arguments() | {"dout": _view(dout), "lse": lse, "delta": delta}
     for_queries, for_keys = gradient_tiles(call.width, q.dtype)
+    full = q.dtype != torch.float32
     if dq.numel() > 0:
         _query_grad[(triton.cdiv(tokens * call.group, for_queries.rows) * units,)](
-            out=out, dq=dq, dq_scale=call.scale, **arguments, **_cut(for_queries)
+            out=out, dq=dq, dq_scale=call.scale, **arguments, **_cut(for_queries, full)
         )
     blocks = triton.cdiv(prefix, for_keys.keys) + triton.cdiv(keys, for_keys.keys)
     if blocks * units > 0:
@@ -795,7 +854,7 @@ def backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor
             prefix_dv=prefix_dv,
             dk_scale=call.scale,
             **arguments,
-            **_cut(for_keys),
+            **_cut(for_keys, full),
         )
     return dq, dk, dv, *(_summed(parts, call.index, slots) for parts in (prefix_dk, prefix_dv))
 

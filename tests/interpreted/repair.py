@@ -51,6 +51,7 @@ def lop3(a, b, c, table):
 
 
 INSTRUCTIONS = {
+    "mov": lambda a: a,
     "and": lambda a, b: a & b,
     "mul.lo": lambda a, b: a * b,
     "mul.hi": lambda a, b: (a.astype(np.uint64) * b >> np.uint64(32)).astype(np.uint32),
@@ -100,15 +101,17 @@ def constant(self, value):
 
 
 def inline_asm(self, text, constraints, values, types, pure, pack):
-    """A statement that takes words and gives four: for words, or with ``pack`` one for each of four bytes."""
-    inputs = constraints.split(",").count("r")
-    assert len(values) == inputs and len(constraints.split(",")) == inputs + 4 and pack * len(types) == 4
+    """A statement that takes words and gives words; with ``pack`` 4 one for each of four bytes."""
+    inputs, outputs = (constraints.split(",").count(what) for what in ("r", "=r"))
+    assert len(values) == inputs and len(constraints.split(",")) == inputs + outputs == inputs + pack * len(types)
     words = [np.ascontiguousarray(v.data).reshape(-1).view(np.uint32) for v in values]
-    out = run_ptx(text, words, 4)
+    out = run_ptx(text, words, outputs)
     if pack == 4:
         out = [np.stack(out, axis=1)]
     shape = values[0].data.shape
-    out = [Handle(o.reshape(shape), t.scalar) for o, t in zip(out, types, strict=True)]
+    out = [
+        Handle(o.reshape(shape).view(interpreter._get_np_dtype(t)), t.scalar) for o, t in zip(out, types, strict=True)
+    ]
     # Stands for the builder's operation, which is asked for its results.
     return type("Result", (), {"get_result": lambda self, i: out[i]})()
 
