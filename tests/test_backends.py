@@ -115,7 +115,16 @@ def test_without_cuda_kernels_the_slower_path_is_said_once(gpu, monkeypatch, tri
         assert chosen(w) is backend
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert chosen(w, 4096, infers=False) is backend
+        assert chosen(w, 1023, infers=False) is backend
+
+
+def test_where_triton_stands_alone_many_rows_are_worth_all_of_w_but_on_amd(gpu, monkeypatch):
+    w = gpu((9, 0), "pyfastpeft was built without CUDA kernels")
+    with pytest.warns(UserWarning, match="Triton's kernels serve"):
+        assert chosen(w, 1024) is chosen(w, 4096, infers=False) is Backend.SLABS
+    assert chosen(w, 4096, infers=False, drops=True) is Backend.TRITON
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert chosen(w, 4096) is Backend.TRITON
 
 
 def test_without_any_kernels_a_gpu_has_the_reference(gpu, monkeypatch):

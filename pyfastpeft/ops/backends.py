@@ -70,6 +70,9 @@ def _forced() -> Backend | None:
 _FORCED = _forced()
 _DENSE_ROWS = 256
 """Rows from which on a dense product, which runs at the tensor cores' speed, is worth decoding W into memory."""
+_WHOLE_ROWS = 1024
+"""The same where Triton decodes it, all at once, which leaves the cache: an A100 would gain from 512 rows on, an H100
+from 1024 (``bench.gpu_estimate``)."""
 
 
 @functools.cache
@@ -107,8 +110,9 @@ def choose(w: Packed4bit, rows: int, dtype: torch.dtype, infers: bool, drops: bo
     """The backend for ``w`` and ``rows`` rows of ``dtype``.
 
     On a CPU the native operators, for weights in tiles. On a GPU the CUDA kernels as far as they go; above, slabs from
-    256 rows on; Triton's kernels for the rest, or for all where it stands alone. Else the reference (dequantize, then a
-    dense product). ``PYFASTPEFT_BACKEND`` forces one: ``native`` only where it can serve; ``cuda`` means slabs too.
+    256 rows on; Triton's kernels for the rest. Where Triton stands alone, slabs from 1024 rows on, but on AMD's, about
+    which nothing is known. Else the reference (dequantize, then a dense product). ``PYFASTPEFT_BACKEND`` forces one:
+    ``native`` only where it can serve; ``cuda`` means slabs too.
 
     Args:
         infers: nothing is recorded for autograd, and what scales the LoRA branch is the same for all rows, or a bank.
@@ -129,6 +133,8 @@ def choose(w: Packed4bit, rows: int, dtype: torch.dtype, infers: bool, drops: bo
             return Backend.CUDA
         if not triton or (rows >= _DENSE_ROWS and not drops):
             return Backend.SLABS
+    elif triton and rows >= _WHOLE_ROWS and not drops and torch.version.hip is None:
+        return Backend.SLABS
     return Backend.TRITON if triton else Backend.REFERENCE
 
 
