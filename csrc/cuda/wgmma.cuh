@@ -223,8 +223,12 @@ inline cudaError_t map_tiles(TileMap* map, const void* base, int size, int64_t r
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION < 12050  // CUDA 13 has the other alone
+    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#else
     const cudaError_t status =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#endif
     return status == cudaSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorSymbolNotFound;
