@@ -344,6 +344,13 @@ def _backward(n: int, rank: int) -> None:
     kernels.backward(x, x, s, _weight(n, n), branch, True, True, True)
 
 
+def _mixed(n: int, rank: int, adapters: int) -> None:
+    kernels, f32 = _kernels("linear_4bit"), torch.float32
+    a, b, scaling = _empty(adapters, rank, n), _empty(adapters, n, rank), _empty(adapters, dtype=f32)
+    slots = kernels.Slots(a, b, scaling, _empty(MANY, dtype=torch.int64))
+    kernels.forward_slots(_empty(MANY, n), _weight(n, n), None, slots)
+
+
 def _attention(batch: int, tokens: int, keys: int, dim: int, train: bool) -> None:
     from pyfastpeft.ops.triton_kernels import prefix_attention, prefix_attention_backward
 
@@ -378,6 +385,7 @@ def _cross_entropy(classes: int) -> None:
 CALLS: tuple[tuple[Product | str, Callable[[], None]], ...] = (
     *((product, functools.partial(_forward, *product)) for product in PRODUCTS),
     (Product(MANY, 4096, 4096), lambda: _backward(4096, 16)),
+    (f"{MANY} rows, 4096², 8 adapters", lambda: _mixed(4096, 16, 8)),
     ("4 × 2048 tokens, 32 heads of 128 over 8", lambda: _attention(4, 2048, 2048, 128, True)),
     ("4 × 2048 tokens, 32 heads of 64 over 8", lambda: _attention(4, 2048, 2048, 64, True)),
     ("decoding 8 rows, 4096 keys, 32 heads of 128 over 8", lambda: _attention(8, 1, 4096, 128, False)),
@@ -419,6 +427,12 @@ def _of_projection(run: Launch) -> tuple[float, float, float]:
     return _size(g.p, g.q, g.t), 2 * g.M * g.C * g.R * sums, run.programs * (g.CHUNK // g.BM)
 
 
+def _of_slots(run: Launch) -> tuple[float, float, float]:
+    """As if each block of rows met one slot, as they do in order, but where two meet."""
+    g = run.given
+    return _size(g.x, g.a, g.s), 2 * g.M * g.K * g.R, run.programs * (g.SPAN // g.BK)
+
+
 def _of_attention(run: Launch) -> tuple[float, float, float]:
     """Token t sees the keys up to t + S - T. A program takes rows and passes over keys, or the other way around."""
     g, rows, more = run.given, run.given.T * run.given.GROUP, run.given.S - run.given.T
@@ -443,6 +457,7 @@ NEEDS: dict[str, Callable[[Launch], tuple[float, float, float]]] = {
     "linear_4bit._forward": _of_product,
     "linear_4bit._input_grad": _of_product,
     "linear_4bit._project": _of_projection,
+    "linear_4bit._slot_sums": _of_slots,
     "prefix_attention._forward": _of_attention,
     "prefix_attention._query_grad": _of_attention,
     "prefix_attention._key_grad": _of_attention,
@@ -459,7 +474,7 @@ NEEDS: dict[str, Callable[[Launch], tuple[float, float, float]]] = {
     "quantize_4bit._quantize": _of_tensors("w", "codes", "scale", "zero"),
     "quantize_4bit._dequantize": _of_tensors("codes", "scale", "zero", "out"),
 }
-"""What the kernels need that do not merely add up parts or look at positions."""
+"""Of all kernels but those that merely add up parts or look at positions."""
 
 
 @contextlib.contextmanager
