@@ -7,8 +7,8 @@ lacks is said. In the machine code of each the main loop is counted: bytes asked
 cycles of shared memory (without bank conflicts and TMA's copies), instructions issued, and those of the integer, the
 floating and the special pipe. The slowest of these is the bound, and its time the prediction; latencies, the loop's
 entry and the epilogue are left out, so a kernel can only be slower. Of code without tensor-core operations the loops
-are counted, or else all; of CUDA's dequantization what runs where memory is read and written by whole words. CUDA's
-quantization, whose code has too many alternatives for that, is left out.
+are counted, or else all; of CUDA's dequantization the shortest way that writes whole words. CUDA's quantization,
+whose formats and tails are in one kernel, is left out.
 
 Beside the 4-bit product stands what cuBLAS in bf16 could at best reach on the same GPU, and the target against it.
 "slabs" is the product of many rows, W decoded for it: the dense product at its limit and the decoding one after the
@@ -21,6 +21,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import heapq
 import itertools
 import json
 import math
@@ -134,33 +135,42 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
 
 
 def is_narrow(i: Instruction) -> bool:
-    return i.opcode.startswith(("LDG.", "STG.")) and width(i.opcode) < 4
+    return i.opcode.startswith("STG.") and width(i.opcode) < 4
 
 
 def wide_path(code: list[Instruction]) -> list[Instruction]:
-    """What runs where no lane reads or writes memory by one or two bytes: the blocks on a way from the entry to an exit
-    around those that do."""
+    """Of the ways from the entry to an exit that write to global memory, by four bytes a lane or more, the one with the
+    fewest instructions: what whole blocks of a kernel do that has other code for what is left over."""
     place = {i.address: n for n, i in enumerate(code)}
     starts = {0, *(place[i.target] for i in code if i.target is not None)}
     starts |= {n + 1 for n, i in enumerate(code[:-1]) if i.opcode.startswith(("BRA", "EXIT"))}
     blocks = {a: code[a:b] for a, b in itertools.pairwise([*sorted(starts), len(code)])}
     blocks = {start: block for start, block in blocks.items() if not any(map(is_narrow, block))}
-    ways = set()
+    ways = []
     for start, block in blocks.items():
         last = block[-1]
         if last.target is not None:
-            ways.add((start, place[last.target]))
+            ways.append((start, place[last.target]))
         if last.conditional or not last.opcode.startswith(("BRA", "EXIT")):
-            ways.add((start, start + len(block)))
+            ways.append((start, start + len(block)))
 
-    def reached(found: set[int], ways: set[tuple[int, int]]) -> set[int]:
-        while more := {b for a, b in ways if a in found and b in blocks} - found:
-            found |= more
+    def shortest(ends: list[int], ways: list[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+        """Of the ways from one of ``ends`` to each block the one with the fewest instructions."""
+        waiting, found = [(len(blocks[end]), (end,)) for end in ends], {}
+        while waiting:
+            length, way = heapq.heappop(waiting)
+            if way[-1] not in found:
+                found[way[-1]] = way
+                for a, b in ways:
+                    if a == way[-1] and b in blocks:
+                        heapq.heappush(waiting, (length + len(blocks[b]), (*way, b)))
         return found
 
-    exits = {start for start, block in blocks.items() if block[-1].opcode == "EXIT"}
-    used = reached({0}, ways) & reached(exits, {(b, a) for a, b in ways})
-    return [i for start in sorted(used) for i in blocks[start]]
+    there = shortest([0], ways)
+    back = shortest([s for s, block in blocks.items() if block[-1].opcode == "EXIT"], [(b, a) for a, b in ways])
+    writing = [s for s, block in blocks.items() if any(i.opcode.startswith("STG.") for i in block)]
+    both = ((*there[s], *back[s][-2::-1]) for s in writing if s in there and s in back)
+    return [i for start in min(both, key=lambda way: sum(len(blocks[s]) for s in way)) for i in blocks[start]]
 
 
 def width(opcode: str) -> int:
@@ -597,7 +607,7 @@ def cuda_products(gpu: Gpu, only: str) -> Iterator[dict]:
 
 def cuda_decoding(gpu: Gpu) -> dict:
     """Of W, 4096², 32 elements a thread."""
-    code = function(cuda_code(gpu, "dequantize_4bit.cu"), "dequantize_kernelI13__nv_bfloat16E")
+    code = function(cuda_code(gpu, "dequantize_4bit.cu"), "dequantize_kernelI13__nv_bfloat16Lb0E")
     work = Work(4096**2 * (BF16 + 0.5 + 4 / BLOCKSIZE), 0, 4096**2 / 32 / 32)
     return estimate(gpu, "cuda dequantize_4bit.cu", CONVERTED, count(wide_path(code)), work)
 

@@ -487,8 +487,8 @@ FAULTS = {
     "dequantize: the other nibble": (DEQUANTIZE, "4 * (e ^ 1)", "4 * (e ^ !FAULT)"),
     "dequantize: a group past the end": (
         DEQUANTIZE,
-        "if (words && i + 8 <= count) {",
-        "if (words && (FAULT || i + 8 <= count)) {",
+        "block_start + kGroups * kThreads * 8 > count",
+        "block_start + kGroups * kThreads * 8 * !FAULT > count",
     ),
     "quantize: an element too many": (QUANTIZE, "if (c + i >= size) continue", "if (c + i >= size + FAULT) continue"),
     "quantize: lanes that are not asked": (QUANTIZE, "other < lanes;", "other < lanes / (1 + FAULT);"),
@@ -529,7 +529,7 @@ def small_calls() -> list[Call]:
         linear(Weight(65, 576), 3, lora=Lora(5)),
         linear(Weight(65, 576), 3, lora=Lora(5)),
         linear(Weight(20, 77, "int4", 32), 3),
-        dequantize(Weight(7, 76), 0, 7, torch.float16),
+        dequantize(Weight(21, 516), 0, 21, torch.float16),
         quantize(torch.rand(131) + 0.1, "int4", 64),
     ]
     calls[2].stream = -1

@@ -41,7 +41,7 @@ SASS = """
         /*0040*/                   FMUL R4, R4, R5 ;
         /*0050*/                   BRA `(.L_x_5) ;
 .L_x_4:
-        /*0060*/                   LDG.E.U8 R6, desc[UR4][R2.64] ;
+        /*0060*/                   STG.E.U8 desc[UR4][R2.64], R6 ;
         /*0070*/                   FADD R6, R6, R5 ;
 .L_x_5:
         /*0080*/                   STG.E.128 desc[UR4][R2.64], R4 ;
@@ -71,7 +71,7 @@ def test_weights_in_registers_are_not_read_from_shared_memory():
     assert gpu_estimate.shared_cycles(product("gdesc[UR4]")) == (32 + 64) * 16 * 2 / 128 / 4
 
 
-def test_of_code_without_a_loop_all_is_counted_or_what_reads_whole_words():
+def test_of_code_without_a_loop_all_is_counted_or_the_shortest_way_that_writes_whole_words():
     code = gpu_estimate.functions(SASS)["other"]
     assert gpu_estimate.main_loop(code) == code
     wide = [i.address for i in gpu_estimate.wide_path(code)]

@@ -11,60 +11,70 @@ namespace {
 
 constexpr int kThreads = 256, kGroups = 4;
 
-template <typename T>
+// Elements [i, i + 8), as far as they are there, one by one.
+template <typename T, bool kZero>
+PF_DEVICE void dequantize_some(const PfWeight& w, int64_t first, int64_t i, int64_t count, const float* values,
+                               const float* dynamic_map, float offset, T* out) {
+  const int block_bits = __ffs(w.blocksize) - 1;
+#pragma unroll 1
+  for (int64_t end = min64(i + 8, count); i < end; ++i) {
+    const int64_t at = first + i, block = at >> block_bits;
+    const float scale = scale_of(load_scale(w, block), dynamic_map, offset);
+    const float zero = kZero ? __ldg(w.zero + block) : 0.0f;
+    out[i] = from_float<T>(decoded(values[code_at(w.codes, at) * 32], scale, zero, kZero));
+  }
+}
+
+// kZero: blocks have a zero point.
+template <typename T, bool kZero>
 __global__ void __launch_bounds__(kThreads, 4)
     dequantize_kernel(const PF_GRID_CONSTANT PfWeight w, int64_t first, int64_t count, T* out) {
-  float* values = reinterpret_cast<float*>(shared_memory());  // [code][lane]
-  const int lane = threadIdx.x % 32;
-  for (int i = threadIdx.x; i < 16 * 32; i += kThreads) values[i] = kValues[w.format][i / 32];
+  float* table = reinterpret_cast<float*>(shared_memory());  // [code][lane]
+  for (int i = threadIdx.x; i < 16 * 32; i += kThreads) table[i] = kValues[w.format][i / 32];
   __syncthreads();
+  const float* values = table + threadIdx.x % 32;
   const float offset = w.scale != nullptr ? 0.0f : __ldg(w.offset);
   const float* dynamic_map = w.scale != nullptr ? nullptr : w.dynamic_map;
-  const bool words = first % 8 == 0 && reinterpret_cast<uintptr_t>(w.codes) % 4 == 0;
-  const int block_bits = __ffs(w.blocksize) - 1;
+  const int64_t block_start = static_cast<int64_t>(blockIdx.x) * kGroups * kThreads * 8;
+  const int64_t start = block_start + threadIdx.x * 8;
 
-  const int64_t start = (static_cast<int64_t>(blockIdx.x) * kGroups * kThreads + threadIdx.x) * 8;
-  uint32_t codes[kGroups] = {};  // of elements 0 to 7 from the lowest nibble of the lowest byte, neighbours swapped
-  RawScale raw[kGroups] = {};
+  const bool words = first % 8 == 0 && reinterpret_cast<uintptr_t>(w.codes) % 4 == 0 && aligned16(out);
+  if (!words || block_start + kGroups * kThreads * 8 > count) {
+    for (int j = 0; j < kGroups; ++j)
+      dequantize_some<T, kZero>(w, first, start + j * kThreads * 8, count, values, dynamic_map, offset, out);
+    return;
+  }
+  uint32_t codes[kGroups];  // of elements 0 to 7 from the lowest nibble of the lowest byte, neighbours swapped
+  RawScale raw[kGroups];
   float zero[kGroups] = {};
+  const int block_bits = __ffs(w.blocksize) - 1;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
-    const int64_t i = start + j * kThreads * 8, at = first + i;
-    if (!words || i + 8 > count) continue;
+    const int64_t at = first + start + j * kThreads * 8;
     codes[j] = __ldg(reinterpret_cast<const uint32_t*>(w.codes + at / 2));
     raw[j] = load_scale(w, at >> block_bits);
-    zero[j] = w.zero == nullptr ? 0.0f : __ldg(w.zero + (at >> block_bits));
+    if (kZero) zero[j] = __ldg(w.zero + (at >> block_bits));
   }
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
-    const int64_t i = start + j * kThreads * 8, at = first + i;
-    if (i >= count) break;
+    const float scale = scale_of(raw[j], dynamic_map, offset);
     float v[8];
-    if (words && i + 8 <= count) {
-      const float scale = scale_of(raw[j], dynamic_map, offset);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const uint32_t code = (codes[j] >> 4 * (e ^ 1)) & 15;
-        v[e] = decoded(values[code * 32 + lane], scale, zero[j], w.zero != nullptr);
-      }
-    } else {
-      for (int e = 0; e < 8; ++e) {
-        v[e] = 0.0f;
-        if (i + e >= count) continue;
-        const int64_t block = (at + e) >> block_bits;
-        const float scale = scale_of(load_scale(w, block), dynamic_map, offset);
-        const float z = w.zero == nullptr ? 0.0f : __ldg(w.zero + block);
-        v[e] = decoded(values[code_at(w.codes, at + e) * 32 + lane], scale, z, w.zero != nullptr);
-      }
+    for (int e = 0; e < 8; ++e) {
+      const int shift = 4 * (e ^ 1) - 7;  // a code's values are 2^7 bytes
+      const uint32_t at = (shift < 0 ? codes[j] << -shift : codes[j] >> shift) & 15u << 7;
+      const float value = *reinterpret_cast<const float*>(reinterpret_cast<const char*>(values) + at);
+      v[e] = decoded(value, scale, zero[j], kZero);
     }
-    store8(out + i, count - i, v);
+    store8_whole(out + start + j * kThreads * 8, v);
   }
 }
 
 template <typename T>
 cudaError_t run(const PfWeight& w, int64_t first, int64_t count, void* out, void* stream) {
   const int64_t blocks = (count + kGroups * kThreads * 8 - 1) / (kGroups * kThreads * 8);
-  return launch(dequantize_kernel<T>, blocks, kThreads, 16 * 32 * 4, stream, w, first, count, static_cast<T*>(out));
+  const auto kernel = w.zero == nullptr ? dequantize_kernel<T, false> : dequantize_kernel<T, true>;
+  return launch(kernel, blocks, kThreads, 16 * 32 * 4, stream, w, first, count, static_cast<T*>(out));
 }
 
 }  // namespace
