@@ -531,6 +531,7 @@ def small_calls() -> list[Call]:
         linear(Weight(20, 77, "int4", 32), 3),
         dequantize(Weight(21, 516), 0, 21, torch.float16),
         quantize(torch.rand(131) + 0.1, "int4", 64),
+        quantize(torch.randn(2179), "nf4", 64),
     ]
     calls[2].stream = -1
     return calls

@@ -32,25 +32,34 @@ constexpr Codebook codebook(const float (&values)[16]) {
 }
 static __constant__ const Codebook kCodebooks[2] = {codebook(kNf4), codebook(kFp4)};
 
-template <typename T>
+// Blocks from `first_block` on. kWhole: all are there, and addresses allow eight elements, and eight codes, at a time.
+template <typename T, int kFormat, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 4)
-    quantize_kernel(const T* src, int64_t count, int format, int blocksize, uint8_t* codes, float* scale, float* zero) {
+    quantize_kernel(const T* src, int64_t count, int64_t first_block, int blocksize, uint8_t* codes, float* scale,
+                    float* zero) {
   float* midpoints = reinterpret_cast<float*>(shared_memory());  // [rank][lane]
   const int lane = threadIdx.x % 32, lanes = blocksize < 256 ? blocksize / 8 : 32;
-  if (format != kINT4)
-    for (int i = threadIdx.x; i < 15 * 32; i += kThreads) midpoints[i] = kCodebooks[format].midpoints[i / 32];
+  if constexpr (kFormat != kINT4)
+    for (int i = threadIdx.x; i < 15 * 32; i += kThreads) midpoints[i] = kCodebooks[kFormat].midpoints[i / 32];
   __syncthreads();
-  const int64_t block = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / lanes;
-  const int64_t at = block * blocksize, size = min64(blocksize, count - at);  // 0 or less past the last
+  const int64_t block = first_block + (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / lanes;
+  const int64_t at = block * blocksize;
+  const int64_t size = kWhole ? blocksize : min64(blocksize, count - at);  // 0 or less past the last
   const int first = lane % lanes * 8, step = lanes * 8;
+  const auto load = [&](int c, float (&u)[8]) {
+    if constexpr (kWhole)
+      to_floats(load_raw8(src + at + c), u);
+    else
+      load8(src, kDType<T>, at + c, 1, size - c, u);
+  };
 
   float v[8];  // of the first round
   float most = 0.0f, low = INFINITY, high = -INFINITY;
-  int nan = 0;
-  load8(src, kDType<T>, at + first, 1, size - first, v);
-  for (int c = first; c < blocksize; c += step) {
+  int nan = 0, c = first;
+  load(first, v);
+  do {
     float u[8];
-    if (c != first) load8(src, kDType<T>, at + c, 1, size - c, u);
+    if (c != first) load(c, u);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (c == first) u[i] = v[i];
@@ -60,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       high = fmaxf(high, u[i]);
       nan |= u[i] != u[i];
     }
-  }
+  } while ((c += step) < blocksize);
   for (int other = 1; other < lanes; other *= 2) {
     most = fmaxf(most, __shfl_xor_sync(~0u, most, other));
     low = fminf(low, __shfl_xor_sync(~0u, low, other));
@@ -74,47 +83,64 @@ __global__ void __launch_bounds__(kThreads, 4)
   const float least = most < 1e-38f ? 1e-38f : most;
   const float spread = __fdiv_rn(__fsub_rn(high, low), 15.0f);
   float by = tail ? least : __fdiv_rn(1.0f, least);
-  if (format == kINT4) by = spread > 0.0f ? __fdiv_rn(1.0f, spread) : 0.0f;
+  if (kFormat == kINT4) by = spread > 0.0f ? __fdiv_rn(1.0f, spread) : 0.0f;
   const auto code_of = [&](float value) -> uint32_t {
-    if (format == kINT4) {
+    if constexpr (kFormat == kINT4) {
       const float code = __fmul_rn(__fsub_rn(value, low), by);
       return __float2int_rn(code > 0.0f ? (code < 15.0f ? code : 15.0f) : 0.0f);
-    }
-    const float scaled = tail ? __fdiv_rn(value, by) : __fmul_rn(value, by);
-    int rank = 0;  // a NaN takes the last
+    } else {
+      const float scaled = tail ? __fdiv_rn(value, by) : __fmul_rn(value, by);
+      int rank = 0;  // a NaN takes the last
 #pragma unroll
-    for (int half = 8; half > 0; half /= 2)
-      if (!(scaled <= midpoints[(rank + half - 1) * 32 + lane])) rank += half;
-    return (kCodebooks[format].order >> 4 * rank) & 15;
+      for (int half = 8; half > 0; half /= 2)
+        if (!(scaled <= midpoints[(rank + half - 1) * 32 + lane])) rank += half;
+      return (kCodebooks[kFormat].order >> 4 * rank) & 15;
+    }
   };
-  for (int c = first; c < size; c += step) {
+  if (!kWhole && first >= size) return;
+  c = first;
+  do {
     float u[8];
-    if (c != first) load8(src, kDType<T>, at + c, 1, size - c, u);
+    if (c != first) load(c, u);
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint32_t pad = format == kNF4 ? 7 : 0;
-      const uint32_t code = c + i < size ? code_of(c == first ? v[i] : u[i]) : pad;
+      const uint32_t pad = kFormat == kNF4 ? 7 : 0;
+      const uint32_t code = kWhole || c + i < size ? code_of(c == first ? v[i] : u[i]) : pad;
       word |= code << 4 * (i ^ 1);
     }
     uint8_t* out = codes + (at + c) / 2;
-    if (c + 8 <= size && reinterpret_cast<uintptr_t>(out) % 4 == 0) {
+    if (kWhole || (c + 8 <= size && reinterpret_cast<uintptr_t>(out) % 4 == 0)) {
       *reinterpret_cast<uint32_t*>(out) = word;
     } else {
       for (int i = 0; i < 4 && c + 2 * i < size; ++i) out[i] = static_cast<uint8_t>(word >> 8 * i);
     }
-  }
-  if (first != 0 || size <= 0) return;
-  if (format == kINT4) zero[block] = low;
-  scale[block] = format == kINT4 ? spread : tail ? least : most;
+  } while ((c += step) < size);
+  if (first != 0) return;
+  if (kFormat == kINT4) zero[block] = low;
+  scale[block] = kFormat == kINT4 ? spread : tail ? least : most;
+}
+
+template <typename T, int kFormat>
+cudaError_t run(const T* src, int64_t count, int blocksize, uint8_t* codes, float* scale, float* zero, void* stream) {
+  const int64_t at_once = kThreads / min64(blocksize / 8, 32), blocks = (count + blocksize - 1) / blocksize;
+  const bool aligned = aligned16(src) && reinterpret_cast<uintptr_t>(codes) % 4 == 0;
+  const int64_t whole = aligned ? count / (blocksize * at_once) : 0, rest = (blocks + at_once - 1) / at_once - whole;
+  const auto start = [&](auto kernel, int64_t grid, int64_t first_block) {
+    return launch(kernel, grid, kThreads, 15 * 32 * 4, stream, src, count, first_block, blocksize, codes, scale, zero);
+  };
+  if (whole > 0)
+    if (const cudaError_t status = start(quantize_kernel<T, kFormat, true>, whole, int64_t{0})) return status;
+  return rest > 0 ? start(quantize_kernel<T, kFormat, false>, rest, whole * at_once) : cudaSuccess;
 }
 
 template <typename T>
-cudaError_t run(const void* src, int64_t count, int format, int blocksize, uint8_t* codes, float* scale, float* zero,
+cudaError_t run(const void* from, int64_t count, int format, int blocksize, uint8_t* codes, float* scale, float* zero,
                 void* stream) {
-  const int64_t blocks = (count + blocksize - 1) / blocksize, at_once = kThreads / min64(blocksize / 8, 32);
-  return launch(quantize_kernel<T>, (blocks + at_once - 1) / at_once, kThreads, 15 * 32 * 4, stream,
-                static_cast<const T*>(src), count, format, blocksize, codes, scale, zero);
+  const T* src = static_cast<const T*>(from);
+  if (format == kNF4) return run<T, kNF4>(src, count, blocksize, codes, scale, zero, stream);
+  if (format == kFP4) return run<T, kFP4>(src, count, blocksize, codes, scale, zero, stream);
+  return run<T, kINT4>(src, count, blocksize, codes, scale, zero, stream);
 }
 
 }  // namespace
