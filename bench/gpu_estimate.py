@@ -7,8 +7,7 @@ lacks is said. In the machine code of each the main loop is counted: bytes asked
 cycles of shared memory (without bank conflicts and TMA's copies), instructions issued, and those of the integer, the
 floating and the special pipe. The slowest of these is the bound, and its time the prediction; latencies, the loop's
 entry and the epilogue are left out, so a kernel can only be slower. Of code without tensor-core operations the loops
-are counted, or else all; of CUDA's dequantization the shortest way that writes whole words. CUDA's quantization,
-whose formats and tails are in one kernel, is left out.
+are counted, or else all; of CUDA's conversions the shortest way that writes whole words.
 
 Beside the 4-bit product stands what cuBLAS in bf16 could at best reach on the same GPU, and the target against it.
 "slabs" is the product of many rows, W decoded for it: the dense product at its limit and the decoding one after the
@@ -371,6 +370,14 @@ def _attention(batch: int, tokens: int, keys: int, dim: int, train: bool) -> Non
         prefix_attention_backward(q, *rest, out, lse)
 
 
+def _attention_sums() -> None:
+    """Of prefixes' gradients in a batch of 8; where each row's keys begin."""
+    kernels = _kernels("prefix_attention")
+    kernels._summed(_empty(8, 8, 512, 128, dtype=torch.float32), None, 1)
+    q, k, positions = _empty(8, 32, 1, 128), _empty(8, 8, 4096, 128), _empty(8, 4096, dtype=torch.int32)
+    kernels.Call(q, k, k, k, k, None, None, positions, True, 1.0, 512).arguments()
+
+
 def _elementwise() -> None:
     kernels = _kernels("elementwise")
     x, wide = _empty(MANY, 4096), _empty(MANY, 14336)
@@ -399,6 +406,7 @@ CALLS: tuple[tuple[Product | str, Callable[[], None]], ...] = (
     ("4 × 2048 tokens, 32 heads of 128 over 8", lambda: _attention(4, 2048, 2048, 128, True)),
     ("4 × 2048 tokens, 32 heads of 64 over 8", lambda: _attention(4, 2048, 2048, 64, True)),
     ("decoding 8 rows, 4096 keys, 32 heads of 128 over 8", lambda: _attention(8, 1, 4096, 128, False)),
+    ("8 rows, 512 tokens of a prefix, 4096 keys", _attention_sums),
     (f"{MANY} rows of 4096, of 14336, of heads of 128", _elementwise),
     (f"{MANY} rows, 128256 classes", lambda: _cross_entropy(128256)),
     (CONVERTED, lambda: _quantization(4096)),
@@ -471,6 +479,9 @@ NEEDS: dict[str, Callable[[Launch], tuple[float, float, float]]] = {
     "prefix_attention._forward": _of_attention,
     "prefix_attention._query_grad": _of_attention,
     "prefix_attention._key_grad": _of_attention,
+    "prefix_attention._combine": lambda run: (_size(run.given.outs, run.given.lses, run.given.out), 0, run.programs),
+    "prefix_attention._prefix_sum": lambda run: (_size(run.given.parts, run.given.out), 0, run.programs * run.given.B),
+    "prefix_attention._starts": lambda run: (_size(run.given.positions), 0, run.programs * -(-run.given.S // 1024)),
     "elementwise._rms_norm": _of_tensors("x", "residual", "y", "total"),
     "elementwise._rms_norm_backward": _of_tensors("dy", "dsum", "x", "dx"),
     "elementwise._swiglu": _of_tensors("gate", "up", "y"),
@@ -484,7 +495,6 @@ NEEDS: dict[str, Callable[[Launch], tuple[float, float, float]]] = {
     "quantize_4bit._quantize": _of_tensors("w", "codes", "scale", "zero"),
     "quantize_4bit._dequantize": _of_tensors("codes", "scale", "zero", "out"),
 }
-"""Of all kernels but those that merely add up parts or look at positions."""
 
 
 @contextlib.contextmanager
@@ -530,8 +540,6 @@ def triton_estimates(gpu: Gpu, only: str) -> Iterator[dict]:
         with triton_launches(gpu) as launches:
             call()
         for run in launches:
-            if run.kernel not in NEEDS:
-                continue
             if run.cubin not in steps:
                 steps[run.cubin] = count(main_loop(next(iter(disassembled(run.cubin).values()))))
             need = NEEDS[run.kernel]
@@ -568,6 +576,7 @@ def _wgmma(width: int, count: int, first: int) -> Cuda:
 CUDA = (
     _mma(1, 1, 8, 8),
     _mma(2, 9, 16, 16),
+    _mma(4, 17, 32, 32),
     _mma(8, 33, 128, 64),
     _wgmma(16, 1, 17),
     _wgmma(32, 1, 33),
@@ -605,11 +614,20 @@ def cuda_products(gpu: Gpu, only: str) -> Iterator[dict]:
                 yield estimate(gpu, f"cuda {kernel.source}", product, step, work)
 
 
-def cuda_decoding(gpu: Gpu) -> dict:
-    """Of W, 4096², 32 elements a thread."""
-    code = function(cuda_code(gpu, "dequantize_4bit.cu"), "dequantize_kernelI13__nv_bfloat16Lb0E")
-    work = Work(4096**2 * (BF16 + 0.5 + 4 / BLOCKSIZE), 0, 4096**2 / 32 / 32)
-    return estimate(gpu, "cuda dequantize_4bit.cu", CONVERTED, count(wide_path(code)), work)
+def cuda_projection(gpu: Gpu, rows: int, rank: int) -> dict:
+    """S of wgmma's kernel."""
+    step = count(main_loop(function(cuda_code(gpu, "linear_4bit_sm90.cu"), "projectI13__nv_bfloat16E")))
+    size, operations = BF16 * (rows + rank) * 4096, 2 * rows * rank * 4096
+    work = Work(size, operations, operations / step.mma)
+    return estimate(gpu, "cuda project", f"{rows} rows, 4096 columns, LoRA r = {rank}", step, work)
+
+
+def cuda_conversion(gpu: Gpu, kernel: str, elements: int) -> dict:
+    """Of W, 4096² in NF4, ``elements`` at a time for a thread."""
+    source, pattern = f"{kernel}_4bit.cu", {"quantize": "Li0ELb1E", "dequantize": "Lb0E"}[kernel]
+    code = function(cuda_code(gpu, source), f"{kernel}_kernelI13__nv_bfloat16{pattern}")
+    work = Work(4096**2 * (BF16 + 0.5 + 4 / BLOCKSIZE), 0, 4096**2 / elements / 32)
+    return estimate(gpu, f"cuda {source}", CONVERTED, count(wide_path(code)), work)
 
 
 def slabs(gpu: Gpu, product: Product, decoding_us: float) -> dict:
@@ -629,8 +647,11 @@ def slabs(gpu: Gpu, product: Product, decoding_us: float) -> dict:
 
 def cuda_estimates(gpu: Gpu, only: str) -> Iterator[dict]:
     yield from cuda_products(gpu, only)
+    if gpu.wgmma and not only:
+        yield cuda_projection(gpu, 64, 16)
     if only in CONVERTED:
-        decoding = cuda_decoding(gpu)
+        yield cuda_conversion(gpu, "quantize", 8)
+        decoding = cuda_conversion(gpu, "dequantize", 32)
         yield decoding
         yield from (slabs(gpu, Product(m, 4096, 4096), decoding["predicted_us"]) for m in (2048, 4096))
 
