@@ -3,7 +3,7 @@ this one share.
 
 The launches are the operator's own: its host code runs on tensors without data, before a GPU of which there is only the
 name, and each kernel is compiled and not run. Such a file is run by test_triton_compiled.py in its own process, which
-holds what it prints to the table of the same name:
+holds what it prints to the table of that name in budgets.json:
 
     python linear_4bit.py cuda:90        (or hip:gfx942)
 """
