@@ -330,6 +330,7 @@ def estimate(gpu: Gpu, kernel: str, what: Product | str, step: Step, work: Work)
 PRODUCTS = tuple(Product(m, n, n) for n in (4096, 8192) for m in (1, 16, 32, 64, 128, 256, 4096))
 MANY = 4096  # rows of what trains
 CONVERTED = "4096², quantization"
+PROJECTED = "64 rows, 4096 columns, LoRA r = 16"
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -614,12 +615,13 @@ def cuda_products(gpu: Gpu, only: str) -> Iterator[dict]:
                 yield estimate(gpu, f"cuda {kernel.source}", product, step, work)
 
 
-def cuda_projection(gpu: Gpu, rows: int, rank: int) -> dict:
+def cuda_projection(gpu: Gpu) -> dict:
     """S of wgmma's kernel."""
+    rows, rank = 64, 16
     step = count(main_loop(function(cuda_code(gpu, "linear_4bit_sm90.cu"), "projectI13__nv_bfloat16E")))
     size, operations = BF16 * (rows + rank) * 4096, 2 * rows * rank * 4096
     work = Work(size, operations, operations / step.mma)
-    return estimate(gpu, "cuda project", f"{rows} rows, 4096 columns, LoRA r = {rank}", step, work)
+    return estimate(gpu, "cuda project", PROJECTED, step, work)
 
 
 def cuda_conversion(gpu: Gpu, kernel: str, elements: int) -> dict:
@@ -647,8 +649,8 @@ def slabs(gpu: Gpu, product: Product, decoding_us: float) -> dict:
 
 def cuda_estimates(gpu: Gpu, only: str) -> Iterator[dict]:
     yield from cuda_products(gpu, only)
-    if gpu.wgmma and not only:
-        yield cuda_projection(gpu, 64, 16)
+    if gpu.wgmma and only in PROJECTED:
+        yield cuda_projection(gpu)
     if only in CONVERTED:
         yield cuda_conversion(gpu, "quantize", 8)
         decoding = cuda_conversion(gpu, "dequantize", 32)

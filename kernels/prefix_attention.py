@@ -611,11 +611,6 @@ class Tiles(NamedTuple):
 
 
 _TILES = {
-    "tcgen05": {
-        64: (Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 2), Tiles(64, 128, 8, 2)),
-        128: (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
-        256: (Tiles(64, 16, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 64, 8, 2)),
-    },
     "wgmma": {
         64: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
         128: (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
@@ -637,6 +632,7 @@ _TILES = {
 warps divide the rows of the products alone (of ``_key_grad``, keys), 16 or 32 each: two side by side would read the
 same, and hand the weights to one another. And tiles are as large as registers hold without spilling (AMD's warps are
 twice as wide, its shared memory is the smallest)."""
+_TILES["tcgen05"] = _TILES["wgmma"] | {256: (Tiles(64, 16, 4, 2), *_TILES["wgmma"][256][1:])}
 
 
 def _cuts(width: int) -> tuple[Tiles, Tiles, Tiles]:

@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from architectures import inputs, make, randomize
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig
 
 import pyfastpeft as fp
@@ -346,12 +347,19 @@ def test_inference_tensors_are_projected_at_once():
     assert torch.equal(model.lm_head(hidden), F.linear(hidden, model.lm_head.weight))
 
 
-def test_arguments_may_have_their_names():
+def check_alike(*calls: Callable[[Tensor], Tensor]) -> None:
+    """Whether these give of deferred logits what they give of the logits."""
     batch = labelled_batch()
     del batch["labels"]
     model = trained_model(CONFIGS[0])
     expected = model(**batch).logits.detach()
-    for call in (
+    for call in calls:
+        got, wanted = call(model(**batch).logits), call(expected)
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def test_arguments_may_have_their_names():
+    check_alike(
         lambda t: t.to("cpu"),
         lambda t: t.to(device="cpu"),
         lambda t: t.to(dtype=torch.float64),
@@ -360,17 +368,11 @@ def test_arguments_may_have_their_names():
         lambda t: t.view(size=(-1, 200)),
         lambda t: t.flatten(end_dim=1),
         lambda t: torch.reshape(input=t, shape=(-1, 200)),
-    ):
-        got, wanted = call(model(**batch).logits), call(expected)
-        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+    )
 
 
 def test_slices_and_views_are_those_of_the_logits():
-    batch = labelled_batch()
-    del batch["labels"]
-    model = trained_model(CONFIGS[0])
-    expected = model(**batch).logits.detach()
-    for call in (
+    check_alike(
         lambda t: t[1:],
         lambda t: t[1],
         lambda t: t[None],
@@ -384,9 +386,7 @@ def test_slices_and_views_are_those_of_the_logits():
         lambda t: t.view(-1, 100),
         lambda t: t.view(3, 17, 2, 100),
         lambda t: t.view(torch.int32),
-    ):
-        got, wanted = call(model(**batch).logits), call(expected)
-        assert got.shape == wanted.shape and got.dtype == wanted.dtype and torch.equal(got, wanted)
+    )
 
 
 def test_classes_that_are_not_last_are_where_torch_looks_for_them():

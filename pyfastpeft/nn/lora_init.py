@@ -6,6 +6,8 @@ Each function takes the weight as a float32 matrix M [N, K] and returns ``(A [r,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from ..formats import quantize_4bit
 
 
 def _check(weight: Tensor, r: int, scaling: float, name: str) -> None:
-    if scaling <= 0:
+    if not 0 < scaling < math.inf:
         raise ValueError(f"the scaling is {scaling}; with init_lora_weights={name!r} lora_alpha must be above 0")
     if r > min(weight.shape):
         raise ValueError(
