@@ -13,7 +13,8 @@ import pytest
 import torch
 
 COMPILED = Path(__file__).parent / "compiled"
-# Whose registers the table counts: other versions hand them out otherwise, and are held to the rest.
+# Whose registers the table counts: other versions hand them out otherwise, and are held to the rest. What those before
+# it spill is in the table too, in bytes.
 TRITON = "3.9"
 # The shared memory, in bytes, that a program can have.
 TARGETS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "cuda:120": 101376, "hip:gfx942": 65536}
@@ -43,10 +44,11 @@ def complaints(facts, budget, target):
     def has(*beginnings):
         return any(instruction.startswith(beginnings) for instruction in instructions)
 
-    if facts["stack"] or has(*SPILLS):
+    triton = ".".join(version("triton").split(".")[:2])
+    known = budget.get("spills", {}).get(triton, {}).get(name, {}).get(target, 0)
+    if facts["stack"] > known or (has(*SPILLS) and known == 0):
         yield f"{name} spills {facts['stack']} bytes"
-    counted = version("triton").startswith(f"{TRITON}.")
-    if counted and facts["registers"] > budget["registers"].get(name, {}).get(target, 0):
+    if triton == TRITON and facts["registers"] > budget["registers"].get(name, {}).get(target, 0):
         yield f"{name} takes {facts['registers']} registers"
     if facts["shared"] > TARGETS[target]:
         yield f"{name} takes {facts['shared']} bytes of shared memory"
