@@ -6,6 +6,8 @@ exchanging the active adapter writes one reference a layer, builds nothing, and 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 if TYPE_CHECKING:
     from .nn.lora_layer import LoraLayer
@@ -180,6 +183,28 @@ class Parts(nn.ModuleDict):
         return nn.ModuleDict.__name__
 
 
+_registrations = itertools.count(1)
+_registered = 0
+
+
+def registered() -> int:
+    """A number that is another one after a module or parameter was registered anywhere, from the first call on."""
+    _watch_registrations()
+    return _registered
+
+
+@functools.cache
+def _watch_registrations() -> None:
+    torch_module.register_module_module_registration_hook(_note_registration)
+    torch_module.register_module_parameter_registration_hook(_note_registration)
+
+
+def _note_registration(*_: Any) -> None:
+    global _registered
+    if not torch.compiler.is_dynamo_compiling():  # traced, the number would be a guard that never holds
+        _registered = next(_registrations)
+
+
 class Holder(Protocol):
     """What depends on which adapters are active."""
 
@@ -208,7 +233,6 @@ class AdapterBank:
         reach: how many positions the longest row has for which soft prompts are being worked out, where what they come
             to depends on that; else 0. Each thread has its own.
         kept: what soft prompts keep from one forward to the next; forgotten whenever the structure changes.
-        layouts: what a hot-swap works out once about an adapter; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
     """
 
@@ -222,13 +246,14 @@ class AdapterBank:
         self.disabled = False
         self.frozen: frozenset[str] = frozenset()
         self._mode = _Mode([])
-        self.layouts: dict[str, Any] = {}
+        self._layouts: dict[str, Any] = {}
         self.kept: dict[Any, Any] = {}
         self.version = 0
         self._plans: dict[tuple[str, ...], list] = {}
         self._find: dict[str, Callable[[], list[nn.Parameter]]] = {}
         self._trainable: dict[str, list[nn.Parameter]] = {}
-        self._exchanged = False  # parameters may be other objects than those in _trainable
+        self._stale: set[str] = set()  # whose parameters may be other objects than those in _trainable
+        self._registered = registered()
         self._training: set[str] = set()
 
     @property
@@ -267,10 +292,24 @@ class AdapterBank:
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Those that train with ``name``."""
-        if not torch.compiler.is_compiling() and self._exchanged:
-            self._trainable = {held: find() for held, find in self._find.items()}
-            self._exchanged = False
+        if not torch.compiler.is_compiling():
+            self._look()
+            if name in self._stale:
+                self._trainable[name] = self._find[name]()
+                self._stale.discard(name)
         return self._trainable[name]
+
+    @property
+    def layouts(self) -> dict[str, Any]:
+        """What a hot-swap works out once about an adapter; forgotten whenever the structure changes."""
+        self._look()
+        return self._layouts
+
+    def _look(self) -> None:
+        if self._registered != (now := registered()):  # a user may have put a parameter in the place of another
+            self._registered = now
+            self._stale.update(self._find)
+            self._layouts.clear()
 
     def hold(self, name: str, find: Callable[[], list[nn.Parameter]]) -> None:
         """What ``find`` gives trains exactly while ``name`` is active and not for inference."""
@@ -324,9 +363,9 @@ class AdapterBank:
     def forget(self) -> None:
         """Layers or parameters may have been exchanged: work everything out again when it is next needed."""
         self.version += 1
-        self._exchanged = True
+        self._stale.update(self._find)
         self._plans.clear()
-        self.layouts.clear()
+        self._layouts.clear()
         self.kept.clear()
 
     def _push(self, active: tuple[str, ...]) -> None:

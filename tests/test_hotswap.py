@@ -259,6 +259,36 @@ def test_an_optimizer_goes_on_with_the_values_that_were_swapped_in():
     assert all(0 < (now[k] - other[k]).norm() < 0.1 * other[k].norm() for k in now)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        fp.LoraConfig(modules_to_save=["norm"]),
+        fp.PrefixTuningConfig(num_virtual_tokens=3, prefix_init="random"),
+        fp.BottleneckConfig(bottleneck_size=4),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_a_parameter_that_the_user_put_in_the_place_of_another_is_the_adapters(config):
+    model = fp.get_peft_model(tiny.make(), config)
+    model.add_adapter("other", config)
+    tiny.randomize(model)
+    batch, values = tiny.inputs(), tensors_of(model, "default")
+    with torch.no_grad():
+        expected = model(**batch).logits
+    model.hotswap_adapter({k: torch.zeros_like(t) for k, t in values.items()}, adapter_name="default")
+    trained = [(m, key, p) for m in model.modules() for key, p in m._parameters.items() if p is not None]
+    trained = [(m, key, p) for m, key, p in trained if p.requires_grad]
+    for module, key, parameter in trained:
+        setattr(module, key, torch.nn.Parameter(parameter.detach().clone()))
+    model.hotswap_adapter(values, adapter_name="default")
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected)
+    model.set_adapter("other")
+    assert trained and not any(getattr(module, key).requires_grad for module, key, _ in trained)
+    model.set_adapter("default")
+    assert all(getattr(module, key).requires_grad for module, key, _ in trained)
+
+
 def test_modules_saved_with_the_adapter_swap_too():
     config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     model = serving(fp.LoraConfig(**config), fp.LoraConfig(**config))

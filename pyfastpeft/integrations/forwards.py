@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 
 class ModuleForward:
@@ -36,28 +33,6 @@ def remove(model: nn.Module, kind: type[ModuleForward] = ModuleForward) -> None:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), kind):
             del module.forward
-
-
-_registrations = itertools.count(1)
-_registered = 0
-
-
-def registered() -> int:
-    """A number that is another one after a module or parameter was registered anywhere, from the first call on."""
-    _watch_registrations()
-    return _registered
-
-
-@functools.cache
-def _watch_registrations() -> None:
-    torch_module.register_module_module_registration_hook(_note_registration)
-    torch_module.register_module_parameter_registration_hook(_note_registration)
-
-
-def _note_registration(*_: Any) -> None:
-    global _registered
-    if not torch.compiler.is_dynamo_compiling():  # traced, the number would be a guard that never holds
-        _registered = next(_registrations)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..adapters import AdapterBank, Rows
+from ..adapters import AdapterBank, Rows, registered
 from ..formats.held import HeldDecoder
 from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
@@ -34,7 +34,7 @@ from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode
 from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
-from .forwards import ModuleForward, install, registered
+from .forwards import ModuleForward, install
 
 _FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 _PROJECTIONS = (

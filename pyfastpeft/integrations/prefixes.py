@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..adapters import NO_ROWS, AdapterBank, Made, Prefix, Rows, keep
+from ..adapters import NO_ROWS, AdapterBank, Made, Prefix, Rows, keep, registered
 from ..nn.lora_layer import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
 from ..ops.cross_entropy import IGNORED
@@ -30,7 +30,7 @@ from ..ops.once import once_differentiable
 from . import attention
 from .bare import all_layers, fed, reaching, reentrant, without_checkpointing
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
-from .forwards import autocast_of, registered
+from .forwards import autocast_of
 from .prompt_operator import compiled_tensors, number_of
 from .prompt_tokens import first_visible
 
