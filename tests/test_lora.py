@@ -1320,12 +1320,14 @@ class TestBadArguments:
             fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["q_proj"], **kwargs))
 
     @pytest.mark.parametrize("method", ["pissa", "olora", "loftq"])
-    @pytest.mark.parametrize("alpha", [0, -8])
+    @pytest.mark.parametrize("alpha", [0, -8, math.inf, math.nan])
     def test_values_from_the_weight_need_a_scaling_above_zero(self, method, alpha):
         base = tiny.make()
         before = {k: t.clone() for k, t in base.state_dict().items()}
-        with pytest.raises(ValueError, match="lora_alpha must be above 0"):
-            fp.get_peft_model(base, fp.LoraConfig(r=4, lora_alpha=alpha, init_lora_weights=method))
+        config = fp.LoraConfig(r=4, init_lora_weights=method)
+        config.lora_alpha = alpha  # past the configuration's own check
+        with pytest.raises(ValueError, match="lora_alpha must be above 0, and finite"):
+            fp.get_peft_model(base, config)
         assert all(torch.equal(t, before[k]) for k, t in base.state_dict().items())
 
     def test_a_refused_choice_changes_nothing(self):

@@ -16,7 +16,9 @@ from ..formats import quantize_4bit
 
 def _check(weight: Tensor, r: int, scaling: float, name: str) -> None:
     if not 0 < scaling < math.inf:
-        raise ValueError(f"the scaling is {scaling}; with init_lora_weights={name!r} lora_alpha must be above 0")
+        raise ValueError(
+            f"the scaling is {scaling}; with init_lora_weights={name!r} lora_alpha must be above 0, and finite"
+        )
     if r > min(weight.shape):
         raise ValueError(
             f"r is {r}; with init_lora_weights={name!r} it must be at most {min(weight.shape)}, the smaller side of "
