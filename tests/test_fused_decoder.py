@@ -566,7 +566,7 @@ def other_norm(model):
 
 
 def other_scaling(model):
-    model.layers[1].self_attn.scaling *= 3
+    model.layers[1].self_attn.scaling *= 30
 
 
 @pytest.mark.parametrize("change", [other_order, other_norm, other_scaling])
