@@ -5,6 +5,7 @@
 
 #include "cpu/attention_forward.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace {
 
@@ -17,9 +18,7 @@ void each_unit(int64_t units, const Body& body) {
   const auto work = [&](int64_t, int64_t) {
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(unit);
   };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), units);
-  if (threads <= 1) return work(0, 1);
-  torch::stable::parallel_for(0, threads, 1, work);
+  pf::parallel_for(std::min<int64_t>(torch::stable::get_num_threads(), units), 1, work);
 }
 
 // A ParallelFor of such units, `grain` items each.

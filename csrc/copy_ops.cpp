@@ -8,6 +8,7 @@
 #endif
 
 #include "tensors.h"
+#include "threads.h"
 
 namespace {
 
@@ -54,7 +55,7 @@ bool copy_tensors(std::vector<Tensor> into, std::vector<Tensor> from) {
     total += size;
   }
   constexpr int64_t kBytes = int64_t{1} << 18;  // a thread takes at least
-  torch::stable::parallel_for(0, total, kBytes, [&](int64_t at, int64_t end) {
+  pf::parallel_for(total, kBytes, [&](int64_t at, int64_t end) {
     auto piece =
         std::upper_bound(pieces.begin(), pieces.end(), at, [](int64_t b, const Piece& p) { return b < p.end; });
     for (; at < end; ++piece) {

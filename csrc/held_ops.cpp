@@ -6,6 +6,7 @@
 
 #include "numbered.h"
 #include "operands.h"
+#include "threads.h"
 
 namespace {
 
@@ -67,9 +68,9 @@ Tensor linear_4bit_held(Tensor x, int64_t weight, OptTensor bias, int64_t branch
   const Bias bias_data(bias, w.n);
   void* y = rows.y.mutable_data_ptr();
   if (int8)
-    pf::linear_forward_int8(w, rows.matrix, bias_data.data, lora, y, rows.matrix.dtype, parallel);
+    pf::linear_forward_int8(w, rows.matrix, bias_data.data, lora, y, rows.matrix.dtype, pf::parallel);
   else
-    pf::linear_forward(w, rows.matrix, bias_data.data, lora, y, rows.matrix.dtype, nullptr, parallel);
+    pf::linear_forward(w, rows.matrix, bias_data.data, lora, y, rows.matrix.dtype, nullptr, pf::parallel);
   if (lora.row_scale_ld != 0 && rows.matrix.rows > 0) {
     const int dtype = rows.matrix.dtype;
     const bool finite = dtype == pf::kFloat32 ? all_finite<uint32_t>(y, w.n, 0x7F800000)

@@ -13,12 +13,6 @@ constexpr int64_t kElementsPerThread = int64_t{1} << 14;
 
 int64_t row_grain(int64_t cols) { return kElementsPerThread / (cols + 1) + 1; }
 
-template <class Body>
-void over(int64_t n, int64_t grain, const Body& body) {
-  if (n <= grain) return body(0, n);
-  torch::stable::parallel_for(0, n, grain, body);
-}
-
 // `t` as a matrix of the dtype and shape of `like`.
 pf::Matrix matching(const Tensor& t, const pf::Matrix& like, const char* name) {
   const pf::Matrix m = matrix(t, name);
@@ -47,7 +41,7 @@ std::tuple<Tensor, Tensor> rms_norm(Tensor x, OptTensor residual, Tensor weight,
     args.sum = sum.mutable_data_ptr();
   }
   args.y = y.mutable_data_ptr();
-  over(args.x.rows, row_grain(args.x.cols), [&](int64_t r0, int64_t r1) { k.rms_norm(args, r0, r1); });
+  pf::parallel_for(args.x.rows, row_grain(args.x.cols), [&](int64_t r0, int64_t r1) { k.rms_norm(args, r0, r1); });
   return {y, sum};
 }
 
@@ -71,11 +65,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x
     dsum = with_contiguous_columns(*dsum);
     args.dsum = matching(*dsum, xm, "dsum");
   }
-  over(xm.rows, row_grain(xm.cols), [&](int64_t r0, int64_t r1) { k.rms_norm_backward(args, r0, r1); });
+  pf::parallel_for(xm.rows, row_grain(xm.cols), [&](int64_t r0, int64_t r1) { k.rms_norm_backward(args, r0, r1); });
   if (need_weight) {
     constexpr int64_t kColumns = 64;
     float* out = static_cast<float*>(dweight.mutable_data_ptr());
-    over((xm.cols + kColumns - 1) / kColumns, row_grain(xm.rows * kColumns), [&](int64_t u0, int64_t u1) {
+    pf::parallel_for((xm.cols + kColumns - 1) / kColumns, row_grain(xm.rows * kColumns), [&](int64_t u0, int64_t u1) {
       k.rms_norm_weight_backward(args, out, u0 * kColumns, u1 * kColumns < xm.cols ? u1 * kColumns : xm.cols);
     });
   }
@@ -89,7 +83,7 @@ Tensor swiglu(Tensor gate, Tensor up) {
   const pf::Matrix g = matrix(gate, "gate"), u = matching(up, g, "up");
   Tensor y = new_matrix(g.rows, g.cols, g.dtype);
   void* out = y.mutable_data_ptr();
-  over(g.rows, row_grain(g.cols * 4), [&](int64_t r0, int64_t r1) { k.swiglu(g, u, out, r0, r1); });
+  pf::parallel_for(g.rows, row_grain(g.cols * 4), [&](int64_t r0, int64_t r1) { k.swiglu(g, u, out, r0, r1); });
   return y;
 }
 
@@ -101,7 +95,8 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up) {
   const pf::Matrix g = matrix(gate, "gate"), u = matching(up, g, "up"), d = matching(dy, g, "dy");
   Tensor dgate = new_matrix(g.rows, g.cols, g.dtype), dup = new_matrix(g.rows, g.cols, g.dtype);
   void *dg = dgate.mutable_data_ptr(), *du = dup.mutable_data_ptr();
-  over(g.rows, row_grain(g.cols * 4), [&](int64_t r0, int64_t r1) { k.swiglu_backward(d, g, u, dg, du, r0, r1); });
+  pf::parallel_for(g.rows, row_grain(g.cols * 4),
+                   [&](int64_t r0, int64_t r1) { k.swiglu_backward(d, g, u, dg, du, r0, r1); });
   return {dgate, dup};
 }
 
@@ -124,7 +119,7 @@ Tensor rotated(const pf::Kernels& k, Tensor x, const Tensor& cos, const Tensor& 
                           angles,
                           transposed,
                           y.mutable_data_ptr()};
-  over(batch * tokens, row_grain(heads * dim), [&](int64_t t0, int64_t t1) { k.rope(args, t0, t1); });
+  pf::parallel_for(batch * tokens, row_grain(heads * dim), [&](int64_t t0, int64_t t1) { k.rope(args, t0, t1); });
   return y;
 }
 
@@ -161,7 +156,7 @@ Tensor cross_entropy_(Tensor logits, Tensor labels) {
                                   0,
                                   label,
                                   static_cast<float*>(losses.mutable_data_ptr())};
-  over(x.rows, row_grain(x.cols * 8), [&](int64_t r0, int64_t r1) { k.cross_entropy(args, r0, r1); });
+  pf::parallel_for(x.rows, row_grain(x.cols * 8), [&](int64_t r0, int64_t r1) { k.cross_entropy(args, r0, r1); });
   return losses;
 }
 

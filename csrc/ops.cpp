@@ -138,7 +138,7 @@ Tensor pack_pairs(Tensor m) {
   Tensor out = torch::stable::new_empty(m, {tiles, pairs, pf::kTile, 2}, ScalarType::BFloat16);
   uint16_t* dst = static_cast<uint16_t*>(out.mutable_data_ptr());
   const auto body = [&](int64_t t0, int64_t t1) { k.pack_pairs(src, dst, t0, t1); };
-  if (tiles > 0) torch::stable::parallel_for(0, tiles, kFlatGrain / (pairs * pf::kTile * 2 + 1) + 1, body);
+  if (tiles > 0) pf::parallel_for(tiles, kFlatGrain / (pairs * pf::kTile * 2 + 1) + 1, body);
   return out;
 }
 
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_4bit(Tensor w, int64_t format, int64
   const auto body = [&](int64_t b0, int64_t b1) {
     k.quantize(src, dtype, n, static_cast<int>(format), blocksize, out, scales, zeros, b0, b1);
   };
-  if (blocks > 0) torch::stable::parallel_for(0, blocks, kFlatGrain / blocksize + 1, body);
+  if (blocks > 0) pf::parallel_for(blocks, kFlatGrain / blocksize + 1, body);
   return {codes, scale, zero};
 }
 
@@ -185,7 +185,7 @@ Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t forma
   const auto body = [&](int64_t b0, int64_t b1) {
     k.dequantize(in, scales, zeros, n, static_cast<int>(format), blocksize, dst, to, b0, b1);
   };
-  if (blocks > 0) torch::stable::parallel_for(0, blocks, kFlatGrain / blocksize + 1, body);
+  if (blocks > 0) pf::parallel_for(blocks, kFlatGrain / blocksize + 1, body);
   return out;
 }
 
@@ -201,8 +201,8 @@ Tensor pack_tiles(Tensor codes, int64_t n, int64_t k) {
   const uint8_t* in = codes.const_data_ptr<uint8_t>();
   uint8_t* dst = out.mutable_data_ptr<uint8_t>();
   pf::advise_huge_pages(dst, tiles * 8 * k);
-  torch::stable::parallel_for(0, tiles, kFlatGrain / (k * pf::kTile) + 1,
-                              [&](int64_t t0, int64_t t1) { pf::pack_tiles(in, n, k, dst, t0, t1); });
+  pf::parallel_for(tiles, kFlatGrain / (k * pf::kTile) + 1,
+                   [&](int64_t t0, int64_t t1) { pf::pack_tiles(in, n, k, dst, t0, t1); });
   pf::move_to_huge_pages(dst, tiles * 8 * k);
   return out;
 }
@@ -214,8 +214,8 @@ Tensor unpack_tiles(Tensor codes, int64_t n, int64_t k) {
   Tensor out = torch::stable::new_empty(codes, {n * k / 2, 1});
   const uint8_t* in = codes.const_data_ptr<uint8_t>();
   uint8_t* dst = out.mutable_data_ptr<uint8_t>();
-  torch::stable::parallel_for(0, tiles, kFlatGrain / (k * pf::kTile) + 1,
-                              [&](int64_t t0, int64_t t1) { pf::unpack_tiles(in, n, k, dst, t0, t1); });
+  pf::parallel_for(tiles, kFlatGrain / (k * pf::kTile) + 1,
+                   [&](int64_t t0, int64_t t1) { pf::unpack_tiles(in, n, k, dst, t0, t1); });
   return out;
 }
 
@@ -240,8 +240,8 @@ Tensor pack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   const void* in = scale.const_data_ptr();
   void* dst = out.mutable_data_ptr();
   pf::advise_huge_pages(dst, out.numel() * size);
-  torch::stable::parallel_for(0, w.tiles(), kFlatGrain / (w.segments() * pf::kTile) + 1,
-                              [&](int64_t t0, int64_t t1) { pf::pack_scales(in, size, w, dst, t0, t1); });
+  pf::parallel_for(w.tiles(), kFlatGrain / (w.segments() * pf::kTile) + 1,
+                   [&](int64_t t0, int64_t t1) { pf::pack_scales(in, size, w, dst, t0, t1); });
   pf::move_to_huge_pages(dst, out.numel() * size);
   return out;
 }
@@ -254,8 +254,7 @@ Tensor unpack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   const int size = static_cast<int>(scale.element_size());
   const void* in = scale.const_data_ptr();
   void* dst = out.mutable_data_ptr();
-  torch::stable::parallel_for(0, blocks, kFlatGrain,
-                              [&](int64_t b0, int64_t b1) { pf::unpack_scales(in, size, w, dst, b0, b1); });
+  pf::parallel_for(blocks, kFlatGrain, [&](int64_t b0, int64_t b1) { pf::unpack_scales(in, size, w, dst, b0, b1); });
   return out;
 }
 

@@ -1,4 +1,4 @@
-// What operators need of tensors: checked views of their memory, new ones, threads.
+// What operators need of tensors: checked views of their memory, and new ones.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -103,11 +103,6 @@ inline int64_t angle_stride(const Tensor& cos, const Tensor& sin, int64_t batch,
                     "cos and sin must be contiguous [", batch, " or 1, ", tokens, ", ", dim, "] in the dtype of ",
                     like);
   return cos.size(0) == 1 ? 0 : tokens;
-}
-
-inline void parallel(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
-  if (n <= grain) return body(ctx, 0, n);
-  torch::stable::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { body(ctx, b, e); });
 }
 
 }  // namespace pf::tensors

@@ -20,8 +20,8 @@ bool threads_sleep() {
   return spins != nullptr ? std::strtoll(spins, nullptr, 10) == 0 : policy != nullptr && (*policy | 32) == 'p';
 }
 
-// Waking a thread that sleeps was seen to cost 55 us, one that spins 3.
-const int64_t kThreadWork = int64_t{1} << (threads_sleep() ? 23 : 19);
+// Waking a thread that sleeps was seen to cost up to 55 us, one that spins 3.
+const int64_t kThreadWork = int64_t{1} << (threads_sleep() ? 22 : 19);
 constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple of
 
 // Multiply-adds in a third of the time in which an element is copied, or rounded to 8 bits: a pass that does nothing

@@ -14,7 +14,7 @@ void run(ParallelFor parallel, int64_t n, int64_t grain, const Body& body) {
            [](void* ctx, int64_t b, int64_t e) { (*static_cast<const Body*>(ctx))(b, e); });
 }
 
-// Multiply-adds that a thread must get before another one pays.
+// Multiply-adds that a thread must get before waking another one pays.
 int64_t thread_work();
 
 // The LoRA branch: ((dropout(x) A^T) * factor) B^T, factor = scaling * row_scale.
