@@ -126,8 +126,8 @@ def test_long_products_do_not_lose_accuracy(device, dtype):
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_inputs_with_a_mean_lose_no_accuracy_in_either_direction(device, quant_type):
-    # Errors of a code table in bf16 that have a mean themselves would add up: to 3e-2 here, NF4's to the nearest. Rows of
-    # x are nearly alike, so that the roundings which do not depend on each other are as many as outputs: many.
+    # Errors of a code table in bf16 that have a mean themselves would add up: to 3e-2 here, NF4's to the nearest. Rows
+    # of x are nearly alike, so that only as many roundings as outputs do not depend on each other.
     n, k = 2048, 4096
     for dense in (torch.randn(n, k), torch.rand(n, k) - 0.5):
         for w in (fp.quantize_4bit(dense, quant_type), fp.quantize_4bit(dense.t().contiguous(), quant_type)):
