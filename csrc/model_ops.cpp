@@ -9,9 +9,8 @@ namespace {
 
 using namespace pf::tensors;
 
-constexpr int64_t kElementsPerThread = int64_t{1} << 14;
-
-int64_t row_grain(int64_t cols) { return kElementsPerThread / (cols + 1) + 1; }
+// Rows of so many elements, each in the time of 32 multiply-adds, that waking a thread for them pays.
+int64_t row_grain(int64_t cols) { return pf::thread_work() / 32 / (cols + 1) + 1; }
 
 // `t` as a matrix of the dtype and shape of `like`.
 pf::Matrix matching(const Tensor& t, const pf::Matrix& like, const char* name) {
