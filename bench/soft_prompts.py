@@ -11,6 +11,7 @@ it is installed (torchao: 11 MB).
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,7 @@ def stepper(name: str, folder: str, base: str, method: str, args: argparse.Names
 
 def steps(folder: str, base: str, method: str, args: argparse.Namespace) -> dict:
     """Ours and peft, and what ours is of peft."""
+    gc.collect()  # the models of the steps before, which refer to themselves
     names = [n for n in CONTENDERS if n == "ours" or _has_peft(base)]
     options = [f"--bases={base}", f"--methods={method}", f"--virtual={args.virtual}"]
     options += [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
