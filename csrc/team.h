@@ -16,11 +16,13 @@ namespace pf {
 // took, never for a thread that has not come. So nothing depends on how many threads the region really gets.
 class Team {
  public:
-  explicit Team(int threads) : threads_(threads) {}
+  explicit Team(int64_t threads) : threads_(threads) {}
 
-  // body(ctx, begin, end) over [0, n) in pieces of at least `grain`.
+  // body(ctx, begin, end) over [0, n) in pieces of at least `grain`: one a thread, more of them where they are large,
+  // so that a core that is slower for a while is waited for little.
   void run(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
-    const int64_t pieces = std::min<int64_t>(threads_, (n + grain - 1) / grain);
+    const int64_t most = (n + grain - 1) / grain;
+    const int64_t pieces = std::min(most, std::clamp(most / kLarge, threads_, kPieces * threads_));
     if (pieces <= 1) return body(ctx, 0, n);
     ctx_.store(ctx, std::memory_order_relaxed);
     body_.store(body, std::memory_order_relaxed);
@@ -45,6 +47,7 @@ class Team {
 
  private:
   static constexpr uint64_t kJob = uint64_t{1} << 32;
+  static constexpr int64_t kLarge = 4, kPieces = 4;
 
   // A piece is taken by counting the low bits of the state up; the job's number above them says of which job.
   bool take_piece() {
@@ -63,7 +66,7 @@ class Team {
     return true;
   }
 
-  const int threads_;
+  const int64_t threads_;
   uint64_t job_ = 0;
   alignas(64) std::atomic<uint64_t> state_{0};  // job, pieces, next piece: 32, 16 and 16 bits
   alignas(64) std::atomic<int64_t> done_{0};
@@ -77,8 +80,8 @@ class Team {
 template <class Lead>
 void with_team(const Lead& lead) {
   static thread_local Team* current = nullptr;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 << 15);
-  Team team(static_cast<int>(threads));
+  const int64_t threads = std::min(int64_t{torch::stable::get_num_threads()}, Shares::kMost);
+  Team team(threads);
   // The callers' grain is meant for waking threads. Handing over to one that is there pays from so many multiply-adds
   // on (decoding SmolLM2-135M, 2^15 takes 2 % longer, 2^20 3 %).
   const auto parallel = [](int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
