@@ -1,5 +1,6 @@
 // AVX-512 vocabulary (F, BW, VL, DQ; with PF_BF16 also BF16). Included by the files avx512*.cpp, each in a namespace
 // of its own, after <immintrin.h>.
+#include "words.h"
 
 struct V {
   static constexpr int kLanes = 16;
@@ -173,22 +174,25 @@ struct V {
     const __m512i pairs = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_or_si512(lanes, _mm512_set1_epi32(16)), 16));
     return (__m512bh)_mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
   }
+#endif
 
-  // Few rows' decoding in 16-bit integers, for x that is bf16: vpermw looks 32 codes up at once and vpdpwssd multiplies
-  // as many, where vpermps and the float32 multiply-add have 16; the bf16 product has 32 too, but is slow on some CPUs.
-  // Weights are 14 bits; x has so many in each unit of columns that no sum of 32 bits overflows. Every CPU with bf16
-  // products has VNNI, whose one instruction is written as it is (see avx512_int8.h).
-  struct Words {
+  static void store_words(int16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+  }
+
+  // Few rows' decoding in 16-bit integers, for x that is bf16: vpermw looks 32 codes up at once and vpdpwssd, or
+  // vpmaddwd, multiplies as many, where vpermps and the float32 multiply-add have 16; the bf16 product has 32 too, but
+  // is slow on some CPUs. Every CPU with bf16 products has VNNI, whose one instruction is written as it is (see
+  // avx512_int8.h).
+  struct Words : WordColumns<V> {
     struct alignas(4) Elem2 {
       int16_t column[2];
     };
-    using Elem = int16_t;
     using Sum = __m512i;
     using Table = __m512i;
     static constexpr int kUnits = 4;
     static constexpr int kMostRows = kGemvRows;
     static constexpr int parts(int rows) { return rows >= 8 ? 1 : rows >= 4 ? 2 : 4; }
-    static int64_t unit(const Weight& w) { return w.segment < 64 ? w.segment : 64; }
     static Table table(const Weight& w) {
       const F values = _mm512_mul_ps(_mm512_loadu_ps(kTables[w.format]), _mm512_set1_ps(kWordSteps[w.format]));
       return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(values)));
@@ -204,7 +208,14 @@ struct V {
     }
     static Sum zero() { return _mm512_setzero_si512(); }
     static Sum fma(Sum acc, __m512i w, const Elem2& x) {
+#ifdef PF_BF16
       asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(x));
+#else
+      int32_t two;
+      __builtin_memcpy(&two, &x, 4);
+      acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w, _mm512_set1_epi32(two)));
+      asm("" : "+v"(acc));  // sums of integers are put in another order else, and theirs into memory
+#endif
       return acc;
     }
     template <int N>
@@ -213,57 +224,7 @@ struct V {
       for (int p = 1; p < N; ++p) all = _mm512_add_epi32(all, part[p]);
       return _mm512_mul_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(x.scale[row * x.ld_scale + unit]));
     }
-    // A row is left out where its rounding would show to a row of W that has zeros for the large columns: it may do no
-    // more than bf16 itself does. And where x is not finite.
-    static FewColumns<int16_t> arrange(const GemvArgs& g) {
-      const int64_t k = g.w.k, size = unit(g.w), units = k / size;
-      int16_t* words = static_cast<int16_t*>(scratch(1, g.rows * (k * sizeof(int16_t) + units * sizeof(float))));
-      float* scales = reinterpret_cast<float*>(words + g.rows * k);
-      FewColumns<int16_t> out{words, k, scales, units};
-      for (int64_t r = 0; r < g.rows; ++r) {
-        const float* x = static_cast<const float*>(g.x) + r * g.ldx;
-        double error = 0, seen = 0;  // squares
-        bool finite = true;
-        for (int64_t u = 0; u < units; ++u, x += size, words += size, ++scales) {
-          F most = _mm512_setzero_ps(), total = _mm512_setzero_ps();
-          for (int64_t c = 0; c < size; c += 16) {
-            const F v = _mm512_abs_ps(_mm512_loadu_ps(x + c));
-            most = _mm512_max_ps(v, most);
-            total = _mm512_add_ps(total, v);
-          }
-          const float largest = _mm512_reduce_max_ps(most), sum = _mm512_reduce_add_ps(total);
-          finite = finite && sum <= __FLT_MAX__;
-          // 64 columns round up by a half each, times 2^13 of a weight.
-          const float step = largest / 32767.0f > sum / 262080.0f ? largest / 32767.0f : sum / 262080.0f;
-          const float inverse = step > 1e-30f ? 1.0f / step : 0.0f;
-          // Where most columns are coarse, what the large ones leave is theirs alone.
-          __m512i squares = _mm512_setzero_si512(), coarse_squares = squares;
-          int count = 0, coarse = 0;
-          for (int64_t c = 0; c < size; c += 16) {
-            const F v = _mm512_loadu_ps(x + c);
-            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse))), a = _mm512_abs_epi32(q);
-            const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-            const __mmask16 is_coarse = _mm512_mask_cmplt_epi32_mask(some, a, _mm512_set1_epi32(256));
-            const __m512i capped = _mm512_min_epi32(a, _mm512_set1_epi32(4096)),
-                          square = _mm512_madd_epi16(capped, capped);
-            squares = _mm512_add_epi32(squares, square);
-            coarse_squares = _mm512_mask_add_epi32(coarse_squares, is_coarse, coarse_squares, square);
-            count += __builtin_popcount(some);
-            coarse += __builtin_popcount(is_coarse);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + c), _mm512_cvtepi32_epi16(q));
-          }
-          const bool is_coarse = 2 * coarse > count;
-          if (is_coarse) error += double{step} * step * coarse;
-          seen += double{step} * step * _mm512_reduce_add_epi32(is_coarse ? coarse_squares : squares);
-          *scales = step / kWordSteps[g.w.format];
-        }
-        // A rounding is step / sqrt(12), that of bf16 1.7e-3.
-        if (!finite || error > 3e-5 * seen) out.left_out |= 1u << r;
-      }
-      return out;
-    }
   };
-#endif
 
   // out[c][r] = in[r][c], 16 by 16, rows of `in` ld apart: 4x4 blocks within 128-bit lanes, then the lanes themselves.
   static void transpose16(const float* in, int64_t ld, float* out) {

@@ -169,7 +169,7 @@ struct FewRows : Product<A> {
   }
 
   // Few rows' decoding where lanes are the rows of a tile: a vector of codes gives its columns one step after the
-  // other. An instruction set may have others (BytePlanes in avx2.cpp, Words in avx512.h): `weights<S>` times
+  // other. An instruction set may have others (Floats, and Words for x that is bf16): `weights<S>` times
   // `operand<S>` adds to the sum S % parts, `join` makes the rows of these sums, times the scale of x where `arrange`
   // gave it one every `unit` columns.
   struct Lanes {
@@ -348,21 +348,20 @@ struct FewRows : Product<A> {
       gemv_with<D>(args, x, tile0, tile1);
       return x.left_out;
     };
-    if constexpr (requires { typename Vocabulary::template BytePlanes<4>; }) {
-      if (g.x_dtype == kBFloat16)
-        by(typename Vocabulary::template BytePlanes<2>{}, g);
+    const auto exactly = [&](const GemvArgs& args) {
+      if constexpr (requires { typename Vocabulary::Floats; })
+        by(typename Vocabulary::Floats{}, args);
       else
-        by(typename Vocabulary::template BytePlanes<4>{}, g);
-      return;
-    }
+        by(Lanes{}, args);
+    };
     if constexpr (requires { typename Vocabulary::Words; } && kStep == 1)
       if (g.x_dtype == kBFloat16) {
         const uint32_t left_out = by(typename Vocabulary::Words{}, g);
         for (int64_t r = 0; r < g.rows; ++r)
-          if (left_out >> r & 1) by(Lanes{}, row_of(g, r));
+          if (left_out >> r & 1) exactly(row_of(g, r));
         return;
       }
-    by(Lanes{}, g);
+    exactly(g);
   }
   static void gemv(const GemvArgs& g, int64_t tile0, int64_t tile1) { gemv_of<V>(g, tile0, tile1); }
 
