@@ -5,7 +5,8 @@
 
 namespace pf::avx2 {
 #include "scalar.h"
-#include "words.h"
+
+#include "byte_planes.h"
 
 struct V {
   static constexpr int kLanes = 8;
@@ -105,118 +106,48 @@ struct V {
     return lookup(t, index, _mm256_slli_epi32(index, 28));
   }
 
-  // Columns of each group of 8 in the order of byte planes.
   static void store_words(int16_t* p, F v) {
-    const __m256i ordered =
-        _mm256_permutevar8x32_epi32(_mm256_cvtps_epi32(v), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(ordered, ordered), 0x08);
+    const __m256i values = _mm256_cvtps_epi32(v);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(values, values), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
   }
 
-  // Few rows' decoding: vpshufb looks 32 codes up at once, a byte of the table's values an instruction, where vpermps
-  // looks up 8. A vector of codes is 8 rows of 8 columns. Its low nibbles are columns 0 4 1 5 of every row, byte by
-  // byte, the high ones 2 6 3 7. Two planes of bytes interleave to 16-bit values of four rows, four planes to 32-bit
-  // values of two; lanes are columns.
-  template <int N>
-  struct BytePlanes {
-    struct Table {
-      __m256i plane[N];
-    };
-    template <class Value>
-    static Table planes(const Value* values) {
-      Table t;
-      for (int p = 0; p < N; ++p) {
-        alignas(16) uint8_t bytes[16];
-        for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(values[i] >> 8 * p);
-        t.plane[p] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-      }
-      return t;
-    }
-    // Of the low or the high nibbles, planes p and p + 1 of rows 0 1 4 5, or of the high half: 2 3 6 7.
-    template <bool kHighNibbles, bool kHighHalf>
-    static __m256i pairs(const Table& t, C codes, int p) {
-      const __m256i shifted = kHighNibbles ? _mm256_srli_epi16(codes, 4) : codes;
-      const __m256i index = _mm256_and_si256(shifted, _mm256_set1_epi8(15));
-      const __m256i a = _mm256_shuffle_epi8(t.plane[p], index), b = _mm256_shuffle_epi8(t.plane[p + 1], index);
-      return kHighHalf ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b);
-    }
-  };
-
-  // In float32.
-  struct Floats : BytePlanes<4> {
-    using Elem = float;
-    using Sum = F;
-    static constexpr int kUnits = 8;  // four from each half of the nibbles
-    static constexpr int kMostRows = kGemvRows;
-    static constexpr int parts(int) { return 4; }
-    static int64_t unit(const Weight& w) { return w.segment; }
-    static Table table(const Weight& w) {
-      uint32_t bits[16];
-      for (int i = 0; i < 16; ++i) bits[i] = float_to_bits(kTables[w.format][i]);
-      return planes(bits);
-    }
-    template <int S>
-    static F weights(const Table& t, C codes) {  // row S % 4 and the fourth after it
-      const __m256i low = pairs<(S >= 4), S % 4 / 2>(t, codes, 0), high = pairs<(S >= 4), S % 4 / 2>(t, codes, 2);
-      return _mm256_castsi256_ps(S % 2 ? _mm256_unpackhi_epi16(low, high) : _mm256_unpacklo_epi16(low, high));
-    }
-    template <int S>
-    static F operand(const float* x) {
-      return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + S / 4 * 4));
-    }
-    static F zero() { return V::zero(); }
-    static F fma(F acc, F w, F x) { return V::fma(w, x, acc); }
-    template <int>
-    static F join(const F* part, const FewColumns<float>&, int64_t, int64_t) {
-      return _mm256_hadd_ps(_mm256_hadd_ps(part[0], part[1]), _mm256_hadd_ps(part[2], part[3]));
-    }
-    static FewColumns<float> arrange(const GemvArgs& g) {
-      const float* x = static_cast<const float*>(g.x);
-      float* out = static_cast<float*>(scratch(1, g.rows * g.w.k * sizeof(float)));
-      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-      for (int64_t r = 0; r < g.rows; ++r)
-        for (int64_t c = 0; c < g.w.k; c += 8)
-          store(out + r * g.w.k + c, _mm256_permutevar8x32_ps(load(x + r * g.ldx + c), order));
-      return {out, g.w.k};
-    }
-  };
-
-  // In 16-bit integers: vpmaddwd multiplies 16 of them, and there is nothing to widen.
-  struct Words : BytePlanes<2>, WordColumns<V> {
-    using Sum = __m256i;
-    static constexpr int kUnits = 4;
-    static constexpr int kMostRows = 2 * kGemvRows;
-    static constexpr int parts(int) { return 2; }
-    static Table table(const Weight& w) {
-      alignas(32) int32_t values[16];
-      for (int i = 0; i < 16; i += 8) {
-        const F steps = mul(load(kTables[w.format] + i), set1(kWordSteps[w.format]));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(values + i), _mm256_cvtps_epi32(steps));
-      }
-      return planes(values);
-    }
-    template <int S>
-    static __m256i weights(const Table& t, C codes) {
-      return pairs<(S >= 2), S % 2>(t, codes, 0);
-    }
-    template <int S>
-    static __m256i operand(const int16_t* x) {
-      int64_t four;
-      __builtin_memcpy(&four, x + S / 2 * 4, 8);
-      return _mm256_set1_epi64x(four);
-    }
-    static Sum zero() { return _mm256_setzero_si256(); }
-    static Sum fma(Sum acc, __m256i w, __m256i x) {
-      acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
-      asm("" : "+x"(acc));  // sums of integers are put in another order else, and theirs into memory
-      return acc;
-    }
-    template <int>
-    static F join(const Sum* part, const FewColumns<int16_t>& x, int64_t row, int64_t unit) {
-      const F sums = _mm256_cvtepi32_ps(_mm256_hadd_epi32(part[0], part[1]));
-      return mul(sums, set1(x.scale[row * x.ld_scale + unit]));
-    }
-  };
+  using Bytes = __m256i;
+  using Floats = FloatPlanes<V>;
+  using Words = WordPlanes<V>;
+  static constexpr int kFloatRows = 2, kWordRows = 4;
+  static Bytes broadcast_bytes(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <bool kHigh>
+  static Bytes nibbles(C codes) {
+    return _mm256_and_si256(kHigh ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
+  }
+  static Bytes look_up(Bytes plane, Bytes index) { return _mm256_shuffle_epi8(plane, index); }
+  template <int kBits, bool kHigh>
+  static Bytes interleave(Bytes a, Bytes b) {
+    if constexpr (kBits == 8) return kHigh ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b);
+    return kHigh ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
+  }
+  static F as_floats(Bytes v) { return _mm256_castsi256_ps(v); }
+  static F broadcast_four(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+  static Bytes broadcast_four(const int16_t* p) {
+    int64_t four;
+    __builtin_memcpy(&four, p, 8);
+    return _mm256_set1_epi64x(four);
+  }
+  static void order_columns(const float* in, float* out) {
+    store(out, _mm256_permutevar8x32_ps(load(in), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+  }
+  static F pair_sums(F a, F b) { return _mm256_hadd_ps(a, b); }
+  using WordSums = __m256i;
+  static WordSums word_zero() { return _mm256_setzero_si256(); }
+  static WordSums add_word_products(WordSums acc, Bytes w, Bytes x) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+    asm("" : "+x"(acc));  // sums of integers are put in another order else, and theirs into memory
+    return acc;
+  }
+  static F word_rows(WordSums a, WordSums b) { return _mm256_cvtepi32_ps(_mm256_hadd_epi32(a, b)); }
 
   static void lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
     scalar_lookup_bytes(table, index, n, out);

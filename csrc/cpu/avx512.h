@@ -194,8 +194,9 @@ struct V {
     static constexpr int kMostRows = kGemvRows;
     static constexpr int parts(int rows) { return rows >= 8 ? 1 : rows >= 4 ? 2 : 4; }
     static Table table(const Weight& w) {
-      const F values = _mm512_mul_ps(_mm512_loadu_ps(kTables[w.format]), _mm512_set1_ps(kWordSteps[w.format]));
-      return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(values)));
+      alignas(32) int16_t values[16];
+      word_table<V>(w.format, values);
+      return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(values)));
     }
     // As decode_pair.
     template <int S>

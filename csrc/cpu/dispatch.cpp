@@ -12,6 +12,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace pf {
@@ -60,6 +62,8 @@ Int8 avx512_bf16x2_int8();
 Int8 avx512_amx_int8();
 #elif defined(__aarch64__)
 Kernels neon_kernels();
+Int8 neon_int8();
+Int8 neon_dotprod_int8();
 #endif
 
 namespace {
@@ -84,6 +88,16 @@ bool allows_tiles() {
 bool is_zen5() {
   unsigned a, b, c, d;
   return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 0xF) + (a >> 20 & 0xFF) >= 0x1A;
+}
+#endif
+
+#if defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return true;  // Apple's
+#endif
 }
 #endif
 
@@ -132,7 +146,9 @@ struct Registry {
     for (int i = 0; i < count; ++i) kernels[i].outruns_mkl = __builtin_cpu_is("amd");
     if (avx2) add(avx2_kernels());
 #elif defined(__aarch64__)
-    add(neon_kernels());
+    Kernels neon = neon_kernels();
+    neon.int8 = has_dot_products() ? neon_dotprod_int8() : neon_int8();
+    add(neon);
 #endif
     add(generic_kernels());
     const char* forced = std::getenv("PYFASTPEFT_CPU_ISA");

@@ -6,6 +6,8 @@
 namespace pf::neon {
 #include "scalar.h"
 
+#include "byte_planes.h"
+
 struct V {
   static constexpr int kLanes = 4;
   static constexpr int kGroupVecs = 4;  // 6 x 4 accumulators, 4 vectors of weights, 1 broadcast: 29 of 32 registers
@@ -77,6 +79,52 @@ struct V {
     return lookup(t, vld1q_u32(index));
   }
 
+  static void store_words(int16_t* p, F v) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(v))); }
+
+  using Bytes = uint8x16_t;
+  using Floats = FloatPlanes<V>;
+  using Words = WordPlanes<V>;
+  static constexpr int kFloatRows = 4, kWordRows = 4;
+  static Bytes broadcast_bytes(const uint8_t* p) { return vld1q_u8(p); }
+  template <bool kHigh>
+  static Bytes nibbles(C codes) {
+    const uint8x16_t bytes = vreinterpretq_u8_u32(codes);
+    return kHigh ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15));
+  }
+  static Bytes look_up(Bytes plane, Bytes index) { return vqtbl1q_u8(plane, index); }
+  template <int kBits, bool kHigh>
+  static Bytes interleave(Bytes a, Bytes b) {
+    if constexpr (kBits == 8) return kHigh ? vzip2q_u8(a, b) : vzip1q_u8(a, b);
+    const uint16x8_t c = vreinterpretq_u16_u8(a), d = vreinterpretq_u16_u8(b);
+    return vreinterpretq_u8_u16(kHigh ? vzip2q_u16(c, d) : vzip1q_u16(c, d));
+  }
+  static F as_floats(Bytes v) { return vreinterpretq_f32_u8(v); }
+  static F broadcast_four(const float* p) { return load(p); }
+  static Bytes broadcast_four(const int16_t* p) {
+    int64_t four;
+    __builtin_memcpy(&four, p, 8);
+    return vreinterpretq_u8_s64(vdupq_n_s64(four));
+  }
+  static void order_columns(const float* in, float* out) {
+    const F a = load(in), b = load(in + 4);
+    store(out, vzip1q_f32(a, b));
+    store(out + 4, vzip2q_f32(a, b));
+  }
+  static F pair_sums(F a, F b) { return vpaddq_f32(a, b); }
+  struct WordSums {  // of two rows
+    int32x4_t first, second;
+  };
+  static WordSums word_zero() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+  static WordSums add_word_products(WordSums acc, Bytes w, Bytes x) {
+    const int16x8_t a = vreinterpretq_s16_u8(w), b = vreinterpretq_s16_u8(x);
+    acc = {vmlal_s16(acc.first, vget_low_s16(a), vget_low_s16(b)), vmlal_high_s16(acc.second, a, b)};
+    asm("" : "+w"(acc.first), "+w"(acc.second));
+    return acc;
+  }
+  static F word_rows(WordSums a, WordSums b) {
+    return vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(a.first, a.second), vpaddq_s32(b.first, b.second)));
+  }
+
   static void lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
     scalar_lookup_bytes(table, index, n, out);
   }
@@ -100,14 +148,23 @@ struct V {
 };
 
 #include "algorithm.h"
-#include "int8_scalar.h"
+
+namespace plain {
+#include "neon_int8.h"
+
 #include "int8_algorithm.h"
+}  // namespace plain
+
+#define PF_DOTPROD
+namespace dotprod {
+#include "neon_int8.h"
+
+#include "int8_algorithm.h"
+}  // namespace dotprod
 }  // namespace pf::neon
 
 namespace pf {
-Kernels neon_kernels() {
-  Kernels kernels = neon::make_kernels("neon");
-  kernels.int8 = neon::int8_table();
-  return kernels;
-}
+Kernels neon_kernels() { return neon::make_kernels("neon"); }
+Int8 neon_int8() { return neon::plain::int8_table(); }
+Int8 neon_dotprod_int8() { return neon::dotprod::int8_table(); }
 }  // namespace pf

@@ -1,6 +1,13 @@
 // Few rows of x that are bf16, as 16-bit integers: what the vocabularies that decode weights to 14 bits (Words in
 // avx512.h, avx2.cpp) have alike. Included by them, in their namespaces. Each unit of columns has a scale, by which no
-// sum of 32 bits overflows; V::store_words rounds, and stores columns in the order of V's weights.
+// sum of 32 bits overflows.
+
+template <class V>
+void word_table(int format, int16_t* out) {
+  for (int i = 0; i < 16; i += V::kLanes)
+    V::store_words(out + i, V::mul(V::load(kTables[format] + i), V::set1(kWordSteps[format])));
+}
+
 template <class V>
 struct WordColumns {
   using Elem = int16_t;
