@@ -563,6 +563,8 @@ def test_nan_and_inf_stay_in_their_row_and_are_never_lost(device, dtype):
             expected = float64(dirty, w, None, lora)
             if w.quant_type == "nf4" and lora is None:
                 assert torch.equal(y[row].isnan(), expected[row].isnan())
+                infinite = expected[row].isinf()
+                assert torch.equal(y[row][infinite].double(), expected[row][infinite])
             # INT4 sums code * scale and zero apart, so an infinity may meet its opposite and become NaN.
             assert not y[row][~expected[row].isfinite()].isfinite().any()
             others = torch.arange(m) != row
