@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_llama
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import dense_layers
 from pyfastpeft.integrations.dense_layers import DenseForward
 from pyfastpeft.integrations.fused_layers import fuse_layers
-from pyfastpeft.ops import dense, dense_linear
+from pyfastpeft.ops import dense, dense_linear, large_pages
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 # (rows, N, K): whole and partial groups of lanes, blocks and chunks of rows.
@@ -128,6 +128,52 @@ def test_tangents_are_those_of_torch(pays, grad, rows):
     with forward_ad.dual_level(), torch.set_grad_enabled(grad):
         y = dense_linear(forward_ad.make_dual(x, 2 * x), weight)
         assert torch.equal(forward_ad.unpack_dual(y).tangent, F.linear(2 * x, weight))
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_bias_that_was_offloaded_is_an_error(pays, rows):
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        dense_linear(torch.randn(rows, 24), torch.randn(8, 24), torch.empty(8, device="meta"))
+
+
+def test_without_columns_there_is_the_bias():
+    bias = torch.randn(8)
+    with torch.no_grad():
+        assert torch.equal(dense_linear(torch.randn(3, 0), torch.randn(8, 0), bias), bias.expand(3, 8))
+
+
+class Coded(Tensor):
+    """A weight in 8 bits that says it is one of float32, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, codes):
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes):
+        self.codes = codes
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return F.linear(args[0], args[1].codes.float(), *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].codes)
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_weights_of_another_class_are_left_to_torch(pays, rows):
+    layer, x = nn.Linear(24, 8), torch.randn(rows, 24)
+    layer.weight = nn.Parameter(Coded(torch.randint(-9, 9, (8, 24), dtype=torch.int8)), requires_grad=False)
+    expected = layer(x)
+    fuse_layers(nn.ModuleList([layer]))
+    large_pages(layer.weight.data)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected) and torch.equal(dense_linear(x, layer.weight, layer.bias), expected)
 
 
 def test_layers_use_it_where_it_pays(pays, monkeypatch):

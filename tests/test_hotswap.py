@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 
 import architectures as tiny
@@ -450,6 +451,16 @@ def test_a_copy_whose_last_pair_does_not_fit_writes_nothing():
     assert not into[0].any()
     with pytest.raises(RuntimeError, match="must have 2"):
         torch.ops.pyfastpeft.copy_tensors.default(into, [torch.ones(4)])
+
+
+def test_values_that_are_nowhere_are_an_error():
+    model = serving(fp.LoraConfig())
+    held = tensors_of(model, "default")
+    *_, one = held
+    for name, t in ((one, held[one]), (one, torch.empty(1, 77))):
+        with pytest.raises(ValueError, match=re.escape(f"{[name]} on the meta device")):
+            model.hotswap_adapter({k: torch.full_like(t, 7) for k, t in held.items()} | {name: t.to("meta")})
+        assert all(torch.equal(t, held[k]) for k, t in tensors_of(model, "default").items())
 
 
 def test_threads_choose_the_adapters_of_their_rows_apart():

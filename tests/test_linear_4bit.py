@@ -1121,6 +1121,8 @@ def test_large_pages_change_no_value():
         before = t.clone()
         large_pages(t)
         assert t.is_meta or torch.equal(t, before)
+    for other in (torch.eye(3).to_sparse_csr(), torch.eye(3).to_mkldnn()):  # which have no one place
+        large_pages(other)
 
 
 def test_a_shelf_keeps_every_value_in_every_mode():

@@ -30,7 +30,7 @@ from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear
 from ..nn.lora_layer import stamp_of
 from ..ops import PackedLora
-from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode, native
+from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode, is_plain, native
 from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
@@ -241,7 +241,7 @@ class _Stack:
         bias = look.get(module._parameters, "bias")
         if type(module) is nn.Linear:
             weight = look.get(module._parameters, "weight")
-            if type(weight) not in (Tensor, nn.Parameter) or choose_plain(weight.device) is not Backend.NATIVE:
+            if not is_plain(weight) or choose_plain(weight.device) is not Backend.NATIVE:
                 raise _Unsupported
             return torch.ops.pyfastpeft.add_decoder_dense.default, weight, bias, *branch
         if type(module) is not Linear4bit or module.compute_dtype not in (None, dtype):

@@ -8,7 +8,7 @@ import os
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..formats import Packed4bit, format_of
@@ -28,6 +28,12 @@ def check_floats(name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor) or t.dtype not in FLOATS:
         what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
         raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether operators may read what is in the memory of ``t``: a dense tensor, and none that only says it has these
+    values, as torchao's quantized weights do."""
+    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
 
 
 def recorded(*tensors: Tensor | None) -> bool:

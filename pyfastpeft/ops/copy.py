@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backends import is_plain
+
 
 def copy_alike(into: Sequence[Tensor], source: Sequence[Tensor]) -> bool:
     """Copy each tensor of ``source`` into the one of ``into`` at its place, in one pass that all threads share.
@@ -38,7 +40,7 @@ def large_pages(t: Tensor) -> None:
 
     Nothing else changes, and anything but such a tensor stays as it is.
     """
-    if t.device.type == "cpu" and t.is_contiguous():
+    if is_plain(t) and t.is_cpu and t.is_contiguous():
         torch.ops.pyfastpeft.large_pages.default(t)
 
 

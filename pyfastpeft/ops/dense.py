@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, choose_plain, forward_mode
+from .backends import FLOATS, Backend, choose_plain, forward_mode, is_plain
 
 FEW_ROWS = 16
 """Rows up to which the kernel takes what reading the weight once takes: it multiplies by a tile of so many."""
@@ -34,8 +35,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return F.linear(x, weight, bias)
     if many_rows_pay(x, weight, bias):
         return many_rows_linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if len(rows) <= FEW_ROWS and not torch.is_grad_enabled() and _multiplies(rows, weight):
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    if len(rows) <= FEW_ROWS and not torch.is_grad_enabled() and _multiplies(rows, weight, bias):
         y = torch.ops.pyfastpeft.dense_linear.default(rows, weight, bias)
     else:
         y = F.linear(rows, weight, bias)
@@ -50,7 +51,7 @@ def many_rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and fast_float32()
         and x.numel() > FEW_ROWS * x.shape[-1]
         and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
-        and _multiplies(x, weight)
+        and _multiplies(x, weight, bias)
     )
 
 
@@ -60,10 +61,12 @@ def many_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], len(weight))
 
 
-def _multiplies(x: Tensor, weight: Tensor) -> bool:
-    alike = x.dtype == weight.dtype and x.dtype in FLOATS and x.device == weight.device
-    plain = not (torch.is_autocast_enabled("cpu") or forward_mode())
-    return alike and plain and choose_plain(x.device) is Backend.NATIVE
+def _multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.is_autocast_enabled("cpu") or forward_mode() or x.dtype not in FLOATS:
+        return False
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    alike = all(is_plain(t) and t.dtype == x.dtype and t.device == x.device for t in operands)
+    return alike and choose_plain(x.device) is Backend.NATIVE
 
 
 class _ManyRows(torch.autograd.Function):

@@ -166,8 +166,3 @@ def _gradients(
         dy.new_empty((0 if x is None else r, k), dtype=torch.float32),
         dy.new_empty((0 if x is None else n, r), dtype=torch.float32),
     )
-
-
-@torch.library.register_fake("pyfastpeft::copy_tensors")
-def _(into: list[Tensor], src: list[Tensor]) -> bool:
-    return True

@@ -308,6 +308,9 @@ class AdaptedModel(OneDevice, nn.Module):
             if config is not None:
                 self.configs[name] = replace(config, inference_mode=old.inference_mode)
             return
+        nowhere = [key for key, value in values.items() if value.is_meta]
+        if nowhere:
+            raise ValueError(f"{source} has {nowhere} on the meta device, where there are no values")
         new = None if config is None else self.resolved(config)
         self.configs[name] = self.tuner_of(name).swap(name, old, new, self.tensors(name), values, source)
         self.bank.version += 1
@@ -326,7 +329,7 @@ class AdaptedModel(OneDevice, nn.Module):
         new = [values[key] for key in live]
         if not copy_alike(targets, new):
             kinds = [v.is_floating_point() for v in new] == [t.is_floating_point() for t in targets]
-            if [v.shape for v in new] != shapes or not kinds:
+            if [v.shape for v in new] != shapes or not kinds or any(v.is_meta for v in new):
                 return False
             copy_tensors(targets, new)
         self.bank.version += 1
