@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +73,7 @@ def test_each_weight_is_served_by_the_kernels_of_its_device(gpu):
         (Backend.CUDA, {"rows": 128}),
         (Backend.CUDA, {"rows": 0}),
         (Backend.TRITON, {"rows": 129}),
+        (Backend.TRITON, {"rows": 255}),
         (Backend.TRITON, {"rows": 1, "infers": False}),
         (Backend.TRITON, {"rows": 1, "dtype": torch.float32}),
         (Backend.TRITON, {"rows": 1, "drops": True}),
@@ -116,6 +117,20 @@ def test_without_cuda_kernels_the_slower_path_is_said_once(gpu, monkeypatch, tri
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen(w, 1023, infers=False) is backend
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_amd_is_not_told_of_cuda_kernels(gpu, monkeypatch, triton):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    device = gpu((7, 5), "this torch has no CUDA").device  # AMD's capabilities are numbered apart
+    if triton:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert choose_plain(device) is Backend.TRITON
+    else:
+        find_triton(monkeypatch, None)
+        with pytest.warns(UserWarning, match="Triton kernels are not used on cuda:0: triton is not installed. Plain"):
+            assert choose_plain(device) is Backend.REFERENCE
 
 
 def test_where_triton_stands_alone_many_rows_are_worth_all_of_w_but_on_amd(gpu, monkeypatch):
@@ -195,6 +210,27 @@ def test_an_unknown_backend_is_refused_by_name():
     assert "PYFASTPEFT_BACKEND is 'cudnn'; it must be one of native, cuda, slabs, triton, reference" in done.stderr
 
 
+def test_an_empty_name_forces_nothing():
+    environment = os.environ | {"PYFASTPEFT_BACKEND": ""}
+    subprocess.run([sys.executable, "-c", "import pyfastpeft.ops"], env=environment, check=True)
+
+
+def test_the_oldest_gpu_and_the_largest_head_that_are_served(gpu):
+    assert choose_plain(gpu((8, 0)).device) is Backend.TRITON
+    assert choose_attention(torch.empty(1, 1, 1, 256)) is Backend.NATIVE
+    assert choose_attention(torch.empty(1, 1, 1, 257)) is Backend.REFERENCE
+
+
+def test_why_cuda_kernels_do_not_serve_is_their_own_word(monkeypatch):
+    missing = {(9, 0): "", (7, 5): "the GPU has compute capability 7.5"}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.ops.pyfastpeft, "cuda_missing", SimpleNamespace(default=lambda *c: missing[c]))
+    for capability, why in missing.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        cuda_kernels.why_not.cache_clear()
+        assert cuda_kernels.why_not(torch.device("cuda", 0)) == (why or None)
+
+
 def test_plain_tensors_are_served_by_the_kernels_of_their_device(gpu, monkeypatch):
     assert choose_plain(torch.device("cpu")) is Backend.NATIVE
     assert choose_plain(gpu((9, 0)).device) is Backend.TRITON
@@ -237,6 +273,21 @@ def test_a_forced_backend_quantizes_or_says_why_it_cannot(gpu, monkeypatch):
         assert (fp.quantize_4bit(w).dequantize() - w).abs().max() < 1
 
 
+@pytest.mark.parametrize(("backend", "kernels"), [(Backend.CUDA, cuda_kernels), (Backend.TRITON, triton_kernels)])
+def test_a_gpus_quantizers_get_what_the_operators_are_given(monkeypatch, backend, kernels):
+    """Reached past the compiled ones, as torch reaches them for a GPU's tensors."""
+    w, packed, seen = torch.randn(3, 70), fp.quantize_4bit(torch.randn(3, 70), "int4", 32), []
+    held = packed.codes, packed.scale, packed.zero
+    monkeypatch.setattr(backends, "choose_quantizer", lambda device: backend)
+    for name, result in (("quantize_4bit", held), ("dequantize_4bit", w)):
+        monkeypatch.setattr(kernels, name, lambda *given, result=result: seen.append(given) or result)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    given = (w, 2, 32), (*held, 2, 32, [3, 70], torch.bfloat16)
+    torch.ops.pyfastpeft.quantize_4bit.default.redispatch(keys, *given[0])
+    torch.ops.pyfastpeft.dequantize_4bit.default.redispatch(keys, *given[1])
+    assert seen == list(given)
+
+
 def test_whole_tensors_are_quantized_and_decoded_by_the_cuda_kernels_where_they_serve(gpu, monkeypatch):
     assert choose_quantizer(torch.device("cpu")) is Backend.NATIVE
     assert choose_quantizer(gpu((9, 0)).device) is Backend.CUDA
@@ -268,10 +319,80 @@ def test_forcing_the_reference_reaches_dense_products_and_decoding(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy_", "quantize_4bit"]
+    "name",
+    [
+        *("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy_", "quantize_4bit"),
+        *("dequantize_4bit", "prefix_attention", "prefix_attention_backward"),
+    ],
 )
 def test_gpus_have_kernels_under_the_compiled_operators_names(name):
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"pyfastpeft::{name}", "CUDA")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy_", "quantize_4bit"),
+        *("dequantize_4bit", "prefix_attention", "prefix_attention_backward", "_forward", "_backward"),
+        "_forward_slots",
+    ],
+)
+def test_triton_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch, name):
+    devices, current = [], []
+
+    @contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Kernels:
+        """Those that only say where they are launched."""
+
+        def __getattr__(self, what):
+            if what in ("Weight", "Branch", "Slots", "Call", "formula", "around"):
+                return lambda *_, **__: SimpleNamespace(rank=4, n=8, k=64, a=torch.ones(1), b=torch.ones(1))
+            return lambda *_, **__: devices.append(list(current)) or (torch.ones(1),) * 3
+
+    with monkeypatch.context() as context:
+        context.setattr(torch.cuda, "device", on)
+        with triton_kernels._on(torch.device("cuda", 1)):
+            assert current == [torch.device("cuda", 1)]
+    monkeypatch.setattr(triton_kernels, "_on", on)
+    monkeypatch.setattr(triton_kernels, "_kernels", lambda file: Kernels())
+    w = fp.quantize_4bit(torch.randn(8, 33))
+    x, dy, a, b = torch.randn(2, 33), torch.randn(2, 8), torch.randn(4, 33), torch.randn(8, 4)
+    attention = (*[torch.randn(1, 2, 3, 32)] * 3, None, None, None, None, None, True, 1.0, 0)
+    given = {
+        "quantize_4bit": (x, 0, 64),
+        "dequantize_4bit": (w.codes, w.scale, None, 0, 64, [8, 33], torch.float32),
+        "prefix_attention": (*attention, False),
+        "prefix_attention_backward": (attention[0], *attention, attention[0], x),
+        "_forward": (x, *w.operands, None, a, b, None, 1.0, None, 0.0),
+        "_backward": (dy, x, dy, *w.operands, 33, a, b, None, 1.0, None, 0.0, True, True, True),
+        "_forward_slots": (x, *w.operands, None, a[None], b[None], torch.ones(1), torch.zeros(2, dtype=torch.int64)),
+    }
+    getattr(triton_kernels, name)(*given.get(name, (x, x)))
+    assert devices == [[x.device]]
+
+
+def test_tiles_are_asked_for_by_all_that_they_depend_on(monkeypatch):
+    def tuned(call, device, formula, around, run):
+        asked.append((*call, formula))
+        return formula
+
+    asked, expected = [], []
+    monkeypatch.setattr(triton_kernels, "tuned", tuned)
+    kernels = SimpleNamespace(formula=lambda x, w, forward: f"forward {forward}", around=None)
+    for direction in ("forward", "backward"):
+        for rows, power in ((0, 1), (1, 1), (8, 8), (9, 16)):
+            for rank in (0, 4):
+                lora = SimpleNamespace(rank=rank) if rank else None
+                x, w = torch.empty(rows, 64, dtype=torch.bfloat16), SimpleNamespace(n=8, k=64)
+                triton_kernels._best(direction, kernels, x, w, lora, lambda cut: cut)
+                formula = f"forward {direction == 'forward'}"
+                expected.append(("linear_4bit", direction, torch.bfloat16, power, 8, 64, rank, formula))
+    assert asked == expected
 
 
 def test_the_choice_is_a_constant_to_the_compiler(gpu):

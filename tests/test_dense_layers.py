@@ -121,6 +121,53 @@ def test_what_torch_computes(pays, monkeypatch):
     assert not dense.many_rows_pay(x, frozen.weight, frozen.bias)
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+def test_what_trains_has_all_its_gradients(pays, rows):
+    leaves = [torch.randn(*s, requires_grad=True) for s in ((rows, 24), (8, 24), (8,))]
+    got, expected = (torch.autograd.grad(f(*leaves).square().sum(), leaves) for f in (dense_linear, F.linear))
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_more_rows_are_torchs_where_it_is_faster(monkeypatch):
+    layer, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(20, 24)
+    monkeypatch.setattr(dense, "fast_float32", lambda: False)
+    assert not dense.many_rows_pay(x, layer.weight, layer.bias)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not dense.fast_float32.__wrapped__()
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_compiler_sees_torchs_own(pays, rows):
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(node.target.__name__ for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    x, weight = torch.randn(rows, 24), torch.randn(8, 24)
+    with torch.no_grad():
+        compiled = torch.compile(dense_linear, fullgraph=True, backend=backend)
+        assert torch.equal(compiled(x, weight), F.linear(x, weight))
+    assert seen == ["linear"]
+
+
+def test_opcheck_passes():
+    x, weight, dy = torch.randn(5, 24), torch.randn(8, 24), torch.randn(5, 8)
+    for bias in (None, torch.randn(8)):
+        torch.library.opcheck(torch.ops.pyfastpeft.dense_linear.default, (x, weight, bias))
+    torch.library.opcheck(torch.ops.pyfastpeft.dense_linear_backward.default, (dy, weight))
+
+
+def test_rows_apart_take_no_copies_of_the_weight():
+    x, weight = torch.randn(8, 4, 64).bfloat16().transpose(0, 1), torch.randn(2000, 64).bfloat16()
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        dense_linear(x, weight)
+    taken = [event.self_cpu_memory_usage for event in profile.events()]
+    assert sum(bytes for bytes in taken if bytes > 0) < weight.nbytes
+
+
 @pytest.mark.parametrize("rows", [3, 70])
 @pytest.mark.parametrize("grad", [True, False])
 def test_tangents_are_those_of_torch(pays, grad, rows):
@@ -195,6 +242,16 @@ def test_layers_use_it_where_it_pays(pays, monkeypatch):
     assert twin(x).std(dim=1).max() < 1e-6 and model(x).std(dim=1).min() > 1e-3
     fuse_layers(model, False)
     assert torch.equal(model(x), plain(x))
+
+
+def test_a_layer_keeps_a_forward_of_its_own(pays):
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    layer = Own(24, 8)
+    fuse_layers(nn.ModuleList([layer]))
+    assert "forward" not in vars(layer)
 
 
 def test_elsewhere_layers_are_left_alone(monkeypatch):

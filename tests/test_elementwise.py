@@ -351,8 +351,10 @@ FUNCTIONS = (
 def test_second_derivatives_are_an_error(function):
     """Past a residual too, whose own would be taken for the whole."""
     x = torch.randn(1, 2, 3, 16, requires_grad=True)
-    for y in (function(x), x + function(x)):
-        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    for total in (function(x).square(), (x + function(x)).square(), x.pow(3) + function(x)):
+        if function is FUNCTIONS[2] and total.grad_fn.name() == "AddBackward0":
+            continue  # rope is linear: what arrives is all that its gradient depends on
+        (first,) = torch.autograd.grad(total.sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             torch.autograd.grad(first.sum(), x)
 

@@ -453,6 +453,15 @@ def test_a_copy_whose_last_pair_does_not_fit_writes_nothing():
         torch.ops.pyfastpeft.copy_tensors.default(into, [torch.ones(4)])
 
 
+def test_a_copy_that_is_not_of_dense_tensors_is_torchs():
+    from pyfastpeft.ops import copy_alike, copy_tensors
+
+    into = torch.zeros(3, 3)
+    assert not copy_alike([into], [torch.eye(3).to_sparse()]) and not copy_alike([into], [])
+    with pytest.raises(RuntimeError):
+        copy_tensors([into], [])
+
+
 def test_values_that_are_nowhere_are_an_error():
     model = serving(fp.LoraConfig())
     held = tensors_of(model, "default")

@@ -63,6 +63,21 @@ def test_transformers_is_imported_by_those_who_need_it():
         assert python("import sys", run.format(command), loaded)[-1] == "False"
 
 
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("import torch; torch.__version__ = '2.9.1+cpu'", "torch 2.9.1+cpu is here; pyfastpeft needs 2.10 or newer"),
+        ("import torch; torch.__version__ = '2.10.0'", None),
+        ("import pathlib; pathlib.Path.glob = lambda *_: iter(())", "operators are not compiled: install the package"),
+    ],
+)
+def test_what_is_missing_is_said(before, said):
+    run = [sys.executable, "-c", f"{before}; import pyfastpeft.ops"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert (done.returncode == 0) is (said is None), done.stderr
+    assert said is None or said in done.stderr
+
+
 def test_the_compiler_is_loaded_by_those_who_compile():
     loaded = "print('torch._dynamo' in sys.modules)"
     use = "w = fp.quantize_4bit(torch.ones(16, 64))", "fp.nn.Linear4bit(64, 16)(torch.ones(1, 64)).sum()"

@@ -1137,6 +1137,9 @@ def test_a_shelf_keeps_every_value_in_every_mode():
     for t, own in zip(given, kept, strict=True):
         assert torch.equal(t, own) and own.dtype == t.dtype and own.is_contiguous() and not own.is_inference()
         assert own.data_ptr() % 64 == 0
+    with torch.device("meta"):
+        assert torch.equal(Shelf().put(given[0]), given[0])
+    assert not Shelf().put(torch.ones(3, requires_grad=True)).requires_grad
     kept[2].zero_()
     assert all(torch.equal(t, own) for i, (t, own) in enumerate(zip(given, kept, strict=True)) if i != 2)
 

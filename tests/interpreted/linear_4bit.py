@@ -79,6 +79,30 @@ def test_every_cut_that_tuning_tries_computes_the_same(dtype, monkeypatch):
         check_gradients(dtype, 5, 70, 140, 4, dtype, None, 0.5)
 
 
+@pytest.mark.parametrize("part", ["scaling dtype", "scaling stride", "rows stride"])
+def test_a_bank_of_any_strides(part):
+    slots, r, n, k, m = 4, 8, 40, 96, 9
+    w, x = packed_weight(n, k), torch.randn(m, k).bfloat16()
+    a, b, scaling = torch.randn(slots, r, k) * 0.1, torch.randn(slots, n, r) * 0.3, torch.rand(slots) + 0.5
+    rows = torch.randint(-1, slots, (m,))
+    if part == "scaling dtype":
+        scaling = scaling.half()
+    elif part == "scaling stride":
+        scaling = torch.stack([scaling, scaling + 1], 1)[:, 0]
+    else:
+        rows = torch.stack([rows, 1 - rows], 1)[:, 0]
+    y = linear_4bit(x, w, None, BankView(a, b, scaling, rows))
+    assert torch.equal(y, linear_4bit(x, w, None, BankView(a, b, scaling.float().contiguous(), rows.contiguous())))
+
+
+def test_opcheck_passes_beside_an_adapter_of_another_dtype():
+    w, (a, b) = packed_weight(24, 64, "nf4", True).rows(), [t.bfloat16() for t in adapter(24, 64, 4)]
+    x, dy, s = torch.randn(5, 64), torch.randn(5, 24), torch.randn(5, 4)
+    for needs in ((True, True, True), (False, True, False), (False, False, True)):
+        arguments = (dy, x, s, *w.operands, 64, a, b, None, 2.0, None, 0.0, *needs)
+        torch.library.opcheck(torch.ops.pyfastpeft.linear_4bit_triton_backward.default, arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", [1, 8, 9, 16, 32])
 def test_few_rows_by_words_of_the_weight(m, dtype):

@@ -104,6 +104,21 @@ def test_any_strides(dtype):
     check([q[:, :, ::2], k[:, :, 1::2].expand(2, 2, -1, -1), v[:, :, 1:5].expand(2, 2, -1, -1)], causal=False)
 
 
+def test_what_chooses_keys_may_have_any_strides():
+    def strided(t, other):
+        return torch.stack([t, torch.full_like(t, other)], -1)[..., 0]
+
+    tensors = make(3, 4, 2, 6, None, 32, prefix=40, slots=2)
+    chosen = {
+        "prefix_index": torch.tensor([1, -1, 0]),
+        "prefix_lengths": torch.tensor([40, 20]),
+        "mask": key_positions(torch.rand(3, 6) < 0.7, 6),
+    }
+    expected = prefix_attention(*tensors, **chosen)
+    for name, other in (("prefix_index", 0), ("prefix_lengths", 3), ("mask", 0)):
+        assert torch.equal(prefix_attention(*tensors, **chosen | {name: strided(chosen[name], other)}), expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 1, 4, 4), (2, 2, 1, 0, 5), (2, 2, 1, 0, 0)], ids=str)
 def test_nothing_in_nothing_out(shape):
     for prefix in (None, 3):
