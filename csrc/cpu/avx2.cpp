@@ -115,7 +115,7 @@ struct V {
   using Bytes = __m256i;
   using Floats = FloatPlanes<V>;
   using Words = WordPlanes<V>;
-  static constexpr int kFloatRows = 2, kWordRows = 4;
+  static constexpr int kWordRows = 4;
   static Bytes broadcast_bytes(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
   }

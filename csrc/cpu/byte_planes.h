@@ -48,7 +48,7 @@ struct FloatPlanes : BytePlanes<V, 4> {
   using F = typename V::F;
   using Sum = F;
   static constexpr int kUnits = 8;  // the rows of 128 bits, of the low nibbles and of the high ones
-  static constexpr int kMostRows = V::kFloatRows;
+  static constexpr int kMostRows = V::kGemvRows;
   static constexpr int parts(int) { return 4; }
   static int64_t unit(const Weight& w) { return w.segment; }
   static Table table(const Weight& w) {

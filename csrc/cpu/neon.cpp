@@ -13,7 +13,7 @@ struct V {
   static constexpr int kGroupVecs = 4;  // 6 x 4 accumulators, 4 vectors of weights, 1 broadcast: 29 of 32 registers
   static constexpr int kMicroRows = 6;
   static constexpr int kDecodingRows = 0;
-  static constexpr int kGemvRows = 2;
+  static constexpr int kGemvRows = 4;
   static constexpr int gemv_parts(int) { return 1; }
   using F = float32x4_t;
   using C = uint32x4_t;
@@ -84,7 +84,7 @@ struct V {
   using Bytes = uint8x16_t;
   using Floats = FloatPlanes<V>;
   using Words = WordPlanes<V>;
-  static constexpr int kFloatRows = 4, kWordRows = 4;
+  static constexpr int kWordRows = 4;
   static Bytes broadcast_bytes(const uint8_t* p) { return vld1q_u8(p); }
   template <bool kHigh>
   static Bytes nibbles(C codes) {
@@ -117,9 +117,7 @@ struct V {
   static WordSums word_zero() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
   static WordSums add_word_products(WordSums acc, Bytes w, Bytes x) {
     const int16x8_t a = vreinterpretq_s16_u8(w), b = vreinterpretq_s16_u8(x);
-    acc = {vmlal_s16(acc.first, vget_low_s16(a), vget_low_s16(b)), vmlal_high_s16(acc.second, a, b)};
-    asm("" : "+w"(acc.first), "+w"(acc.second));
-    return acc;
+    return {vmlal_s16(acc.first, vget_low_s16(a), vget_low_s16(b)), vmlal_high_s16(acc.second, a, b)};
   }
   static F word_rows(WordSums a, WordSums b) {
     return vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(a.first, a.second), vpaddq_s32(b.first, b.second)));
