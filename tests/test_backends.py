@@ -318,25 +318,18 @@ def test_forcing_the_reference_reaches_dense_products_and_decoding(monkeypatch):
         model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, min_new_tokens=3)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy_", "quantize_4bit"),
-        *("dequantize_4bit", "prefix_attention", "prefix_attention_backward"),
-    ],
+ON_GPUS = (
+    *("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy_", "quantize_4bit"),
+    *("dequantize_4bit", "prefix_attention", "prefix_attention_backward"),
 )
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
 def test_gpus_have_kernels_under_the_compiled_operators_names(name):
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"pyfastpeft::{name}", "CUDA")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope", "cross_entropy_", "quantize_4bit"),
-        *("dequantize_4bit", "prefix_attention", "prefix_attention_backward", "_forward", "_backward"),
-        "_forward_slots",
-    ],
-)
+@pytest.mark.parametrize("name", [*ON_GPUS, "_forward", "_backward", "_forward_slots"])
 def test_triton_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch, name):
     devices, current = [], []
 

@@ -169,9 +169,9 @@ struct FewRows : Product<A> {
   }
 
   // Few rows' decoding where lanes are the rows of a tile: a vector of codes gives its columns one step after the
-  // other. An instruction set may have others (Floats, and Words for x that is bf16): `weights<S>` times
-  // `operand<S>` adds to the sum S % parts, `join` makes the rows of these sums, times the scale of x where `arrange`
-  // gave it one every `unit` columns.
+  // other. An instruction set may have others (Floats, and Words for x that is bf16: byte_planes.h, avx512.h):
+  // `weights<S>` times `operand<S>` adds to the sum S % parts, `join` makes the rows of these sums, times the scale of
+  // x where `arrange` gave it one every `unit` columns.
   struct Lanes {
     using Elem = E;
     using Sum = F;

@@ -1,6 +1,6 @@
-// Few rows of x that are bf16, as 16-bit integers: what the vocabularies that decode weights to 14 bits (Words in
-// avx512.h, avx2.cpp) have alike. Included by them, in their namespaces. Each unit of columns has a scale, by which no
-// sum of 32 bits overflows.
+// Few rows of x that are bf16, as 16-bit integers: what the ways of decoding that make 14-bit weights (Words in
+// avx512.h, WordPlanes in byte_planes.h) have alike. Each unit of columns has a scale, by which no sum of 32 bits
+// overflows.
 
 template <class V>
 void word_table(int format, int16_t* out) {
