@@ -588,6 +588,31 @@ def test_large_columns_of_x_do_not_drown_small_ones(device, dtype):
         assert error(y[:, :32], expected[:, :32]) <= FORWARD[dtype]
 
 
+def test_rows_that_integers_round_too_much_are_right_among_others(device):
+    """Many rows of bfloat16 may go in integers, too, but for some of them: each is right, whatever the others are."""
+    for m in (5, 40, 300):
+        n, k, quant_type = pick([33, 64]), pick([96, 320, 1024]), pick(["nf4", "fp4", "int4"])
+        large = torch.randperm(k)[:4]
+        weight = torch.randn(n, k)
+        weight[:20, large] = 0
+        w = fp.quantize_4bit(weight, quant_type, pick([32, 64] if k == 320 or quant_type == "int4" else [32, 128]))
+        lora = pick([None, (*adapter(n, k, 3), 1.0)])
+        rows = torch.rand(m) < pick([1 / m, 0.2, 0.9])
+        rows[int(torch.randint(m, ()))] = True
+        x = torch.randn(m, k) + pick([0, 3])
+        alone = linear_4bit(x.bfloat16(), w, None, lora)
+        x[rows.nonzero(), large] *= pick([1e3, 1e6, math.inf])
+        x = x.bfloat16()
+        y, expected = linear_4bit(x, w, None, lora), float64(x, w, None, lora)
+        assert torch.equal(y[~rows], alone[~rows])
+        if x.isfinite().all():
+            squares = x.double().square() @ w.dequantize(torch.float64).square().t()
+            small = slice(20 if lora is None and quant_type != "int4" else n)
+            for row in range(m):
+                for part in (slice(n), small):
+                    assert error(y[row, part], expected[row, part], squares=squares[row, part]) <= FORWARD[x.dtype]
+
+
 def test_sparse_and_extreme_values_of_x(device):
     for value in (1e-38, 1e-25, 1.0, 1e25, 1e36):
         x = torch.zeros(pick([1, 5]), 192)

@@ -50,6 +50,10 @@ Kernels make_kernels(const char* name) {
   kernels.attention_bf16 = Attention<BF16>::table();
 #endif
   kernels.attention_f32 = Attention<F32>::table();
+#ifdef PF_WORDS
+  kernels.word_rows_bytes = Product<Int16>::packed_rows_bytes;
+  kernels.pack_words = pack_words;
+#endif
   kernels.dots = dots;
   kernels.to_float = to_float;
   kernels.pack_pairs = pack_pairs;

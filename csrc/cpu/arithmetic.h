@@ -1,4 +1,4 @@
-// The two arithmetics of products, over the vocabulary `V`. Included by algorithm.h first.
+// The arithmetics of products, over the vocabulary `V`. Included by algorithm.h first.
 
 inline void copy_bytes(void* dst, const void* src, int64_t n) { __builtin_memcpy(dst, src, n); }
 
@@ -27,7 +27,9 @@ struct F32 {
   static V::F clean(V::F v) { return v; }
   using X = V::F;
   static X broadcast(const Elem* x) { return V::set1(*x); }
-  static V::F fma(V::F acc, W w, X x) { return V::fma(w, x, acc); }
+  using Sum = V::F;
+  static Sum zero() { return V::zero(); }
+  static Sum fma(Sum acc, W w, X x) { return V::fma(w, x, acc); }
   static void store_row(Elem* dst, V::F v) { V::store(dst, v); }
   // A group's lanes side by side.
   static void store_lanes(Elem* dst, const V::F* lanes) {
@@ -72,13 +74,51 @@ struct BF16 {
   static V::F clean(V::F v) { return V::default_nan(v); }
   using X = V::Pair;
   static X broadcast(const Elem* x) { return V::broadcast_pair(x); }
-  static V::F fma(V::F acc, W w, X x) { return V::fma_pair(acc, w, x); }
+  using Sum = V::F;
+  static Sum zero() { return V::zero(); }
+  static Sum fma(Sum acc, W w, X x) { return V::fma_pair(acc, w, x); }
+  // Of a segment, where its scales multiply the sum.
+  static constexpr bool kTakesZeros = false;
+  static V::F value(Sum acc, const Elem*, int64_t) { return acc; }
   static void store_row(Elem* dst, V::F v) { V::store_factor(dst, v); }
   static void store_lanes(Elem* dst, const V::F* lanes) { V::store_two(dst, lanes[0], lanes[1]); }
   static void interleave(const void* even, const void* odd, Elem* dst) { V::interleave_rows(even, odd, dst); }
   static void store_pairs(Elem* dst, const uint16_t* pairs, int64_t) { copy_bytes(dst, pairs, V::kLanes * 4); }
   static W load_pairs(const uint16_t* p) { return load(p); }
   static V::F fma_pairs(V::F acc, W w, const Elem* x) { return fma(acc, w, broadcast(x)); }
+};
+#endif
+
+#ifdef PF_WORDS
+// Arithmetic in 16-bit integers (words.h), for x that is bf16: two columns a step. After the columns of a row's block
+// come the scales of its units, then what these add up to.
+struct Int16 {
+  using Elem = int16_t;
+  static constexpr int kStep = 2;
+  using Tiles = NoTiles;
+  using W = V::Bytes;
+  using Words = V::Words;
+  using Table = Words::Table;
+  static Table table(const Weight& w) { return Words::table(w); }
+  template <int I>
+  static W decode(const Table& t, V::C codes) {
+    return Words::template columns<I>(t, codes);
+  }
+  static W load(const Elem* p) { return V::load_bytes(p); }
+  static void store(Elem* p, W w) { V::store_bytes(p, w); }
+  using X = V::Bytes;
+  static X broadcast(const Elem* x) { return V::broadcast_two(x); }
+  using Sum = V::WordSums;
+  static Sum zero() { return V::word_zero(); }
+  static Sum fma(Sum acc, W w, X x) { return V::add_word_products(acc, w, x); }
+  static constexpr bool kTakesZeros = true;
+  static constexpr int kMostUnits = 8;
+  static V::F value(Sum acc, const Elem* end_of_row, int64_t unit) {
+    return V::mul(V::word_values(acc), V::set1(reinterpret_cast<const float*>(end_of_row)[unit]));
+  }
+  static V::F sum_of_x(const Elem* end_of_row, int64_t unit) {
+    return V::set1(reinterpret_cast<const float*>(end_of_row)[kMostUnits + unit]);
+  }
 };
 #endif
 

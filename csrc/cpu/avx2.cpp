@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#define PF_WORDS
 
 namespace pf::avx2 {
 #include "scalar.h"
@@ -149,6 +150,21 @@ struct V {
   }
   static F word_rows(WordSums a, WordSums b) { return _mm256_cvtepi32_ps(_mm256_hadd_epi32(a, b)); }
 
+  // What Int16 (arithmetic.h) also needs.
+  static Bytes load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_bytes(void* p, Bytes v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static Bytes broadcast_two(const int16_t* p) {
+    int32_t two;
+    __builtin_memcpy(&two, p, 4);
+    return _mm256_set1_epi32(two);
+  }
+  // Of 32-bit lanes every second one, from the first or the second on.
+  template <int kFrom>
+  static Bytes every_second(Bytes a, Bytes b) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(as_floats(a), as_floats(b), kFrom == 0 ? 0x88 : 0xDD));
+  }
+  static F word_values(WordSums sums) { return _mm256_cvtepi32_ps(sums); }
+
   static void lookup_bytes(const float* table, const uint8_t* index, int64_t n, float* out) {
     scalar_lookup_bytes(table, index, n, out);
   }
@@ -206,7 +222,7 @@ struct V {
 struct B : ByUnit<V> {
   static constexpr int kGroupVecs = 2;  // 4 x 2 sums, 2 vectors of weights and their absolute values, 3 more: 15 of 16
   static constexpr int kMicroRows = 4;
-  static constexpr int64_t kFewRows = 8;
+  static constexpr int64_t kFewRows = 8, kMostRows = 8;
   static constexpr int kOffset = 0;
   using I = __m256i;
   using C = __m256i;

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#define PF_WORDS
 
 namespace pf::avx512 {
 #include "avx512.h"

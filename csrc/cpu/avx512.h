@@ -219,6 +219,12 @@ struct V {
 #endif
       return acc;
     }
+    // What many rows decode.
+    template <int S>
+    static __m512i columns(const Table& t, C codes) {
+      return weights<S>(t, codes);
+    }
+    static void order(float*) {}
     template <int N>
     static F join(const Sum* part, const FewColumns<int16_t>& x, int64_t row, int64_t unit) {
       Sum all = part[0];
@@ -226,6 +232,25 @@ struct V {
       return _mm512_mul_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(x.scale[row * x.ld_scale + unit]));
     }
   };
+
+#ifdef PF_WORDS
+  // What Int16 (arithmetic.h) needs, for CPUs that also have VNNI.
+  using Bytes = __m512i;
+  static Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_bytes(void* p, Bytes v) { _mm512_storeu_si512(p, v); }
+  static Bytes broadcast_two(const int16_t* p) {
+    int32_t two;
+    __builtin_memcpy(&two, p, 4);
+    return _mm512_set1_epi32(two);
+  }
+  using WordSums = __m512i;
+  static WordSums word_zero() { return _mm512_setzero_si512(); }
+  static WordSums add_word_products(WordSums acc, Bytes w, Bytes x) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+  }
+  static F word_values(WordSums sums) { return _mm512_cvtepi32_ps(sums); }
+#endif
 
   // out[c][r] = in[r][c], 16 by 16, rows of `in` ld apart: 4x4 blocks within 128-bit lanes, then the lanes themselves.
   static void transpose16(const float* in, int64_t ld, float* out) {

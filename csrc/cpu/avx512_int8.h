@@ -4,7 +4,7 @@
 struct B {
   static constexpr int kGroupVecs = 2;  // 6 x 2 sums of both kinds, 2 of weights, 1 broadcast, table, mask: 29 of 32
   static constexpr int kMicroRows = 6;
-  static constexpr int64_t kFewRows = 16;
+  static constexpr int64_t kFewRows = 16, kMostRows = INT64_MAX;
 #ifdef PF_BF16X2
   static constexpr int64_t kExactRows = 3;
 #else

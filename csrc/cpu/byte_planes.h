@@ -103,6 +103,12 @@ struct WordPlanes : BytePlanes<V, 2>, WordColumns<V> {
   static typename V::F join(const Sum* part, const FewColumns<int16_t>& x, int64_t row, int64_t unit) {
     return V::mul(V::word_rows(part[0], part[1]), V::set1(x.scale[row * x.ld_scale + unit]));
   }
+  // What many rows decode: the two columns S of the same order, side by side for every row.
+  template <int S>
+  static typename V::Bytes columns(const Table& t, typename V::C codes) {
+    return V::template every_second<S % 2>(weights<S / 2 * 2>(t, codes), weights<S / 2 * 2 + 1>(t, codes));
+  }
+  static void order(float* x) { V::order_columns(x, x); }
   static FewColumns<int16_t> arrange(const GemvArgs& g) {
     const FewColumns<float> x = Planes::ordered(g, 0);
     GemvArgs args = g;

@@ -127,7 +127,9 @@ struct Registry {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const auto with_int8 = [](Kernels k, Int8 (*vnni)()) {
-      k.int8 = __builtin_cpu_supports("avx512vnni") ? vnni() : avx2_kernels().int8;
+      const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+      k.int8 = has_vnni ? vnni() : avx2_kernels().int8;
+      if (!has_vnni) k.pack_words = nullptr;
       return k;
     };
     // Every CPU with bf16 products has VNNI.
@@ -162,7 +164,7 @@ Registry& registry() {
 }
 
 struct Scratch {
-  static constexpr int kSlots = 10;
+  static constexpr int kSlots = 11;
   void* data[kSlots] = {};
   int64_t size[kSlots] = {};
   ~Scratch() {

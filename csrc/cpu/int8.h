@@ -44,6 +44,7 @@ struct Int8Args {
 struct Int8 {
   int64_t group_tiles;  // tiles that are computed together
   int64_t exact_rows;   // up to here the exact product of bf16 takes no longer: reading the weight takes the time
+  int64_t most_rows;    // from here on that of bf16 as 16-bit integers takes no longer, where there is one
   void (*quantize)(const Matrix& x, const Weight& w, ByteRow* out, int64_t row0, int64_t row1);
   void (*product)(const Int8Args&, int64_t tile0, int64_t tile1);
 };
@@ -57,7 +58,7 @@ PF_INLINE int64_t byte_unit(const Weight& w) {
 // For an instruction set's vocabulary B over V whose reductions come to numbers one by one.
 template <class V>
 struct ByUnit {
-  static constexpr int64_t kExactRows = 0;
+  static constexpr int64_t kExactRows = 0, kMostRows = INT64_MAX;
   static void join_max(const float* of, float* out) { __builtin_memcpy(out, of, kByteUnits * sizeof(float)); }
   static void join_sum(const int32_t* of, int32_t* out) { __builtin_memcpy(out, of, kByteUnits * sizeof(int32_t)); }
   static void join_sum(const typename V::F* of, float* out) {

@@ -1,6 +1,6 @@
 // The int8-activation tier, written once over an instruction set's vocabulary. Include after algorithm.h; `B` provides
-// kGroupVecs, kMicroRows, kExactRows (see Int8), kOffset (added to a weight's 8 bits), I (a vector of 32-bit sums), W
-// (four columns of the weight in 8 bits, a vector of lanes) and the functions used below.
+// kGroupVecs, kMicroRows, kExactRows and kMostRows (see Int8), kOffset (added to a weight's 8 bits), I (a vector of
+// 32-bit sums), W (four columns of the weight in 8 bits, a vector of lanes) and the functions used below.
 
 constexpr int kByteGroupTiles = B::kGroupVecs / kTileVecs;
 constexpr int kByteLanes = B::kGroupVecs * kLanes;
@@ -421,4 +421,4 @@ inline void byte_product(const Int8Args& g, int64_t tile0, int64_t tile1) {
     }
 }
 
-inline Int8 int8_table() { return {kByteGroupTiles, B::kExactRows, quantize_bytes, byte_product}; }
+inline Int8 int8_table() { return {kByteGroupTiles, B::kExactRows, B::kMostRows, quantize_bytes, byte_product}; }

@@ -28,6 +28,13 @@ struct GemvArgs {  // y[m, tile rows] for rows <= 16
   int64_t ldy;
 };
 
+// Rows of x as 16-bit integers.
+struct WordRows {
+  const void* data = nullptr;
+  int64_t rows = 0;
+  const uint8_t* left_out = nullptr;  // [rows] those that this way does not serve, or null: none
+};
+
 struct GemmArgs {  // y = x * W^T + s * B^T + (base or bias)
   Weight w;        // K may be 0
   bool late;       // scales multiply the sums: not where the weight has zeros
@@ -37,7 +44,8 @@ struct GemmArgs {  // y = x * W^T + s * B^T + (base or bias)
   void* y;
   int y_dtype;
   int64_t ldy;
-  Matrix base;  // [rows, N], or data null
+  Matrix base;          // [rows, N], or data null
+  WordRows words = {};  // x once more, or data null; then x serves the rows that it leaves out
 };
 
 struct DenseArgs {  // y [rows, N] = x * W^T + s * B^T + bias for up to kTile rows and a weight [N, K] in full precision
@@ -232,6 +240,9 @@ struct Kernels {
     return dtype == kBFloat16 && attention_bf16.forward != nullptr ? attention_bf16 : attention_f32;
   }
   Int8 int8;
+  // Rows [row0, row1) of bf16 into WordRows of `src.rows` rows; null where f32.gemm has no faster products for these.
+  void (*pack_words)(const Matrix& src, const Weight& w, void* dst, uint8_t* left_out, int64_t row0, int64_t row1);
+  int64_t (*word_rows_bytes)(int64_t rows, int64_t cols);
   // s[m, r] = x[m] . a[r] for few rows; x float32 [rows, K].
   void (*dots)(const float* x, int64_t ldx, int64_t rows, const Matrix& a, float* s, int64_t r0, int64_t r1);
   void (*to_float)(const void* src, int dtype, float* dst, int64_t n);
@@ -260,6 +271,6 @@ struct Kernels {
 
 // Grow-only scratch of the calling thread, 64-byte aligned; `slot` keeps concurrent uses apart.
 void* scratch(int slot, int64_t bytes);
-constexpr int kDecoderScratch = 8, kAttendScratch = 9;  // kernels use 0 and 1, linear.cpp those between
+constexpr int kDecoderScratch = 9, kAttendScratch = 10;  // kernels use 0 and 1, linear.cpp those between
 
 }  // namespace pf

@@ -1,5 +1,33 @@
 // The forward pass of many rows, and the backward pass. Included by algorithm.h, after product.h.
 
+#ifdef PF_WORDS
+// Rows of bf16 as Product<Int16> multiplies them, and which of them this rounds too much.
+inline void pack_words(const Matrix& src, const Weight& w, void* out, uint8_t* left_out, int64_t row0, int64_t row1) {
+  using Words = Int16::Words;
+  constexpr int64_t kBlock = Product<Int16>::kBlock, kStride = Product<Int16>::kStride;
+  const int64_t unit = Words::unit(w);
+  alignas(64) float values[kBlock];
+  for (int64_t r = row0; r < row1; ++r) {
+    Words::Rounding rounding;
+    const auto row = [&](int64_t block) { return static_cast<int16_t*>(out) + (block * src.rows + r) * kStride; };
+    for (int64_t col0 = 0; col0 < src.cols; col0 += kBlock) {
+      const int64_t n = min64(kBlock, src.cols - col0);
+      to_float(src.row(r) + col0 * dtype_size(src.dtype), src.dtype, values, n);
+      for (int64_t c = 0; c < n; c += kGroupColumns) Words::order(values + c);
+      int16_t* words = row(col0 / kBlock);
+      float* scales = reinterpret_cast<float*>(words + kBlock);
+      for (int64_t c = 0; c < n; c += unit)
+        *scales++ = Words::round(values + c, unit, words + c, rounding) / kWordSteps[w.format];
+      segment_sums(values, unit, n / unit, reinterpret_cast<float*>(words + kBlock) + Int16::kMostUnits);
+    }
+    left_out[r] = rounding.shows();
+    // Products with nothing are nothing.
+    for (int64_t block = 0; left_out[r] != 0 && block * kBlock < src.cols; ++block)
+      __builtin_memset(row(block) + kBlock, 0, (kStride - kBlock) * sizeof(int16_t));
+  }
+}
+#endif
+
 template <class A>
 struct ManyRows : Product<A> {
   using typename Product<A>::Ahead;
@@ -32,82 +60,175 @@ struct ManyRows : Product<A> {
 
   // ---- forward, many rows: decode a panel, then a dense product ----
 
+  // The part of y that is computed together, in groups of tiles whose panel of a block stays in the first-level cache.
+  struct Part {
+    const GemmArgs& g;
+    int64_t row0, rows, tile0, tile1;
+    E* panel;
+    float* c;  // [group][rows][kGroupLanes]
+
+    // body(first tile, tiles, sums) for each group.
+    template <class Body>
+    void groups(const Body& body) const {
+      for (int64_t t = tile0; t < tile1; t += kGroupTiles)
+        body(t, min64(kGroupTiles, tile1 - t), c + (t - tile0) * kTile * rows);
+    }
+  };
+
+  static int vecs_of(int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; }
+
   static void gemm(const GemmArgs& g, int64_t tile0, int64_t tile1) {
-    const int64_t k = g.w.k, rank = g.lora_b.data == nullptr ? 0 : g.lora_b.cols;
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
-    const bool late = kLateRows > 0 && g.late;
     // More rows share what decoding costs where the weights are scaled (512 rows on Zen 5: 1.045 times dense bf16, not
     // 1.012); with scales on the sums, on Zen 4, fewer were faster.
-    const int64_t chunk = kDecodingRows > 0 && !late ? 2 * kRowChunk : kRowChunk;
+    const int64_t chunk = kDecodingRows > 0 && !is_late(g) ? 2 * kRowChunk : kRowChunk;
     float* c = static_cast<float*>(scratch(1, chunk * kPanelTiles * kTile * sizeof(float)));
-    const int64_t count = ceil_div(tile1 - tile0, kPanelTiles);
+    const int64_t count = ceil_div(tile1 - tile0, kPanelTiles), units = ceil_div(tile1 - tile0, kGroupTiles);
     [[maybe_unused]] const Tiles held;
-    constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
-    alignas(64) float scales[kGroupTiles * kScaleStride];
-    for (int64_t row0 = 0; row0 < g.x.rows; row0 += chunk) {
-      const int64_t rows = min64(chunk, g.x.rows - row0);
+    for (int64_t row0 = 0; row0 < g.x.rows; row0 += chunk)
       for (int64_t p = 0; p < count; ++p) {
         // Even panels, of whole groups where that is possible.
-        const int64_t units = ceil_div(tile1 - tile0, kGroupTiles);
         const int64_t t0 = tile0 + units * p / count * kGroupTiles;
         const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
-        // body(first tile, tiles, sums) for each group: its panel of a block stays in the first-level cache.
-        const auto groups = [&](const auto& body) {
-          for (int64_t t = t0; t < t1; t += kGroupTiles)
-            body(t, min64(kGroupTiles, t1 - t), c + (t - t0) * kTile * rows);
-        };
-        groups([&](int64_t t, int64_t, float* out) {
-          alignas(64) float bias[kGroupLanes] = {};
-          const int64_t lanes = min64(kGroupLanes, g.w.n - t * kTile);
-          if (g.bias != nullptr) copy_bytes(bias, g.bias + t * kTile, lanes * sizeof(float));
-          for (int64_t r = 0; r < rows; ++r) {
-            copy_bytes(out + r * kGroupLanes, bias, sizeof(bias));
-            if (g.base.data == nullptr) continue;
-            const char* from = g.base.row(row0 + r) + t * kTile * dtype_size(g.base.dtype);
-            to_float(from, g.base.dtype, out + r * kGroupLanes, lanes);
-          }
-        });
-        const auto vecs_of = [](int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; };
-        for (int64_t col0 = 0; col0 < k; col0 += kBlock) {
-          const int64_t n = min64(kBlock, k - col0), segments = n > g.w.segment ? g.w.segment_of(n) : 1;
-          const E* x = packed_block(g.x, col0 / kBlock) + row0 * kStride;
-          groups([&](int64_t t, int64_t tiles, float* out) {
-            const Ahead ahead = codes_ahead(g.w, t, t0, t1, col0, n);
-            for (int64_t i = 0; i < tiles; ++i) {
-              if (rank != 0 && col0 + n == k) prefetch_b(g.lora_b, t + i);
-              if (!late && kDecodingRows == 0) {
-                decode_tile(g.w, t + i, col0, n, ahead.tile(i), panel, i * kTileVecs, vecs_of(tiles));
-                continue;
-              }
-              float* own = scales + i * kScaleStride;
-              const float* from = tile_scales(g.w, t + i, g.w.segment_of(col0), segments, own);
-              for (int64_t v = 0; v < segments * kTile; v += kLanes) V::store(own + v, A::clean(V::load(from + v)));
-            }
-            if constexpr (kLateRows > 0)
-              if (late)
-                return multiply_late(x, rows, g.w, t, tiles, col0, n, panel, segments, scales, kScaleStride, ahead, out,
-                                     kGroupLanes);
-            if constexpr (kDecodingRows > 0)
-              multiply_scaled(x, rows, g.w, t, tiles, col0, n, panel, scales, kScaleStride, ahead, out, kGroupLanes);
-            else
-              multiply(x, rows, panel, n, tiles, out, kGroupLanes, ahead);
-          });
-        }
-        for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
-          const int64_t n = min64(kBlock, rank - col0);
-          groups([&](int64_t t, int64_t tiles, float* out) {
-            for (int64_t i = 0; i < tiles; ++i)
-              pack_lanes_t(g.lora_b, (t + i) * kTile, col0, n, panel, i * kTileVecs, vecs_of(tiles));
-            multiply(packed_block(g.s, col0 / kBlock) + row0 * kStride, rows, panel, n, tiles, out, kGroupLanes);
-          });
-        }
-        for (int64_t r = 0; r < rows; ++r)
-          groups([&](int64_t t, int64_t, const float* sums) {
-            char* y = static_cast<char*>(g.y) + ((row0 + r) * g.ldy + t * kTile) * dtype_size(g.y_dtype);
-            from_float(sums + r * kGroupLanes, y, g.y_dtype, min64(kGroupLanes, g.w.n - t * kTile));
-          });
+        const Part part{g, row0, min64(chunk, g.x.rows - row0), t0, t1, panel, c};
+        start(part);
+        if (g.words.data == nullptr)
+          add_base(part);
+        else
+          add_words(part);
+        add_branch(part);
+        store(part);
       }
+  }
+
+  static bool is_late(const GemmArgs& g) { return g.words.data != nullptr || (kLateRows > 0 && g.late); }
+
+  static void start(const Part& part) {
+    const GemmArgs& g = part.g;
+    part.groups([&](int64_t t, int64_t, float* out) {
+      alignas(64) float bias[kGroupLanes] = {};
+      const int64_t lanes = min64(kGroupLanes, g.w.n - t * kTile);
+      if (g.bias != nullptr) copy_bytes(bias, g.bias + t * kTile, lanes * sizeof(float));
+      for (int64_t r = 0; r < part.rows; ++r) {
+        copy_bytes(out + r * kGroupLanes, bias, sizeof(bias));
+        if (g.base.data == nullptr) continue;
+        const char* from = g.base.row(part.row0 + r) + t * kTile * dtype_size(g.base.dtype);
+        to_float(from, g.base.dtype, out + r * kGroupLanes, lanes);
+      }
+    });
+  }
+
+  static void add_base(const Part& part) {
+    const GemmArgs& g = part.g;
+    const int64_t k = g.w.k, rows = part.rows;
+    E* const panel = part.panel;
+    constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
+    alignas(64) float scales[kGroupTiles * kScaleStride];
+    for (int64_t col0 = 0; col0 < k; col0 += kBlock) {
+      const int64_t n = min64(kBlock, k - col0), segments = n > g.w.segment ? g.w.segment_of(n) : 1;
+      const E* x = packed_block(g.x, col0 / kBlock) + part.row0 * kStride;
+      part.groups([&](int64_t t, int64_t tiles, float* out) {
+        const Ahead ahead = codes_ahead(g.w, t, part.tile0, part.tile1, col0, n);
+        for (int64_t i = 0; i < tiles; ++i) {
+          if (g.lora_b.data != nullptr && col0 + n == k) prefetch_b(g.lora_b, t + i);
+          if (!is_late(g) && kDecodingRows == 0) {
+            decode_tile(g.w, t + i, col0, n, ahead.tile(i), panel, i * kTileVecs, vecs_of(tiles));
+            continue;
+          }
+          float* own = scales + i * kScaleStride;
+          const float* from = tile_scales(g.w, t + i, g.w.segment_of(col0), segments, own);
+          for (int64_t v = 0; v < segments * kTile; v += kLanes) V::store(own + v, A::clean(V::load(from + v)));
+        }
+        if constexpr (kLateRows > 0)
+          if (is_late(g))
+            return multiply_late(x, rows, g.w, t, tiles, col0, n, panel, {segments, scales, nullptr, kScaleStride},
+                                 ahead, out, kGroupLanes);
+        if constexpr (kDecodingRows > 0)
+          multiply_scaled(x, rows, g.w, t, tiles, col0, n, panel, scales, kScaleStride, ahead, out, kGroupLanes);
+        else
+          multiply(x, rows, panel, n, tiles, out, kGroupLanes, ahead);
+      });
     }
+  }
+
+  // The same of x in 16-bit integers, and of the rows that these leave out.
+  static void add_words([[maybe_unused]] const Part& part) {
+#ifdef PF_WORDS
+    using Words = Product<Int16>;
+    const GemmArgs& g = part.g;
+    const Weight& w = g.w;
+    const int64_t unit = Int16::Words::unit(w);
+    constexpr int64_t kScaleStride = Int16::kMostUnits * kTile;
+    alignas(64) float scales[kGroupTiles * kScaleStride], zeros[kGroupTiles * kScaleStride], decoded[kScaleStride];
+    const bool has_zeros = w.zero != nullptr;
+    for (int64_t col0 = 0; col0 < w.k; col0 += Words::kBlock) {
+      const int64_t n = min64(Words::kBlock, w.k - col0), units = n / unit, seg0 = w.segment_of(col0);
+      const int64_t segments = w.segment_of(col0 + n - 1) + 1 - seg0;
+      const int16_t* x =
+          Words::packed_block({g.words.data, g.words.rows, w.k}, col0 / Words::kBlock) + part.row0 * Words::kStride;
+      part.groups([&](int64_t t, int64_t tiles, float* out) {
+        const auto ahead = Words::codes_ahead(w, t, part.tile0, part.tile1, col0, n);
+        for (int64_t i = 0; i < tiles; ++i) {
+          if (g.lora_b.data != nullptr && col0 + n == w.k) prefetch_b(g.lora_b, t + i);
+          const float* from = tile_scales(w, t + i, seg0, segments, decoded);
+          const auto of_units = [&](const float* segments_from, float* to) {
+            for (int64_t u = 0; u < units; ++u)
+              copy_bytes(to + i * kScaleStride + u * kTile,
+                         segments_from + (w.segment_of(col0 + u * unit) - seg0) * kTile, kTile * sizeof(float));
+          };
+          of_units(from, scales);
+          if (has_zeros) of_units(w.zero + ((t + i) * w.segments() + seg0) * kTile, zeros);
+        }
+        Words::multiply_late(x, part.rows, w, t, tiles, col0, n, reinterpret_cast<int16_t*>(part.panel),
+                             {units, scales, has_zeros ? zeros : nullptr, kScaleStride}, ahead, out, kGroupLanes);
+      });
+    }
+    if (g.words.left_out == nullptr) return;
+    // body(first row, rows) for what is left out side by side.
+    const auto left_out = [&](const auto& body) {
+      const uint8_t* which = g.words.left_out + part.row0;
+      for (int64_t r = 0, end; r < part.rows; r = end + 1) {
+        for (end = r; end < part.rows && which[end] != 0;) ++end;
+        if (end > r) body(r, end - r);
+      }
+    };
+    bool any = false;
+    left_out([&](int64_t, int64_t) { any = true; });
+    for (int64_t col0 = 0; any && col0 < w.k; col0 += kBlock) {
+      const int64_t n = min64(kBlock, w.k - col0);
+      const E* x = packed_block(g.x, col0 / kBlock) + part.row0 * kStride;
+      part.groups([&](int64_t t, int64_t tiles, float* out) {
+        for (int64_t i = 0; i < tiles; ++i)
+          decode_tile(w, t + i, col0, n, {}, part.panel, i * kTileVecs, vecs_of(tiles));
+        left_out([&](int64_t r, int64_t count) {
+          multiply(x + r * kStride, count, part.panel, n, tiles, out + r * kGroupLanes, kGroupLanes);
+        });
+      });
+    }
+#endif
+  }
+
+  static void add_branch(const Part& part) {
+    const GemmArgs& g = part.g;
+    const int64_t rank = g.lora_b.data == nullptr ? 0 : g.lora_b.cols;
+    for (int64_t col0 = 0; col0 < rank; col0 += kBlock) {
+      const int64_t n = min64(kBlock, rank - col0);
+      part.groups([&](int64_t t, int64_t tiles, float* out) {
+        for (int64_t i = 0; i < tiles; ++i)
+          pack_lanes_t(g.lora_b, (t + i) * kTile, col0, n, part.panel, i * kTileVecs, vecs_of(tiles));
+        multiply(packed_block(g.s, col0 / kBlock) + part.row0 * kStride, part.rows, part.panel, n, tiles, out,
+                 kGroupLanes);
+      });
+    }
+  }
+
+  static void store(const Part& part) {
+    const GemmArgs& g = part.g;
+    for (int64_t r = 0; r < part.rows; ++r)
+      part.groups([&](int64_t t, int64_t, const float* sums) {
+        char* y = static_cast<char*>(g.y) + ((part.row0 + r) * g.ldy + t * kTile) * dtype_size(g.y_dtype);
+        from_float(sums + r * kGroupLanes, y, g.y_dtype, min64(kGroupLanes, g.w.n - t * kTile));
+      });
   }
 
   // ---- backward ----

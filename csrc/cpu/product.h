@@ -7,6 +7,7 @@ struct Product : Panels<A> {
   using typename Panels<A>::F;
   using typename Panels<A>::Tiles;
   using Panels<A>::decode_codes;
+  using Panels<A>::kBlock;
   using Panels<A>::kGroupPanel;
   using Panels<A>::kHasTiles;
   using Panels<A>::kStep;
@@ -92,19 +93,28 @@ struct Product : Panels<A> {
     }
   };
 
-  // The same where scales multiply the sums of each segment. `scales` are those of the first vector's tile,
-  // [segment][16]; the next tile's lie `tile_stride` floats further. Both kinds of sums stay in registers, for half as
-  // many rows: keeping those of all segments in memory cost 6 % of the speed.
+  // What multiplies the sums of each segment, `of` [tiles][segments and room][16], and what is added to all its
+  // weights, or null. From one tile to the next it is `stride` floats.
+  struct Scales {
+    int64_t segments;
+    const float *of, *zeros;
+    int64_t stride;
+  };
+
+  // The same where scales multiply the sums of each segment. Both kinds of sums stay in registers, for half as many
+  // rows: keeping those of all segments in memory cost 6 % of the speed, and passing Scales as they are 8 %, by the
+  // registers that GCC then spills.
   template <int MR, int NV, class Source>
   static void micro_late(const E* x, Source source, int64_t groups, int64_t segments, const float* scales,
-                         int64_t tile_stride, float* c, int64_t ldc) {
+                         const float* zeros, int64_t tile_stride, float* c, int64_t ldc) {
     constexpr MakeInts<MR> rows{};
     constexpr MakeInts<NV> vecs{};
+    const E* const end_of_row = x + kBlock;
     F sums[MR][NV];
     each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { sums[R][U] = V::load(c + R * ldc + U * kLanes); }); });
     for (int64_t segment = 0; segment < segments; ++segment, scales += kTile) {
-      F acc[MR][NV];
-      each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { acc[R][U] = V::zero(); }); });
+      typename A::Sum acc[MR][NV];
+      each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { acc[R][U] = A::zero(); }); });
       for (int64_t group = 0; group < groups; ++group, x += kGroupColumns) {
         source.template next<NV>();
         each(
@@ -121,7 +131,21 @@ struct Product : Panels<A> {
       each(
           vecs, PF_BODY(int U) {
             const F scale = V::load(scales + U / kTileVecs * tile_stride + U % kTileVecs * kLanes);
-            each(rows, PF_BODY(int R) { sums[R][U] = V::fma(acc[R][U], scale, sums[R][U]); });
+            each(
+                rows, PF_BODY(int R) {
+                  const F value = A::value(acc[R][U], end_of_row + R * kStride, segment);
+                  sums[R][U] = V::fma(value, scale, sums[R][U]);
+                });
+            if constexpr (A::kTakesZeros)
+              if (zeros != nullptr) {
+                const int64_t at = U / kTileVecs * tile_stride + segment * kTile + U % kTileVecs * kLanes;
+                const F zero = V::load(zeros + at);
+                each(
+                    rows, PF_BODY(int R) {
+                      const F sum = A::sum_of_x(end_of_row + R * kStride, segment);
+                      sums[R][U] = V::fma(sum, zero, sums[R][U]);
+                    });
+              }
           });
     }
     each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { V::store(c + R * ldc + U * kLanes, sums[R][U]); }); });
@@ -191,7 +215,7 @@ struct Product : Panels<A> {
 
   using Micro = void (*)(const E*, const E*, int64_t, float*, int64_t);
   template <class Source>
-  using MicroLate = void (*)(const E*, Source, int64_t, int64_t, const float*, int64_t, float*, int64_t);
+  using MicroLate = void (*)(const E*, Source, int64_t, int64_t, const float*, const float*, int64_t, float*, int64_t);
   template <int NV, int... R>
   static Micro pick(int rows, IntList<R...>) {
     static constexpr Micro kMicros[] = {micro<R + 1, NV>...};
@@ -280,35 +304,34 @@ struct Product : Panels<A> {
   }
 
   // c[rows][ldc] += x rows * columns [col0, col0 + n) of `tiles` tiles (one or a group), whose scales multiply the
-  // sums: `scales` [tiles][`segments` of them and room][16], `tile_stride` floats a tile. The rows after the first find
-  // the decoded columns in `panel`.
+  // sums. The rows after the first find the decoded columns in `panel`.
   static void multiply_late(const E* x, int64_t rows, const Weight& w, int64_t tile, int64_t tiles, int64_t col0,
-                            int64_t n, E* panel, int64_t segments, const float* scales, int64_t tile_stride,
-                            Ahead ahead, float* c, int64_t ldc) {
+                            int64_t n, E* panel, Scales scales, Ahead ahead, float* c, int64_t ldc) {
     if constexpr (kHasTiles) {
-      const int64_t steps = n / Tiles::kColumns / segments;
+      const int64_t steps = n / Tiles::kColumns / scales.segments;
       for (int64_t i = 0; i < tiles; ++i)
         decode_codes(w, tile + i, col0, n, ahead.tile(i), panel, i * kTileVecs, tiles * kTileVecs);
       const auto add =
           tiles == kGroupTiles ? Tiles::template add_scaled<kGroupTiles, Ahead> : Tiles::template add_scaled<1, Ahead>;
       for (int64_t r = 0; r < rows; r += Tiles::kRows)
-        add(x + r * kStride, kStride, min64(Tiles::kRows, rows - r), panel, steps, segments, scales, tile_stride, ahead,
-            c + r * ldc, ldc);
+        add(x + r * kStride, kStride, min64(Tiles::kRows, rows - r), panel, steps, scales.segments, scales.of,
+            scales.stride, ahead, c + r * ldc, ldc);
     } else {
       const auto with = [&]<int NV>() {
         constexpr int64_t kPanelGroup = NV * kLanes * kGroupColumns;
         constexpr MakeInts<kLateMicroRows> sizes{};
-        const int64_t groups = n / kGroupColumns / segments;
+        const int64_t groups = n / kGroupColumns / scales.segments;
         Codes codes{A::table(w), {}, panel - kPanelGroup, ahead, {}};
         for (int64_t i = 0; i < tiles; ++i) codes.codes[i] = w.codes + ((tile + i) * w.k + col0) * (kTile / 2);
         const auto body = [&](int64_t r, int m) {
           const E* from = x + r * kStride;
           float* to = c + r * ldc;
           if (r == 0)
-            pick_late<NV, Codes>(m, sizes)(from, codes, groups, segments, scales, tile_stride, to, ldc);
+            pick_late<NV, Codes>(m, sizes)(from, codes, groups, scales.segments, scales.of, scales.zeros, scales.stride,
+                                           to, ldc);
           else
-            pick_late<NV, Panel>(m, sizes)(from, Panel{panel - kPanelGroup}, groups, segments, scales, tile_stride, to,
-                                           ldc);
+            pick_late<NV, Panel>(m, sizes)(from, Panel{panel - kPanelGroup}, groups, scales.segments, scales.of,
+                                           scales.zeros, scales.stride, to, ldc);
         };
         row_blocks(rows, body, kLateMicroRows);
       };
