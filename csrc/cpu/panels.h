@@ -170,7 +170,16 @@ struct Panels {
     const uint8_t* codes = nullptr;
     int64_t tile_stride = 0;
     int64_t steps = 0;  // of the product that ask, for every second line of kGroupTiles tiles; decoding asks for others
+    const E* rows = nullptr;       // of x, in the next block
+    int64_t line0 = 0, line1 = 0;  // of each of them, that this group asks for
 
+    // After the product of rows [r0, r0 + n).
+    void next_rows(int64_t r0, int64_t n) const {
+      if (rows == nullptr) return;
+      for (int64_t r = r0; r < r0 + n; ++r)
+        for (int64_t line = line0; line < line1; ++line)
+          __builtin_prefetch(reinterpret_cast<const char*>(rows + r * kStride) + line * 64, 0, 2);
+    }
     Ahead tile(int64_t i) const { return {codes + i * tile_stride, tile_stride}; }
     void next_line() {
       __builtin_prefetch(codes);

@@ -14,14 +14,14 @@ struct Product : Panels<A> {
   using Panels<A>::kStride;
 
   // Up to here decoding in registers is faster; then, up to kLateRows, scales cost less on the sums than on every
-  // decoded weight, which zeros do not allow. Sums to be scaled leave registers for twelve more, no more than are under
-  // way where two bf16 products start in a cycle (Zen 5, 4096 x 4096, 64 rows: 423 GFLOP/s, with scales on the weights
-  // 479).
+  // decoded weight, which zeros do not allow (Zen 4, 4096 x 4096, 17 rows: 0.95 of the time, 48 the same, 512 1.03).
+  // Sums to be scaled leave registers for twelve more, no more than are under way where two bf16 products start in a
+  // cycle (Zen 5, 64 rows: 423 GFLOP/s, with scales on the weights 479).
   static constexpr int64_t kFewRows = kHasTiles ? 4 : 16, kFewRowsOfZeros = kHasTiles ? 8 : 16;
 #ifdef PF_BF16X2
   static constexpr int64_t kLateRows = 0;
 #else
-  static constexpr int64_t kLateRows = kHasTiles ? 32 : kStep == 2 ? INT64_MAX : 0;
+  static constexpr int64_t kLateRows = kHasTiles ? 32 : kStep == 2 ? 48 : 0;
 #endif
   static constexpr int kDecodingRows = kHasTiles ? 0 : V::kDecodingRows;
 
@@ -266,6 +266,7 @@ struct Product : Panels<A> {
       row_blocks(rows, [&](int64_t r0, int n) {
         const Micro kernel = tiles - t >= kGroupTiles ? pick<V::kGroupVecs>(n) : pick<kTileVecs>(n);
         kernel(x + r0 * kStride, panels, steps, c + r0 * ldc, ldc);
+        ahead.next_rows(r0, n);
       });
   }
 
@@ -332,6 +333,7 @@ struct Product : Panels<A> {
           else
             pick_late<NV, Panel>(m, sizes)(from, Panel{panel - kPanelGroup}, groups, scales.segments, scales.of,
                                            scales.zeros, scales.stride, to, ldc);
+          ahead.next_rows(r, m);
         };
         row_blocks(rows, body, kLateMicroRows);
       };
@@ -350,9 +352,11 @@ struct Product : Panels<A> {
       const int first = static_cast<int>(min64(rows, kDecodingRows));
       const auto decoding = pick_decoding<NV, kHasZero>(first, MakeInts<kDecodingRows>{});
       decoding(x, w, tile, col0, n, panel, scales, tile_stride, ahead, c, ldc);
+      ahead.next_rows(0, first);
       row_blocks(rows - first, [&](int64_t r, int m) {
         r += first;
         pick<NV>(m)(x + r * kStride, panel, n / kStep, c + r * ldc, ldc);
+        ahead.next_rows(r, m);
       });
     };
     const auto of = [&]<int NV>() {
