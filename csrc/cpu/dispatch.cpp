@@ -135,15 +135,17 @@ struct Registry {
     // Every CPU with bf16 products has VNNI.
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (bf16 && allows_tiles()) add(with_int8(avx512_amx_kernels(), avx512_amx_int8));
+    // Intel's vdpbf16ps takes two cycles for what two float32 multiply-adds do in one, or four products of integers.
+    const bool slow_bf16 = __builtin_cpu_is("intel");
+    if (avx512 && slow_bf16) add(with_int8(avx512_kernels(), avx512_int8));
     if (bf16) {
       const Kernels one = with_int8(avx512_bf16_kernels(), avx512_bf16_int8);
       const Kernels two = with_int8(avx512_bf16x2_kernels(), avx512_bf16x2_int8);
       add(is_zen5() ? two : one);
       add(is_zen5() ? one : two);
     }
-    // Intel's vdpbf16ps takes two cycles for what two float32 multiply-adds do in one.
-    for (int i = 0; i < count; ++i) kernels[i].slow_bf16 = __builtin_cpu_is("intel");
-    if (avx512) add(with_int8(avx512_kernels(), avx512_int8));
+    if (avx512 && !slow_bf16) add(with_int8(avx512_kernels(), avx512_int8));
+    for (int i = 0; i < count; ++i) kernels[i].slow_bf16 = slow_bf16;
     // MKL knows AVX-512 on Intel's CPUs only (Zen 5, 576 x 1536, 672 rows: 105 GFLOP/s, these 215).
     for (int i = 0; i < count; ++i) kernels[i].outruns_mkl = __builtin_cpu_is("amd");
     if (avx2) add(avx2_kernels());
