@@ -91,10 +91,12 @@ struct ManyRows : Product<A> {
         const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
         const Part part{g, row0, min64(chunk, g.x.rows - row0), t0, t1, panel, c};
         start(part);
-        if (g.words.data == nullptr)
+        if (g.words.data == nullptr) {
           add_base(part);
-        else
+        } else {
           add_words(part);
+          add_left_out(part);
+        }
         add_branch(part);
         store(part);
       }
@@ -163,7 +165,7 @@ struct ManyRows : Product<A> {
     }
   }
 
-  // The same of x in 16-bit integers, and of the rows that these leave out.
+  // The same of x in 16-bit integers.
   static void add_words([[maybe_unused]] const Part& part) {
 #ifdef PF_WORDS
     using Words = Product<Int16>;
@@ -183,42 +185,46 @@ struct ManyRows : Product<A> {
         ask_for_rows<Words>(part, {g.words.data, g.words.rows, w.k}, w.k, t, col0, n, ahead);
         for (int64_t i = 0; i < tiles; ++i) {
           if (g.lora_b.data != nullptr && col0 + n == w.k) prefetch_b(g.lora_b, t + i);
-          const float* from = tile_scales(w, t + i, seg0, segments, decoded);
-          const auto of_units = [&](const float* segments_from, float* to) {
-            for (int64_t u = 0; u < units; ++u)
-              copy_bytes(to + i * kScaleStride + u * kTile,
-                         segments_from + (w.segment_of(col0 + u * unit) - seg0) * kTile, kTile * sizeof(float));
+          const auto for_units = [&](const float* of_segments, float* out) {
+            for (int64_t u = 0; u < units; ++u, out += kTile)
+              copy_bytes(out, of_segments + (w.segment_of(col0 + u * unit) - seg0) * kTile, kTile * sizeof(float));
           };
-          of_units(from, scales);
-          if (has_zeros) of_units(w.zero + ((t + i) * w.segments() + seg0) * kTile, zeros);
+          for_units(tile_scales(w, t + i, seg0, segments, decoded), scales + i * kScaleStride);
+          if (has_zeros) for_units(w.zero + ((t + i) * w.segments() + seg0) * kTile, zeros + i * kScaleStride);
         }
         Words::multiply_late(x, part.rows, w, t, tiles, col0, n, reinterpret_cast<int16_t*>(part.panel),
                              {units, scales, has_zeros ? zeros : nullptr, kScaleStride}, ahead, out, kGroupLanes);
       });
     }
+#endif
+  }
+
+  // The same of the rows that integers leave out.
+  static void add_left_out(const Part& part) {
+    const GemmArgs& g = part.g;
     if (g.words.left_out == nullptr) return;
-    // body(first row, rows) for what is left out side by side.
-    const auto left_out = [&](const auto& body) {
-      const uint8_t* which = g.words.left_out + part.row0;
+    // body(first row, rows) for those side by side.
+    const auto runs = [&](const auto& body) {
+      const uint8_t* left_out = g.words.left_out + part.row0;
       for (int64_t r = 0, end; r < part.rows; r = end + 1) {
-        for (end = r; end < part.rows && which[end] != 0;) ++end;
+        for (end = r; end < part.rows && left_out[end] != 0;) ++end;
         if (end > r) body(r, end - r);
       }
     };
     bool any = false;
-    left_out([&](int64_t, int64_t) { any = true; });
-    for (int64_t col0 = 0; any && col0 < w.k; col0 += kBlock) {
-      const int64_t n = min64(kBlock, w.k - col0);
+    runs([&](int64_t, int64_t) { any = true; });
+    for (int64_t col0 = 0; any && col0 < g.w.k; col0 += kBlock) {
+      const int64_t n = min64(kBlock, g.w.k - col0);
       const E* x = packed_block(g.x, col0 / kBlock) + part.row0 * kStride;
       part.groups([&](int64_t t, int64_t tiles, float* out) {
+        const Ahead ahead = codes_ahead(g.w, t, part.tile0, part.tile1, col0, n);
         for (int64_t i = 0; i < tiles; ++i)
-          decode_tile(w, t + i, col0, n, {}, part.panel, i * kTileVecs, vecs_of(tiles));
-        left_out([&](int64_t r, int64_t count) {
-          multiply(x + r * kStride, count, part.panel, n, tiles, out + r * kGroupLanes, kGroupLanes);
+          decode_tile(g.w, t + i, col0, n, ahead.tile(i), part.panel, i * kTileVecs, vecs_of(tiles));
+        runs([&](int64_t r, int64_t rows) {
+          multiply(x + r * kStride, rows, part.panel, n, tiles, out + r * kGroupLanes, kGroupLanes);
         });
       });
     }
-#endif
   }
 
   static void add_branch(const Part& part) {
