@@ -107,7 +107,7 @@ struct Int16 {
   static W load(const Elem* p) { return V::load_bytes(p); }
   static void store(Elem* p, W w) { V::store_bytes(p, w); }
   using X = V::Bytes;
-  static X broadcast(const Elem* x) { return V::broadcast_two(x); }
+  static X broadcast(const Elem* x) { return V::broadcast_lane(x); }
   using Sum = V::WordSums;
   static Sum zero() { return V::word_zero(); }
   static Sum fma(Sum acc, W w, X x) { return V::add_word_products(acc, w, x); }

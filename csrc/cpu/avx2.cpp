@@ -153,10 +153,11 @@ struct V {
   // What Int16 (arithmetic.h) also needs.
   static Bytes load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_bytes(void* p, Bytes v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-  static Bytes broadcast_two(const int16_t* p) {
-    int32_t two;
-    __builtin_memcpy(&two, p, 4);
-    return _mm256_set1_epi32(two);
+  // Four bytes in every lane.
+  static Bytes broadcast_lane(const void* p) {
+    int32_t lane;
+    __builtin_memcpy(&lane, p, 4);
+    return _mm256_set1_epi32(lane);
   }
   // Of 32-bit lanes every second one, from the first or the second on.
   template <int kFrom>
@@ -242,11 +243,7 @@ struct B : ByUnit<V> {
   }
   static W load(const uint8_t* p) { return V::load_codes(p); }
   static void store(uint8_t* p, W w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
-  static X broadcast(const int8_t* p) {
-    int32_t four;
-    __builtin_memcpy(&four, p, 4);
-    return _mm256_set1_epi32(four);
-  }
+  static X broadcast(const int8_t* p) { return V::broadcast_lane(p); }
   static I dot(I acc, W w, X x) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

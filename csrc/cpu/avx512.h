@@ -176,6 +176,13 @@ struct V {
   }
 #endif
 
+  using Bytes = __m512i;
+  // Four bytes in every lane.
+  static Bytes broadcast_lane(const void* p) {
+    int32_t lane;
+    __builtin_memcpy(&lane, p, 4);
+    return _mm512_set1_epi32(lane);
+  }
   static void store_words(int16_t* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
   }
@@ -212,9 +219,7 @@ struct V {
 #ifdef PF_BF16
       asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(x));
 #else
-      int32_t two;
-      __builtin_memcpy(&two, &x, 4);
-      acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w, _mm512_set1_epi32(two)));
+      acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w, broadcast_lane(&x)));
       asm("" : "+v"(acc));  // sums of integers are put in another order else, and theirs into memory
 #endif
       return acc;
@@ -235,14 +240,8 @@ struct V {
 
 #ifdef PF_WORDS
   // What Int16 (arithmetic.h) needs, for CPUs that also have VNNI.
-  using Bytes = __m512i;
   static Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
   static void store_bytes(void* p, Bytes v) { _mm512_storeu_si512(p, v); }
-  static Bytes broadcast_two(const int16_t* p) {
-    int32_t two;
-    __builtin_memcpy(&two, p, 4);
-    return _mm512_set1_epi32(two);
-  }
   using WordSums = __m512i;
   static WordSums word_zero() { return _mm512_setzero_si512(); }
   static WordSums add_word_products(WordSums acc, Bytes w, Bytes x) {

@@ -30,11 +30,7 @@ struct B {
   }
   static W load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t* p, W w) { _mm512_storeu_si512(p, w); }
-  static X broadcast(const int8_t* p) {
-    int32_t four;
-    __builtin_memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-  }
+  static X broadcast(const int8_t* p) { return V::broadcast_lane(p); }
   static I dot(I acc, W w, X x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;

@@ -31,7 +31,6 @@ struct GemvArgs {  // y[m, tile rows] for rows <= 16
 // Rows of x as 16-bit integers.
 struct WordRows {
   const void* data = nullptr;
-  int64_t rows = 0;
   const uint8_t* left_out = nullptr;  // [rows] those that this way does not serve, or null: none
 };
 

@@ -398,7 +398,7 @@ class Words {
   // What a product takes, after packing.
   WordRows rows() const {
     const bool all = !any() || std::count(left_out_, left_out_ + x_.rows, 1) == 0;
-    return {data_, x_.rows, all ? nullptr : left_out_};
+    return {data_, all ? nullptr : left_out_};
   }
 
  private:
