@@ -840,8 +840,8 @@ def _split(x: Tensor, w: Weight, cut: Tiles | None = None) -> tuple[Tiles, int, 
     """(tiles of x · Wᵀ, parts of the sweep, columns of a part)."""
     (m, k), n = x.shape, w.n
     cut = cut or formula(x, w, True)
-    span = triton.cdiv(triton.cdiv(k, splits(m, n, k, cut)), cut.depth) * cut.depth if m and n else k
-    return cut, triton.cdiv(k, span), span
+    span = triton.cdiv(triton.cdiv(k, splits(m, n, k, cut)), cut.depth) * cut.depth if m and n and k else max(k, 1)
+    return cut, max(triton.cdiv(k, span), 1), span
 
 
 def _product(

@@ -16,8 +16,8 @@ COMPILED = Path(__file__).parent / "compiled"
 # Whose registers the table counts: other versions hand them out otherwise, and are held to the rest. What those before
 # it spill is in the table too, in bytes.
 TRITON = "3.9"
-# The shared memory, in bytes, that a program can have.
-TARGETS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "cuda:120": 101376, "hip:gfx942": 65536}
+# The shared memory, in bytes, that a program can have; what is compiled for 8.0 runs on 8.6 and 8.9, which have less.
+TARGETS = {"cuda:80": 101376, "cuda:90": 232448, "cuda:100": 232448, "cuda:120": 101376, "hip:gfx942": 65536}
 # What a kernel has, unless the table says that it lacks it: the beginnings that one of its instructions must have.
 # Elements of two bytes, which rows of odd length are loaded by, are too short to be copied asynchronously.
 HAS = {

@@ -184,6 +184,7 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (const cudaError_t status = cudaFuncSetAttribute(function, attribute, shared_bytes)) return status;
   }
+  cudaGetLastError();  // what a call before left is not this launch's
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 }

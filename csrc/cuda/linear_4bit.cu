@@ -618,7 +618,7 @@ Plan plan_of(const PfWeight& w, const PfLora* lora, int64_t m, bool aligned) {
   plan.row_tiles = ceil_div(w.n, C::kRows);
   plan.x_tiles = ceil_div(m, C::kXRows);
   plan.steps = ceil_div(w.k, C::kColumns);
-  if (lora != nullptr && lora->slots > 0) {
+  if (lora != nullptr && lora->slots > 0 && w.k > 0) {
     plan.pairs = ceil_div(m, 8) * ceil_div(lora->rank, 16);
     plan.slices = ceil_div(w.k, kSlice);
   }

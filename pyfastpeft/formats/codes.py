@@ -114,7 +114,8 @@ class INT4(Format):
         blocks = -(-n // blocksize)
         padded = torch.cat([flat, flat[-1:].expand(blocks * blocksize - n)]).view(blocks, blocksize)
         low, high = padded.amin(-1), padded.amax(-1)
-        scale = (high - low) / 15
+        # By a tensor: a number's reciprocal is what a GPU multiplies with, which is not the CPU's quotient.
+        scale = (high - low) / low.new_full((), 15.0)
         inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
         codes = torch.round((padded - low[:, None]) * inverse[:, None]).nan_to_num(0.0).clamp(0, 15)
         return codes.flatten()[:n].to(torch.uint8), scale, low

@@ -55,7 +55,8 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
     return codes[: shifted.numel()].to(torch.uint8), NestedScales(absmax2, offset)
 
 
-def dequantize_scales(codes: Tensor, nested: NestedScales) -> Tensor:
-    """Uint8 codes [blocks] in canonical order to float32 scales [blocks]."""
+def dequantize_scales(codes: Tensor, nested: NestedScales, table: Tensor | None = None) -> Tensor:
+    """Uint8 codes [blocks] in canonical order to float32 scales [blocks]; ``table``: ``DYNAMIC_MAP`` on the device."""
     block = torch.arange(codes.numel(), device=codes.device) // BLOCKSIZE
-    return DYNAMIC_MAP.to(codes.device)[codes.long()] * nested.absmax2[block] + nested.offset
+    table = DYNAMIC_MAP.to(codes.device) if table is None else table
+    return table[codes.long()] * nested.absmax2[block] + nested.offset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, format_of
+from ..kernels.graphs import kept
 
 _LIBRARY = next(Path(__file__).parent.parent.glob("_C*.so"), None)
 if _LIBRARY is None:
@@ -27,6 +29,12 @@ BRANCH = "Tensor? lora_a, Tensor? lora_b, Tensor? row_scale, float scaling, Tens
 
 _F = TypeVar("_F", bound=Callable)
 _WRITTEN_IN_PYTHON = torch.library.Library("pyfastpeft", "FRAGMENT")
+
+
+@functools.cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """``DYNAMIC_MAP`` on ``device``."""
+    return kept(DYNAMIC_MAP, device)
 
 
 def constant_to_compilers(function: _F) -> _F:

@@ -10,14 +10,16 @@ S and dS are float32, in products bfloat16 beside bfloat16 (float16 could not ho
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import Packed4bit
+from ..formats.double_quant import dequantize_scales
 from .cuda_kernels import why_not as why_not_cuda
-from .library import define_linear_4bit
+from .library import define_linear_4bit, dynamic_map
 from .reference import keep_mask, scaled, without_autocast
 
 _TILE = 128
@@ -44,7 +46,11 @@ def _whole(weight: tuple, k: int, dtype: torch.dtype) -> Tensor:
     codes, n = weight[0], weight[6]
     if why_not_cuda(codes.device) is None:
         return _decode(weight, k, 0, codes.new_empty((n, k), dtype=dtype))
-    return Packed4bit.of_operands(weight, k).dequantize(dtype)
+    packed = Packed4bit.of_operands(weight, k)
+    if packed.nested is not None:  # by a map that is there already: copying one would wait for the GPU
+        scale = dequantize_scales(packed.scale, packed.nested, dynamic_map(codes.device))
+        packed = replace(packed, scale=scale, nested=None)
+    return packed.dequantize(dtype)
 
 
 def _slabs(weight: tuple, k: int, m: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import DYNAMIC_MAP, Packed4bit, format_of, get_format
+from ..formats import Packed4bit, format_of, get_format
 from ..kernels.graphs import kept, relaxed
-from .library import WEIGHT, constant_to_compilers, define, define_linear_4bit
+from .library import WEIGHT, constant_to_compilers, define, define_linear_4bit, dynamic_map
 from .tuning import tuned
 
 _OLDEST = (8, 0)
@@ -61,11 +61,6 @@ def _kernels(operator: str) -> ModuleType:
     return importlib.import_module(f"..kernels.{operator}", __package__)
 
 
-@functools.cache
-def _dynamic_map(device: torch.device) -> Tensor:
-    return kept(DYNAMIC_MAP, device)
-
-
 @contextlib.contextmanager
 def _on(device: torch.device) -> Iterator[None]:
     """Kernels are launched on the current GPU, and loaded when they first are."""
@@ -85,7 +80,7 @@ def _tables(quant_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _weight(operands: tuple, k: int) -> tuple:
     codes, scale, zero, absmax2, offset, format, n, blocksize = operands
-    nested = (None, None, None) if absmax2 is None else (absmax2, offset, _dynamic_map(codes.device))
+    nested = (None, None, None) if absmax2 is None else (absmax2, offset, dynamic_map(codes.device))
     tables = _tables(format_of(format).name)
     return _kernels("linear_4bit").Weight(codes, scale, zero, *nested, *tables, n, k, blocksize)
 

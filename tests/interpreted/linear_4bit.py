@@ -239,6 +239,12 @@ def test_no_rows():
     assert da.shape == a.shape and db.shape == b.shape and not da.any() and not db.any()
 
 
+def test_no_columns_leave_the_bias():
+    w, a, b, bias = packed_weight(24, 0), torch.randn(4, 0), torch.randn(24, 4), torch.randn(24)
+    for lora in (None, (a, b, 2.0)):
+        assert torch.equal(linear_4bit(torch.randn(3, 0), w, bias, lora), bias.expand(3, 24))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_inf_stay_in_their_row_and_are_never_lost(dtype):
     m, n, k = 4, 33, 96
