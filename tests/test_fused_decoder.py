@@ -235,6 +235,14 @@ def test_a_static_cache_is_written_in_place(served):
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5) and served.count(True) == 4
 
 
+def test_a_static_cache_that_is_full_says_so_itself():
+    _, fused = pair()
+    cache = tf.StaticCache(config=fused.config, max_cache_len=3)
+    with torch.no_grad(), pytest.raises(IndexError, match="out of bounds"):
+        for _ in range(4):
+            fused(input_ids=torch.ones(1, 1, dtype=torch.int64), **{fused_decoder._CACHE: cache})
+
+
 def test_tokens_on_a_device_ask_nothing_of_its_cache(monkeypatch):
     _, fused = pair(dense=True)
     cache = tf.StaticCache(config=fused.config, max_cache_len=16)

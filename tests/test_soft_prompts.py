@@ -599,6 +599,17 @@ class TestWherePeftFails:
         for a, b in zip(self.gradients(own, x), expected, strict=True):
             close(a, b, 1e-5 * float(b.abs().max()))
 
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing_of_vectors(self, method, reentrant):
+        """The embedding does not run inside the decoder, as where images stand among the tokens."""
+        own, x = ours(llama(), method).train(), tiny.inputs()
+        x["inputs_embeds"] = own.get_input_embeddings()(x.pop("input_ids")).detach().requires_grad_()
+        expected = self.gradients(own, x)
+        own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        for a, b in zip(self.gradients(own, x), expected, strict=True):
+            close(a, b, 1e-5 * float(b.abs().max()))
+
     @staticmethod
     def gradients(model, x):
         model.zero_grad()
@@ -666,6 +677,31 @@ class TestWherePeftFails:
         for i, start in enumerate((0, 3, 6)):
             row = {k: t[i : i + 1, start:] for k, t in (more | {"input_ids": ids}).items()}
             close(padded[i : i + 1, start:], own(**row).logits)
+
+    @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
+    def test_a_model_around_opt_reaches_the_decoder_in_it(self, method):
+        """BLIP-2's decoder is an OPT with its head, which does not call the model in it but the decoder in that."""
+        part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+        text = {"model_type": "opt", "vocab_size": tiny.VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+        text |= {"ffn_dim": 48, "num_attention_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+        image = tiny.VOCAB - 1
+        whole = tf.Blip2Config(
+            text_config=text,
+            qformer_config=part | {"vocab_size": 96, "encoder_hidden_size": 32},
+            vision_config=part | {"image_size": 16, "patch_size": 8},
+            num_query_tokens=4,
+            image_token_index=image,
+        )
+        base, seen = tf.Blip2ForConditionalGeneration(whole).eval(), []
+        alone, own = ours(base.language_model, method).eval(), ours(base, method).eval()
+        alone.prompt_encoder.load_state_dict(own.prompt_encoder.state_dict())
+        inner = own.get_base_model().language_model
+        inner.register_forward_pre_hook(lambda _, a, given: seen.append(given["inputs_embeds"]), with_kwargs=True)
+        ids = torch.cat([torch.full((2, 4), image), torch.randint(2, image, (2, 5))], 1)
+        got = own(input_ids=ids, pixel_values=torch.randn(2, 3, 16, 16)).logits
+        close(got, alone(inputs_embeds=seen[-1]).logits)
+        with alone.disable_adapter():
+            assert not torch.allclose(got, alone(inputs_embeds=seen[-1]).logits, atol=1e-3)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_training_on_left_padded_rows_equals_the_unpadded_ones(self, method):

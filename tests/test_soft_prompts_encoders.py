@@ -810,6 +810,22 @@ def test_a_decoder_behind_a_prefix_can_be_given_vectors(kind):
     torch.testing.assert_close(given, model(input_ids=ids, decoder_input_ids=own).logits, rtol=0, atol=1e-5)
 
 
+def test_gradient_checkpointing_of_a_decoders_vectors():
+    base = tf.BartForConditionalGeneration(tf.BartConfig(**_BART))
+    model = fp.get_peft_model(base, fp.PrefixTuningConfig(num_virtual_tokens=N, task_type="SEQ_2_SEQ_LM")).train()
+    ids, gradients = torch.randint(3, 60, (2, 5)), []
+    vectors = base.get_decoder().get_input_embeddings()(ids).detach()
+    for reentrant in (None, False, True):
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.zero_grad()
+        model(input_ids=ids, decoder_inputs_embeds=vectors, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in trained(model).values()])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["prefix", "deep"])
 def test_an_encoder_that_does_more_with_ids_than_to_embed_them(method):
     base = tf.EsmForTokenClassification(

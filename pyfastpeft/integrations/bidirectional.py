@@ -286,17 +286,17 @@ class BidirectionalPrefixes(Prefixes):
         """No label is learned at a prompt."""
 
     @torch.compiler.disable
-    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         rows = self.rows
         if self.bank.run is OFF or not self.uses(rows):
-            return
+            return None
         self._check_attention()
         inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
         given = next((x for x in inputs if x is not None), None)
         if given is None:
-            return  # the decoder says so itself
+            return None  # the decoder says so itself
         self.bank.run = self.run_of(rows, len(given), goes_on(past_of(kwargs), given.shape[1]))
-        self._collect(self.bank.run)
+        return args, kwargs | self._collect(self.bank.run, kwargs.get("inputs_embeds"))
 
     @torch.compiler.disable
     def _room(self) -> tuple[int, Tensor | None] | None:

@@ -77,6 +77,10 @@ def _without_head(model: nn.Module) -> nn.Module:
     decoder = model.get_decoder()
     if getattr(decoder, "get_output_embeddings", lambda: None)() is None:
         return decoder
+    # OPT's calls not what is directly in it, but the decoder in that, which it names.
+    inner = decoder.get_decoder() if isinstance(decoder, PreTrainedModel) else decoder
+    if inner is not decoder and getattr(inner, "get_output_embeddings", lambda: None)() is None:
+        return inner
     return next((module for module in decoder.children() if isinstance(module, PreTrainedModel)), decoder)
 
 

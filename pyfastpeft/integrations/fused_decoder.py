@@ -426,6 +426,8 @@ class _FewRows(ModuleForward):
         batch, tokens = input_ids.shape
         past = int(layers[0].get_seq_length())
         length = past + tokens
+        if kind is StaticLayer and length > layers[0].max_cache_len:
+            return None  # the cache says so itself
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length)
         ):

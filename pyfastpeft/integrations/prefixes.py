@@ -319,8 +319,7 @@ class Prefixes:
         if past is None and self.decoder.training and torch.is_grad_enabled() and "use_cache" in self._parameters:
             # Nothing goes on from a training step, and a cache would copy all keys and values.
             kwargs["use_cache"] = bool(kwargs.get("use_cache"))
-        self._collect(run)
-        return (), kwargs
+        return (), kwargs | self._collect(run, kwargs.get("inputs_embeds"))
 
     def _check_attention(self) -> None:
         if self.model.config._attn_implementation != self.ATTENTION:
@@ -628,21 +627,31 @@ class Prefixes:
 
     # Gradients where layers run again under reentrant checkpointing, each in a backward of its own.
 
-    def _collect(self, run: _Run) -> None:
-        """Give layers copies that end their graphs; once all have run back, the sums go on from the prefixes."""
+    def _collect(self, run: _Run, embeds: Tensor | None) -> dict[str, Tensor]:
+        """Give layers copies that end their graphs; once all have run back, the sums go on from the prefixes.
+
+        Args:
+            embeds: the decoder's ``inputs_embeds``: then the embedding does not run inside.
+
+        Returns:
+            What the decoder is to be given in the place of its own arguments.
+        """
         if not (any(map(reentrant, self._checkpointing)) and self.decoder.training and torch.is_grad_enabled()):
-            return
+            return {}
         values = [t for prefix in run.layers for t in (prefix.k, prefix.v)]
         if not any(t.requires_grad for t in values):
-            return
+            return {}
         leaves = [t.detach().requires_grad_() for t in values]
         run.layers = [
             prefix._replace(k=k, v=v) for prefix, k, v in zip(run.layers, leaves[::2], leaves[1::2], strict=True)
         ]
         # The embedding's output is upstream of every layer, so its backward comes last; and it must require a gradient
         # for these checkpoints to record anything.
+        if embeds is not None:
+            return {"inputs_embeds": _Collect.apply(embeds, leaves, *values)}
         embedding = self.decoder.get_input_embeddings()
         self._collecting = embedding.register_forward_hook(lambda m, a, x: _Collect.apply(x, leaves, *values))
+        return {}
 
 
 class _Collect(torch.autograd.Function):
