@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hub.peft import read_tensors
+from .hub.peft import once, read_tensors
 from .peft_model import IncompatibleKeys, PeftModel
 from .status import INJECTED, adapters_of
 from .tuners.base import PeftConfig, Tuner
@@ -110,5 +110,5 @@ def set_peft_model_state_dict(
         raise ValueError("ignore_mismatched_sizes is True; it must be False: an adapter is filled as a whole or not")
     held, prefix = _adapters_of(model)
     held._known([adapter_name])
-    tensors = {prefix + key: t for key, t in peft_model_state_dict.items()}
+    tensors = {prefix + key: t for key, t in once(peft_model_state_dict).items()}
     return held._install(adapter_name, held.peft_config[adapter_name], tensors, "peft_model_state_dict", True)

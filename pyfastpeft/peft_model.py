@@ -74,11 +74,20 @@ def get_peft_model(
     return _class_for(config)(model, config, adapter_name, autocast_adapter_dtype)
 
 
+_CARRIED = "_pyfastpeft_adapters"
+"""Where a base model has the configurations of the adapters in it, for those who would adapt it a second time."""
+
+
 @contextmanager
 def _attaching(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` gets its first adapter; what goes wrong leaves it as it was."""
     if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
+    if held := vars(model).get(_CARRIED):
+        raise ValueError(
+            f"model is a {type(model).__name__} that carries the adapters {list(held)} of a PeftModel already; add "
+            "others to that one (add_adapter, load_adapter), or call its unload() or merge_and_unload() first"
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     taken = take_over(model, "cpu")  # where bitsandbytes' layers lose their gradients after an evaluation
     try:
@@ -169,6 +178,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def _wrap(self, model: nn.Module) -> None:
         self.base_model = AdaptedModel(model)
+        vars(model)[_CARRIED] = self.base_model.configs  # empty as long as no adapter is attached
         self.prompt_encoder = self.base_model.bank.prompts
         self.train(model.training)
         self._complete()
@@ -544,6 +554,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def _unloaded(self, names: tuple[str, ...]) -> nn.Module:
         model = self.base_model.unwrapped(names)
+        vars(model).pop(_CARRIED, None)
         use_fast_attention(model, False)
         return model
 

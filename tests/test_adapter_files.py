@@ -648,6 +648,63 @@ def test_embeddings_that_were_resized_are_stored_with_the_adapter(tmp_path):
     assert all("lora_" in key for key in load_file(tmp_path / "plain" / "adapter_model.safetensors"))
 
 
+@pytest.fixture
+def resized(tmp_path):
+    """A model with tokens that its folder does not have; other processes draw other values for them."""
+    tiny.make("llama").save_pretrained(tmp_path / "base")
+
+    def make(seed):
+        base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(tiny.VOCAB + 3, mean_resizing=False)
+        return base
+
+    return make
+
+
+_VIRTUAL = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize("save", ["auto", True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        fp.PromptTuningConfig(**_VIRTUAL),
+        fp.PromptEncoderConfig(**_VIRTUAL, encoder_hidden_size=16),
+        fp.DeepPromptConfig(**_VIRTUAL),
+        fp.BottleneckConfig(reduction_factor=8),
+        fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_every_method_keeps_embeddings_that_were_resized(config, save, resized, tmp_path):
+    model, ids = fp.get_peft_model(resized(1), config).eval(), torch.tensor([[3, *range(tiny.VOCAB, tiny.VOCAB + 3)]])
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=save)
+    again = fp.PeftModel.from_pretrained(resized(2), tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    with again.disable_adapter(), model.disable_adapter():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("LoraConfig", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("LoraConfig", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("PromptTuningConfig", _VIRTUAL),
+    ],
+)
+def test_resized_embeddings_of_peft_are_read_and_hot_swapped(name, arguments, resized, tmp_path):
+    theirs = peft.get_peft_model(resized(1), getattr(peft, name)(**arguments)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ids, target = torch.tensor([[3, *range(tiny.VOCAB, tiny.VOCAB + 3)]]), resized(2)
+    expected = theirs(ids).logits[:, -4:]
+    ours = fp.PeftModel.from_pretrained(target, tmp_path / "adapter").eval()
+    torch.testing.assert_close(ours(ids).logits, expected, rtol=0, atol=1e-5)
+    ours.hotswap_adapter(tmp_path / "adapter", adapter_name="default")
+    torch.testing.assert_close(ours(ids).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_what_a_converted_adapter_would_need_is_refused(tmp_path):
     model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights="pissa"))
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):

@@ -301,6 +301,88 @@ class TestModels:
             fp.set_peft_model_state_dict(again, state, "c", ignore_mismatched_sizes=True)
 
 
+LORA, PROMPT = fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), fp.PromptTuningConfig(**VIRTUAL)
+
+
+@pytest.mark.parametrize("first", [LORA, PROMPT, fp.BottleneckConfig()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("second", [LORA, PROMPT], ids=lambda c: type(c).__name__)
+def test_a_base_that_carries_adapters_is_not_adapted_again(first, second, tmp_path):
+    """Both would write into the same modules, and neither's file would hold what runs."""
+    base = tiny.make()
+    model = fp.get_peft_model(base, first).eval()
+    ids = torch.arange(1, 6).unsqueeze(0)
+    expected = model(ids).logits
+    fp.get_peft_model(tiny.make(), second).save_pretrained(tmp_path)
+    for again in (fp.get_peft_model, lambda b, _: fp.PeftModel.from_pretrained(b, tmp_path)):
+        with pytest.raises(ValueError, match=r"carries the adapters \['default'\].*unload"):
+            again(base, second)
+    assert torch.equal(model(ids).logits, expected)
+    fp.get_peft_model(model.unload(), second)
+
+
+def test_a_failed_attachment_leaves_a_base_that_can_be_adapted():
+    base = tiny.make()
+    with pytest.raises(ValueError, match="nowhere"):
+        fp.get_peft_model(base, fp.LoraConfig(target_modules=["nowhere"]))
+    model = fp.get_peft_model(base, LORA)
+    model.delete_adapter("default")
+    fp.get_peft_model(copy.deepcopy(model.unload()), PROMPT)
+
+
+@pytest.mark.parametrize(
+    "architecture, name", [("t5", "EncDecAttention"), ("llama", "self_attn"), ("llama", "layers.1")]
+)
+def test_modules_to_save_may_hold_attention(architecture, name):
+    """The copy goes by the attention that the model is given, and is called as what it stands for."""
+    base, batch = tiny.make(architecture).eval(), tiny.inputs(architecture)
+    outputs = []
+    for library in (peft, fp):
+        config = library.LoraConfig(
+            target_modules=["wi" if architecture == "t5" else "up_proj"], modules_to_save=[name]
+        )
+        model = library.get_peft_model(copy.deepcopy(base), config).eval()
+        outputs.append(model(**batch).logits)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-5)
+    rows = len(next(iter(batch.values())))
+    mixed = model(
+        **batch, adapter_names=["default", "__base__"] * (rows // 2) + ["default"] * (rows % 2), use_cache=False
+    )
+    torch.testing.assert_close(mixed.logits, outputs[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["assign", "to_empty"])
+@pytest.mark.parametrize("extra", [{}, {"use_dora": True}, {"trainable_token_indices": [3, 4]}], ids=str)
+def test_a_model_goes_to_the_meta_device_and_comes_back(how, extra):
+    config = fp.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **extra)
+    model = fp.get_peft_model(tiny.make(), config).eval()
+    model.add_adapter("b", fp.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=3))
+    rows = {"input_ids": torch.randint(1, tiny.VOCAB, (2, 5)), "adapter_names": ["default", "b"]}
+    expected = model(rows["input_ids"]).logits, model(**rows).logits
+    state, buffers = {k: t.clone() for k, t in model.state_dict().items()}, dict(model.named_buffers())
+    model.to("meta")
+    if how == "assign":
+        model.load_state_dict(state, assign=True)
+    else:
+        model.to_empty(device="cpu")
+        model.load_state_dict(state)
+    for name, values in buffers.items():  # what no state_dict has
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = values
+    assert torch.equal(model(rows["input_ids"]).logits, expected[0])
+    assert torch.equal(model(**rows).logits, expected[1])
+
+
+def test_the_tag_of_a_model_card_is_the_base_models_name(tmp_path):
+    base = tiny.make()
+    base.name_or_path = base.config._name_or_path = "someone/model"
+    fp.get_peft_model(base, LORA).save_pretrained(tmp_path, save_embedding_layers=False)
+    from huggingface_hub import ModelCard
+
+    assert "base_model:adapter:someone/model" in ModelCard.load(tmp_path / "README.md").data.tags
+    config = fp.PeftConfig.from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert config.base_model_name_or_path == "someone/model"
+
+
 class TestInjected:
     def test_a_model_with_injected_adapters_is_pefts(self, tmp_path):
         base, ids = tiny.make("qwen2"), tiny.inputs("qwen2")["input_ids"]

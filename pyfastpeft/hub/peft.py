@@ -22,13 +22,13 @@ CARD_NAME = "README.md"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_NAME = "pyfastpeft_encoder.safetensors"
 """What PEFT does not keep and training needs to go on: the encoder of a soft prompt. PEFT never looks at it."""
-_OF_A_WRAPPER = re.compile(r"\.(modules_to_save|original_module)\..*bias$")
+_OF_A_WRAPPER = re.compile(r"\.modules_to_save\.|\.original_module\..*bias$")
 
 _CARD = """---
 base_model: {base}
 library_name: {library}
 tags:
-- base_model:adapter:{base}
+- {tag}
 - {method}
 ---
 
@@ -95,8 +95,16 @@ def read_tensors(
                 f"{folder} holds adapter_model.bin, a pickle, which is never loaded; convert it to {WEIGHTS_NAME} first"
             ) from None
         raise
-    # With bias="all" PEFT stores the biases of modules_to_save a second time, under the names its wrapper gives them.
-    return {k: t for k, t in load_safetensors(path).items() if not _OF_A_WRAPPER.search(k)}, path
+    return once(load_safetensors(path)), path
+
+
+def once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` without those that PEFT stores a second time.
+
+    With bias="all", and where it stores embeddings, what is in ``modules_to_save`` also has the names that PEFT's
+    wrapper gives it.
+    """
+    return {k: t for k, t in tensors.items() if not _OF_A_WRAPPER.search(k)}
 
 
 def read_own(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict[str, Tensor]:
@@ -151,8 +159,9 @@ def write_adapter(
 
 
 def _card(config: dict[str, Any]) -> str:
-    base = json.dumps(config.get("base_model_name_or_path") or "")
+    name = config.get("base_model_name_or_path") or ""
+    base, tag = json.dumps(name), json.dumps(f"base_model:adapter:{name}")
     library, readers = "peft", "An adapter in PEFT's format: PEFT and pyfastpeft load"
     if not METHODS[config["peft_type"]].IN_PEFT:
         library, readers = "pyfastpeft", "A method that PEFT does not have: pyfastpeft loads"
-    return _CARD.format(base=base, library=library, method=config["peft_type"].lower(), readers=readers)
+    return _CARD.format(base=base, tag=tag, library=library, method=config["peft_type"].lower(), readers=readers)

@@ -508,14 +508,19 @@ class LoraLayer(nn.Module):
 
     def _changed(self) -> None:
         """Parameters may be other objects now."""
+        device = self.weight.device
+        # On the meta device they have lost their values, and a loading that assigns gives the weight others.
+        self._scale = {
+            n: torch.full((len(t),), self._scaling[n], dtype=torch.float32, device=device)
+            if t.is_meta
+            else t.to(device)
+            for n, t in self._scale.items()
+        }
         self._cache.clear()
         self._square = None
         self.bank.refresh_one(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)
-        device = self.weight.device
-        # Scalings stay in float32 whatever the model is cast to.
-        self._scale = {n: t.to(device) for n, t in self._scale.items()}
-        self._changed()
+        self._changed()  # not cast: scalings stay in float32
         return self

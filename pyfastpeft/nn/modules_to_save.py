@@ -34,19 +34,19 @@ class ModulesToSave(nn.Module):
     def module_in_use(self) -> nn.Module:
         return self.original_module if self._plan is None else self._plan
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.bank.mode
         if mode is None:
-            return self.module_in_use()(x, *args, **kwargs)
+            return self.module_in_use()(*args, **kwargs)
         names = tuple(n for n in mode.names if n in self.modules_to_save)
-        y = self.original_module(x, *args, **kwargs)
+        y = self.original_module(*args, **kwargs)
         # Each adapter's copy is another weight, so it runs by itself; shapes do not depend on who asked for what.
         for i, name in enumerate(names):
-            chosen = mode.mask(names, (1,) * len(names), x.shape[0], x.device)[:, i].bool()
+            first = y[0] if isinstance(y, tuple) else y
+            chosen = mode.mask(names, (1,) * len(names), first.shape[0], first.device)[:, i].bool()
             # Neither may the other rows reach its gradient, nor it theirs, by a product with zero.
-            mine = mixed.own(chosen.view(-1, *[1] * (x.dim() - 1)), x) if x.is_floating_point() else x
-            own = self.modules_to_save[name](mine, *args, **kwargs)
-            y = torch.where(chosen.view(-1, *[1] * (y.dim() - 1)), own, y)
+            mine, named = _own_rows(chosen, args, kwargs)
+            y = _where(chosen, self.modules_to_save[name](*mine, **named), y)
         return y
 
     def __getattr__(self, name: str) -> Any:
@@ -56,3 +56,24 @@ class ModulesToSave(nn.Module):
             if name in ("original_module", "modules_to_save"):
                 raise
             return getattr(self.module_in_use(), name)
+
+
+def _own_rows(chosen: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments, where the first tensor, of all rows, has values in the ``chosen`` ones alone."""
+
+    def own(x: Tensor) -> Tensor:
+        return mixed.own(chosen.view(-1, *[1] * (x.dim() - 1)), x) if x.is_floating_point() else x
+
+    if args and isinstance(args[0], Tensor):
+        return (own(args[0]), *args[1:]), kwargs
+    name = next((name for name, x in kwargs.items() if isinstance(x, Tensor)), None)
+    return args, kwargs if name is None else kwargs | {name: own(kwargs[name])}
+
+
+def _where(chosen: Tensor, own: Any, others: Any) -> Any:
+    """``own`` in the rows ``chosen``, else ``others``; of a module that gives several things in each of them."""
+    if isinstance(others, tuple):
+        return tuple(_where(chosen, a, b) for a, b in zip(own, others, strict=True))
+    if not isinstance(others, Tensor):
+        return others
+    return torch.where(chosen.view(-1, *[1] * (others.dim() - 1)), own, others)

@@ -45,10 +45,11 @@ class TokenRows:
     def add_adapter(self, name: str, indices: list[int], dtype: torch.dtype) -> None:
         """Rows for an adapter, with the values of the weight as it is without any."""
         weight = self.weight if self._unmerged is None else self._unmerged
-        self.indices[name] = torch.tensor(indices, device=weight.device)
-        self.slots[name] = torch.full((len(weight),), -1, device=weight.device)
-        self.slots[name][self.indices[name]] = torch.arange(len(indices), device=weight.device)
-        self.values[name] = nn.Parameter(weight.detach()[self.indices[name]].to(dtype))
+        device = "cpu" if weight.is_meta else weight.device
+        self.indices[name] = torch.tensor(indices, device=device)
+        self.slots[name] = torch.full((len(weight),), -1, device=device)
+        self.slots[name][self.indices[name]] = torch.arange(len(indices), device=device)
+        self.values[name] = nn.Parameter(weight.detach()[self.indices[name].to(weight.device)].to(dtype))
 
     def remove_adapter(self, name: str | None) -> None:
         for held in (self.indices, self.slots, self.values):
@@ -56,9 +57,10 @@ class TokenRows:
                 del held[name]
 
     def follow(self) -> None:
-        """Be where the weight is."""
-        for held in (self.indices, self.slots):
-            held.update({name: t.to(self.weight.device) for name, t in held.items()})
+        """Be where the weight is; on the meta device the values would be lost."""
+        if not self.weight.is_meta:
+            for held in (self.indices, self.slots):
+                held.update({name: t.to(self.weight.device) for name, t in held.items()})
 
     def plan(self, active: tuple[str, ...]) -> tuple[str, ...]:
         """The adapters whose rows are in use while ``active`` are the adapters."""
@@ -87,7 +89,7 @@ class TokenRows:
         """The weight with the rows of ``names`` in it; differentiable in these."""
         weight: Tensor = self.weight
         for name in names:
-            weight = weight.index_copy(0, self.indices[name], self.values[name].to(weight))
+            weight = weight.index_copy(0, self.indices[name].to(weight.device), self.values[name].to(weight))
         return weight
 
     @torch.no_grad()

@@ -304,16 +304,27 @@ class AdaptedModel(OneDevice, nn.Module):
         old = self.configs[name]
         if config is not None and type(config) is not type(old):
             raise ValueError(f"{source} holds a {config.peft_type} adapter; adapter {name!r} is {old.peft_type}")
-        if self._swap_alike(name, config, values):
-            if config is not None:
-                self.configs[name] = replace(config, inference_mode=old.inference_mode)
+        if self._swapped_alike(name, config, values):
             return
         nowhere = [key for key, value in values.items() if value.is_meta]
         if nowhere:
             raise ValueError(f"{source} has {nowhere} on the meta device, where there are no values")
+        embeddings = self.tuner_of(name).optional(old)
+        for key in embeddings.keys() & values.keys():
+            if not torch.equal(embeddings[key], values[key].to(embeddings[key])):
+                raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")
+        values = {key: t for key, t in values.items() if key not in embeddings}
+        if self._swapped_alike(name, config, values):
+            return
         new = None if config is None else self.resolved(config)
         self.configs[name] = self.tuner_of(name).swap(name, old, new, self.tensors(name), values, source)
         self.bank.version += 1
+
+    def _swapped_alike(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor]) -> bool:
+        done = self._swap_alike(name, config, values)
+        if done and config is not None:
+            self.configs[name] = replace(config, inference_mode=self.configs[name].inference_mode)
+        return done
 
     def _swap_alike(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor]) -> bool:
         """The common case at full speed: the same keys, shapes and form. False: another case, nothing is done."""

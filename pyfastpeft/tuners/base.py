@@ -242,7 +242,9 @@ class PeftConfig:
         return values
 
     @classmethod
-    def from_pretrained(cls, model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> PeftConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **hub: Any
+    ) -> PeftConfig:
         """Read ``adapter_config.json`` from a folder or a hub repository (``hub``: revision, token, cache_dir, …).
 
         Raises:
@@ -251,7 +253,7 @@ class PeftConfig:
         """
         from ..hub.peft import read_config
 
-        return read_config(model_id, subfolder, cls, **hub)
+        return read_config(pretrained_model_name_or_path, subfolder, cls, **hub)
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:

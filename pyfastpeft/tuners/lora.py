@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -33,7 +32,8 @@ from .base import (
     check_pattern,
     register_method,
 )
-from .modules import base_of, ends_of, ends_with, find_saved, modules_of, put, tied_ends
+from .embeddings import base_embeddings, to_be_saved
+from .modules import base_of, ends_with, find_saved, modules_of, put, tied_ends
 from .trainable_tokens import DELTA, Place, checked_tokens, find_places, put_tokens, take_tokens
 
 ALL_LINEAR = "all-linear"
@@ -413,17 +413,14 @@ class LoraTuner(Tuner):
 
     def optional(self, config: LoraConfig) -> dict[str, Tensor]:
         """The base embeddings under the keys that a file of PEFT's may hold them by (see :meth:`_saved_embeddings`)."""
-        held, ends = {}, ends_of(self.model)
         tokens = {path for place in self._places(config) for path in place.layers}
-        for path, module in modules_of(self.model):
-            base = base_of(module)
-            if any(module is e or base is e for e in ends) and isinstance(base, (nn.Linear, nn.Embedding)):
-                middle = ".base_layer" if isinstance(module, LoraLayer) or matches(config, path) else ""
-                if path in tokens or isinstance(module, TrainableTokens):
-                    middle = ".token_adapter.base_layer"
-                if not isinstance(base, Linear4bit):
-                    held |= {f"{self.PREFIX}{path}{middle}.{k}": t for k, t in base.named_parameters()}
-        return held
+
+        def inside(path: str, module: nn.Module) -> str:
+            if path in tokens or isinstance(module, TrainableTokens):
+                return ".token_adapter.base_layer"
+            return ".base_layer" if isinstance(module, LoraLayer) or matches(config, path) else ""
+
+        return base_embeddings(self.model, config, self.PREFIX, inside)
 
     def attach(
         self,
@@ -588,31 +585,12 @@ class LoraTuner(Tuner):
             targeted = any(re.fullmatch(targets, p) for p in paths)
         else:
             targeted = any(n in targets for n in _EMBEDDING_NAMES)
-        if save == "auto" and not targeted:
-            if not self._resized():
-                return {}
-            warnings.warn("the embeddings were resized, so they are written beside the adapter", stacklevel=2)
+        if not targeted and not to_be_saved(self.model, save):
+            return {}
         held = self.optional(config)
         if targeted:
             held = {k: t for k, t in held.items() if ".base_layer." in k}
         return held
-
-    def _resized(self) -> bool:
-        """Whether the vocabulary has another size than in the folder or GGUF file that the base model came from."""
-        base = getattr(self.model, "name_or_path", None)
-        size = getattr(getattr(self.model, "config", None), "vocab_size", None)
-        if not base or size is None:
-            return False
-        from transformers import AutoConfig
-
-        from ..hub.gguf import GgufFile
-
-        try:
-            if Path(base).is_file():
-                return GgufFile(base).shape("token_embd.weight")[0] != size
-            return AutoConfig.from_pretrained(base, local_files_only=True).vocab_size != size
-        except (AttributeError, KeyError, OSError, ValueError):  # not there, or none of transformers' own
-            return False
 
     def check_same_layout(self, name: str, old: LoraConfig, new: LoraConfig, live: dict, expected: dict) -> None:
         for path, layer in self.layers(name).items():

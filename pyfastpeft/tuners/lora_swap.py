@@ -53,8 +53,7 @@ class Swap:
         keys = {f"{tuner.PREFIX}{path}.{suffix}" for path, held in of_layers.items() for suffix in held}
         saved = {k: t for k, t in live.items() if k not in keys}
         known = keys | saved.keys()
-        embeddings = tuner.optional(old)
-        extra = sorted(tensors.keys() - known - embeddings.keys())
+        extra = sorted(tensors.keys() - known)
         if extra:
             raise ValueError(f"{source} holds keys that adapter {name!r} does not have: {', '.join(extra[:5])}")
         self.pairs: list[tuple[Tensor, Tensor]] = []
@@ -66,9 +65,6 @@ class Swap:
             if key not in tensors:
                 raise ValueError(f"{source} lacks the key {key}")
             self._pair(key, tensor, tensors[key], source)
-        for key, tensor in embeddings.items():
-            if key in tensors and not torch.equal(tensor, tensors[key].to(tensor)):
-                raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")
         self.config = self._new_config(old) if config is None else replace(new, inference_mode=old.inference_mode)
 
     def _plan_layer(

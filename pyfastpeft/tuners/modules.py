@@ -104,7 +104,9 @@ def trainable_copy(module: nn.Module) -> nn.Module:
     """A copy whose every parameter can train: 4-bit layers in it become full precision."""
     if isinstance(module, Linear4bit):
         return module.to_linear()
-    module = copy.deepcopy(module)
+    # It goes by the model's configuration, which may be given another attention later.
+    configs = {id(m.config): m.config for m in module.modules() if "config" in vars(m)}
+    module = copy.deepcopy(module, configs)
     for path, child in list(module.named_modules()):
         if isinstance(child, Linear4bit):
             put(module, path, child.to_linear())
