@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .hub.files import check_text
 from .ops.cross_entropy import IGNORED
 
 Messages = list[dict[str, str]]
@@ -99,7 +100,7 @@ def _messages(row: dict[str, Any]) -> Messages:
         for key in ("prompt", "completion"):
             if not isinstance(row.get(key), str):
                 raise ValueError("the row must have 'messages', or 'prompt' and 'completion' as text")
-            _check_text(row[key])
+            check_text(row[key])
         return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
@@ -107,20 +108,12 @@ def _messages(row: dict[str, Any]) -> Messages:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError("each of 'messages' must be an object with 'role' and 'content' as text")
-        _check_text(message["role"] + message["content"])
+        check_text(message["role"] + message["content"])
     if messages[0]["role"] == "assistant":
         raise ValueError("the first of 'messages' has the role 'assistant'; before it must stand what it answers")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last of 'messages' has the role {messages[-1]['role']!r}; it must be 'assistant'")
     return messages
-
-
-def _check_text(text: str) -> None:
-    """Whether ``text`` is Unicode: JSON and command lines can hold halves of characters, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds {text[error.start]!r}, a half of a character; it must be Unicode") from None
 
 
 def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_next: bool) -> str:
@@ -135,7 +128,7 @@ def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_nex
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    _check_text(text)
+    check_text(text)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

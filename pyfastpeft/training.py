@@ -113,16 +113,16 @@ class AdapterTrainer(Trainer):
         if checkpoint is not None:
             stem = Path(checkpoint) / f"random-{self.args.process_index}"
             tensors, numbers = load_safetensors(f"{stem}.safetensors"), read_json(f"{stem}.json")
-            with _of_checkpoint(checkpoint):
+            with _of_checkpoint(checkpoint, ValueError):
                 _set_random_state(tensors, numbers)
 
 
 @contextmanager
-def _of_checkpoint(checkpoint: str) -> Iterator[None]:
-    """What the files of a checkpoint lack is an error that names it."""
+def _of_checkpoint(checkpoint: str, *more: type[Exception]) -> Iterator[None]:
+    """What the files of a checkpoint lack is an error that names it, and so are ``more`` errors."""
     try:
         yield
-    except (AttributeError, LookupError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError, *more) as error:
         raise ValueError(f"{checkpoint} does not hold the state of a training: {error!r}") from error
 
 

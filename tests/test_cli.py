@@ -169,12 +169,15 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         ([*before_loading, "--data", "none.jsonl"], "none.jsonl"),
         ([*before_loading, "--test", str(half)], "half.jsonl, line 1: the text holds '\\ud83d'"),
         ([*before_loading, "--output", str(bad_row)], "bad.jsonl', which is a file"),
+        ([*before_loading, "--output", str(bad_row / "out")], "nothing can be written in "),
+        ([*before_loading, "--output", "/proc/self/fdinfo"], "nothing can be written in /proc/self/fdinfo"),
         ([*train, "--r", "0"], "r is 0"),
         ([*train, "--target-modules", "q_prj"], "Close matches: q_proj"),
         ([*train, "--method", "prompt", "--virtual-tokens", "0"], "num_virtual_tokens is 0"),
         ([*train, "--method", "prefix", "--init", "zero", "--init-text", "a"], "it needs --init text"),
         ([*train, "--method", "prefix", "--encoder-hidden-size", "8"], "it needs --projection"),
         ([*train, "--method", "prompt", "--init-text", ""], "the initial text is '', which has no tokens"),
+        ([*train, "--method", "prompt", "--init-text", "\udcff"], "the text holds '\\udcff'"),
         ([*train, "--method", "bottleneck", "--reduction-factor", "0"], "reduction_factor is 0"),
         ([*train, "--resume"], "no checkpoint"),
         ([*train, "--max-length", "4"], "line 1"),
@@ -214,6 +217,10 @@ def empty_object(_):
     return b"{}"
 
 
+def emptied(_):
+    return b""
+
+
 def without_a_layer(data):
     tensors = load_safetensors(data)
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -227,6 +234,7 @@ def without_a_layer(data):
         ("config.json", of_another_shape, "has shape (64, 128)"),
         ("config.json", of_another_type, "cannot be loaded"),
         ("tokenizer.json", empty_object, "cannot be loaded"),
+        ("tokenizer.json", emptied, "cannot be loaded"),
         ("model.safetensors", without_a_layer, "lacks 1 weights of a LlamaForCausalLM, such as model.layers.1.mlp.up"),
     ],
 )
@@ -333,6 +341,16 @@ def test_a_reader_that_has_enough_is_no_error_to_speak_of(tmp_path):
     env = os.environ | {"PYTHONPATH": str(path)}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 1 and "rror" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_behind_stdout_costs_the_text_and_not_the_adapter(tmp_path, model_folder, data_file):
+    train = ["train", "--model", model_folder, "--data", data_file, "--max-steps", "1", "--output", "out"]
+    env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent)}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pyfastpeft.cli", *train]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 1 and "No space left" in done.stderr
+    fp.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "out")
 
 
 def test_a_stdout_that_was_closed_from_the_start_is_no_error(tmp_path):

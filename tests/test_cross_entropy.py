@@ -158,6 +158,11 @@ def test_the_heads_operator_passes_opcheck():
         torch.library.opcheck(torch.ops.pyfastpeft.head_cross_entropy.default, (*operands, differentiates))
 
 
-def test_a_head_that_was_offloaded_is_named():
+def test_what_was_offloaded_is_named():
     with pytest.raises(ValueError, match="weight is on meta; it must be where hidden is, on cpu"):
         head_cross_entropy(torch.ones(2, 8), torch.ones(5, 8, device="meta"), torch.tensor([0, 1]), True)
+    nowhere = torch.zeros(2, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="labels are on meta; they must be where hidden is, on cpu"):
+        head_cross_entropy(torch.ones(2, 8), torch.ones(5, 8), nowhere, True)
+    with pytest.raises(ValueError, match="labels are on meta; they must be where logits are, on cpu"):
+        cross_entropy_(torch.ones(2, 8), nowhere)

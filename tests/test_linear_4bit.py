@@ -951,6 +951,11 @@ def test_float64_reference_agrees_with_torch_linear():
         ({"lora": (torch.ones(4, 64).long(), torch.ones(24, 4), 1.0)}, ValueError, "lora A is torch.int64"),
         ({"lora": (torch.ones(4, 64), torch.ones(24, 4), torch.ones(5))}, ValueError, "lora scaling has shape"),
         ({"lora": (torch.ones(4, 64), torch.ones(24, 4, device="meta"), 1.0)}, ValueError, "B on meta"),
+        (
+            {"lora": (torch.ones(4, 64), torch.ones(24, 4), torch.ones(4, device="meta"))},
+            ValueError,
+            "scaling is on meta",
+        ),
         ({"lora": Lora(torch.ones(4, 64), torch.ones(24, 4), 1.0, 1.5)}, ValueError, "dropout is 1.5"),
         ({"lora": Lora(torch.ones(4, 64), torch.ones(24, 4), 1.0, -0.1)}, ValueError, "dropout is -0.1"),
         ({"lora": (torch.ones(4, 64), torch.ones(24, 4))}, (TypeError, ValueError), "lora"),

@@ -393,6 +393,7 @@ BAD = {
         prefix_k=None, prefix_v=None, prefix_index=torch.zeros(2, dtype=torch.int64)
     ),
     "mask is a list; it must be a tensor": lambda a: a.update(mask=[[1] * 7] * 2),
+    "mask is on meta; it must be on q's device, cpu": lambda a: a.update(mask=torch.ones(2, 7, device="meta").bool()),
     "mask is torch.bool of shape (2, 6)": lambda a: a.update(mask=torch.ones(2, 6, dtype=torch.bool)),
     "mask is torch.float32 of shape (2, 7)": lambda a: a.update(mask=torch.ones(2, 7)),
     "mask is torch.int64 of shape (2, 1, 1, 7)": lambda a: a.update(mask=torch.ones(2, 1, 1, 7, dtype=torch.int64)),

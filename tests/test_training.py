@@ -342,6 +342,7 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_those_of_another(tmp_path):
     [
         ("optimizer.json", r".*", "{}", "checkpoint-4 does not hold the state of a training"),
         ("random-0.json", r".*", "{}", "checkpoint-4 does not hold the state of a training"),
+        ("random-0.json", r'"python": .*', '"python": "x"}', "checkpoint-4 does not hold the state of a training"),
         ("trainer_state.json", r".*", "{}", "global_step is None; it must be of the type int"),
         ("trainer_state.json", r'"global_step": 4', '"global_step": "4"', "global_step is '4'"),
         ("optimizer.json", r'"lr": [^,]*', '"lr": "x"', r"param_groups\[0\].lr is 'x'; it must be a number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import traceback
 import warnings
 from pathlib import Path
@@ -61,9 +62,10 @@ def load_model(args: argparse.Namespace, quantized: bool = True) -> tuple[PreTra
     _quiet_libraries()
     try:
         return (_load_gguf if isinstance(source, Path) and source.is_file() else _load_hub)(source, args, quantized)
-    except (ValueError, OSError, ImportError, MemoryError):
-        raise
     except Exception as error:  # the libraries trust a model's files: a wrong value in one can fail in any way
+        says_where = isinstance(error, (ValueError, OSError, ImportError, MemoryError))
+        if says_where and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+            raise
         problem = _reported(error) or f"{type(error).__name__}: {error}"
         raise ValueError(f"model {args.model!r} cannot be loaded: {problem}") from error
 

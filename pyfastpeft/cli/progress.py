@@ -70,9 +70,6 @@ class TrainingProgress(TrainerCallback):
             self.losses.append(logs["loss"])
             self._progress.update(self._task, note=f"loss {logs['loss']:.3f}  {self.seconds_per_step:.2f} s/step")
 
-    def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        self._progress.stop()
-
     def stop(self) -> None:
         """Give the terminal back, also after an error."""
         self._progress.stop()

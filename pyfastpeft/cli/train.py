@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -75,6 +76,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantization_arguments(parser)
 
 
+def _check_output(output: Path) -> None:
+    """Whether the adapter can be written: this would show after the training else."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output is {str(output)!r}, which is a file; it must be a folder, or not exist yet")
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"output is {str(output)!r}; nothing can be written in {there}: {error.strerror}") from None
+
+
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train, save, report."""
     from transformers import set_seed
@@ -88,8 +101,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     method, options, quantized = chosen(args)
     # What is wrong with these shows before the model is loaded.
-    if os.path.exists(args.output) and not os.path.isdir(args.output):
-        raise ValueError(f"output is {args.output!r}, which is a file; it must be a folder, or not exist yet")
+    _check_output(Path(args.output))
     read_rows(args.data)
     questions = read_rows(args.test) if args.test else []
     base, tokenizer = load_model(args, quantized)

@@ -145,5 +145,13 @@ def check_kind(key: str, tensor: Tensor, floating: bool, source: str) -> None:
         raise ValueError(f"{source}: {key} has dtype {tensor.dtype}; it must be {kind}")
 
 
+def check_text(text: str) -> None:
+    """Whether ``text`` is Unicode: JSON and command lines can hold halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds {text[error.start]!r}, a half of a character; it must be Unicode") from None
+
+
 def _listed(keys: list[str]) -> str:
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

@@ -24,6 +24,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
         Losses, float32 [n], in which the arithmetic is done. Loss and gradient of a row whose label is no class are
         NaN; on a CPU that is an error instead.
     """
+    if labels.device != logits.device:
+        raise ValueError(f"labels are on {labels.device}; they must be where logits are, on {logits.device}")
     if choose_plain(logits.device) is not Backend.REFERENCE:
         return torch.ops.pyfastpeft.cross_entropy_.default(logits, labels)
     parts = zip(logits.split(_REFERENCE_ROWS), labels.split(_REFERENCE_ROWS), strict=True)
@@ -59,6 +61,8 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, different
     """
     if weight.device != hidden.device:
         raise ValueError(f"weight is on {weight.device}; it must be where hidden is, on {hidden.device}")
+    if labels.device != hidden.device:
+        raise ValueError(f"labels are on {labels.device}; they must be where hidden is, on {hidden.device}")
     return torch.ops.pyfastpeft.head_cross_entropy.default(hidden, weight, labels, differentiates)
 
 

@@ -205,6 +205,8 @@ def _inference(
             return None
         branch, scaling = lora.held.number, lora.scaling
         if isinstance(scaling, Tensor):
+            if scaling.device != x.device:
+                return None
             row_scale, scaling = scaling.float().contiguous(), 1.0
     if not native(w):
         return None
@@ -307,6 +309,8 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
         raise ValueError(
             f"lora scaling has shape {tuple(scaling.shape)}; it must be a number, ({r},) or ({x.shape[0]}, {r})"
         )
+    if isinstance(scaling, Tensor) and scaling.device != x.device:
+        raise ValueError(f"lora scaling is on {scaling.device}; it must be on x's device, {x.device}")
 
 
 _IN_PYTHON = {Backend.REFERENCE: reference, Backend.CUDA: cuda_kernels}

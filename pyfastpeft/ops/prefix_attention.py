@@ -81,6 +81,8 @@ def prefix_attention(
     keys = k.shape[2]
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"mask is a {type(mask).__name__}; it must be a tensor")
+    if mask is not None and mask.device != q.device:
+        raise ValueError(f"mask is on {mask.device}; it must be on q's device, {q.device}")
     if causal and keys < tokens and (mask is None or mask.dim() != 4):
         raise ValueError(f"k has {keys} keys; causal attention needs at least the {tokens} of the queries")
     if prefix_k is not None or prefix_v is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank
-from ..hub.files import check_tensors
+from ..hub.files import check_tensors, check_text
 from ..nn.prompt_encoder import Form, SoftPrompt
 from .base import PeftConfig, TaskType, Tuner, check_count
 from .embeddings import base_embeddings, to_be_saved
@@ -113,6 +113,7 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
     Args:
         tokenizer: a tokenizer, or the name or path of one (``kwargs`` go to ``AutoTokenizer``).
     """
+    check_text(text)
     if isinstance(tokenizer, str):
         from transformers import AutoTokenizer
 
