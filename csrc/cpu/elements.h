@@ -28,7 +28,7 @@ PF_INLINE void store_as(char* p, V::F v) {
 // Elements [i, min(i + kLanes, n)) of a row, zeros after the last.
 template <int D>
 PF_INLINE V::F load_part(const char* row, int64_t i, int64_t n) {
-  constexpr int kSize = D == kFloat32 ? 4 : 2;
+  constexpr int kSize = dtype_size(D);
   if (i + kLanes <= n) return load_as<D>(row + i * kSize);
   alignas(64) char part[kLanes * kSize] = {};
   copy_bytes(part, row + i * kSize, (n - i) * kSize);
@@ -37,7 +37,7 @@ PF_INLINE V::F load_part(const char* row, int64_t i, int64_t n) {
 
 template <int D>
 PF_INLINE void store_part(char* row, int64_t i, int64_t n, V::F v) {
-  constexpr int kSize = D == kFloat32 ? 4 : 2;
+  constexpr int kSize = dtype_size(D);
   if (i + kLanes <= n) return store_as<D>(row + i * kSize, v);
   alignas(64) char part[kLanes * kSize];
   store_as<D>(part, v);
@@ -74,8 +74,7 @@ inline void load_transposed(const Matrix& m, int64_t row0, int64_t nrows, int64_
         m.dtype, PF_BODY(int D) {
           for (int r = 0; r < 16; ++r)
             for (int v = 0; v < kTileVecs; ++v)
-              V::store(rows + r * 16 + v * kLanes,
-                       load_as<D>(from + r * stride + v * kLanes * (D == kFloat32 ? 4 : 2)));
+              V::store(rows + r * 16 + v * kLanes, load_as<D>(from + r * stride + v * kLanes * dtype_size(D)));
         });
   } else if (nrows == 16 && ncols == m.ld) {
     to_float(from, m.dtype, rows, 16 * ncols);  // short rows side by side: one run

@@ -190,7 +190,7 @@ void rope(const RopeArgs& g, int64_t token0, int64_t token1) {
 void cross_entropy(const CrossEntropyArgs& g, int64_t row0, int64_t row1) {
   with_dtype(
       g.dtype, PF_BODY(int D) {
-        constexpr int kSize = D == kFloat32 ? 4 : 2;
+        constexpr int kSize = dtype_size(D);
         constexpr int kSums = 4;
         // Elements from i on, less than a vector of them, and -inf.
         const auto rest = [](const char* x, int64_t i, int64_t n) {

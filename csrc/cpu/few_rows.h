@@ -4,7 +4,7 @@
 
 template <int D, int MB, int RB>
 void dot_block(const float* x, int64_t ldx, const Matrix& a, int64_t r0, float* s) {
-  constexpr int kSize = D == kFloat32 ? 4 : 2;
+  constexpr int kSize = dtype_size(D);
   V::F acc[MB][RB];
   each(MakeInts<MB>{}, PF_BODY(int M) { each(MakeInts<RB>{}, PF_BODY(int R) { acc[M][R] = V::zero(); }); });
   const int64_t whole = a.cols / kLanes * kLanes;

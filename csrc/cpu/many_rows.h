@@ -318,7 +318,7 @@ struct ManyRows : Product<A> {
     const Matrix m{c, kFloat32, cols, rows, ldc};
     with_dtype(
         dtype, PF_BODY(int D) {
-          constexpr int kSize = D == kFloat32 ? 4 : 2;
+          constexpr int kSize = dtype_size(D);
           alignas(64) float square[16 * 16];
           for (int64_t r = 0; r < rows; r += 16)
             for (int64_t i = 0; i < cols; i += 16) {

@@ -69,7 +69,7 @@ struct Attention {
   template <class At>
   static void gather(const At& at, int64_t n, int dtype, int64_t dim, E* dst, int64_t ld) {
     const int64_t wide = padded(dim);
-    const bool same = dtype == (sizeof(E) == 4 ? kFloat32 : kBFloat16);
+    const bool same = dtype == Product<A>::kElement;
     for (int64_t r = 0; r < n; ++r, dst += ld) {
       const char* row = at(r);
       char* to = reinterpret_cast<char*>(dst);
@@ -599,7 +599,7 @@ struct Attention {
           const int64_t row = ((u.b * g.length + j - u.prefix) * g.kv_heads + u.kv_head) * g.dim;
           with_dtype(
               g.dtype, PF_BODY(int D) {
-                constexpr int kSize = D == kFloat32 ? 4 : 2;
+                constexpr int kSize = dtype_size(D);
                 store_scaled<D>(dk + i * wide, g.scale, static_cast<char*>(a.dk) + row * kSize, g.dim);
                 store_scaled<D>(dv + i * wide, 1.0f, static_cast<char*>(a.dv) + row * kSize, g.dim);
               });

@@ -23,7 +23,7 @@ constexpr int kGroupColumns = 8;  // columns in 64 bytes of codes
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Format : int { kNF4 = 0, kFP4 = 1, kINT4 = 2 };
 
-PF_INLINE int dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+PF_INLINE constexpr int dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // A row-major matrix; `ld` is the distance of rows in elements. Or, `packed`, bf16 in tiles of 16 rows: [tile][column
 // pair][row][2], rows and columns that are missing zero, cols even (the factors of an adapter, ready for the products).
