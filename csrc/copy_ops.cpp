@@ -1,5 +1,6 @@
 // Copying many tensors at once, by all threads.
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 

@@ -1,5 +1,4 @@
 // What a decoder layer does between its linear layers: schemas and CPU implementations.
-#include <algorithm>
 #include <tuple>
 
 #include "operands.h"

@@ -1,7 +1,6 @@
 #include "dispatch.h"
 
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -81,9 +80,7 @@ bool allows_tiles() {
   return false;
 #endif
 }
-#endif
 
-#if defined(__x86_64__)
 // Or a later one of AMD's: family 1Ah and up.
 bool is_zen5() {
   unsigned a, b, c, d;
@@ -101,22 +98,13 @@ bool has_dot_products() {
 }
 #endif
 
-constexpr int kMaxIsas = 7;
-
 struct Registry {
-  Kernels kernels[kMaxIsas];
-  const char* names[kMaxIsas] = {};
-  int count = 0;
+  std::vector<Kernels> kernels;  // best first
   std::atomic<const Kernels*> active{nullptr};
 
-  void add(const Kernels& k) {
-    kernels[count] = k;
-    names[count++] = k.name;
-  }
-
   const Kernels* find(const char* name) const {
-    for (int i = 0; i < count; ++i)
-      if (std::strcmp(names[i], name) == 0) return &kernels[i];
+    for (const Kernels& k : kernels)
+      if (std::strcmp(k.name, name) == 0) return &k;
     return nullptr;
   }
 
@@ -134,27 +122,29 @@ struct Registry {
     };
     // Every CPU with bf16 products has VNNI.
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    if (bf16 && allows_tiles()) add(with_int8(avx512_amx_kernels(), avx512_amx_int8));
+    if (bf16 && allows_tiles()) kernels.push_back(with_int8(avx512_amx_kernels(), avx512_amx_int8));
     // Intel's vdpbf16ps takes two cycles for what two float32 multiply-adds do in one, or four products of integers.
     const bool slow_bf16 = __builtin_cpu_is("intel");
-    if (avx512 && slow_bf16) add(with_int8(avx512_kernels(), avx512_int8));
+    if (avx512 && slow_bf16) kernels.push_back(with_int8(avx512_kernels(), avx512_int8));
     if (bf16) {
       const Kernels one = with_int8(avx512_bf16_kernels(), avx512_bf16_int8);
       const Kernels two = with_int8(avx512_bf16x2_kernels(), avx512_bf16x2_int8);
-      add(is_zen5() ? two : one);
-      add(is_zen5() ? one : two);
+      kernels.push_back(is_zen5() ? two : one);
+      kernels.push_back(is_zen5() ? one : two);
     }
-    if (avx512 && !slow_bf16) add(with_int8(avx512_kernels(), avx512_int8));
-    for (int i = 0; i < count; ++i) kernels[i].slow_bf16 = slow_bf16;
-    // MKL knows AVX-512 on Intel's CPUs only (Zen 5, 576 x 1536, 672 rows: 105 GFLOP/s, these 215).
-    for (int i = 0; i < count; ++i) kernels[i].outruns_mkl = __builtin_cpu_is("amd");
-    if (avx2) add(avx2_kernels());
+    if (avx512 && !slow_bf16) kernels.push_back(with_int8(avx512_kernels(), avx512_int8));
+    for (Kernels& k : kernels) {
+      k.slow_bf16 = slow_bf16;
+      // MKL knows AVX-512 on Intel's CPUs only (Zen 5, 576 x 1536, 672 rows: 105 GFLOP/s, these 215).
+      k.outruns_mkl = __builtin_cpu_is("amd");
+    }
+    if (avx2) kernels.push_back(avx2_kernels());
 #elif defined(__aarch64__)
     Kernels neon = neon_kernels();
     neon.int8 = has_dot_products() ? neon_dotprod_int8() : neon_int8();
-    add(neon);
+    kernels.push_back(neon);
 #endif
-    add(generic_kernels());
+    kernels.push_back(generic_kernels());
     const char* forced = std::getenv("PYFASTPEFT_CPU_ISA");
     active = forced == nullptr || *forced == 0 ? &kernels[0] : find(forced);
   }
@@ -176,7 +166,11 @@ struct Scratch {
 
 }  // namespace
 
-std::vector<std::string> available_isas() { return {registry().names, registry().names + registry().count}; }
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels& k : registry().kernels) names.emplace_back(k.name);
+  return names;
+}
 const Kernels* kernels() { return registry().active.load(std::memory_order_relaxed); }
 
 bool set_isa(const char* name) {
