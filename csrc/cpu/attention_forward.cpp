@@ -29,7 +29,7 @@ OtherKeys attend_prefix(const AttentionArgs& g, ParallelFor parallel) {
   const int64_t rows = queries(g), result = g.batch * g.tokens * g.heads * g.dim;
   const int64_t bytes = pieces * result * dtype_size(g.dtype);
   char* memory = static_cast<char*>(
-      scratch(kAttendScratch, (bytes + 63) / 64 * 64 + pieces * g.batch * g.kv_heads * rows * sizeof(float)));
+      scratch(kSlotAttend, (bytes + 63) / 64 * 64 + pieces * g.batch * g.kv_heads * rows * sizeof(float)));
   float* lse = reinterpret_cast<float*>(memory + (bytes + 63) / 64 * 64);
   AttentionArgs a = g;
   a.k = a.v = nullptr;

@@ -76,7 +76,7 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   for (int64_t width : widths) bytes += Buffers::aligned(m * width * size);
   const int64_t places = in.mask == nullptr ? 0 : in.batch * (in.past + in.tokens);
   bytes += Buffers::aligned(places * sizeof(int32_t));
-  Buffers buffers{static_cast<char*>(scratch(kDecoderScratch, bytes))};
+  Buffers buffers{static_cast<char*>(scratch(kSlotDecoder, bytes))};
   const auto take = [&](int64_t width) { return buffers.take(m * width * size); };
   char *stream = take(d.hidden), *normed = take(d.hidden), *added = take(d.hidden);
   char *q = take(q_width), *attended = take(q_width), *key = take(kv_width), *value = take(kv_width);

@@ -156,7 +156,6 @@ Registry& registry() {
 }
 
 struct Scratch {
-  static constexpr int kSlots = 11;
   void* data[kSlots] = {};
   int64_t size[kSlots] = {};
   ~Scratch() {

@@ -268,8 +268,20 @@ struct Kernels {
   void (*attend)(const AttentionArgs&, const OtherKeys&, int64_t unit0, int64_t unit1);
 };
 
-// Grow-only scratch of the calling thread, 64-byte aligned; `slot` keeps concurrent uses apart.
+// Grow-only scratch of the calling thread, 64-byte aligned; `slot` keeps concurrent uses apart: 0 and 1 those within a
+// kernel, a Slot those around kernels.
 void* scratch(int slot, int64_t bytes);
-constexpr int kDecoderScratch = 9, kAttendScratch = 10;  // kernels use 0 and 1, linear.cpp those between
+enum Slot {
+  kSlotX = 2,
+  kSlotDropped,
+  kSlotS,
+  kSlotFactor,
+  kSlotDy,
+  kSlotDs,
+  kSlotWords,
+  kSlotDecoder,
+  kSlotAttend,
+  kSlots
+};
 
 }  // namespace pf

@@ -11,9 +11,6 @@
 namespace pf {
 namespace {
 
-// Scratch slots of the calling thread; kernels use 0 and 1.
-enum Slot { kSlotX = 2, kSlotDropped, kSlotS, kSlotFactor, kSlotDy, kSlotDs, kSlotWords };
-
 // Whether OpenMP's threads sleep between two parallel regions; by default they spin for a while.
 bool threads_sleep() {
   const char *policy = std::getenv("OMP_WAIT_POLICY"), *spins = std::getenv("GOMP_SPINCOUNT");
