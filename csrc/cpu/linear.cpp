@@ -27,6 +27,13 @@ constexpr int64_t kPacking = 12, kQuantizing = 20;
 
 int64_t grain_of(int64_t work_per_item) { return kThreadWork / std::max<int64_t>(work_per_item, 1); }
 
+// body(begin, end) over [0, n) in chunks that begin at multiples of `unit`; `work` is an item's, in multiply-adds.
+template <class Body>
+void run_units(ParallelFor parallel, int64_t n, int64_t unit, int64_t work, const Body& body) {
+  run(parallel, (n + unit - 1) / unit, grain_of(unit * work),
+      [&](int64_t u0, int64_t u1) { body(u0 * unit, std::min(u1 * unit, n)); });
+}
+
 const Arithmetic& arithmetic_for(const Kernels& k, int dtype) {
   return dtype == kBFloat16 && k.bf16.gemv != nullptr ? k.bf16 : k.f32;
 }
@@ -216,7 +223,6 @@ bool as_it_lies(const Arithmetic& arith, const Matrix& x, const Branch& branch) 
 }
 
 constexpr int64_t kPair = 2;  // tiles that stay together, as a group
-int64_t pairs_of(const Weight& w) { return (w.tiles() + kPair - 1) / kPair; }
 
 bool is_few(const Arithmetic& arith, const Weight& w, const Matrix& x, const Branch& branch) {
   return x.rows <= (w.zero == nullptr ? arith.few_rows : arith.few_rows_of_zeros) && branch.dropout.threshold == 0;
@@ -238,12 +244,11 @@ template <class OfRows>
 PackedRows pack_many_sums(const Arithmetic& arith, const Matrix& x, const PackedRows& dropped, const Branch& branch,
                           float* s, ParallelFor parallel, const OfRows& of_rows) {
   constexpr int64_t kTogether = 12;  // which rows meet in a kernel must not depend on the number of threads
-  const int64_t rows = x.rows, rank = branch.rank(), units = (rows + kTogether - 1) / kTogether;
+  const int64_t rows = x.rows, rank = branch.rank();
   if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, rows * rank * sizeof(float)));
   float* factor = branch_factor(branch, rows, rank);
   void* packed = scratch(kSlotS, arith.packed_rows_bytes(rows, rank));
-  run(parallel, units, grain_of(kTogether * x.cols * (rank + 4)), [&](int64_t u0, int64_t u1) {
-    const int64_t r0 = u0 * kTogether, r1 = std::min(u1 * kTogether, rows);
+  run_units(parallel, rows, kTogether, x.cols * (rank + 4), [&](int64_t r0, int64_t r1) {
     of_rows(r0, r1);
     if (as_it_lies(arith, x, branch)) {
       GemvArgs own{};
@@ -318,19 +323,17 @@ void input_gradient(const Arithmetic& arith, const Weight& w, const void* panels
   const void* branch_panels =
       rank > 0 ? pack_panels(arith, {ds, kFloat32, rank, rows, rows}, false, kSlotS, parallel) : nullptr;
   const DxArgs args{w, panels, branch_panels, branch.a, rows, branch.dropout, dx, dy.dtype, w.k};
-  run(parallel, (w.k + kUnit - 1) / kUnit, grain_of(kUnit * (w.n + rank) * rows),
-      [&](int64_t u0, int64_t u1) { arith.dx(args, u0 * kUnit, std::min(u1 * kUnit, w.k)); });
+  run_units(parallel, w.k, kUnit, (w.n + rank) * rows, [&](int64_t k0, int64_t k1) { arith.dx(args, k0, k1); });
 }
 
 // da and db of linear_backward.
 void adapter_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& branch, const float* ds,
                       const BranchTraining& training, ParallelFor parallel) {
-  const int64_t rank = branch.rank(), rows = dy.rows, lanes = arith.group_lanes;
+  const int64_t rank = branch.rank(), rows = dy.rows;
   const auto times = [&](const PackedRows& left, const Matrix& right, const Dropout& dropout, float* out,
                          bool transposed) {
-    run(parallel, (right.cols + lanes - 1) / lanes, grain_of(lanes * rows * (rank + 4)), [&](int64_t u0, int64_t u1) {
-      arith.rows_times(left, right, dropout, out, transposed, u0 * lanes, std::min(u1 * lanes, right.cols));
-    });
+    run_units(parallel, right.cols, arith.group_lanes, rows * (rank + 4),
+              [&](int64_t c0, int64_t c1) { arith.rows_times(left, right, dropout, out, transposed, c0, c1); });
   };
   const PackedRows dst = pack_rows(arith, {ds, kFloat32, rank, rows, rows}, nullptr, 0, {}, kSlotDropped, parallel);
   times(dst, training.x, mask_only(branch.dropout), training.da, false);
@@ -420,11 +423,8 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
   const int64_t rank = branch.rank(), rows = x.rows;
   const bool late = w.zero == nullptr && rows <= arith.late_rows;
   GemmArgs args{w, late, {nullptr, rows, x.cols}, {}, branch.b, bias, y, y_dtype, w.n};
-  const int64_t units = pairs_of(w), grain = grain_of(kPair * kTile * w.k * rows);
-  const auto product = [&](const GemmArgs& own, int64_t u0, int64_t u1) {
-    arith.gemm(own, u0 * kPair, std::min(u1 * kPair, w.tiles()));
-  };
-  const auto whole = [&](int64_t u0, int64_t u1) { product(args, u0, u1); };
+  const auto of_tiles = [&](const auto& body) { run_units(parallel, w.tiles(), kPair, kTile * w.k * rows, body); };
+  const auto product = [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); };
   if (rank > 0 && rows > kMostSplitRows) {
     const auto room = [&](Slot slot) { return scratch(slot, arith.packed_rows_bytes(rows, x.cols)); };
     void *own = room(kSlotX), *dropped = branch.dropout.threshold == 0 ? own : room(kSlotDropped);
@@ -435,22 +435,22 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
       words.pack(r0, r1);
     });
     args.words = words.rows();
-    return run(parallel, units, grain, whole);
+    return of_tiles(product);
   }
   words.pack(parallel);
   args.words = words.rows();
   if (rank > 0 || !words.any() || args.words.left_out != nullptr)
     args.x = pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel);
-  if (rank == 0) return run(parallel, units, grain, whole);
+  if (rank == 0) return of_tiles(product);
   const PackedRows dropped = pack_dropped(arith, x, args.x, branch.dropout, parallel);
   // One region for both, as with few rows.
   BranchSums sums(arith, dropped, branch);
   const float* factor = branch_factor(branch, rows, rank);
-  run(parallel, units, grain, [&](int64_t u0, int64_t u1) {
+  of_tiles([&](int64_t t0, int64_t t1) {
     GemmArgs own = args;
     sums.finish(branch.a.data);
     own.s = pack_sums(arith, sums, factor, branch, rows);
-    product(own, u0, u1);
+    arith.gemm(own, t0, t1);
   });
   if (s != nullptr) sums.store(s);
 }
@@ -464,8 +464,8 @@ void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, voi
                 y,  base.dtype, base.cols};
   args.w.n = base.cols;
   args.base = base;
-  run(parallel, pairs_of(args.w), grain_of(kPair * kTile * (rank + kReading) * rows),
-      [&](int64_t u0, int64_t u1) { arith.gemm(args, u0 * kPair, std::min(u1 * kPair, args.w.tiles())); });
+  run_units(parallel, args.w.tiles(), kPair, kTile * (rank + kReading) * rows,
+            [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); });
 }
 
 void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y, int y_dtype, ParallelFor parallel) {
@@ -476,15 +476,14 @@ void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y,
   GemmArgs args{{},      false, {nullptr, x.rows, 0}, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), w, bias, y,
                 y_dtype, w.rows};
   args.w.n = w.rows;
-  run(parallel, pairs_of(args.w), grain_of(kPair * kTile * w.cols * x.rows),
-      [&](int64_t u0, int64_t u1) { arith.gemm(args, u0 * kPair, std::min(u1 * kPair, args.w.tiles())); });
+  run_units(parallel, args.w.tiles(), kPair, kTile * w.cols * x.rows,
+            [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); });
 }
 
 void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor parallel) {
   const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
   const DxArgs args{{}, nullptr, pack_panels(arith, dy, true, kSlotDy, parallel), w, dy.rows, {}, dx, dy.dtype, w.cols};
-  run(parallel, (w.cols + kUnit - 1) / kUnit, grain_of(kUnit * w.rows * dy.rows),
-      [&](int64_t u0, int64_t u1) { arith.dx(args, u0 * kUnit, std::min(u1 * kUnit, w.cols)); });
+  run_units(parallel, w.cols, kUnit, w.rows * dy.rows, [&](int64_t k0, int64_t k1) { arith.dx(args, k0, k1); });
 }
 
 void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
@@ -520,14 +519,13 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   if (x.dtype == kBFloat16 && !(&arith == &k.bf16 ? beats_bf16 : beats_words))
     return linear_forward(w, x, bias, branch, y, y_dtype, nullptr, parallel);
   const int64_t rank = branch.rank(), rows = x.rows;
-  const int64_t blocks = (x.cols + kByteBlock - 1) / kByteBlock, group = k.int8.group_tiles;
+  const int64_t blocks = (x.cols + kByteBlock - 1) / kByteBlock;
   ByteRow* bytes = static_cast<ByteRow*>(scratch(kSlotDropped, blocks * rows * sizeof(ByteRow)));
-  const int64_t groups = (w.tiles() + group - 1) / group, grain = grain_of(group * kTile * w.k * ((rows + 7) / 8));
   Int8Args args{w, bytes, rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
-  const auto product = [&](const Int8Args& own, int64_t g0, int64_t g1) {
-    k.int8.product(own, g0 * group, std::min(g1 * group, w.tiles()));
+  const auto of_tiles = [&](const auto& body) {
+    run_units(parallel, w.tiles(), k.int8.group_tiles, kTile * w.k * ((rows + 7) / 8), body);
   };
-  const auto whole = [&](int64_t g0, int64_t g1) { product(args, g0, g1); };
+  const auto product = [&](int64_t t0, int64_t t1) { k.int8.product(args, t0, t1); };
   const bool plain = as_it_lies(arith, x, branch);
   if (rank > 0 && rows > kMostSplitRows) {
     void* dropped = plain ? nullptr : scratch(kSlotX, arith.packed_rows_bytes(rows, x.cols));
@@ -535,11 +533,11 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
       k.int8.quantize(x, w, bytes, r0, r1);
       if (!plain) arith.pack_rows(x, nullptr, 0, mask_only(branch.dropout), dropped, r0, r1);
     });
-    return run(parallel, groups, grain, whole);
+    return of_tiles(product);
   }
   run(parallel, rows, grain_of(x.cols * kQuantizing),
       [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, bytes, r0, r1); });
-  if (rank == 0) return run(parallel, groups, grain, whole);
+  if (rank == 0) return of_tiles(product);
   const bool few = is_few(arith, w, x, branch) || plain;
   const PackedRows dropped =
       few ? PackedRows{} : pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
@@ -547,12 +545,12 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   BranchSums sums = few ? BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), rows, branch)
                         : BranchSums(arith, dropped, branch);
   const float* factor = branch_factor(branch, rows, rank);
-  run(parallel, groups, grain, [&](int64_t g0, int64_t g1) {
+  of_tiles([&](int64_t t0, int64_t t1) {
     Int8Args own = args;
-    arith.prefetch_b(branch.b, g0 * group);
-    sums.finish(w.codes + g0 * group * w.k * (kTile / 2));
+    arith.prefetch_b(branch.b, t0);
+    sums.finish(w.codes + t0 * w.k * (kTile / 2));
     own.s = pack_sums(arith, sums, factor, branch, rows);
-    product(own, g0, g1);
+    k.int8.product(own, t0, t1);
   });
 }
 
@@ -585,21 +583,19 @@ void head_loss(const HeadLoss& g, ParallelFor parallel) {
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, g.hidden.dtype);
   const int64_t classes = g.w.rows, width = g.w.cols, size = dtype_size(g.hidden.dtype), step = head_rows(arith, g);
-  const int64_t lanes = arith.group_lanes;
   for (int64_t row0 = 0; row0 < g.hidden.rows; row0 += step) {
     const int64_t rows = std::min(step, g.hidden.rows - row0);
     const Matrix hidden{g.hidden.row(row0), g.hidden.dtype, rows, width, g.hidden.ld};
     const void* panels = pack_panels(arith, hidden, true, kSlotDy, parallel);
-    run(parallel, (classes + kLogits - 1) / kLogits, grain_of(kLogits * width * rows), [&](int64_t u0, int64_t u1) {
-      arith.logits(g.w, panels, rows, g.chunk, u0 * kLogits, std::min(u1 * kLogits, classes));
-    });
+    run_units(parallel, classes, kLogits, width * rows,
+              [&](int64_t c0, int64_t c1) { arith.logits(g.w, panels, rows, g.chunk, c0, c1); });
     const CrossEntropyArgs losses{g.chunk,     arith.element,       classes,         arith.stride,
                                   arith.block, rows * arith.stride, g.labels + row0, g.losses + row0};
     run(parallel, rows, grain_of(classes * 8), [&](int64_t r0, int64_t r1) { k.cross_entropy(losses, r0, r1); });
     if (g.dhidden == nullptr) continue;
     float* sums = static_cast<float*>(scratch(kSlotDs, rows * width * sizeof(float)));
-    run(parallel, (width + lanes - 1) / lanes, grain_of(lanes * classes * rows), [&](int64_t u0, int64_t u1) {
-      arith.rows_times({g.chunk, rows, classes}, g.w, {}, sums, false, u0 * lanes, std::min(u1 * lanes, width));
+    run_units(parallel, width, arith.group_lanes, classes * rows, [&](int64_t c0, int64_t c1) {
+      arith.rows_times({g.chunk, rows, classes}, g.w, {}, sums, false, c0, c1);
     });
     run(parallel, rows, grain_of(width * 4), [&](int64_t r0, int64_t r1) {
       k.from_float(sums + r0 * width, static_cast<char*>(g.dhidden) + (row0 + r0) * width * size, g.hidden.dtype,
