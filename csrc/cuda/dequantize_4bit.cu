@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       const float value = *reinterpret_cast<const float*>(reinterpret_cast<const char*>(values) + at);
       v[e] = decoded(value, scale, zero[j], kZero);
     }
-    store8_whole(out + start + j * kThreads * 8, v);
+    store8(out + start + j * kThreads * 8, v);
   }
 }
 

@@ -53,7 +53,7 @@ PF_DEVICE void load8(const void* p, int dtype, int64_t at, int64_t stride, int64
   for (int i = 0; i < 8; ++i) v[i] = i < count ? load_element(p, dtype, at + i * stride) : 0.0f;
 }
 
-PF_DEVICE void store8_whole(float* p, const float (&v)[8]) {
+PF_DEVICE void store8(float* p, const float (&v)[8]) {
   reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
   reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
@@ -73,17 +73,8 @@ PF_DEVICE uint4 pack8(const Raw8<From>& raw) {
   }
 }
 template <typename T>
-PF_DEVICE void store8_whole(T* p, const float (&v)[8]) {
+PF_DEVICE void store8(T* p, const float (&v)[8]) {
   *reinterpret_cast<uint4*>(p) = pack8<T>(v);
-}
-
-// The first `count` of eight elements, side by side.
-template <typename T>
-PF_DEVICE void store8(T* p, int64_t count, const float (&v)[8]) {
-  if (count >= 8 && aligned16(p)) return store8_whole(p, v);
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (i < count) p[i] = from_float<T>(v[i]);
 }
 
 }  // namespace pf
