@@ -1,6 +1,7 @@
 // The int8-activation tier, written once over an instruction set's vocabulary. Include after algorithm.h; `B` provides
-// kGroupVecs, kMicroRows, kExactRows and kMostRows (see Int8), kOffset (added to a weight's 8 bits), I (a vector of
-// 32-bit sums), W (four columns of the weight in 8 bits, a vector of lanes) and the functions used below.
+// kGroupVecs, kMicroRows, kFewRows (see byte_product), kExactRows and kMostRows (see Int8), kOffset (added to a
+// weight's 8 bits), and of vectors of lanes I (32-bit sums), W (four columns of the weight in 8 bits) and C (the codes
+// of eight); X (four columns of a row of x, for all lanes), Table (the codes' values) and the functions used below.
 
 constexpr int kByteGroupTiles = B::kGroupVecs / kTileVecs;
 constexpr int kByteLanes = B::kGroupVecs * kLanes;
