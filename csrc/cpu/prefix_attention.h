@@ -575,17 +575,11 @@ struct Attention {
           while (from < to && (lo[from] >= k0 + nk || hi[from] <= k0)) ++from;
           while (to > from && (lo[to - 1] >= k0 + nk || hi[to - 1] <= k0)) --to;
           const int64_t contraction = (to - from) * kGroupLanes / kStep;
-          const auto add = [&](const E* x, const E* panel, float* c) {
-            if constexpr (kTiles)
-              multiply<kRow, false>(x, kStep, nk, panel, contraction, c, wide, nullptr);
-            else
-              pick<kRow, false>(nk, MakeInts<V::kMicroRows>{})(x, kStep, panel, contraction, c, wide, nullptr);
-          };
           for (int64_t d = 0; d < g.dim; d += kGroupLanes) {
             const int64_t at = d * lanes + (super + from) * kGroupLanes * kGroupLanes;
             const int64_t x = k0 * kRow + from * kGroupLanes, c = k0 * wide + d;
-            add(weights + x, dout_steps + at, dv + c);
-            add(dscores + x, q_steps + at, dk + c);
+            multiply<kRow, false>(weights + x, kStep, nk, dout_steps + at, contraction, dv + c, wide, nullptr);
+            multiply<kRow, false>(dscores + x, kStep, nk, q_steps + at, contraction, dk + c, wide, nullptr);
           }
         });
       }
