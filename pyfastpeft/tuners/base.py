@@ -160,7 +160,9 @@ class PeftConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write ``adapter_config.json`` into ``save_directory``."""
-        write_text(json.dumps(self.to_dict(), indent=2), Path(save_directory) / "adapter_config.json")
+        from ..hub.peft import CONFIG_NAME
+
+        write_text(json.dumps(self.to_dict(), indent=2), Path(save_directory) / CONFIG_NAME)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PeftConfig:
