@@ -126,10 +126,7 @@ def read_own(model_id: str | os.PathLike, subfolder: str | None = None, **hub: A
 
 
 def write_adapter(
-    folder: str | os.PathLike,
-    config: dict[str, Any],
-    tensors: Mapping[str, Tensor],
-    own: Mapping[str, Tensor] | None = None,
+    folder: str | os.PathLike, config: dict[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> None:
     """Write an adapter folder; each file is whole at every moment, and the README is written only where there is none.
 
