@@ -57,10 +57,6 @@ class DeepPromptConfig(SoftPromptConfig):
         return Form.KEYS_VALUES if self.prefix else Form.LAYER_INPUTS
 
     @property
-    def rows(self) -> int:
-        return self.num_virtual_tokens
-
-    @property
     def width(self) -> int:
         return self.num_layers * self.token_dim * (2 if self.prefix else 1)
 

@@ -56,10 +56,6 @@ class PrefixTuningConfig(SoftPromptConfig):
             raise ValueError("prefix_init is 'text'; with prefix_projection it must be 'random' or 'zero'")
 
     @property
-    def rows(self) -> int:
-        return self.num_virtual_tokens
-
-    @property
     def width(self) -> int:
         return self.num_layers * 2 * self.token_dim
 

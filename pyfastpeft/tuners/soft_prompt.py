@@ -60,7 +60,8 @@ class SoftPromptConfig(PeftConfig):
 
     @property
     def rows(self) -> int:
-        return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+        """Of ``prompt_embeddings``; at the embedding an encoder and its decoder have virtual tokens of their own."""
+        return self.num_virtual_tokens * (self.num_transformer_submodules or 1 if self.at_embedding else 1)
 
     # What a method says.
 
