@@ -237,6 +237,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
+        """The names of the active adapters; also while :meth:`disable_adapter` holds them back."""
         return list(self.base_model.bank.chosen)
 
     @property
@@ -268,6 +269,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         return sum(n for n, trains in counted if trains), sum(n for n, _ in counted)
 
     def print_trainable_parameters(self) -> None:
+        """Print :meth:`get_nb_trainable_parameters` and their ratio, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

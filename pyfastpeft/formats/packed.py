@@ -71,10 +71,12 @@ class Packed4bit:
 
     @property
     def format(self) -> Format:
+        """What ``quant_type`` names."""
         return get_format(self.quant_type)
 
     @property
     def device(self) -> torch.device:
+        """Where codes and scales are."""
         return self.codes.device
 
     @property
@@ -116,6 +118,7 @@ class Packed4bit:
         return self.rows().map_bytes(lambda t: t.to(device)).prepared()
 
     def clone(self) -> Packed4bit:
+        """A copy with memory of its own, in the same layout."""
         return self.map_bytes(_copy)
 
     def __deepcopy__(self, memo: dict) -> Packed4bit:

@@ -51,6 +51,7 @@ class Bottleneck(nn.Module):
 
     @property
     def size(self) -> int:
+        """The width of the bottleneck."""
         return self.down.out_features
 
     def inner(self, y: Tensor) -> Tensor:
@@ -59,6 +60,7 @@ class Bottleneck(nn.Module):
         return self.activate(_linear(y, down.weight, down.bias))
 
     def activate(self, x: Tensor) -> Tensor:
+        """The activation of ``x``, element by element."""
         return ACTIVATIONS[self.activation](x)
 
     def forward(self, y: Tensor) -> Tensor:

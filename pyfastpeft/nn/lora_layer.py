@@ -220,10 +220,12 @@ class LoraLayer(nn.Module):
         return {name: name in self.lora_magnitude_vector for name in self.r}
 
     def get_base_layer(self) -> nn.Module:
+        """The layer that is adapted (PEFT's name)."""
         return self.base_layer
 
     @property
     def merged(self) -> bool:
+        """Whether an adapter is merged into the base layer's weight."""
         return bool(self.merged_adapters)
 
     def set_scaling(self, name: str, scaling: float) -> None:
@@ -295,6 +297,7 @@ class LoraLayer(nn.Module):
         """Move parameters that a subclass keeps elsewhere."""
 
     def remove_adapter(self, name: str) -> None:
+        """Forget an adapter, also one of which only some is here."""
         for held in (self.r, self.lora_alpha, self._scaling, self._own_scaling, self._scale):
             held.pop(name, None)  # one that failed half-way has only some
         for holder in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_dropout):
@@ -312,6 +315,7 @@ class LoraLayer(nn.Module):
         return held
 
     def plan(self, active: tuple[str, ...]) -> Plan | None:
+        """What this layer does while these adapters are active; None: its base layer's product alone."""
         names = tuple(n for n in active if n in self.r)
         if not names or self.merged:
             return None

@@ -222,9 +222,11 @@ class LoraConfig(PeftConfig):
         return [patterns] if isinstance(patterns, str) else patterns
 
     def rank_of(self, path: str) -> int:
+        """``r``, or what ``rank_pattern`` has for the module at ``path``."""
         return _by_pattern(self.rank_pattern, path, self.r)
 
     def alpha_of(self, path: str) -> float:
+        """``lora_alpha``, or what ``alpha_pattern`` has for the module at ``path``."""
         return _by_pattern(self.alpha_pattern, path, self.lora_alpha)
 
     def initial(self) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor, Tensor]] | bool | str:
