@@ -127,6 +127,13 @@ def ceilings() -> dict:
     }
 
 
+def operands(n: int, k: int) -> tuple[torch.Tensor, fp.Packed4bit, torch.Tensor, torch.Tensor]:
+    """W [n, k] in full precision and in NF4, and an adapter's A and B."""
+    dense = (torch.randn(n, k, device=DEVICE) * k**-0.5).to(DTYPE)
+    a, b = (torch.randn(RANK, k, device=DEVICE) * k**-0.5).to(DTYPE), torch.randn(n, RANK, device=DEVICE).to(DTYPE)
+    return dense, fp.quantize_4bit(dense, "nf4"), a, b
+
+
 def bnb_linear(dense: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     import bitsandbytes as bnb
 
@@ -139,10 +146,8 @@ def bnb_linear(dense: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 @torch.no_grad()
 def products(n: int, k: int) -> Iterator[dict]:
     """Inference: seconds of cuBLAS, of ours with and without LoRA, and of bitsandbytes, by rows of x."""
-    dense = (torch.randn(n, k, device=DEVICE) * k**-0.5).to(DTYPE)
-    w = fp.quantize_4bit(dense, "nf4")
+    dense, w, a, b = operands(n, k)
     decoded = w.dequantize(torch.float64)
-    a, b = (torch.randn(RANK, k, device=DEVICE) * k**-0.5).to(DTYPE), torch.randn(n, RANK, device=DEVICE).to(DTYPE)
     denses = over_copies(dense.clone, dense.nbytes)
     packed = over_copies(w.clone, w.nbytes)
     peers = over_copies(lambda: bnb_linear(dense), w.nbytes) if ON_GPU and installed("bitsandbytes") else []
@@ -168,9 +173,7 @@ def products(n: int, k: int) -> Iterator[dict]:
 
 def trainings(n: int, k: int) -> Iterator[dict]:
     """Forward and backward to x (and A and B)."""
-    dense = (torch.randn(n, k, device=DEVICE) * k**-0.5).to(DTYPE)
-    w = fp.quantize_4bit(dense, "nf4")
-    a, b = (torch.randn(RANK, k, device=DEVICE) * k**-0.5).to(DTYPE), torch.randn(n, RANK, device=DEVICE).to(DTYPE)
+    dense, w, a, b = operands(n, k)
     leaves = [a.requires_grad_(), b.requires_grad_()]
     for m in TRAINED_ROWS:
         x = torch.randn(m, k, device=DEVICE).to(DTYPE).requires_grad_()
