@@ -1,6 +1,6 @@
 """``nn.Linear4bit`` as a module: whatever is done to it, its weight stays exactly what it was.
 
-The tests named after bitsandbytes hold the promises that its CPU path breaks (FORMATS.md, section 1).
+The tests named after bitsandbytes hold the promises that its CPU path breaks.
 """
 
 import copy

@@ -462,7 +462,7 @@ class TestFiles:
 
 
 class TestWherePeftFails:
-    """FORMATS.md, section 2: each of these raises or is wrong in PEFT."""
+    """Each of these raises or is wrong in PEFT."""
 
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("kwargs", [{"cache_implementation": "static"}, {"use_cache": False}])
