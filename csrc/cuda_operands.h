@@ -60,7 +60,7 @@ inline PfWeight weight(const Kernels& kernels, const Tensor& codes, const Tensor
   STD_TORCH_CHECK(n >= 0 && k >= 0, "n is ", n, ", k ", k, "; neither may be negative");
   const int64_t blocks = (n * k + blocksize - 1) / blocksize;
   check_dense(codes, codes, ScalarType::Byte, (n * k + 1) / 2, "codes", "uint8 [(N K + 1) / 2] in the rows layout");
-  STD_TORCH_CHECK(zero.has_value() == (format == pf::kINT4), "zero belongs to int4, and int4 needs it");
+  check_zero(zero, format);
   PfWeight w{};
   w.codes = codes.const_data_ptr<uint8_t>();
   w.n = n;

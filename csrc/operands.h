@@ -23,6 +23,10 @@ inline void check_format(int64_t format, int64_t blocksize) {
   check_blocksize(blocksize);
 }
 
+inline void check_zero(const OptTensor& zero, int64_t format) {
+  STD_TORCH_CHECK(zero.has_value() == (format == pf::kINT4), "zero belongs to int4, and int4 needs it");
+}
+
 inline pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zero, const OptTensor& absmax2,
                          const OptTensor& offset, int64_t format, int64_t n, int64_t blocksize) {
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() &&
@@ -48,7 +52,7 @@ inline pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTens
   } else {
     w.scale = scale.const_data_ptr<float>();
   }
-  STD_TORCH_CHECK(zero.has_value() == (format == pf::kINT4), "zero belongs to int4, and int4 needs it");
+  check_zero(zero, format);
   if (zero.has_value()) {
     STD_TORCH_CHECK(zero->is_contiguous() && zero->numel() == scale.numel(), "zero must have the shape of scale");
     w.zero = zero->const_data_ptr<float>();

@@ -172,7 +172,7 @@ Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t forma
                   "codes must be contiguous uint8 [(numel + 1) / 2, 1] in the rows layout");
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && scale.numel() == blocks,
                   "scale must be contiguous float32, one a block");
-  STD_TORCH_CHECK(zero.has_value() == (format == pf::kINT4), "zero belongs to int4, and int4 needs it");
+  check_zero(zero, format);
   STD_TORCH_CHECK(!zero.has_value() ||
                       (zero->scalar_type() == ScalarType::Float && zero->is_contiguous() && zero->numel() == blocks),
                   "zero must be contiguous float32, one a block");
