@@ -617,6 +617,34 @@ class TestSeveralAdapters:
                 base = layer(x)
             torch.testing.assert_close(single[2] - base, single[0] + single[1] - 2 * base, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_dora_drops_what_peft_drops(self, packed, bias):
+        """From the base product as well, as far as the gain scales it."""
+        linear = nn.Linear(64, 48, bias=bias)
+        if packed:
+            weight = fp.quantize_4bit(linear.weight.detach(), "nf4").dequantize(torch.float32)
+            linear.weight.data.copy_(weight)
+        ours = copy.deepcopy(linear)
+        config = {"r": 4, "target_modules": ["0"], "use_dora": True, "lora_dropout": 0.5, "init_lora_weights": False}
+        results, seed, x = [], int(torch.randint(0, 1000, ())), torch.randn(5, 64)
+        for library in (peft, fp):
+            base = fp.nn.Linear4bit.from_linear(ours, "nf4") if packed and library is fp else copy.deepcopy(linear)
+            torch.manual_seed(seed)
+            model = library.get_peft_model(nn.Sequential(base), library.LoraConfig(**config)).train()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "magnitude" in name:
+                        parameter.mul_(1.3)
+            given = x.clone().requires_grad_()
+            torch.manual_seed(seed)
+            y = model(given)
+            y.sin().sum().backward()
+            trained = sorted((n, p.grad) for n, p in model.named_parameters() if p.requires_grad)
+            results.append([y, given.grad, *(grad for _, grad in trained)])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("training", [False, True])
     @pytest.mark.parametrize("use_dora", [False, True])
     def test_a_mixed_batch_equals_each_row_alone(self, use_dora, training):

@@ -2,9 +2,12 @@
 
     y = M x + bias + Σ scaling_i · B_i A_i dropout(x)
 
-M is the layer's matrix [out, in] whatever the module stores. With DoRA, ``y = g ∘ (M x + scaling · B A x) + bias`` with
-``g = magnitude / ||M + scaling · B A||`` a row, the norm detached; several adapters add up their differences from the
-base. Dropout is on the LoRA branch alone.
+M is the layer's matrix [out, in] whatever the module stores. With DoRA (Liu et al. 2024), as PEFT has it,
+
+    y = M x + bias + (g - 1) ∘ M dropout(x) + g ∘ scaling · B A dropout(x)
+
+with ``g = magnitude / ||M + scaling · B A||`` a row, the norm detached; several adapters add up their differences from
+the base.
 
 Over a :class:`Linear4bit` the base product and the branch are one call of ``ops.linear_4bit``; over full precision the
 branch of one adapter is ``ops.add_lora``. Whatever else is added there (several adapters, DoRA, biases) is plain torch
@@ -54,6 +57,8 @@ class LoraLinear(LoraLayer):
         a, b, bias = plan.a["weight"], plan.b["weight"], plan.b["bias"]
         scaling = plan.scale if is_compiling() else plan.scaling
         dropout = dropout_rate(plan.dropout)
+        if dropout and plan.magnitude is not None:
+            return self._general(x, plan.names, None, args, kwargs)
         base_layer = self._modules["base_layer"]  # past nn.Module.__getattr__: this is the path of every token
         if isinstance(base_layer, Linear4bit):
             y = base_layer(x, self.branch(x.dtype, plan.names, a, b, scaling, dropout))
@@ -69,8 +74,7 @@ class LoraLinear(LoraLayer):
             if plan.magnitude is None:
                 y = add_lora(y, x, a, b, factor, dropout)
             else:
-                x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
-                added = F.linear(F.linear(x, a), b) * factor
+                added = F.linear(F.linear(x.to(a.dtype), a), b) * factor
                 gain = self._plan_gain(plan, a, b)
                 y = self._scaled_without_bias(y, gain) + added * gain
         if bias is not None:
@@ -94,22 +98,26 @@ class LoraLinear(LoraLayer):
             dtype = y.dtype
         else:
             y = self.base_layer(x, *args, **kwargs)
-            dtype = y.dtype
-            if gains:
-                factor = self._base_gain(gains, mode, x, rows)
-                y = self._scaled_without_bias(y, factor if mode is None else factor.view(*lead, -1))
+            dtype, bare = y.dtype, y if self.bias is None or not gains else y - self.bias
             for dropout, group in groups.items():
                 a, b, scale = self.stacked(group)
                 scale = self.column_scale(group, scale, mode, rows)
-                if gains:
-                    b = torch.cat([self._gained(n, gains) for n in group], dim=1)
                 h = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
+                if scaled := {n: gains[n] for n in group if n in gains}:
+                    b = torch.cat([self._gained(n, gains) for n in group], dim=1)
+                    extra = self._base_gain(scaled, mode, x, rows) - 1
+                    product = self._base_product(h.to(x.dtype)) if dropout else bare
+                    y = y + (extra if mode is None else extra.view(*lead, -1)) * product
                 if mode is None:
                     h = F.linear(h, a)
                     y = y + F.linear(h * scale.to(h.dtype), b)
                 else:
                     y = y + mixed.added(mixed.projected(h, a), scale, b)
         return self._with_biases(y, names, mode, x, rows).to(dtype)
+
+    def _base_product(self, x: Tensor) -> Tensor:
+        """M x."""
+        return linear_4bit(x, self.base_layer.packed) if self._fused else F.linear(x, self._dense_weight())
 
     def _scaled_without_bias(self, y: Tensor, factor: Tensor) -> Tensor:
         bias = self.bias
