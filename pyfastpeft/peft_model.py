@@ -641,11 +641,8 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def _config_to_save(self, name: str) -> dict[str, Any]:
         base = self.get_base_model()
-        config = replace(self.peft_config[name], inference_mode=True)
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
-        values = config.to_dict()
-        if config.task_type is None:
+        values = replace(self.peft_config[name], inference_mode=True).to_dict()
+        if values["task_type"] is None:
             values["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         return values
 

@@ -383,6 +383,20 @@ def test_the_tag_of_a_model_card_is_the_base_models_name(tmp_path):
     assert config.base_model_name_or_path == "someone/model"
 
 
+def test_the_configuration_of_a_model_names_its_base_as_pefts_does():
+    for library in (peft, fp):
+        base = tiny.make()
+        base.name_or_path = base.config._name_or_path = "someone/model"
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=["q_proj"]))
+        assert model.peft_config["default"].base_model_name_or_path == "someone/model"
+
+
+def test_a_mapping_of_keys_is_refused(tmp_path):
+    fp.get_peft_model(tiny.make(), LORA).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"key_mapping is \{'a': 'b'\}"):
+        fp.PeftModel.from_pretrained(tiny.make(), tmp_path, key_mapping={"a": "b"})
+
+
 class TestInjected:
     def test_a_model_with_injected_adapters_is_pefts(self, tmp_path):
         base, ids = tiny.make("qwen2"), tiny.inputs("qwen2")["input_ids"]

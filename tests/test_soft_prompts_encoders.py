@@ -577,7 +577,17 @@ class TestBadInput:
         old = tf.FSMTForConditionalGeneration(
             tf.FSMTConfig(**sizes, langs=["en", "de"], src_vocab_size=tiny.VOCAB, tgt_vocab_size=tiny.VOCAB)
         )
+        part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        text = {"model_type": "t5", "vocab_size": tiny.VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+        around = tf.Blip2ForConditionalGeneration(
+            tf.Blip2Config(
+                text_config=text | {"num_heads": 4, "decoder_start_token_id": 0},
+                qformer_config=part | {"vocab_size": 8, "encoder_hidden_size": 32},
+                vision_config=part | {"image_size": 16, "patch_size": 8},
+            )
+        )
         for model, match in (
+            (around, "calls its decoder is a T5ForConditionalGeneration, which has an encoder of its own"),
             (mixing, "a FNetModel has no attention"),
             (old, "what a FSMTForConditionalGeneration calls its decoder is no model of its own"),
         ):

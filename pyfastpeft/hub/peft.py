@@ -84,8 +84,10 @@ def read_tensors(
     """The tensors of an adapter folder, on the CPU, and the file they came from. Pickle files are never read.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`load_safetensors`.
+        FileNotFoundError, ValueError: see :func:`load_safetensors`; and PEFT's ``key_mapping``.
     """
+    if hub.get("key_mapping") is not None:
+        raise ValueError(f"key_mapping is {hub['key_mapping']!r}; it must be None: keys are taken as the file has them")
     try:
         path = locate(model_id, WEIGHTS_NAME, subfolder, **hub)
     except FileNotFoundError:

@@ -41,7 +41,13 @@ def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} is no model of transformers; soft prompts need one")
-    known = _attentions(model.get_decoder())
+    decoder = model.get_decoder()
+    if getattr(getattr(decoder, "config", None), "is_encoder_decoder", False) and decoder.get_decoder() is not decoder:
+        raise ValueError(
+            f"what a {type(model).__name__} calls its decoder is a {type(decoder).__name__}, which has an encoder of "
+            "its own; give soft prompts to that model"
+        )
+    known = _attentions(decoder)
     causal = any(m.is_causal for m in known) if known else model.can_generate()  # what attends across is not
     causal = causal and not model.config.is_encoder_decoder
     return (Prefixes if causal else BidirectionalPrefixes)(model, bank)

@@ -90,6 +90,8 @@ class AdaptedModel(OneDevice, nn.Module):
     def resolved(self, config: PeftConfig) -> PeftConfig:
         """A copy of ``config`` for this model (:meth:`Tuner.resolved`), the task's head in ``modules_to_save``."""
         config = copy.deepcopy(config)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(self.model, "name_or_path", None) or None
         heads = HEADS.get(config.task_type)
         if heads is not None:
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))

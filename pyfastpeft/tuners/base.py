@@ -107,7 +107,7 @@ class PeftConfig:
 
     Attributes:
         task_type: a :class:`TaskType` or its name.
-        base_model_name_or_path: where the base model came from; filled in when the adapter is saved.
+        base_model_name_or_path: where the base model came from; filled in when a model gets the adapter.
         revision: the base model's revision.
         inference_mode: the adapter is for inference: its parameters do not train when it becomes active.
         modules_to_save: names of modules trained whole and saved with the adapter.
