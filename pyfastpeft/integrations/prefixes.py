@@ -360,7 +360,10 @@ class Prefixes:
         ends = [found[-1:] == [Form.EMBEDDINGS] for found in forms]
         if not any(ends):
             return None
-        ends = torch.tensor(ends, device=labels.device).repeat_interleave(len(labels) // len(rows))
+        if all(ends):  # made where the labels are: a copy would wait for a GPU
+            ends = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        else:
+            ends = torch.tensor(ends, device=labels.device).repeat_interleave(len(labels) // len(rows))
         first, mask = torch.zeros_like(labels[:, 0]), kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
             first = torch.where(ends, first_visible(mask).squeeze(1), first)
