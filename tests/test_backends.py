@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfastpeft as fp
 from pyfastpeft.kernels import graphs
-from pyfastpeft.ops import Backend, backends, cuda_kernels, dense_linear, swiglu, triton_kernels
+from pyfastpeft.ops import Backend, backends, cuda_kernels, dense_linear, library, swiglu, triton_kernels
 from pyfastpeft.ops.backends import choose, choose_attention, choose_plain, choose_quantizer
 
 
@@ -410,7 +410,7 @@ def test_what_triton_kernels_keep_is_not_allocated_by_the_thread_that_calls_them
 
     table, device = triton_kernels._tables("nf4")[0], torch.device("meta")
     for cached, *key in (
-        (triton_kernels._dynamic_map,),
+        (library.dynamic_map,),
         (triton_kernels._table_on, 0),
         (linear_4bit._table_on, table, torch.bfloat16),
         (quantize_4bit._bins, table),
