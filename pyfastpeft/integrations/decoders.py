@@ -75,13 +75,16 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def _without_head(model: nn.Module) -> nn.Module:
     """The decoder of ``model`` without a head: some models call one that has its head a decoder."""
     decoder = model.get_decoder()
-    if getattr(decoder, "get_output_embeddings", lambda: None)() is None:
+    if not _has_head(decoder):
         return decoder
     # OPT's calls not what is directly in it, but the decoder in that, which it names.
-    inner = decoder.get_decoder() if isinstance(decoder, PreTrainedModel) else decoder
-    if inner is not decoder and getattr(inner, "get_output_embeddings", lambda: None)() is None:
+    if isinstance(decoder, PreTrainedModel) and not _has_head(inner := decoder.get_decoder()):
         return inner
     return next((module for module in decoder.children() if isinstance(module, PreTrainedModel)), decoder)
+
+
+def _has_head(module: nn.Module) -> bool:
+    return getattr(module, "get_output_embeddings", lambda: None)() is not None
 
 
 def attentions_of(decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -311,13 +311,14 @@ class AdaptedModel(OneDevice, nn.Module):
         nowhere = [key for key, value in values.items() if value.is_meta]
         if nowhere:
             raise ValueError(f"{source} has {nowhere} on the meta device, where there are no values")
-        embeddings = self.tuner_of(name).optional(old)
-        for key in embeddings.keys() & values.keys():
-            if not torch.equal(embeddings[key], values[key].to(embeddings[key])):
+        embeddings = {key: t for key, t in self.tuner_of(name).optional(old).items() if key in values}
+        for key, tensor in embeddings.items():
+            if not torch.equal(tensor, values[key].to(tensor)):
                 raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")
-        values = {key: t for key, t in values.items() if key not in embeddings}
-        if self._swapped_alike(name, config, values):
-            return
+        if embeddings:
+            values = {key: t for key, t in values.items() if key not in embeddings}
+            if self._swapped_alike(name, config, values):
+                return
         new = None if config is None else self.resolved(config)
         self.configs[name] = self.tuner_of(name).swap(name, old, new, self.tensors(name), values, source)
         self.bank.version += 1

@@ -311,8 +311,10 @@ class Tuner:
         raise NotImplementedError
 
     def optional(self, config: Any) -> dict[str, Tensor]:
-        """Key → tensor of the base model that a file may hold as well; when loading it is copied over."""
-        return {}
+        """Key → the base model's embeddings, which a file may hold as well; when loading they are copied over."""
+        from .embeddings import base_embeddings
+
+        return base_embeddings(self.model, config, self.PREFIX)
 
     def once(self, config: Any, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``values`` of a file without those that it holds under another key of :meth:`expected` as well."""
@@ -345,7 +347,13 @@ class Tuner:
 
     def state(self, name: str, config: Any, save_embedding_layers: bool | str) -> dict[str, Tensor]:
         """What ``adapter_model.safetensors`` gets: PEFT's keys, where PEFT has the method."""
-        return self.tensors(name, config)
+        return self.tensors(name, config) | self.saved_embeddings(config, save_embedding_layers)
+
+    def saved_embeddings(self, config: Any, save: bool | str) -> dict[str, Tensor]:
+        """What of :meth:`optional` is written, by ``save_embedding_layers``."""
+        from .embeddings import to_be_saved
+
+        return self.optional(config) if to_be_saved(self.model, save) else {}
 
     def own_state(self, name: str, config: Any) -> dict[str, Tensor]:
         """What goes into a file of ours beside PEFT's, so that training can go on (see :mod:`..hub.peft`)."""

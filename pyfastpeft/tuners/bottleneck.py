@@ -17,7 +17,6 @@ from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import layer_class, matrix_shape
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, Tuner, as_list, check_count, check_pattern, register_method
-from .embeddings import base_embeddings, to_be_saved
 from .modules import base_of, ends_with, modules_of
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
@@ -173,13 +172,6 @@ class BottleneckTuner(Tuner):
     def _take_out(self, path: str) -> None:
         self.model.set_submodule(path, self._layers.pop(path).base_layer)
         del self.bank.others[f"bottleneck:{path}"]
-
-    def optional(self, config: BottleneckConfig) -> dict[str, Tensor]:
-        return base_embeddings(self.model, config, self.PREFIX)
-
-    def state(self, name: str, config: BottleneckConfig, save_embedding_layers: bool | str) -> dict[str, Tensor]:
-        held = self.optional(config) if to_be_saved(self.model, save_embedding_layers) else {}
-        return self.tensors(name, config) | held
 
     def tensors(self, name: str, config: BottleneckConfig) -> dict[str, Tensor]:
         return {

@@ -32,7 +32,7 @@ from .base import (
     check_pattern,
     register_method,
 )
-from .embeddings import base_embeddings, to_be_saved
+from .embeddings import base_embeddings
 from .modules import base_of, ends_with, find_saved, modules_of, put, tied_ends
 from .trainable_tokens import DELTA, Place, checked_tokens, find_places, put_tokens, take_tokens
 
@@ -414,7 +414,7 @@ class LoraTuner(Tuner):
         return {key: t for key, t in values.items() if key not in again}
 
     def optional(self, config: LoraConfig) -> dict[str, Tensor]:
-        """The base embeddings under the keys that a file of PEFT's may hold them by (see :meth:`_saved_embeddings`)."""
+        """The base embeddings under the keys that a file of PEFT's may hold them by (see :meth:`saved_embeddings`)."""
         tokens = {path for place in self._places(config) for path in place.layers}
 
         def inside(path: str, module: nn.Module) -> str:
@@ -572,9 +572,9 @@ class LoraTuner(Tuner):
                     held[key] = held[key][:r]
                 elif suffix == b:
                     held[key] = held[key][:, :r]
-        return held | self._saved_embeddings(config, save_embedding_layers)
+        return held | self.saved_embeddings(config, save_embedding_layers)
 
-    def _saved_embeddings(self, config: LoraConfig, save: bool | str) -> dict[str, Tensor]:
+    def saved_embeddings(self, config: LoraConfig, save: bool | str) -> dict[str, Tensor]:
         """The base embeddings that PEFT stores beside an adapter: those it targets, or all where there are more or
         fewer than the base model's folder says ("auto"); or all (True)."""
         if save is False:
@@ -587,12 +587,9 @@ class LoraTuner(Tuner):
             targeted = any(re.fullmatch(targets, p) for p in paths)
         else:
             targeted = any(n in targets for n in _EMBEDDING_NAMES)
-        if not targeted and not to_be_saved(self.model, save):
-            return {}
-        held = self.optional(config)
-        if targeted:
-            held = {k: t for k, t in held.items() if ".base_layer." in k}
-        return held
+        if not targeted:
+            return super().saved_embeddings(config, save)
+        return {k: t for k, t in self.optional(config).items() if ".base_layer." in k}
 
     def check_same_layout(self, name: str, old: LoraConfig, new: LoraConfig, live: dict, expected: dict) -> None:
         for path, layer in self.layers(name).items():

@@ -15,7 +15,6 @@ from ..adapters import AdapterBank
 from ..hub.files import check_tensors, check_text
 from ..nn.prompt_encoder import Form, SoftPrompt
 from .base import PeftConfig, TaskType, Tuner, check_count
-from .embeddings import base_embeddings, to_be_saved
 
 if TYPE_CHECKING:
     from ..integrations.prefixes import Prefixes
@@ -243,11 +242,7 @@ class SoftPromptTuner(Tuner):
             module.train(training)
 
     def state(self, name: str, config: SoftPromptConfig, save_embedding_layers: bool | str) -> dict[str, Tensor]:
-        held = self.optional(config) if to_be_saved(self.model, save_embedding_layers) else {}
-        return {KEY: self._output(name)} | held
-
-    def optional(self, config: SoftPromptConfig) -> dict[str, Tensor]:
-        return base_embeddings(self.model, config, self.PREFIX)
+        return {KEY: self._output(name)} | self.saved_embeddings(config, save_embedding_layers)
 
     def own_state(self, name: str, config: SoftPromptConfig) -> dict[str, Tensor]:
         return self.tensors(name, config) if self.bank.prompts[name].encodes else {}
