@@ -302,7 +302,9 @@ def test_errors_name_the_argument():
     for call, error_type, words in [
         (lambda: rms_norm(x.long(), torch.ones(8)), TypeError, "x has dtype"),
         (lambda: rms_norm(x, torch.ones(7)), ValueError, "weight is"),
-        (lambda: rms_norm(x, torch.ones(8).double()), ValueError, "weight is"),
+        (lambda: rms_norm(x, torch.ones(8).double()), TypeError, "weight has dtype torch.float64"),
+        (lambda: rms_norm(x, torch.ones(8).bfloat16()), ValueError, "weight is torch.bfloat16"),
+        (lambda: rms_norm(x, None), TypeError, "weight is a NoneType"),
         (lambda: rms_norm(x[0, 0], torch.tensor(1.0)), ValueError, "weight is"),
         (lambda: rms_norm(x, torch.ones(8), residual=x[:2]), ValueError, "residual is"),
         (lambda: swiglu(x, x.bfloat16()), ValueError, "up is"),

@@ -372,6 +372,8 @@ def test_second_derivatives_are_an_error():
 BAD = {
     "q has dtype torch.int64": lambda a: a.update(q=a["q"].long()),
     "v is torch.float64 on cpu; it must be torch.float32": lambda a: a.update(v=a["v"].double()),
+    "q is a NoneType; it must be a floating-point tensor": lambda a: a.update(q=None),
+    "k has dtype torch.int64; it must be a floating-point tensor": lambda a: a.update(k=a["k"].long()),
     "k has shape (2, 7, 32); it must be [batch, heads, tokens, head size]": lambda a: a.update(k=a["k"][:, 0]),
     "k has 2 heads; their number must divide that of q, 3": lambda a: a.update(q=a["q"][:, :3]),
     "k has shape (1, 2, 7, 32); its batch": lambda a: a.update(k=a["k"][:1]),

@@ -598,6 +598,12 @@ class TestBadInput:
         )
         with pytest.raises(ValueError, match="WhisperEncoder takes no inputs_embeds"):
             fp.get_peft_model(audio, fp.PromptTuningConfig(num_virtual_tokens=2))
+        towers = {"text_config": part | {"vocab_size": 8}, "vision_config": part | {"image_size": 16, "patch_size": 8}}
+        scales = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2}
+        for pixels in (tf.CLIPModel(tf.CLIPConfig(**towers)), tf.SwinModel(tf.SwinConfig(**scales))):
+            for asked in (fp.PromptTuningConfig(num_virtual_tokens=2), fp.PrefixTuningConfig(num_virtual_tokens=2)):
+                with pytest.raises(ValueError, match=f"{type(pixels).__name__} takes no inputs_embeds"):
+                    fp.get_peft_model(pixels, asked)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_a_decoder_without_inputs_is_refused_by_the_model(self, method):

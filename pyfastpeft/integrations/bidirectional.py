@@ -179,6 +179,8 @@ class BidirectionalPrefixes(Prefixes):
 
     def _find(self) -> None:
         self.decoder = self.model.get_decoder() if self.seq2seq else self.model
+        if not self.seq2seq:
+            self._check_embeds()
         self.attentions = [m for m in _attentions(self.decoder) if m.is_causal or not self.seq2seq]
         paths = {m: path for path, m in self.decoder.named_modules()}
         self._blocks = [block_of(self.decoder, paths[m]) for m in self.attentions]
@@ -226,10 +228,8 @@ class BidirectionalPrefixes(Prefixes):
         self._uninstall_tokens()
 
     def check(self, form: Form) -> None:
-        for module in self._ends() if form is Form.EMBEDDINGS or not self.seq2seq else ():
-            if "inputs_embeds" not in inspect.signature(type(module).forward).parameters:
-                raise ValueError(f"a {type(module).__name__} takes no inputs_embeds, so no soft prompt can go in front")
         if form is Form.EMBEDDINGS:
+            self._check_embeds()
             return
         self._check_interface()
         kind = type(self.decoder).__name__
@@ -237,6 +237,11 @@ class BidirectionalPrefixes(Prefixes):
             raise ValueError(f"a {kind} has no attention of its own in each layer that could be given a prefix")
         if not (self._biased or self._places):
             raise ValueError(f"how a {kind} counts its positions is not known, so it takes no prefix")
+
+    def _check_embeds(self) -> None:
+        for module in self._ends():
+            if "inputs_embeds" not in inspect.signature(type(module).forward).parameters:
+                raise ValueError(f"a {type(module).__name__} takes no inputs_embeds, so no soft prompt can go in front")
 
     def _install(self) -> None:
         super()._install()

@@ -34,6 +34,7 @@ def rms_norm(
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
     _check("x", x, x)
+    check_floats("weight", weight)
     if (weight.dtype, weight.device) != (x.dtype, x.device) or x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}; it must be {x.dtype} on "

@@ -73,6 +73,7 @@ def prefix_attention(
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
+    _check_floating(q, k, v)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -104,11 +105,15 @@ def prefix_attention(
     return _forward(q, k, v, prefix_k, prefix_v, rest, False)[0].transpose(1, 2)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_floating(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor) or not t.is_floating_point():
             what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
             raise TypeError(f"{name} {what}; it must be a floating-point tensor")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dtype != q.dtype or t.device != q.device:
             raise TypeError(f"{name} is {t.dtype} on {t.device}; it must be {q.dtype} on {q.device}, as q is")
         if t.dim() != 4:
