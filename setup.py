@@ -48,6 +48,7 @@ OPERATORS = [
     "csrc/attention_ops.cpp",
     "csrc/cuda_ops.cpp",
     "csrc/cpu/linear.cpp",
+    "csrc/cpu/layout.cpp",
     "csrc/cpu/decoder.cpp",
     "csrc/cpu/attention_forward.cpp",
 ]

@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/layout.h"
 #include "memory.h"
 #include "operands.h"
 #include "team.h"

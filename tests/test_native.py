@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-SOURCES = ("csrc/cpu/dispatch.cpp", "csrc/cpu/generic.cpp", "csrc/cpu/neon.cpp", "csrc/cpu/linear.cpp")
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "generic", "neon", "linear", "layout")]
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not installed")

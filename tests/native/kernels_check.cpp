@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/layout.h"
 #include "cpu/linear.h"
 
 namespace {

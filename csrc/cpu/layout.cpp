@@ -1,0 +1,91 @@
+#include "layout.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace pf {
+namespace {
+
+// The nibbles at bits 0, 8, 16, 24 of v gathered into 16 bits.
+inline uint32_t gather_nibbles(uint32_t v) {
+  v &= 0x0F0F0F0F;
+  v = (v | v >> 4) & 0x00FF00FF;
+  return (v | v >> 8) & 0xFFFF;
+}
+inline uint32_t spread_nibbles(uint32_t v) {
+  v = (v | v << 8) & 0x00FF00FF;
+  return (v | v << 4) & 0x0F0F0F0F;
+}
+
+}  // namespace
+
+void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t tile0, int64_t tile1) {
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const int64_t row0 = tile * kTile, count = std::min<int64_t>(kTile, n - row0);
+    const uint8_t* from = rows + row0 * k / 2;
+    uint8_t* to = tiles + tile * k * (kTile / 2);
+    for (int64_t group = 0; group < k / kGroupColumns; ++group, to += 64) {
+      uint32_t lanes[kTile] = {};
+      for (int64_t lane = 0; lane < count; ++lane) {
+        uint32_t v;
+        std::memcpy(&v, from + lane * k / 2 + group * 4, 4);
+        lanes[lane] = gather_nibbles(v >> 4) | gather_nibbles(v) << 16;
+      }
+      std::memcpy(to, lanes, 64);
+    }
+  }
+}
+
+void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int64_t tile0, int64_t tile1) {
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const int64_t row0 = tile * kTile, count = std::min<int64_t>(kTile, n - row0);
+    const uint8_t* from = tiles + tile * k * (kTile / 2);
+    uint8_t* to = rows + row0 * k / 2;
+    for (int64_t group = 0; group < k / kGroupColumns; ++group, from += 64) {
+      uint32_t lanes[kTile];
+      std::memcpy(lanes, from, 64);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const uint32_t v = spread_nibbles(lanes[lane] & 0xFFFF) << 4 | spread_nibbles(lanes[lane] >> 16);
+        std::memcpy(to + lane * k / 2 + group * 4, &v, 4);
+      }
+    }
+  }
+}
+
+namespace {
+
+template <class T>
+void pack_scales_as(const T* blocks, const Weight& w, T* tiles, int64_t tile0, int64_t tile1) {
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    T* to = tiles + tile * w.segments() * kTile;
+    for (int64_t lane = 0; lane < kTile; ++lane) {
+      const int64_t row = tile * kTile + lane;
+      for (int64_t s = 0; s < w.segments(); ++s)
+        to[s * kTile + lane] = row < w.n ? blocks[(row * w.k + s * w.segment) / w.blocksize] : T{};
+    }
+  }
+}
+
+template <class T>
+void unpack_scales_as(const T* tiles, const Weight& w, T* blocks, int64_t block0, int64_t block1) {
+  for (int64_t block = block0; block < block1; ++block) {
+    const int64_t row = block * w.blocksize / w.k, segment = block * w.blocksize % w.k / w.segment;
+    blocks[block] = tiles[(row / kTile * w.segments() + segment) * kTile + row % kTile];
+  }
+}
+
+}  // namespace
+
+void pack_scales(const void* blocks, int size, const Weight& w, void* tiles, int64_t tile0, int64_t tile1) {
+  if (size == 1)
+    return pack_scales_as(static_cast<const uint8_t*>(blocks), w, static_cast<uint8_t*>(tiles), tile0, tile1);
+  pack_scales_as(static_cast<const uint32_t*>(blocks), w, static_cast<uint32_t*>(tiles), tile0, tile1);
+}
+
+void unpack_scales(const void* tiles, int size, const Weight& w, void* blocks, int64_t block0, int64_t block1) {
+  if (size == 1)
+    return unpack_scales_as(static_cast<const uint8_t*>(tiles), w, static_cast<uint8_t*>(blocks), block0, block1);
+  unpack_scales_as(static_cast<const uint32_t*>(tiles), w, static_cast<uint32_t*>(blocks), block0, block1);
+}
+
+}  // namespace pf
