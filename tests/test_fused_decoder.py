@@ -676,7 +676,26 @@ def test_fusing_twice_is_fusing_once_and_the_signature_stays():
     before = fused.model.forward
     fp.accelerate(fused)
     assert fused.model.forward is before
-    assert "input_ids" in inspect.signature(before).parameters
+    own = inspect.signature(type(fused.model).forward.__get__(fused.model))
+    assert inspect.signature(before) == own
+
+
+def test_a_decoder_without_a_head_is_adapted_accelerated_or_quantized_and_copied(tmp_path):
+    bare = family("llama").model.eval()
+    bare.save_pretrained(tmp_path)
+    ids = torch.randint(1, VOCAB, (2, 5))
+    config = fp.LoraConfig(r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION", init_lora_weights=False)
+    expected = fp.get_peft_model(bare, config)
+    expected.save_pretrained(tmp_path / "adapter")
+    others = [
+        fp.PeftModel.from_pretrained(fp.accelerate(tf.AutoModel.from_pretrained(tmp_path)), tmp_path / "adapter"),
+        copy.deepcopy(expected),
+        pickle.loads(pickle.dumps(expected)),
+    ]
+    for other in others:
+        assert torch.allclose(other(ids).last_hidden_state, expected(ids).last_hidden_state, atol=1e-5)
+    quantized_base = tf.AutoModel.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig("nf4"))
+    assert fp.get_peft_model(quantized_base, config)(ids).last_hidden_state.isfinite().all()
 
 
 def test_a_call_uses_its_own_stack_whatever_another_thread_builds_meanwhile():

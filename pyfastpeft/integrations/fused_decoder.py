@@ -13,6 +13,7 @@ import functools
 import operator
 import weakref
 from contextlib import suppress
+from types import MethodType
 from typing import Any
 
 import torch
@@ -369,7 +370,7 @@ class _FewRows(ModuleForward):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        functools.update_wrapper(self, type(module).forward)
+        functools.update_wrapper(self, MethodType(type(module).forward, module))  # its signature has no self
         self._stacks: list[_Stack] = []
         self._caches: weakref.WeakKeyDictionary[DynamicCache, _Growing] = weakref.WeakKeyDictionary()
 
