@@ -296,6 +296,18 @@ def test_compiles_as_one_graph_with_gradients(backend):
         assert torch.allclose(g, e, rtol=1e-4, atol=1e-5)
 
 
+def test_rope_compiles_for_any_number_of_tokens():
+    def turned(q, k, positions):
+        half = positions[..., None].float() * torch.arange(8)
+        angle = torch.cat([half, half], -1)
+        return torch.cat(rope(q, k, angle.cos(), angle.sin()), 1)
+
+    compiled = torch.compile(turned, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (16, 5, 1):
+        operands = torch.randn(1, 4, tokens, 16), torch.randn(1, 2, tokens, 16), torch.arange(tokens)[None]
+        assert torch.equal(compiled(*operands), turned(*operands))
+
+
 def test_errors_name_the_argument():
     x = torch.randn(3, 8)
     q, (cos, sin) = torch.randn(1, 2, 3, 8), angles(1, 3, 8)

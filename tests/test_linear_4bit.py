@@ -749,6 +749,19 @@ def test_torch_compile_with_inductor():
     compiled_agrees("inductor")
 
 
+def test_torch_compile_of_a_factor_a_row_for_any_number_of_rows():
+    n, k = 24, 64
+    w, (a, b) = packed_weight(n, k, "nf4"), adapter(n, k, 4)
+
+    def gated(x, gate):
+        return linear_4bit(x, w, None, (a, b, gate[:, None] * torch.ones(4)))
+
+    compiled = torch.compile(gated, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (16, 5, 1, 0):
+        x, gate = torch.randn(rows, k), torch.rand(rows)
+        assert error(compiled(x, gate), gated(x, gate)) <= 1e-5
+
+
 def test_torch_compile_of_a_bank_and_of_dropout():
     n, k, m = 24, 64, 6
     w = packed_weight(n, k, "nf4")

@@ -105,7 +105,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
             raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be [batch, heads, tokens, dim], dim even")
     batch, _, tokens, dim = q.shape
     for name, t in (("cos", cos), ("sin", sin)):
-        if t.shape != cos.shape or t.shape not in ((batch, tokens, dim), (1, tokens, dim)):
+        # Chained, as in linear_4bit: Dynamo answers `in` wrongly where sizes are symbolic.
+        if t.shape != cos.shape or (t.shape != (batch, tokens, dim) and t.shape != (1, tokens, dim)):
             raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be ({batch} or 1, {tokens}, {dim})")
     if choose_plain(q.device) is Backend.REFERENCE:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

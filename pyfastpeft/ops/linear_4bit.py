@@ -305,7 +305,8 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
         raise TypeError(f"lora scaling is a {type(scaling).__name__}; it must be a number or a tensor")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora dropout is {dropout}; it must lie in [0, 1)")
-    if isinstance(scaling, Tensor) and scaling.shape not in ((r,), (x.shape[0], r)):
+    # Chained: Dynamo answers `in` wrongly where sizes are symbolic.
+    if isinstance(scaling, Tensor) and scaling.shape != (r,) and scaling.shape != (x.shape[0], r):
         raise ValueError(
             f"lora scaling has shape {tuple(scaling.shape)}; it must be a number, ({r},) or ({x.shape[0]}, {r})"
         )
