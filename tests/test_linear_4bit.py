@@ -1074,6 +1074,24 @@ def test_a_bank_refuses_what_does_not_fit(change, message):
         linear_4bit(torch.ones(3, 64), w, None, bank)
 
 
+def test_a_factor_that_learns_is_refused():
+    w, x, (a, b) = packed_weight(24, 64), torch.randn(3, 64), adapter(24, 64, 4)
+    rows = torch.tensor([0, -1, 0])
+    for shape, lora in [
+        ((4,), lambda factor: (a, b, factor)),
+        ((3, 4), lambda factor: Lora(a, b, factor)),
+        ((4,), lambda factor: pack_lora(a, b, factor)),
+        ((1,), lambda factor: BankView(a[None], b[None], factor, rows)),
+    ]:
+        factor = torch.rand(shape, requires_grad=True)
+        with pytest.raises(ValueError, match=r"scaling.* requires a gradient, .*; multiply A or B by it"):
+            linear_4bit(x, w, None, lora(factor))
+        with torch.no_grad():
+            assert torch.equal(linear_4bit(x, w, None, lora(factor)), linear_4bit(x, w, None, lora(factor.detach())))
+        with forward_ad.dual_level(), pytest.raises(ValueError, match=r"scaling.* requires a gradient"):
+            linear_4bit(x, w, None, lora(forward_ad.make_dual(factor.detach(), torch.ones(shape))))
+
+
 # ---- inference over what is held -------------------------------------------------------------------------------------
 
 

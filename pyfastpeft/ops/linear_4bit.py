@@ -30,7 +30,7 @@ class Lora(NamedTuple):
         a: [R, K], any floating dtype.
         b: [N, R], any floating dtype.
         scaling: a number; or a tensor [R], or [rows, R] where each row of x has its own (several adapters, stacked
-            along R, are then mixed in one batch: zero switches one off for a row, whatever it holds).
+            along R, are then mixed in one batch: zero switches one off for a row, whatever it holds). A constant.
         dropout: probability with which an element of x is dropped on its way into ``a``.
     """
 
@@ -89,7 +89,7 @@ class BankView(NamedTuple):
     """Adapters in numbered slots, chosen row by row.
 
     Attributes:
-        a: [slots, r, K].   b: [slots, N, r].   scaling: [slots].
+        a: [slots, r, K].   b: [slots, N, r].   scaling: [slots], constants.
         rows: int64 [rows of x], the slot of each row; -1 is the base model alone (so is, on a GPU, what is no slot).
     """
 
@@ -288,6 +288,7 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
     if bank.a.dtype not in FLOATS or bank.b.dtype not in FLOATS or r < 1:
         what = f"are {bank.a.dtype} and {bank.b.dtype} of rank {r}"
         raise ValueError(f"a and b of the bank {what}; they must be floating point, of rank 1 at least")
+    _check_constant("scaling of the bank", bank.scaling)
 
 
 def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, n: int, k: int) -> None:
@@ -312,6 +313,16 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
         )
     if isinstance(scaling, Tensor) and scaling.device != x.device:
         raise ValueError(f"lora scaling is on {scaling.device}; it must be on x's device, {x.device}")
+    if isinstance(scaling, Tensor):
+        _check_constant("lora scaling", scaling)
+
+
+def _check_constant(name: str, scaling: Tensor) -> None:
+    if recorded(scaling):
+        raise ValueError(
+            f"{name} requires a gradient, and linear_4bit has none for it; multiply A or B by it, or compute the "
+            "branch in torch and add it to the layer's output"
+        )
 
 
 _IN_PYTHON = {Backend.REFERENCE: reference, Backend.CUDA: cuda_kernels}
