@@ -142,8 +142,8 @@ const int64_t* labels_of(Tensor& labels, int64_t rows, int64_t classes) {
 Tensor cross_entropy_(Tensor logits, Tensor labels) {
   const pf::Kernels& k = kernels();
   const pf::Matrix x = matrix(logits, "logits");
-  STD_TORCH_CHECK(x.cols <= 1 || logits.stride(1) == 1,
-                  "logits must have contiguous columns: they become the gradient");
+  STD_TORCH_CHECK((x.cols <= 1 || logits.stride(1) == 1) && x.ld >= x.cols,
+                  "logits must have contiguous columns and rows that do not overlap: they become the gradient");
   const int64_t* label = labels_of(labels, x.rows, x.cols);
   Tensor losses = torch::stable::new_empty(logits, {x.rows}, ScalarType::Float);
   const pf::CrossEntropyArgs args{logits.mutable_data_ptr(),

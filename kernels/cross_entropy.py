@@ -55,12 +55,12 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     """Losses, float32 [n]; ``logits`` become softmax(logits) - onehot(labels).
 
     Args:
-        logits: [n, C], columns side by side.
+        logits: [n, C], columns side by side, rows that do not overlap.
         labels: int64 [n]. Of one outside of [0, C) the loss and the gradient are NaN.
     """
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise ValueError("logits must have contiguous columns: they become the gradient")
     n, classes = logits.shape
+    if (classes > 1 and logits.stride(1) != 1) or (n > 1 and logits.stride(0) < classes):
+        raise ValueError("logits must have contiguous columns and rows that do not overlap: they become the gradient")
     losses = logits.new_empty(n, dtype=torch.float32)
     if logits.numel() > 0:
         columns = min(triton.next_power_of_2(classes), _COLUMNS)

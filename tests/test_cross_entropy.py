@@ -72,6 +72,13 @@ def test_columns_may_not(device):
         cross_entropy_(torch.randn(50, 6).t(), torch.zeros(6).long())
 
 
+def test_rows_may_not_overlap(device):
+    for logits in (torch.randn(1, 50).expand(6, 50), torch.randn(8, 50).as_strided((6, 50), (49, 1))):
+        with pytest.raises((RuntimeError, ValueError), match=r"logits must have .* rows that do not overlap"):
+            cross_entropy_(logits, torch.zeros(6).long())
+    cross_entropy_(torch.randn(1, 50).expand(6, 50)[:1], torch.zeros(1).long())  # of one row there is no next
+
+
 def test_labels_are_checked():
     logits = torch.randn(2, 5)
     for labels in (torch.tensor([0, 5]), torch.tensor([-1, 0])):

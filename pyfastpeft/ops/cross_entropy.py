@@ -17,7 +17,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy a row; its gradient, of the sum over the rows, takes the logits' place.
 
     Args:
-        logits: [n, classes], float32, bfloat16 or float16, columns contiguous. Become softmax(logits) - onehot(labels).
+        logits: [n, classes], float32, bfloat16 or float16, columns contiguous, rows that do not overlap. Become
+            softmax(logits) - onehot(labels).
         labels: int64 [n], each in [0, classes).
 
     Returns:

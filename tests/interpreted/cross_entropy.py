@@ -13,6 +13,7 @@ from test_cross_entropy import (  # noqa: F401
     test_large_logits_and_large_differences,
     test_losses_and_gradients,
     test_rows_may_lie_apart,
+    test_rows_may_not_overlap,
     test_what_is_not_finite_shows_in_its_row_alone,
 )
 
