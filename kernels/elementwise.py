@@ -394,7 +394,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tu
 
 def _whole_rows(h: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile of whole rows of ``h`` elements."""
-    columns = triton.next_power_of_2(h)
+    columns = triton.next_power_of_2(max(h, 1))
     rows = max(_ELEMENTS // columns, 1)
     threads = min(max(rows * columns // 16, 128), 1024)
     return rows, columns, threads // (32 if torch.version.hip is None else 64)

@@ -76,6 +76,7 @@ def test_what_is_not_contiguous_and_leading_dimensions(isa):
         strided = a.t().contiguous().t(), torch.randn(24, 8)[:, ::2]
         assert error(add_lora(base, x, *strided, 0.5), float64(base, x, *strided, 0.5)) <= 1e-5
     for lead in ((), (3,), (2, 3), (2, 0, 3)):
+        assert add_lora(torch.randn(*lead, 0), torch.randn(*lead, 64), a, b[:0], 0.5).shape == (*lead, 0)
         base, x = torch.randn(*lead, 24), torch.randn(*lead, 64)
         y = add_lora(base, x, a, b, 0.5)
         assert y.shape == base.shape and error(y, float64(base, x, a, b, 0.5)) <= 1e-5

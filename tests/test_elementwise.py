@@ -231,6 +231,13 @@ def test_strided_inputs_give_the_contiguous_result(device):
             assert same(got[0], expected[0]) and same(got[1], expected[1])
 
 
+def test_a_last_dimension_of_zero_gives_what_torch_gives(device):
+    for lead in ((), (3,), (2, 3), (0, 3)):
+        x = torch.randn(*lead, 0, requires_grad=True)
+        for y in (rms_norm(x, torch.ones(0)), rms_norm(x, torch.ones(0), residual=x)[0], swiglu(x, x)):
+            assert y.shape == torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
 def test_backward_keeps_the_inputs_and_nothing_else():
     saved = []
     x, up, residual = (torch.randn(30, 40, requires_grad=True) for _ in range(3))

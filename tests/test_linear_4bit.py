@@ -157,6 +157,16 @@ def test_leading_dimensions_are_kept(device):
         assert error(y, float64(x, w)) <= 1e-5
 
 
+def test_sizes_of_zero_give_what_torch_gives(isa):
+    wide, narrow, bias = packed_weight(24, 0), packed_weight(0, 64), torch.randn(24)
+    branch = torch.ones(4, 0), torch.ones(24, 4), 2.0
+    for lead in ((), (3,), (2, 3), (0, 3)):
+        x = torch.randn(*lead, 0, requires_grad=True)
+        y = linear_4bit(x, wide, bias, branch)
+        assert torch.equal(y, bias.expand(*lead, 24)) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+        assert linear_4bit(torch.randn(*lead, 64), narrow).shape == (*lead, 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_and_unaligned_inputs_give_the_contiguous_result(device, dtype):
     k, n = 96, 40

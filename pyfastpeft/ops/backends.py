@@ -36,6 +36,11 @@ def is_plain(t: Tensor) -> bool:
     return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
 
 
+def as_rows(t: Tensor) -> Tensor:
+    """``t`` [..., size] as a matrix [rows, size], of which either may be 0: that of a -1 is then unknown to torch."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.reshape(1, -1)
+
+
 def recorded(*tensors: Tensor | None) -> bool:
     """Whether what is computed of ``tensors`` is recorded for autograd.
 

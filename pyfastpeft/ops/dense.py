@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, choose_plain, forward_mode, is_plain
+from .backends import FLOATS, Backend, as_rows, choose_plain, forward_mode, is_plain
 
 FEW_ROWS = 16
 """Rows up to which the kernel takes what reading the weight once takes: it multiplies by a tile of so many."""
@@ -35,7 +34,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return F.linear(x, weight, bias)
     if many_rows_pay(x, weight, bias):
         return many_rows_linear(x, weight, bias)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    rows = as_rows(x).contiguous()
     if len(rows) <= FEW_ROWS and not torch.is_grad_enabled() and _multiplies(rows, weight, bias):
         y = torch.ops.pyfastpeft.dense_linear.default(rows, weight, bias)
     else:
@@ -57,7 +56,7 @@ def many_rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def many_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x, weight, bias)`` where :func:`many_rows_pay`; differentiable in x alone."""
-    y = _ManyRows.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    y = _ManyRows.apply(as_rows(x), weight, bias)
     return y.view(*x.shape[:-1], len(weight))
 
 

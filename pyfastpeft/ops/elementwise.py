@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, check_floats, choose_plain, recorded
+from .backends import FLOATS, Backend, as_rows, check_floats, choose_plain, recorded
 from .once import once_differentiable
 
 
@@ -131,7 +131,7 @@ def _half_turn(x: Tensor) -> Tensor:
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.reshape(-1, t.shape[-1])
+    return None if t is None else as_rows(t)
 
 
 def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor | tuple[Tensor, Tensor]:

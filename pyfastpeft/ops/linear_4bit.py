@@ -19,7 +19,7 @@ from ..formats import Packed4bit
 from ..formats.held import HeldBranch
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
-from .backends import FLOATS, Backend, check_floats, choose, forward_mode, native, recorded
+from .backends import FLOATS, Backend, as_rows, check_floats, choose, forward_mode, native, recorded
 from .copy import Shelf
 
 
@@ -150,7 +150,7 @@ def linear_4bit(
         check_compute(compute)
     if torch.is_autocast_enabled(w.device.type):
         x = x.to(torch.get_autocast_dtype(w.device.type))
-    x2 = x if x.dim() == 2 else x.reshape(-1, k)
+    x2 = x if x.dim() == 2 else as_rows(x)
     if isinstance(lora, BankView):
         _check_bank(lora, x2, n, k)
         if not needs_grad(x, bias, lora):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .backends import FLOATS, Backend, choose_plain, recorded
+from .backends import FLOATS, Backend, as_rows, choose_plain, recorded
 
 
 def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
@@ -36,7 +36,7 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
         x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
         return (base + F.linear(F.linear(x, a), b) * scaling).to(base.dtype)
     seed = reference.new_seed(x.device) if dropout else None
-    rows = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
+    rows = as_rows(base), as_rows(x)
     if recorded(base, x, a, b):
         y = _AddLora.apply(*rows, a, b, scaling, seed, dropout)
     else:

@@ -9,6 +9,7 @@ from test_elementwise import (  # noqa: F401
     check_gradients,
     norm64,
     test_a_frozen_weight_or_input_gets_no_gradient,
+    test_a_last_dimension_of_zero_gives_what_torch_gives,
     test_backward_keeps_the_inputs_and_nothing_else,
     test_nan_and_infinity_reach_the_outputs_they_touch,
     test_only_one_output_of_a_norm_with_residual_may_be_used,
