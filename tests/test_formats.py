@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyfastpeft as fp
 from pyfastpeft.formats import DYNAMIC_MAP, get_format
@@ -321,6 +322,15 @@ def test_strided_and_unaligned_weights_quantize_as_their_contiguous_copy(device)
         got, expected = fp.quantize_4bit(view), fp.quantize_4bit(view.clone(memory_format=torch.contiguous_format))
         assert_same_bits(got.rows().codes, expected.rows().codes)
         assert_same_bits(got.block_scales(), expected.block_scales())
+
+
+@pytest.mark.parametrize("settings", [("nf4", 64), ("nf4", 64, True), ("int4", 64)], ids=str)
+def test_fake_tensors_are_quantized_and_decoded(settings):
+    with FakeTensorMode():
+        packed = fp.quantize_4bit(torch.randn(32, 64), *settings)
+        assert packed.dequantize().shape == (32, 64)
+    real = fp.quantize_4bit(torch.randn(32, 64), *settings)
+    assert (packed.codes.shape, packed.scale.shape) == (real.codes.shape, real.scale.shape)
 
 
 def test_dequantize_defaults_to_the_original_dtype():

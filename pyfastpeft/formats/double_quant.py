@@ -13,17 +13,25 @@ from torch import Tensor
 BLOCKSIZE = 256
 
 
-def _dynamic_map() -> Tensor:
-    """The signed 8-bit dynamic-exponent code (Dettmers 2016, 8-bit approximations), float32 [256], sorted."""
+def _dynamic_values() -> list[float]:
+    """The signed 8-bit dynamic-exponent code (Dettmers 2016, 8-bit approximations), 256 values of float32, sorted."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         means = (10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2)
         values += means.tolist() + (-means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+    return sorted(values)
 
 
-DYNAMIC_MAP = _dynamic_map()
+_VALUES = _dynamic_values()
+
+
+def _map_on(device: torch.device | str) -> Tensor:
+    """``DYNAMIC_MAP`` on ``device``, made anew: FakeTensorMode takes no tensor from outside."""
+    return torch.tensor(_VALUES, dtype=torch.float32, device=device)
+
+
+DYNAMIC_MAP = _map_on("cpu")
 
 
 @dataclass
@@ -50,7 +58,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
     # bitsandbytes' CPU quantizer snaps to one of 65536 bins over [-1, 1], then takes the code nearest to the bin's
     # centre; NaN (0 / 0 in an all-zero block) falls into the first bin.
     bins = ((scaled.flatten() + 1) * 32767.5 + 0.5).nan_to_num(0.0).clamp(0, 65535).floor()
-    table = DYNAMIC_MAP.to(absmax.device)
+    table = _map_on(absmax.device)
     codes = torch.bucketize(bins * (2 / 65535) - 1, (table[:-1] + table[1:]) / 2)
     return codes[: shifted.numel()].to(torch.uint8), NestedScales(absmax2, offset)
 
@@ -58,5 +66,5 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
 def dequantize_scales(codes: Tensor, nested: NestedScales, table: Tensor | None = None) -> Tensor:
     """Uint8 codes [blocks] in canonical order to float32 scales [blocks]; ``table``: ``DYNAMIC_MAP`` on the device."""
     block = torch.arange(codes.numel(), device=codes.device) // BLOCKSIZE
-    table = DYNAMIC_MAP.to(codes.device) if table is None else table
+    table = _map_on(codes.device) if table is None else table
     return table[codes.long()] * nested.absmax2[block] + nested.offset

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .codes import Format, check_settings, format_of, get_format, pack_nibbles, unpack_nibbles
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
@@ -223,7 +224,7 @@ def quantize_4bit(
     weight = weight.detach()
     codes, scale, zero = torch.ops.pyfastpeft.quantize_4bit.default(weight.contiguous(), fmt.id, blocksize)
     zero = zero if fmt.has_zero else None
-    if fmt.has_zero and not (scale.is_meta or torch.compiler.is_compiling()):
+    if fmt.has_zero and not (scale.is_meta or torch.compiler.is_compiling() or is_fake(scale)):
         _check_span(weight, scale, blocksize)
     nested = None
     if double_quant:
