@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 if TYPE_CHECKING:
     from .nn.lora_layer import LoraLayer
@@ -68,6 +69,7 @@ class Rows:
         if unknown:
             raise ValueError(f"adapter_names holds {unknown}; the adapters of this model are {list(known)}")
         self.of_row = tuple(tuple(dict.fromkeys(n for n in row if n != BASE)) for row in wanted)
+        self._alike = len(set(map(frozenset, self.of_row))) == 1
         self.names = tuple(n for n in known if n in used)
         self._uses = torch.tensor([[n in row for n in self.names] for row in wanted], dtype=torch.bool, device="cpu")
         self._masks: dict[tuple, Tensor] = {}
@@ -86,6 +88,18 @@ class Rows:
             chosen = self._uses[:, slots].repeat_interleave(rows // batch, dim=0)
             found = self._masks[key] = chosen.to(device, torch.float32)
         return found
+
+    def check_lead(self, x: Tensor, dims: int) -> None:
+        """Whether the rows of ``x``, which has ``dims`` dimensions or more unless they are flattened, are the batch's.
+
+        Raises:
+            ValueError: the first dimension counts something else, of which nobody knows what row it belongs to.
+        """
+        if not self._alike and x.dim() >= dims and x.shape[0] % len(self.of_row):
+            raise ValueError(
+                f"adapter_names has {len(self.of_row)} names; it must have one a row, and a layer saw an input of "
+                f"shape {tuple(x.shape)}, which does not begin with rows of the batch: all must use the same adapters"
+            )
 
 
 NO_ROWS = Rows((), ())
@@ -189,14 +203,22 @@ _registered = 0
 
 def registered() -> int:
     """A number that is another one after a module or parameter was registered anywhere, from the first call on."""
-    _watch_registrations()
+    _watch()
     return _registered
 
 
 @functools.cache
-def _watch_registrations() -> None:
+def _watch() -> None:
     torch_module.register_module_module_registration_hook(_note_registration)
     torch_module.register_module_parameter_registration_hook(_note_registration)
+    register_optimizer_step_post_hook(_note_step)
+
+
+def _note_step(optimizer: Optimizer, *_: Any) -> None:
+    """Fused optimizers leave a parameter's version as it was, by which what was made of its values is known as old."""
+    if not torch.compiler.is_compiling():
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        torch.autograd.graph.increment_version([p for p in parameters if not p.is_inference()])
 
 
 def _note_registration(*_: Any) -> None:
@@ -255,6 +277,9 @@ class AdapterBank:
         self._stale: set[str] = set()  # whose parameters may be other objects than those in _trainable
         self._registered = registered()
         self._training: set[str] = set()
+        self._undecided: set[str] = set()  # of whose parameters `requires_grad` is not known to be right
+        self._let: set[str] = set()  # for which a user decided
+        self._deleted: set[str] = set()  # adapters that a request which runs may still ask for
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -274,9 +299,13 @@ class AdapterBank:
     @property
     def mode(self) -> Rows | None:
         mode = self._mode
-        if mode.rows is None and mode.began_in is not None and mode.began_in in mode.blocks:
-            return NO_ROWS
-        return mode.rows
+        rows = mode.rows
+        if rows is None:
+            return NO_ROWS if mode.began_in is not None and mode.began_in in mode.blocks else None
+        if self._deleted and not torch.compiler.is_compiling() and not self._deleted.isdisjoint(rows.names):
+            gone = [name for name in rows.names if name in self._deleted]
+            raise RuntimeError(f"adapters {gone} were deleted while a request that chose them by adapter_names ran")
+        return rows
 
     @property
     def run(self) -> Any:
@@ -314,19 +343,22 @@ class AdapterBank:
     def hold(self, name: str, find: Callable[[], list[nn.Parameter]]) -> None:
         """What ``find`` gives trains exactly while ``name`` is active and not for inference."""
         self._find[name], self._trainable[name] = find, find()
-        self._training.add(name)  # their requires_grad is unknown: the next activate sets it
+        self._deleted.discard(name)
+        self._undecided.add(name)
 
     def release(self, name: str) -> None:
         for parameter in self.parameters(name):
             parameter.requires_grad_(False)
         del self._find[name], self._trainable[name]
         self._training.discard(name)
+        self._undecided.discard(name)
+        self._deleted.add(name)
 
     def let_train(self, name: str, trains: bool) -> None:
-        """Let what is ``name``'s train, or not, until the next :meth:`activate`."""
+        """Let what is ``name``'s train, or not, until :meth:`decide`."""
         for parameter in self.parameters(name):
             parameter.requires_grad_(trains)
-        self._training.add(name)
+        self._let.add(name)
 
     def prepare(self, active: tuple[str, ...]) -> list:
         """Each layer's plan for these adapters; built once, then exchanged by reference."""
@@ -337,17 +369,29 @@ class AdapterBank:
         return plans
 
     def activate(self, chosen: tuple[str, ...]) -> None:
-        """Make ``chosen`` the active adapters; the parameters of those in use that are not frozen train, no others."""
+        """Make ``chosen`` the active adapters. Of those that are new or begin or end to be in use, what is not for
+        inference trains while it is in use; in others stays frozen what a user has frozen."""
         self._push(() if self.disabled else chosen)
         self.chosen = chosen
         training = set(self.active) - self.frozen
-        for name in self._training - training:
+        for name in (training ^ self._training) | self._undecided:
             for parameter in self.parameters(name):
-                parameter.requires_grad = False
-        for name in training:
-            for parameter in self.parameters(name):
-                parameter.requires_grad = True
+                parameter.requires_grad = name in training
         self._training = training
+        self._undecided.clear()
+
+    def freeze(self, names: frozenset[str]) -> None:
+        """Let the adapters ``names`` be those for inference."""
+        if any(name in self._find for name in self.frozen - names):  # what is written to it from now on leaves no trace
+            self.kept.clear()
+            for layer in self.layers.values():
+                layer.forget()
+        self.frozen = names
+
+    def decide(self) -> None:
+        """Let the next :meth:`activate` decide anew about what trains, and what users have let train or not."""
+        self._undecided |= (self._training | self._let) & self._find.keys()
+        self._let.clear()
 
     def refresh(self) -> None:
         """Rebuild every plan: a layer's adapters, their scaling or whether they are merged have changed."""

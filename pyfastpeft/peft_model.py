@@ -346,20 +346,23 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model alone, inside ``with``; merged adapters are taken out and merged again.
+        """The base model alone, inside ``with``; merged adapters are taken out and, unless others were made active,
+        merged again.
 
-        In this thread and in those that first meet the model inside; others go on as they were.
+        In this thread and in those that first meet the model inside; others go on as they were, but for what was
+        merged: they see the active adapters in its place.
         """
         self._warn_of_biases(stacklevel=4)
-        merged = self._merged()
+        merged, chosen = self._merged(), self.active_adapters
         for layer in merged:
             layer.unmerge()
         try:
             with self.base_model.bank.disabling(), self._mode(NO_ROWS):
                 yield
         finally:
-            for layer, names in merged.items():
-                layer.merge(False, names)
+            if self.active_adapters == chosen:  # else set_adapter would have unmerged them
+                for layer, names in merged.items():
+                    layer.merge(False, names)
 
     def _warn_of_biases(self, stacklevel: int) -> None:
         if any(isinstance(c, LoraConfig) and c.bias != "none" for c in self.peft_config.values()):

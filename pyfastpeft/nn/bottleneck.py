@@ -121,6 +121,7 @@ class BottleneckLayer(nn.Module):
 
     def _by_row(self, y: Tensor, names: tuple[str, ...], mode: Rows) -> Tensor:
         """``y`` and the updates of the adapters that each row uses."""
+        mode.check_lead(y, 3)
         adapters = [self.bottleneck[n] for n in names]
         sizes, rows = tuple(adapter.size for adapter in adapters), y.numel() // y.shape[-1]
         of_inner = mode.mask(names, sizes, rows, y.device)

@@ -83,6 +83,8 @@ class LoraLinear(LoraLayer):
 
     def _general(self, x: Tensor, names: tuple[str, ...], mode: Rows | None, args: tuple, kwargs: dict) -> Tensor:
         """Several adapters, or rows that choose."""
+        if mode is not None:
+            mode.check_lead(x, 3)
         rows = x.numel() // self.in_features
         lead = x.shape[:-1]
         gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
@@ -271,6 +273,8 @@ class LoraEmbedding(LoraLayer):
         names = plan.names if mode is None else self.present(mode)
         if not names:
             return y
+        if mode is not None:
+            mode.check_lead(x, 2)
         rows, lead = x.numel(), x.shape
         gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
         a, b, scale = self.stacked(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import NO_ROWS, AdapterBank, Made, Parts, Rows
+from ..formats.packed import Packed4bit
 from ..ops import Lora, PackedLora, mixed, pack_lora
 
 is_compiling = torch.compiler.is_compiling
@@ -104,6 +106,13 @@ def stamp_of(tensors: list[Tensor]) -> tuple | None:
     return tuple((t.data_ptr(), t._version) for t in tensors)
 
 
+def _applied(held: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """What a layer holds for later, as ``nn.Module._apply`` makes its parameters."""
+    if isinstance(held, nn.Parameter):
+        return nn.Parameter(fn(held.data), requires_grad=held.requires_grad)
+    return held.to(fn(held.codes[:0]).device) if isinstance(held, Packed4bit) else held
+
+
 def _after_loading(layer: LoraLayer, _: Any) -> None:
     layer._changed()
 
@@ -136,7 +145,7 @@ class LoraLayer(nn.Module):
         self._plan: Plan | None = None
         self._unmerged: tuple[Any, nn.Parameter | None] | None = None
         self._cache = Made()
-        self._square: tuple[tuple | None, Tensor] | None = None
+        self._square: tuple[tuple | None, Tensor, weakref.ref] | None = None
         self.register_load_state_dict_post_hook(_after_loading)
 
     # What a subclass says about its base layer.
@@ -363,12 +372,15 @@ class LoraLayer(nn.Module):
 
         One that trains may be written through ``.data``, which leaves no trace.
         """
-        if is_compiling() or not self.bank.frozen.issuperset(names):
+        records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if is_compiling() or records or not self.bank.frozen.issuperset(names):
             return compute()
         stamp = stamp_of(tensors)
         held = self._cache.get(names, key)
         if held is None or stamp is None or held[0] != stamp:
-            held = stamp, compute(), [t for t in tensors if t is not self.weight]  # which may be offloaded
+            with torch.inference_mode(False), torch.no_grad():  # it may serve where something else trains
+                made = compute()
+            held = stamp, made, [t for t in tensors if t is not self.weight]  # which may be offloaded
             self._cache.keep(names, key, held)
         return held[1]
 
@@ -424,10 +436,12 @@ class LoraLayer(nn.Module):
         """Float32 [out]: ||M||² a row, computed once for a weight."""
         if is_compiling():
             return self.matrix().square().sum(1) if self._square is None else self._square[1]
-        stamp = stamp_of([self.weight])
-        if self._square is None or stamp is None or self._square[0] != stamp:
-            self._square = (stamp, self.matrix().square().sum(1))
-        return self._square[1]
+        weight = self.weight
+        stamp = stamp_of([weight])
+        held = self._square
+        if held is None or stamp is None or held[0] != stamp or held[2]() is not weight:
+            held = self._square = stamp, self.matrix().square().sum(1), weakref.ref(weight)
+        return held[1]
 
     def gain(self, name: str) -> Tensor:
         """DoRA's factor a row [out], differentiable in the magnitude."""
@@ -506,9 +520,21 @@ class LoraLayer(nn.Module):
             self._cache.clear()
             self.bank.refresh_one(self)
 
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The base layer's own, as they are without what is merged."""
+        held = dict(self.base_layer.named_parameters())
+        if self._unmerged is not None:
+            kept = dict(zip(("weight", "bias"), self._unmerged, strict=True))
+            held |= {name: t for name, t in kept.items() if isinstance(t, nn.Parameter)}
+        return held
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base weight, in the orientation in which the base layer stores it."""
         return self.as_stored(self.delta(adapter))
+
+    def forget(self) -> None:
+        """Keep nothing of what was made of adapters."""
+        self._cache.clear()
 
     def _changed(self) -> None:
         """Parameters may be other objects now."""
@@ -524,7 +550,13 @@ class LoraLayer(nn.Module):
         self._square = None
         self.bank.refresh_one(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_square": None}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)
+        if self._unmerged is not None:
+            weight, bias = self._unmerged
+            self._unmerged = _applied(weight, fn), _applied(bias, fn)
         self._changed()  # not cast: scalings stay in float32
         return self

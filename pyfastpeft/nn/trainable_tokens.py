@@ -57,10 +57,15 @@ class TokenRows:
                 del held[name]
 
     def follow(self) -> None:
-        """Be where the weight is; on the meta device the values would be lost."""
-        if not self.weight.is_meta:
-            for held in (self.indices, self.slots):
-                held.update({name: t.to(self.weight.device) for name, t in held.items()})
+        """Be where the weight is, and what it was before merging be of its dtype; on the meta device the values would
+        be lost."""
+        weight, before = self.weight, self._unmerged
+        if weight.is_meta:
+            return
+        for held in (self.indices, self.slots):
+            held.update({name: t.to(weight.device) for name, t in held.items()})
+        if before is not None and (before.dtype, before.device) != (weight.dtype, weight.device):
+            self._unmerged = nn.Parameter(before.detach().to(weight), requires_grad=before.requires_grad)
 
     def plan(self, active: tuple[str, ...]) -> tuple[str, ...]:
         """The adapters whose rows are in use while ``active`` are the adapters."""
@@ -128,6 +133,11 @@ class TrainableTokens(nn.Module):
     @property
     def base_layer(self) -> nn.Embedding | nn.Linear:
         return self.token_adapter["base_layer"]
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The base layer's own, as they are without what is merged."""
+        held = dict(self.base_layer.named_parameters())
+        return held if self.rows._unmerged is None else held | {"weight": self.rows._unmerged}
 
     @property
     def weight(self) -> Tensor:

@@ -22,6 +22,7 @@ from ..nn.one_device import OneDevice
 from ..nn.trainable_tokens import TrainableTokens
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
+from .embeddings import base_embeddings
 from .modules import HEADS, find_saved, put, tied_ends, trainable_copy, trainable_state, unmatched_saved
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class AdaptedModel(OneDevice, nn.Module):
         tuner = self.tuner(config)
         tensors = tuner.once(config, tensors)
         expected = self.expected(config, tensors)
-        optional = {k: tuple(t.shape) for k, t in tuner.optional(config).items()}
+        optional = {k: tuple(t.shape) for k, t in self._embeddings(tuner, expected).items()}
         whole = [key for key, t in self._to_save(config).items() if not t.is_floating_point()]
         check_tensors(tensors, expected, optional, source, whole)
         exists = name in self.configs
@@ -163,6 +164,8 @@ class AdaptedModel(OneDevice, nn.Module):
             held, live = self.configs[name], self.tensors(name)
             if type(held) is not type(config):
                 raise ValueError(f"adapter {name!r} is {held.peft_type}, not {config.peft_type}; delete it first")
+            if any(name in layer.merged_adapters for layer in self.bank.mergeable):
+                raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
             tuner.check_same_layout(name, held, config, {k: tuple(t.shape) for k, t in live.items()}, expected)
         else:
             self.add(name, config, strict=False, values=tensors, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -174,10 +177,13 @@ class AdaptedModel(OneDevice, nn.Module):
                     tensor.copy_(tensors[key])
                 tuner.filled(name, config, tensors)
                 # Asked for again: what the adapter trains whole is no base weight any more, and others are new objects.
-                base = [(t, tensors[key].to(t)) for key, t in tuner.optional(config).items() if key in tensors]
+                embeddings = self._embeddings(tuner, expected)
+                base = [(t, tensors[key].to(t)) for key, t in embeddings.items() if key in tensors]
+                base = [(tensor, value) for tensor, value in base if not torch.equal(tensor, value)]
+                if base:
+                    self.give_way(f"as {source} has other base embeddings")
                 for tensor, value in base:  # all are converted by now: running out of memory leaves none changed
-                    if not torch.equal(tensor, value):
-                        tensor.copy_(value)
+                    tensor.copy_(value)
         except BaseException:
             with torch.no_grad():
                 for key, tensor in before.items():
@@ -185,6 +191,11 @@ class AdaptedModel(OneDevice, nn.Module):
             if not exists:
                 self.remove(name)
             raise
+
+    def _embeddings(self, tuner: Tuner, own: Collection[str]) -> dict[str, Tensor]:
+        """The base model's under all keys that a file may hold them by, but for the keys of what is an adapter's own.
+        When loading they are copied over."""
+        return {key: t for key, t in base_embeddings(self.model, tuner.PREFIX).items() if key not in own}
 
     # Which are in use.
 
@@ -208,11 +219,12 @@ class AdaptedModel(OneDevice, nn.Module):
             for name in names:
                 self.configs[name].inference_mode = inference_mode
         self.give_way(f"to make {list(names)} active")
+        self.bank.decide()
         self.activate(names)
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Make ``names`` the active adapters; those that are not for inference train."""
-        self.bank.frozen = frozenset(n for n, config in self.configs.items() if config.inference_mode)
+        self.bank.freeze(frozenset(n for n, config in self.configs.items() if config.inference_mode))
         self.bank.activate(names)
 
     def disable_adapter_layers(self) -> None:
@@ -311,7 +323,8 @@ class AdaptedModel(OneDevice, nn.Module):
         nowhere = [key for key, value in values.items() if value.is_meta]
         if nowhere:
             raise ValueError(f"{source} has {nowhere} on the meta device, where there are no values")
-        embeddings = {key: t for key, t in self.tuner_of(name).optional(old).items() if key in values}
+        held = self._embeddings(self.tuner_of(name), self.tensors(name))
+        embeddings = {key: t for key, t in held.items() if key in values}
         for key, tensor in embeddings.items():
             if not torch.equal(tensor, values[key].to(tensor)):
                 raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")

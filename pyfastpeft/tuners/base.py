@@ -310,12 +310,6 @@ class Tuner:
         """
         raise NotImplementedError
 
-    def optional(self, config: Any) -> dict[str, Tensor]:
-        """Key → the base model's embeddings, which a file may hold as well; when loading they are copied over."""
-        from .embeddings import base_embeddings
-
-        return base_embeddings(self.model, config, self.PREFIX)
-
     def once(self, config: Any, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``values`` of a file without those that it holds under another key of :meth:`expected` as well."""
         return values
@@ -350,10 +344,16 @@ class Tuner:
         return self.tensors(name, config) | self.saved_embeddings(config, save_embedding_layers)
 
     def saved_embeddings(self, config: Any, save: bool | str) -> dict[str, Tensor]:
-        """What of :meth:`optional` is written, by ``save_embedding_layers``."""
+        """What of :meth:`embeddings` is written, by ``save_embedding_layers``."""
         from .embeddings import to_be_saved
 
-        return self.optional(config) if to_be_saved(self.model, save) else {}
+        return self.embeddings(config) if to_be_saved(self.model, save) else {}
+
+    def embeddings(self, config: Any) -> dict[str, Tensor]:
+        """The base model's, under the keys of the adapter's file."""
+        from .embeddings import own_embeddings
+
+        return own_embeddings(self.model, config, self.PREFIX)
 
     def own_state(self, name: str, config: Any) -> dict[str, Tensor]:
         """What goes into a file of ours beside PEFT's, so that training can go on (see :mod:`..hub.peft`)."""

@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..nn.linear4bit import Linear4bit
-from ..nn.modules_to_save import ModulesToSave
 from .base import PeftConfig
-from .modules import base_of, ends_of, find_saved, modules_of
+from .modules import ends_of, find_saved, parameters_of, plain_modules_of
+
+_INSIDE = ("", ".base_layer", ".original_module", ".token_adapter.base_layer")
+"""What PEFT may have between the path of a module and its parameters; which, depends on all adapters in the model."""
 
 
-def base_embeddings(
-    model: nn.Module, config: PeftConfig, prefix: str, inside: Callable[[str, nn.Module], str] = lambda *_: ""
+def own_embeddings(
+    model: nn.Module, config: PeftConfig, prefix: str, inside: Callable[[str], str] = lambda _: ""
 ) -> dict[str, Tensor]:
-    """Key → tensor of input embedding and output head, under the keys that a file of PEFT's may hold them by.
+    """Key → tensor of input embedding and output head, as PEFT stores them beside this adapter if it is the only one.
 
     Args:
         prefix: what stands before a module's path.
         inside: what PEFT has between the path of a module and its parameters.
     """
-    held, ends, saved = {}, ends_of(model), find_saved(config, model)
-    for path, module in modules_of(model):
-        middle, base = inside(path, module), base_of(module)
-        if isinstance(module, ModulesToSave) or path in saved:
-            middle, base = ".original_module", getattr(module, "original_module", base)
-        ours = any(module is end or base is end for end in ends)
-        if ours and isinstance(base, (nn.Linear, nn.Embedding)) and not isinstance(base, Linear4bit):
-            held |= {f"{prefix}{path}{middle}.{k}": t for k, t in base.named_parameters()}
-    return held
+    saved = find_saved(config, model)
+    return {
+        f"{prefix}{path}{'.original_module' if path in saved else inside(path)}.{key}": t
+        for path, parameters in _ends(model)
+        for key, t in parameters.items()
+    }
+
+
+def base_embeddings(model: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """The same under every key that a file of PEFT's may hold them by."""
+    return {
+        f"{prefix}{path}{inside}.{key}": t
+        for path, parameters in _ends(model)
+        for inside in _INSIDE
+        for key, t in parameters.items()
+    }
+
+
+def _ends(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
+    ends = ends_of(model)
+    for path, plain, around in plain_modules_of(model):
+        ours = any(end is plain or end is around for end in ends)
+        if ours and isinstance(plain, (nn.Linear, nn.Embedding)) and not isinstance(plain, Linear4bit):
+            yield path, parameters_of(plain, around)
 
 
 def to_be_saved(model: nn.Module, save: bool | str) -> bool:

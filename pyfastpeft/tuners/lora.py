@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -18,7 +18,6 @@ from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraConv1D, expected_tensors, layer_class
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.lora_layer import LoraLayer, scaling_of
-from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TrainableTokens
 from .adapted import adapter_dtype
 from .base import (
@@ -32,8 +31,19 @@ from .base import (
     check_pattern,
     register_method,
 )
-from .embeddings import base_embeddings
-from .modules import base_of, ends_with, find_saved, modules_of, put, tied_ends
+from .embeddings import own_embeddings
+from .modules import (
+    base_of,
+    ends_with,
+    find_saved,
+    inside_of,
+    modules_of,
+    parameters_of,
+    plain_modules_of,
+    put,
+    stands,
+    tied_ends,
+)
 from .trainable_tokens import DELTA, Place, checked_tokens, find_places, put_tokens, take_tokens
 
 ALL_LINEAR = "all-linear"
@@ -345,22 +355,23 @@ def _hint(asked: list[str] | str, candidates: dict[str, nn.Module]) -> str:
     return f"Layers that can be targets: {', '.join(names)}"
 
 
-def _bias_names(config: LoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> list[str]:
-    """Keys, without the prefix, of the base biases that train with the adapter."""
+def _biases(config: LoraConfig, model: nn.Module, targets: Collection[str]) -> dict[str, nn.Parameter]:
+    """Key, without the prefix, → base bias for all that train with the adapter, whose targets have these paths.
+
+    The keys are those of the adapter alone: what else is in the model has no part in them.
+    """
     if config.bias == "none":
-        return []
-    if config.bias == "lora_only":
-        return [f"{p}.base_layer.bias" for p, m in targets.items() if getattr(base_of(m), "bias", None) is not None]
-    names = []
+        return {}
+    held = {}
+    saved = find_saved(config, model)
     tokens = {path for place in find_places(config.trainable_token_indices, model) for path in place.layers}
-    for path, module in [("", model), *modules_of(model)]:
-        held = base_of(module)
-        if isinstance(held, ModulesToSave) or "bias" not in held._parameters or held._parameters["bias"] is None:
+    for path, plain, around in plain_modules_of(model):
+        bias = None if inside_of(path, saved) else parameters_of(plain, around).get("bias")
+        if bias is None or (config.bias == "lora_only" and path not in targets):
             continue
-        inside = "token_adapter.base_layer." if path in tokens or isinstance(module, TrainableTokens) else ""
-        inside = "base_layer." if path in targets or isinstance(module, LoraLayer) else inside
-        names.append(f"{path}.{inside}bias" if path else "bias")
-    return names
+        inside = "base_layer." if path in targets else "token_adapter.base_layer." if path in tokens else ""
+        held[f"{path}.{inside}bias" if path else "bias"] = bias
+    return held
 
 
 class LoraTuner(Tuner):
@@ -395,10 +406,8 @@ class LoraTuner(Tuner):
         for path, module in targets.items():
             own = expected_tensors(base_of(module), config.rank_of(path), config.use_dora, config.lora_bias)
             shapes |= {f"{self.PREFIX}{path}.{suffix}": shape for suffix, shape in own.items()}
-        modules = {"": self.model, **dict(modules_of(self.model))}
-        for name in _bias_names(config, self.model, targets):
-            path = name.removesuffix("bias").removesuffix(".").removesuffix(".base_layer")
-            shapes[self.PREFIX + name] = tuple(base_of(modules[path.removesuffix(".token_adapter")]).bias.shape)
+        biases = _biases(config, self.model, targets)
+        shapes |= {self.PREFIX + key: tuple(bias.shape) for key, bias in biases.items()}
         for place in self._places(config):
             dim = base_of(place.layers[place.path]).weight.shape[1]
             shapes[f"{self.PREFIX}{place.path}.{DELTA}"] = len(place.indices), dim
@@ -413,16 +422,15 @@ class LoraTuner(Tuner):
         again = {f"{self.PREFIX}{path}.{DELTA}" for path in tied}
         return {key: t for key, t in values.items() if key not in again}
 
-    def optional(self, config: LoraConfig) -> dict[str, Tensor]:
-        """The base embeddings under the keys that a file of PEFT's may hold them by (see :meth:`saved_embeddings`)."""
+    def embeddings(self, config: LoraConfig) -> dict[str, Tensor]:
         tokens = {path for place in self._places(config) for path in place.layers}
 
-        def inside(path: str, module: nn.Module) -> str:
-            if path in tokens or isinstance(module, TrainableTokens):
+        def inside(path: str) -> str:
+            if path in tokens:
                 return ".token_adapter.base_layer"
-            return ".base_layer" if isinstance(module, LoraLayer) or matches(config, path) else ""
+            return ".base_layer" if matches(config, path) else ""
 
-        return base_embeddings(self.model, config, self.PREFIX, inside)
+        return own_embeddings(self.model, config, self.PREFIX, inside)
 
     def attach(
         self,
@@ -548,14 +556,14 @@ class LoraTuner(Tuner):
         held = {}
         for path, layer in self.layers(name).items():
             held |= {f"{self.PREFIX}{path}.{suffix}": t for suffix, t in layer.tensors(name).items()}
-        names = _bias_names(config, self.model, self.layers(name))
-        held |= {self.PREFIX + b: self.model.get_parameter(b) for b in names}
+        held |= {self.PREFIX + key: bias for key, bias in _biases(config, self.model, self.layers(name)).items()}
         tokens = {path: rows.values[name] for path, rows in self.bank.tokens.items() if name in rows.values}
         return held | {f"{self.PREFIX}{path}.{DELTA}": t for path, t in tokens.items()}
 
     def layers(self, name: str) -> dict[str, LoraLayer]:
-        """Path → layer that has the adapter."""
-        return {path: layer for path, layer in self.bank.layers.items() if name in layer.r}
+        """Path → layer that has the adapter, where the user has put nothing else since."""
+        held = {path: layer for path, layer in self.bank.layers.items() if name in layer.r}
+        return {path: layer for path, layer in held.items() if stands(self.model, path, layer)}
 
     def state(self, name: str, config: LoraConfig, save_embedding_layers: bool | str) -> dict[str, Tensor]:
         held = self.tensors(name, config)
@@ -589,7 +597,7 @@ class LoraTuner(Tuner):
             targeted = any(n in targets for n in _EMBEDDING_NAMES)
         if not targeted:
             return super().saved_embeddings(config, save)
-        return {k: t for k, t in self.optional(config).items() if ".base_layer." in k}
+        return {k: t for k, t in self.embeddings(config).items() if ".base_layer." in k}
 
     def check_same_layout(self, name: str, old: LoraConfig, new: LoraConfig, live: dict, expected: dict) -> None:
         for path, layer in self.layers(name).items():
@@ -631,14 +639,18 @@ class LoraTuner(Tuner):
             if name in layer.r:
                 layer.remove_adapter(name)
             if not layer.r:
-                put(self.model, path, layer.base_layer)
+                self._take_out(path, layer)
                 del self.bank.layers[path]
         take_tokens(self.model, self.bank, name)
         if self._biased == name:
             self._biased = None
 
+    def _take_out(self, path: str, layer: LoraLayer) -> None:
+        if stands(self.model, path, layer):
+            put(self.model, path, layer.base_layer)
+
     def unload(self) -> None:
         for path, layer in self.bank.layers.items():
-            put(self.model, path, layer.base_layer)
+            self._take_out(path, layer)
         self.bank.layers.clear()
         take_tokens(self.model, self.bank)

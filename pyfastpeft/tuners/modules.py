@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,31 @@ def modules_of(model: nn.Module, repeated: bool = False) -> Iterator[tuple[str, 
     yield from walk(model, "")
 
 
+def plain_modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(path, module, the wrapper right around it or itself) of the base model, as if no adapter were in it."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        for name, child in module._modules.items():
+            around = plain = child
+            while isinstance(plain, (LoraLayer, TrainableTokens, BottleneckLayer, ModulesToSave)):
+                around, plain = plain, plain.original_module if isinstance(plain, ModulesToSave) else plain.base_layer
+            if plain is not None and id(plain) not in seen:
+                seen.add(id(plain))
+                child_path = f"{path}.{name}" if path else name
+                yield child_path, plain, around
+                yield from walk(plain, child_path)
+
+    yield "", model, model
+    yield from walk(model, "")
+
+
+def parameters_of(plain: nn.Module, around: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of a module of :func:`plain_modules_of`, without what is merged into them."""
+    merges = isinstance(around, (LoraLayer, TrainableTokens))
+    return around.base_parameters() if merges else dict(plain.named_parameters(recurse=False))
+
+
 def base_of(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, (LoraLayer, TrainableTokens)) else module
 
@@ -60,6 +85,20 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     if isinstance(getattr(holder, attribute), BottleneckLayer):
         holder, attribute = getattr(holder, attribute), "base_layer"
     setattr(holder, attribute, module)
+
+
+def stands(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether ``module`` is what :func:`put` has put at ``path``: a user may have put something else there since."""
+    try:
+        there = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return (there.base_layer if isinstance(there, BottleneckLayer) else there) is module
+
+
+def inside_of(path: str, others: Iterable[str]) -> bool:
+    """Whether ``path`` is one of ``others``, or inside one."""
+    return any(path == other or path.startswith(f"{other}.") for other in others)
 
 
 def ends_of(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,400 @@
+"""What a model with adapters keeps from one call to the next is never what was: after training steps, interruptions,
+other adapters' coming and going, casts and a user's own changes."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import architectures as tiny
+import peft
+import pytest
+import torch
+import transformers as tf
+from architectures import relative
+from torch import nn
+
+import pyfastpeft as fp
+
+SOFT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+LORA = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
+
+
+def adapted(config, name="default", base=None):
+    return fp.get_peft_model(tiny.make() if base is None else base, config, name)
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def copied(model):
+    """A model with the same values, in which nothing was kept."""
+    fresh = adapted(model.peft_config["default"])
+    fresh.load_state_dict(model.state_dict())
+    return fresh.eval()
+
+
+class TestAfterOptimizerSteps:
+    @pytest.mark.parametrize(("optimizer", "rate"), [(torch.optim.AdamW, 0.1), (torch.optim.SGD, 3.0)])
+    @pytest.mark.parametrize(
+        "config",
+        [
+            fp.PromptTuningConfig(**SOFT),
+            fp.PrefixTuningConfig(**SOFT),
+            fp.LoraConfig(r=4, use_dora=True, **LORA),
+        ],
+    )
+    def test_an_evaluation_sees_what_a_fused_optimizer_wrote(self, config, optimizer, rate):
+        ids = tiny.inputs()["input_ids"]
+        model = adapted(config)
+        model.set_adapter("default", inference_mode=True)
+        before = logits(model.eval(), ids)
+        model.set_requires_grad("default")  # which a user may do to one that was loaded for inference
+        steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
+        for _ in range(3):
+            model(ids, labels=ids).loss.backward()
+            steps.step()
+            steps.zero_grad()
+        after = logits(model, ids)
+        assert relative(after, before) > 1e-3
+        assert relative(after, logits(copied(model), ids)) < 1e-6
+
+    def test_what_was_kept_for_inference_is_gone_once_an_adapter_has_trained(self):
+        ids = tiny.inputs()["input_ids"]
+        model = adapted(fp.LoraConfig(r=4, use_dora=True, **LORA)).eval()
+        model.set_adapter("default", inference_mode=True)
+        logits(model, ids)
+        model.set_adapter("default", inference_mode=False)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.mul_(2)  # as optimizers of other libraries do: it leaves no trace
+        model.set_adapter("default", inference_mode=True)
+        assert relative(logits(model, ids), logits(copied(model), ids)) < 1e-6
+
+    def test_doras_norm_is_that_of_the_weight_that_is_there(self):
+        layer = adapted(fp.LoraConfig(use_dora=True, target_modules=["q_proj"])).get_submodule(
+            "base_model.model.model.layers.0.self_attn.q_proj"
+        )
+        for value in (1.0, 5.0, 25.0):
+            layer.base_layer.weight = None  # so that the next may lie where this one lay
+            layer.base_layer.weight = nn.Parameter(torch.full((32, 32), value), requires_grad=False)
+            assert torch.allclose(layer.norm("default"), torch.tensor(value * 32**0.5))
+
+
+class TestWhatTrains:
+    @staticmethod
+    def frozen_a():
+        """LoRA-FA: A stays as it was."""
+        model = adapted(fp.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+        return model
+
+    @staticmethod
+    def training(model, name):
+        return {n for n, p in model.named_parameters() if p.requires_grad and f".{name}." in n}
+
+    def test_what_a_user_froze_stays_frozen_whatever_comes_and_goes(self, tmp_path):
+        model = self.frozen_a()
+        expected = self.training(model, "default")
+        model.save_pretrained(tmp_path)
+        model.add_adapter("other", fp.LoraConfig(target_modules=["q_proj", "v_proj"]))
+        assert self.training(model, "default") == expected
+        assert not self.training(model, "other")
+        model.set_requires_grad("other")
+        both = self.training(model, "other")
+        model.load_adapter(tmp_path, "third")
+        model.load_adapter(tmp_path, "default")
+        assert self.training(model, "default") == expected
+        assert self.training(model, "other") == both
+        model.delete_adapter("third")
+        assert self.training(model, "default") == expected
+        model.set_adapter("default")
+        assert len(self.training(model, "default")) == 2 * len(expected)
+        assert not self.training(model, "other")
+
+    def test_the_trainer_goes_on_with_what_a_user_froze(self, tmp_path):
+        rows = [{"input_ids": torch.arange(1, 8), "labels": torch.arange(1, 8)}] * 8
+
+        def train(steps, resume):
+            model = self.frozen_a()
+            before = {n: p.clone() for n, p in model.named_parameters() if "lora_A" in n}
+            arguments = tf.TrainingArguments(
+                tmp_path, max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True
+            )
+            tf.Trainer(model, arguments, train_dataset=rows).train(resume_from_checkpoint=resume)
+            return before, model
+
+        train(2, None)
+        before, model = train(4, True)
+        saved = fp.load_peft_weights(tmp_path / "checkpoint-2")
+        for name, parameter in model.named_parameters():
+            if name in before:
+                assert torch.equal(parameter, saved[name.replace(".default", "")])
+
+
+class TestMerged:
+    @pytest.mark.parametrize("config", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1, 5]}])
+    def test_a_cast_reaches_the_weights_that_unmerging_restores(self, config):
+        ids = tiny.inputs()["input_ids"]
+        model = adapted(fp.LoraConfig(**config, **LORA)).eval()
+        tiny.randomize(model)
+        model.merge_adapter()
+        model.to(torch.bfloat16)
+        model.unmerge_adapter()
+        weight = model.get_input_embeddings().weight
+        assert weight.dtype == torch.bfloat16
+        assert logits(model, ids).isfinite().all()
+
+    def test_base_embeddings_are_written_and_read_without_what_is_merged(self, tmp_path):
+        ids = tiny.inputs()["input_ids"]
+        base = tiny.make()
+        values = {key: t.clone() for key, t in base.state_dict().items()}
+        model = adapted(fp.LoraConfig(target_modules=["embed_tokens"], **LORA), base=base).eval()
+        expected = logits(model, ids)
+        model.merge_adapter()
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "other")
+        assert model.base_model.bank.mergeable[0].merged_adapters == ["default"]
+        again = tiny.make()
+        again.load_state_dict(values)
+        assert relative(logits(fp.PeftModel.from_pretrained(again, tmp_path).eval(), ids), expected) < 1e-6
+        assert relative(logits(model, ids), expected) < 1e-6
+
+    def test_other_base_embeddings_unmerge_what_is_merged_before_they_are_written(self, tmp_path):
+        ids = tiny.inputs()["input_ids"]
+        adapted(fp.LoraConfig(target_modules=["embed_tokens"], **LORA)).save_pretrained(tmp_path)
+        model = adapted(fp.LoraConfig(target_modules=["embed_tokens"], **LORA)).eval()
+        model.merge_adapter()
+        with pytest.warns(UserWarning, match="are merged, and are unmerged as .* has other base embeddings"):
+            model.load_adapter(tmp_path, "other")
+        assert not model.base_model.bank.mergeable[0].merged_adapters
+        stored = fp.load_peft_weights(tmp_path)["base_model.model.model.embed_tokens.base_layer.weight"]
+        assert torch.equal(model.get_input_embeddings().base_layer.weight, stored)
+        assert logits(model, ids).isfinite().all()
+
+    def test_a_merged_adapter_takes_no_new_values(self, tmp_path):
+        model = adapted(fp.LoraConfig(target_modules=["q_proj"], **LORA))
+        model.save_pretrained(tmp_path)
+        model.merge_adapter()
+        with pytest.raises(ValueError, match=r"'default' is merged; call unmerge_adapter\(\) first"):
+            model.load_adapter(tmp_path, "default")
+
+    def test_an_adapter_made_active_inside_disable_adapter_is_active_afterwards(self):
+        ids = tiny.inputs()["input_ids"]
+        model = adapted(fp.LoraConfig(**LORA)).eval()
+        model.add_adapter("other", fp.LoraConfig(**LORA))
+        expected = logits(model, ids, adapter_names=["other"] * len(ids))
+        model.merge_adapter()
+        with model.disable_adapter():
+            model.set_adapter("other")
+        assert relative(logits(model, ids), expected) < 1e-6
+
+
+class TestFilesBesideOtherAdapters:
+    @pytest.mark.parametrize("other", [{"target_modules": ["v_proj"]}, {"modules_to_save": ["lm_head"]}])
+    def test_biases_have_the_keys_of_their_adapter_alone(self, other, tmp_path):
+        base = tiny.make("phi")
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules=["q_proj"], bias="all"), "a")
+        model.save_pretrained(tmp_path / "alone")
+        alone = fp.load_peft_weights(tmp_path / "alone" / "a")
+        model.add_adapter("b", fp.LoraConfig(**{"target_modules": ["k_proj"]} | other))
+        model.save_pretrained(tmp_path / "both")
+        both = fp.load_peft_weights(tmp_path / "both" / "a")
+        assert both.keys() == alone.keys()
+        assert all(torch.equal(both[key], t) for key, t in alone.items())
+        # And where the other one is there first.
+        second = fp.PeftModel.from_pretrained(tiny.make("phi"), tmp_path / "both" / "b", "b")
+        second.load_adapter(tmp_path / "alone" / "a", "a")
+        for key, t in fp.get_peft_model_state_dict(second, adapter_name="a").items():
+            assert torch.equal(t, alone[key]), key
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1]}],
+    )
+    def test_embeddings_have_the_keys_of_their_adapter_alone_and_all_of_pefts_are_read(self, other, tmp_path):
+        settings = {"task_type": "CAUSAL_LM"}
+        first = {"target_modules": ["q_proj"], **settings}
+        other = {"target_modules": ["v_proj"], **settings} | other
+        folders = {}
+        for library in (fp,) if "trainable_token_indices" in other else (fp, peft):  # PEFT cannot save that
+            torch.manual_seed(0)
+            model = library.get_peft_model(tiny.make(), library.LoraConfig(**first), "a")
+            model.add_adapter("b", library.LoraConfig(**other))
+            folder = tmp_path / library.__name__
+            model.save_pretrained(folder, save_embedding_layers=True)
+            folders[library] = folder / "a"
+            loaded = fp.PeftModel.from_pretrained(tiny.make(), folder / "a")
+            embedding = next(t for key, t in fp.load_peft_weights(folder / "a").items() if "embed_tokens" in key)
+            assert torch.equal(loaded.get_input_embeddings().weight, embedding)
+        keys = fp.load_peft_weights(folders[fp]).keys()
+        assert not any("base_layer" in key or "original_module" in key for key in keys)
+
+
+def test_what_a_user_put_in_the_place_of_an_adapted_layer_stays(tmp_path):
+    ids = tiny.inputs()["input_ids"]
+    model = adapted(fp.LoraConfig(target_modules=["q_proj", "v_proj"], **LORA)).eval()
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.q_proj = own = nn.Linear(32, 32, bias=False)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert not any("layers.0.self_attn.q_proj" in key for key in fp.load_peft_weights(tmp_path))
+    merged = model.merge_and_unload()
+    assert attention.q_proj is own
+    assert relative(logits(merged, ids), expected) < 1e-5
+
+
+class TestServing:
+    @pytest.mark.parametrize("config", [fp.PromptTuningConfig(**SOFT), fp.PrefixTuningConfig(**SOFT)])
+    @pytest.mark.parametrize("architecture", ["llama", "t5"])
+    def test_a_forward_that_is_interrupted_leaves_no_prefix_behind(self, config, architecture):
+        base = tiny.make(architecture)
+        batch = tiny.inputs(architecture)
+        with torch.no_grad():
+            expected = base(**batch).logits
+        config = type(config)(num_virtual_tokens=4, task_type=tiny.TASKS[architecture])
+        model = fp.get_peft_model(base, config).eval()
+        last = [m for m in base.modules() if "Attention" in type(m).__name__][-1]
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        handle = last.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            model(**batch)
+        handle.remove()
+        with torch.no_grad(), model.disable_adapter():
+            assert relative(model(**batch).logits, expected) < 1e-6
+
+    def test_rows_do_not_choose_in_a_layer_that_sees_no_rows(self):
+        config = tf.DebertaV2Config(
+            vocab_size=tiny.VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            position_buckets=8,
+            max_relative_positions=16,
+        )
+        lora = {"r": 2, "task_type": "SEQ_CLS", "init_lora_weights": False}
+        model = adapted(fp.LoraConfig(**lora), "a", tf.DebertaV2ForSequenceClassification(config)).eval()
+        model.add_adapter("b", fp.LoraConfig(**lora))
+        ids = torch.randint(1, tiny.VOCAB, (4, 10))
+        with pytest.raises(ValueError, match=r"a layer saw an input of shape \(1, 16, 32\)"):
+            logits(model, ids, adapter_names=["a", "b", "__base__", "b"])
+        alike = logits(model, ids, adapter_names=["b"] * 4)
+        model.set_adapter("b")
+        assert relative(alike, logits(model, ids)) < 1e-6
+
+    def test_requests_of_both_sides_of_a_usual_length_are_served_in_turn(self):
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4}
+        rope |= {"long_factor": [4.0, 8.0, 3.0, 2.0], "original_max_position_embeddings": 32}
+        shape = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+        config = tf.Phi3Config(
+            **shape,
+            num_hidden_layers=2,
+            pad_token_id=0,
+            max_position_embeddings=256,
+            original_max_position_embeddings=32,
+            rope_parameters=rope,
+            initializer_range=0.2,
+        )
+        model = adapted(fp.PromptTuningConfig(inference_mode=True, **SOFT), base=tf.Phi3ForCausalLM(config)).eval()
+        long, short, token = (torch.randint(1, tiny.VOCAB, (1, n)) for n in (50, 8, 1))
+
+        def goes_on(ids, between=None):
+            cache = tf.DynamicCache(config=model.config)
+            logits(model, ids, past_key_values=cache)
+            if between is not None:
+                logits(model, between)
+            return logits(model, token, past_key_values=cache)
+
+        assert torch.equal(goes_on(short, long), goes_on(short))
+        assert torch.equal(goes_on(long, short), goes_on(long))
+
+    @pytest.mark.parametrize("several", [False, True])
+    def test_a_write_to_an_adapter_is_seen_while_a_cache_goes_on(self, several):
+        lora = {"r": 2, "target_modules": "all-linear", "inference_mode": True, **LORA}
+        model = adapted(fp.LoraConfig(**lora), base=tiny.make(dtype=torch.bfloat16)).eval()
+        if several:
+            model.add_adapter("other", fp.LoraConfig(**lora))
+            model.set_adapter(["default", "other"])
+        ids, token = torch.randint(1, tiny.VOCAB, (1, 6)), torch.tensor([[3]])
+
+        def second(look):
+            cache = tf.DynamicCache(config=model.config)
+            for part in (ids, token):
+                logits(model, part, past_key_values=cache)
+            with torch.no_grad():
+                written = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+                for parameter in written.values():
+                    parameter.mul_(8)
+                if look:
+                    model.base_model.bank.forget()
+                answer = logits(model, token, past_key_values=cache)
+                for parameter in written.values():
+                    parameter.mul_(1 / 8)
+            return answer
+
+        assert torch.equal(second(look=False), second(look=True))
+
+    def test_a_request_whose_adapter_is_deleted_says_so(self):
+        model = adapted(fp.LoraConfig(**LORA), "a").eval()
+        model.add_adapter("b", fp.LoraConfig(**LORA))
+        ids = torch.randint(1, tiny.VOCAB, (1, 6))
+
+        class Delete(tf.LogitsProcessor):
+            def __call__(self, ids, scores):
+                if "b" in model.peft_config:
+                    thread = threading.Thread(target=model.delete_adapter, args=("b",))
+                    thread.start()
+                    thread.join()
+                return scores
+
+        with pytest.raises(RuntimeError, match=r"adapters \['b'\] were deleted while a request"):
+            model.generate(ids, adapter_names=["b"], max_new_tokens=4, logits_processor=[Delete()])
+        model.add_adapter("b", fp.LoraConfig(**LORA))
+        logits(model, ids, adapter_names=["b"])
+
+    def test_adapters_come_and_go_while_a_prompt_is_served(self):
+        interval = sys.getswitchinterval()
+        model = adapted(fp.PromptTuningConfig(inference_mode=True, **SOFT), "prompt").eval()
+        ids, stop, failed = torch.randint(1, tiny.VOCAB, (1, 6)), threading.Event(), []
+
+        def serve():
+            while not stop.is_set():
+                try:
+                    logits(model, ids, adapter_names=["prompt"])
+                except Exception as error:
+                    failed.append(error)
+
+        thread = threading.Thread(target=serve)
+        sys.setswitchinterval(1e-5)
+        try:
+            thread.start()
+            for i in range(10):
+                model.add_adapter(f"n{i}", fp.LoraConfig(target_modules="all-linear", **LORA))
+                model.delete_adapter(f"n{i}")
+        finally:
+            stop.set()
+            thread.join()
+            sys.setswitchinterval(interval)
+        assert not failed
+
+    def test_what_is_made_in_inference_mode_serves_where_something_trains(self):
+        ids = torch.randint(1, tiny.VOCAB, (1, 6))
+        model = adapted(fp.LoraConfig(inference_mode=True, **LORA), "a").eval()
+        model.add_adapter("b", fp.LoraConfig(inference_mode=True, **LORA))
+        model.add_adapter("c", fp.PrefixTuningConfig(**SOFT))
+        model.set_adapter(["a", "b", "c"])
+        with torch.inference_mode():
+            model(ids)
+        model(ids, labels=ids).loss.backward()
+        assert any(p.grad is not None for p in model.parameters())
