@@ -299,7 +299,10 @@ class BidirectionalPrefixes(Prefixes):
     @torch.compiler.disable
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         rows = self.rows
-        if self.bank.run is OFF or not self.uses(rows):
+        if self.bank.run is OFF:
+            return None
+        self._clear_interrupted()
+        if not self.uses(rows):
             return None
         self._check_attention()
         inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]

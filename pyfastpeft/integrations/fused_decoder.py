@@ -50,6 +50,7 @@ _PROJECTIONS = (
 _NO_BRANCH = None, None, 1.0, None  # A, B, scaling, and the factors of the columns or of each row's
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+_version_of = operator.attrgetter("_version")
 _STACKS_KEPT = 4  # switching between this many sets of adapters builds nothing
 
 
@@ -126,6 +127,7 @@ class _Stack:
             self._build(model)
         self._modes = self._modes_now()
         self._stamp = stamp_of(self._copied)
+        self._versions = 0 if self._stamp is None else sum(map(_version_of, self._copied))
         self._hooked = self.lookups.hooked()
         if self._hooked:
             self.held = None
@@ -138,7 +140,7 @@ class _Stack:
             self._model().training,
             *((bank.version, bank.mode) for bank in self.banks),
         )
-        if self._watched and noticed == self._noticed and self._cache() is cache:
+        if self._watched and noticed == self._noticed and self._cache() is cache and self._copies_hold():
             return True
         if self.lookups.hooked() is not self._hooked or not self.lookups.hold():
             return False
@@ -147,6 +149,10 @@ class _Stack:
         if self.held is not None:
             self._noticed, self._cache = noticed, weakref.ref(cache)
         return True
+
+    def _copies_hold(self) -> bool:
+        """Whether nobody has written to what the stack holds copies of; versions only grow."""
+        return self._stamp is None or sum(map(_version_of, self._copied)) == self._versions
 
     def prefix(self, batch: int) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None] | None:
         """What the operator takes of the layers' prefixes; None where they are not of one kind."""

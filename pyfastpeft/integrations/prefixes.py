@@ -295,6 +295,8 @@ class Prefixes:
             return None
         rows = self.rows
         follows = torch.compiler.is_compiling()
+        if not follows:
+            self._clear_interrupted()
         if not self.uses(rows):
             return (args, kwargs | {attention.HANDED_DOWN: _NOTHING}) if follows else None
         self._check_attention()
@@ -336,11 +338,19 @@ class Prefixes:
         run = self.bank.run
         if run is OFF:
             return None
+        self._clear()
+        return _with_last(output, run, first)
+
+    def _clear_interrupted(self) -> None:
+        """Before a forward: of one that a KeyboardInterrupt ends torch does not call the hook."""
+        if self.bank.run is not None:
+            self._clear()
+
+    def _clear(self) -> None:
         self.bank.run = None
         if self._collecting is not None:
             self._collecting.remove()
             self._collecting = None
-        return _with_last(output, run, first)
 
     # The first label. What a prompt at the embedding says next is the text's first token, and PEFT trains it to where
     # that token has a label. The logits of the last virtual token are there for the loss alone, in front of all others,
@@ -492,14 +502,11 @@ class Prefixes:
     def _kept(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
         """:meth:`_of_prompt`, kept where that is safe."""
         source = self.sources[name]
-        parameters, base = list(source.module.parameters()), []
-        if source.form is Form.KEYS_VALUES:
-            others = ()
-        else:
-            base = self._base_parameters()
+        parameters = list(source.module.parameters())
+        others = () if source.form is Form.KEYS_VALUES else others
         for other in others:
             parameters += self.bank.parameters(other)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in (*parameters, *base)):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in (*parameters, *self._base_parameters(source))):
             return self._work_out(source, others)
         # What trains may be written through .data, which leaves no trace: it is kept for one generation at most, in
         # which the base does not change either.
@@ -509,17 +516,18 @@ class Prefixes:
         embedding = getattr(embedding, "base_layer", embedding).weight
         stamp = stamp_of([*parameters, embedding])
         own = stamp, self.decoder.training, autocast_of(embedding)
-        names = name, *others
-        held = self._made.get(names, (name, others))
+        # A request beyond the usual reach, which stays there, and one that is not may be served in turn.
+        names, key = (name, *others), (name, others, self.bank.reach > 0)
+        held = self._made.get(names, key)
         known = trusted and stamp is not None and held is not None and held[0] == own
         if known and decoding:
             return held[2]
-        rest = stamp_of(base), self.bank.reach
+        rest = stamp_of(self._base_parameters(source)), self.bank.reach
         if known and held[1] == rest:
             return held[2]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = self._work_out(source, others)
-        self._made.keep(names, (name, others), (own, rest, values, parameters))
+        self._made.keep(names, key, (own, rest, values, parameters))
         return values
 
     @property
@@ -527,15 +535,24 @@ class Prefixes:
         """What prompts come to: one beside other adapters, or several."""
         return self.bank.kept.setdefault("made", Made())
 
-    def _base_parameters(self) -> list[nn.Parameter]:
-        """The decoder's own, as against its adapters'."""
+    def _base_parameters(self, source: Source) -> list[nn.Parameter]:
+        """The decoder's own, as against its adapters', as far as ``source`` depends on them."""
+        if source.form is Form.KEYS_VALUES:
+            return []
         now = registered()
         known, found = self.bank.kept.get(_BASE, (None, []))
         if known != now:  # some may be other objects
-            named = self.decoder.named_parameters()
-            found = [p for name, p in named if _ADAPTERS.isdisjoint(name.split("."))]
+            found = self._look_up_base()
             self.bank.kept[_BASE] = now, found
         return found
+
+    def _look_up_base(self) -> list[nn.Parameter]:
+        while True:
+            try:
+                named = self.decoder.named_parameters()
+                return [p for name, p in named if _ADAPTERS.isdisjoint(name.split("."))]
+            except RuntimeError:  # another thread puts an adapter in, and a dictionary changed its size
+                continue
 
     def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
         return [parameter for name in names for parameter in self.bank.parameters(name)]
