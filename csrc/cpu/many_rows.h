@@ -57,6 +57,7 @@ struct ManyRows : Product<A> {
   using Product<A>::packed_rows_bytes;
 
   static constexpr int64_t kRowChunk = kHasTiles ? 512 : 256;  // rows whose float32 results stay in cache together
+  static constexpr int64_t kSummands = 16 * kBlock;            // of one float32 sum: more are a sum of such sums
 
   // ---- forward, many rows: decode a panel, then a dense product ----
 
@@ -257,7 +258,9 @@ struct ManyRows : Product<A> {
     const int64_t groups = ceil_div(g.rows, kGroupLanes), rank = g.ds == nullptr ? 0 : g.lora_a.rows;
     const int64_t chunk_groups = kRowChunk / kGroupLanes;
     E* wt = static_cast<E*>(scratch(0, kColumnChunk * kStride * sizeof(E)));
-    float* c = static_cast<float*>(scratch(1, kColumnChunk * kRowChunk * sizeof(float)));
+    const bool splits = (g.w.n > rank ? g.w.n : rank) > kSummands;
+    float* c = static_cast<float*>(scratch(1, (splits ? 2 : 1) * kColumnChunk * kRowChunk * sizeof(float)));
+    float* totals = splits ? c + kColumnChunk * kRowChunk : c;
     for (int64_t g0 = 0; g0 < groups; g0 += chunk_groups) {
       const int64_t ngroups = min64(chunk_groups, groups - g0);
       const auto accumulate = [&](const void* panels, int64_t block, int64_t contraction, int64_t cols) {
@@ -265,15 +268,22 @@ struct ManyRows : Product<A> {
         multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, kGroupLanes);
       };
       // body(first row, rows, sums) for each group.
-      const auto each_group = [&](int64_t cols, const auto& body) {
+      const auto each_group = [&](float* from, int64_t cols, const auto& body) {
         for (int64_t i = 0; i < ngroups; ++i) {
           const int64_t row0 = (g0 + i) * kGroupLanes;
-          body(row0, min64(kGroupLanes, g.rows - row0), c + i * cols * kGroupLanes);
+          body(row0, min64(kGroupLanes, g.rows - row0), from + i * cols * kGroupLanes);
         }
       };
       for (int64_t k0 = col0; k0 < col1; k0 += kColumnChunk) {
-        const int64_t cols = min64(kColumnChunk, col1 - k0);
-        __builtin_memset(c, 0, cols * ngroups * kGroupLanes * sizeof(float));
+        const int64_t cols = min64(kColumnChunk, col1 - k0), count = cols * ngroups * kGroupLanes;
+        __builtin_memset(c, 0, count * sizeof(float));
+        if (splits) __builtin_memset(totals, 0, count * sizeof(float));
+        const auto add_up = [&] {
+          for (int64_t j = 0; splits && j < count; ++j) {
+            totals[j] += c[j];
+            c[j] = 0.0f;
+          }
+        };
         for (int64_t r = 0; r < rank; r += kBlock) {
           const int64_t n = min64(kBlock, rank - r);
           Matrix part = g.lora_a;
@@ -284,17 +294,20 @@ struct ManyRows : Product<A> {
           shifted.cols = cols;
           pack_rows_t(shifted, nullptr, 0, wt);
           accumulate(g.ds, r / kBlock, n, cols);
+          if (g.dropout.threshold == 0 && (r + n) % kSummands == 0) add_up();
         }
         if (rank != 0 && g.dropout.threshold != 0)
-          each_group(cols, [&](int64_t row0, int64_t rows, float* sums) {
+          each_group(c, cols, [&](int64_t row0, int64_t rows, float* sums) {
             drop_transposed(g.dropout, row0, rows, k0, cols, sums, kGroupLanes);
           });
+        add_up();
         for (int64_t n0 = 0; n0 < g.w.tiles() * kTile; n0 += kBlock) {
           const int64_t tile0 = n0 / kTile, tile1 = min64(g.w.tiles(), tile0 + kBlock / kTile);
           decode_transposed(g.w, tile0, tile1, k0, cols, wt);
           accumulate(g.dy, n0 / kBlock, min64((tile1 - tile0) * kTile, g.w.n - n0), cols);
+          if ((n0 + kBlock) % kSummands == 0 || tile1 == g.w.tiles()) add_up();
         }
-        each_group(cols, [&](int64_t row0, int64_t rows, const float* sums) {
+        each_group(totals, cols, [&](int64_t row0, int64_t rows, const float* sums) {
           store_transposed(sums, kGroupLanes, cols, rows, g.dx, g.dx_dtype, g.lddx, row0, k0);
         });
       }
@@ -404,7 +417,6 @@ struct ManyRows : Product<A> {
     [[maybe_unused]] const Tiles held;
     constexpr int64_t kLanesTogether = 16 * kGroupLanes;  // whose sums stay in cache, while p is read along its rows
     constexpr int64_t kRowsTogether = 32;                 // between them, some of what comes next is asked for
-    constexpr int64_t kSummands = 16 * kBlock;            // of one float32 sum: more are a sum of such sums
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     const int64_t rows = x.rows;
     const bool splits = p.rows > kSummands;
