@@ -191,6 +191,66 @@ def test_autocast_is_the_same_where_layers_are_computed_again():
     torch.testing.assert_close(*found, rtol=5e-2, atol=5e-2 * float(found[0].abs().max()))
 
 
+def check_gradients_are_those_of_plain_layers(model, loss_of):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for _ in range(2):
+        found.append(torch.autograd.grad(loss_of(), trained, allow_unused=True))
+        fuse_layers(model, False)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(CONFIGS[0], name) for name in ("gate_proj", "up_proj", "post_attention_layernorm")]
+    + [(CONFIGS[4], "gate_up_proj")],
+    ids=lambda v: v if isinstance(v, str) else v.model_type,
+)
+def test_weights_that_a_call_brings_are_those_of_its_backward_pass(config, name):
+    model = prefixed(model_of(config).train())
+    weights = {n: 2 * p.detach() for n, p in model.named_parameters() if name in n}
+    assert weights
+    inputs = batch()
+    check_gradients_are_those_of_plain_layers(
+        model, lambda: torch.func.functional_call(model, weights, (), inputs).loss
+    )
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_norm_of_another_adapter_has_no_part_in_the_backward_pass(rows):
+    lora = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    own = fp.LoraConfig(**lora, modules_to_save=["post_attention_layernorm"])
+    model, inputs = fp.get_peft_model(model_of(CONFIGS[0]), own, "a").train(), batch()
+    for name, p in model.named_parameters():
+        if "modules_to_save.a" in name:
+            p.data.mul_(2)
+    model.add_adapter("b", fp.LoraConfig(**lora))
+    model.set_adapter("b")
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def loss():
+        if rows:
+            return model(**inputs, adapter_names=[["a", "b"]] * 3).loss
+        model.set_adapter("b")
+        loss = model(**inputs).loss
+        model.set_adapter("a")
+        for p in trained:
+            p.requires_grad_()
+        return loss
+
+    check_gradients_are_those_of_plain_layers(model, loss)
+
+
+def test_a_frozen_weight_that_changes_before_the_backward_pass_is_an_error():
+    model = prefixed(model_of(CONFIGS[0]).train())
+    loss = model(**batch()).loss
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.gate_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     model = fp.get_peft_model(model_of(CONFIGS[0]).train(), fp.LoraConfig(target_modules="all-linear"))
     inputs = batch()

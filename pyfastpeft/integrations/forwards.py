@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,19 @@ def hooked(module: nn.Module) -> bool:
     """Whether anything of the caller's runs with ``module``'s forward or backward pass."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks)
+
+
+@contextmanager
+def parameters_of(held: Mapping[nn.Module, dict[str, Tensor | None]]) -> Iterator[None]:
+    """Let modules without children run with these parameters by name, and then have their own again."""
+    own = {module: module._parameters for module in held}
+    try:
+        for module, parameters in held.items():
+            module._parameters = parameters
+        yield
+    finally:
+        for module, parameters in own.items():
+            module._parameters = parameters
 
 
 def autocast_of(x: Tensor) -> dict[str, Any]:

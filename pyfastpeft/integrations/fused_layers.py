@@ -25,7 +25,7 @@ from ..nn.modules_to_save import ModulesToSave
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.backends import FLOATS, Backend, choose_plain
 from .dense_layers import DenseForward, has_fast_forward
-from .forwards import ModuleForward, autocast_of, hooked, install, remove
+from .forwards import ModuleForward, autocast_of, hooked, install, parameters_of, remove
 
 _ROPE = "apply_rotary_pos_emb"
 
@@ -65,39 +65,51 @@ def _frozen(*layers: nn.Module) -> bool:
     return not any(p.requires_grad for m in layers for p in m.parameters())
 
 
-def _activated(x: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]], *layers: nn.Module) -> Tensor:
-    """``swiglu`` of what ``layers`` project x to.
+def _activated(
+    x: Tensor,
+    project: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *layers: nn.Module,
+    norm: nn.Module | None = None,
+) -> Tensor:
+    """``swiglu`` of what ``layers`` project x, or its ``norm``, to.
 
     Gate and up are most of what a layer of a model would keep for the backward pass. Where all that this pass wants of
-    them is x's gradient, and the weights are dense, they are computed again instead, which takes a tenth to a fifth of
-    a training step. Weights of 4 bits leave more memory free than that saves; and of few rows it is little beside
-    dense ones: up to 3/8 of x's size they take less than the MLP's three weights would in 4 bits.
+    them is x's gradient, and the weights are dense, they are computed again instead, by the weights that are here now,
+    which takes a tenth to a fifth of a training step. Weights of 4 bits leave more memory free than that saves; and of
+    few rows it is little beside dense ones: up to 3/8 of x's size they take less than the MLP's three weights would in
+    4 bits.
     """
     dense = all(_plain(m) and type(m) is not Linear4bit for m in layers)
     few = 8 * x[..., 0].numel() <= 3 * x.shape[-1]
     if few or not (dense and _frozen(*layers)):
         return swiglu(*project(x))
     autocast = autocast_of(x)
+    modules = layers if norm is None else (*layers, norm)
+    places = [(module, name) for module in modules for name in module._parameters]
 
-    def again(x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(**autocast):
+    def again(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        held = {module: {} for module in modules}
+        for (module, name), weight in zip(places, weights, strict=True):
+            held[module][name] = weight
+        with torch.autocast(**autocast), parameters_of(held):
             return project(x)
 
-    return projected_swiglu(x, again)
+    return projected_swiglu(x, again, *(module._parameters[name] for module, name in places))
 
 
 class _LlamaMlp(ModuleForward):
-    def __call__(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Of x, or of its ``norm``, which is frozen."""
+    def __call__(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Of x, or of its ``norm``, which is frozen and has no children."""
         mlp = self.module
         if not (_serves(x) and _is_silu(mlp.act_fn)):
             return self.own(x if norm is None else norm(x))
+        gate, up = mlp.gate_proj, mlp.up_proj
 
         def project(x: Tensor) -> tuple[Tensor, Tensor]:
             x = x if norm is None else norm(x)
-            return mlp.gate_proj(x), mlp.up_proj(x)
+            return gate(x), up(x)
 
-        return mlp.down_proj(_activated(x, project, mlp.gate_proj, mlp.up_proj))
+        return mlp.down_proj(_activated(x, project, gate, up, norm=norm))
 
 
 class _Sum(torch.autograd.Function):
@@ -122,7 +134,9 @@ class _LlamaLayer(ModuleForward):
         attention, norm, mlp = layer.self_attn, layer.post_attention_layernorm, layer.mlp
         y, _ = attention(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
         x = self._sum(hidden_states, y, attention, getattr(attention, "o_proj", None))
-        if not isinstance(vars(mlp).get("forward"), _LlamaMlp) or hooked(mlp) or hooked(norm) or not _frozen(norm):
+        # A norm of several, of which adapters choose one, may be another in the backward pass.
+        alone = not (hooked(norm) or norm._modules) and _frozen(norm)
+        if not (alone and isinstance(vars(mlp).get("forward"), _LlamaMlp)) or hooked(mlp):
             return x + mlp(norm(x))
         y = mlp.forward(x, norm)
         return self._sum(x, y, mlp, mlp.down_proj)
@@ -141,8 +155,8 @@ class _Phi3Mlp(ModuleForward):
         mlp = self.module
         if not (_serves(hidden_states) and _is_silu(mlp.activation_fn)):
             return self.own(hidden_states)
-        both = lambda x: mlp.gate_up_proj(x).chunk(2, dim=-1)  # noqa: E731
-        return mlp.down_proj(_activated(hidden_states, both, mlp.gate_up_proj))
+        layer = mlp.gate_up_proj
+        return mlp.down_proj(_activated(hidden_states, lambda x: layer(x).chunk(2, dim=-1), layer))
 
 
 class _Attention(ModuleForward):

@@ -70,19 +70,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _swiglu(gate, up)
 
 
-def projected_swiglu(x: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-    """``swiglu(*project(x))``, of which x alone is kept: the backward pass computes gate and up again.
+def projected_swiglu(x: Tensor, project: Callable[..., tuple[Tensor, Tensor]], *weights: Tensor | None) -> Tensor:
+    """``swiglu(*project(x, *weights))``, of which x alone is kept: the backward pass computes gate and up again.
 
     Args:
         x: of any shape, floating.
-        project: x → gate and up, the same each time, recorded for autograd; in it nothing but x receives a gradient.
+        project: x, weights → gate and up, the same each time, recorded for autograd; in it nothing but x receives a
+            gradient.
+        weights: what else they depend on; kept, too, as what is there anyway.
 
     Returns:
         As ``swiglu``. Differentiable once, in x.
     """
     if recorded(x) and choose_plain(x.device) is not Backend.REFERENCE:
-        return _ProjectedSwiGlu.apply(x, project)
-    return swiglu(*project(x))
+        return _ProjectedSwiGlu.apply(x, project, *weights)
+    return swiglu(*project(x, *weights))
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,22 +182,23 @@ class _SwiGlu(torch.autograd.Function):
 
 class _ProjectedSwiGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, project):  # noqa: ANN001
-        ctx.save_for_backward(x)
+    def forward(ctx, x, project, *weights):  # noqa: ANN001
+        ctx.save_for_backward(x, *weights)
         ctx.project = project
         with torch.enable_grad():  # as in the backward pass: without, a layer may take what is for inference alone
-            both = project(x.detach().requires_grad_())
+            both = project(x.detach().requires_grad_(), *weights)
         return _swiglu(*both)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # noqa: ANN001
-        x = ctx.saved_tensors[0].detach().requires_grad_()
+        x, *weights = ctx.saved_tensors
+        x = x.detach().requires_grad_()
         with torch.enable_grad():
-            both = ctx.project(x)
+            both = ctx.project(x, *weights)
         found = torch.ops.pyfastpeft.swiglu_backward.default(_rows(dy), *map(_rows, both))
         dx = torch.autograd.grad(both, x, [d.view(dy.shape) for d in found])
-        return *dx, None
+        return *dx, *[None] * (1 + len(weights))
 
 
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
