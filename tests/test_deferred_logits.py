@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import deferred_logits
-from pyfastpeft.integrations.deferred_logits import DeferredLogits, chunked_cross_entropy, defer_logits
+from pyfastpeft.integrations.deferred_logits import (
+    DeferredLogits,
+    _DeferringForward,
+    chunked_cross_entropy,
+    defer_logits,
+)
+from pyfastpeft.integrations.forwards import install
 from pyfastpeft.ops import backends, cross_entropy_
 
 IGNORED = -100
@@ -339,11 +345,37 @@ def test_a_head_whose_input_was_changed_in_place_is_an_error(read):
     assert torch.equal(read_before.clone(), expected)
 
 
+@pytest.mark.parametrize("read", [torch.sum, lambda t: F.cross_entropy(t.view(6, -1), torch.arange(6))])
+def test_a_head_that_has_other_parameters_since_gives_the_logits_of_its_call(read, operator):
+    plain = make("llama").lm_head.train().requires_grad_(False)
+    deferring = copy.deepcopy(plain)
+    install(deferring, _DeferringForward)
+    hidden, brought, found = torch.randn(2, 3, 32, requires_grad=True), {"weight": plain.weight * 2}, []
+    for head in (deferring, plain):
+        calls = head(hidden), torch.func.functional_call(head, brought, (hidden,))
+        head.weight = nn.Parameter(torch.zeros(64, 32), requires_grad=False)
+        head.bias = nn.Parameter(torch.ones(64), requires_grad=False)
+        found.append([(loss, *torch.autograd.grad(loss, hidden)) for loss in map(read, calls)])
+    torch.testing.assert_close(*found)
+
+
+def test_a_head_whose_weight_was_changed_in_place_is_an_error():
+    head = make("llama").lm_head.train().requires_grad_(False)
+    install(head, _DeferringForward)
+    logits = head(torch.randn(2, 3, 32))
+    head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"changed in place.*defer_logits"):
+        logits.sum()
+
+
 def test_inference_tensors_are_projected_at_once():
     model = make("llama").train().requires_grad_(False)
     defer_logits(model)
     with torch.inference_mode():
         hidden = torch.randn(2, 3, 32)
+    assert torch.equal(model.lm_head(hidden), F.linear(hidden, model.lm_head.weight))
+    with torch.inference_mode():
+        model.lm_head.weight = nn.Parameter(torch.randn(64, 32), requires_grad=False)
     assert torch.equal(model.lm_head(hidden), F.linear(hidden, model.lm_head.weight))
 
 

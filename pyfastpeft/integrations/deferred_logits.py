@@ -24,7 +24,7 @@ from ..ops.backends import FLOATS, choose_plain
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from .dense_layers import DenseForward
-from .forwards import ModuleForward, autocast_of, hooked, install, remove
+from .forwards import ModuleForward, autocast_of, hooked, install, parameters_of, remove
 
 _CHUNK_LOGITS = 1 << 22
 _CPU_ROWS, _GPU_ROWS = 128, 512
@@ -111,7 +111,10 @@ class _Call:
     """One call of an output head that was put off."""
 
     def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
-        self.head, self._hidden, self._version = head, hidden, hidden._version
+        self.head, self._hidden = head, hidden
+        self._parameters = head._parameters.copy()  # it may have others by the time the logits are computed
+        operands = hidden, *(p for p in self._parameters.values() if p is not None)
+        self._versions = [(t, t._version) for t in operands]
         self.autocast = autocast_of(hidden)  # which may have ended by the time the logits are computed
         self.dtype = self.autocast["dtype"] if self.autocast["enabled"] else hidden.dtype
         self.loss_taken = False
@@ -120,21 +123,21 @@ class _Call:
 
     @property
     def hidden(self) -> Tensor:
-        if self._hidden._version != self._version:
+        if any(t._version != version for t, version in self._versions):
             raise RuntimeError(
-                "what the output head was called with was changed in place before the logits were read; "
-                "call pyfastpeft.integrations.deferred_logits.defer_logits(model, False) before the forward"
+                "what the output head was called with, or its weight, was changed in place before the logits were "
+                "read; call pyfastpeft.integrations.deferred_logits.defer_logits(model, False) before the forward"
             )
         return self._hidden
 
     def project(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(**self.autocast):
+        with torch.autocast(**self.autocast), parameters_of({self.head: self._parameters}):
             return type(self.head).forward(self.head, hidden)
 
     def weight(self) -> Tensor | None:
         """The head's, where there is nothing else to it and ``head_cross_entropy`` serves it."""
-        head, weight = self.head, self.head.weight
-        plain = type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        plain = type(self.head) is nn.Linear and bias is None and type(weight) is nn.Parameter
         alike = not self.autocast["enabled"] and weight.dtype == self.hidden.dtype
         return weight if plain and alike and choose_plain(weight.device) is Backend.NATIVE else None
 
@@ -341,7 +344,8 @@ class _DeferringForward(ModuleForward):
         # A hook wants to see the logits, or brings the weight for this very call; a trained weight may soon be another.
         trained = any(p.requires_grad for p in head.parameters())
         # Inference tensors do not tell whether they were changed.
-        if hooked(head) or trained or input.dtype not in FLOATS or input.is_inference():
+        inference = any(t.is_inference() for t in (input, *head.parameters()))
+        if hooked(head) or trained or input.dtype not in FLOATS or inference:
             return self.own(input)
         call = _Call(head, input)
         meta = torch.empty((*input.shape[:-1], head.out_features), dtype=call.dtype, device="meta")
