@@ -449,6 +449,34 @@ def test_observing_gradients_of_logits_that_the_loss_did_without_is_an_error():
     assert seen[0].shape == (3, 17, 200)
 
 
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda loss, logits: torch.autograd.grad(loss, logits, allow_unused=True),
+        lambda loss, logits: torch.autograd.backward(loss, inputs=[logits]),
+        lambda loss, logits: loss.backward(inputs=logits),
+        lambda loss, logits: logits.register_hook(print),
+    ],
+    ids=["grad", "backward", "method", "hook"],
+)
+def test_asking_for_the_gradient_of_logits_that_the_loss_did_without_is_an_error(ask, read):
+    outputs = trained_model(CONFIGS[0])(**labelled_batch())
+    if read:
+        outputs.logits.sum()
+    with pytest.raises(RuntimeError, match="defer_logits"):
+        ask(outputs.loss, outputs.logits)
+
+
+def test_gradients_of_logits_that_were_read_are_there():
+    model, ids = trained_model(CONFIGS[0]), labelled_batch()["input_ids"]
+    logits = model(input_ids=ids).logits
+    loss = logits.square().sum() / 2
+    assert torch.equal(torch.autograd.grad(loss, logits, retain_graph=True)[0], logits)
+    loss.backward(inputs=[logits])
+    assert torch.equal(logits.grad, logits)
+
+
 def test_autocast_holds_for_logits_that_are_computed_after_it():
     model, batch = trained_model(CONFIGS[0]), labelled_batch()
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,7 +11,7 @@ it gets the logits. A model's own loss, a trainer's and a hand-written one are a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -204,6 +204,8 @@ class DeferredLogits(Tensor):
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _OBSERVED:
+            _check_observed(_OBSERVED[func](*args, **kwargs))
         handler = _HANDLERS.get(func)
         if handler is not None and args and isinstance(args[0], DeferredLogits) and args[0].form.call.value is None:
             result = handler(*args, **kwargs)
@@ -309,13 +311,12 @@ def _cross_entropy(
     return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(logits.dtype)
 
 
-def _observed(logits: DeferredLogits, *args: Any) -> Any:
-    if logits.form.call.loss_taken:
+def _check_observed(tensors: Sequence[Tensor]) -> None:
+    if any(isinstance(t, DeferredLogits) and t.form.call.loss_taken for t in tensors):
         raise RuntimeError(
             "the loss was computed without these logits, so no gradient will reach them; "
             "call pyfastpeft.integrations.deferred_logits.defer_logits(model, False) before the forward"
         )
-    return NotImplemented
 
 
 _DESCRIPTIONS = frozenset(
@@ -329,9 +330,15 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.to: _converted,
     Tensor.contiguous: _contiguous,
     Tensor.__getitem__: _sliced,
-    Tensor.retain_grad: _observed,
-    Tensor.register_hook: _observed,
 } | {function: _reshaped(function) for function in (Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape)}
+
+# What asks for the gradient of which of its arguments.
+_OBSERVED: dict[Any, Callable[..., Sequence[Tensor]]] = {
+    Tensor.retain_grad: lambda *logits: logits,
+    Tensor.register_hook: lambda logits, hook: (logits,),
+    torch.autograd.grad: lambda outputs, inputs, **_: inputs,
+    torch.autograd.backward: lambda tensors, inputs=None, **_: inputs or (),
+}
 
 
 class _DeferringForward(ModuleForward):
