@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from architectures import make, vary_vectors
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import pyfastpeft as fp
@@ -352,6 +353,31 @@ def test_a_hook_may_keep_what_it_saw():
         model(**batch())
         handle.remove()
     assert len(kept) == 4 and all(torch.equal(*pair) for pair in kept)
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
+def test_a_hook_of_every_module_sees_each_and_may_keep_what_it_saw():
+    model = fp.get_peft_model(model_of(CONFIGS[0]).train(), fp.LoraConfig(task_type="CAUSAL_LM"))
+    kept, ran, turned = [], [], []
+
+    def keep(module, args, out):
+        ran.append(module)
+        if isinstance(out, torch.Tensor):
+            kept.append((out, out.clone()))
+
+    handles = [
+        register_module_forward_hook(keep),
+        register_module_full_backward_hook(lambda module, *_: turned.append(module)),
+    ]
+    try:
+        model(**batch()).loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert all(torch.equal(*pair) for pair in kept)
+    for layer in model.get_base_model().model.layers:
+        assert {layer.mlp, layer.mlp.gate_proj, layer.post_attention_layernorm} <= set(ran)
+    assert layer.mlp in turned
 
 
 @pytest.mark.parametrize("config", [tf.LlamaConfig(**SMALL), tf.Phi3Config(**SMALL)], ids=lambda c: c.model_type)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -35,7 +34,7 @@ from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode
 from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
-from .forwards import ModuleForward, install
+from .forwards import GLOBAL_HOOKS, ModuleForward, install
 
 _FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 _PROJECTIONS = (
@@ -78,10 +77,7 @@ class _Lookups:
         self.containers: list[dict] = []
         self.keys: list[str] = []
         self.found: list[Any] = []
-        self.hooks: list[Any] = [  # and whatever else must be empty
-            torch_module._global_forward_hooks,
-            torch_module._global_forward_pre_hooks,
-        ]
+        self.hooks: list[Any] = [*GLOBAL_HOOKS]  # and whatever else must be empty
 
     def get(self, container: dict, key: str) -> Any:
         found = container.get(key)
