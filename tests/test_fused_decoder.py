@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import VOCAB, HeldPrefix, inputs, make, quantized, randomize, vary_vectors
+from torch.nn.utils.parametrizations import weight_norm
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import fused_decoder
@@ -416,6 +417,27 @@ def test_rows_that_choose_see_what_changes_and_nothing_of_each_other(served):
     assert torch.equal(generate(model, ids, **rows)[0], first[0]) and not any(served)
     with pytest.raises(ValueError, match="adapter_names"):
         generate(model, ids, adapter_names=["odd", "short", "odd"])
+
+
+@pytest.mark.parametrize("active", [["odd"], ["default", "odd"]])
+def test_factors_that_are_computed_from_other_parameters_go_the_ordinary_way(active, served):
+    plain, model = three_adapters()
+    ids = torch.randint(1, VOCAB, (2, 6))
+    found = []
+    for m in (plain, model):
+        m.set_adapter(active, inference_mode=True)
+        served.clear()
+        before = logits_along(m, ids, (4, 1, 1))
+        assert any(served) is (m is model)
+        part = m.base_model.model.model.layers[1].self_attn.q_proj.lora_B["odd"]
+        weight_norm(part)
+        served.clear()
+        torch.testing.assert_close(logits_along(m, ids, (4, 1, 1)), before, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            part.parametrizations.weight.original0.mul_(40)
+        found.append(logits_along(m, ids, (4, 1, 1)))
+        assert not any(served) and (found[-1] - before).abs().max() > 1e-2
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -21,6 +21,7 @@ import torch
 import transformers as tf
 from architectures import relative
 from torch import nn
+from torch.nn.utils import prune
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -96,6 +97,28 @@ class TestLikePeft:
             (logits * torch.linspace(-1, 1, logits.shape[-1]).double()).sum().backward()
         for name in trained:
             assert relative(own[name].grad, others[name].grad) < 2e-5, name
+
+    @pytest.mark.parametrize(
+        "compute",
+        [
+            nn.utils.parametrizations.weight_norm,
+            nn.utils.weight_norm,
+            lambda part, name: prune.ln_structured(part, name, 0.5, 2, 0),
+        ],
+        ids=["parametrization", "old weight_norm", "prune"],
+    )
+    def test_factors_that_are_computed_from_other_parameters_train_as_in_peft(self, compute, seed, plain_torch):
+        ours, theirs = pair(tiny.make(), seed, lora_bias=True, lora_alpha=8)
+        tiny.randomize(ours)
+        tiny.copy_adapters(ours, theirs)
+        curves, batch = [], tiny.inputs()
+        for model in (ours, theirs):
+            for layer in model.base_model.model.model.layers:
+                compute(layer.self_attn.q_proj.lora_A["default"], "weight")
+                compute(layer.self_attn.v_proj.lora_B["default"], "weight")
+            curves.append(tiny.loss_curve(model, batch, steps=4))
+        torch.testing.assert_close(*curves, rtol=1e-5, atol=1e-5)
+        assert curves[0][-1] < curves[0][0] - 1e-2
 
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_every_architecture_gives_the_outputs_of_peft(self, architecture, seed, plain_torch):

@@ -274,14 +274,22 @@ class _Stack:
             return _NO_BRANCH
         if not plan.simple:
             return self._stacked_branch(module, plan.names, None, dtype)
-        if plan.magnitude is not None or look.get(plan.b, "bias") is not None or self._drops(plan.dropout):
+        bias = look.get(plan.b, "bias") is not None or "bias" not in plan.b
+        if plan.magnitude is not None or bias or self._drops(plan.dropout):
             raise _Unsupported
-        a, b = look.get(plan.a, "weight"), look.get(plan.b, "weight")
+        a, b = self._factors(plan.a, plan.b)
         branch = module.branch(dtype, plan.names, a, b, plan.scaling, 0.0)
         if isinstance(branch, PackedLora):
             self._copied += (a, b)
             return branch.a_pairs, branch.b_pairs, plan.scaling, None
         return a, b, plan.scaling, None
+
+    def _factors(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[Tensor]:
+        """A and B, by the dictionaries of their parameters."""
+        factors = [self.lookups.get(held, "weight") for held in (a, b)]
+        if any(t is None for t in factors):
+            raise _Unsupported  # it is computed from other parameters, at each token
+        return factors
 
     def _drops(self, dropout: nn.Module | None) -> bool:
         held = vars(dropout) if isinstance(dropout, nn.Dropout) else {}
@@ -295,6 +303,8 @@ class _Stack:
             raise _Unsupported  # one that trains may change without a trace, and these are copies
         if any(self._drops(module.lora_dropout[name]) for name in names):
             raise _Unsupported
+        for name in names:
+            self._factors(*module._holders(name))
         self._copied += module.parts(names)
         a, b, scale = module.stacked(names)
         if mode is not None and not module.all_finite(names, dtype):

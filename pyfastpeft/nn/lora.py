@@ -54,7 +54,11 @@ class LoraLinear(LoraLayer):
             return self.base_layer(x, *args, **kwargs)
         if not plan.simple:
             return self._general(x, plan.names, None, args, kwargs)
-        a, b, bias = plan.a["weight"], plan.b["weight"], plan.b["bias"]
+        try:
+            a, b, bias = plan.a["weight"], plan.b["weight"], plan.b["bias"]
+        except KeyError:  # they are computed from other parameters
+            a, b = self.factors(plan.names[0])
+            bias = self._bias_of(plan.names[0])
         scaling = plan.scale if is_compiling() else plan.scaling
         dropout = dropout_rate(plan.dropout)
         if dropout and plan.magnitude is not None:

@@ -96,6 +96,14 @@ def _pair(n_in: int, r: int, n_out: int, bias: bool, initialize: bool) -> tuple[
     return make(nn.Linear, n_in, r, bias=False), make(nn.Linear, r, n_out, bias=bias)
 
 
+def _weight_of(part: nn.Linear) -> Tensor:
+    """A or B, which may be computed: by a parametrization, or (``prune``, the old ``weight_norm``) before a forward."""
+    if "weight" not in part._parameters:
+        for hook in part._forward_pre_hooks.values():
+            hook(part, ())
+    return part.weight
+
+
 def stamp_of(tensors: list[Tensor]) -> tuple | None:
     """Changes whenever a value may have changed; None where that cannot be told.
 
@@ -182,7 +190,7 @@ class LoraLayer(nn.Module):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of an adapter."""
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        return _weight_of(self.lora_A[name]), _weight_of(self.lora_B[name])
 
     def capacity(self, name: str) -> int:
         """The rank of an adapter's parameters, of which ``r`` may be in use."""
