@@ -253,6 +253,20 @@ def test_a_module_that_is_loaded_whole_leaves_the_base_models_own_alone(architec
     assert all(torch.equal(t, base.get_parameter(n)) for n, t in again.unload().named_parameters())
 
 
+def test_a_module_inside_another_that_is_saved_whole_is_trained_and_saved_with_it(tmp_path):
+    """A classifying task adds the head of which ``modules_to_save`` names a part."""
+    base = tf.RobertaForSequenceClassification(tf.RobertaConfig(**tiny._BERT)).eval()
+    batch = tiny.inputs("bert")
+    kwargs = {"target_modules": ["query"], "modules_to_save": ["classifier.out_proj"], "task_type": "SEQ_CLS"}
+    model = trained(fp.get_peft_model, base, fp.LoraConfig(**kwargs))
+    model.add_adapter("another", fp.LoraConfig(**kwargs))
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    again = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert relative(again(**batch).logits, expected) < EQUAL
+    assert relative(model.merge_and_unload()(**batch).logits, expected) < EQUAL
+
+
 def test_a_base_embedding_in_the_file_replaces_the_one_that_initialization_left(tmp_path):
     base, batch = tiny.make(), tiny.inputs()
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights="pissa_niter_1")

@@ -122,15 +122,33 @@ def tied_ends(model: nn.Module) -> list[nn.Module]:
 def find_saved(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
     """Path → module for every module of ``modules_to_save``.
 
-    As in PEFT a path need only end so: DistilBERT's ``pre_classifier`` belongs to its ``classifier``.
+    As in PEFT a path need only end so: DistilBERT's ``pre_classifier`` belongs to its ``classifier``. What lies inside
+    another of them is trained with that one.
     """
     wanted = tuple(config.modules_to_save or ())
-    return {path: m for path, m in modules_of(model) if path.endswith(wanted)}
+    found: dict[str, nn.Module] = {}
+    for path, module in modules_of(model):
+        if path.endswith(wanted) and not path.startswith(tuple(f"{outer}." for outer in found)):
+            found[path] = module
+    return found
+
+
+def inside_saved(model: nn.Module) -> dict[str, str]:
+    """Path → path of the wrapper it lies in, for what is inside modules that adapters train whole."""
+    wrappers = {path: m for path, m in modules_of(model) if isinstance(m, ModulesToSave)}
+    return {
+        f"{path}.{inner}": path
+        for path, wrapper in wrappers.items()
+        for inner, _ in wrapper.original_module.named_modules()
+        if inner
+    }
 
 
 def unmatched_saved(config: PeftConfig, model: nn.Module) -> str | None:
     """Says which names in ``modules_to_save`` no module has; a head that the task adds need not exist."""
-    paths, added = [path for path, _ in modules_of(model)], HEADS.get(config.task_type, [])
+    saved, added = find_saved(config, model), HEADS.get(config.task_type, [])
+    paths = [path for path, _ in modules_of(model)]
+    paths += [path for path, outer in inside_saved(model).items() if outer in saved]
     missing = [n for n in config.modules_to_save or () if n not in added and not any(p.endswith(n) for p in paths)]
     if not missing:
         return None
