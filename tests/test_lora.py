@@ -1393,6 +1393,39 @@ class TestBadArguments:
         assert not any(c.inference_mode for c in model.peft_config.values())
         assert model.get_base_model().model.layers[0].self_attn.q_proj.merged
 
+    @pytest.mark.parametrize(
+        ("config", "kind"),
+        [
+            (fp.LoraConfig(target_modules=["down_proj"]), "LoRA or tokens"),
+            (fp.BottleneckConfig(target_modules=["down_proj"]), "a bottleneck"),
+            (fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj"]), "modules_to_save"),
+        ],
+        ids=["lora", "bottleneck", "saved"],
+    )
+    def test_what_carries_one_adapter_is_not_copied_for_another(self, config, kind, tmp_path):
+        """Neither where it lies inside what another trains whole, nor the other way round."""
+        whole = fp.LoraConfig(target_modules=["v_proj"], modules_to_save=["mlp"])
+        fp.get_peft_model(tiny.make(), whole).save_pretrained(tmp_path)
+        model = fp.get_peft_model(tiny.make(), config, "a")
+        before = model.state_dict().keys()
+        message = rf"holds 'model.layers.0.mlp', but 'model.layers.0.mlp.down_proj' carries {kind} of another adapter"
+        for attach in (lambda: model.add_adapter("b", whole), lambda: model.load_adapter(tmp_path, "b")):
+            with pytest.raises(ValueError, match=message):
+                attach()
+        assert model.state_dict().keys() == before
+        model = fp.get_peft_model(tiny.make(), whole, "b")
+        with pytest.raises(
+            ValueError, match=r"layers.0.mlp.down_proj' lies in 'model.layers.0.mlp', which modules_to_"
+        ):
+            model.add_adapter("a", config)
+
+    def test_a_target_inside_what_the_adapter_itself_trains_whole_says_so(self):
+        config = fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["self_attn", "o_proj"])
+        with pytest.raises(
+            ValueError, match=r"self_attn.q_proj' lies in 'model.layers.0.self_attn', which modules_to_"
+        ):
+            fp.get_peft_model(tiny.make(), config)
+
     def test_a_refused_adapter_leaves_no_hook(self):
         base = tiny.make().train()
         base.gradient_checkpointing_enable()

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from ..adapters import BASE, AdapterBank
 from ..hub.files import check_tensors
+from ..nn.bottleneck import BottleneckLayer
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.one_device import OneDevice
-from ..nn.trainable_tokens import TrainableTokens
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
 from .embeddings import base_embeddings
-from .modules import HEADS, find_saved, put, tied_ends, trainable_copy, trainable_state, unmatched_saved
+from .modules import HEADS, WRAPPERS, find_saved, put, tied_ends, trainable_copy, trainable_state, unmatched_saved
 
 if TYPE_CHECKING:
     from ..peft_model import PeftModel
@@ -106,10 +105,25 @@ class AdaptedModel(OneDevice, nn.Module):
     def _to_save(self, config: PeftConfig) -> dict[str, Tensor]:
         """Key → tensor, as far as shape and kind go, of the copies that ``modules_to_save`` makes."""
         held, prefix = {}, self.tuner(config).PREFIX
-        for path, module in find_saved(config, self.model).items():
-            source = module.original_module if isinstance(module, ModulesToSave) else module
-            held |= {f"{prefix}{path}.{key}": t for key, t in trainable_state(source).items()}
+        for path, module in self._whole(config).items():
+            held |= {f"{prefix}{path}.{key}": t for key, t in trainable_state(_original(module)).items()}
         return held
+
+    def _whole(self, config: PeftConfig) -> dict[str, nn.Module]:
+        """:func:`find_saved`.
+
+        Raises:
+            ValueError: one of them holds what carries another adapter, whose copy would be no part of that adapter.
+        """
+        saved = find_saved(config, self.model)
+        for path, module in saved.items():
+            for inner, carrier in _original(module).named_modules():
+                if isinstance(carrier, WRAPPERS):
+                    kinds = {ModulesToSave: "modules_to_save", BottleneckLayer: "a bottleneck"}
+                    kind = kinds.get(type(carrier), "LoRA or tokens")
+                    at = f"{path}.{inner}".removesuffix(".")
+                    raise ValueError(f"modules_to_save holds {path!r}, but {at!r} carries {kind} of another adapter")
+        return saved
 
     def add(
         self,
@@ -126,7 +140,7 @@ class AdaptedModel(OneDevice, nn.Module):
         unmatched = unmatched_saved(config, self.model)
         if strict and unmatched:
             raise ValueError(unmatched)
-        saved = find_saved(config, self.model)
+        saved = self._whole(config)
         try:
             for path, module in saved.items():
                 self._keep(name, path, module)
@@ -293,8 +307,6 @@ class AdaptedModel(OneDevice, nn.Module):
 
     def _keep(self, name: str, path: str, module: nn.Module) -> None:
         wrapper = module
-        if isinstance(module, (LoraLayer, TrainableTokens)):
-            raise ValueError(f"modules_to_save holds {path!r}, which carries LoRA or tokens of another adapter")
         if not isinstance(module, ModulesToSave):
             wrapper = ModulesToSave(module, self.bank).train(module.training)
             put(self.model, path, wrapper)
@@ -376,6 +388,10 @@ class AdaptedModel(OneDevice, nn.Module):
             for config in (self.model.config, self.model.config.get_text_config()):
                 config.tie_word_embeddings = False
         return self.model
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSave) else module
 
 
 def _tied(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import layer_class, matrix_shape
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, Tuner, as_list, check_count, check_pattern, register_method
-from .modules import base_of, ends_with, modules_of
+from .modules import base_of, ends_with, is_named, modules_of, where_saved
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
 _FEED_FORWARD = (
@@ -113,13 +113,14 @@ class BottleneckTuner(Tuner):
     def _targets(self, config: BottleneckConfig) -> dict[str, nn.Module]:
         """Path → the module an adapter goes after."""
         names = config.target_modules
-        found = {}
-        for path, module in modules_of(self.model):
-            if re.fullmatch(names, path) if isinstance(names, str) else ends_with(path, names):
-                found[path] = base_of(module)
+        found = {path: base_of(module) for path, module in modules_of(self.model) if is_named(path, names)}
         unmatched = [] if isinstance(names, str) else [n for n in names if not any(ends_with(p, [n]) for p in found)]
         if unmatched or not found:
-            raise ValueError(f"target_modules {unmatched or names!r} matches no module of {type(self.model).__name__}")
+            asked = unmatched or names
+            where = where_saved(self.model, asked)
+            raise ValueError(
+                f"target_modules {asked!r} matches no module of {type(self.model).__name__}" + (where and f". {where}")
+            )
         for path, module in found.items():
             if layer_class(module) is None or isinstance(module, nn.Embedding):
                 raise ValueError(

@@ -37,12 +37,14 @@ from .modules import (
     ends_with,
     find_saved,
     inside_of,
+    is_named,
     modules_of,
     parameters_of,
     plain_modules_of,
     put,
     stands,
     tied_ends,
+    where_saved,
 )
 from .trainable_tokens import DELTA, Place, checked_tokens, find_places, put_tokens, take_tokens
 
@@ -261,13 +263,8 @@ def _by_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
 
 def matches(config: LoraConfig, path: str) -> bool:
     """Whether the module at ``path`` is a target of ``config`` (whose ``target_modules`` are resolved)."""
-    excluded = config.exclude_modules
-    if excluded:
-        if isinstance(excluded, str):
-            if re.fullmatch(excluded, path):
-                return False
-        elif ends_with(path, excluded):
-            return False
+    if config.exclude_modules and is_named(path, config.exclude_modules):
+        return False
     if any(re.match(rf".*{name}($|\..*)", path) for name in config.modules_to_save or ()):
         return False
     if isinstance(config.target_modules, str):
@@ -327,9 +324,7 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
         )
     if not targets or (unmatched and strict):
         asked = unmatched if unmatched else config.target_modules
-        raise ValueError(
-            f"target_modules {asked!r} matches no module of {type(model).__name__}. {_hint(asked, candidates)}"
-        )
+        raise ValueError(f"target_modules {asked!r} matches no module of {type(model).__name__}. {_hint(asked, model)}")
     wrong = {p: m for p, m in targets.items() if layer_class(base_of(m)) is None}
     if wrong:
         path, module = next(iter(wrong.items()))
@@ -345,8 +340,10 @@ def _unmatched(config: LoraConfig, candidates: dict[str, nn.Module]) -> list[str
     return [n for n in names if not any(ends_with(path, [n]) for path in candidates)]
 
 
-def _hint(asked: list[str] | str, candidates: dict[str, nn.Module]) -> str:
-    names = sorted({p.rpartition(".")[2] for p, m in candidates.items() if layer_class(base_of(m)) is not None})
+def _hint(asked: list[str] | str, model: nn.Module) -> str:
+    if where := where_saved(model, asked):
+        return where
+    names = sorted({p.rpartition(".")[2] for p, m in modules_of(model) if layer_class(base_of(m)) is not None})
     close: list[str] = []
     for name in [asked] if isinstance(asked, str) else asked:
         close += difflib.get_close_matches(name.rpartition(".")[2], names, n=3, cutoff=0.5)
@@ -464,9 +461,8 @@ class LoraTuner(Tuner):
 
     def _warn_of_names(self, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
         """Say which names in ``config`` change nothing."""
-        candidates = dict(modules_of(self.model))
-        if unmatched := _unmatched(config, candidates):
-            warnings.warn(f"target_modules {unmatched} match no module. {_hint(unmatched, candidates)}", stacklevel=4)
+        if unmatched := _unmatched(config, dict(modules_of(self.model))):
+            warnings.warn(f"target_modules {unmatched} match no module. {_hint(unmatched, self.model)}", stacklevel=4)
         for field_name in ("rank_pattern", "alpha_pattern"):
             unused = [key for key in getattr(config, field_name) if not any(_fits(key, path) for path in targets)]
             if unused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -22,10 +23,17 @@ HEADS = {
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
 """The modules that a task trains whole beside any adapter, where the model has them."""
+WRAPPERS = (LoraLayer, ModulesToSave, TrainableTokens, BottleneckLayer)
+"""What adapters put around modules."""
 
 
 def ends_with(path: str, names: list[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def is_named(path: str, names: list[str] | str) -> bool:
+    """Whether ``path`` ends with one of ``names``, or is matched whole by the regular expression that they are."""
+    return re.fullmatch(names, path) is not None if isinstance(names, str) else ends_with(path, names)
 
 
 def modules_of(model: nn.Module, repeated: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -144,6 +152,14 @@ def inside_saved(model: nn.Module) -> dict[str, str]:
     }
 
 
+def where_saved(model: nn.Module, names: list[str] | str) -> str:
+    """Says of the first module of ``names`` inside one that adapters train whole where it lies; "": there is none."""
+    for path, outer in inside_saved(model).items():
+        if is_named(path, names):
+            return f"{path!r} lies in {outer!r}, which modules_to_save of an adapter holds"
+    return ""
+
+
 def unmatched_saved(config: PeftConfig, model: nn.Module) -> str | None:
     """Says which names in ``modules_to_save`` no module has; a head that the task adds need not exist."""
     saved, added = find_saved(config, model), HEADS.get(config.task_type, [])
@@ -152,6 +168,8 @@ def unmatched_saved(config: PeftConfig, model: nn.Module) -> str | None:
     missing = [n for n in config.modules_to_save or () if n not in added and not any(p.endswith(n) for p in paths)]
     if not missing:
         return None
+    if where := where_saved(model, missing):
+        return f"modules_to_save {missing} match no module of the model: {where}"
     names = sorted({path.rpartition(".")[2] for path in paths})
     close = [c for n in missing for c in difflib.get_close_matches(n, names, n=3, cutoff=0.5)]
     return f"modules_to_save {missing} match no module of the model. Close matches: {close}"
