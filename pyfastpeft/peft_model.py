@@ -34,7 +34,7 @@ from .tuners.adapted import AdaptedModel
 from .tuners.base import PeftConfig, PeftType, TaskType
 from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
-from .tuners.modules import dequantize_model
+from .tuners.modules import WRAPPERS, dequantize_model
 from .tuners.soft_prompt import KEY, SoftPromptConfig, SoftPromptTuner
 
 
@@ -83,11 +83,15 @@ def _attaching(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` gets its first adapter; what goes wrong leaves it as it was."""
     if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
-    if held := vars(model).get(_CARRIED):
-        raise ValueError(
-            f"model is a {type(model).__name__} that carries the adapters {list(held)} of a PeftModel already; add "
-            "others to that one (add_adapter, load_adapter), or call its unload() or merge_and_unload() first"
-        )
+    for path, module in model.named_modules():
+        held = vars(module).get(_CARRIED)
+        if held or isinstance(module, WRAPPERS):  # the latter: inside of what carries them
+            adapters = f"the adapters {list(held)}" if held else "adapters"
+            raise ValueError(
+                f"model is a {type(model).__name__} {f'whose {path!r}' if path else 'that'} carries {adapters} of a "
+                "PeftModel already; add others to that one (add_adapter, load_adapter), or call its unload() or "
+                "merge_and_unload() first"
+            )
     trainable = [p for p in model.parameters() if p.requires_grad]
     taken = take_over(model, "cpu")  # where bitsandbytes' layers lose their gradients after an evaluation
     try:

@@ -320,6 +320,26 @@ def test_a_base_that_carries_adapters_is_not_adapted_again(first, second, tmp_pa
     fp.get_peft_model(model.unload(), second)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("model", "", r"LlamaForCausalLM whose 'model' carries the adapters \['default'\]"),
+        ("model.layers.1", "model", r"LlamaModel whose 'layers.1' carries the adapters \['default'\]"),
+        ("", "model", "LlamaModel whose 'layers.0.self_attn.q_proj' carries adapters"),
+    ],
+)
+def test_no_part_of_a_model_carries_the_adapters_of_another_model(first, second, message, tmp_path):
+    """What the first trains in the other's modules would be in no file."""
+    base, config = tiny.make(), fp.LoraConfig(target_modules=["q_proj"])
+    held = fp.get_peft_model(base.get_submodule(first), config)
+    fp.get_peft_model(tiny.make().get_submodule(second), config).save_pretrained(tmp_path)
+    for again in (fp.get_peft_model, lambda b, _: fp.PeftModel.from_pretrained(b, tmp_path)):
+        with pytest.raises(ValueError, match=f"{message} of a PeftModel already.*unload"):
+            again(base.get_submodule(second), config)
+    held.unload()
+    fp.get_peft_model(base.get_submodule(second), config)
+
+
 def test_a_failed_attachment_leaves_a_base_that_can_be_adapted():
     base = tiny.make()
     with pytest.raises(ValueError, match="nowhere"):
