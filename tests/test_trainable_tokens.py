@@ -53,6 +53,9 @@ def places(architecture):
         yield {embedding: [5, 2], "lm_head": [5, 2]}
         yield {embedding: [5, 2], "lm_head": [7]}
         yield {"lm_head": [7]}
+    if architecture == "t5":  # whose encoder and decoder have embeddings of their own with one weight
+        yield {"embed_tokens": [5, 2]}
+        yield {"encoder.embed_tokens": [5, 2], "decoder.embed_tokens": [7]}
 
 
 @pytest.mark.parametrize(

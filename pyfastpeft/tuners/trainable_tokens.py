@@ -55,7 +55,7 @@ def find_places(given: list[int] | dict[str, list[int]] | None, model: nn.Module
     """The weights that ``given``, a ``trainable_token_indices``, means in ``model``.
 
     As in PEFT a list is for the input embedding, and what holds the embedding's weight has its rows too, unless rows of
-    its own are asked for.
+    its own are asked for. Others that share a weight (the embeddings of T5's encoder and decoder) do not share rows.
 
     Raises:
         ValueError: a name that no module's path ends with, a module without such rows, or a token it does not have.
@@ -77,9 +77,9 @@ def find_places(given: list[int] | dict[str, list[int]] | None, model: nn.Module
         weight = _weight_of(path, module)
         if max(tokens) >= len(weight):
             raise ValueError(f"trainable_token_indices holds {max(tokens)}; {path!r} has {len(weight)} tokens")
-        same = [p for p in places if _weight_of(p.path, modules[p.path]) is weight and p.indices == tokens]
+        same = next((p for p in places if p.indices == tokens and _shares(p, of_embedding, module, weight)), None)
         if same:
-            same[0].layers[path] = module
+            same.layers[path] = module
         else:
             places.append(Place(tokens, {path: module}))
     first = places[0]
@@ -88,6 +88,12 @@ def find_places(given: list[int] | dict[str, list[int]] | None, model: nn.Module
         tied = [path for path, m in modules.items() if getattr(_held(m), "weight", None) is weight]
         first.layers.update({path: modules[path] for path in tied if _weight_of(path, modules[path]) is weight})
     return places
+
+
+def _shares(place: Place, of_embedding: str, module: nn.Module, weight: Tensor) -> bool:
+    """Whether ``module`` with ``weight`` has the rows of ``place``."""
+    first = place.layers[place.path]
+    return base_of(first) is base_of(module) or (place.path == of_embedding and _weight_of(place.path, first) is weight)
 
 
 def _held(module: nn.Module) -> nn.Module:
