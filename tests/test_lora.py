@@ -1364,6 +1364,10 @@ class TestBadArguments:
         assert [n for n, _ in base.named_modules()] == before
         assert all(p.requires_grad for p in base.parameters())
 
+    def test_a_name_that_is_given_as_an_expression_for_whole_paths_says_so(self):
+        with pytest.raises(ValueError, match=r"one regular expression for whole paths; give \['q_proj'\]"):
+            fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules="q_proj"))
+
     @pytest.mark.parametrize("kwargs", [{"exclude_modules": ["q_proj"]}, {"layers_to_transform": [7]}])
     def test_what_leaves_none_of_the_targets_is_named(self, kwargs):
         (name,) = kwargs

@@ -343,6 +343,8 @@ def _unmatched(config: LoraConfig, candidates: dict[str, nn.Module]) -> list[str
 def _hint(asked: list[str] | str, model: nn.Module) -> str:
     if where := where_saved(model, asked):
         return where
+    if isinstance(asked, str) and any(path.endswith(f".{asked}") for path, _ in modules_of(model)):
+        return f"A string is one regular expression for whole paths; give [{asked!r}] for the modules of that name"
     names = sorted({p.rpartition(".")[2] for p, m in modules_of(model) if layer_class(base_of(m)) is not None})
     close: list[str] = []
     for name in [asked] if isinstance(asked, str) else asked:
