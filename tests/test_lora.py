@@ -229,6 +229,45 @@ def test_a_layer_that_stands_at_two_paths_carries_lora_at_the_first_as_in_peft(s
     assert type(ours.get_base_model().again) is nn.Linear
 
 
+class Encoder(nn.Module):
+    """torch's own encoder, which in evaluation does not call its linear layers and packs padded rows."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(32, 3)
+
+    def forward(self, x, padding=None):
+        return self.head(self.encoder(x, src_key_padding_mask=padding))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        fp.LoraConfig(target_modules=["linear1", "linear2"]),
+        fp.LoraConfig(target_modules=["layers.1.linear2"]),
+        fp.BottleneckConfig(target_modules=["linear2"]),
+        fp.LoraConfig(target_modules=["head"], modules_to_save=["linear1"]),
+    ],
+    ids=["lora", "lora_on_one", "bottleneck", "saved"],
+)
+@torch.no_grad()
+def test_torchs_encoder_computes_in_evaluation_what_it_trained(config, padded):
+    base, x = Encoder(), torch.randn(2, 5, 32)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
+    seen = slice(None) if padding is None else ~padding
+    bare, plain = base.train()(x, padding), base.eval()(x, padding)
+    model = fp.get_peft_model(base, config)
+    tiny.randomize(model)
+    expected = model.train()(x, padding)
+    for same in (model.eval(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(same(x, padding)[seen], expected[seen])
+    mixed, expected = model(x, padding, adapter_names=["__base__", "default"]), torch.stack([bare[0], expected[1]])
+    torch.testing.assert_close(mixed[seen], expected[seen])
+    assert torch.equal(model.unload()(x, padding), plain)  # with zeros where the padding is
+
+
 class TestDefaults:
     @pytest.mark.parametrize(
         ("architecture", "names"),

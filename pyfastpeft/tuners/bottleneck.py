@@ -17,7 +17,7 @@ from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import layer_class, matrix_shape
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, Tuner, as_list, check_count, check_pattern, register_method
-from .modules import base_of, ends_with, is_named, modules_of, where_saved
+from .modules import base_of, ends_with, is_named, modules_of, put, set_packing, where_saved
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
 _FEED_FORWARD = (
@@ -162,7 +162,7 @@ class BottleneckTuner(Tuner):
             inner = self.model.get_submodule(path)
             layer = BottleneckLayer(inner, self.bank).train(inner.training)
             self._layers[path] = self.bank.others[f"bottleneck:{path}"] = layer
-            self.model.set_submodule(path, layer)
+            put(self.model, path, layer)
         return self._layers[path]
 
     def _made(self, config: BottleneckConfig, module: nn.Module, autocast_adapter_dtype: bool) -> Bottleneck:
@@ -172,6 +172,7 @@ class BottleneckTuner(Tuner):
 
     def _take_out(self, path: str) -> None:
         self.model.set_submodule(path, self._layers.pop(path).base_layer)
+        set_packing(self.model, path)
         del self.bank.others[f"bottleneck:{path}"]
 
     def tensors(self, name: str, config: BottleneckConfig) -> dict[str, Tensor]:

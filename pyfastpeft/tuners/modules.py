@@ -90,9 +90,34 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Let ``module`` stand at ``path`` in ``model``; where a bottleneck stands, before it."""
     parent, _, attribute = path.rpartition(".")
     holder = model.get_submodule(parent)
+    if isinstance(holder, nn.TransformerEncoderLayer) and isinstance(module, WRAPPERS):
+        module.register_forward_pre_hook(_is_called)
     if isinstance(getattr(holder, attribute), BottleneckLayer):
         holder, attribute = getattr(holder, attribute), "base_layer"
     setattr(holder, attribute, module)
+    set_packing(model, path)
+
+
+def _is_called(module: nn.Module, args: tuple) -> None:
+    """Does nothing: torch's encoder layers, which in evaluation read weights past modules, call those with hooks."""
+
+
+_PACKS = "_packs_without_adapters"
+"""Where an encoder has its own ``use_nested_tensor`` meanwhile."""
+
+
+def set_packing(model: nn.Module, path: str) -> None:
+    """Let torch's encoders around ``path`` pack padded rows into nested tensors where no adapter, which takes none, is
+    in them."""
+    names = path.split(".")
+    for encoder in (model.get_submodule(".".join(names[:i])) for i in range(len(names))):
+        if not isinstance(encoder, nn.TransformerEncoder):
+            continue
+        if any(isinstance(module, WRAPPERS) for module in encoder.modules()):
+            vars(encoder).setdefault(_PACKS, encoder.use_nested_tensor)
+            encoder.use_nested_tensor = False
+        elif _PACKS in vars(encoder):
+            encoder.use_nested_tensor = vars(encoder).pop(_PACKS)
 
 
 def stands(model: nn.Module, path: str, module: nn.Module) -> bool:
