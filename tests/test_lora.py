@@ -268,6 +268,28 @@ def test_torchs_encoder_computes_in_evaluation_what_it_trained(config, padded):
     assert torch.equal(model.unload()(x, padding), plain)  # with zeros where the padding is
 
 
+@pytest.mark.parametrize("config", [fp.LoraConfig, fp.BottleneckConfig], ids=["lora", "bottleneck"])
+def test_a_layer_that_torchs_attention_never_calls_is_no_target(config):
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn.out_proj', whose weight torch's MultiheadAttention reads"
+    ):
+        fp.get_peft_model(Encoder(), config(target_modules=["out_proj", "linear1"]))
+
+
+def test_all_linear_leaves_out_what_torchs_attention_never_calls():
+    model = fp.get_peft_model(Encoder(), fp.LoraConfig(target_modules="all-linear"))
+    assert {path.rpartition(".")[2] for path in model.base_model.bank.layers} == {"linear1", "linear2", "head"}
+
+
+def test_pefts_file_may_hold_lora_that_torchs_attention_never_called(tmp_path):
+    base, x = Encoder(), torch.randn(2, 5, 32)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["out_proj", "head"]))
+    theirs.save_pretrained(tmp_path)
+    model = fp.PeftModel.from_pretrained(base, tmp_path)
+    assert fp.get_peft_model_state_dict(model).keys() == peft.get_peft_model_state_dict(theirs).keys()
+    torch.testing.assert_close(model(x), theirs.eval()(x))
+
+
 class TestDefaults:
     @pytest.mark.parametrize(
         ("architecture", "names"),

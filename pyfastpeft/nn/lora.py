@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..adapters import AdapterBank, Rows
 from ..formats import quantize_4bit
@@ -335,6 +336,11 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     if type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d):
         return LoraConv1D
     return None
+
+
+def is_never_called(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer like torch's ``MultiheadAttention.out_proj``, whose weight is read past it."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def expected_tensors(module: nn.Module, r: int, use_dora: bool, lora_bias: bool) -> dict[str, tuple[int, ...]]:

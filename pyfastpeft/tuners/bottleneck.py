@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
-from ..nn.lora import layer_class, matrix_shape
+from ..nn.lora import is_never_called, layer_class, matrix_shape
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, Tuner, as_list, check_count, check_pattern, register_method
 from .modules import base_of, ends_with, is_named, modules_of, put, set_packing, where_saved
@@ -84,15 +84,15 @@ def ends_of_sublayers(model: nn.Module, placement: str) -> list[str]:
     Raises:
         ValueError: the model's layers are not of a known form.
     """
-    paths = [path for path, _ in modules_of(model)]
-    found = [[path for path in paths if re.fullmatch(kind, path)] for kind in _PLACEMENTS[placement]]
+    modules = dict(modules_of(model))
+    found = [[path for path in modules if re.fullmatch(kind, path)] for kind in _PLACEMENTS[placement]]
     numbered = [{re.match(r".*?\.\d+\.|", path)[0] for path in kind} for kind in found]
     if not all(found) or any(layers != numbered[0] for layers in numbered):
         raise ValueError(
             f"target_modules is None, and where the attention and feed-forward sublayers of a {type(model).__name__} "
             "end is not known; name the projections that end them"
         )
-    return sorted(path for kind in found for path in kind)
+    return sorted(path for kind in found for path in kind if not is_never_called(base_of(modules[path])))
 
 
 class BottleneckTuner(Tuner):
@@ -126,6 +126,11 @@ class BottleneckTuner(Tuner):
                 raise ValueError(
                     f"target_modules matches {path!r}, a {type(module).__name__}; a bottleneck goes after a Linear or "
                     "Conv1D"
+                )
+            if is_never_called(module):
+                raise ValueError(
+                    f"target_modules matches {path!r}, whose weight torch's MultiheadAttention reads without calling "
+                    "the layer, so that nothing can go after it; leave it out"
                 )
         return found
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraConv1D, expected_tensors, layer_class
+from ..nn.lora import LoraConv1D, expected_tensors, is_never_called, layer_class
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.lora_layer import LoraLayer, scaling_of
 from ..nn.trainable_tokens import TrainableTokens
@@ -292,7 +292,7 @@ def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
     for path, module in modules_of(model):
         base = base_of(module)
         if layer_class(base) is not None and not isinstance(base, nn.Embedding) and module is not head:
-            linear += [] if module in kept else [path]
+            linear += [] if module in kept or is_never_called(base) else [path]
         if path.endswith("experts"):
             fused += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
     if fused:
@@ -308,7 +308,8 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
     """Path → module for every target of a resolved ``config``.
 
     Args:
-        strict: a name in ``target_modules`` that no module has is an error.
+        strict: a name in ``target_modules`` that no module has is an error, and so is a match that is never called
+            (where PEFT has such a target, its files hold LoRA that has learned nothing).
 
     Raises:
         ValueError: nothing matches, a name matches nothing (``strict``), or a match cannot carry LoRA.
@@ -330,6 +331,12 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
         path, module = next(iter(wrong.items()))
         raise ValueError(
             f"target_modules matches {path!r}, a {type(module).__name__}; LoRA needs a Linear, Conv1D or Embedding"
+        )
+    uncalled = [p for p, m in targets.items() if is_never_called(base_of(m))] if strict else []
+    if uncalled:
+        raise ValueError(
+            f"target_modules matches {uncalled[0]!r}, whose weight torch's MultiheadAttention reads without calling "
+            "the layer, so that LoRA there has no effect; leave it out, or name it in exclude_modules"
         )
     return targets
 
