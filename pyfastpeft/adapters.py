@@ -217,8 +217,8 @@ def _watch() -> None:
 def _note_step(optimizer: Optimizer, *_: Any) -> None:
     """Fused optimizers leave a parameter's version as it was, by which what was made of its values is known as old."""
     if not torch.compiler.is_compiling():
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        torch.autograd.graph.increment_version([p for p in parameters if not p.is_inference()])
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch.autograd.graph.increment_version([p for p in stepped if not p.is_inference()])
 
 
 def _note_registration(*_: Any) -> None:

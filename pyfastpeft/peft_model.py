@@ -356,7 +356,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         In this thread and in those that first meet the model inside; others go on as they were, but for what was
         merged: they see the active adapters in its place.
         """
-        self._warn_of_biases(stacklevel=4)
+        self._warn_of_changes(stacklevel=4)
         merged, chosen = self._merged(), self.active_adapters
         for layer in merged:
             layer.unmerge()
@@ -368,9 +368,14 @@ class PeftModel(PushToHubMixin, nn.Module):
                 for layer, names in merged.items():
                     layer.merge(False, names)
 
-    def _warn_of_biases(self, stacklevel: int) -> None:
-        if any(isinstance(c, LoraConfig) and c.bias != "none" for c in self.peft_config.values()):
+    def _warn_of_changes(self, stacklevel: int) -> None:
+        """Say what the base model without adapters has of them nevertheless."""
+        configs = [c for c in self.peft_config.values() if isinstance(c, LoraConfig)]
+        if any(c.bias != "none" for c in configs):
             said = "biases of the base model were trained (bias is not 'none'); they stay as trained"
+            warnings.warn(said, stacklevel=stacklevel)
+        if changing := [c.init_lora_weights for c in configs if c.changes_base]:
+            said = f"base weights are without what init_lora_weights {changing} took out of them; they stay so"
             warnings.warn(said, stacklevel=stacklevel)
 
     # Adding, choosing and removing adapters.
@@ -554,9 +559,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         """The base model as it was, without adapters: what is merged is taken out, with a warning.
 
         (PEFT leaves it in the weights; here :meth:`merge_and_unload` does.) Biases that were trained stay as trained,
-        with a warning.
+        and weights that PiSSA, OLoRA or LoftQ started from without what these took, with a warning.
         """
-        self._warn_of_biases(stacklevel=3)
+        self._warn_of_changes(stacklevel=3)
         self.base_model.give_way("by unload(); merge_and_unload() keeps them")
         remove(self.get_base_model())
         return self._unloaded(())

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import relative
 from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -230,7 +231,7 @@ def test_the_gradient_of_many_outputs_is_a_sum_of_sums(pays):
     dy = (torch.randn(rows, outputs) * 2).softmax(1)
     dy[torch.arange(rows), torch.randint(0, outputs, (rows,))] -= 1
     (dx,) = torch.autograd.grad(dense_linear(x, weight), x, dy)
-    assert tiny.relative(dx, dy.double() @ weight.double()) < 1e-5
+    assert relative(dx, dy.double() @ weight.double()) < 1e-5
 
 
 def test_layers_use_it_where_it_pays(pays, monkeypatch):

@@ -168,6 +168,12 @@ class TestLikePeft:
         with pytest.warns(UserWarning, match="biases of the base model were trained"):
             model.unload()
 
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_base_weights_that_unload_leaves_changed_are_spoken_of(self, init):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig(init_lora_weights=init))
+        with pytest.warns(UserWarning, match=f"base weights are without what init_lora_weights .'{init}'"):
+            model.unload()
+
     @pytest.mark.parametrize("bias", ["all", "lora_only"])
     def test_bias_trains_the_biases_peft_trains(self, bias, seed):
         ours, theirs = pair(tiny.make("opt"), seed, bias=bias)
@@ -1520,7 +1526,7 @@ class TestBadArguments:
         with pytest.raises(ValueError, match=r"input_layernorm.*Linear, Conv1D or Embedding"):
             fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["input_layernorm"]))
 
-    @pytest.mark.parametrize("name", ["a.b", "__base__", "a/b", "", "keys", "training", 3, "a"])
+    @pytest.mark.parametrize("name", ["a.b", "__base__", "a/b", "", "keys", "training", "get", 3, "a"])
     def test_a_wrong_adapter_name_is_refused(self, name):
         model, config = block("a"), fp.LoraConfig(target_modules=["packed"])
         with pytest.raises(ValueError, match=f"adapter_name is {name!r}"):

@@ -404,11 +404,11 @@ def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:
         not isinstance(name, str)
         or not re.fullmatch(r"[^./\\\s]+", name)
         or name == BASE
-        or hasattr(nn.ModuleDict(), name)
+        or any(hasattr(holder(), name) for holder in (nn.ModuleDict, nn.ParameterDict))
     ):
         raise ValueError(
             f"adapter_name is {name!r}; it must be a word without dots, slashes or spaces, and not {BASE!r} or "
-            "the name of an attribute of torch.nn.ModuleDict"
+            "the name of an attribute of torch.nn.ModuleDict or ParameterDict"
         )
     if name in taken:
         raise ValueError(f"adapter_name is {name!r}, which this model has already; delete it first or choose another")

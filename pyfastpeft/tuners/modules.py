@@ -64,7 +64,7 @@ def plain_modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Modu
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
         for name, child in module._modules.items():
             around = plain = child
-            while isinstance(plain, (LoraLayer, TrainableTokens, BottleneckLayer, ModulesToSave)):
+            while isinstance(plain, WRAPPERS):
                 around, plain = plain, plain.original_module if isinstance(plain, ModulesToSave) else plain.base_layer
             if plain is not None and id(plain) not in seen:
                 seen.add(id(plain))
@@ -161,7 +161,7 @@ def find_saved(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
     wanted = tuple(config.modules_to_save or ())
     found: dict[str, nn.Module] = {}
     for path, module in modules_of(model):
-        if path.endswith(wanted) and not path.startswith(tuple(f"{outer}." for outer in found)):
+        if path.endswith(wanted) and not inside_of(path, found):
             found[path] = module
     return found
 
