@@ -398,3 +398,14 @@ class TestServing:
             model(ids)
         model(ids, labels=ids).loss.backward()
         assert any(p.grad is not None for p in model.parameters())
+
+
+def test_factors_that_are_computed_take_no_values():
+    model = adapted(fp.LoraConfig(target_modules=["q_proj"], **LORA))
+    state = {key: t.clone() for key, t in fp.get_peft_model_state_dict(model).items()}
+    model.hotswap_adapter(state)
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    nn.utils.parametrizations.weight_norm(layer.lora_A["default"])
+    for fill in (fp.set_peft_model_state_dict, fp.PeftModel.hotswap_adapter):
+        with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.lora_A.weight is computed from other param"):
+            fill(model, state)

@@ -1490,6 +1490,15 @@ class TestBadArguments:
         ):
             model.add_adapter("a", config)
 
+    def test_targets_inside_what_another_adapter_trains_whole_are_left_out_with_a_warning(self):
+        whole = fp.LoraConfig(target_modules=["v_proj"], modules_to_save=["layers.0.mlp"])
+        model = fp.get_peft_model(tiny.make(), whole)
+        with pytest.warns(UserWarning, match=r"match \['model.layers.0.mlp.down_proj'\], which modules_to"):
+            model.add_adapter("other", fp.LoraConfig(target_modules=["down_proj"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.add_adapter("third", fp.LoraConfig(target_modules=["down_proj"], modules_to_save=["layers.0.mlp"]))
+
     def test_a_target_inside_what_the_adapter_itself_trains_whole_says_so(self):
         config = fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["self_attn", "o_proj"])
         with pytest.raises(

@@ -219,6 +219,17 @@ def test_a_hot_swap_takes_rows_of_the_same_tokens_alone(tmp_path):
     assert torch.equal(rows_of(model), rows_of(other) * 0.5)
 
 
+def test_rows_of_one_weight_that_differ_are_refused(tmp_path):
+    model = adapted(fp, tiny.make("qwen2"), [1, 3])
+    state = fp.get_peft_model_state_dict(model)
+    (key,) = (key for key in state if "trainable_tokens_delta" in key)
+    tied = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+    fp.set_peft_model_state_dict(model, state | {tied: state[key].clone()})
+    for fill in (fp.set_peft_model_state_dict, fp.PeftModel.hotswap_adapter):
+        with pytest.raises(ValueError, match=f"{tied} and {key} differ"):
+            fill(model, state | {tied: state[key] + 1})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_train_over_4_bits_and_while_logits_are_put_off(dtype):
     base = fp.accelerate(tiny.quantized(tiny.make("qwen2", dtype)))

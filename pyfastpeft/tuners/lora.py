@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank
@@ -37,6 +38,7 @@ from .modules import (
     ends_with,
     find_saved,
     inside_of,
+    inside_saved,
     is_named,
     modules_of,
     parameters_of,
@@ -424,9 +426,14 @@ class LoraTuner(Tuner):
 
     def once(self, config: LoraConfig, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """PEFT stores the rows of a tied head as well where it stores embeddings."""
-        tied = {p for place in self._places(config) for p in place.layers if p != place.path}
-        again = {f"{self.PREFIX}{path}.{DELTA}" for path in tied}
-        return {key: t for key, t in values.items() if key not in again}
+        held = dict(values)
+        for place in self._places(config):
+            first, *again = (f"{self.PREFIX}{path}.{DELTA}" for path in place.layers)
+            for key in again:
+                rows = held.pop(key, None)
+                if rows is not None and first in held and not torch.equal(rows, held[first]):
+                    raise ValueError(f"{key} and {first} differ; they are rows of one weight, and must be the same")
+        return held
 
     def embeddings(self, config: LoraConfig) -> dict[str, Tensor]:
         tokens = {path for place in self._places(config) for path in place.layers}
@@ -472,6 +479,9 @@ class LoraTuner(Tuner):
         """Say which names in ``config`` change nothing."""
         if unmatched := _unmatched(config, dict(modules_of(self.model))):
             warnings.warn(f"target_modules {unmatched} match no module. {_hint(unmatched, self.model)}", stacklevel=4)
+        if hidden := [path for path in inside_saved(self.model) if matches(config, path)]:
+            said = f"target_modules match {hidden}, which modules_to_save of another adapter holds; they are left out"
+            warnings.warn(said, stacklevel=4)
         for field_name in ("rank_pattern", "alpha_pattern"):
             unused = [key for key in getattr(config, field_name) if not any(_fits(key, path) for path in targets)]
             if unused:
@@ -558,10 +568,10 @@ class LoraTuner(Tuner):
         return config.initial()
 
     def tensors(self, name: str, config: LoraConfig) -> dict[str, Tensor]:
-        held = {}
-        for path, layer in self.layers(name).items():
+        held, layers = {}, self.layers(name)
+        for path, layer in layers.items():
             held |= {f"{self.PREFIX}{path}.{suffix}": t for suffix, t in layer.tensors(name).items()}
-        held |= {self.PREFIX + key: bias for key, bias in _biases(config, self.model, self.layers(name)).items()}
+        held |= {self.PREFIX + key: bias for key, bias in _biases(config, self.model, layers).items()}
         tokens = {path: rows.values[name] for path, rows in self.bank.tokens.items() if name in rows.values}
         return held | {f"{self.PREFIX}{path}.{DELTA}": t for path, t in tokens.items()}
 
@@ -605,6 +615,7 @@ class LoraTuner(Tuner):
         return {k: t for k, t in self.embeddings(config).items() if ".base_layer." in k}
 
     def check_same_layout(self, name: str, old: LoraConfig, new: LoraConfig, live: dict, expected: dict) -> None:
+        self.check_parameters(name)
         for path, layer in self.layers(name).items():
             scaling = scaling_of(new.alpha_of(path), new.rank_of(path), new.use_rslora)
             if not math.isclose(scaling, layer.scaling[name]):
@@ -612,6 +623,16 @@ class LoraTuner(Tuner):
         if live != expected:
             raise ValueError(f"adapter {name!r} has other modules or ranks; use hotswap_adapter, or delete it first")
         self.check_same_tokens(name, old, new)
+
+    def check_parameters(self, name: str) -> None:
+        """Whether there are parameters to be filled: what is computed from others has no place for values."""
+        for path, layer in self.layers(name).items():
+            for suffix, tensor in layer.tensors(name).items():
+                if not isinstance(tensor, nn.Parameter):
+                    raise ValueError(
+                        f"adapter {name!r} takes no new values: {path}.{suffix} is computed from other parameters; "
+                        "remove the parametrization or pruning first"
+                    )
 
     def check_same_tokens(self, name: str, old: LoraConfig, new: LoraConfig) -> None:
         held, asked = ({p.path: p.indices for p in self._places(config)} for config in (old, new))
@@ -622,7 +643,8 @@ class LoraTuner(Tuner):
         if new is None:
             layers = self.layers(name).values()
             alike = not (old.changes_base or old.bias != "none")
-            return alike and all(layer.r[name] == layer.capacity(name) and not layer.merged for layer in layers)
+            alike = alike and all(layer.r[name] == layer.capacity(name) and not layer.merged for layer in layers)
+            return alike and all(isinstance(t, nn.Parameter) for layer in layers for t in layer.tensors(name).values())
         same = all(getattr(new, field) == getattr(old, field) for field in _SCALING_FIELDS + _KIND_FIELDS)
         return same and new.target_modules is not None
 

@@ -45,6 +45,7 @@ class Swap:
                 "other base weights; use load_adapter"
             )
         tuner.check_same_tokens(name, old, new)
+        tuner.check_parameters(name)
         tensors = tuner.once(old, tensors)
         layers = tuner.layers(name)
         if any(name in layer.merged_adapters for layer in layers.values()):
