@@ -256,6 +256,7 @@ class AdapterBank:
             to depends on that; else 0. Each thread has its own.
         kept: what soft prompts keep from one forward to the next; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
+        thaws: grows whenever an adapter ceases to be for inference, so that copies of it may become old.
     """
 
     def __init__(self) -> None:
@@ -271,6 +272,7 @@ class AdapterBank:
         self._layouts: dict[str, Any] = {}
         self.kept: dict[Any, Any] = {}
         self.version = 0
+        self.thaws = 0
         self._plans: dict[tuple[str, ...], list] = {}
         self._find: dict[str, Callable[[], list[nn.Parameter]]] = {}
         self._trainable: dict[str, list[nn.Parameter]] = {}
@@ -383,6 +385,7 @@ class AdapterBank:
     def freeze(self, names: frozenset[str]) -> None:
         """Let the adapters ``names`` be those for inference."""
         if any(name in self._find for name in self.frozen - names):  # what is written to it from now on leaves no trace
+            self.thaws += 1
             self.kept.clear()
             for layer in self.layers.values():
                 layer.forget()

@@ -121,7 +121,7 @@ class _Stack:
         self._cache: Any = None
         with suppress(_Unsupported, AttributeError):  # a module that lacks something is not a known one
             self._build(model)
-        self._modes = self._modes_now()
+        self._modes, self._thaws = self._modes_now(), self._thaws_now()
         self._stamp = stamp_of(self._copied)
         self._versions = 0 if self._stamp is None else sum(map(_version_of, self._copied))
         self._hooked = self.lookups.hooked()
@@ -140,7 +140,9 @@ class _Stack:
             return True
         if self.lookups.hooked() is not self._hooked or not self.lookups.hold():
             return False
-        if self._modes_now() != self._modes or stamp_of(self._copied) != self._stamp:
+        if self._modes_now() != self._modes or self._thaws_now() != self._thaws:
+            return False
+        if stamp_of(self._copied) != self._stamp:
             return False
         if self.held is not None:
             self._noticed, self._cache = noticed, weakref.ref(cache)
@@ -173,6 +175,9 @@ class _Stack:
 
     def _modes_now(self) -> list:
         return [bank.mode for bank in self.banks]
+
+    def _thaws_now(self) -> list[int]:
+        return [bank.thaws for bank in self.banks]
 
     def look_again(self) -> None:
         """At the next call, whatever was noticed."""
