@@ -551,8 +551,9 @@ class Prefixes:
             try:
                 named = self.decoder.named_parameters()
                 return [p for name, p in named if _ADAPTERS.isdisjoint(name.split("."))]
-            except RuntimeError:  # another thread puts an adapter in, and a dictionary changed its size
-                continue
+            except RuntimeError as error:
+                if "during iteration" not in str(error):  # else another thread puts an adapter in or takes one out
+                    raise
 
     def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
         return [parameter for name in names for parameter in self.bank.parameters(name)]
