@@ -625,14 +625,20 @@ class LoraTuner(Tuner):
         self.check_same_tokens(name, old, new)
 
     def check_parameters(self, name: str) -> None:
-        """Whether there are parameters to be filled: what is computed from others has no place for values."""
+        """Whether all is parameters that can be filled."""
+        if computed := self._computed(name):
+            raise ValueError(
+                f"adapter {name!r} takes no new values: {computed} is computed from other parameters; remove the "
+                "parametrization or pruning first"
+            )
+
+    def _computed(self, name: str) -> str | None:
+        """The first of the adapter's tensors that is computed from other parameters, and has no place for values."""
         for path, layer in self.layers(name).items():
             for suffix, tensor in layer.tensors(name).items():
                 if not isinstance(tensor, nn.Parameter):
-                    raise ValueError(
-                        f"adapter {name!r} takes no new values: {path}.{suffix} is computed from other parameters; "
-                        "remove the parametrization or pruning first"
-                    )
+                    return f"{path}.{suffix}"
+        return None
 
     def check_same_tokens(self, name: str, old: LoraConfig, new: LoraConfig) -> None:
         held, asked = ({p.path: p.indices for p in self._places(config)} for config in (old, new))
@@ -644,7 +650,7 @@ class LoraTuner(Tuner):
             layers = self.layers(name).values()
             alike = not (old.changes_base or old.bias != "none")
             alike = alike and all(layer.r[name] == layer.capacity(name) and not layer.merged for layer in layers)
-            return alike and all(isinstance(t, nn.Parameter) for layer in layers for t in layer.tensors(name).values())
+            return alike and self._computed(name) is None
         same = all(getattr(new, field) == getattr(old, field) for field in _SCALING_FIELDS + _KIND_FIELDS)
         return same and new.target_modules is not None
 
