@@ -261,6 +261,21 @@ def test_what_a_user_put_in_the_place_of_an_adapted_layer_stays(tmp_path):
     assert relative(logits(merged, ids), expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [({"modules_to_save": ["lm_head"]}, "lm_head"), ({"trainable_token_indices": [1]}, "model.embed_tokens")],
+)
+def test_what_a_user_put_in_the_place_of_a_module_that_trains_stays(config, path):
+    model = adapted(fp.LoraConfig(target_modules=["q_proj"], **config, **LORA))
+    base = model.get_base_model()
+    own = nn.Linear(32, tiny.VOCAB, bias=False) if path == "lm_head" else nn.Embedding(tiny.VOCAB, 32)
+    base.set_submodule(path, own)
+    model.add_adapter("other", fp.LoraConfig(target_modules=["q_proj"]))
+    model.delete_adapter("default")
+    assert base.get_submodule(path) is own
+    assert model.unload().get_submodule(path) is own
+
+
 class TestServing:
     @pytest.mark.parametrize("config", [fp.PromptTuningConfig(**SOFT), fp.PrefixTuningConfig(**SOFT)])
     @pytest.mark.parametrize("architecture", ["llama", "t5"])

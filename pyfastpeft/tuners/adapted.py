@@ -22,7 +22,17 @@ from ..nn.one_device import OneDevice
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig, Tuner
 from .embeddings import base_embeddings
-from .modules import HEADS, WRAPPERS, find_saved, put, tied_ends, trainable_copy, trainable_state, unmatched_saved
+from .modules import (
+    HEADS,
+    WRAPPERS,
+    find_saved,
+    put,
+    put_back,
+    tied_ends,
+    trainable_copy,
+    trainable_state,
+    unmatched_saved,
+)
 
 if TYPE_CHECKING:
     from ..peft_model import PeftModel
@@ -319,7 +329,7 @@ class AdaptedModel(OneDevice, nn.Module):
             if name in wrapper.modules_to_save:
                 del wrapper.modules_to_save[name]
             if not wrapper.modules_to_save:
-                put(self.model, path, wrapper.original_module)
+                put_back(self.model, path, wrapper, wrapper.original_module)
                 del self.bank.wrappers[path]
         self.bank.forget()
 
@@ -382,7 +392,7 @@ class AdaptedModel(OneDevice, nn.Module):
             tuner.unload()
         for path, wrapper in self.bank.wrappers.items():
             kept = wrapper.plan(names)
-            put(self.model, path, wrapper.original_module if kept is None else kept)
+            put_back(self.model, path, wrapper, wrapper.original_module if kept is None else kept)
         self.bank.wrappers.clear()
         if self._tied and not _tied(self.model):
             for config in (self.model.config, self.model.config.get_text_config()):

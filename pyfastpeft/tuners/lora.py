@@ -34,6 +34,7 @@ from .base import (
 )
 from .embeddings import own_embeddings
 from .modules import (
+    at,
     base_of,
     ends_with,
     find_saved,
@@ -44,7 +45,7 @@ from .modules import (
     parameters_of,
     plain_modules_of,
     put,
-    stands,
+    put_back,
     tied_ends,
     where_saved,
 )
@@ -578,7 +579,7 @@ class LoraTuner(Tuner):
     def layers(self, name: str) -> dict[str, LoraLayer]:
         """Path → layer that has the adapter, where the user has put nothing else since."""
         held = {path: layer for path, layer in self.bank.layers.items() if name in layer.r}
-        return {path: layer for path, layer in held.items() if stands(self.model, path, layer)}
+        return {path: layer for path, layer in held.items() if at(self.model, path) is layer}
 
     def state(self, name: str, config: LoraConfig, save_embedding_layers: bool | str) -> dict[str, Tensor]:
         held = self.tensors(name, config)
@@ -672,18 +673,14 @@ class LoraTuner(Tuner):
             if name in layer.r:
                 layer.remove_adapter(name)
             if not layer.r:
-                self._take_out(path, layer)
+                put_back(self.model, path, layer, layer.base_layer)
                 del self.bank.layers[path]
         take_tokens(self.model, self.bank, name)
         if self._biased == name:
             self._biased = None
 
-    def _take_out(self, path: str, layer: LoraLayer) -> None:
-        if stands(self.model, path, layer):
-            put(self.model, path, layer.base_layer)
-
     def unload(self) -> None:
         for path, layer in self.bank.layers.items():
-            self._take_out(path, layer)
+            put_back(self.model, path, layer, layer.base_layer)
         self.bank.layers.clear()
         take_tokens(self.model, self.bank)

@@ -120,13 +120,19 @@ def set_packing(model: nn.Module, path: str) -> None:
             encoder.use_nested_tensor = vars(encoder).pop(_PACKS)
 
 
-def stands(model: nn.Module, path: str, module: nn.Module) -> bool:
-    """Whether ``module`` is what :func:`put` has put at ``path``: a user may have put something else there since."""
+def at(model: nn.Module, path: str) -> nn.Module | None:
+    """What stands where :func:`put` puts something: a user may have put something else there since."""
     try:
         there = model.get_submodule(path)
     except AttributeError:
-        return False
-    return (there.base_layer if isinstance(there, BottleneckLayer) else there) is module
+        return None
+    return there.base_layer if isinstance(there, BottleneckLayer) else there
+
+
+def put_back(model: nn.Module, path: str, wrapper: nn.Module, module: nn.Module) -> None:
+    """Let ``module`` stand at ``path`` again, if ``wrapper`` still does."""
+    if at(model, path) is wrapper:
+        put(model, path, module)
 
 
 def inside_of(path: str, others: Iterable[str]) -> bool:

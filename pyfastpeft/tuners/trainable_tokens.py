@@ -12,7 +12,7 @@ from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TokenRows, TrainableTokens
 from .adapted import adapter_dtype
-from .modules import base_of, modules_of, put
+from .modules import at, base_of, modules_of, put
 
 DELTA = "token_adapter.trainable_tokens_delta"
 """What PEFT calls the rows, behind the path of the module."""
@@ -134,7 +134,8 @@ def take_tokens(model: nn.Module, bank: AdapterBank, name: str | None = None) ->
     for path, rows in list(bank.tokens.items()):
         rows.remove_adapter(name)
         if name is None or not rows.indices:
-            for at, layer in rows.layers.items():
-                put(model, at, layer)
+            for where, layer in rows.layers.items():
+                if getattr(at(model, where), "rows", None) is rows:
+                    put(model, where, layer)
             del bank.tokens[path]
     bank.forget()
