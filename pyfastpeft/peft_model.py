@@ -697,8 +697,6 @@ class PeftModel(PushToHubMixin, nn.Module):
                 **hub,
             )
             self.set_adapter(adapter_name)
-        if not is_trainable:
-            self.eval()
         return self
 
     def load_adapter(
@@ -715,7 +713,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         """Load another adapter beside the others, or new values into one that exists.
 
         Arguments and errors as in :meth:`from_pretrained`; the model is unchanged after an error. As in PEFT,
-        ``is_trainable`` is for new adapters: one that exists goes on to train, or not, as it did.
+        ``is_trainable`` is for new adapters: one that exists goes on to train, or not, as it did. Without it the model
+        is put into evaluation mode.
 
         Args:
             torch_device: accepted for PEFT's sake: an adapter is where its layers are.
@@ -732,7 +731,10 @@ class PeftModel(PushToHubMixin, nn.Module):
             tensors |= own
             source += f" with {OWN_NAME}"
         config = replace(config, inference_mode=not is_trainable)
-        return self._install(adapter_name, config, tensors, source, autocast_adapter_dtype)
+        keys = self._install(adapter_name, config, tensors, source, autocast_adapter_dtype)
+        if not is_trainable:
+            self.eval()
+        return keys
 
     def _install(
         self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool

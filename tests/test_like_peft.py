@@ -300,6 +300,15 @@ class TestModels:
         with pytest.raises(ValueError, match="ignore_mismatched_sizes is True; it must be False"):
             fp.set_peft_model_state_dict(again, state, "c", ignore_mismatched_sizes=True)
 
+    def test_what_is_loaded_for_inference_runs_without_dropout(self, tmp_path):
+        fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+        for wrap in (fp.get_peft_model, peft.get_peft_model):
+            for is_trainable in (False, True):
+                config = peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5)
+                model = wrap(tiny.make(), config, "first").train()
+                model.load_adapter(str(tmp_path), "second", is_trainable=is_trainable)
+                assert {module.training for module in model.modules()} == {is_trainable}, wrap
+
 
 LORA, PROMPT = fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), fp.PromptTuningConfig(**VIRTUAL)
 
