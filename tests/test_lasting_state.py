@@ -387,7 +387,7 @@ class TestServing:
                 return scores
 
         with pytest.raises(RuntimeError, match=r"adapters \['b'\] were deleted while a request"):
-            model.generate(ids, adapter_names=["b"], max_new_tokens=4, logits_processor=[Delete()])
+            model.generate(ids, adapter_names=["b"], min_new_tokens=4, max_new_tokens=4, logits_processor=[Delete()])
         model.add_adapter("b", fp.LoraConfig(**LORA))
         logits(model, ids, adapter_names=["b"])
 
