@@ -1253,3 +1253,14 @@ def test_forward_mode_is_an_error(grad):
             assert torch.equal(linear_4bit(x, w), plain)
         with pytest.raises(RuntimeError, match="functorch"):
             torch.func.jvp(lambda x: linear_4bit(x, w), (x,), (x,))
+
+
+def test_threads_that_hold_a_weight_at_the_same_time_hold_one():
+    """From Python 3.12 on nothing keeps them apart: the second's took the place of the first's, whose number became
+    another weight's while the first thread went on to call with it."""
+    w = packed_weight(48, 64)
+    hold = type(w).held.func
+    first = hold(w)
+    number = hold(w).number
+    assert number == first.number == w.held.number
+    assert hold(packed_weight(48, 64)).number != number

@@ -65,7 +65,9 @@ class Packed4bit:
     @functools.cached_property
     def held(self) -> HeldWeight:
         """This weight, in tiles, as compiled inference takes it: checked once."""
-        return HeldWeight(torch.ops.pyfastpeft.hold_weight.default(*self.operands))
+        # Of threads that come at the same time, which are not kept apart from Python 3.12 on, all get the first one's:
+        # another's would be released, and its number another weight's, while it is in use.
+        return vars(self).setdefault("held", HeldWeight(torch.ops.pyfastpeft.hold_weight.default(*self.operands)))
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "held"}
