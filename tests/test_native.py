@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "generic", "neon", "linear", "layout")]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "generic", "neon", "linear", "layout", "attention_forward")]
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not installed")

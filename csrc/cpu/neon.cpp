@@ -27,8 +27,9 @@ struct V {
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F div(F a, F b) { return vdivq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
-  static F min(F a, F b) { return vminnmq_f32(a, b); }
-  static F max(F a, F b) { return vmaxnmq_f32(a, b); }
+  // Of a NaN and a number, the second, as everywhere; this instruction set's own would be the number.
+  static F min(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static F max(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static F abs(F a) { return vabsq_f32(a); }
   // x where a <= b, else y.
   static F where_le(F a, F b, F x, F y) { return vbslq_f32(vcleq_f32(a, b), x, y); }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention_forward.h"
 #include "cpu/dispatch.h"
 #include "cpu/layout.h"
 #include "cpu/linear.h"
@@ -379,6 +380,35 @@ void check_attention(const pf::Kernels& k, int64_t dim) {
   }
 }
 
+// Whatever has a NaN or an infinity in its sums has a NaN in its result.
+void check_not_finite(const pf::Kernels& k) {
+  const float nan = std::nanf(""), inf = INFINITY;
+  const int64_t dim = 16;
+  for (const float poison : {nan, inf, 3e38f})
+    for (const int64_t tokens : {2, 16})
+      for (const bool in_query : {false, true}) {
+        std::vector<float> q(tokens * dim, 1.0f), keys = q, values = normal(tokens * dim), out(tokens * dim);
+        (in_query ? q : keys)[(in_query ? tokens - 1 : 0) * dim + 3] = poison;
+        if (!in_query) q[(tokens - 1) * dim + 3] = 100;
+        if (in_query) keys[3] = 100;
+        pf::AttentionArgs g{};
+        g.q = q.data(), g.k = keys.data(), g.v = values.data(), g.out = out.data(), g.dtype = pf::kFloat32;
+        g.batch = g.heads = g.kv_heads = 1, g.tokens = g.length = tokens, g.dim = dim;
+        for (int64_t* strides : {g.q_strides, g.k_strides, g.v_strides, g.out_strides})
+          strides[0] = tokens * dim, strides[1] = strides[2] = dim;
+        g.causal = true, g.scale = 1;
+        pf::attention_forward(g, serial);
+        expect(std::isnan(out[(tokens - 1) * dim]),
+               std::string("attention to ") + std::to_string(poison) + ", " + k.name);
+      }
+  std::vector<float> logits = normal(19);
+  logits[2] = nan;
+  const int64_t label = 4;
+  float loss = 0;
+  k.cross_entropy({logits.data(), pf::kFloat32, 19, 19, 19, 0, &label, &loss}, 0, 1);
+  expect(std::isnan(loss) && std::isnan(logits[0]) && std::isnan(logits[4]), std::string("cross-entropy, ") + k.name);
+}
+
 }  // namespace
 
 int main() {
@@ -399,6 +429,7 @@ int main() {
       check_swiglu(k, 3, n);
     }
     for (int64_t dim : {2, 34, 64}) check_attention(k, dim);
+    check_not_finite(k);
     std::printf("checked %s\n", name.c_str());
   }
   return failures > 100 ? 100 : failures;
