@@ -33,6 +33,7 @@ class Team {
     while (take_piece()) {
     }
     for (int spins = 0; done_.load(std::memory_order_acquire) < pieces; ++spins) relax(spins);
+    failure_.rethrow();
   }
 
   void help() {
@@ -58,16 +59,14 @@ class Team {
     const auto body = body_.load(std::memory_order_relaxed);
     const int64_t n = n_.load(std::memory_order_relaxed);
     if (!state_.compare_exchange_strong(state, state + 1, std::memory_order_acq_rel)) return true;
-    struct Done {  // also when the body throws: the region hands that on
-      std::atomic<int64_t>& done;
-      ~Done() { done.fetch_add(1, std::memory_order_release); }
-    } const counted{done_};
-    body(ctx, n * piece / pieces, n * (piece + 1) / pieces);
+    failure_.catching([&] { body(ctx, n * piece / pieces, n * (piece + 1) / pieces); });
+    done_.fetch_add(1, std::memory_order_release);
     return true;
   }
 
   const int64_t threads_;
   uint64_t job_ = 0;
+  Failure failure_;  // for the leader, whose frame the others' pieces may still be working on
   alignas(64) std::atomic<uint64_t> state_{0};  // job, pieces, next piece: 32, 16 and 16 bits
   alignas(64) std::atomic<int64_t> done_{0};
   std::atomic<void*> ctx_{nullptr};

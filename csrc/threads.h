@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 #include "spin.h"
 
@@ -58,6 +59,27 @@ class Shares {
   std::atomic<uint64_t> shares_[kMost];
 };
 
+// What the first of several threads threw. (The stable interface to torch's threads hands on that something did alone.)
+class Failure {
+ public:
+  template <class Body>
+  void catching(const Body& body) {
+    try {
+      body();
+    } catch (...) {
+      if (!taken_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
+    }
+  }
+  // After the threads are known to have come to their end.
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::atomic<bool> taken_{false};
+  std::exception_ptr error_;
+};
+
 // body(begin, end) over [0, n) in pieces, those of fewer than `grain` by the caller alone. He stays awake until the
 // others have come to their end too: where OpenMP's threads sleep (OMP_WAIT_POLICY=PASSIVE), one that waits at the end
 // of a region does, and to be woken there costs as much as it costs to wake the others (4096 x 4096, two threads, 4
@@ -70,18 +92,16 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
   if (threads == 1) return body(0, n);
   Shares shares(n, grain, threads);
   std::atomic<int64_t> at_work{threads};
+  Failure failure;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    struct End {  // also when the body throws
-      std::atomic<int64_t>& at_work;
-      const int64_t first, last;
-      ~End() {
-        at_work.fetch_sub(last - first, std::memory_order_release);
-        for (int spins = 0; first == 0 && spins < kPatience && at_work.load(std::memory_order_acquire) > 0; ++spins)
-          relax(spins);
-      }
-    } const end{at_work, first, last};
-    for (int64_t i = first; i < last; ++i) shares.work(i, body);
+    failure.catching([&] {
+      for (int64_t i = first; i < last; ++i) shares.work(i, body);
+    });
+    at_work.fetch_sub(last - first, std::memory_order_release);
+    for (int spins = 0; first == 0 && spins < kPatience && at_work.load(std::memory_order_acquire) > 0; ++spins)
+      relax(spins);
   });
+  failure.rethrow();
 }
 
 // The same as a ParallelFor.

@@ -1264,3 +1264,37 @@ def test_threads_that_hold_a_weight_at_the_same_time_hold_one():
     number = hold(w).number
     assert number == first.number == w.held.number
     assert hold(packed_weight(48, 64)).number != number
+
+
+def test_memory_that_runs_out_is_named_and_what_a_long_input_needed_is_given_back():
+    code = """
+import resource, torch, pyfastpeft as fp
+torch.set_num_threads(2)
+
+def used(what):
+    return int(dict(line.split(":") for line in open("/proc/self/status"))[what].split()[0]) * 1024
+
+def many(rows):
+    return fp.ops.linear_4bit(torch.ones(rows, 4096), w)
+
+w = fp.quantize_4bit(torch.randn(256, 4096), "nf4")
+many(64)
+before = used("VmRSS")
+many(8192)
+assert used("VmRSS") > before + (90 << 20)
+for _ in range(300):
+    many(64)
+assert used("VmRSS") < before + (60 << 20), (before, used("VmRSS"))
+limit, rest = resource.getrlimit(resource.RLIMIT_DATA)
+x = torch.ones(8192, 4096)
+resource.setrlimit(resource.RLIMIT_DATA, (used("VmData") + (60 << 20), rest))
+try:
+    fp.ops.linear_4bit(x, w)
+except RuntimeError as error:
+    assert "not enough memory: beside its tensors an operator needs" in str(error), error
+else:
+    raise SystemExit("there was memory")
+resource.setrlimit(resource.RLIMIT_DATA, (limit, rest))
+assert torch.equal(fp.ops.linear_4bit(x, w)[:64], many(64))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -3,7 +3,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -155,12 +156,12 @@ Registry& registry() {
   return r;
 }
 
-struct Scratch {
-  void* data[kSlots] = {};
-  int64_t size[kSlots] = {};
-  ~Scratch() {
-    for (void* p : data) std::free(p);
-  }
+struct Buffer {
+  void* data = nullptr;
+  int64_t size = 0;
+  int wide = 0;  // how many uses in a row needed little of it
+
+  ~Buffer() { std::free(data); }
 };
 
 }  // namespace
@@ -178,18 +179,25 @@ bool set_isa(const char* name) {
   return found != nullptr;
 }
 
+// A slot only grows, so that a step of training takes no fresh pages, until what one long input needed is seen to be
+// needed no longer.
 void* scratch(int slot, int64_t bytes) {
-  thread_local Scratch s;
-  if (s.size[slot] < bytes) {
-    std::free(s.data[slot]);
-    s.size[slot] = (bytes + 4095) / 4096 * 4096;
-    s.data[slot] = std::aligned_alloc(4096, s.size[slot]);
-    if (s.data[slot] == nullptr) {
-      s.size[slot] = 0;
-      throw std::bad_alloc();
-    }
+  constexpr int64_t kLarge = int64_t{32} << 20, kLittle = 8;
+  constexpr int kUses = 256;
+  thread_local Buffer buffers[kSlots];
+  Buffer& s = buffers[slot];
+  s.wide = s.size > kLarge && bytes <= s.size / kLittle ? s.wide + 1 : 0;
+  if (s.size >= bytes && s.wide < kUses) return s.data;
+  std::free(s.data);
+  s.size = (bytes + 4095) / 4096 * 4096;
+  s.data = std::aligned_alloc(4096, s.size);
+  s.wide = 0;
+  if (s.data == nullptr) {
+    s.size = 0;
+    throw std::runtime_error("not enough memory: beside its tensors an operator needs " + std::to_string(bytes) +
+                             " bytes more");
   }
-  return s.data[slot];
+  return s.data;
 }
 
 }  // namespace pf

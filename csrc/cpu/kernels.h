@@ -268,8 +268,8 @@ struct Kernels {
   void (*attend)(const AttentionArgs&, const OtherKeys&, int64_t unit0, int64_t unit1);
 };
 
-// Grow-only scratch of the calling thread, 64-byte aligned; `slot` keeps concurrent uses apart: 0 and 1 those within a
-// kernel, a Slot those around kernels.
+// Scratch of the calling thread, 64-byte aligned, until its next call for that slot; `slot` keeps concurrent uses
+// apart: 0 and 1 those within a kernel, a Slot those around kernels.
 void* scratch(int slot, int64_t bytes);
 enum Slot {
   kSlotX = 2,
