@@ -18,18 +18,25 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronConfig,
+    Phi3Config,
     Qwen2Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
 from pyfastpeft.hub.gguf import GgufFile
 from pyfastpeft.integrations.gguf import load_gguf
-from pyfastpeft.integrations.gguf_rope import scale_rope
+from pyfastpeft.integrations.gguf_rope import take_over_rope
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 64, 4, 2, 2, 96
 
@@ -168,8 +175,13 @@ def test_a_model_keeps_its_4_bits_and_equals_the_dequantized_one(tmp_path, ids, 
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
-def write_model(path, architecture, model):
-    """``model`` (Qwen2 or GPT-2) as llama.cpp would store it: GPT-2's ``Conv1D`` weights the linear way round."""
+def write_model(path, architecture, model, says, kind=Kind.Q4_0):
+    """``model`` as llama.cpp would store it: ``Conv1D`` weights the linear way round, norms with the 1 they add.
+
+    Args:
+        says: dict of what the metadata says beside the sizes, by the key after the architecture.
+        kind: of the linear layers.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -178,14 +190,13 @@ def write_model(path, architecture, model):
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(128 if architecture == "qwen2" else 256)
     writer.add_head_count(config.num_attention_heads)
-    if architecture == "qwen2":
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    else:
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    for key, value in says.items():
+        of = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(f"{architecture}.{key}", value, of)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    writer.add_pad_token_id(0)
     arch = {name: a for a, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for key, tensor in model.state_dict().items():
@@ -195,10 +206,11 @@ def write_model(path, architecture, model):
         weight = tensor.numpy()
         if isinstance(model.get_submodule(stem), Conv1D) and suffix == "weight":
             weight = weight.T.copy()
+        if architecture in ("nemotron", "gemma2", "gemma3") and "norm" in key and suffix == "weight":
+            weight = weight + 1
         matrix = weight.ndim == 2 and "emb" not in stem and "wte" not in stem and "wpe" not in stem
-        kind = Kind.Q4_0 if matrix else Kind.F32
         data = gguf.quantize(weight, kind) if matrix else weight
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", data, raw_dtype=kind)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", data, raw_dtype=kind if matrix else Kind.F32)
     write(writer)
     return path
 
@@ -210,19 +222,97 @@ def test_other_architectures_keep_their_4_bits_too(tmp_path, ids, architecture):
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=VOCABULARY, tie_word_embeddings=True,
         )  # fmt: skip
+        says = {"attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": config.rms_norm_eps}
     else:
         config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_inner=256, vocab_size=VOCABULARY, n_positions=1024)
+        says = {"attention.layer_norm_epsilon": config.layer_norm_epsilon}
     source = AutoModelForCausalLM.from_config(config).eval()
     for name, tensor in source.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(tensor, std=0.1)
-    path = write_model(tmp_path / "m.gguf", architecture, source)
+    path = write_model(tmp_path / "m.gguf", architecture, source, says)
     model, reference = fp.from_gguf(path), dequantized(path)
     assert len(layers_4bit(model)) == (14 if architecture == "qwen2" else 8)
     expected = logits(reference, ids)
     assert (logits(model, ids) - expected).norm() < 1e-4 * expected.norm()
     original = logits(source, ids)
     assert (expected - original).norm() < 0.5 * original.norm()
+
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY, "tie_word_embeddings": True, "max_position_embeddings": 64, "pad_token_id": None,
+}  # fmt: skip
+NORM, RMS_NORM = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
+HEAD = {"attention.key_length": 8, "attention.value_length": 8, "attention.sliding_window": 4}
+CAPS = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}
+
+
+def rope(theta, factor=None):
+    parameters = {"rope_type": "default", "rope_theta": theta}
+    return parameters if factor is None else parameters | {"partial_rotary_factor": factor}
+
+
+def gemma(kind, layers, scalar, **more):
+    sizes = SIZES | {"num_hidden_layers": layers, "num_key_value_heads": 4, "head_dim": 8}
+    return kind(**sizes | {"query_pre_attn_scalar": scalar, "sliding_window": 4, "rms_norm_eps": 1e-6, **more})
+
+
+BASES = {"sliding_attention": rope(3e3), "full_attention": rope(5e5)}
+SAID = [
+    ("starcoder2", lambda: Starcoder2Config(**SIZES, rope_parameters=rope(1e6), norm_epsilon=0.25),
+     {"attention.head_count_kv": 2, NORM: 0.25, "rope.freq_base": 1e6}),
+    ("stablelm", lambda: StableLmConfig(**SIZES, num_key_value_heads=4, rope_parameters=rope(1e6, 0.5)),
+     {"attention.head_count_kv": 4, NORM: 1e-5, "rope.freq_base": 1e6, "rope.dimension_count": 8}),
+    ("phi3", lambda: Phi3Config(**SIZES, num_key_value_heads=4, rope_parameters=rope(1e4, 0.75)),
+     {"attention.head_count_kv": 4, RMS_NORM: 1e-5, "rope.freq_base": 1e4, "rope.dimension_count": 12}),
+    ("nemotron",
+     lambda: NemotronConfig(
+         **SIZES, num_key_value_heads=4, head_dim=16, rope_parameters=rope(5e5, 1.0), norm_eps=0.25
+     ),
+     {"attention.head_count_kv": 4, NORM: 0.25, "rope.freq_base": 5e5, "rope.dimension_count": 16}),
+    ("falcon", lambda: FalconConfig(**SIZES, rope_parameters=rope(5e5), layer_norm_epsilon=0.25),
+     {"attention.head_count_kv": 1, NORM: 0.25, "rope.freq_base": 5e5}),
+    ("gemma2", lambda: gemma(Gemma2Config, 2, 8, **CAPS), HEAD | CAPS),
+    ("gemma2", lambda: gemma(Gemma2Config, 46, 16), HEAD),
+    ("gemma3", lambda: gemma(Gemma3TextConfig, 6, 8, rope_parameters=BASES),
+     HEAD | {"rope.freq_base": 5e5, "rope.freq_base_swa": 3e3}),
+    ("gemma3", lambda: gemma(Gemma3TextConfig, 62, 16), HEAD | {"rope.freq_base": 1e6}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "says"), SAID, ids=[f"{name}{i}" for i, (name, *_) in enumerate(SAID)]
+)
+def test_what_the_metadata_says_is_computed(tmp_path, ids, architecture, config, says):
+    torch.manual_seed(0)
+    source = AutoModelForCausalLM.from_config(config()).eval()
+    for name, tensor in source.named_parameters():
+        if tensor.dim() > 1:
+            torch.nn.init.normal_(tensor, std=1.0 if "emb" in name else 0.2)
+    if architecture.startswith("gemma"):
+        says = says | {"attention.head_count_kv": 4, RMS_NORM: 1e-6}
+    path = write_model(tmp_path / "m.gguf", architecture, source, says, Kind.F32)
+    model, expected = fp.from_gguf(path), logits(source, ids)
+    assert (logits(model, ids) - expected).norm() < 1e-4 * expected.norm()
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert (logits(again, ids) - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ({"rope.freq_base": -1.0}, "rope.freq_base is -1.0; it must be a positive number"),
+        ({"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4}, "rope.freq_base_swa is 10000.0; a Qwen2Config has one"),
+        ({"rope.dimension_count": 8}, "rope.dimension_count is 8; a Qwen2Config turns 16 dimensions"),
+    ],
+)
+def test_rotary_embeddings_that_a_config_cannot_say_are_refused_by_name(tmp_path, says, message):
+    source = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | {"intermediate_size": 128}))
+    says = says | {"attention.head_count_kv": 4, RMS_NORM: 1e-6}
+    with pytest.raises(ValueError, match=r"m\.gguf cannot be loaded.*" + re.escape(message)):
+        fp.from_gguf(write_model(tmp_path / "m.gguf", "qwen2", source, says))
 
 
 def test_tied_embeddings_are_decoded_and_stay_tied(tmp_path):
@@ -516,7 +606,8 @@ def test_gemma_4s_frequencies_that_never_turn_are_what_its_config_says(tmp_path)
     config = Gemma4TextConfig()
     before = copy.deepcopy(config.rope_parameters)
     factors = np.repeat(np.array([1, 1e30], np.float32), [64, 192])  # a quarter turns
-    scale_rope(GgufFile(write_llama(tmp_path / "m.gguf", extra={"rope_freqs.weight": factors})), config)
+    path = write_llama(tmp_path / "m.gguf", extra={"rope_freqs.weight": factors}, theta=1e6)
+    take_over_rope(GgufFile(path), config)
     assert config.rope_parameters == before
 
 

@@ -36,7 +36,7 @@ class GgufFile:
         path: where it lies.
         architecture: ``general.architecture``.
         names: the tensors' names, in file order.
-        rope: what its metadata says of rotary embeddings, by the keys' names after ``<architecture>.rope.``.
+        metadata: the numbers and strings that describe the model, by the keys' names after ``<architecture>.``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -55,8 +55,8 @@ class GgufFile:
         except (ValueError, KeyError) as error:
             raise ValueError(f"{self.path} is not a valid GGUF file (truncated or damaged?): {error}") from error
         self.names = tuple(self._tensors)
-        prefix = f"{self.architecture}.rope."
-        self.rope = {key.removeprefix(prefix): v for key, v in header.rope.items() if key.startswith(prefix)}
+        prefix = f"{self.architecture}."
+        self.metadata = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape in torch's order (GGUF's own is reversed)."""
@@ -110,7 +110,7 @@ class _Header:
 
     def __init__(self, data: np.ndarray) -> None:
         self.data, self.at = data, 0
-        self.rope: dict[str, int | float | bool | str] = {}
+        self.metadata: dict[str, int | float | bool | str] = {}
 
     def read(self) -> tuple[str, dict[str, _TensorInfo]]:
         """The architecture and the table of tensors."""
@@ -127,10 +127,12 @@ class _Header:
                 architecture = self.string().decode()
             elif key == b"general.alignment" and kind == _UINT32:
                 (alignment,) = self.unpack("<I")
-            elif b".rope." in key and kind == _STRING:
-                self.rope[key.decode()] = self.string().decode()
-            elif b".rope." in key and kind in _SCALARS:
-                (self.rope[key.decode()],) = self.unpack(f"<{_SCALARS[kind]}")
+            elif key.startswith((b"general.", b"tokenizer.")):
+                self.skip_value(kind)
+            elif kind == _STRING:
+                self.metadata[key.decode()] = self.string().decode()
+            elif kind in _SCALARS:
+                (self.metadata[key.decode()],) = self.unpack(f"<{_SCALARS[kind]}")
             else:
                 self.skip_value(kind)
         if architecture is None:

@@ -11,18 +11,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.pytorch_utils import Conv1D
 
 from ..formats import Packed4bit, quantize_4bit
 from ..hub.bitsandbytes import packed_to_state
 from ..hub.gguf import GgufFile
-from .gguf_rope import FACTORS, scale_rope
+from .gguf_rope import FACTORS, take_over_rope
 from .transformers import FastPeftConfig, layers_to_convert, linear_layers, nothing_to_convert
 
 # No model computes with these: transformers makes the one anew, as llama.cpp does, and T5 has no use for the other.
 _UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|dec\.blk\.\d+\.cross_attn_rel_b\.weight")
+
+_EPSILONS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps", "rms_norm_eps")
+# What transformers' reader leaves out for some architectures, by the key: names of it in configs.
+_LEFT_OUT = {
+    "attention.layer_norm_epsilon": _EPSILONS,
+    "attention.layer_norm_rms_epsilon": _EPSILONS,
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+}
+# The layers of the 27B models, whose queries llama.cpp scales by hidden_size / num_attention_heads; no key says it.
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def from_gguf(
@@ -37,9 +48,10 @@ def from_gguf(
     """Load a language model from a GGUF file.
 
     Linear layers stored as Q4_0 or Q4_1 become :class:`Linear4bit` with the very same codes and scales (INT4, blocks
-    of 32). Everything else, tied embeddings included, is decoded to ``dtype``. Rotary embeddings are scaled as the file
-    says (linear, YaRN, Llama 3). The model saves and reloads like any other quantized by this package; its tokenizer
-    is ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``.
+    of 32). Everything else, tied embeddings included, is decoded to ``dtype``. The model computes what llama.cpp makes
+    of the metadata, the base and the scaling of rotary embeddings (linear, YaRN, Llama 3) included. It saves and
+    reloads like any other quantized by this package; its tokenizer is
+    ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``.
 
     Args:
         path: the file.
@@ -56,8 +68,8 @@ def from_gguf(
         FileNotFoundError: there is no such file.
         TypeError: ``quantization_config`` is of another class.
         ValueError: the file is truncated, damaged, or of an architecture transformers cannot read from GGUF; it has a
-            tensor or scales rotary embeddings in a way that the model cannot take over; the model has no layer to
-            quantize as asked; or ``dtype`` is no such dtype.
+            tensor, or rotary embeddings, that the model cannot take over; the model has no layer to quantize as asked;
+            or ``dtype`` is no such dtype.
     """
     if quantization_config is not None and not isinstance(quantization_config, FastPeftConfig):
         raise TypeError(f"quantization_config is a {type(quantization_config).__name__}; it must be a FastPeftConfig")
@@ -85,7 +97,8 @@ def load_gguf(
         if config.num_hidden_layers > len(file.names):
             layers, tensors = config.num_hidden_layers, len(file.names)
             raise ValueError(f"its metadata says {layers} layers, but it has {tensors} tensors")
-        scale_rope(file, config)
+        _take_over(file, config)
+        take_over_rope(file, config)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             skeleton = auto.from_config(config)
@@ -104,6 +117,17 @@ def load_gguf(
     model = type(skeleton).from_pretrained(None, config=config, state_dict=weights.state, dtype=dtype, **kwargs)
     model.name_or_path = model.config.name_or_path = str(path)  # adapters are saved with it
     return model
+
+
+def _take_over(file: GgufFile, config: PreTrainedConfig) -> None:
+    """Let ``config`` say what llama.cpp computes with and transformers' reader leaves out."""
+    for key, names in _LEFT_OUT.items():
+        for name in names:
+            if key in file.metadata and hasattr(config, name):
+                setattr(config, name, file.metadata[key])
+    if hasattr(config, "query_pre_attn_scalar"):
+        is_27b = config.num_hidden_layers == _LAYERS_OF_27B.get(file.architecture)
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
 
 
 class _Shallow:

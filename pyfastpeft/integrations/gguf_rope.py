@@ -1,4 +1,5 @@
-"""Scaled rotary embeddings of GGUF files, as transformers' configs say them: transformers' own reader leaves them out.
+"""Rotary embeddings of GGUF files, as transformers' configs say them: of these its own reader leaves out what scales
+them and, for some architectures, their base and how many dimensions turn.
 
 What the keys and tensors mean is what llama.cpp makes of them.
 """
@@ -23,8 +24,8 @@ _NEUTRAL = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_log_multiplier": 0, "
 _NEVER = 1e20  # a frequency divided by so much turns nothing
 
 
-def scale_rope(file: GgufFile, config: PreTrainedConfig) -> None:
-    """Let ``config`` scale its rotary embeddings as the file says.
+def take_over_rope(file: GgufFile, config: PreTrainedConfig) -> None:
+    """Let ``config`` compute and scale its rotary embeddings as the file says.
 
     Raises:
         ValueError: the file says what no config of transformers computes; the tensor or key is named.
@@ -32,7 +33,11 @@ def scale_rope(file: GgufFile, config: PreTrainedConfig) -> None:
     for name in _LONGROPE:
         if name in file.names:
             raise ValueError(f"its tensor {name} scales rotary embeddings in a way that is not supported")
-    by_keys, by_factors = _said_by_keys(file, config), _said_by_factors(file, config)
+    said = {k.removeprefix("rope."): v for k, v in file.metadata.items() if k.startswith("rope.")}
+    if _parameters(config):
+        _set_bases(said, config)
+        _set_dimensions(said, config)
+    by_keys, by_factors = _said_by_keys(said, config), _said_by_factors(file, config)
     if by_keys and by_factors:
         raise ValueError(f"its rotary embeddings are scaled twice, by rope.scaling.factor and by its tensor {FACTORS}")
     if scaling := by_keys or by_factors:
@@ -50,13 +55,42 @@ def _parameters(config: PreTrainedConfig) -> dict[str, Any]:
     return parameters.get("full_attention", parameters)
 
 
-def _said_by_keys(file: GgufFile, config: PreTrainedConfig) -> dict[str, Any]:
-    said = {k.removeprefix("scaling."): v for k, v in file.rope.items() if k.startswith("scaling.")}
+def _set_bases(said: dict[str, Any], config: PreTrainedConfig) -> None:
+    with_window = config.rope_parameters.get("sliding_attention")
+    for key, parameters in (("freq_base", _parameters(config)), ("freq_base_swa", with_window)):
+        base = said.get(key)
+        if base is None:
+            continue
+        if not isinstance(base, (int, float)) or not 0 < base < math.inf:
+            raise ValueError(f"its rope.{key} is {base!r}; it must be a positive number")
+        if parameters is not None:
+            parameters["rope_theta"] = base
+        elif base != said.get("freq_base"):
+            raise ValueError(f"its rope.{key} is {base!r}; a {type(config).__name__} has one base for all layers")
+
+
+def _set_dimensions(said: dict[str, Any], config: PreTrainedConfig) -> None:
+    parameters, turning = _parameters(config), said.get("dimension_count")
+    if turning is None or parameters.get("rope_type") == "proportional":  # Gemma 4: its tensor says which turn
+        return
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if turning == size:
+        factor = 1.0
+    elif "partial_rotary_factor" in parameters and turning in range(2, size, 2):
+        factor = turning / size
+    else:
+        raise ValueError(f"its rope.dimension_count is {turning!r}; a {type(config).__name__} turns {size} dimensions")
+    if "partial_rotary_factor" in parameters:
+        parameters["partial_rotary_factor"] = factor
+
+
+def _said_by_keys(rope: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    said = {k.removeprefix("scaling."): v for k, v in rope.items() if k.startswith("scaling.")}
     said.pop("finetuned", None)  # a remark
     kind = said.pop("type", "linear")
     if kind not in _TYPES:
         raise ValueError(f"its rope.scaling.type is {kind!r}; it must be one of {', '.join(map(repr, _TYPES))}")
-    factor = float(said.pop("factor", 0) or file.rope.get("scale_linear", 0) or 1)
+    factor = float(said.pop("factor", 0) or rope.get("scale_linear", 0) or 1)
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"its rope.scaling.factor is {factor}; it must be positive")
     neutral = _NEUTRAL | {"yarn_ext_factor": int(kind == "yarn")}
