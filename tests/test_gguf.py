@@ -527,6 +527,19 @@ def test_tensors_that_contradict_the_metadata_are_refused_by_name(tmp_path, says
         fp.from_gguf(write_llama(tmp_path / "m.gguf", **says))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.head_count", 3), ("attention.head_count", 0), ("embedding_length", 2**32 - 1), ("block_count", 2**31)],
+)
+def test_metadata_that_makes_no_model_is_refused_by_file(tmp_path, key, value):
+    data = bytearray(write_llama(tmp_path / "m.gguf").read_bytes())
+    at = data.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4  # behind the type
+    data[at : at + 4] = struct.pack("<I", value)
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=r"m\.gguf cannot be loaded"):
+        fp.from_gguf(tmp_path / "m.gguf")
+
+
 def test_an_architecture_transformers_does_not_know_is_refused_by_file(tmp_path):
     path = tmp_path / "odd.gguf"
     path.write_bytes(header((b"general.architecture", struct.pack("<IQ", 8, 5) + b"nosux")))

@@ -103,8 +103,9 @@ def load_gguf(
         with torch.device("meta"):
             skeleton = auto.from_config(config)
         weights = _Weights(file, skeleton, dtype, keep, wanted)
-    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError, NotImplementedError) as error:
-        # transformers trusts the metadata: a wrong value in it can fail in any of these ways.
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers trusts the metadata: a wrong value in it can fail in any way
         raise ValueError(f"{path} cannot be loaded as a transformers model: {error}") from error
     if weights.kept or weights.quantized:
         settings = copy.copy(wanted) if weights.quantized else FastPeftConfig("int4", 32)
