@@ -235,6 +235,29 @@ def test_a_layer_the_checkpoint_lacks_is_initialized_and_quantized(tmp_path):
     assert 0.5 * original.config.initializer_range < weight.std() < 2 * original.config.initializer_range
 
 
+@pytest.mark.parametrize(
+    ("saved_as", "opened_as"),
+    [("SequenceClassification", ""), ("", "SequenceClassification"), ("MultipleChoice", "NextSentencePrediction")],
+)
+def test_a_folder_in_4_bits_is_opened_by_classes_that_end_otherwise(tmp_path, saved_as, opened_as):
+    saved_as, opened_as = (
+        getattr(transformers, f"BertFor{task}" if task else "BertModel") for task in (saved_as, opened_as)
+    )
+    config = transformers.BertConfig(**SMALL_BERT)
+    saved_as(config).save_pretrained(tmp_path / "full")
+    first = saved_as.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig())
+    first.save_pretrained(tmp_path / "4")
+    again = opened_as.from_pretrained(tmp_path / "4")
+    base, other = first.base_model, again.base_model
+    ids = torch.randint(1, 64, (2, 5))
+    assert same_state(base, other) and layers_4bit(base).keys() == layers_4bit(other).keys()
+    assert torch.equal(base(ids).last_hidden_state, other(ids).last_hidden_state)
+    for name, parameter in again.named_parameters():  # of the head, which is initialized anew
+        if not name.startswith("bert.") and again is not other:
+            assert parameter.is_floating_point() and parameter.requires_grad
+            assert name.endswith("bias") or 0.01 < parameter.std() < 0.04
+
+
 def test_dequantize_gives_back_an_ordinary_model(tmp_path, ids):
     for name in ("llama", "gpt2"):
         original, auto = saved(tmp_path / name, name)

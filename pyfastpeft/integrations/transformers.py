@@ -100,8 +100,7 @@ class FastPeftConfig(QuantizationConfigMixin):
                 stored.get("bnb_4bit_quant_type", "fp4"),
                 double_quant=bool(stored.get("bnb_4bit_use_double_quant")),
                 compute_dtype=stored.get("bnb_4bit_compute_dtype"),
-                # Which layers are in 4 bits the checkpoint itself says: those that are not stay as they are.
-                modules_to_not_convert=stored.get("llm_int8_skip_modules") or [],
+                modules_to_not_convert=stored.get("llm_int8_skip_modules"),
             )
         elif stored.get("load_in_8bit"):
             raise ValueError("the checkpoint was quantized by bitsandbytes to 8 bits; FastPeftConfig reads 4 bits only")
@@ -165,9 +164,18 @@ class FastPeftQuantizer(HfQuantizer):
         """The full-precision layer, without weights, that stood at ``name``."""
         return self._originals[name]
 
+    def leave(self, model: PreTrainedModel, name: str, layer: Linear4bit) -> nn.Module:
+        """Let that layer stand there again, with the bias of ``layer`` and a weight that is still to come."""
+        original = self._originals.pop(name)
+        original.bias = layer.bias
+        model.set_submodule(name, original.requires_grad_())
+        return original
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
-        for name, module in layers_to_convert(model, config.modules_to_not_convert).items():
+        # Which layers are in 4 bits a checkpoint itself says, whatever class opens it: the others are left.
+        skipped = [] if self.pre_quantized else config.modules_to_not_convert
+        for name, module in layers_to_convert(model, skipped).items():
             shape = module.weight.shape
             rows, columns = reversed(shape) if isinstance(module, Conv1D) else shape
             layer = Linear4bit(
@@ -195,10 +203,14 @@ class FastPeftQuantizer(HfQuantizer):
             for conversion in conversions
             if not any(isinstance(op, _Deserialize) for op in getattr(conversion, "operations", ()))
         ]
-        for layer in model.modules():
+        for name, layer in list(model.named_modules()):
             # Not in the checkpoint: transformers has initialized it (and said so).
             if isinstance(layer, Linear4bit) and layer.packed is None:
-                layer.set_packed(self.quantized(layer.weight))
+                if self.pre_quantized:
+                    self._put_original(model, name, layer, layer.weight.detach())
+                    self._originals.pop(name).requires_grad_()
+                else:
+                    layer.set_packed(self.quantized(layer.weight))
         for tensor in (*model.parameters(), *model.buffers()):
             # A view of the mapped file keeps all of it mapped, also what was quantized.
             if not tensor.untyped_storage().resizable():
@@ -292,13 +304,9 @@ class _Deserialize(_Op):
         state = {name: t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
         layer, _ = get_module_from_name(model, full_layer_name)
         if state.keys() == {key} and state[key].is_floating_point():
-            # A layer that the checkpoint left in full precision, whatever its config says, stays so here.
-            path = full_layer_name.removesuffix(".weight")
+            # A layer that the checkpoint left in full precision stays so here.
             if isinstance(layer, Linear4bit):
-                original = self.hf_quantizer.original(path)
-                original.bias = layer.bias
-                model.set_submodule(path, original)
-                layer = original
+                layer = self.hf_quantizer.leave(model, full_layer_name.removesuffix(".weight"), layer)
             return {key: state[key].to(layer.weight.dtype)}
         if not isinstance(layer, Linear4bit):
             raise ValueError(f"{full_layer_name} is stored in 4 bits, but its layer is one that is not converted")
