@@ -19,10 +19,10 @@ Messages = list[dict[str, str]]
 _Row = TypeVar("_Row")
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: any will do where a mask says what counts."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((i for i in known if i is not None), 0)
+def pad_id(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
+    """The id to pad with: any that ``model`` embeds will do where a mask says what counts."""
+    known, rows = (tokenizer.pad_token_id, tokenizer.eos_token_id), len(model.get_input_embeddings().weight)
+    return next((i for i in known if i is not None and i < rows), 0)
 
 
 def learned_positions(model: nn.Module) -> int | None:

@@ -81,7 +81,7 @@ def answer(
         ValueError: as :func:`prompts_of`.
     """
     device = next(model.parameters()).device
-    pad = pad_id(tokenizer)
+    pad = pad_id(tokenizer, model)
     prompts, room = prompts_of(model, tokenizer, conversations, adapter_names)
     answers: list[str] = []
     training = model.training

@@ -211,9 +211,12 @@ def test_a_chat_template_that_rewrites_what_was_said_is_refused(template):
         encode([*TALK, *TALK], tokenizer, 1000)
 
 
-@pytest.mark.parametrize(("pad", "eos", "used"), [(3, 5, 3), (None, 5, 5), (0, 5, 0), (None, None, 0)])
-def test_what_is_padded_with_is_always_a_token(pad, eos, used):
-    assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == used
+@pytest.mark.parametrize(
+    ("pad", "eos", "used"), [(3, 5, 3), (None, 5, 5), (0, 5, 0), (None, None, 0), (9, 5, 5), (8, 8, 0)]
+)
+def test_what_is_padded_with_is_always_a_token_of_the_model(pad, eos, used):
+    model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(8, 2))
+    assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos), model) == used
 
 
 def test_an_empty_prompt_and_a_row_without_labels_say_so():

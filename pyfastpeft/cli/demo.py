@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             train_adapter(
                 model,
                 dataset,
-                pad_token_id=pad_id(tokenizer),
+                pad_token_id=pad_id(tokenizer, model),
                 output_dir=args.output,
                 epochs=epochs,
                 learning_rate=method.rate(options),

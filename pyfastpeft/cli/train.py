@@ -120,7 +120,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         output = train_adapter(
             model,
             dataset,
-            pad_token_id=pad_id(tokenizer),
+            pad_token_id=pad_id(tokenizer, model),
             output_dir=args.output,
             epochs=args.epochs,
             max_steps=args.max_steps,
