@@ -7,6 +7,7 @@ JSON. It is written aside and renamed, so a checkpoint that can be seen is whole
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -22,6 +23,8 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -117,6 +120,20 @@ class AdapterTrainer(Trainer):
                 _set_random_state(tensors, numbers)
 
 
+class _NothingLeft(Exception):
+    """A resumed run has all its steps behind it."""
+
+
+class _StopBeforeTheFirstStep(TrainerCallback):
+    """Raises :class:`_NothingLeft`; transformers looks at the number of steps only after one more."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise _NothingLeft
+
+
 @contextmanager
 def _of_checkpoint(checkpoint: str, *more: type[Exception]) -> Iterator[None]:
     """What the files of a checkpoint lack is an error that names it, and so are ``more`` errors."""
@@ -202,7 +219,7 @@ def train_adapter(
         dataset: examples as :func:`load_dataset` makes them.
         warmup_steps: a number of steps, or below 1 a share of all steps.
         save_steps: write ``output_dir/checkpoint-<step>`` every so many steps (the newest two are kept); 0: none.
-        resume: go on from the newest checkpoint in ``output_dir``.
+        resume: go on from the newest checkpoint in ``output_dir``; where that has all steps behind it, nothing trains.
 
     Raises:
         ValueError: ``resume`` without a checkpoint, or one that is damaged; checkpoints of an earlier run without
@@ -249,6 +266,10 @@ def train_adapter(
         model=model, args=args, train_dataset=dataset, data_collator=Collator(pad_token_id), callbacks=list(callbacks)
     )
     trainer.remove_callback(PrinterCallback)
-    output = trainer.train(resume_from_checkpoint=last)
+    trainer.add_callback(_StopBeforeTheFirstStep)
+    try:
+        output = trainer.train(resume_from_checkpoint=last)
+    except _NothingLeft:
+        output = TrainOutput(trainer.state.global_step, math.nan, {})
     model.save_pretrained(output_dir, selected_adapters=model.active_adapters)
     return output

@@ -302,6 +302,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, kind):
         assert torch.equal(value, expected[key]), key
 
 
+@pytest.mark.parametrize("steps", [{}, {"max_steps": 4}, {"max_steps": 3}], ids=str)
+def test_a_finished_run_that_is_resumed_trains_no_more(tmp_path, steps):
+    model, again = adapter(), adapter()
+    done = run(model, tmp_path, save_steps=2, lr_scheduler_type="constant", **dict.fromkeys(steps, 4)).global_step
+    output = run(again, tmp_path, save_steps=2, lr_scheduler_type="constant", resume=True, **steps)
+    saved = fp.PeftModel.from_pretrained(quantized_llama(), tmp_path)
+    assert output.global_step == done == (4 if steps else 6)
+    for key, value in weights(model).items():
+        assert torch.equal(weights(again)[key], value) and torch.equal(weights(saved)[key], value), key
+
+
 def test_a_checkpoint_is_an_adapter_and_no_pickle(tmp_path, monkeypatch):
     model, sync, synced = adapter(), os.fsync, set()
     write_text("of a run that was killed", tmp_path / ".checkpoint-6.partial" / "optimizer.bin")
