@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import threading
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -432,6 +433,46 @@ def test_a_save_that_fails_loses_nothing(tmp_path, monkeypatch, full_when):
     with pytest.raises(OSError, match="disk is full"):
         model.save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_files_of_two_saves_are_not_mixed(tmp_path, monkeypatch):
+    models = [fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(lora_alpha=alpha)) for alpha in (1, 2)]
+    for alpha, model in enumerate(models, 1):
+        for parameter in model.parameters():
+            parameter.data.fill_(alpha)
+    other = threading.Thread(target=models[1].save_pretrained, args=[tmp_path])
+    steps, replace = [], os.replace
+
+    def replaced(source, target):
+        replace(source, target)
+        if not os.path.basename(target).startswith("."):
+            steps.append("name")
+            if len(steps) == 1:  # the first file of the first save has its name
+                other.start()
+                other.join(0.3)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    models[0].save_pretrained(tmp_path)
+    other.join()
+    alpha = json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"]
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert all((tensor == alpha).all() for tensor in weights.values())
+
+
+def test_files_of_an_adapter_take_their_names_one_right_after_the_other(tmp_path, monkeypatch):
+    model = fp.get_peft_model(tiny.make("llama"), STATES["ptuning"](fp))
+    model.save_pretrained(tmp_path)
+    steps, replace, sync = [], os.replace, os.fsync
+
+    def replaced(source, target):
+        steps.append(os.path.basename(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("sync"), sync(fd)))
+    model.save_pretrained(tmp_path)
+    names = [i for i, step in enumerate(steps) if step in os.listdir(tmp_path)]
+    assert len(names) == 3 and names[-1] - names[0] == 2 and steps[names[-1] :][1:] == ["sync"]
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 
 @contextmanager
@@ -21,20 +27,55 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     The file is synced to disk before it takes the name, so a full disk, an exception or a kill at any moment leaves
     the old file whole.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
+    with atomic_writes([Path(path)]) as (aside,):
         yield aside
-        _sync(aside)
-        os.replace(aside, path)
+
+
+@contextmanager
+def atomic_writes(paths: Sequence[Path], gone: Collection[Path] = ()) -> Iterator[list[Path]]:
+    """:func:`atomic_write` for files of one folder that belong together.
+
+    All are on disk before the first takes its name, and they take them one right after the other, while no other
+    process does so in this folder. Files ``gone`` are removed at that moment.
+    """
+    folder = paths[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    asides = [path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp") for path in paths]
+    try:
+        yield asides
+        for aside in asides:
+            _sync(aside)
+        with _locked(folder):
+            for path in gone:
+                path.unlink(missing_ok=True)
+            for aside, path in zip(asides, paths, strict=True):
+                os.replace(aside, path)
     except BaseException:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
+        for aside in asides:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
         raise
-    # Best effort: some file systems cannot sync a directory, and the file is in place already.
+    # Best effort: some file systems cannot sync a directory, and the files are in place already.
     with suppress(OSError):
-        _sync(path.parent)
+        _sync(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold off other writers, where the system can; who holds the folder for longer than a second is none of them."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(100 if fcntl else 0):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:  # not on this file system
+                break
+        yield
+    finally:
+        os.close(fd)
 
 
 def _sync(path: Path) -> None:

@@ -8,14 +8,13 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..tuners.base import METHODS, PeftConfig
-from .files import atomic_write, load_safetensors, read_json, save_safetensors, write_text
+from .files import atomic_writes, load_safetensors, read_json, save_safetensors, write_text
 
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
@@ -130,7 +129,9 @@ def read_own(model_id: str | os.PathLike, subfolder: str | None = None, **hub: A
 def write_adapter(
     folder: str | os.PathLike, config: dict[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> None:
-    """Write an adapter folder; each file is whole at every moment, and the README is written only where there is none.
+    """Write an adapter folder: each file is whole at every moment, and of two processes' files none are mixed.
+
+    The README is written only where there is none.
 
     Args:
         config: PEFT's keys, as :meth:`PeftConfig.to_dict` gives them.
@@ -146,13 +147,13 @@ def write_adapter(
         shared = tensor.untyped_storage().data_ptr() in seen
         seen.add(tensor.untyped_storage().data_ptr())
         apart[key] = tensor.detach().clone() if shared else tensor
-    # All are on disk before the first takes its name, and they take them one right after the other.
-    with ExitStack() as files:
-        write_text(json.dumps(config, indent=2), files.enter_context(atomic_write(folder / CONFIG_NAME)))
-        if own:
-            save_safetensors(own, files.enter_context(atomic_write(folder / OWN_NAME)))
-        save_safetensors(apart, files.enter_context(atomic_write(folder / WEIGHTS_NAME)))
-        (folder / OWN_NAME).unlink(missing_ok=True)  # never beside weights that it does not belong to
+    names = [WEIGHTS_NAME, *([OWN_NAME] if own else []), CONFIG_NAME]
+    gone = [] if own else [folder / OWN_NAME]  # never beside weights that it does not belong to
+    with atomic_writes([folder / name for name in names], gone) as (weights, *encoder, settings):
+        write_text(json.dumps(config, indent=2), settings)
+        for path in encoder:
+            save_safetensors(own, path)
+        save_safetensors(apart, weights)
     if not (folder / CARD_NAME).exists():
         write_text(_card(config), folder / CARD_NAME)
 
