@@ -324,6 +324,22 @@ def test_generate_brings_a_model_to_4_bits_unless_full_precision_is_asked_for(ca
     assert run_json(capsys, *arguments, "--full-precision")["answers"][0]["answer"] == "0"
 
 
+def test_a_model_is_looked_for_on_the_hub_under_any_name_of_one(capsys, monkeypatch, tmp_path):
+    asked = []
+
+    def load(source, **_):
+        asked.append(source)
+        raise OSError("not there")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    for name in ("gpt2", "someone/gpt2"):
+        code, _, err = run(capsys, "quantize", name, str(tmp_path / "out"))
+        assert code == 1 and "not there" in err and asked.pop() == name
+    for path in ("./gpt2", "a/b/gpt2", "~/gpt2", "gpt2/", "gpt2.gguf"):
+        code, _, err = run(capsys, "quantize", path, str(tmp_path / "out"))
+        assert code == 1 and "there is no such file or folder" in err and not asked
+
+
 def test_the_process_exits_with_the_code(tmp_path):
     command = [sys.executable, "-m", "pyfastpeft.cli", "quantize", "./no-such-model", "out"]
     # In the repository's root Python would take the source tree for the installed package.

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +41,16 @@ def _source(model: str) -> Path | str:
     """Where ``model`` is: a path, or a hub name as it stands."""
     if model == SMOLLM2:
         return _smollm2()
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     path = Path(model)
     if path.exists():
         return path
-    if path.suffix == ".gguf" or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ValueError(f"model is {model!r}; there is no such file or folder")
-    return model
+    with suppress(HFValidationError):
+        validate_repo_id(model)
+        if path.suffix != ".gguf":
+            return model
+    raise ValueError(f"model is {model!r}; there is no such file or folder")
 
 
 def load_model(args: argparse.Namespace, quantized: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
