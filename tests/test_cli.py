@@ -158,12 +158,16 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
     not_gguf = tmp_path / "not.gguf"
     not_gguf.write_bytes(b"GGUF" + b"\xff" * 40)
     output = str(tmp_path / "out")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     train = ["train", "--model", model_folder, "--data", data_file, "--output", output]
     before_loading = ["train", "--model", "./no-such-model", "--data", data_file, "--output", output]
     cases = [
         (["quantize", "./no-such-model", output], "no-such-model"),
         (["quantize", str(not_gguf), output], "not.gguf"),
-        (["quantize", model_folder, str(tmp_path)], "exists"),
+        (["quantize", "./no-such-model", str(tmp_path)], "exists"),
+        (["quantize", "./no-such-model", str(tmp_path / "nowhere")], "exists"),
+        (["quantize", "./no-such-model", "/proc/self/fdinfo/out"], "nothing can be written in /proc/self/fdinfo"),
+        ([*before_loading, "--output", str(tmp_path / "nowhere")], "nothing can be written in "),
         (["quantize", model_folder, output, "--blocksize", "48"], "blocksize"),
         ([*before_loading, "--data", str(bad_row)], "bad.jsonl, line 2"),
         ([*before_loading, "--data", "none.jsonl"], "none.jsonl"),

@@ -1,6 +1,10 @@
-"""What is printed as it is."""
+"""Where a command writes: text to a console, folders to a disk."""
 
 from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
 
 from rich.console import Console
 
@@ -8,3 +12,14 @@ from rich.console import Console
 def print_answer(console: Console, text: str) -> None:
     """Print what a model says: rich would wrap it and make emojis of parts of it."""
     print(text, file=console.file)
+
+
+def check_place(output: Path) -> None:
+    """Whether a folder ``output`` can be written: this would show after the work else."""
+    # A link that leads nowhere is there too.
+    there = next(folder for folder in (output, *output.absolute().parents) if os.path.lexists(folder))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"output is {str(output)!r}; nothing can be written in {there}: {error.strerror}") from None

@@ -20,6 +20,7 @@ from rich.markup import escape
 from ..nn import Linear4bit
 from .memory import peak_bytes
 from .models import MODEL_HELP, add_quantization_arguments, load_model
+from .output import check_place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Load quantized, save aside, rename."""
     output = Path(args.output)
-    if output.exists():
+    if os.path.lexists(output):
         raise ValueError(f"output is {args.output!r}, which exists; name a new folder")
+    check_place(output)
     with console.status(f"quantizing {escape(args.model)}"):
         model, tokenizer = load_model(args)
         aside = output.with_name(f".{output.name}.partial")

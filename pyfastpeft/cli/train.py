@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rich.markup import escape
 from .memory import peak_bytes
 from .methods import above_zero, add_method_arguments, chosen
 from .models import MODEL_HELP, add_quantization_arguments, load_model
+from .output import check_place
 
 SCHEDULES = (
     "linear",
@@ -76,18 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantization_arguments(parser)
 
 
-def _check_output(output: Path) -> None:
-    """Whether the adapter can be written: this would show after the training else."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output is {str(output)!r}, which is a file; it must be a folder, or not exist yet")
-    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(f"output is {str(output)!r}; nothing can be written in {there}: {error.strerror}") from None
-
-
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train, save, report."""
     from transformers import set_seed
@@ -101,7 +90,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     method, options, quantized = chosen(args)
     # What is wrong with these shows before the model is loaded.
-    _check_output(Path(args.output))
+    if os.path.isfile(args.output):
+        raise ValueError(f"output is {args.output!r}, which is a file; it must be a folder, or not exist yet")
+    check_place(Path(args.output))
     read_rows(args.data)
     questions = read_rows(args.test) if args.test else []
     base, tokenizer = load_model(args, quantized)
