@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ def read_objects(path: str | os.PathLike) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: a line that is not a JSON object (names the file and the line), or no line at all.
     """
-    return _read(path, lambda row: row)
+    return list(_read(path, lambda row: row).values())
 
 
 def read_rows(path: str | os.PathLike) -> list[Messages]:
@@ -72,27 +73,39 @@ def read_rows(path: str | os.PathLike) -> list[Messages]:
     Raises:
         FileNotFoundError, ValueError: as :func:`read_objects`, and for a row without these keys.
     """
+    return list(numbered_rows(path).values())
+
+
+def numbered_rows(path: str | os.PathLike) -> dict[int, Messages]:
+    """:func:`read_rows`, by their lines' numbers."""
     return _read(path, _messages)
 
 
-def _read(path: str | os.PathLike, convert: Callable[[dict[str, Any]], _Row]) -> list[_Row]:
+def _read(path: str | os.PathLike, convert: Callable[[dict[str, Any]], _Row]) -> dict[int, _Row]:
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():  # a pipe is no file
         raise FileNotFoundError(f"there is no file {path}")
-    rows = []
+    rows = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            with _of_line(path, number):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    row = json.loads(text)
                     if not isinstance(row, dict):
                         raise ValueError(f"the row is a JSON {type(row).__name__}; it must be an object")
-                    rows.append(convert(row))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from None
+                    rows[number] = convert(row)
     if not rows:
         raise ValueError(f"{path} holds no rows; it must hold one JSON object a line")
     return rows
+
+
+@contextmanager
+def _of_line(path: str | os.PathLike, number: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
 
 
 def _messages(row: dict[str, Any]) -> Messages:
@@ -195,19 +208,24 @@ def load_dataset(
 
     Warns where rows are cut.
     """
-    whole = 0
+    return encode_rows(path, numbered_rows(path), tokenizer, max_length)
 
-    def example(row: dict[str, Any]) -> dict[str, list[int]]:
-        nonlocal whole
-        encoded = _encode(_messages(row), tokenizer)
-        whole += len(encoded["input_ids"]) <= max_length
-        return _cut(encoded, max_length)
 
-    rows = _read(path, example)
-    if whole < len(rows):
+def encode_rows(
+    path: str | os.PathLike, rows: dict[int, Messages], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, list[int]]]:
+    """:func:`load_dataset` of what :func:`numbered_rows` has read from ``path``, which may be a pipe."""
+    examples = []
+    cut = 0
+    for number, messages in rows.items():
+        with _of_line(path, number):
+            encoded = _encode(messages, tokenizer)
+            cut += len(encoded["input_ids"]) > max_length
+            examples.append(_cut(encoded, max_length))
+    if cut:
         warnings.warn(
-            f"{path}: {len(rows) - whole} of {len(rows)} rows are longer than max_length = {max_length} tokens; they "
-            "are cut there, and the ends of their answers are not learned",
-            stacklevel=2,
+            f"{path}: {cut} of {len(rows)} rows are longer than max_length = {max_length} tokens; they are cut there, "
+            "and the ends of their answers are not learned",
+            stacklevel=3,
         )
-    return rows
+    return examples

@@ -452,6 +452,19 @@ def test_train_writes_a_folder_that_peft_loads(capsys, tmp_path, model_folder, d
     assert len(moved) == 4 and all(p.abs().sum() > 0 for p in moved)
 
 
+def test_train_reads_its_data_from_pipes(capsys, tmp_path, model_folder, data_file):
+    arguments = ["train", "--model", model_folder, "--max-steps", "1", "--output"]
+    results = [run_json(capsys, *arguments, str(tmp_path / "a"), "--data", data_file, "--test", data_file)]
+    pipes = []
+    for _ in range(2):
+        end, start = os.pipe()
+        os.write(start, Path(data_file).read_bytes())
+        os.close(start)
+        pipes.append(f"/dev/fd/{end}")
+    results.append(run_json(capsys, *arguments, str(tmp_path / "b"), "--data", pipes[0], "--test", pipes[1]))
+    assert all(results[0][key] == results[1][key] for key in ("rows", "loss", "accuracy"))
+
+
 def test_train_says_how_many_rows_it_cuts(capsys, tmp_path, model_folder, data_file):
     arguments = ["train", "--model", model_folder, "--data", data_file, "--output", str(tmp_path), "--max-steps", "1"]
     code, out, err = run(capsys, *arguments, "--max-length", "90")

@@ -61,8 +61,10 @@ def write(path, *lines):
 def test_messages_and_prompt_with_completion_are_read_alike(tmp_path):
     path = write(tmp_path / "d.jsonl", {"messages": TALK}, "", {"prompt": QUESTION, "completion": ANSWER, "id": 3})
     assert read_rows(path) == [TALK, TALK]
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as editors on Windows begin a file
-    assert read_rows(path) == [TALK, TALK]
+    rows = path.read_bytes()
+    for first in (b"", b"\n", b" \r\n"):
+        path.write_bytes(b"\xef\xbb\xbf" + first + rows)  # as editors on Windows begin a file
+        assert read_rows(path) == [TALK, TALK]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from transformers import set_seed
 
     from .. import get_peft_model
-    from ..conversations import load_dataset, pad_id, read_rows
+    from ..conversations import encode_rows, numbered_rows, pad_id, read_rows
     from ..generation import prompts_of
     from ..training import train_adapter
     from .examine import examine
@@ -93,12 +93,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if os.path.isfile(args.output):
         raise ValueError(f"output is {args.output!r}, which is a file; it must be a folder, or not exist yet")
     check_place(Path(args.output))
-    read_rows(args.data)
+    rows = numbered_rows(args.data)
     questions = read_rows(args.test) if args.test else []
     base, tokenizer = load_model(args, quantized)
     with warnings.catch_warnings(record=True) as caught:  # shown whatever other libraries have made of the filters
         warnings.simplefilter("always")
-        dataset = load_dataset(args.data, tokenizer, args.max_length)
+        dataset = encode_rows(args.data, rows, tokenizer, args.max_length)
     for warning in caught:
         print(f"pyfastpeft train: warning: {warning.message}", file=sys.stderr)
     rate = method.rate(options) if args.lr is None else args.lr
