@@ -753,8 +753,12 @@ class PeftModel(PushToHubMixin, nn.Module):
             held = safetensors.torch.load_file(path)
             pairs = [(held[f"layers.{i}.key"], held[f"layers.{i}.value"]) for i in range(len(held) // 2)]
             cache = DynamicCache([tuple(t[None].repeat(batch, 1, 1, 1) for t in pair) for pair in pairs])
-            mask = torch.cat([torch.ones(batch, pairs[0][0].shape[1]), attention_mask], 1)
-            model(input_ids, attention_mask=mask, past_key_values=cache)  # "cache=" in newer versions
+            mask = torch.cat([attention_mask.new_ones(batch, pairs[0][0].shape[1]), attention_mask], 1)
+            places = (mask.cumsum(1) - 1)[:, -input_ids.shape[1] :]  # padding on the left takes none
+            # "cache=" in newer versions
+            logits = model(input_ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits
+
+        Where layers have a sliding window, pad on the right: transformers counts padding before the text in it.
 
         Args:
             adapter_name: one adapter, or several used together (a prompt and the LoRA it works with). Default: the

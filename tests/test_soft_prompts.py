@@ -6,6 +6,8 @@ import copy
 import inspect
 import json
 import math
+import re
+import textwrap
 import threading
 import warnings
 from functools import partial
@@ -14,6 +16,7 @@ from pathlib import Path
 import architectures as tiny
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers as tf
 from safetensors.torch import load_file
@@ -428,12 +431,15 @@ class TestFiles:
         base = tiny.make(architecture)
         own = ours(base, method).eval()
         own.export_prefix(tmp_path / "prefix.safetensors")
-        held = load_file(tmp_path / "prefix.safetensors")
-        pairs = [(held[f"layers.{i}.key"], held[f"layers.{i}.value"]) for i in range(len(held) // 2)]
         ids = tiny.inputs(architecture, rows=2)["input_ids"]
-        cache = DynamicCache([tuple(t[None].repeat(2, 1, 1, 1) for t in pair) for pair in pairs])
-        mask = torch.ones(2, P + ids.shape[1])
-        close(base(ids, attention_mask=mask, past_key_values=cache).logits, own(ids).logits)
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        recipe = re.search(r"::\n\n((?: {12}.+\n)+)", fp.PeftModel.export_prefix.__doc__)[1]
+        names = {"torch": torch, "safetensors": safetensors, "DynamicCache": DynamicCache, "model": base, "batch": 2}
+        names |= {"path": tmp_path / "prefix.safetensors", "input_ids": ids, "attention_mask": mask}
+        exec(textwrap.dedent(recipe), names)
+        expected = own(ids, attention_mask=mask).logits
+        close(names["logits"][mask.bool()], expected[mask.bool()])
 
     def test_a_prompt_is_exported_with_the_lora_it_works_with(self, tmp_path):
         base = llama()
