@@ -344,7 +344,8 @@ def test_triton_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch, na
 
         def __getattr__(self, what):
             if what in ("Weight", "Branch", "Slots", "Call", "formula", "around"):
-                return lambda *_, **__: SimpleNamespace(rank=4, n=8, k=64, a=torch.ones(1), b=torch.ones(1))
+                held = {"rank": 4, "n": 8, "k": 64, "blocksize": 64, "absmax2": None, "seed": None}
+                return lambda *_, **__: SimpleNamespace(**held, a=torch.ones(1), b=torch.ones(1))
             return lambda *_, **__: devices.append(list(current)) or (torch.ones(1),) * 3
 
     with monkeypatch.context() as context:
@@ -370,22 +371,33 @@ def test_triton_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch, na
 
 
 def test_tiles_are_asked_for_by_all_that_they_depend_on(monkeypatch):
-    def tuned(call, device, formula, around, run):
-        asked.append((*call, formula))
-        return formula
-
-    asked, expected = [], []
-    monkeypatch.setattr(triton_kernels, "tuned", tuned)
+    asked = []
+    monkeypatch.setattr(triton_kernels, "tuned", lambda call, device, formula, *_: asked.append((*call, formula)))
     kernels = SimpleNamespace(formula=lambda x, w, forward: f"forward {forward}", around=None)
-    for direction in ("forward", "backward"):
-        for rows, power in ((0, 1), (1, 1), (8, 8), (9, 16)):
-            for rank in (0, 4):
-                lora = SimpleNamespace(rank=rank) if rank else None
-                x, w = torch.empty(rows, 64, dtype=torch.bfloat16), SimpleNamespace(n=8, k=64)
-                triton_kernels._best(direction, kernels, x, w, lora, lambda cut: cut)
-                formula = f"forward {direction == 'forward'}"
-                expected.append(("linear_4bit", direction, torch.bfloat16, power, 8, 64, rank, formula))
-    assert asked == expected
+
+    def key(direction="forward", rows=8, n=16, k=128, dtype=torch.bfloat16, weight=("nf4", 64), branch=None):
+        packed = fp.quantize_4bit(torch.randn(n, k), *weight)
+        w = SimpleNamespace(n=n, k=k, blocksize=packed.blocksize, absmax2=packed.operands[3])
+        rank, adapter, seed = branch or (0, None, None)
+        lora = SimpleNamespace(rank=rank, a=torch.empty(1, dtype=adapter), seed=seed) if branch else None
+        x = torch.empty(rows, 1, dtype=dtype)
+        triton_kernels._best(direction, kernels, x, packed.format.id, w, lora, lambda cut: cut)
+        assert asked[-1][-1] == f"forward {direction == 'forward'}"
+        return asked[-1]
+
+    others = [{"direction": "backward"}, {"rows": 9}, {"n": 8}, {"k": 256}, {"dtype": torch.float16}]
+    others += [
+        {"weight": ("fp4", 64)},
+        {"weight": ("int4", 64)},
+        {"weight": ("nf4", 32)},
+        {"weight": ("nf4", 64, True)},
+    ]
+    others += [{"branch": (4, torch.float32, None)}, {"branch": (8, torch.float32, None)}]
+    others += [{"branch": (4, torch.bfloat16, None)}, {"branch": (4, torch.float32, torch.zeros(1))}]
+    keys = [key(), *(key(**other) for other in others)]
+    assert len(set(keys)) == len(keys)
+    assert key(rows=5) == key() and key(rows=0) == key(rows=1)
+    assert key(k=96, weight=("nf4", 32)) == key(k=96, weight=("nf4", 64))  # segments of 32 columns, both
 
 
 def test_the_choice_is_a_constant_to_the_compiler(gpu):

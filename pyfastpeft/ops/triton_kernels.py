@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import shutil
 import sysconfig
@@ -99,10 +100,17 @@ def _branch(
     return _kernels("linear_4bit").Branch(a, b, row_scale, scaling, seed, dropout)
 
 
-def _best(direction: str, kernels: ModuleType, x: Tensor, w: tuple, lora: tuple | None, run: Callable) -> tuple:
-    """``run`` with the tiles for the rows of x."""
-    rows, rank = 1 << max(len(x) - 1, 0).bit_length(), 0 if lora is None else lora.rank
-    call = ("linear_4bit", direction, x.dtype, rows, w.n, w.k, rank)
+def _best(
+    direction: str, kernels: ModuleType, x: Tensor, format: int, w: tuple, lora: tuple | None, run: Callable
+) -> tuple:
+    """``run`` with the tiles for the rows of x.
+
+    They are of a call whose kernels are the same: others may need more shared memory than there is.
+    """
+    rows = 1 << max(len(x) - 1, 0).bit_length()
+    weight = format_of(format).name, math.gcd(w.k, w.blocksize), w.absmax2 is not None
+    branch = (0,) if lora is None else (lora.rank, lora.a.dtype, lora.seed is not None)
+    call = ("linear_4bit", direction, x.dtype, rows, w.n, w.k, *weight, *branch)
     return run(tuned(call, x.device, kernels.formula(x, w, direction == "forward"), kernels.around, run))
 
 
@@ -111,7 +119,7 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     bias, *branch = rest[8:]
     kernels, held, lora = _kernels("linear_4bit"), _weight(rest[:8], x.shape[1]), _branch(*branch)
     with _on(x.device):
-        return _best("forward", kernels, x, held, lora, lambda cut: kernels.forward(x, held, bias, lora, cut))
+        return _best("forward", kernels, x, rest[5], held, lora, lambda cut: kernels.forward(x, held, bias, lora, cut))
 
 
 def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +131,7 @@ def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tup
         return kernels.backward(dy, x, s, held, lora, need_x, need_a, need_b, cut)
 
     with _on(dy.device):
-        dx, da, db = _best("backward", kernels, dy, held, lora, run) if need_x else run(None)
+        dx, da, db = _best("backward", kernels, dy, rest[5], held, lora, run) if need_x else run(None)
     da = None if da is None else da.to(lora.a.dtype)
     db = None if db is None else db.to(lora.b.dtype)
     return tuple(dy.new_empty(0) if d is None else d for d in (dx, da, db))
