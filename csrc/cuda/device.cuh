@@ -175,19 +175,6 @@ PF_DEVICE void store_relaxed(uint32_t* counter, uint32_t value) {
 
 // ---- on the host
 
-// `kernel`, allowed the shared memory that it needs.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, void* stream,
-                   const Arguments&... arguments) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 48 * 1024) {
-    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (const cudaError_t status = cudaFuncSetAttribute(function, attribute, shared_bytes)) return status;
-  }
-  cudaGetLastError();  // what a call before left is not this launch's
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return cudaGetLastError();
-}
 inline int current_device() {
   int device = 0;
   cudaGetDevice(&device);
@@ -197,6 +184,25 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   int value = 0;
   cudaDeviceGetAttribute(&value, attribute, current_device());
   return value;
+}
+// Allows blocks of `kernel` that much dynamic shared memory, if the device has it; else its launch is an error.
+//
+// What is allowed holds for all launches of the kernel on a device, those of other threads and of graphs too. So it is
+// not what this one needs, but all that there is: none of the kernels has static shared memory.
+inline cudaError_t allow_shared_memory(const void* kernel, int bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+// `kernel`, allowed the shared memory that it needs.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, void* stream,
+                   const Arguments&... arguments) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (const cudaError_t status = allow_shared_memory(function, shared_bytes)) return status;
+  cudaGetLastError();  // what a call before left is not this launch's
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return cudaGetLastError();
 }
 
 // Calls that follow one another: those of a stream, by its number, which no other has, not even one that gets its

@@ -246,8 +246,8 @@ inline cudaError_t map_tiles(TileMap* map, const void* base, int size, int64_t r
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int cluster,
                             bool overlap, void* stream, const Arguments&... arguments) {
-  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (const cudaError_t status = cudaFuncSetAttribute(kernel, attribute, shared_bytes)) return status;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (const cudaError_t status = allow_shared_memory(function, shared_bytes)) return status;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = cluster;

@@ -146,6 +146,14 @@ def test_products_match_float64(library, m, n, k, dtype, quant_type, blocksize, 
     assert error(linear(library, x, w, bias), float64(x, w, bias)) <= FORWARD[dtype]
 
 
+def test_calls_of_one_kernel_may_need_less_and_more_shared_memory(library):
+    """Those of other threads and of graphs go on meanwhile."""
+    w = fp.quantize_4bit(torch.randn(70, 640))
+    for m in (8, 1, 5, 8):
+        x = torch.randn(m, 640).bfloat16()
+        assert error(linear(library, x, w), float64(x, w)) <= FORWARD[x.dtype]
+
+
 def test_what_is_kept_may_be_made_while_graphs_are_captured(library):
     values, places = torch.randn(256), []
     for capture in (1, 0):

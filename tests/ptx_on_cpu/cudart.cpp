@@ -27,6 +27,12 @@ uint32_t seed = 0;
 int processors = 4, capability = 80;
 std::shared_ptr<ptx::Launch> held;
 
+// The dynamic shared memory that blocks of a kernel are allowed. Other threads and graphs always launch it with as much
+// as any launch had: it must never become less.
+int most_shared() { return (capability == 80 ? 163 : 227) << 10; }
+std::map<const void*, int> allowed;
+int allowed_to(const void* function) { return allowed.try_emplace(function, 48 << 10).first->second; }
+
 // The capture that records what is given to the null stream, 0: none; what is told when its graph is gone; the thread's
 // mode.
 uint64_t capture = 1;
@@ -55,7 +61,7 @@ cudaError_t start(const void* function, dim3 grid, dim3 block, size_t shared, ui
     parameters.append(static_cast<const char*>(arguments[i]), bytes);
   }
   if (cluster > 8 || grid.x % cluster != 0) ptx::fail("a grid that its clusters do not make up");
-  if (shared > 227 << 10) ptx::fail("more shared memory than a block may have");
+  if (static_cast<int>(shared) > allowed_to(function)) ptx::fail("more shared memory than its blocks are allowed");
   const auto launched = std::make_shared<ptx::Launch>(
       name, ptx::Dim3{grid.x, grid.y, grid.z}, ptx::Dim3{block.x, block.y, block.z}, static_cast<uint32_t>(shared),
       parameters, seed, cluster, std::exchange(held, nullptr));
@@ -139,7 +145,11 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
 cudaError_t cudaGetLastError() { return fault.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
 const char* cudaGetErrorString(cudaError_t) { return fault.c_str(); }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  const bool may = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value <= most_shared();
+  if (!may || value < allowed_to(function)) return fault = "its blocks are allowed less", cudaErrorInvalidValue;
+  return allowed[function] = value, cudaSuccess;
+}
 
 // Some thread always captures a graph in the global mode: who is not in the relaxed mode may not allocate, nor wait.
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* other) {
@@ -201,7 +211,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = capability % 10;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = (capability == 80 ? 163 : 227) << 10;
+      *value = most_shared();
       break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = (capability == 80 ? 164 : 228) << 10;
