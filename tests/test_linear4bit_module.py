@@ -4,12 +4,14 @@ The tests named after bitsandbytes hold the promises that its CPU path breaks.
 """
 
 import copy
+import io
 import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_llama
 
 import pyfastpeft as fp
 
@@ -136,6 +138,50 @@ def test_the_weight_survives(change, quant_type, double_quant):
     after = change(module)
     assert same(held(after), before)
     assert torch.equal(after.weight, after.packed.codes) and not after.weight.requires_grad
+
+
+def loaded(saved, device):
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, map_location=device, weights_only=False)
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+def test_what_is_loaded_has_the_layout_of_the_device_that_it_is_loaded_to(monkeypatch, quant_type, double_quant):
+    module = layer(48, 96, quant_type, double_quant)
+    rows = module.packed.rows()
+    alone, there = loaded(module.packed, "meta"), loaded(module, "meta")  # in the place of a GPU
+    for packed in (alone, there.packed):
+        shapes = {name: t.shape for name, t in packed._tensors().items()}
+        assert packed.layout == "rows" and shapes == {name: t.shape for name, t in rows._tensors().items()}
+    assert there.weight.shape == rows.codes.shape
+    with monkeypatch.context() as context:
+        context.setattr(type(rows), "prepared", lambda self: self)
+        on_gpu = fp.nn.Linear4bit.from_packed(rows, module.bias)
+    here = loaded(on_gpu, "cpu")
+    assert on_gpu.packed.layout == "rows" and here.packed.layout == "tiles" and same(held(here), held(module))
+    assert here.weight.data_ptr() == here.packed.codes.data_ptr()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+def test_what_a_cpu_saved_is_loaded_to_a_gpu_and_back(quant_type, double_quant):
+    module = layer(48, 96, quant_type, double_quant)
+    there, alone = loaded(module, "cuda"), loaded(module.packed, "cuda")
+    assert same(held(copy.deepcopy(there).cpu()), held(module))
+    assert torch.equal(alone.dequantize().cpu(), module.dequantize())
+    assert same(held(loaded(there, "cpu")), held(module))
+
+
+def test_a_model_that_served_is_loaded_to_another_device():
+    model = tiny_llama().bfloat16()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = fp.nn.Linear4bit.from_linear(attention.q_proj)
+    model = fp.get_peft_model(model, fp.LoraConfig(r=4, inference_mode=True)).eval()
+    with torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.int64))
+    assert all(p.is_meta for p in loaded(model, "meta").parameters())
 
 
 def test_a_change_of_dtype_reaches_the_bias_alone():

@@ -72,6 +72,10 @@ class Packed4bit:
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "held"}
 
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        vars(self).update(vars(self.prepared()))  # torch.load(map_location=...) has moved the tensors as they were
+
     @property
     def format(self) -> Format:
         """What ``quant_type`` names."""
@@ -129,9 +133,12 @@ class Packed4bit:
 
     def prepared(self) -> Packed4bit:
         """The layout the kernels of this device read; ``self`` where it already is."""
-        if self.device.type == "cuda" and self.codes.storage_offset() % _ALIGNMENT:
-            return replace(self, codes=self.codes.clone())
-        return self.tiles() if self.device.type == "cpu" and self.tileable else self
+        if self.device.type == "cpu":
+            return self.tiles() if self.tileable else self
+        rows = self.rows()
+        if self.device.type == "cuda" and rows.codes.storage_offset() % _ALIGNMENT:
+            return replace(rows, codes=rows.codes.clone())
+        return rows
 
     @property
     def tileable(self) -> bool:
@@ -152,6 +159,8 @@ class Packed4bit:
         """This tensor in the ``rows`` layout; ``self`` where it already is."""
         if self.layout == "rows":
             return self
+        if self.device.type not in ("cpu", "meta"):  # which alone have the operators
+            return self.map_bytes(Tensor.cpu).rows().map_bytes(lambda t: t.to(self.device))
         n, k = self.shape
         codes = torch.ops.pyfastpeft.unpack_tiles.default(self.codes, n, k)
         return self._relaid(codes, torch.ops.pyfastpeft.unpack_scales.default, "rows")

@@ -186,8 +186,9 @@ class Linear4bit(OneDevice, nn.Linear):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        # Pickle writes the parameter and the packed weight's codes apart; they are one memory.
-        if self.packed is not None and self.weight.data_ptr() != self.packed.codes.data_ptr():
+        # Pickle writes the parameter and the packed weight's codes apart, and these may have been laid out anew; they
+        # are one memory.
+        if self.packed is not None:
             self.weight = nn.Parameter(self.packed.codes, requires_grad=False)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

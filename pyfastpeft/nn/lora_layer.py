@@ -559,7 +559,7 @@ class LoraLayer(nn.Module):
         self.bank.refresh_one(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_square": None}
+        return vars(self) | {"_cache": Made(), "_square": None}  # of tensors that lie here
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)
