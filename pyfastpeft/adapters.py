@@ -106,14 +106,14 @@ NO_ROWS = Rows((), ())
 """The mode in which every layer is the base model's."""
 
 
-def _recorded() -> bool:
+def captured() -> bool:
     """Whether a CUDA graph records what is computed: it has no values before a replay, and is in the graph's memory."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def keep(held: dict[Any, Any], key: Any, value: Any, most: int) -> None:
     """Put ``value`` into ``held`` and take the oldest out beyond ``most``; other threads may be doing the same."""
-    if _recorded():
+    if captured():
         return
     held.pop(key, None)
     held[key] = value
@@ -143,7 +143,7 @@ class Made:
     def keep(self, names: tuple[str, ...], key: Any, value: Any) -> None:
         if len(names) != 1:
             keep(self._together, key, value, self._COMBINATIONS)
-        elif not _recorded():
+        elif not captured():
             self._alone[key] = value
 
     def clear(self) -> None:

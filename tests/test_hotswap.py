@@ -6,10 +6,12 @@ import copy
 import gc
 import re
 import weakref
+from functools import partial
 
 import architectures as tiny
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyfastpeft as fp
 
@@ -192,8 +194,7 @@ def test_set_adapter_rebuilds_nothing_and_touches_no_weight():
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("four_bits", [False, True])
-@pytest.mark.parametrize(
+each_kind = pytest.mark.parametrize(
     "kwargs",
     [
         ALL,
@@ -204,6 +205,10 @@ def test_set_adapter_rebuilds_nothing_and_touches_no_weight():
     ],
     ids=["plain", "dora", "bias", "embedding_and_head", "embedding_dora"],
 )
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@each_kind
 def test_exchanging_adapters_recompiles_nothing(four_bits, kwargs):
     model = serving(fp.LoraConfig(**kwargs), fp.LoraConfig(**kwargs, lora_alpha=5), four_bits=four_bits)
     batch = tiny.inputs()
@@ -222,6 +227,35 @@ def test_exchanging_adapters_recompiles_nothing(four_bits, kwargs):
                 assert_close(compiled(**batch).logits, expected[name])
             model.hotswap_adapter(tensors_of(model, "1"), "default", model.peft_config["1"])
             assert_close(compiled(**batch).logits, expected["1"])
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("active", ["default", ["default", "2"]], ids=["one", "two"])
+@each_kind
+@torch.no_grad()
+def test_a_captured_graph_has_what_is_swapped_in_afterwards(monkeypatch, four_bits, active, kwargs):
+    configs = [fp.LoraConfig(**kwargs), fp.LoraConfig(**kwargs, lora_alpha=5)]
+    beside = fp.LoraConfig(**{k: v for k, v in kwargs.items() if k != "modules_to_save"})  # one can be active
+    model, ids = serving(*configs, beside, four_bits=four_bits), tiny.inputs()["input_ids"]
+    model.set_adapter(active)
+    length = ids.shape[1]
+    mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+
+    def run(ids):
+        given = {"attention_mask": mask, "position_ids": torch.arange(length)[None], "use_cache": False}
+        return model(input_ids=ids, **given).logits
+
+    before = run(ids)
+    with monkeypatch.context() as context:
+        context.setattr(torch.cuda, "is_initialized", lambda: True)
+        context.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        graph = make_fx(run)(ids)  # it holds tensors and numbers as a graph does
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)  # other sums than those of the kernels for CPUs
+    close(graph(ids), before)
+    model.hotswap_adapter(tensors_of(model, "1"), "default", model.peft_config["1"])
+    after = run(ids)
+    close(graph(ids), after)
+    assert not torch.allclose(before, after, rtol=0.01)
 
 
 @pytest.mark.parametrize("method", ["dora", "two", "prefix"])

@@ -29,7 +29,7 @@ from ..adapters import AdapterBank, Rows
 from ..formats import quantize_4bit
 from ..ops import add_lora, linear_4bit, mixed
 from .linear4bit import Linear4bit
-from .lora_layer import LoraLayer, dropout_rate
+from .lora_layer import LoraLayer, dropout_rate, is_repeated
 
 is_compiling = torch.compiler.is_compiling
 
@@ -60,7 +60,8 @@ class LoraLinear(LoraLayer):
         except KeyError:  # they are computed from other parameters
             a, b = self.factors(plan.names[0])
             bias = self._bias_of(plan.names[0])
-        scaling = plan.scale if is_compiling() else plan.scaling
+        repeated = is_repeated()
+        scaling = plan.scale if repeated else plan.scaling
         dropout = dropout_rate(plan.dropout)
         if dropout and plan.magnitude is not None:
             return self._general(x, plan.names, None, args, kwargs)
@@ -75,7 +76,7 @@ class LoraLinear(LoraLayer):
         else:
             y = base_layer(x, *args, **kwargs)
             dtype = y.dtype
-            factor = scaling[0] if is_compiling() else scaling
+            factor = scaling[0] if repeated else scaling
             if plan.magnitude is None:
                 y = add_lora(y, x, a, b, factor, dropout)
             else:
@@ -83,7 +84,7 @@ class LoraLinear(LoraLayer):
                 gain = self._plan_gain(plan, a, b)
                 y = self._scaled_without_bias(y, gain) + added * gain
         if bias is not None:
-            y = y + bias * (scaling[0] if is_compiling() else scaling)
+            y = y + bias * (scaling[0] if repeated else scaling)
         return y.to(dtype)
 
     def _general(self, x: Tensor, names: tuple[str, ...], mode: Rows | None, args: tuple, kwargs: dict) -> Tensor:
@@ -269,7 +270,7 @@ class LoraEmbedding(LoraLayer):
             if plan.simple:
                 # Compiled code reads the plan, whose dictionaries it guards; they are copies here.
                 a, b = (plan.a["weight"], plan.b["weight"]) if is_compiling() else self.factors(plan.names[0])
-                added = self._looked_up(x, a) * (plan.scale[0] if is_compiling() else plan.scaling)
+                added = self._looked_up(x, a) * (plan.scale[0] if is_repeated() else plan.scaling)
                 added = as_output(self.base_layer, F.linear(added, b))
                 if plan.magnitude is not None:
                     gain = self._plan_gain(plan, a, b)

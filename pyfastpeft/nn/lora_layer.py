@@ -11,11 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters import NO_ROWS, AdapterBank, Made, Parts, Rows
+from ..adapters import NO_ROWS, AdapterBank, Made, Parts, Rows, captured
 from ..formats.packed import Packed4bit
 from ..ops import Lora, PackedLora, mixed, pack_lora
 
 is_compiling = torch.compiler.is_compiling
+
+
+def is_repeated() -> bool:
+    """Whether what is computed now will be again, as compiled code or a CUDA graph: of what the same tensors then hold,
+    but of the same numbers."""
+    return is_compiling() or captured()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +35,7 @@ class Plan:
         simple: one adapter: the fields below describe it (else they are not used).
         a, b: parameter dictionaries with A [r, in] and B [out, r] as "weight", and a "bias" [out] or None; never stale.
         magnitude: the same of DoRA's magnitude [out], or None.
-        scaling: a number; ``scale`` is the same as a tensor [r], so that compiled code does not hold its value.
+        scaling: a number; ``scale`` is the same as a tensor [r], for what :func:`is_repeated`.
         dropout: what the adapter's input goes through in training.
     """
 
@@ -381,7 +387,7 @@ class LoraLayer(nn.Module):
         One that trains may be written through ``.data``, which leaves no trace.
         """
         records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if is_compiling() or records or not self.bank.frozen.issuperset(names):
+        if is_repeated() or records or not self.bank.frozen.issuperset(names):
             return compute()
         stamp = stamp_of(tensors)
         held = self._cache.get(names, key)
