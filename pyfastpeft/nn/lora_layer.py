@@ -454,7 +454,9 @@ class LoraLayer(nn.Module):
         stamp = stamp_of([weight])
         held = self._square
         if held is None or stamp is None or held[0] != stamp or held[2]() is not weight:
-            held = self._square = stamp, self.matrix().square().sum(1), weakref.ref(weight)
+            held = stamp, self.matrix().square().sum(1), weakref.ref(weight)
+            if not captured():
+                self._square = held
         return held[1]
 
     def gain(self, name: str) -> Tensor:
