@@ -434,7 +434,10 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.base_model.activate(self.base_model.bank.chosen)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active, the first one left becomes active."""
+        """Remove an adapter; if it was active, the first one left becomes active.
+
+        A CUDA graph captured around any soft prompt must be captured again.
+        """
         self._known([adapter_name])
         if any(adapter_name in layer.merged_adapters for layer in self._layers()):
             raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")

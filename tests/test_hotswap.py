@@ -229,6 +229,22 @@ def test_exchanging_adapters_recompiles_nothing(four_bits, kwargs):
             assert_close(compiled(**batch).logits, expected["1"])
 
 
+def captured(model, ids, monkeypatch):
+    """(the model's forward, the same as a graph, which holds tensors and numbers as CUDA's do)"""
+    length = ids.shape[1]
+    mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+    given = {"attention_mask": mask, "position_ids": torch.arange(length)[None], "use_cache": False}
+
+    def run(ids):
+        return model(input_ids=ids, **given).logits
+
+    run(ids)
+    with monkeypatch.context() as context:
+        context.setattr(torch.cuda, "is_initialized", lambda: True)
+        context.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        return run, make_fx(run)(ids)
+
+
 @pytest.mark.parametrize("four_bits", [False, True])
 @pytest.mark.parametrize("active", ["default", ["default", "2"]], ids=["one", "two"])
 @each_kind
@@ -238,24 +254,29 @@ def test_a_captured_graph_has_what_is_swapped_in_afterwards(monkeypatch, four_bi
     beside = fp.LoraConfig(**{k: v for k, v in kwargs.items() if k != "modules_to_save"})  # one can be active
     model, ids = serving(*configs, beside, four_bits=four_bits), tiny.inputs()["input_ids"]
     model.set_adapter(active)
-    length = ids.shape[1]
-    mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
-
-    def run(ids):
-        given = {"attention_mask": mask, "position_ids": torch.arange(length)[None], "use_cache": False}
-        return model(input_ids=ids, **given).logits
-
+    run, graph = captured(model, ids, monkeypatch)
     before = run(ids)
-    with monkeypatch.context() as context:
-        context.setattr(torch.cuda, "is_initialized", lambda: True)
-        context.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        graph = make_fx(run)(ids)  # it holds tensors and numbers as a graph does
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)  # other sums than those of the kernels for CPUs
     close(graph(ids), before)
     model.hotswap_adapter(tensors_of(model, "1"), "default", model.peft_config["1"])
     after = run(ids)
     close(graph(ids), after)
     assert not torch.allclose(before, after, rtol=0.01)
+
+
+@pytest.mark.parametrize("active", ["default", ["default", "2"]], ids=["one", "two"])
+@torch.no_grad()
+def test_what_a_captured_graph_reads_is_there_when_other_adapters_come_and_go(monkeypatch, active):
+    model = serving(*[fp.LoraConfig(**ALL, use_dora=True)] * 3)
+    model.set_adapter(active)
+    _, graph = captured(model, tiny.inputs()["input_ids"], monkeypatch)
+    names = [node.target for node in graph.graph.nodes if node.op == "get_attr"]
+    read = [weakref.ref(getattr(graph, name)) for name in names]
+    del graph
+    model.add_adapter("new", fp.LoraConfig(**ALL))
+    model.delete_adapter("1")
+    gc.collect()
+    assert len(read) > 50 and all(tensor() is not None for tensor in read)
 
 
 @pytest.mark.parametrize("method", ["dora", "two", "prefix"])
