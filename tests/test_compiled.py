@@ -1,8 +1,10 @@
-"""torch.compile of a whole model: every method is one graph, in training, at inference and over a static cache."""
+"""torch.compile of a whole model: every method is one graph, in training, at inference and over a static cache; and
+what torch.export and torch.jit.trace make of it."""
 
 from __future__ import annotations
 
 import copy
+import gc
 
 import architectures as tiny
 import pytest
@@ -251,3 +253,44 @@ def test_an_exported_model_takes_any_rows_and_leaves_its_source_as_it_was(kwargs
             x = torch.randn(m, 64).bfloat16()
             expected = model(x)
             close(exported(x), expected, 0.02 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("method", RUN_THROUGH_THE_MODEL)
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_prompt_that_runs_through_the_model_is_not_exported(method, strict):
+    model = adapted(method)
+    with (
+        torch.no_grad(),
+        pytest.raises(Exception, match="runs through the model cannot be exported"),
+    ):
+        torch.export.export(model, (), tiny.inputs(), strict=strict)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", [*METHODS, "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_traced_model_for_inference_needs_nothing_but_itself(method, dtype, tmp_path):
+    config = fp.LoraConfig(r=4, use_dora=True, task_type="CAUSAL_LM") if method == "dora" else CONFIGS[method]()
+    model = fp.get_peft_model(tiny.quantized(tiny.make("llama", dtype)), config)
+    tiny.randomize(model)
+    model.eval().set_adapter("default", inference_mode=True)
+
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    with torch.no_grad():
+        ids = tiny.inputs()["input_ids"]
+        torch.jit.trace(Logits(model), ids).save(tmp_path / "traced.pt")  # and the trace is the same again
+        expected = model(ids.flip(1)).logits
+    del model
+    gc.collect()
+    others = tiny.quantized(tiny.make("llama", dtype))  # they take the numbers that are free now
+    with torch.no_grad():
+        others(ids)
+        got = torch.jit.load(tmp_path / "traced.pt")(ids.flip(1))
+    close(got, expected, (1e-5 if dtype == torch.float32 else 0.03) * float(expected.abs().max()))

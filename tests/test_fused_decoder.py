@@ -762,6 +762,32 @@ def test_stacks_die_with_their_model():
             torch.ops.pyfastpeft.decoder_forward(number, x, x, x, None, [], [], 0, [], [], None, None)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_traced_step_over_a_cache_needs_no_stack(dense, served, tmp_path):
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            cache = {fused_decoder._CACHE: tf.DynamicCache(config=self.model.config)}
+            return self.model(input_ids=ids, use_cache=True, return_dict=False, **cache)[0]
+
+    plain, fused = pair(dense=dense)
+    ids = torch.randint(1, VOCAB, (2, 5))
+    with torch.no_grad():
+        expected = Logits(plain)(ids.flip(1))
+        Logits(fused)(ids)
+        assert served == [True]
+        torch.jit.trace(Logits(fused), ids).save(tmp_path / "traced.pt")
+        del fused
+        gc.collect()
+        other = fp.accelerate(family("llama"))
+        Logits(other)(ids)
+        assert torch.allclose(torch.jit.load(tmp_path / "traced.pt")(ids.flip(1)), expected, atol=1e-5)
+
+
 def test_a_compiled_model_is_compiled_from_transformers_own_forward():
     plain, fused = pair()
     batch = {"input_ids": torch.randint(1, VOCAB, (2, 6))}

@@ -4,6 +4,7 @@ The tests named after bitsandbytes hold the promises that its CPU path breaks.
 """
 
 import copy
+import gc
 import io
 import pickle
 
@@ -333,3 +334,17 @@ def test_a_blocksize_may_be_of_any_integer_type():
     for blocksize in (True, 64.0, np.float64(64), "64", None):
         with pytest.raises(ValueError, match=r"blocksize is .* must be one of 32, 64"):
             fp.nn.Linear4bit(64, 64, blocksize=blocksize)
+
+
+def test_a_traced_layer_carries_its_weight_with_it(tmp_path):
+    source, x = layer(), torch.randn(5, 96)
+    expected = torch.nn.functional.linear(x, source.dequantize(), source.bias)
+    with torch.no_grad():
+        source(x)
+        torch.jit.trace(source, (torch.randn(3, 96),)).save(tmp_path / "traced.pt")
+        del source
+        gc.collect()
+        others = [layer() for _ in range(3)]
+        for other in others:
+            other(x)
+        assert close(torch.jit.load(tmp_path / "traced.pt")(x), expected, 1e-5)

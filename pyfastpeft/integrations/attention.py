@@ -47,7 +47,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from ..adapters import Prefix
-from ..ops.backends import FLOATS, Backend, choose_attention
+from ..ops.backends import FLOATS, Backend, choose_attention, traced
 from ..ops.prefix_attention import HIDDEN, prefix_attention
 from ..ops.reference import prefix_rows, sees_keys, sees_prefix
 
@@ -186,7 +186,7 @@ def _sees_all(
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
     # What compiled code may not depend on, and what only a GPU knows, which would be waited for.
-    unseen = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    unseen = traced()
     if any(isinstance(t, Tensor) and (unseen or not t.is_cpu) for t in (padding, q_offset)):
         return False
     if padding is not None and not padding.all():

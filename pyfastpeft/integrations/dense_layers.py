@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from ..ops.backends import traced
 from ..ops.dense import fast_float32, many_rows_linear, many_rows_pay
 from .forwards import ModuleForward
 
@@ -14,7 +14,7 @@ class DenseForward(ModuleForward):
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.module
-        if torch.compiler.is_compiling() or not many_rows_pay(input, layer.weight, layer.bias):
+        if traced() or not many_rows_pay(input, layer.weight, layer.bias):
             return self.own(input)
         return many_rows_linear(input, layer.weight, layer.bias)
 

@@ -30,7 +30,7 @@ from ..nn.bottleneck import BottleneckLayer
 from ..nn.lora import LoraLinear
 from ..nn.lora_layer import stamp_of
 from ..ops import PackedLora
-from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode, is_plain, native
+from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode, is_plain, native, traced
 from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
@@ -398,7 +398,7 @@ class _FewRows(ModuleForward):
         self.__init__(state["module"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not (args or torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_mode()):
+        if not (args or traced() or torch.is_grad_enabled() or forward_mode()):
             output = self._few_rows(**{name: value for name, value in kwargs.items() if value is not None})
             if output is not None:
                 return output

@@ -23,7 +23,7 @@ from ..nn import Linear4bit
 from ..nn.lora import LoraLinear
 from ..nn.modules_to_save import ModulesToSave
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
-from ..ops.backends import FLOATS, Backend, choose_plain
+from ..ops.backends import FLOATS, Backend, choose_plain, traced
 from .dense_layers import DenseForward, has_fast_forward
 from .forwards import ModuleForward, autocast_of, hooked, install, parameters_of, remove
 
@@ -44,8 +44,8 @@ def _has_code_of(module_class: type[nn.Module], other: type[nn.Module]) -> bool:
 def _serves(x: Tensor, *others: Tensor) -> bool:
     """Whether the operators take this call; a compiler fuses the plain code itself."""
     known = x.dtype in FLOATS and choose_plain(x.device) is not Backend.REFERENCE
-    plain = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a trace does not see what changes in place
-    return known and not plain and all(t.dtype == x.dtype for t in others)
+    # A trace does not see what changes in place.
+    return known and not traced() and all(t.dtype == x.dtype for t in others)
 
 
 class _RmsNorm(ModuleForward):

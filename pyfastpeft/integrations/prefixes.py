@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache
 from ..adapters import NO_ROWS, AdapterBank, Made, Prefix, Rows, keep, registered
 from ..nn.lora_layer import stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
+from ..ops.backends import traced
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import once_differentiable
 from . import attention
@@ -379,7 +380,7 @@ class Prefixes:
             first = torch.where(ends, first_visible(mask).squeeze(1), first)
         learned = (labels.gather(1, first.unsqueeze(1)).squeeze(1) != IGNORED) & ends
         # In compiled code nothing may depend on values, and elsewhere than on a CPU looking at them would wait for it.
-        if learned.is_cpu and not (torch.compiler.is_compiling() or learned.any()):
+        if learned.is_cpu and not (traced() or learned.any()):
             return None
         labels = F.pad(labels, (1, 0), value=IGNORED)
         labels[:, 1].masked_fill_(~ends, IGNORED)
@@ -439,7 +440,7 @@ class Prefixes:
             raise ValueError(f"adapter_names has {len(rows)} names; the batch has {batch} rows")
         different, index = distinct(names if any(n in self.sources for n in names) else () for names in rows)
         values = [self._of_row(names, decoding) for names in different]
-        if torch.compiler.is_compiling():
+        if traced():
             return self._stacked(values, index, batch)
         runs = self.bank.kept.setdefault("runs", {})
         held = runs.get((rows, batch))
@@ -481,12 +482,12 @@ class Prefixes:
         parts = [self._of_prompt(n, others, decoding) for n in names if n in self.sources]
         if len(parts) == 1:
             return parts[0]
-        held = None if torch.compiler.is_compiling() else self._made.get(names, names)
+        held = None if traced() else self._made.get(names, names)
         if held is not None and all(map(operator.is_, held[0], parts)):
             return held[1]
         tensors = zip(*(part.tensors for part in parts), strict=True)
         joined = Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
-        if not (joined.records or torch.compiler.is_compiling()):
+        if not (joined.records or traced()):
             self._made.keep(names, names, (parts, joined))
         return joined
 
@@ -506,7 +507,8 @@ class Prefixes:
         others = () if source.form is Form.KEYS_VALUES else others
         for other in others:
             parameters += self.bank.parameters(other)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in (*parameters, *self._base_parameters(source))):
+        everything = (*parameters, *self._base_parameters(source))
+        if traced() or (torch.is_grad_enabled() and any(p.requires_grad for p in everything)):
             return self._work_out(source, others)
         # What trains may be written through .data, which leaves no trace: it is kept for one generation at most, in
         # which the base does not change either.

@@ -70,7 +70,15 @@ def compiled_tensors(maker: Maker, names: tuple[str, ...], random: bool, decodin
 
     Args:
         random: whether there may be dropout.
+
+    Raises:
+        RuntimeError: the code is exported, to run where the number is another maker's.
     """
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a soft prompt that runs through the model cannot be exported; export the model with an adapter whose keys "
+            "and values are learned (PrefixTuningConfig), or without adapters"
+        )
     joined = "/".join(names)
     _learn_forms(maker.number, joined)
     seed = torch.randint(2**63 - 1, (1,), device="cpu") if random else None

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.backends import traced
 from ..ops.cross_entropy import IGNORED
 from ..ops.reference import prefix_rows
 from .forwards import ModuleForward
@@ -70,7 +71,7 @@ class Layout:
             )
         self.room, self.length = tokens.vectors.shape[1], length
         self.plain = tokens.index is None and tokens.lengths is None
-        hidden = mask is not None and (torch.compiler.is_compiling() or not bool(mask[:, :1].all()))
+        hidden = mask is not None and (traced() or not bool(mask[:, :1].all()))
         if self.plain and not hidden:
             self.mask = None if mask is None else torch.cat([mask.new_ones(batch, self.room), mask], 1)
             return

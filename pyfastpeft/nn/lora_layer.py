@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from ..adapters import NO_ROWS, AdapterBank, Made, Parts, Rows, captured
 from ..formats.packed import Packed4bit
 from ..ops import Lora, PackedLora, mixed, pack_lora
+from ..ops.backends import traced
 
 is_compiling = torch.compiler.is_compiling
 
 
 def is_repeated() -> bool:
-    """Whether what is computed now will be again, as compiled code or a CUDA graph: of what the same tensors then hold,
+    """Whether what is computed now will be again, as recorded code or a CUDA graph: of what the same tensors then hold,
     but of the same numbers."""
-    return is_compiling() or captured()
+    return traced() or captured()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -418,7 +419,7 @@ class LoraLayer(nn.Module):
     ) -> Lora | PackedLora:
         """The branch of stacked adapters for x of ``dtype``; packed, once, where they are for inference."""
         packable = dtype is torch.bfloat16 and dropout == 0.0 and self.bank.frozen.issuperset(names)
-        if not packable or is_compiling() or a.device.type != "cpu":
+        if not packable or traced() or a.device.type != "cpu":
             return Lora(a, b, scaling, dropout)
         tensors = [t for name in names for t in self.factors(name)]
         packed = self._cached(names, ("packed", names), tensors, lambda: pack_lora(a, b))
@@ -448,8 +449,10 @@ class LoraLayer(nn.Module):
 
     def _matrix_square(self) -> Tensor:
         """Float32 [out]: ||M||² a row, computed once for a weight."""
-        if is_compiling():
-            return self.matrix().square().sum(1) if self._square is None else self._square[1]
+        if is_compiling() and self._square is not None:
+            return self._square[1]
+        if traced():
+            return self.matrix().square().sum(1)
         weight = self.weight
         stamp = stamp_of([weight])
         held = self._square

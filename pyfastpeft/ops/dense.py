@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, as_rows, choose_plain, forward_mode, is_plain
+from .backends import FLOATS, Backend, as_rows, choose_plain, forward_mode, is_plain, traced
 
 FEW_ROWS = 16
 """Rows up to which the kernel takes what reading the weight once takes: it multiplies by a tile of so many."""
@@ -30,7 +30,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Args:
         x: [..., K].   weight: [N, K].   bias: [N] or None.
     """
-    if torch.compiler.is_compiling() or not x.is_cpu:
+    if traced() or not x.is_cpu:
         return F.linear(x, weight, bias)
     if many_rows_pay(x, weight, bias):
         return many_rows_linear(x, weight, bias)

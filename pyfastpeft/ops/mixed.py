@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from .backends import traced
+
 
 def own(chosen: Tensor, scale: Tensor) -> Tensor:
     """``scale`` where ``chosen`` is true, else zero."""
@@ -24,7 +26,7 @@ def own(chosen: Tensor, scale: Tensor) -> Tensor:
 
 def tells(result: Tensor) -> bool:
     """Whether a result may be looked at, to find out whether its operands are finite."""
-    return type(result) is Tensor and result.is_cpu and not torch.compiler.is_compiling()
+    return type(result) is Tensor and result.is_cpu and not traced()
 
 
 def is_finite(*results: Tensor | None) -> bool:
