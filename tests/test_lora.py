@@ -350,6 +350,35 @@ class TestOver4Bits:
                 assert relative(values[name].grad, parameter.grad) < 1e-3, name
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]], ids=["one", "two"])
+def test_hooks_of_a_4_bit_base_layer_see_and_change_its_product_alone(names, kwargs, dtype, frozen):
+    base = nn.Sequential(fp.nn.Linear4bit(48, 32, dtype=dtype))
+    model = fp.get_peft_model(base, fp.LoraConfig(target_modules=["0"], **kwargs), "a")
+    model.add_adapter("b", fp.LoraConfig(target_modules=["0"], **kwargs))
+    tiny.randomize(model)
+    model.base_model.set_adapter(names, inference_mode=frozen)
+    plain, x = copy.deepcopy(model), torch.randn(5, 48, dtype=dtype)
+    packed = base[0].base_layer
+    plain.base_model.model[0].base_layer = packed.to_linear()
+    tolerance, rows, seen = 1e-5 if dtype == torch.float32 else 0.02, [*names, *["__base__"] * (5 - len(names))], []
+    expected, alone = [plain(x), plain(x, adapter_names=rows)], packed(x)
+    everywhere = nn.modules.module.register_module_forward_hook(lambda m, _, y: seen.append(y) if m is packed else None)
+    for got, want in zip((model(x), model(x, adapter_names=rows)), expected, strict=True):
+        assert relative(got, want) < tolerance and relative(seen[-1], alone) < tolerance
+    everywhere.remove()
+    for layer in (packed, plain.base_model.model[0].base_layer):
+        layer.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+        layer.register_forward_hook(lambda _, args, y: seen.append(y) or y * 3)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for choice in ({}, {"adapter_names": rows}):
+                assert relative(model(x, **choice), plain(x, **choice)) < tolerance
+                assert relative(seen[-2], packed.forward(x * 2)) < tolerance
+
+
 class Block(nn.Module):
     """One layer of each kind that can carry LoRA."""
 

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..nn.hooks import hooked
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
 from ..ops.backends import FLOATS, choose_plain
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from .dense_layers import DenseForward
-from .forwards import ModuleForward, autocast_of, hooked, install, parameters_of, remove
+from .forwards import ModuleForward, autocast_of, install, parameters_of, remove
 
 _CHUNK_LOGITS = 1 << 22
 _CPU_ROWS, _GPU_ROWS = 128, 512

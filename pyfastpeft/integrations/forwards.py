@@ -8,15 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-
-GLOBAL_HOOKS = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
-"""What runs with every module of the process; empty as a rule."""
 
 
 class ModuleForward:
@@ -44,12 +35,6 @@ def remove(model: nn.Module, kind: type[ModuleForward] = ModuleForward) -> None:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), kind):
             del module.forward
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether anything of the caller's runs with ``module``'s forward or backward pass."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or any(GLOBAL_HOOKS)
 
 
 @contextmanager

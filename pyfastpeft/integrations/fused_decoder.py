@@ -27,6 +27,7 @@ from ..adapters import AdapterBank, Rows, registered
 from ..formats.held import HeldDecoder
 from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
+from ..nn.hooks import GLOBAL_HOOKS
 from ..nn.lora import LoraLinear
 from ..nn.lora_layer import stamp_of
 from ..ops import PackedLora
@@ -34,7 +35,7 @@ from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode
 from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from .attention import NAME as ATTENTION
-from .forwards import GLOBAL_HOOKS, ModuleForward, install
+from .forwards import ModuleForward, install
 
 _FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 _PROJECTIONS = (

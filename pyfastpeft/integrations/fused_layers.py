@@ -20,12 +20,13 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.phi3 import modeling_phi3 as phi3
 
 from ..nn import Linear4bit
+from ..nn.hooks import hooked
 from ..nn.lora import LoraLinear
 from ..nn.modules_to_save import ModulesToSave
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.backends import FLOATS, Backend, choose_plain, traced
 from .dense_layers import DenseForward, has_fast_forward
-from .forwards import ModuleForward, autocast_of, hooked, install, parameters_of, remove
+from .forwards import ModuleForward, autocast_of, install, parameters_of, remove
 
 _ROPE = "apply_rotary_pos_emb"
 

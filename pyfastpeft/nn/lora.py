@@ -11,8 +11,9 @@ the base.
 
 Over a :class:`Linear4bit` the base product and the branch are one call of ``ops.linear_4bit``; over full precision the
 branch of one adapter is ``ops.add_lora``. Whatever else is added there (several adapters, DoRA, biases) is plain torch
-with PEFT's dtypes: x is cast to the adapter's, the result returns in the base layer's. Several adapters run stacked
-along the rank, also when each row of the batch has its own.
+with PEFT's dtypes: x is cast to the adapter's, the result returns in the base layer's. A :class:`Linear4bit` with hooks
+is taken as one in full precision: they see and change its own product alone. Several adapters run stacked along the
+rank, also when each row of the batch has its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..adapters import AdapterBank, Rows
 from ..formats import quantize_4bit
 from ..ops import add_lora, linear_4bit, mixed
+from .hooks import hooked
 from .linear4bit import Linear4bit
 from .lora_layer import LoraLayer, dropout_rate, is_repeated
 
@@ -66,7 +68,7 @@ class LoraLinear(LoraLayer):
         if dropout and plan.magnitude is not None:
             return self._general(x, plan.names, None, args, kwargs)
         base_layer = self._modules["base_layer"]  # past nn.Module.__getattr__: this is the path of every token
-        if isinstance(base_layer, Linear4bit):
+        if isinstance(base_layer, Linear4bit) and not hooked(base_layer):
             y = base_layer(x, self.branch(x.dtype, plan.names, a, b, scaling, dropout))
             if plan.magnitude is None and bias is None:
                 return y
@@ -99,7 +101,7 @@ class LoraLinear(LoraLayer):
             dropout = dropout_rate(self.lora_dropout[name])
             groups[dropout] = (*groups.get(dropout, ()), name)
 
-        if self._fused and len(groups) == 1 and not gains:
+        if self._fused and len(groups) == 1 and not gains and not hooked(self.base_layer):
             a, b, scale = self.stacked(names)
             scale = self.column_scale(names, scale, mode, rows)
             y = self.base_layer(x, self.branch(x.dtype, names, a, b, scale, next(iter(groups))))

@@ -1,0 +1,20 @@
+"""Whether a module runs with hooks, which see what it takes and gives and may change both."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+"""What runs with every module of the process; empty as a rule."""
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether anything of the caller's runs with ``module``'s forward or backward pass."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks or any(GLOBAL_HOOKS))
