@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from architectures import ARCHITECTURES, VOCAB, HeldPrefix, make, vary_vectors
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import attention
@@ -220,6 +221,26 @@ def test_gradients(name, side, checkpointing):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     expected, got = (gradients(m, ids, mask) for m in (plain, ours))
+    assert got.keys() == expected.keys()
+    assert all(near(got[name], expected[name], 1e-4) for name in expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-mixed", "mistral"])
+def test_gradients_where_torch_checkpoints_the_layers_over_a_cache(name, side, reentrant):
+    plain, ours = pair(name)
+    ids, mask = ids_and_mask()
+    mask = mask if side else None
+    for module in [*plain.modules(), *ours.modules()]:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    blocks = next(m for m in ours.modules() if isinstance(m, nn.ModuleList))
+    for i, block in enumerate(blocks):
+        blocks[i] = checkpoint_wrapper(block, CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT)
+    ours.enable_input_require_grads()
+    expected, got = (gradients(m.train(), ids, mask, use_cache=True) for m in (plain, ours))
+    got = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in got.items()}
     assert got.keys() == expected.keys()
     assert all(near(got[name], expected[name], 1e-4) for name in expected)
 

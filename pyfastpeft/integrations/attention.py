@@ -243,6 +243,10 @@ def attention_forward(
         if bias is not None:
             kwargs["position_bias"] = bias[..., : bias.shape[3] - key.shape[2] + query.shape[2]]
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    places = attention_mask is not None and attention_mask.dtype == torch.int32
+    if places and key.shape[2] > attention_mask.shape[3] == query.shape[2]:
+        # A layer that torch's checkpoints run again fills its cache again: only the last keys have a graph now.
+        key, value = key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :]
     form = _form(attention_mask)
     if (
         dropout
