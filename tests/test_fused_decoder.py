@@ -5,9 +5,11 @@ import gc
 import io
 import pickle
 
+import accelerate
 import pytest
 import torch
 import transformers as tf
+from accelerate.state import AcceleratorState
 from architectures import VOCAB, HeldPrefix, inputs, make, quantized, randomize, vary_vectors
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -718,6 +720,24 @@ def test_a_decoder_without_a_head_is_adapted_accelerated_or_quantized_and_copied
         assert torch.allclose(other(ids).last_hidden_state, expected(ids).last_hidden_state, atol=1e-5)
     quantized_base = tf.AutoModel.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig("nf4"))
     assert fp.get_peft_model(quantized_base, config)(ids).last_hidden_state.isfinite().all()
+
+
+def test_a_bare_decoder_that_accelerate_unwraps_is_what_it_was_and_so_are_its_copies(served):
+    _, fused = pair()
+    decoder, ids = fused.model, torch.randint(1, VOCAB, (2, 5))
+    expected = decoder(input_ids=ids).last_hidden_state
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(decoder, evaluation_mode=True)
+    assert not torch.equal(prepared(input_ids=ids).last_hidden_state, expected)
+    assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is decoder
+    other = copy.deepcopy(decoder)
+    other.norm.weight.data.mul_(2)
+    with torch.no_grad():
+        served.clear()
+        for model, factor in ((decoder, 1), (other, 2), (copy.deepcopy(other), 2)):
+            got = model(input_ids=ids, use_cache=True).last_hidden_state
+            assert torch.allclose(got, factor * expected, atol=1e-5)
+    AcceleratorState._reset_state(True)
 
 
 def test_a_call_uses_its_own_stack_whatever_another_thread_builds_meanwhile():

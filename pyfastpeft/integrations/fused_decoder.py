@@ -399,6 +399,11 @@ class _FewRows(ModuleForward):
         self.__init__(state["module"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], nn.Module):
+            # accelerate gives a model its forward back as a method, and a copy of that model has this one's.
+            module = args[0]
+            module.forward = self if module is self.module else _FewRows(module)
+            return module.forward(*args[1:], **kwargs)
         if not (args or traced() or torch.is_grad_enabled() or forward_mode()):
             output = self._few_rows(**{name: value for name, value in kwargs.items() if value is not None})
             if output is not None:
