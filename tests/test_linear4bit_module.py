@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_llama
+from torch.nn.utils import parametrize, prune
 
 import pyfastpeft as fp
 
@@ -279,6 +280,24 @@ def test_another_weight_is_set_packed_and_refused_where_it_would_never_be_read()
     assert same(held(module), before)
     module.set_packed(other.packed)
     assert module.weight.data_ptr() == other.weight.data_ptr() and same(held(module), held(other))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: prune.l1_unstructured(module, "weight", amount=0.5),
+        lambda module: parametrize.register_parametrization(module, "weight", torch.nn.Identity()),
+        lambda module: delattr(module, "weight"),
+    ],
+    ids=["prune", "parametrize", "delete"],
+)
+def test_a_weight_that_would_never_be_read_does_not_take_the_place_of_the_packed_one(change):
+    module, x = layer(), torch.randn(3, 96)
+    before, y = held(module), module(x)
+    with pytest.raises(TypeError, match="but a Linear4bit's is packed, and its product reads nothing else"):
+        change(module)
+    assert same(held(module), before) and torch.equal(module(x), y)
+    module.load_state_dict(layer().state_dict())
 
 
 def test_whatever_else_a_layer_holds_is_saved_and_loaded_as_in_any_module():

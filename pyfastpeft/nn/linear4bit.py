@@ -75,7 +75,21 @@ class Linear4bit(OneDevice, nn.Linear):
                 "weight is assigned, but a Linear4bit's is packed: call set_packed, with quantize_4bit(weight) or with "
                 "another layer's packed, which both then share; or load_state_dict"
             )
+        if packed is not None and param is not None and name != "weight" and param is self._parameters.get("weight"):
+            self._keep_weight(f"taken as {name}")  # as pruning does
         super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        """Refuses to be without ``weight``, as parametrizations want it: what took its place would never be read."""
+        if name == "weight" and self.__dict__.get("packed") is not None:
+            self._keep_weight("deleted")
+        super().__delattr__(name)
+
+    def _keep_weight(self, done: str) -> None:
+        raise TypeError(
+            f"weight is {done}, but a Linear4bit's is packed, and its product reads nothing else; prune or parametrize "
+            "what to_linear() gives, and set_packed its weight"
+        )
 
     def _check_shape(self, packed: Packed4bit) -> None:
         if tuple(packed.shape) != (self.out_features, self.in_features):
