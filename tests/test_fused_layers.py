@@ -314,8 +314,9 @@ def test_a_copied_or_pickled_model_runs_its_own_modules():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_traced_model_computes_the_same(grad):
+def test_a_traced_model_computes_the_same(grad, training):
     class Logits(nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -324,7 +325,7 @@ def test_a_traced_model_computes_the_same(grad):
         def forward(self, ids):
             return self.model(input_ids=ids, use_cache=False).logits
 
-    model = Logits(fp.get_peft_model(model_of(CONFIGS[0]), fp.LoraConfig(init_lora_weights=False)).eval())
+    model = Logits(fp.get_peft_model(model_of(CONFIGS[0]), fp.LoraConfig(init_lora_weights=False)).train(training))
     ids = batch()["input_ids"]
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(model, ids, check_trace=False)

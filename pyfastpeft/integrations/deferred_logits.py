@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..nn.hooks import hooked
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
-from ..ops.backends import FLOATS, choose_plain
+from ..ops.backends import FLOATS, choose_plain, traced
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from .dense_layers import DenseForward
@@ -347,7 +347,7 @@ class _DeferringForward(ModuleForward):
 
     def __call__(self, input: Tensor) -> Tensor:
         head = self.module
-        if not (head.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not (head.training and torch.is_grad_enabled()) or traced():
             return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
         # A hook wants to see the logits, or brings the weight for this very call; a trained weight may soon be another.
         trained = any(p.requires_grad for p in head.parameters())
