@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import accelerate
 import architectures as tiny
 import peft
 import pytest
@@ -764,3 +765,15 @@ def test_what_a_converted_adapter_would_need_is_refused(tmp_path):
     model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights="pissa"))
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
         model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path))
+
+
+def test_an_adapter_is_not_loaded_onto_offloaded_layers_which_would_lose_it(tmp_path):
+    base = tiny.make()
+    fp.get_peft_model(copy.deepcopy(base), configured("plain")[0]).save_pretrained(tmp_path)
+    ids = tiny.inputs()["input_ids"]
+    expected = base(ids).logits
+    accelerate.cpu_offload(base.model.layers[1], execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn.* is on the meta device, as its layer is offloaded"):
+        fp.PeftModel.from_pretrained(base, tmp_path)
+    assert not any("lora" in name for name, _ in base.named_modules())
+    assert relative(base(ids).logits, expected) < EQUAL

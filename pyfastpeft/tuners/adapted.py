@@ -196,6 +196,11 @@ class AdaptedModel(OneDevice, nn.Module):
         live = self.tensors(name)
         before = {key: t.detach().clone() for key, t in live.items()} if exists else {}
         try:
+            if nowhere := [key for key, tensor in live.items() if tensor.is_meta]:
+                raise ValueError(
+                    f"{nowhere[0]} of adapter {name!r} is on the meta device, as its layer is offloaded or not loaded "
+                    "yet, and would keep no values; give the adapter to a model that lies in memory"
+                )
             with torch.no_grad():
                 for key, tensor in live.items():
                     tensor.copy_(tensors[key])
