@@ -434,7 +434,7 @@ class TestFiles:
         ids = tiny.inputs(architecture, rows=2)["input_ids"]
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
-        recipe = re.search(r"::\n\n((?: {12}.+\n)+)", fp.PeftModel.export_prefix.__doc__)[1]
+        recipe = re.search(r"::\n\n((?: {4}.+\n)+)", inspect.getdoc(fp.PeftModel.export_prefix))[1]
         names = {"torch": torch, "safetensors": safetensors, "DynamicCache": DynamicCache, "model": base, "batch": 2}
         names |= {"path": tmp_path / "prefix.safetensors", "input_ids": ids, "attention_mask": mask}
         exec(textwrap.dedent(recipe), names)
