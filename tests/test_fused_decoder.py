@@ -722,14 +722,21 @@ def test_a_decoder_without_a_head_is_adapted_accelerated_or_quantized_and_copied
     assert fp.get_peft_model(quantized_base, config)(ids).last_hidden_state.isfinite().all()
 
 
-def test_a_bare_decoder_that_accelerate_unwraps_is_what_it_was_and_so_are_its_copies(served):
+@pytest.fixture
+def bf16_accelerator():
+    """There is one a process: a trainer of a test before may have left its own."""
+    AcceleratorState._reset_state(True)
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(True)
+
+
+def test_a_bare_decoder_that_accelerate_unwraps_is_what_it_was_and_so_are_its_copies(served, bf16_accelerator):
     _, fused = pair()
     decoder, ids = fused.model, torch.randint(1, VOCAB, (2, 5))
     expected = decoder(input_ids=ids).last_hidden_state
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    prepared = accelerator.prepare_model(decoder, evaluation_mode=True)
+    prepared = bf16_accelerator.prepare_model(decoder, evaluation_mode=True)
     assert not torch.equal(prepared(input_ids=ids).last_hidden_state, expected)
-    assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is decoder
+    assert bf16_accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is decoder
     other = copy.deepcopy(decoder)
     other.norm.weight.data.mul_(2)
     with torch.no_grad():
@@ -737,7 +744,6 @@ def test_a_bare_decoder_that_accelerate_unwraps_is_what_it_was_and_so_are_its_co
         for model, factor in ((decoder, 1), (other, 2), (copy.deepcopy(other), 2)):
             got = model(input_ids=ids, use_cache=True).last_hidden_state
             assert torch.allclose(got, factor * expected, atol=1e-5)
-    AcceleratorState._reset_state(True)
 
 
 def test_a_call_uses_its_own_stack_whatever_another_thread_builds_meanwhile():
