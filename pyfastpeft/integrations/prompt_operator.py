@@ -74,7 +74,7 @@ def compiled_tensors(maker: Maker, names: tuple[str, ...], random: bool, decodin
     Raises:
         RuntimeError: the code is exported, to run where the number is another maker's.
     """
-    if torch.compiler.is_exporting():
+    if _exporting():
         raise RuntimeError(
             "a soft prompt that runs through the model cannot be exported; export the model with an adapter whose keys "
             "and values are learned (PrefixTuningConfig), or without adapters"
@@ -83,6 +83,11 @@ def compiled_tensors(maker: Maker, names: tuple[str, ...], random: bool, decodin
     _learn_forms(maker.number, joined)
     seed = torch.randint(2**63 - 1, (1,), device="cpu") if random else None
     return torch.ops.pyfastpeft.soft_prompt(maker.parameters(names), seed, maker.number, joined, decoding)
+
+
+@constant_to_compilers  # of which some, asked themselves, say that they always export
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @constant_to_compilers  # so it runs, while the code around it is only looked at
