@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyfastpeft as fp
 from pyfastpeft.ops import BankView, Lora, backends, linear_4bit, mixed, pack_lora
@@ -1298,3 +1299,11 @@ resource.setrlimit(resource.RLIMIT_DATA, (limit, rest))
 assert torch.equal(fp.ops.linear_4bit(x, w)[:64], many(64))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_checks_of_values_hold_under_a_dispatch_mode():
+    """As selective checkpointing and counters of operations have one: they run what they see."""
+    w, x = packed_weight(48, 64), torch.randn(2, 64)
+    bank = BankView(torch.randn(2, 4, 64), torch.randn(2, 48, 4), torch.ones(2), torch.tensor([0, 2]))
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match=r"rows of the bank lie in \[0, 2\]"):
+        linear_4bit(x, w, lora=bank)

@@ -56,12 +56,17 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def followed() -> bool:
+    """Whether a compiler or ``torch.jit.trace`` follows what runs, so that nothing may depend on values."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def traced() -> bool:
     """Whether what runs may run again without this code: a compiler, ``torch.jit.trace`` or a dispatch mode records it.
 
     What it does then must go by tensors alone: a number that names something here would name another's elsewhere.
     """
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return followed() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class Backend(enum.Enum):

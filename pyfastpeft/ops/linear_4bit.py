@@ -19,7 +19,7 @@ from ..formats import Packed4bit
 from ..formats.held import HeldBranch
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
-from .backends import FLOATS, Backend, as_rows, check_floats, choose, forward_mode, native, recorded, traced
+from .backends import FLOATS, Backend, as_rows, check_floats, choose, followed, forward_mode, native, recorded, traced
 from .copy import Shelf
 
 
@@ -281,7 +281,7 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
     if bank.rows.dtype != torch.int64:
         raise ValueError(f"rows of the bank are {bank.rows.dtype}; they must be int64")
     # Looking at them on a GPU would wait for it; there other numbers are as -1.
-    if bank.rows.is_cpu and not traced() and bank.rows.numel() > 0:
+    if bank.rows.is_cpu and not followed() and bank.rows.numel() > 0:
         least, most = (int(v) for v in bank.rows.aminmax())
         if least < -1 or most >= slots:
             raise ValueError(f"rows of the bank lie in [{least}, {most}]; they must lie in [-1, {slots - 1}]")

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import traced
+from .backends import followed
 
 
 def own(chosen: Tensor, scale: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def own(chosen: Tensor, scale: Tensor) -> Tensor:
 
 def tells(result: Tensor) -> bool:
     """Whether a result may be looked at, to find out whether its operands are finite."""
-    return type(result) is Tensor and result.is_cpu and not traced()
+    return type(result) is Tensor and result.is_cpu and not followed()
 
 
 def is_finite(*results: Tensor | None) -> bool:

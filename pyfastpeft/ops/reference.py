@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import Packed4bit
-from .backends import traced
+from .backends import followed
 
 _MASK32 = 0xFFFFFFFF
 HIDDEN = 2**30
@@ -144,7 +144,7 @@ def branch_backward(
 
 
 def _check_range(name: str, t: Tensor, least: int, most: int) -> None:
-    if not t.is_cpu or traced():
+    if not t.is_cpu or followed():
         return  # looking would wait for a GPU, and compilers cannot
     for value in t.tolist():
         if not least <= value <= most:
