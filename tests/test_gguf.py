@@ -527,6 +527,13 @@ def test_tensors_that_contradict_the_metadata_are_refused_by_name(tmp_path, says
         fp.from_gguf(write_llama(tmp_path / "m.gguf", **says))
 
 
+def test_a_part_of_a_split_model_is_called_that(tmp_path):
+    parts = (b"split.count", struct.pack("<IH", 2, 3))
+    (tmp_path / "m-00001-of-00003.gguf").write_bytes(header(ARCHITECTURE, parts))
+    with pytest.raises(ValueError, match=r"m-00001-of-00003\.gguf is one of the 3 parts of a split model; join them"):
+        fp.from_gguf(tmp_path / "m-00001-of-00003.gguf")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("attention.head_count", 3), ("attention.head_count", 0), ("embedding_length", 2**32 - 1), ("block_count", 2**31)],

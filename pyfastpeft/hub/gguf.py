@@ -40,7 +40,8 @@ class GgufFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no GGUF file, or truncated, or its header contradicts itself; the file is named.
+        ValueError: it is no GGUF file, or truncated, or its header contradicts itself, or it is a part of a split model;
+            the file is named.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -54,6 +55,11 @@ class GgufFile:
             self.architecture, self._tensors = header.read()
         except (ValueError, KeyError) as error:
             raise ValueError(f"{self.path} is not a valid GGUF file (truncated or damaged?): {error}") from error
+        if header.metadata.get("split.count", 1) != 1:
+            raise ValueError(
+                f"{self.path} is one of the {header.metadata['split.count']} parts of a split model; join them before, "
+                "with llama.cpp's llama-gguf-split --merge"
+            )
         self.names = tuple(self._tensors)
         prefix = f"{self.architecture}."
         self.metadata = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
