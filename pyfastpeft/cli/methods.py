@@ -150,7 +150,7 @@ METHODS: dict[str, Method] = {
         {"placement": "houlsby", "reduction_factor": 16, "activation": "gelu", "target_modules": None},
     ),
 }
-"""Defaults are what learned the drug facts that come with the package best (see README.md)."""
+"""Defaults are what learned the drug facts that come with the package best (see USE.md)."""
 
 
 def above_zero(kind: type, or_zero: bool = False) -> Callable[[str], Any]:
