@@ -40,8 +40,8 @@ class GgufFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no GGUF file, or truncated, or its header contradicts itself, or it is a part of a split model;
-            the file is named.
+        ValueError: it is no GGUF file, or truncated, or a part of a split model, or its header contradicts itself; the
+            file is named.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
