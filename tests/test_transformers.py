@@ -603,14 +603,26 @@ class TestAccelerate:
         fp.accelerate(model)(torch.randn(1, 64))
         assert seen == [{}, 1, {}]
 
-    def test_layers_under_dora_of_peft_stay(self):
-        base = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL_BERT)).eval()
-        base.bert.encoder.layer[0].attention.self.query = bnb.nn.Linear4bit(64, 64).to("cpu")
-        config = peft.LoraConfig(r=4, target_modules=["query"], use_dora=True)
-        model, ids = peft.get_peft_model(base, config), torch.randint(1, 64, (2, 5))
-        expected = model(ids).logits
-        fp.accelerate(model)
-        torch.testing.assert_close(model(ids).logits, expected)
+    @pytest.mark.parametrize("rows", [1, 40])
+    def test_layers_under_dora_of_peft_are_right_in_evaluation_too(self, rows):
+        layer = bnb.nn.Linear4bit(64, 48, bias=False, quant_type="nf4").to("cpu")
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], use_dora=True, init_lora_weights=False)
+        model, x = fp.accelerate(peft.get_peft_model(torch.nn.Sequential(layer), config)), torch.randn(rows, 64)
+        a, b, magnitude = (p.detach().double() for p in model.parameters() if p.requires_grad)
+        weight = weight + 2 * b @ a
+        expected = x.double() @ (magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)).T
+        for training in (True, False, True):
+            assert (model.train(training)(x) - expected).norm() <= 1e-5 * expected.norm()
+        model(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+    def test_dora_of_real_peft_goes_on_a_model_loaded_by_us(self, tmp_path, ids):
+        _, auto = saved(tmp_path)
+        model = auto.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig())
+        expected = output(model, ids)
+        tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True)).eval()
+        torch.testing.assert_close(output(tuned, ids), expected)
 
     def test_what_is_no_module_is_refused_by_name(self):
         with pytest.raises(TypeError, match=r"model is a str; it must be a torch\.nn\.Module"):

@@ -19,8 +19,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Codes, scales and biases are kept, and so are the keys of the state dict; a layer used in several places stays one
     layer. Under a peft LoRA layer it is the base layer that is replaced: forward, training and saving the adapter go on
-    as before, but peft cannot merge into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that); one
-    with DoRA stays as it is.
+    as before, but peft cannot merge into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that).
     Forward hooks of a replaced layer move to the new one. What is between the linear layers is fused as well
     (:mod:`.fused_layers`), attention goes through this library's operator (:mod:`.attention`), in training the head's
     logits are computed when something reads them (:mod:`.deferred_logits`), and in generation all layers run as one
@@ -51,8 +50,6 @@ def take_over(model: nn.Module, device: str | None = None) -> list[tuple[nn.Modu
     taken = []
     for parent in list(model.modules()):
         ours = isinstance(parent, LoraLayer)
-        if not ours and getattr(parent, "lora_magnitude_vector", None):
-            continue  # peft's DoRA reads the weight as bitsandbytes has it
         for name, child in parent._modules.items():
             if child is not None and _is_bnb(child) and device in (None, child.weight.device.type):
                 if child not in replaced:

@@ -101,6 +101,11 @@ class Linear4bit(OneDevice, nn.Linear):
         return self._require_packed().dequantize(dtype)
 
     @property
+    def W_q(self) -> Tensor:
+        """``weight``, by the name at which peft asks a layer to dequantize itself, as its DoRA needs."""
+        return self.weight
+
+    @property
     def original_dtype(self) -> torch.dtype:
         """Of the weight before it was quantized, or while there is none, of the one that is to come."""
         return self.weight.dtype if self.packed is None else self.packed.dtype
