@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from .hub.files import read_json
-from .hub.peft import CONFIG_NAME, locate, read_config
+from .hub.peft import CONFIG_NAME, locate
 from .integrations.gguf import from_gguf
 from .peft_model import MODELS, PeftModel
 from .tuners.base import PeftConfig, TaskType
@@ -62,7 +62,7 @@ class AutoPeftModel:
         """
         source = pretrained_model_name_or_path
         hub = kwargs | {"revision": revision, "subfolder": subfolder}
-        stored = read_config(source, **hub)
+        stored = PeftConfig.from_pretrained(source, **hub)
         if stored.base_model_name_or_path is None:
             raise ValueError(
                 f"{source} names no base model (base_model_name_or_path is null); load that yourself and use "

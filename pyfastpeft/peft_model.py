@@ -20,7 +20,7 @@ from transformers.utils import PushToHubMixin
 
 from .adapters import NO_ROWS, Names, Rows
 from .hub.files import save_safetensors
-from .hub.peft import CARD_NAME, OWN_NAME, adapter_folder, read_config, read_own, read_tensors, write_adapter
+from .hub.peft import CARD_NAME, OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter
 from .integrations.accelerate import fuse, take_over
 from .integrations.attention import use_fast_attention
 from .integrations.forwards import remove
@@ -609,7 +609,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             return
         for name in names:
             tensors, own = self._state(name, save_embedding_layers, state_dict)
-            write_adapter(adapter_folder(save_directory, name), self._config_to_save(name), tensors, own)
+            folder, in_peft = adapter_folder(save_directory, name), self.peft_config[name].IN_PEFT
+            write_adapter(folder, self._config_to_save(name), tensors, own, in_peft)
 
     def _state(
         self, name: str, save_embedding_layers: bool | str, state_dict: Mapping[str, Tensor] | None
@@ -689,7 +690,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 then unchanged.
         """
         with _attaching(model):
-            config = read_config(model_id, **hub) if config is None else PeftConfig.from_peft(config)
+            config = PeftConfig.from_pretrained(model_id, **hub) if config is None else PeftConfig.from_peft(config)
             self = (_class_for(config) if cls is PeftModel else cls)(model)
             self.load_adapter(
                 model_id,
@@ -725,7 +726,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Returns:
             As :func:`set_peft_model_state_dict`.
         """
-        config = read_config(model_id, **hub) if config is None else PeftConfig.from_peft(config)
+        config = PeftConfig.from_pretrained(model_id, **hub) if config is None else PeftConfig.from_peft(config)
         tensors, path = read_tensors(model_id, **hub)
         source = str(path)
         held = self.peft_config.get(adapter_name)
@@ -807,7 +808,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self._known([adapter_name])
         config = None if config is None else PeftConfig.from_peft(config)
         if isinstance(source, (str, os.PathLike)):
-            config = read_config(source, **hub) if config is None else config
+            config = PeftConfig.from_pretrained(source, **hub) if config is None else config
             tensors, path = read_tensors(source, **hub)
             label = str(path)
         elif isinstance(source, Mapping):

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..tuners.base import METHODS, PeftConfig
-from .files import atomic_writes, load_safetensors, read_json, save_safetensors, write_text
+from .files import atomic_writes, load_safetensors, save_safetensors, write_text
 
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
@@ -64,17 +63,6 @@ def locate(model_id: str | os.PathLike, filename: str, subfolder: str | None = N
         raise FileNotFoundError(
             f"there is no folder {folder} with a {filename}, and no hub repository {str(model_id)!r} gives one: {error}"
         ) from error
-
-
-def read_config(
-    model_id: str | os.PathLike, subfolder: str | None = None, cls: type[PeftConfig] = PeftConfig, **hub: Any
-) -> PeftConfig:
-    """The configuration of an adapter folder; see :meth:`PeftConfig.from_pretrained`."""
-    path = locate(model_id, CONFIG_NAME, subfolder, **hub)
-    try:
-        return cls.from_dict(read_json(path))
-    except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
 
 def read_tensors(
@@ -127,7 +115,11 @@ def read_own(model_id: str | os.PathLike, subfolder: str | None = None, **hub: A
 
 
 def write_adapter(
-    folder: str | os.PathLike, config: dict[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    folder: str | os.PathLike,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    in_peft: bool,
 ) -> None:
     """Write an adapter folder: each file is whole at every moment, and of two processes' files none are mixed.
 
@@ -137,6 +129,7 @@ def write_adapter(
         config: PEFT's keys, as :meth:`PeftConfig.to_dict` gives them.
         tensors: PEFT's keys; those that share memory are copied.
         own: what :func:`read_own` reads; without any, a file of an earlier adapter is removed.
+        in_peft: whether PEFT has the method, for the README.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -155,13 +148,13 @@ def write_adapter(
             save_safetensors(own, path)
         save_safetensors(apart, weights)
     if not (folder / CARD_NAME).exists():
-        write_text(_card(config), folder / CARD_NAME)
+        write_text(_card(config, in_peft), folder / CARD_NAME)
 
 
-def _card(config: dict[str, Any]) -> str:
+def _card(config: dict[str, Any], in_peft: bool) -> str:
     name = config.get("base_model_name_or_path") or ""
     base, tag = json.dumps(name), json.dumps(f"base_model:adapter:{name}")
     library, readers = "peft", "An adapter in PEFT's format: PEFT and pyfastpeft load"
-    if not METHODS[config["peft_type"]].IN_PEFT:
+    if not in_peft:
         library, readers = "pyfastpeft", "A method that PEFT does not have: pyfastpeft loads"
     return _CARD.format(base=base, tag=tag, library=library, method=config["peft_type"].lower(), readers=readers)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..hub.files import check_tensors, write_text
+from ..hub.files import check_tensors, read_json, write_text
+from ..hub.peft import CONFIG_NAME, locate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -160,8 +161,6 @@ class PeftConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write ``adapter_config.json`` into ``save_directory``."""
-        from ..hub.peft import CONFIG_NAME
-
         write_text(json.dumps(self.to_dict(), indent=2), Path(save_directory) / CONFIG_NAME)
 
     @classmethod
@@ -253,9 +252,11 @@ class PeftConfig:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged or its values are out of range (names the file).
         """
-        from ..hub.peft import read_config
-
-        return read_config(pretrained_model_name_or_path, subfolder, cls, **hub)
+        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder, **hub)
+        try:
+            return cls.from_dict(read_json(path))
+        except ValueError as error:
+            raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
