@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .hub.peft import once, read_tensors
 from .peft_model import IncompatibleKeys, PeftModel
 from .status import INJECTED, adapters_of
-from .tuners.base import PeftConfig, Tuner
+from .tuners.base import PeftConfig
+from .tuners.tuner import Tuner
 
 
 def inject_adapter_in_model(

@@ -20,7 +20,7 @@ from ..nn.linear4bit import Linear4bit
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.one_device import OneDevice
 from ..ops import copy_alike, copy_tensors
-from .base import PeftConfig, Tuner
+from .base import PeftConfig
 from .embeddings import base_embeddings
 from .modules import (
     HEADS,
@@ -33,6 +33,7 @@ from .modules import (
     trainable_state,
     unmatched_saved,
 )
+from .tuner import Tuner
 
 if TYPE_CHECKING:
     from ..peft_model import PeftModel

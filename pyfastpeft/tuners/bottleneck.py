@@ -16,8 +16,9 @@ from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import is_never_called, layer_class, matrix_shape
 from .adapted import adapter_dtype
-from .base import PeftConfig, PeftType, Tuner, as_list, check_count, check_pattern, register_method
+from .base import PeftConfig, PeftType, as_list, check_count, check_pattern, register_method
 from .modules import base_of, ends_with, is_named, modules_of, put, set_packing, where_saved
+from .tuner import Tuner
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
 _FEED_FORWARD = (

@@ -25,7 +25,6 @@ from .base import (
     PeftConfig,
     PeftType,
     TaskType,
-    Tuner,
     as_list,
     check_count,
     check_dropout,
@@ -50,6 +49,7 @@ from .modules import (
     where_saved,
 )
 from .trainable_tokens import DELTA, Place, checked_tokens, find_places, put_tokens, take_tokens
+from .tuner import Tuner
 
 ALL_LINEAR = "all-linear"
 _DEFAULT_TARGETS = (

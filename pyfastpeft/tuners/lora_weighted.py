@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..nn.lora_layer import LoraLayer
 from .adapted import AdaptedModel
-from .base import Tuner
 from .lora import LoraConfig
 from .task_arithmetic import KINDS, check_pruning, summed
+from .tuner import Tuner
 
 _SVD = {"svd": "linear"} | {f"{kind}_svd": kind for kind in KINDS if kind != "linear"}
 """``combination_type`` → how the updates are summed before they are decomposed."""

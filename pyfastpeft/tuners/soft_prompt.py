@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank
 from ..hub.files import check_tensors, check_text
 from ..nn.prompt_encoder import Form, SoftPrompt
-from .base import PeftConfig, TaskType, Tuner, check_count
+from .base import PeftConfig, TaskType, check_count
+from .tuner import Tuner
 
 if TYPE_CHECKING:
     from ..integrations.prefixes import Prefixes
