@@ -6,8 +6,6 @@ exchanging the active adapter writes one reference a layer, builds nothing, and 
 
 from __future__ import annotations
 
-import functools
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .caching import registered
 
 if TYPE_CHECKING:
     from .nn.lora_layer import LoraLayer
@@ -106,55 +104,10 @@ NO_ROWS = Rows((), ())
 """The mode in which every layer is the base model's."""
 
 
-def captured() -> bool:
-    """Whether a CUDA graph records what is computed: it has no values before a replay, and is in the graph's memory."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def keep(held: dict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """Put ``value`` into ``held`` and take the oldest out beyond ``most``; other threads may be doing the same."""
-    if captured():
-        return
-    held.pop(key, None)
-    held[key] = value
-    for old in tuple(held)[:-most]:
-        held.pop(old, None)
-
-
-class Made:
-    """What was made of adapters: of one alone it is kept for good, of several together for the last combinations.
-
-    There are as many combinations as the rows of batches can choose.
-    """
-
-    _COMBINATIONS = 32
-
-    def __init__(self) -> None:
-        self._alone: dict[Any, Any] = {}
-        self._together: dict[Any, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self._alone) + len(self._together)
-
-    def get(self, names: tuple[str, ...], key: Any) -> Any:
-        """What is kept of ``names`` under ``key``; None: nothing."""
-        return (self._alone if len(names) == 1 else self._together).get(key)
-
-    def keep(self, names: tuple[str, ...], key: Any, value: Any) -> None:
-        if len(names) != 1:
-            keep(self._together, key, value, self._COMBINATIONS)
-        elif not captured():
-            self._alone[key] = value
-
-    def clear(self) -> None:
-        self._alone.clear()
-        self._together.clear()
-
-
 class _Mode(threading.local):
-    """What is in force in the calling thread: requests that are served side by side choose their rows apart.
+    """Per-thread state, so that concurrent requests can each choose their adapters.
 
-    Held by the instance: compilers guard nothing that they find in the class of a ``local``.
+    Fields are set on the instance because torch.compile does not guard class attributes of a ``threading.local``.
 
     Args:
         blocks: those of :meth:`AdapterBank.disabling` that are open, in any thread.
@@ -195,36 +148,6 @@ class Parts(nn.ModuleDict):
 
     def _get_name(self) -> str:
         return nn.ModuleDict.__name__
-
-
-_registrations = itertools.count(1)
-_registered = 0
-
-
-def registered() -> int:
-    """A number that is another one after a module or parameter was registered anywhere, from the first call on."""
-    _watch()
-    return _registered
-
-
-@functools.cache
-def _watch() -> None:
-    torch_module.register_module_module_registration_hook(_note_registration)
-    torch_module.register_module_parameter_registration_hook(_note_registration)
-    register_optimizer_step_post_hook(_note_step)
-
-
-def _note_step(optimizer: Optimizer, *_: Any) -> None:
-    """Fused optimizers leave a parameter's version as it was, by which what was made of its values is known as old."""
-    if not torch.compiler.is_compiling():
-        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch.autograd.graph.increment_version([p for p in stepped if not p.is_inference()])
-
-
-def _note_registration(*_: Any) -> None:
-    global _registered
-    if not torch.compiler.is_dynamo_compiling():  # traced, the number would be a guard that never holds
-        _registered = next(_registrations)
 
 
 class Holder(Protocol):

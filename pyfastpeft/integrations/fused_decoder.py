@@ -23,13 +23,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..adapters import AdapterBank, Rows, registered
+from ..adapters import AdapterBank, Rows
+from ..caching import registered, stamp_of
 from ..formats.held import HeldDecoder
 from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.hooks import GLOBAL_HOOKS
 from ..nn.lora import LoraLinear
-from ..nn.lora_layer import stamp_of
 from ..ops import PackedLora
 from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode, is_plain, native, traced
 from ..ops.dense import FEW_ROWS

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..adapters import NO_ROWS, AdapterBank, Made, Prefix, Rows, keep, registered
-from ..nn.lora_layer import stamp_of
+from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
+from ..caching import AdapterCache, put_bounded, registered, stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
 from ..ops.backends import traced
 from ..ops.cross_entropy import IGNORED
@@ -448,7 +448,7 @@ class Prefixes:
             return held[1]
         run = self._stacked(values, index, batch)
         if not any(v.records for v in values):
-            keep(runs, (rows, batch), (values, run), _RUNS_KEPT)
+            put_bounded(runs, (rows, batch), (values, run), _RUNS_KEPT)
         return run
 
     @staticmethod
@@ -488,7 +488,7 @@ class Prefixes:
         tensors = zip(*(part.tensors for part in parts), strict=True)
         joined = Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
         if not (joined.records or traced()):
-            self._made.keep(names, names, (parts, joined))
+            self._made.put(names, names, (parts, joined))
         return joined
 
     def _of_prompt(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
@@ -529,13 +529,13 @@ class Prefixes:
             return held[2]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = self._work_out(source, others)
-        self._made.keep(names, key, (own, rest, values, parameters))
+        self._made.put(names, key, (own, rest, values, parameters))
         return values
 
     @property
-    def _made(self) -> Made:
+    def _made(self) -> AdapterCache:
         """What prompts come to: one beside other adapters, or several."""
-        return self.bank.kept.setdefault("made", Made())
+        return self.bank.kept.setdefault("made", AdapterCache())
 
     def _base_parameters(self, source: Source) -> list[nn.Parameter]:
         """The decoder's own, as against its adapters', as far as ``source`` depends on them."""

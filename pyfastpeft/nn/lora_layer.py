@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters import NO_ROWS, AdapterBank, Made, Parts, Rows, captured
+from ..adapters import NO_ROWS, AdapterBank, Parts, Rows
+from ..caching import AdapterCache, captured, stamp_of
 from ..formats.packed import Packed4bit
 from ..ops import Lora, PackedLora, mixed, pack_lora
 from ..ops.backends import traced
@@ -111,16 +112,6 @@ def _weight_of(part: nn.Linear) -> Tensor:
     return part.weight
 
 
-def stamp_of(tensors: list[Tensor]) -> tuple | None:
-    """Changes whenever a value may have changed; None where that cannot be told.
-
-    Whoever keeps it keeps an adapter's tensors: the address of one that is gone may be another's.
-    """
-    if any(t.is_inference() for t in tensors):
-        return None
-    return tuple((t.data_ptr(), t._version) for t in tensors)
-
-
 def _applied(held: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """What a layer holds for later, as ``nn.Module._apply`` makes its parameters."""
     if isinstance(held, nn.Parameter):
@@ -159,7 +150,7 @@ class LoraLayer(nn.Module):
         self._scale: dict[str, Tensor] = {}
         self._plan: Plan | None = None
         self._unmerged: tuple[Any, nn.Parameter | None] | None = None
-        self._cache = Made()
+        self._cache = AdapterCache()
         self._square: tuple[tuple | None, Tensor, weakref.ref] | None = None
         self.register_load_state_dict_post_hook(_after_loading)
 
@@ -396,7 +387,7 @@ class LoraLayer(nn.Module):
             with torch.inference_mode(False), torch.no_grad():  # it may serve where something else trains
                 made = compute()
             held = stamp, made, [t for t in tensors if t is not self.weight]  # which may be offloaded
-            self._cache.keep(names, key, held)
+            self._cache.put(names, key, held)
         return held[1]
 
     def stacked(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -570,7 +561,7 @@ class LoraLayer(nn.Module):
         self.bank.refresh_one(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_cache": Made(), "_square": None}  # of tensors that lie here
+        return vars(self) | {"_cache": AdapterCache(), "_square": None}  # of tensors that lie here
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)

@@ -1,0 +1,105 @@
+"""Keeping what was made of tensors, and knowing when it is out of date.
+
+A stamp (:func:`stamp_of`), the tensors' addresses and versions, tells whether their values may have changed, and
+:func:`registered` whether modules or parameters may have been exchanged. While a CUDA graph is captured
+(:func:`captured`), nothing is stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+
+def stamp_of(tensors: list[Tensor]) -> tuple | None:
+    """Changes whenever a value may have changed; None where that cannot be told.
+
+    Whoever keeps a stamp keeps the adapter's tensors too: the address of one that is gone may become another's.
+    """
+    if any(t.is_inference() for t in tensors):
+        return None
+    return tuple((t.data_ptr(), t._version) for t in tensors)
+
+
+def captured() -> bool:
+    """Whether a CUDA graph is being captured: what is computed has no values before a replay, and is in its memory."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def put_bounded(held: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Put ``value`` into ``held`` and take the oldest out beyond ``most``; other threads may be doing the same."""
+    if captured():
+        return
+    held.pop(key, None)
+    held[key] = value
+    for old in tuple(held)[:-most]:
+        held.pop(old, None)
+
+
+class AdapterCache:
+    """What was made of adapters: of a single one it is kept for good, of several together for the last combinations.
+
+    Rows can choose any combination, so that nothing else would bound their number.
+    """
+
+    _COMBINATIONS = 32
+
+    def __init__(self) -> None:
+        self._alone: dict[Any, Any] = {}
+        self._together: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._alone) + len(self._together)
+
+    def get(self, names: tuple[str, ...], key: Any) -> Any:
+        """What is kept of ``names`` under ``key``; None: nothing."""
+        return (self._alone if len(names) == 1 else self._together).get(key)
+
+    def put(self, names: tuple[str, ...], key: Any, value: Any) -> None:
+        if len(names) != 1:
+            put_bounded(self._together, key, value, self._COMBINATIONS)
+        elif not captured():
+            self._alone[key] = value
+
+    def clear(self) -> None:
+        self._alone.clear()
+        self._together.clear()
+
+
+_registrations = itertools.count(1)
+_registered = 0
+
+
+def registered() -> int:
+    """A counter that changes whenever any module or parameter is registered in this process.
+
+    Counting begins with the first call. So does raising the versions of parameters that optimizers write.
+    """
+    _watch()
+    return _registered
+
+
+@functools.cache
+def _watch() -> None:
+    torch_module.register_module_module_registration_hook(_note_registration)
+    torch_module.register_module_parameter_registration_hook(_note_registration)
+    register_optimizer_step_post_hook(_note_step)
+
+
+def _note_step(optimizer: Optimizer, *_: Any) -> None:
+    """Fused optimizers write parameters without raising ``_version``; stamps rely on it, so it is raised here."""
+    if not torch.compiler.is_compiling():
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch.autograd.graph.increment_version([p for p in stepped if not p.is_inference()])
+
+
+def _note_registration(*_: Any) -> None:
+    global _registered
+    if not torch.compiler.is_dynamo_compiling():  # traced, the number would be a guard that never holds
+        _registered = next(_registrations)
