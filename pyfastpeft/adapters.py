@@ -244,6 +244,15 @@ class AdapterBank:
     def reach(self) -> int:
         return self._mode.reach
 
+    def check_unmerged(self, name: str) -> None:
+        """Whether the adapter ``name`` is in no base weight.
+
+        Raises:
+            ValueError: it is merged.
+        """
+        if any(name in layer.merged_adapters for layer in self.mergeable):
+            raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
+
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Those that train with ``name``."""
         if not torch.compiler.is_compiling():

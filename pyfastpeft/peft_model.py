@@ -439,8 +439,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         A CUDA graph captured around any soft prompt must be captured again.
         """
         self._known([adapter_name])
-        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
-            raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
+        self.base_model.bank.check_unmerged(adapter_name)
         self.base_model.remove(adapter_name)
         active = tuple(n for n in self.base_model.bank.chosen if n != adapter_name)
         self.base_model.activate(active or tuple(self.peft_config)[:1])

@@ -189,8 +189,7 @@ class AdaptedModel(OneDevice, nn.Module):
             held, live = self.configs[name], self.tensors(name)
             if type(held) is not type(config):
                 raise ValueError(f"adapter {name!r} is {held.peft_type}, not {config.peft_type}; delete it first")
-            if any(name in layer.merged_adapters for layer in self.bank.mergeable):
-                raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
+            self.bank.check_unmerged(name)
             tuner.check_same_layout(name, held, config, {k: tuple(t.shape) for k, t in live.items()}, expected)
         else:
             self.add(name, config, strict=False, values=tensors, autocast_adapter_dtype=autocast_adapter_dtype)

@@ -47,9 +47,8 @@ class Swap:
         tuner.check_same_tokens(name, old, new)
         tuner.check_parameters(name)
         tensors = tuner.once(old, tensors)
+        self.bank.check_unmerged(name)
         layers = tuner.layers(name)
-        if any(name in layer.merged_adapters for layer in layers.values()):
-            raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
         of_layers = {path: layer.tensors(name) for path, layer in layers.items()}
         keys = {f"{tuner.PREFIX}{path}.{suffix}" for path, held in of_layers.items() for suffix in held}
         saved = {k: t for k, t in live.items() if k not in keys}
