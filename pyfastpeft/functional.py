@@ -80,10 +80,10 @@ def get_peft_model_state_dict(
         ValueError: there is no such adapter; or a parameter of it is missing in ``state_dict``, or of another shape.
     """
     held, prefix = _adapters_of(model)
-    held._known([adapter_name])
+    held.base_model.known([adapter_name])
     if isinstance(state_dict, Mapping):
         state_dict = {prefix + key: t for key, t in state_dict.items()}
-    state, _ = held._state(adapter_name, save_embedding_layers, state_dict)
+    state, _ = held.adapter_state(adapter_name, save_embedding_layers, state_dict)
     return {key.removeprefix(prefix): t for key, t in state.items()}
 
 
@@ -110,6 +110,6 @@ def set_peft_model_state_dict(
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes is True; it must be False: an adapter is filled as a whole or not")
     held, prefix = _adapters_of(model)
-    held._known([adapter_name])
+    held.base_model.known([adapter_name])
     tensors = {prefix + key: t for key, t in once(peft_model_state_dict).items()}
-    return held._install(adapter_name, held.peft_config[adapter_name], tensors, "peft_model_state_dict", True)
+    return held.install_adapter(adapter_name, held.peft_config[adapter_name], tensors, "peft_model_state_dict", True)

@@ -26,9 +26,6 @@ from .integrations.attention import use_fast_attention
 from .integrations.forwards import remove
 from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
-from .nn.lora import LoraLinear
-from .nn.lora_layer import LoraLayer
-from .nn.trainable_tokens import TokenRows
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners.adapted import AdaptedModel
 from .tuners.base import PeftConfig, PeftType, TaskType
@@ -357,16 +354,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         merged: they see the active adapters in its place.
         """
         self._warn_of_changes(stacklevel=4)
-        merged, chosen = self._merged(), self.active_adapters
-        for layer in merged:
-            layer.unmerge()
-        try:
-            with self.base_model.bank.disabling(), self._mode(NO_ROWS):
-                yield
-        finally:
-            if self.active_adapters == chosen:  # else set_adapter would have unmerged them
-                for layer, names in merged.items():
-                    layer.merge(False, names)
+        with self.base_model.without_merged(), self.base_model.bank.disabling(), self._mode(NO_ROWS):
+            yield
 
     def _warn_of_changes(self, stacklevel: int) -> None:
         """Say what the base model without adapters has of them nevertheless."""
@@ -379,16 +368,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             warnings.warn(said, stacklevel=stacklevel)
 
     # Adding, choosing and removing adapters.
-
-    def _layers(self) -> list[LoraLayer | TokenRows]:
-        return self.base_model.bank.mergeable
-
-    def _merged(self) -> dict[LoraLayer | TokenRows, tuple[str, ...]]:
-        """What is merged, in the layers where something is."""
-        return {layer: tuple(layer.merged_adapters) for layer in self._layers() if layer.merged}
-
-    def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
-        return self.base_model.known(names)
 
     def add_adapter(
         self,
@@ -423,7 +402,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of adapters train, or not, active or not; the next :meth:`set_adapter` decides anew."""
-        for name in self._known(adapter_names):
+        for name in self.base_model.known(adapter_names):
             self.base_model.bank.let_train(name, requires_grad)
 
     def _prepare(self) -> None:
@@ -438,7 +417,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         A CUDA graph captured around any soft prompt must be captured again.
         """
-        self._known([adapter_name])
+        self.base_model.known([adapter_name])
         self.base_model.bank.check_unmerged(adapter_name)
         self.base_model.remove(adapter_name)
         active = tuple(n for n in self.base_model.bank.chosen if n != adapter_name)
@@ -470,13 +449,13 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: the argument at fault; DoRA, lora_bias, modules_to_save and trainable_token_indices cannot be
                 combined.
         """
-        names = self._known(adapters)
+        names = self.base_model.known(adapters)
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name is {adapter_name!r}, which this model has already")
         config, tensors = combine(
             self.base_model, names, list(weights), combination_type, svd_rank, density, majority_sign_method
         )
-        self._install(adapter_name, config, tensors, f"adapter {adapter_name!r}", True)
+        self.install_adapter(adapter_name, config, tensors, f"adapter {adapter_name!r}", True)
 
     # Merging.
 
@@ -489,32 +468,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Args:
             safe_merge: refuse a result that is not finite.
         """
-        names = self._mergeable(adapter_names)
-        with self._as_before_if_it_fails():
-            for layer in self._layers():
-                layer.merge(safe_merge, names)
-        self.base_model.bank.refresh()
-
-    @contextmanager
-    def _as_before_if_it_fails(self) -> Iterator[None]:
-        """After an error every layer has merged what it had merged before."""
-        merged = self._merged()
-        try:
-            yield
-        except BaseException:
-            for layer in self._layers():
-                layer.unmerge()
-                layer.merge(False, merged.get(layer, ()))
-            self.base_model.bank.refresh()
-            raise
-
-    def _mergeable(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
-        names = self._known(self.active_adapters if adapter_names is None else adapter_names)
-        for name in names:
-            if not self.base_model.tuner_of(name).merges:
-                kind = self.peft_config[name].peft_type
-                raise ValueError(f"adapter {name!r} is {kind}, which cannot be merged into weights; merge others alone")
-        return names
+        self.base_model.merge(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights of before :meth:`merge_adapter`, bit for bit."""
@@ -544,13 +498,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         if dtype is not None and not dequantize:
             raise ValueError(f"dtype is {dtype}; it is for dequantize=True")
-        names = self._mergeable(adapter_names)
-        with self._as_before_if_it_fails():
-            for layer in self._layers():
-                if dequantize and isinstance(layer, LoraLinear):
-                    layer.merge_dense(names, safe_merge, dtype)
-                else:
-                    layer.merge(safe_merge, names)
+        names = self.base_model.merge(adapter_names, safe_merge, dequantize, dtype)
         remove(self.get_base_model())
         model = self._unloaded(names)
         if dequantize:
@@ -603,15 +551,15 @@ class PeftModel(PushToHubMixin, nn.Module):
                 "path_initial_model_for_weight_conversion is not supported: an adapter that starts from a changed base "
                 "(pissa, olora, loftq) is written as it is, for that base"
             )
-        names = self._known(self.peft_config if selected_adapters is None else selected_adapters)
+        names = self.base_model.known(self.peft_config if selected_adapters is None else selected_adapters)
         if not is_main_process:
             return
         for name in names:
-            tensors, own = self._state(name, save_embedding_layers, state_dict)
+            tensors, own = self.adapter_state(name, save_embedding_layers, state_dict)
             folder, in_peft = adapter_folder(save_directory, name), self.peft_config[name].IN_PEFT
             write_adapter(folder, self._config_to_save(name), tensors, own, in_peft)
 
-    def _state(
+    def adapter_state(
         self, name: str, save_embedding_layers: bool | str, state_dict: Mapping[str, Tensor] | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What PEFT's file of an adapter gets, and ours; of the values in ``state_dict`` where there is one."""
@@ -643,11 +591,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: there is no such adapter, or it is no soft prompt.
         """
-        self._known([adapter_name])
+        self.base_model.known([adapter_name])
         config = self.peft_config[adapter_name]
         if not config.is_prompt_learning:
             raise ValueError(f"adapter_name is {adapter_name!r}, which is {config.peft_type}; it must be a soft prompt")
-        return self._state(adapter_name, False, None)[0][KEY].cpu()
+        return self.adapter_state(adapter_name, False, None)[0][KEY].cpu()
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """For transformers' Trainer: the card in ``output_dir``, which :meth:`save_pretrained` has written."""
@@ -734,12 +682,12 @@ class PeftModel(PushToHubMixin, nn.Module):
             tensors |= own
             source += f" with {OWN_NAME}"
         config = replace(config, inference_mode=not is_trainable)
-        keys = self._install(adapter_name, config, tensors, source, autocast_adapter_dtype)
+        keys = self.install_adapter(adapter_name, config, tensors, source, autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
         return keys
 
-    def _install(
+    def install_adapter(
         self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
     ) -> IncompatibleKeys:
         """Fill an adapter, new or there already, from ``tensors``; all is checked before anything changes."""
@@ -771,7 +719,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: none of them is a soft prompt.
         """
         names = self.active_adapters if adapter_name is None else adapter_name
-        names = self._known(names)
+        names = self.base_model.known(names)
         tuners = [self.base_model.tuner_of(name) for name in names]
         tuner = next((t for t in tuners if isinstance(t, SoftPromptTuner)), None)
         if tuner is None:
@@ -804,7 +752,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: an unknown adapter, a rank larger than the one in place, a key or shape that does not fit.
         """
-        self._known([adapter_name])
+        self.base_model.known([adapter_name])
         config = None if config is None else PeftConfig.from_peft(config)
         if isinstance(source, (str, os.PathLike)):
             config = PeftConfig.from_pretrained(source, **hub) if config is None else config

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,11 @@ from ..adapters import BASE, AdapterBank
 from ..hub.files import check_tensors
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.linear4bit import Linear4bit
+from ..nn.lora import LoraLinear
+from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.one_device import OneDevice
+from ..nn.trainable_tokens import TokenRows
 from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig
 from .embeddings import base_embeddings
@@ -52,7 +56,8 @@ _OF_PEFT_MODEL = frozenset(
         "unmerge_adapter",
     )
 )
-"""What PEFT has on ``base_model``, and scripts ask for there; transformers' models have other things by these names."""
+"""Attributes that scripts read from ``model.base_model``, as PEFT has them there. They come from the PeftModel, not the
+base model, which has unrelated ones of the same names."""
 
 
 class AdaptedModel(OneDevice, nn.Module):
@@ -272,6 +277,65 @@ class AdaptedModel(OneDevice, nn.Module):
     def _enable(self, enabled: bool) -> None:
         self.bank.disabled = not enabled
         self.activate(self.bank.chosen)
+
+    # Merging.
+
+    def merge(
+        self,
+        adapter_names: Sequence[str] | None,
+        safe_merge: bool,
+        dequantize: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[str, ...]:
+        """Add adapters (None: the active ones) into the base weights; after an error all is merged that was before.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+            dequantize: exchange the 4-bit layers under LoRA for layers in ``dtype``.
+
+        Returns:
+            The adapters' names.
+        """
+        names, before = self._mergeable(adapter_names), self._merged()
+        try:
+            for layer in self.bank.mergeable:
+                if dequantize and isinstance(layer, LoraLinear):
+                    layer.merge_dense(names, safe_merge, dtype)
+                else:
+                    layer.merge(safe_merge, names)
+        except BaseException:
+            for layer in self.bank.mergeable:
+                layer.unmerge()
+                layer.merge(False, before.get(layer, ()))
+            raise
+        finally:
+            self.bank.refresh()
+        return names
+
+    def _mergeable(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
+        names = self.known(self.bank.chosen if adapter_names is None else adapter_names)
+        for name in names:
+            if not self.tuner_of(name).merges:
+                kind = self.configs[name].peft_type
+                raise ValueError(f"adapter {name!r} is {kind}, which cannot be merged into weights; merge others alone")
+        return names
+
+    def _merged(self) -> dict[LoraLayer | TokenRows, tuple[str, ...]]:
+        """What is merged, in the layers where something is."""
+        return {layer: tuple(layer.merged_adapters) for layer in self.bank.mergeable if layer.merged}
+
+    @contextmanager
+    def without_merged(self) -> Iterator[None]:
+        """What is merged is not, inside, and is merged again afterwards, unless others were made active."""
+        merged, chosen = self._merged(), self.bank.chosen
+        for layer in merged:
+            layer.unmerge()
+        try:
+            yield
+        finally:
+            if self.bank.chosen == chosen:  # else set_adapter would have unmerged them
+                for layer, names in merged.items():
+                    layer.merge(False, names)
 
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit."""
