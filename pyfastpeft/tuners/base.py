@@ -54,6 +54,15 @@ def as_list(name: str, value: Any) -> list[str]:
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 
+def as_member(kind: type[enum.Enum], name: str, value: Any) -> Any:
+    """The argument ``name``, a member of the enumeration ``kind`` or its value, as a member."""
+    try:
+        return kind(value)
+    except ValueError:
+        choices = ", ".join(repr(member.value) for member in kind)
+        raise ValueError(f"{name} is {value!r}; it must be one of {choices}") from None
+
+
 def check_pattern(name: str, pattern: str) -> None:
     """Whether the argument ``name`` is a regular expression."""
     try:
@@ -135,11 +144,7 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            try:
-                self.task_type = TaskType(self.task_type)
-            except ValueError:
-                choices = ", ".join(t.value for t in TaskType)
-                raise ValueError(f"task_type is {self.task_type!r}; it must be one of {choices}") from None
+            self.task_type = as_member(TaskType, "task_type", self.task_type)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "bool" and value is not None and not isinstance(value, bool):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..nn.prompt_encoder import Form, SoftPrompt
-from .base import PeftType, register_method
+from .base import PeftType, as_member, register_method
 from .soft_prompt import SoftPromptConfig, random_ids, text_ids
 
 if TYPE_CHECKING:
@@ -47,13 +47,7 @@ class PromptTuningConfig(SoftPromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
-        except ValueError:
-            choices = ", ".join(repr(i.value) for i in PromptTuningInit)
-            raise ValueError(
-                f"prompt_tuning_init is {self.prompt_tuning_init!r}; it must be one of {choices}"
-            ) from None
+        self.prompt_tuning_init = as_member(PromptTuningInit, "prompt_tuning_init", self.prompt_tuning_init)
         if self.prompt_tuning_init is PromptTuningInit.TEXT:
             for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
                 if getattr(self, name) is None:

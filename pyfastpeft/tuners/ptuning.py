@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from ..nn.prompt_encoder import Form, LstmEncoder, MlpEncoder, SoftPrompt
-from .base import PeftType, check_count, check_dropout, register_method
+from .base import PeftType, as_member, check_count, check_dropout, register_method
 from .soft_prompt import SoftPromptConfig
 
 if TYPE_CHECKING:
@@ -44,15 +44,8 @@ class PromptEncoderConfig(SoftPromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            self.encoder_reparameterization_type = PromptEncoderReparameterizationType(
-                self.encoder_reparameterization_type
-            )
-        except ValueError:
-            raise ValueError(
-                f"encoder_reparameterization_type is {self.encoder_reparameterization_type!r}; it must be 'MLP' or "
-                "'LSTM'"
-            ) from None
+        name = "encoder_reparameterization_type"
+        self.encoder_reparameterization_type = as_member(PromptEncoderReparameterizationType, name, getattr(self, name))
         check_count("encoder_num_layers", self.encoder_num_layers)
         if self.encoder_hidden_size is not None:
             check_count("encoder_hidden_size", self.encoder_hidden_size)
