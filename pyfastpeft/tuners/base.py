@@ -48,8 +48,9 @@ class PeftType(str, enum.Enum):
 
 
 def as_list(name: str, value: Any) -> list[str]:
-    """The argument ``name``, names of modules, as a list."""
-    if not isinstance(value, Collection) or isinstance(value, Mapping) or not all(isinstance(v, str) for v in value):
+    """The argument ``name``, names of modules, as a list; a str, which is a collection of letters, is none."""
+    listed = isinstance(value, Collection) and not isinstance(value, (str, Mapping))
+    if not listed or not all(isinstance(v, str) for v in value):
         raise ValueError(f"{name} is {value!r}; it must be a list of names")
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
@@ -149,8 +150,6 @@ class PeftConfig:
             value = getattr(self, field.name)
             if field.type == "bool" and value is not None and not isinstance(value, bool):
                 raise ValueError(f"{field.name} is {value!r}; it must be True or False")
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save is {self.modules_to_save!r}; it must be a list of names")
         if self.modules_to_save is not None:
             self.modules_to_save = as_list("modules_to_save", self.modules_to_save)
 
