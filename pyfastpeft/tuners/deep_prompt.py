@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import nn
 
-from ..nn.prompt_encoder import Form, SoftPrompt
+from ..nn.prompt_encoder import Form
 from .base import PeftType, check_dropout, register_method
-from .prefix import check_initial, initial_ids
-from .soft_prompt import SoftPromptConfig
+from .prefix import InitialTextConfig
 
 if TYPE_CHECKING:
     from ..integrations.prefixes import Prefixes
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
 @register_method
 @dataclass(kw_only=True)
-class DeepPromptConfig(SoftPromptConfig):
+class DeepPromptConfig(InitialTextConfig):
     """Configuration of P-Tuning v2. PEFT does not have the method, so the files are for this library alone.
 
     For classification give ``task_type`` ("SEQ_CLS", "TOKEN_CLS"): the model's head then trains along, as in the paper.
@@ -39,7 +37,6 @@ class DeepPromptConfig(SoftPromptConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.DEEP_PROMPT_TUNING
     IN_PEFT: ClassVar[bool] = False
-    NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
 
     prefix: bool = False
     prefix_dropout: float = 0.0
@@ -50,7 +47,7 @@ class DeepPromptConfig(SoftPromptConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_dropout("prefix_dropout", self.prefix_dropout)
-        check_initial(self.prefix_init, self.prefix_init_text, self.tokenizer_name_or_path)
+        self._check_initial()
 
     @property
     def form(self) -> Form:
@@ -72,12 +69,3 @@ class DeepPromptConfig(SoftPromptConfig):
             self._expect(num_layers=layers, num_attention_heads=heads, token_dim=heads * dim)
         else:
             super().fill(model, prefixes)
-
-    @torch.no_grad()
-    def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
-        if self.prefix_init == "zero":
-            module.embedding.weight.zero_()
-        elif self.prefix_init == "text":
-            ids = initial_ids(self.prefix_init_text, self.tokenizer_name_or_path, model, self.num_virtual_tokens)
-            values = prefixes.keys_values(ids) if self.prefix else prefixes.layer_inputs(ids)
-            module.embedding.weight.copy_(values)

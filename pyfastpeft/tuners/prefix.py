@@ -16,9 +16,43 @@ if TYPE_CHECKING:
     from ..integrations.prefixes import Prefixes
 
 
+class InitialTextConfig(SoftPromptConfig):
+    """A soft prompt in every layer, whose first values may be what the model makes of a text.
+
+    Its fields are the subclasses' own, with other defaults.
+    """
+
+    NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
+
+    prefix_init: str | None
+    prefix_init_text: str | None
+    tokenizer_name_or_path: Any
+
+    def _check_initial(self) -> None:
+        if self.prefix_init not in ("text", "random", "zero"):
+            raise ValueError(f"prefix_init is {self.prefix_init!r}; it must be 'text', 'random' or 'zero'")
+        if self.prefix_init_text is not None and (self.prefix_init != "text" or self.tokenizer_name_or_path is None):
+            raise ValueError("prefix_init_text is given; it needs prefix_init 'text' and tokenizer_name_or_path")
+
+    @torch.no_grad()
+    def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
+        if self.prefix_init == "zero":
+            last = module.transform[-1] if module.encodes else module.embedding
+            for parameter in last.parameters():
+                parameter.zero_()
+        elif self.prefix_init == "text":
+            if self.prefix_init_text is None:
+                ids = random_ids(model, self.num_virtual_tokens)
+            else:
+                ids = text_ids(self.prefix_init_text, self.tokenizer_name_or_path, model, self.num_virtual_tokens)
+            ids = ids.to(model.get_input_embeddings().weight.device)
+            values = prefixes.keys_values(ids) if self.form is Form.KEYS_VALUES else prefixes.layer_inputs(ids)
+            module.embedding.weight.copy_(values)
+
+
 @register_method
 @dataclass(kw_only=True)
-class PrefixTuningConfig(SoftPromptConfig):
+class PrefixTuningConfig(InitialTextConfig):
     """Configuration of Prefix Tuning; names are PEFT's but for the ``prefix_`` ones on initial values.
 
     Attributes:
@@ -33,7 +67,6 @@ class PrefixTuningConfig(SoftPromptConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING
     form: ClassVar[Form] = Form.KEYS_VALUES
-    NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
 
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
@@ -51,7 +84,7 @@ class PrefixTuningConfig(SoftPromptConfig):
         if self.prefix_init is None:
             given = "zero" if self.init_weights == "zero" else None
             self.prefix_init = given or ("random" if self.prefix_projection else "text")
-        check_initial(self.prefix_init, self.prefix_init_text, self.tokenizer_name_or_path)
+        self._check_initial()
         if self.prefix_projection and self.prefix_init == "text":
             raise ValueError("prefix_init is 'text'; with prefix_projection it must be 'random' or 'zero'")
 
@@ -71,25 +104,3 @@ class PrefixTuningConfig(SoftPromptConfig):
         if not self.prefix_projection:
             return None
         return PrefixEncoder(self.num_virtual_tokens, self.token_dim, self.encoder_hidden_size, self.width)
-
-    @torch.no_grad()
-    def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
-        if self.prefix_init == "zero":
-            last = module.transform[-1] if module.encodes else module.embedding
-            for parameter in last.parameters():
-                parameter.zero_()
-        elif self.prefix_init == "text":
-            ids = initial_ids(self.prefix_init_text, self.tokenizer_name_or_path, model, self.num_virtual_tokens)
-            module.embedding.weight.copy_(prefixes.keys_values(ids))
-
-
-def check_initial(init: str, text: str | None, tokenizer: Any) -> None:
-    if init not in ("text", "random", "zero"):
-        raise ValueError(f"prefix_init is {init!r}; it must be 'text', 'random' or 'zero'")
-    if text is not None and (init != "text" or tokenizer is None):
-        raise ValueError("prefix_init_text is given; it needs prefix_init 'text' and tokenizer_name_or_path")
-
-
-def initial_ids(text: str | None, tokenizer: Any, model: nn.Module, count: int) -> torch.Tensor:
-    ids = random_ids(model, count) if text is None else text_ids(text, tokenizer, model, count)
-    return ids.to(model.get_input_embeddings().weight.device)
