@@ -153,6 +153,15 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_numbers()
+        self.trainable_token_indices = checked_tokens(self.trainable_token_indices)
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias is {self.bias!r}; it must be 'none', 'all' or 'lora_only'")
+        self._check_targets()
+        self._check_layers()
+        self._check_init()
+
+    def _check_numbers(self) -> None:
         check_count("r", self.r)
         self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
         for name in ("rank_pattern", "alpha_pattern"):
@@ -169,9 +178,8 @@ class LoraConfig(PeftConfig):
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 raise ValueError(f"{name} is {alpha!r}; it must be a finite number")
         check_dropout("lora_dropout", self.lora_dropout)
-        self.trainable_token_indices = checked_tokens(self.trainable_token_indices)
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias is {self.bias!r}; it must be 'none', 'all' or 'lora_only'")
+
+    def _check_targets(self) -> None:
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self.target_modules = ALL_LINEAR  # PEFT takes any case
         for name in ("target_modules", "exclude_modules"):
@@ -180,6 +188,10 @@ class LoraConfig(PeftConfig):
                 setattr(self, name, as_list(name, value))
             elif value is not None and value != ALL_LINEAR:
                 check_pattern(name, value)
+        for name in self.modules_to_save or ():  # as in PEFT, what it matches is no target
+            check_pattern("a name in modules_to_save", name)
+
+    def _check_layers(self) -> None:
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform is given; target_modules must then be a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -188,13 +200,10 @@ class LoraConfig(PeftConfig):
             self.layers_pattern = as_list("layers_pattern", self.layers_pattern)
         for pattern in self.layer_patterns:
             check_pattern("layers_pattern", pattern)
-        for name in self.modules_to_save or ():  # as in PEFT, what it matches is no target
-            check_pattern("a name in modules_to_save", name)
         wanted = self.layers_to_transform
         for number in wanted if isinstance(wanted, (list, tuple)) else [0 if wanted is None else wanted]:
             if isinstance(number, bool) or not isinstance(number, int):
                 raise ValueError(f"layers_to_transform is {wanted!r}; it must be a number or a list of numbers")
-        self._check_init()
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
