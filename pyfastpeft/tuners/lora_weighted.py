@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..nn.lora_layer import LoraLayer
 from .adapted import AdaptedModel
+from .base import PeftConfig
 from .lora import LoraConfig
 from .task_arithmetic import KINDS, check_pruning, summed
 from .tuner import Tuner
@@ -35,24 +36,10 @@ def combine(
     Raises:
         ValueError: as :meth:`PeftModel.add_weighted_adapter`.
     """
-    if not names or len(names) != len(weights):
-        raise ValueError(
-            f"adapters has {len(names)} names and weights {len(weights)}; there must be as many, at least one"
-        )
-    if combination_type not in ("cat", *_SVD, *KINDS):
-        known = ", ".join(map(repr, ("cat", *_SVD, *KINDS)))
-        raise ValueError(f"combination_type is {combination_type!r}; it must be one of {known}")
+    configs = {name: model.configs[name] for name in names}
+    _check(configs, names, weights, combination_type, svd_rank)
     kind = _SVD.get(combination_type, "linear" if combination_type == "cat" else combination_type)
     check_pruning(combination_type, kind, density, majority_sign_method)
-    configs = [model.configs[n] for n in names]
-    for config, name in zip(configs, names, strict=True):
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"adapter {name!r} is {config.peft_type}; only LoRA adapters can be combined")
-        for what in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
-            if getattr(config, what):
-                raise ValueError(f"adapter {name!r} has {what}, which cannot be combined")
-    if svd_rank is not None and (combination_type not in _SVD or svd_rank < 1):
-        raise ValueError(f"svd_rank is {svd_rank!r}; it must be at least 1, and goes with {', '.join(_SVD)} only")
     layers = {p: layer for p, layer in model.bank.layers.items() if any(n in layer.r for n in names)}
     held = {p: [(n, w) for n, w in zip(names, weights, strict=True) if n in layer.r] for p, layer in layers.items()}
     sizes = {p: [layers[p].capacity(n) for n, _ in own] for p, own in held.items()}
@@ -62,7 +49,7 @@ def combine(
         )
     rank = svd_rank or max(sum(s) if combination_type == "cat" else max(s) for s in sizes.values())
     config = replace(
-        configs[0],
+        configs[names[0]],
         r=rank,
         lora_alpha=rank,
         use_rslora=False,
@@ -73,7 +60,7 @@ def combine(
         layers_to_transform=None,
         layers_pattern=None,
         init_lora_weights=True,
-        inference_mode=all(config.inference_mode for config in configs),
+        inference_mode=all(config.inference_mode for config in configs.values()),
         bias="none",
     )
     tensors = {}
@@ -86,6 +73,31 @@ def combine(
         a_key, b_key = (f"{Tuner.PREFIX}{path}.{key}" for key in layer.KEYS)
         tensors[a_key], tensors[b_key] = F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))
     return config, tensors
+
+
+def _check(
+    configs: Mapping[str, PeftConfig],
+    names: tuple[str, ...],
+    weights: Sequence[float],
+    combination_type: str,
+    svd_rank: int | None,
+) -> None:
+    """Arguments as :func:`combine` has them, and the adapters' configurations."""
+    if not names or len(names) != len(weights):
+        raise ValueError(
+            f"adapters has {len(names)} names and weights {len(weights)}; there must be as many, at least one"
+        )
+    if combination_type not in ("cat", *_SVD, *KINDS):
+        known = ", ".join(map(repr, ("cat", *_SVD, *KINDS)))
+        raise ValueError(f"combination_type is {combination_type!r}; it must be one of {known}")
+    for name, config in configs.items():
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"adapter {name!r} is {config.peft_type}; only LoRA adapters can be combined")
+        for what in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
+            if getattr(config, what):
+                raise ValueError(f"adapter {name!r} has {what}, which cannot be combined")
+    if svd_rank is not None and (combination_type not in _SVD or svd_rank < 1):
+        raise ValueError(f"svd_rank is {svd_rank!r}; it must be at least 1, and goes with {', '.join(_SVD)} only")
 
 
 Held = list[tuple[str, float]]
