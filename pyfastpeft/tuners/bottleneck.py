@@ -17,7 +17,7 @@ from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import is_never_called, layer_class, matrix_shape
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, as_list, check_count, check_pattern, register_method
-from .modules import base_of, ends_with, is_named, modules_of, put, set_packing, where_saved
+from .modules import base_of, check_called, ends_with, hint, is_named, modules_of, put, set_packing
 from .tuner import Tuner
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
@@ -96,6 +96,10 @@ def ends_of_sublayers(model: nn.Module, placement: str) -> list[str]:
     return sorted(path for kind in found for path in kind if not is_never_called(base_of(modules[path])))
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return layer_class(module) is not None and not isinstance(module, nn.Embedding)
+
+
 class BottleneckTuner(Tuner):
     """Bottleneck adapters on one model.
 
@@ -117,22 +121,16 @@ class BottleneckTuner(Tuner):
         found = {path: base_of(module) for path, module in modules_of(self.model) if is_named(path, names)}
         unmatched = [] if isinstance(names, str) else [n for n in names if not any(ends_with(p, [n]) for p in found)]
         if unmatched or not found:
-            asked = unmatched or names
-            where = where_saved(self.model, asked)
-            raise ValueError(
-                f"target_modules {asked!r} matches no module of {type(self.model).__name__}" + (where and f". {where}")
-            )
+            asked, possible = unmatched or names, [path for path, m in modules_of(self.model) if _is_linear(base_of(m))]
+            said = f"target_modules {asked!r} matches no module of {type(self.model).__name__}"
+            raise ValueError(f"{said}. {hint(asked, self.model, possible)}")
         for path, module in found.items():
-            if layer_class(module) is None or isinstance(module, nn.Embedding):
+            if not _is_linear(module):
                 raise ValueError(
                     f"target_modules matches {path!r}, a {type(module).__name__}; a bottleneck goes after a Linear or "
                     "Conv1D"
                 )
-            if is_never_called(module):
-                raise ValueError(
-                    f"target_modules matches {path!r}, whose weight torch's MultiheadAttention reads without calling "
-                    "the layer, so that nothing can go after it; leave it out"
-                )
+        check_called(found, "leave it out")
         return found
 
     def expected(self, config: BottleneckConfig, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

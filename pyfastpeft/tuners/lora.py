@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import warnings
@@ -35,8 +34,10 @@ from .embeddings import own_embeddings
 from .modules import (
     at,
     base_of,
+    check_called,
     ends_with,
     find_saved,
+    hint,
     inside_of,
     inside_saved,
     is_named,
@@ -46,7 +47,6 @@ from .modules import (
     put,
     put_back,
     tied_ends,
-    where_saved,
 )
 from .trainable_tokens import DELTA, Place, checked_tokens, find_places, put_tokens, take_tokens
 from .tuner import Tuner
@@ -337,19 +337,16 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
         )
     if not targets or (unmatched and strict):
         asked = unmatched if unmatched else config.target_modules
-        raise ValueError(f"target_modules {asked!r} matches no module of {type(model).__name__}. {_hint(asked, model)}")
+        said = f"target_modules {asked!r} matches no module of {type(model).__name__}"
+        raise ValueError(f"{said}. {hint(asked, model, _layers_of(model))}")
     wrong = {p: m for p, m in targets.items() if layer_class(base_of(m)) is None}
     if wrong:
         path, module = next(iter(wrong.items()))
         raise ValueError(
             f"target_modules matches {path!r}, a {type(module).__name__}; LoRA needs a Linear, Conv1D or Embedding"
         )
-    uncalled = [p for p, m in targets.items() if is_never_called(base_of(m))] if strict else []
-    if uncalled:
-        raise ValueError(
-            f"target_modules matches {uncalled[0]!r}, whose weight torch's MultiheadAttention reads without calling "
-            "the layer, so that LoRA there has no effect; leave it out, or name it in exclude_modules"
-        )
+    if strict:
+        check_called(targets, "leave it out, or name it in exclude_modules")
     return targets
 
 
@@ -359,18 +356,9 @@ def _unmatched(config: LoraConfig, candidates: dict[str, nn.Module]) -> list[str
     return [n for n in names if not any(ends_with(path, [n]) for path in candidates)]
 
 
-def _hint(asked: list[str] | str, model: nn.Module) -> str:
-    if where := where_saved(model, asked):
-        return where
-    if isinstance(asked, str) and any(path.endswith(f".{asked}") for path, _ in modules_of(model)):
-        return f"A string is one regular expression for whole paths; give [{asked!r}] for the modules of that name"
-    names = sorted({p.rpartition(".")[2] for p, m in modules_of(model) if layer_class(base_of(m)) is not None})
-    close: list[str] = []
-    for name in [asked] if isinstance(asked, str) else asked:
-        close += difflib.get_close_matches(name.rpartition(".")[2], names, n=3, cutoff=0.5)
-    if close:
-        return f"Close matches: {', '.join(dict.fromkeys(close))}"
-    return f"Layers that can be targets: {', '.join(names)}"
+def _layers_of(model: nn.Module) -> list[str]:
+    """The paths of the layers that can carry LoRA."""
+    return [path for path, module in modules_of(model) if layer_class(base_of(module)) is not None]
 
 
 def _biases(config: LoraConfig, model: nn.Module, targets: Collection[str]) -> dict[str, nn.Parameter]:
@@ -404,9 +392,7 @@ class LoraTuner(Tuner):
     def resolved(self, config: LoraConfig) -> LoraConfig:
         """Targets as names or one expression."""
         if config.target_modules is None:
-            names = {
-                path.rpartition(".")[2] for path, m in modules_of(self.model) if layer_class(base_of(m)) is not None
-            }
+            names = {path.rpartition(".")[2] for path in _layers_of(self.model)}
             found = next((list(t) for t in _DEFAULT_TARGETS if names.issuperset(t)), None)
             if found is None:
                 raise ValueError(
@@ -488,7 +474,8 @@ class LoraTuner(Tuner):
     def _warn_of_names(self, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
         """Say which names in ``config`` change nothing."""
         if unmatched := _unmatched(config, dict(modules_of(self.model))):
-            warnings.warn(f"target_modules {unmatched} match no module. {_hint(unmatched, self.model)}", stacklevel=4)
+            meant = hint(unmatched, self.model, _layers_of(self.model))
+            warnings.warn(f"target_modules {unmatched} match no module. {meant}", stacklevel=4)
         if hidden := [path for path in inside_saved(self.model) if matches(config, path)]:
             said = f"target_modules match {hidden}, which modules_to_save of another adapter holds; they are left out"
             warnings.warn(said, stacklevel=4)

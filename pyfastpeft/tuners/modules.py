@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.linear4bit import Linear4bit
+from ..nn.lora import is_never_called
 from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TrainableTokens
@@ -183,12 +184,39 @@ def inside_saved(model: nn.Module) -> dict[str, str]:
     }
 
 
-def where_saved(model: nn.Module, names: list[str] | str) -> str:
-    """Says of the first module of ``names`` inside one that adapters train whole where it lies; "": there is none."""
+def hint(asked: list[str] | str, model: nn.Module, paths: Iterable[str]) -> str:
+    """A sentence for an error message: what may have been meant by ``asked``, which matches no module of ``model``.
+
+    Args:
+        asked: names, or one regular expression.
+        paths: of the modules that could be meant.
+    """
     for path, outer in inside_saved(model).items():
-        if is_named(path, names):
+        if is_named(path, asked):
             return f"{path!r} lies in {outer!r}, which modules_to_save of an adapter holds"
-    return ""
+    if isinstance(asked, str) and any(path.endswith(f".{asked}") for path, _ in modules_of(model)):
+        return f"A string is one regular expression for whole paths; give [{asked!r}] for the modules of that name"
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    close: list[str] = []
+    for name in [asked] if isinstance(asked, str) else asked:
+        close += difflib.get_close_matches(name.rpartition(".")[2], names, n=3, cutoff=0.5)
+    if close:
+        return f"Close matches: {', '.join(dict.fromkeys(close))}"
+    return f"Names that can be given: {', '.join(names)}"
+
+
+def check_called(targets: Mapping[str, nn.Module], advice: str) -> None:
+    """Whether ``targets``, path → module, are all called, so that what is put around them has an effect.
+
+    Raises:
+        ValueError: one is not (:func:`is_never_called`); ``advice`` says what to do.
+    """
+    for path, module in targets.items():
+        if is_never_called(base_of(module)):
+            raise ValueError(
+                f"target_modules matches {path!r}, whose weight torch's MultiheadAttention reads without calling the "
+                f"layer, so that an adapter there has no effect; {advice}"
+            )
 
 
 def unmatched_saved(config: PeftConfig, model: nn.Module) -> str | None:
@@ -199,11 +227,8 @@ def unmatched_saved(config: PeftConfig, model: nn.Module) -> str | None:
     missing = [n for n in config.modules_to_save or () if n not in added and not any(p.endswith(n) for p in paths)]
     if not missing:
         return None
-    if where := where_saved(model, missing):
-        return f"modules_to_save {missing} match no module of the model: {where}"
-    names = sorted({path.rpartition(".")[2] for path in paths})
-    close = [c for n in missing for c in difflib.get_close_matches(n, names, n=3, cutoff=0.5)]
-    return f"modules_to_save {missing} match no module of the model. Close matches: {close}"
+    named = [path for path in paths if not path.rpartition(".")[2].isdigit()]
+    return f"modules_to_save {missing} match no module of {type(model).__name__}. {hint(missing, model, named)}"
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
