@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hub.peft import once, read_tensors
+from .hub.peft import read_tensors, without_duplicates
 from .peft_model import IncompatibleKeys, PeftModel
 from .status import INJECTED, adapters_of
 from .tuners.base import PeftConfig
@@ -44,7 +44,7 @@ def inject_adapter_in_model(
     return model
 
 
-def _adapters_of(model: nn.Module) -> tuple[PeftModel, str]:
+def _adapters_and_prefix(model: nn.Module) -> tuple[PeftModel, str]:
     """The model's adapters, and what their keys have in front that ``model`` lacks."""
     held = adapters_of(model)
     return held, "" if held is model else Tuner.PREFIX
@@ -79,7 +79,7 @@ def get_peft_model_state_dict(
     Raises:
         ValueError: there is no such adapter; or a parameter of it is missing in ``state_dict``, or of another shape.
     """
-    held, prefix = _adapters_of(model)
+    held, prefix = _adapters_and_prefix(model)
     held.base_model.known([adapter_name])
     if isinstance(state_dict, Mapping):
         state_dict = {prefix + key: t for key, t in state_dict.items()}
@@ -109,7 +109,7 @@ def set_peft_model_state_dict(
     """
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes is True; it must be False: an adapter is filled as a whole or not")
-    held, prefix = _adapters_of(model)
+    held, prefix = _adapters_and_prefix(model)
     held.base_model.known([adapter_name])
-    tensors = {prefix + key: t for key, t in once(peft_model_state_dict).items()}
+    tensors = {prefix + key: t for key, t in without_duplicates(peft_model_state_dict).items()}
     return held.install_adapter(adapter_name, held.peft_config[adapter_name], tensors, "peft_model_state_dict", True)

@@ -84,10 +84,10 @@ def read_tensors(
                 f"{folder} holds adapter_model.bin, a pickle, which is never loaded; convert it to {WEIGHTS_NAME} first"
             ) from None
         raise
-    return once(load_safetensors(path)), path
+    return without_duplicates(load_safetensors(path)), path
 
 
-def once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_duplicates(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``tensors`` without those that PEFT stores a second time.
 
     With bias="all", and where it stores embeddings, what is in ``modules_to_save`` also has the names that PEFT's

@@ -184,7 +184,7 @@ class AdaptedModel(OneDevice, nn.Module):
         """
         config = self.resolved(config)
         tuner = self.tuner(config)
-        tensors = tuner.once(config, tensors)
+        tensors = tuner.without_duplicates(config, tensors)
         expected = self.expected(config, tensors)
         optional = {k: tuple(t.shape) for k, t in self._embeddings(tuner, expected).items()}
         whole = [key for key, t in self._to_save(config).items() if not t.is_floating_point()]

@@ -420,7 +420,7 @@ class LoraTuner(Tuner):
     def _places(self, config: LoraConfig) -> list[Place]:
         return find_places(config.trainable_token_indices, self.model)
 
-    def once(self, config: LoraConfig, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def without_duplicates(self, config: LoraConfig, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """PEFT stores the rows of a tied head as well where it stores embeddings."""
         held = dict(values)
         for place in self._places(config):

@@ -46,7 +46,7 @@ class Swap:
             )
         tuner.check_same_tokens(name, old, new)
         tuner.check_parameters(name)
-        tensors = tuner.once(old, tensors)
+        tensors = tuner.without_duplicates(old, tensors)
         self.bank.check_unmerged(name)
         layers = tuner.layers(name)
         of_layers = {path: layer.tensors(name) for path, layer in layers.items()}

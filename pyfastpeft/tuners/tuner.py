@@ -55,8 +55,8 @@ class Tuner:
         """
         raise NotImplementedError
 
-    def once(self, config: Any, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``values`` of a file without those that it holds under another key of :meth:`expected` as well."""
+    def without_duplicates(self, config: Any, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``values`` of a file without duplicates: tensors that it stores again under a second key."""
         return values
 
     def attach(
