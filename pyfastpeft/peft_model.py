@@ -797,7 +797,7 @@ MODELS: dict[TaskType, type[PeftModel]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
-"""What tells a task's models apart is the name alone: others (transformers' pipelines) go by it."""
+"""task_type → class. The classes differ only in their names, which transformers' pipelines check."""
 
 
 def _class_for(config: PeftConfig) -> type[PeftModel]:

@@ -1281,7 +1281,7 @@ class TestBadInput:
         before = {k: t.clone() for k, t in fp.get_peft_model_state_dict(own).items()}
         with pytest.raises(ValueError, match="'default' has virtual tokens of another form"):
             own.load_adapter(tmp_path, "default")
-        with pytest.raises(ValueError, match="configurations differ in form"):
+        with pytest.raises(ValueError, match=r"configurations differ in .*\bprefix$"):
             own.hotswap_adapter(tmp_path)
         assert torch.equal(fp.get_peft_model_state_dict(own)["prompt_embeddings"], before["prompt_embeddings"])
 

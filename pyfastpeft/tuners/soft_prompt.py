@@ -285,6 +285,9 @@ class SoftPromptTuner(Tuner):
         check_tensors(values, shapes, {}, source)
         tokens = count * old.num_virtual_tokens // old.rows
         config = replace(old if new is None else new, num_virtual_tokens=tokens, inference_mode=old.inference_mode)
+        if new is None and config.rows != count:
+            parts = old.num_transformer_submodules
+            raise ValueError(f"{source}: {KEY} has {count} rows; their number must be a multiple of {parts}")
         if config.rows != count or config.form is not old.form:
             return super().swap(name, old, new, live, values, source)
         self.resolved(config)

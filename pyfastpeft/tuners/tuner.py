@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..hub.files import check_tensors
+from .base import PeftConfig
 from .embeddings import own_embeddings, to_be_saved
 
 
@@ -137,7 +139,10 @@ class Tuner:
         """
         whole = [k for k, t in live.items() if not t.is_floating_point()]
         check_tensors(values, {k: tuple(t.shape) for k, t in live.items()}, {}, source, whole)
-        raise ValueError(f"adapter {name!r} cannot be replaced from {source}: their configurations differ in form")
+        of_all = {field.name for field in fields(PeftConfig)} | old.NOT_SAVED  # what the tensors mean is not in these
+        own = [field.name for field in fields(old) if field.name not in of_all]
+        differ = ", ".join(key for key in own if getattr(old, key) != getattr(new, key))
+        raise ValueError(f"adapter {name!r} cannot be replaced from {source}: their configurations differ in {differ}")
 
     def remove(self, name: str) -> None:
         """Take out an adapter (also one that failed half-way), leaving the model as it was before it."""
