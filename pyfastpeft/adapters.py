@@ -88,10 +88,13 @@ class Rows:
         return found
 
     def check_lead(self, x: Tensor, dims: int) -> None:
-        """Whether the rows of ``x``, which has ``dims`` dimensions or more unless they are flattened, are the batch's.
+        """Check that the first dimension of ``x`` is the batch, where rows use different adapters.
+
+        Args:
+            dims: how many dimensions ``x`` has at least if batch and positions are not flattened into one.
 
         Raises:
-            ValueError: the first dimension counts something else, of which nobody knows what row it belongs to.
+            ValueError: it counts something else, and which row of the batch uses it is not known.
         """
         if not self._alike and x.dim() >= dims and x.shape[0] % len(self.of_row):
             raise ValueError(
@@ -125,10 +128,10 @@ class _Mode(threading.local):
 
 
 class Parts(nn.ModuleDict):
-    """Modules by adapter name, of which plans keep hold.
+    """Modules by adapter name, to which the layers' plans refer.
 
     Args:
-        exchanged: called when one is exchanged for another, as by users who want a dropout or a head of their own.
+        exchanged: called when a user puts another module (a dropout, a head) in the place of one.
     """
 
     def __init__(self, exchanged: Callable[[], None]) -> None:
@@ -175,8 +178,8 @@ class AdapterBank:
         mode: None: every row uses the active adapters; else the rows' own choice. Each thread has its own; one that
             begins while another is ``disabling`` begins without adapters.
         run: what soft prompts have worked out for the forward that is running. Each thread has its own.
-        reach: how many positions the longest row has for which soft prompts are being worked out, where what they come
-            to depends on that; else 0. Each thread has its own.
+        reach: the sequence length for which soft prompts are being worked out, where their keys depend on it (rotary
+            embeddings that change with the length); else 0. Each thread has its own.
         kept: what soft prompts keep from one forward to the next; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
         thaws: grows whenever an adapter ceases to be for inference, so that copies of it may become old.
@@ -203,7 +206,7 @@ class AdapterBank:
         self._registered = registered()
         self._training: set[str] = set()
         self._undecided: set[str] = set()  # of whose parameters `requires_grad` is not known to be right
-        self._let: set[str] = set()  # for which a user decided
+        self._let: set[str] = set()  # for which :meth:`let_train` was called
         self._deleted: set[str] = set()  # adapters that a request which runs may still ask for
 
     @property
@@ -275,12 +278,13 @@ class AdapterBank:
             self._layouts.clear()
 
     def hold(self, name: str, find: Callable[[], list[nn.Parameter]]) -> None:
-        """What ``find`` gives trains exactly while ``name`` is active and not for inference."""
+        """Take up an adapter: the parameters that ``find`` gives train while it is active and not for inference."""
         self._find[name], self._trainable[name] = find, find()
         self._deleted.discard(name)
         self._undecided.add(name)
 
     def release(self, name: str) -> None:
+        """Undo :meth:`hold`; the parameters are frozen."""
         for parameter in self.parameters(name):
             parameter.requires_grad_(False)
         del self._find[name], self._trainable[name]
@@ -289,7 +293,7 @@ class AdapterBank:
         self._deleted.add(name)
 
     def let_train(self, name: str, trains: bool) -> None:
-        """Let what is ``name``'s train, or not, until :meth:`decide`."""
+        """Let the parameters of ``name`` train, or not, whether it is active or not, until :meth:`decide`."""
         for parameter in self.parameters(name):
             parameter.requires_grad_(trains)
         self._let.add(name)
@@ -303,8 +307,11 @@ class AdapterBank:
         return plans
 
     def activate(self, chosen: tuple[str, ...]) -> None:
-        """Make ``chosen`` the active adapters. Of those that are new or begin or end to be in use, what is not for
-        inference trains while it is in use; in others stays frozen what a user has frozen."""
+        """Make ``chosen`` the active adapters.
+
+        Adapters train while they are in use and not for inference. That is set for those that are new and for those
+        whose use begins or ends; in the others, parameters that a user has frozen stay frozen.
+        """
         self._push(() if self.disabled else chosen)
         self.chosen = chosen
         training = set(self.active) - self.frozen
@@ -324,7 +331,7 @@ class AdapterBank:
         self.frozen = names
 
     def decide(self) -> None:
-        """Let the next :meth:`activate` decide anew about what trains, and what users have let train or not."""
+        """Let the next :meth:`activate` set anew what trains, also where users have frozen or unfrozen parameters."""
         self._undecided |= (self._training | self._let) & self._find.keys()
         self._let.clear()
 

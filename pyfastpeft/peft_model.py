@@ -72,7 +72,7 @@ def get_peft_model(
 
 
 _CARRIED = "_pyfastpeft_adapters"
-"""Where a base model has the configurations of the adapters in it, for those who would adapt it a second time."""
+"""The attribute of a base model that holds its adapters' configurations, so that it is not wrapped a second time."""
 
 
 @contextmanager
@@ -189,7 +189,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self._complete()
 
     def _complete(self) -> None:
-        """What a copy must have for itself."""
+        """Make what refers to this object, and what a copy must have anew."""
         self.base_model.belong_to(self)
         self._show_signature()
 

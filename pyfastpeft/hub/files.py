@@ -62,7 +62,7 @@ def atomic_writes(paths: Sequence[Path], gone: Collection[Path] = ()) -> Iterato
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold off other writers, where the system can; who holds the folder for longer than a second is none of them."""
+    """Hold off other writers, where the system can. A lock that is held for more than a second is not a writer's."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         for _ in range(100 if fcntl else 0):

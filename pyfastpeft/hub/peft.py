@@ -99,7 +99,7 @@ def without_duplicates(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_own(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict[str, Tensor]:
     """The tensors of the file beside PEFT's, or none where there is no such file.
 
-    Warns where nobody could say whether a hub repository has one.
+    Warns where a hub repository could not be asked for one.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -121,7 +121,7 @@ def write_adapter(
     own: Mapping[str, Tensor],
     in_peft: bool,
 ) -> None:
-    """Write an adapter folder: each file is whole at every moment, and of two processes' files none are mixed.
+    """Write an adapter folder: each file is whole at every moment, and two processes' files do not get mixed.
 
     The README is written only where there is none.
 

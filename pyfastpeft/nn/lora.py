@@ -342,7 +342,7 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
 
 
 def is_never_called(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer like torch's ``MultiheadAttention.out_proj``, whose weight is read past it."""
+    """Whether ``module`` is like ``MultiheadAttention.out_proj`` of torch: not called, its weight is read instead."""
     return isinstance(module, NonDynamicallyQuantizableLinear)
 
 

@@ -21,8 +21,8 @@ is_compiling = torch.compiler.is_compiling
 
 
 def is_repeated() -> bool:
-    """Whether what is computed now will be again, as recorded code or a CUDA graph: of what the same tensors then hold,
-    but of the same numbers."""
+    """Whether what is computed now is recorded, as traced code or a CUDA graph. When that runs again it reads the
+    tensors anew, but Python numbers stay what they were."""
     return traced() or captured()
 
 
@@ -30,7 +30,7 @@ def is_repeated() -> bool:
 class Plan:
     """What one layer does while a set of adapters is active.
 
-    No tuple: torch.export would leave a copy of it in the layer, whose parameters were its own.
+    Not a tuple: torch.export would copy it, parameters included, and leave the copy in the layer.
 
     Attributes:
         names: the active adapters that this layer has.
@@ -113,7 +113,7 @@ def _weight_of(part: nn.Linear) -> Tensor:
 
 
 def _applied(held: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """What a layer holds for later, as ``nn.Module._apply`` makes its parameters."""
+    """The weight or bias that a layer keeps for :meth:`LoraLayer.unmerge`, changed as ``nn.Module._apply`` does."""
     if isinstance(held, nn.Parameter):
         return nn.Parameter(fn(held.data), requires_grad=held.requires_grad)
     return held.to(fn(held.codes[:0]).device) if isinstance(held, Packed4bit) else held
@@ -386,7 +386,7 @@ class LoraLayer(nn.Module):
         if held is None or stamp is None or held[0] != stamp:
             with torch.inference_mode(False), torch.no_grad():  # it may serve where something else trains
                 made = compute()
-            held = stamp, made, [t for t in tensors if t is not self.weight]  # which may be offloaded
+            held = stamp, made, [t for t in tensors if t is not self.weight]  # the weight may be offloaded
             self._cache.put(names, key, held)
         return held[1]
 
@@ -561,7 +561,7 @@ class LoraLayer(nn.Module):
         self.bank.refresh_one(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_cache": AdapterCache(), "_square": None}  # of tensors that lie here
+        return vars(self) | {"_cache": AdapterCache(), "_square": None}  # they are of this object's own tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)

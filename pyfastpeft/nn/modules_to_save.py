@@ -44,7 +44,7 @@ class ModulesToSave(nn.Module):
         for i, name in enumerate(names):
             first = y[0] if isinstance(y, tuple) else y
             chosen = mode.mask(names, (1,) * len(names), first.shape[0], first.device)[:, i].bool()
-            # Neither may the other rows reach its gradient, nor it theirs, by a product with zero.
+            # The other rows are zero in its input: where they are inf or NaN, a zero gradient times them would be NaN.
             mine, named = _own_rows(chosen, args, kwargs)
             y = _where(chosen, self.modules_to_save[name](*mine, **named), y)
         return y
@@ -59,7 +59,7 @@ class ModulesToSave(nn.Module):
 
 
 def _own_rows(chosen: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments, where the first tensor, of all rows, has values in the ``chosen`` ones alone."""
+    """The arguments, with zeros in the first tensor outside of the ``chosen`` rows."""
 
     def own(x: Tensor) -> Tensor:
         return mixed.own(chosen.view(-1, *[1] * (x.dim() - 1)), x) if x.is_floating_point() else x

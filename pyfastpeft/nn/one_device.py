@@ -6,7 +6,7 @@ from typing import NoReturn
 
 
 class OneDevice:
-    """A module, or what is in it, that holds more than parameters of its device: a replica would use the original's."""
+    """Base of modules that hold more of a device than parameters: a replica would go on using the original's."""
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(

@@ -57,8 +57,8 @@ class TokenRows:
                 del held[name]
 
     def follow(self) -> None:
-        """Be where the weight is, and what it was before merging be of its dtype; on the meta device the values would
-        be lost."""
+        """Go to the weight's device, with the weight of before merging, which takes its dtype too. Not to the meta
+        device, where the values would be lost."""
         weight, before = self.weight, self._unmerged
         if weight.is_meta:
             return
@@ -168,7 +168,7 @@ class TrainableTokens(nn.Module):
     def _multiplied(self, y: Tensor, x: Tensor, name: str, chosen: Tensor | None) -> Tensor:
         base, indices = self.base_layer, self.rows.indices[name].to(x.device)
         if chosen is not None:
-            x = mixed.own(chosen, x)  # neither may the other rows reach its gradient by a product with zero
+            x = mixed.own(chosen, x)  # else inf and NaN in other rows reach the gradient, as zero times them is NaN
         bias = None if base.bias is None else base.bias[indices]
         own = F.linear(x, self.rows.values[name].to(base.weight), bias).to(y.dtype)
         if chosen is not None:

@@ -88,7 +88,7 @@ class AdaptedModel(OneDevice, nn.Module):
             return getattr(self.peft_model if name in _OF_PEFT_MODEL else self.model, name)
 
     def belong_to(self, peft_model: PeftModel) -> None:
-        """Let ``peft_model``, whose ``base_model`` this is, answer for what PEFT has here."""
+        """Let ``peft_model``, whose ``base_model`` this is, give the attributes that PEFT has here."""
         vars(self)["peft_model"] = peft_model  # no submodule of its own submodule
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,10 +126,10 @@ class AdaptedModel(OneDevice, nn.Module):
         return held
 
     def _whole(self, config: PeftConfig) -> dict[str, nn.Module]:
-        """:func:`find_saved`.
+        """:func:`find_saved`, of modules that can be copied.
 
         Raises:
-            ValueError: one of them holds what carries another adapter, whose copy would be no part of that adapter.
+            ValueError: layers of another adapter are inside one, which would not train the copies.
         """
         saved = find_saved(config, self.model)
         for path, module in saved.items():
@@ -210,7 +210,7 @@ class AdaptedModel(OneDevice, nn.Module):
                 for key, tensor in live.items():
                     tensor.copy_(tensors[key])
                 tuner.filled(name, config, tensors)
-                # Asked for again: what the adapter trains whole is no base weight any more, and others are new objects.
+                # Looked up again: what the adapter trains whole is no base weight any more, others are new objects.
                 embeddings = self._embeddings(tuner, expected)
                 base = [(t, tensors[key].to(t)) for key, t in embeddings.items() if key in tensors]
                 base = [(tensor, value) for tensor, value in base if not torch.equal(tensor, value)]

@@ -362,9 +362,12 @@ def _layers_of(model: nn.Module) -> list[str]:
 
 
 def _biases(config: LoraConfig, model: nn.Module, targets: Collection[str]) -> dict[str, nn.Parameter]:
-    """Key, without the prefix, → base bias for all that train with the adapter, whose targets have these paths.
+    """Key, without the prefix, → bias, for the base model's biases that train with the adapter.
 
-    The keys are those of the adapter alone: what else is in the model has no part in them.
+    The keys are as if the adapter were the only one in the model.
+
+    Args:
+        targets: the paths of its targets.
     """
     if config.bias == "none":
         return {}
@@ -485,7 +488,7 @@ class LoraTuner(Tuner):
                 warnings.warn(f"{field_name} {unused} match no target, and change nothing", stacklevel=4)
 
     def _check_ends(self, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
-        """Where embedding and head are one weight, PEFT's adapters that start from the head's change both."""
+        """Where embedding and head share a weight, an adapter that changes the head's changes the embedding too."""
         heads = [end for end in tied_ends(self.model) if not isinstance(end, nn.Embedding)]
         path = next((path for path, m in targets.items() if base_of(m) in heads), None)
         if path is not None:
