@@ -723,6 +723,17 @@ class TestSeveralAdapters:
         assert torch.equal(model(**batch).logits, logits["a"])
         assert type(model.get_base_model().lm_head) is nn.Linear and not model.base_model.bank.wrappers
 
+    def test_of_a_module_trained_whole_a_row_has_one_copy(self):
+        config, batch = fp.LoraConfig(modules_to_save=["lm_head"]), tiny.inputs()
+        model = fp.get_peft_model(tiny.make("llama"), config, "a")
+        model.add_adapter("b", config)
+        rows = [["a"], ["a", "b"], "__base__"]
+        refused = r"adapters \['a', 'b'\] each bring their own copy of one module"
+        with pytest.raises(ValueError, match=refused):
+            model.set_adapter(["a", "b"])
+        with pytest.raises(ValueError, match=refused):
+            model(**{k: v[:1].expand(3, -1) for k, v in batch.items()}, adapter_names=rows)
+
     @pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
     def test_adapters_active_together_add_up(self, kwargs):
         model = block("a", "b", target_modules=["linear", "packed"], **kwargs)

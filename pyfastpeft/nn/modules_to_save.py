@@ -23,10 +23,19 @@ class ModulesToSave(nn.Module):
 
     def plan(self, active: tuple[str, ...]) -> nn.Module | None:
         """The copy in use while ``active`` are the adapters; None: the original."""
+        names = self._with_a_copy(active)
+        return self.modules_to_save[names[0]] if names else None
+
+    def _with_a_copy(self, active: tuple[str, ...]) -> list[str]:
+        """Of ``active``, the adapter that has a copy of this module.
+
+        Raises:
+            ValueError: several have.
+        """
         names = [n for n in active if n in self.modules_to_save]
         if len(names) > 1:
             raise ValueError(f"adapters {names} each bring their own copy of one module; only one can be active")
-        return self.modules_to_save[names[0]] if names else None
+        return names
 
     def _changed(self) -> None:
         self.bank.refresh_one(self)
@@ -38,7 +47,8 @@ class ModulesToSave(nn.Module):
         mode = self.bank.mode
         if mode is None:
             return self.module_in_use()(*args, **kwargs)
-        names = tuple(n for n in mode.names if n in self.modules_to_save)
+        used = {n for row in mode.of_row for n in self._with_a_copy(row)}
+        names = tuple(n for n in mode.names if n in used)
         y = self.original_module(*args, **kwargs)
         # Each adapter's copy is another weight, so it runs by itself; shapes do not depend on who asked for what.
         for i, name in enumerate(names):
