@@ -750,7 +750,9 @@ class PeftModel(PushToHubMixin, nn.Module):
                 have.
 
         Raises:
-            ValueError: an unknown adapter, a rank larger than the one in place, a key or shape that does not fit.
+            TypeError: a value that is no tensor.
+            ValueError: an unknown adapter, a rank larger than the one in place, a key or shape that does not fit, no
+                tensors at all.
         """
         self.base_model.known([adapter_name])
         config = None if config is None else PeftConfig.from_peft(config)
@@ -762,6 +764,11 @@ class PeftModel(PushToHubMixin, nn.Module):
             tensors, label = source, "the state dict"
         else:
             raise ValueError(f"source is {source!r}; it must be a folder, a hub repository or a dict of tensors")
+        if not tensors:
+            raise ValueError(f"{label} holds no tensors; to do without the adapter, use disable_adapter()")
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label}: {key} is a {type(tensor).__name__}; it must be a tensor")
         self.base_model.swap(adapter_name, config, tensors, label)
 
 

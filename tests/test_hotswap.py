@@ -448,6 +448,14 @@ class TestRefused:
         new[self.KEY] = new[self.KEY].long()
         self.refused(model, new, rf"{self.KEY} has dtype torch\.int64")
 
+    def test_no_tensors_at_all(self, model):
+        self.refused(model, {}, "the state dict holds no tensors")
+
+    def test_what_is_no_tensor(self, model):
+        new = tensors_of(model, "default")
+        with pytest.raises(TypeError, match=rf"{self.KEY} is a ndarray; it must be a tensor"):
+            model.hotswap_adapter(new | {self.KEY: new[self.KEY].numpy()})
+
     def test_another_variant(self, model):
         self.refused(model, tensors_of(model, "default"), "use_dora is True", config=fp.LoraConfig(use_dora=True))
 
