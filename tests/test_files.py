@@ -131,13 +131,15 @@ def test_a_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch, s
 
 FULL_DISK = """
 import resource, sys, torch
-from pyfastpeft.hub.files import save_safetensors
+from pyfastpeft.hub.files import save_safetensors, write_text
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    save_safetensors({"a": torch.randn(3000)}, sys.argv[1])
-except OSError as error:
-    sys.exit(0 if sys.argv[1] in str(error) else 3)
-sys.exit(4)
+for save in (lambda path: save_safetensors({"a": torch.randn(3000)}, path), lambda path: write_text("a" * 9000, path)):
+    try:
+        save(sys.argv[1])
+        sys.exit(4)
+    except OSError as error:
+        if sys.argv[1] not in str(error):
+            sys.exit(3)
 """
 
 KILLED = """

@@ -87,9 +87,16 @@ def _sync(path: Path) -> None:
 
 
 def write_text(text: str, path: str | os.PathLike) -> None:
-    """Replace ``path`` by ``text`` in UTF-8, atomically."""
+    """Replace ``path`` by ``text`` in UTF-8, atomically.
+
+    Raises:
+        OSError: the file could not be written (the old one is whole).
+    """
     with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        try:
+            aside.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
