@@ -173,6 +173,7 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         ([*before_loading, "--data", "none.jsonl"], "none.jsonl"),
         ([*before_loading, "--test", str(half)], "half.jsonl, line 1: the text holds '\\ud83d'"),
         ([*before_loading, "--output", str(bad_row)], "bad.jsonl', which is a file"),
+        (["demo", "--output", str(bad_row)], "bad.jsonl', which is a file"),
         ([*before_loading, "--output", str(bad_row / "out")], "nothing can be written in "),
         ([*before_loading, "--output", "/proc/self/fdinfo"], "nothing can be written in /proc/self/fdinfo"),
         ([*train, "--r", "0"], "r is 0"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from ..data import drug_qa
 from .memory import peak_bytes
 from .methods import METHODS
 from .models import load_smollm2
-from .output import print_answer
+from .output import check_place, print_answer
 
 FACTS, STYLE = "drug_qa", "pharmacist"
 _STYLE_ROWS = 48
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .examine import examine
     from .progress import TrainingProgress
 
+    check_place(Path(args.output))
     method = METHODS[args.method]
     # In so few steps, LoRA learns more on all linear layers.
     options = method.options | ({"target_modules": ["all-linear"]} if args.method == "qlora" else {})

@@ -16,6 +16,8 @@ def print_answer(console: Console, text: str) -> None:
 
 def check_place(output: Path) -> None:
     """Whether a folder ``output`` can be written: this would show after the work else."""
+    if output.is_file():
+        raise ValueError(f"output is {str(output)!r}, which is a file; it must be a folder, or not exist yet")
     # A link that leads nowhere is there too.
     there = next(folder for folder in (output, *output.absolute().parents) if os.path.lexists(folder))
     try:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -90,8 +89,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     method, options, quantized = chosen(args)
     # What is wrong with these shows before the model is loaded.
-    if os.path.isfile(args.output):
-        raise ValueError(f"output is {args.output!r}, which is a file; it must be a folder, or not exist yet")
     check_place(Path(args.output))
     rows = numbered_rows(args.data)
     questions = read_rows(args.test) if args.test else []
