@@ -358,6 +358,7 @@ def test_dequantize_defaults_to_the_original_dtype():
         ((torch.ones(4, 4), "nf4", 64.0), ValueError, "blocksize is 64.0"),
         ((torch.ones(4, 4), "int4", 256), ValueError, "blocksize is 256.*32, 64, 128"),
         ((torch.ones(4, 4), "int4", 64, True), ValueError, "double_quant is True"),
+        ((torch.ones(4, 4), "nf4", 64, "no"), ValueError, "double_quant is 'no'; it must be True or False"),
     ],
 )
 def test_bad_arguments_are_named(args, error, message):

@@ -153,9 +153,12 @@ def check_settings(quant_type: str, blocksize: SupportsIndex, double_quant: bool
     """What to quantize by: the format called ``quant_type``, and ``blocksize`` as a plain int.
 
     Raises:
-        ValueError: an unknown ``quant_type``, a ``blocksize`` the format does not allow, ``double_quant`` with INT4.
+        ValueError: an unknown ``quant_type``, a ``blocksize`` the format does not allow, a ``double_quant`` that is no
+            bool, or is True with INT4.
     """
     fmt = get_format(quant_type)
+    if not isinstance(double_quant, bool):
+        raise ValueError(f"double_quant is {double_quant!r}; it must be True or False")
     if double_quant and fmt.has_zero:
         raise ValueError("double_quant is True; it applies to 'nf4' and 'fp4', int4 keeps a scale and a zero a block")
     return fmt, check_blocksize(fmt, blocksize)
