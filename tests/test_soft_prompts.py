@@ -263,7 +263,8 @@ class TestAgainstPeft:
         tiny_tokenizer().save_pretrained(tmp_path)
         kwargs = {"prompt_tuning_init": init}
         if init == "TEXT":
-            kwargs |= {"prompt_tuning_init_text": "abc", "tokenizer_name_or_path": str(tmp_path)}
+            kwargs |= {"prompt_tuning_init_text": "abc", "tokenizer_name_or_path": tmp_path}
+            assert fp.PromptTuningConfig(**_SHARED, **kwargs).to_dict()["tokenizer_name_or_path"] == str(tmp_path)
         base = tiny_llama()
         torch.manual_seed(0)
         theirs = peft.get_peft_model(copy.deepcopy(base), peft.PromptTuningConfig(**_SHARED, **kwargs))
@@ -1263,7 +1264,8 @@ class TestBadInput:
         base = llama()
         longer = tf.LlamaForCausalLM(tf.LlamaConfig(**tiny._LLAMA | {"num_hidden_layers": 3}))
         message = "of another model: num_attention_heads is 4, must be 2, token_dim is 32, must be 16"
-        with pytest.raises(ValueError, match=r"of another model: num_layers is 2, must be 3$"):
+        model = r"\(this model has num_layers 3, num_attention_heads 2, token_dim 16\)"
+        with pytest.raises(ValueError, match="of another model: num_layers is 2, must be 3 " + model):
             fp.PeftModel.from_pretrained(longer, tmp_path)
         own = ours(base, "prefix", seed=3)
         values = {k: t.clone() for k, t in fp.get_peft_model_state_dict(own).items()}

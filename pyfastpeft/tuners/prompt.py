@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,7 +59,9 @@ class PromptTuningConfig(SoftPromptConfig):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         tokenizer = self.tokenizer_name_or_path
-        if tokenizer is not None and not isinstance(tokenizer, str):
+        if isinstance(tokenizer, os.PathLike):
+            values["tokenizer_name_or_path"] = os.fspath(tokenizer)
+        elif tokenizer is not None and not isinstance(tokenizer, str):
             # PEFT wants a name beside a text, and does not use it when it loads an adapter.
             values["tokenizer_name_or_path"] = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -96,7 +97,8 @@ class SoftPromptConfig(PeftConfig):
         other = {name: getattr(self, name) for name in values if getattr(self, name) not in (None, values[name])}
         if other:
             listed = ", ".join(f"{name} is {asked}, must be {values[name]}" for name, asked in other.items())
-            raise ValueError(f"the {self.peft_type} adapter is of another model: {listed}")
+            own = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise ValueError(f"the {self.peft_type} adapter is of another model: {listed} (this model has {own})")
         for name, value in values.items():
             setattr(self, name, value)
 
@@ -115,7 +117,7 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
         tokenizer: a tokenizer, or the name or path of one (``kwargs`` go to ``AutoTokenizer``).
     """
     check_text(text)
-    if isinstance(tokenizer, str):
+    if isinstance(tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer
 
         kwargs.pop("trust_remote_code", None)  # a checkpoint must not be able to run code
