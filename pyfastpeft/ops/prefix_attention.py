@@ -72,6 +72,8 @@ def prefix_attention(
 
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
+        RuntimeError: a number in ``prefix_index`` or ``prefix_lengths`` is out of range, which the operator finds as it
+            reads them.
     """
     _check_floating(q, k, v)
     if torch.is_autocast_enabled(q.device.type):
