@@ -377,7 +377,7 @@ def test_tiles_are_asked_for_by_all_that_they_depend_on(monkeypatch):
 
     def key(direction="forward", rows=8, n=16, k=128, dtype=torch.bfloat16, weight=("nf4", 64), branch=None):
         packed = fp.quantize_4bit(torch.randn(n, k), *weight)
-        w = SimpleNamespace(n=n, k=k, blocksize=packed.blocksize, absmax2=packed.operands[3])
+        w = SimpleNamespace(n=n, k=k, blocksize=packed.blocksize, absmax2=packed.operands.absmax2)
         rank, adapter, seed = branch or (0, None, None)
         lora = SimpleNamespace(rank=rank, a=torch.empty(1, dtype=adapter), seed=seed) if branch else None
         x = torch.empty(rows, 1, dtype=dtype)

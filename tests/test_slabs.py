@@ -18,6 +18,7 @@ from test_linear_4bit import (
 )
 
 from pyfastpeft.formats import Packed4bit
+from pyfastpeft.formats.packed import Operands
 from pyfastpeft.ops import Lora, backends, linear_4bit, mixed, slabs
 
 
@@ -111,7 +112,7 @@ def test_a_gpus_slabs_take_turns_in_one_memory(monkeypatch, dtype):
     def dequantize_rows(*arguments):
         *weight, k, row, out = arguments
         decoded.append((row, *out.shape, out.data_ptr()))
-        out.copy_(Packed4bit.of_operands(weight, k).dequantize(out.dtype)[row : row + len(out)])
+        out.copy_(Packed4bit.of_operands(Operands(*weight), k).dequantize(out.dtype)[row : row + len(out)])
 
     n, k = 700, 96
     gpu = SimpleNamespace(L2_cache_size=2 * 256 * k * dtype.itemsize, multi_processor_count=2)

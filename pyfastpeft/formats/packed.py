@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,27 @@ from .held import HeldWeight
 _ALIGNMENT = 16  # of codes on a GPU, in bytes
 
 
+class Operands(NamedTuple):
+    """A matrix [N, K] as the operators take it, in the order of their schemas.
+
+    Attributes:
+        codes, scale, zero: as in :class:`Packed4bit`.
+        absmax2, offset: of :class:`NestedScales`, None where scales are not double-quantized.
+        format: its number, ``Format.id``.
+        n: the rows of the matrix; K follows from the codes, or from x.
+        blocksize: as in :class:`Packed4bit`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    absmax2: Tensor | None
+    offset: Tensor | None
+    format: int
+    n: int
+    blocksize: int
+
+
 @dataclass(frozen=True, eq=False)
 class Packed4bit:
     """A tensor of ``shape`` and original ``dtype``, held in 4 bits. Immutable: every change makes another.
@@ -33,8 +55,7 @@ class Packed4bit:
             a segment being the greatest common divisor of K and ``blocksize``.
         zero: float32 like ``scale`` (INT4), else None.
         nested: second-level scales when double-quantized (always in block order), else None.
-        operands: codes, scale, zero, second-level scales and offset, format, rows, blocksize: as the compiled products
-            take them.
+        operands: the same as the operators take it, made once.
     """
 
     codes: Tensor
@@ -46,21 +67,20 @@ class Packed4bit:
     quant_type: str
     blocksize: int
     layout: str = "rows"
-    operands: tuple = field(init=False, repr=False)
+    operands: Operands = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         nested = (None, None) if self.nested is None else (self.nested.absmax2, self.nested.offset)
         rows = self.shape[0] if self.shape else 1
-        operands = (self.codes, self.scale, self.zero, *nested, self.format.id, rows, self.blocksize)
+        operands = Operands(self.codes, self.scale, self.zero, *nested, self.format.id, rows, self.blocksize)
         object.__setattr__(self, "operands", operands)
 
     @classmethod
-    def of_operands(cls, operands: tuple, k: int, layout: str = "rows") -> Packed4bit:
+    def of_operands(cls, w: Operands, k: int, layout: str = "rows") -> Packed4bit:
         """The matrix [N, K] whose :attr:`operands` these are; float32 by default."""
-        codes, scale, zero, absmax2, offset, format, n, blocksize = operands
-        nested = None if absmax2 is None else NestedScales(absmax2, offset)
-        name = format_of(format).name
-        return cls(codes, scale, zero, nested, torch.Size((n, k)), torch.float32, name, blocksize, layout)
+        nested = None if w.absmax2 is None else NestedScales(w.absmax2, w.offset)
+        shape, name = torch.Size((w.n, k)), format_of(w.format).name
+        return cls(w.codes, w.scale, w.zero, nested, shape, torch.float32, name, w.blocksize, layout)
 
     @functools.cached_property
     def held(self) -> HeldWeight:
@@ -70,10 +90,11 @@ class Packed4bit:
         return vars(self).setdefault("held", HeldWeight(torch.ops.pyfastpeft.hold_weight.default(*self.operands)))
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "held"}
+        return {name: value for name, value in vars(self).items() if name not in ("held", "operands")}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
+        self.__post_init__()
         vars(self).update(vars(self.prepared()))  # torch.load(map_location=...) has moved the tensors as they were
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, format_of
+from ..formats.packed import Operands
 from ..kernels.graphs import kept
 
 _LIBRARY = next(Path(__file__).parent.parent.glob("_C*.so"), None)
@@ -23,9 +24,9 @@ torch.ops.load_library(str(_LIBRARY))
 torch.ops.pyfastpeft.set_dynamic_map(DYNAMIC_MAP)
 
 WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, int format, int n, int blocksize"
-"""``Packed4bit.operands`` in an operator's schema."""
+""":class:`Operands` in an operator's schema."""
 BRANCH = "Tensor? lora_a, Tensor? lora_b, Tensor? row_scale, float scaling, Tensor? seed, float dropout"
-"""A :class:`Lora` in an operator's schema, the scaling taken apart, with the seed of its dropout."""
+"""A LoRA branch in an operator's schema."""
 
 _F = TypeVar("_F", bound=Callable)
 _WRITTEN_IN_PYTHON = torch.library.Library("pyfastpeft", "FRAGMENT")
@@ -46,6 +47,12 @@ def constant_to_compilers(function: _F) -> _F:
     return function
 
 
+def split_weight(arguments: Sequence[Any]) -> tuple[Operands, Sequence[Any]]:
+    """The operands of the weight, with which ``arguments`` of an operator begin, and what follows them."""
+    n = len(Operands._fields)
+    return Operands(*arguments[:n]), arguments[n:]
+
+
 def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Make ``function`` an operator of this library: to compilers one node, which ``fake`` gives the shapes of."""
     name = schema.partition("(")[0]
@@ -64,11 +71,12 @@ def define_linear_4bit(
     """
 
     def fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        n, a = rest[6], rest[9]
-        return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], 0 if a is None else len(a)), dtype=torch.float32)
+        w, (_, a, *_) = split_weight(rest)
+        rank = 0 if a is None else len(a)
+        return x.new_empty((x.shape[0], w.n)), x.new_empty((x.shape[0], rank), dtype=torch.float32)
 
     def fake_backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        k, a, b, (need_x, need_a, need_b) = rest[8], rest[9], rest[10], rest[-3:]
+        _, (k, a, b, *_, need_x, need_a, need_b) = split_weight(rest)
         dx, da, db = (dy.new_empty(0) for _ in range(3))
         if need_x:
             dx = dy.new_empty((dy.shape[0], k))
@@ -143,25 +151,27 @@ def _(scale: Tensor, n: int, k: int, blocksize: int) -> Tensor:
 
 
 @torch.library.register_fake("pyfastpeft::linear_4bit")
-def _(x: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    n, lora_a, lora_b = rest[5], rest[8], rest[9]
-    rank = 0 if lora_a is None else lora_a.shape[0] if lora_a.dim() == 2 else 2 * lora_b.shape[1]
-    return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], rank), dtype=torch.float32)
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    w, (_, a, b, *_) = split_weight(rest)
+    rank = 0 if a is None else a.shape[0] if a.dim() == 2 else 2 * b.shape[1]
+    return x.new_empty((x.shape[0], w.n)), x.new_empty((x.shape[0], rank), dtype=torch.float32)
 
 
 @torch.library.register_fake("pyfastpeft::linear_4bit_int8")
-def _(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((x.shape[0], rest[5]))
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], split_weight(rest)[0].n))
 
 
 @torch.library.register_fake("pyfastpeft::linear_4bit_backward")
-def _(dy: Tensor, x: Tensor | None, s: Tensor | None, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(dy, x, codes.shape[1] // 8, rest[7], need_dx=rest[-1])
+def _(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    w, (lora_a, *_, need_dx) = split_weight(rest)
+    return _gradients(dy, x, w.codes.shape[1] // 8, lora_a, need_dx)
 
 
 @torch.library.register_fake("pyfastpeft::lora_backward")
 def _(dy: Tensor, x: Tensor | None, s: Tensor | None, lora_a: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(dy, x, lora_a.shape[1], lora_a, need_dx=rest[-1])
+    *_, need_dx = rest
+    return _gradients(dy, x, lora_a.shape[1], lora_a, need_dx)
 
 
 def _gradients(

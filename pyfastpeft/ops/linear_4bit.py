@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from ..formats import Packed4bit
 from ..formats.held import HeldBranch
+from ..formats.packed import Operands
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
 from .backends import FLOATS, Backend, as_rows, check_floats, choose, followed, forward_mode, native, recorded, traced
@@ -106,6 +107,26 @@ class BankView(NamedTuple):
         return Lora(self.a.reshape(slots * r, k), self.b.transpose(0, 1).reshape(-1, slots * r), scale)
 
 
+class Branch(NamedTuple):
+    """A LoRA branch as the operators take it, in the order of their schemas.
+
+    Attributes:
+        a, b: as in :class:`Lora`; None without a branch.
+        row_scale: float32 [R], or [rows, R] where the rows of x choose among adapters; None: all ones.
+        scaling: multiplies S beside ``row_scale``.
+        seed: int64 [1], of the dropout mask; None without dropout.
+        dropout: as in :class:`Lora`.
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    row_scale: Tensor | None = None
+    scaling: float = 1.0
+    seed: Tensor | None = None
+    dropout: float = 0.0
+
+
+_NO_BRANCH = Branch()
 _SCALINGS = (float, Tensor, Real, torch.SymFloat)
 AnyLora = Lora | PackedLora | BankView | tuple
 _HELD = torch.ops.pyfastpeft.linear_4bit_held.default
@@ -176,18 +197,17 @@ def linear_4bit(
     records = needs_grad(x, bias, lora)
     same_for_all = row_scale is None or row_scale.dim() == 1
     backend = choose(w, x2.shape[0], x2.dtype, infers=not records and same_for_all, drops=seed is not None)
-    branch = (a, b, row_scale, scaling, seed, dropout)
     weight = w.rows().operands if backend in _OPERATORS else w.operands
-    if backend in _IN_PYTHON:
-        weight = (*weight[:5], w, *weight[6:])
+    packed = w if backend in _IN_PYTHON else None
     if records:
         if compute is not None:
             raise ValueError(f"compute is {compute!r}, for inference only; x, bias or lora requires a gradient here")
-        y = _Linear4bit.apply(x2, bias, *branch, backend, *weight)
+        y = _Linear4bit.apply(x2, bias, a, b, row_scale, scaling, seed, dropout, backend, packed, *weight)
     else:
-        packed = backend is Backend.NATIVE and type(lora) is PackedLora and x.dtype is torch.bfloat16
-        pairs = (lora.a_pairs, lora.b_pairs) if packed else None
-        y = _forward(backend, x2, bias, branch, weight, pairs, takes_int8(w, compute))[0]
+        branch = _NO_BRANCH if lora is None else Branch(a, b, row_scale, scaling, seed, dropout)
+        in_pairs = backend is Backend.NATIVE and type(lora) is PackedLora and x.dtype is torch.bfloat16
+        pairs = (lora.a_pairs, lora.b_pairs) if in_pairs else None
+        y = _forward(backend, x2, bias, branch, weight, packed, pairs, takes_int8(w, compute))[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -258,12 +278,13 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
     return n, k
 
 
-def _as_lora(lora: Lora | tuple) -> Lora:
+def _as_lora(lora: Lora | tuple) -> tuple[Tensor, Tensor, float | Tensor, float]:
+    """The fields of a :class:`Lora`."""
     if isinstance(lora, Lora):
         return lora
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"lora is {type(lora).__name__}; it must be None, (A, B, scaling), a Lora or a BankView")
-    return Lora(*lora)
+    return *lora, 0.0
 
 
 def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
@@ -340,48 +361,63 @@ _OPERATORS = {
 _WITH_SLOTS = {Backend.TRITON: triton_kernels, Backend.CUDA: cuda_kernels}
 
 
-def _mixes(branch: tuple) -> bool:
+def _mixes(branch: Branch) -> bool:
     """Whether the rows of x choose among adapters."""
-    return branch[2] is not None and branch[2].dim() == 2
+    return branch.row_scale is not None and branch.row_scale.dim() == 2
 
 
-def _with_finite_columns(branch: tuple, dtype: torch.dtype) -> tuple:
-    return *mixed.finite_columns(*branch[:3], dtype), *branch[3:]
+def _with_finite_columns(branch: Branch, dtype: torch.dtype) -> Branch:
+    a, b, row_scale, *rest = branch
+    return Branch(*mixed.finite_columns(a, b, row_scale, dtype), *rest)
 
 
 def _forward(
     backend: Backend,
     x: Tensor,
     bias: Tensor | None,
-    branch: tuple,
+    branch: Branch,
     weight: tuple,
+    packed: Packed4bit | None,
     pairs: tuple[Tensor, Tensor] | None = None,
     int8: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, S); ``pairs``: A and B in bf16, as the native kernels read them; S is None in the ``int8`` tier."""
+    """(y, S), S None in the ``int8`` tier.
+
+    Args:
+        weight: the fields of :class:`Operands`, as operators take them.
+        packed: the weight itself, for the backends in ``_IN_PYTHON``.
+        pairs: A and B in bf16, as the native kernels read them.
+    """
     if _mixes(branch):
         if mixed.tells(x):
-            y, s = _product(backend, x, bias, branch, weight, pairs, int8)
+            y, s = _product(backend, x, bias, branch, weight, packed, pairs, int8)
             if mixed.is_finite(y[:1]):
                 return y, s
         branch = _with_finite_columns(branch, x.dtype)
         if pairs is not None:
-            pairs = tuple(map(torch.ops.pyfastpeft.pack_pairs.default, branch[:2]))
-    return _product(backend, x, bias, branch, weight, pairs, int8)
+            pairs = tuple(map(torch.ops.pyfastpeft.pack_pairs.default, (branch.a, branch.b)))
+    return _product(backend, x, bias, branch, weight, packed, pairs, int8)
 
 
 def _product(
-    backend: Backend, x: Tensor, bias: Tensor | None, branch: tuple, weight: tuple, pairs: tuple | None, int8: bool
+    backend: Backend,
+    x: Tensor,
+    bias: Tensor | None,
+    branch: Branch,
+    weight: tuple,
+    packed: Packed4bit | None,
+    pairs: tuple[Tensor, Tensor] | None,
+    int8: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if backend in _IN_PYTHON:
-        return _IN_PYTHON[backend].forward(x, weight[5], bias, *branch)
+        return _IN_PYTHON[backend].forward(x, packed, bias, *branch)
     if backend in _OPERATORS:
         return _OPERATORS[backend][0](x, *weight, bias, *branch)
     if pairs is not None:
-        row_scale = branch[2]
+        _, _, row_scale, *rest = branch
         if row_scale is not None and row_scale.shape[-1] % 2:
             row_scale = pad(row_scale, (0, 1))  # as the rank is, to whole pairs
-        branch = (*pairs, row_scale, *branch[3:])
+        branch = (*pairs, row_scale, *rest)
     if int8:
         return torch.ops.pyfastpeft.linear_4bit_int8.default(x, *weight, bias, *branch), None
     return torch.ops.pyfastpeft.linear_4bit.default(x, *weight, bias, *branch)
@@ -389,29 +425,30 @@ def _product(
 
 class _Linear4bit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, a, b, row_scale, scaling, seed, dropout, backend, *weight):  # noqa: ANN001
-        y, s = _forward(backend, x, bias, (a, b, row_scale, scaling, seed, dropout), weight)
+    def forward(ctx, x, bias, a, b, row_scale, scaling, seed, dropout, backend, packed, *weight):  # noqa: ANN001
+        y, s = _forward(backend, x, bias, Branch(a, b, row_scale, scaling, seed, dropout), weight, packed)
         trains_lora = a is not None and (a.requires_grad or b.requires_grad)
-        ctx.save_for_backward(
-            x if trains_lora else None, s if trains_lora else None, a, b, row_scale, seed, *weight[:5]
-        )
-        ctx.rest = (scaling, dropout, backend, weight[5:], x.shape[1], x.dtype, None if bias is None else bias.dtype)
+        kept = (x, s) if trains_lora else (None, None)
+        codes, scale, zero, absmax2, offset, *numbers = weight
+        ctx.save_for_backward(*kept, a, b, row_scale, seed, codes, scale, zero, absmax2, offset)
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.rest = (scaling, dropout, backend, packed, numbers, x.shape[1], x.dtype, bias_dtype)
         return y
 
     @staticmethod
     def backward(ctx, dy):  # noqa: ANN001
-        x, s, a, b, row_scale, seed, *held = ctx.saved_tensors
-        scaling, dropout, backend, meta, k, x_dtype, bias_dtype = ctx.rest
+        x, s, a, b, row_scale, seed, *tensors = ctx.saved_tensors
+        scaling, dropout, backend, packed, numbers, k, x_dtype, bias_dtype = ctx.rest
         need_x, need_bias, *needs_lora = ctx.needs_input_grad[:4]
-        branch, needs = (a, b, row_scale, scaling, seed, dropout), (need_x, *needs_lora)
+        branch, needs = Branch(a, b, row_scale, scaling, seed, dropout), (need_x, *needs_lora)
         dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
-        weight = (*held, *meta)
+        weight = (*tensors, *numbers)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
-            if backend not in _IN_PYTHON:
+            if packed is None:
                 layout = "tiles" if backend is Backend.NATIVE else "rows"
-                weight = (*weight[:5], Packed4bit.of_operands(weight, k, layout), *weight[6:])
+                packed = Packed4bit.of_operands(Operands(*weight), k, layout)
             backend, s = Backend.REFERENCE, None if s is None else reference.projected(x, a, seed, dropout)
-        gradients = partial(_gradients, backend, weight, k, needs)
+        gradients = partial(_gradients, backend, weight, packed, k, needs)
         if _mixes(branch):
             gradients = partial(_isolated, gradients)
         grads = gradients(dy.to(x_dtype), x, s, branch)
@@ -419,7 +456,7 @@ class _Linear4bit(torch.autograd.Function):
 
 
 def _isolated(
-    gradients: Callable[..., tuple], dy: Tensor, x: Tensor | None, s: Tensor | None, branch: tuple
+    gradients: Callable[..., tuple], dy: Tensor, x: Tensor | None, s: Tensor | None, branch: Branch
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``gradients``, of which what one adapter or row holds reaches no other's."""
     if mixed.tells(dy):
@@ -431,27 +468,28 @@ def _isolated(
         # S as it was, before its columns were: here it is left out where its factor is zero.
         bad, factor, dy, x = mixed.finite_rows(factor, dy, x)
         s = s.masked_fill(bad | (factor == 0), 0)
-    dx, da, db = gradients(dy, x, s, (a, b, factor, *rest))
+    dx, da, db = gradients(dy, x, s, Branch(a, b, factor, *rest))
     return dx if x is None or dx is None else dx.masked_fill(bad, torch.nan), da, db
 
 
 def _gradients(
     backend: Backend,
     weight: tuple,
+    packed: Packed4bit | None,
     k: int,
     needs: tuple[bool, bool, bool],
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
-    branch: tuple,
+    branch: Branch,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB), None where not in ``needs``; ``x`` and ``s``, the S of ``_forward``, where A or B trains."""
     if backend in _IN_PYTHON:
-        return _IN_PYTHON[backend].backward(dy, x, s, weight[5], *branch, *needs)
+        return _IN_PYTHON[backend].backward(dy, x, s, packed, *branch, *needs)
     if backend in _OPERATORS:
         found = _OPERATORS[backend][1](dy, x, s, *weight, k, *branch, *needs)
         return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
     need_x, need_a, need_b = needs
-    a, b = branch[:2]
     dx, da, db = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, x, s, *weight, *branch, need_x)
-    return dx if need_x else None, da.to(a.dtype) if need_a else None, db.to(b.dtype) if need_b else None
+    da, db = da.to(branch.a.dtype) if need_a else None, db.to(branch.b.dtype) if need_b else None
+    return dx if need_x else None, da, db

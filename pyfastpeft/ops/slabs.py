@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..formats import Packed4bit
 from ..formats.double_quant import dequantize_scales
+from ..formats.packed import Operands
 from .cuda_kernels import why_not as why_not_cuda
-from .library import define_linear_4bit, dynamic_map
+from .library import define_linear_4bit, dynamic_map, split_weight
 from .reference import keep_mask, scaled, without_autocast
 
 _TILE = 128
@@ -36,16 +37,16 @@ def slab_rows(m: int, n: int, row_bytes: int, cache: int, cores: int) -> int:
     return -(-n // slabs // _TILE) * _TILE
 
 
-def _decode(weight: tuple, k: int, row: int, out: Tensor) -> Tensor:
+def _decode(weight: Operands, k: int, row: int, out: Tensor) -> Tensor:
     """Rows of W from ``row`` on into ``out`` [rows, K]."""
     torch.ops.pyfastpeft.dequantize_rows.default(*weight, k, row, out)
     return out
 
 
-def _whole(weight: tuple, k: int, dtype: torch.dtype) -> Tensor:
-    codes, n = weight[0], weight[6]
+def _whole(weight: Operands, k: int, dtype: torch.dtype) -> Tensor:
+    codes = weight.codes
     if why_not_cuda(codes.device) is None:
-        return _decode(weight, k, 0, codes.new_empty((n, k), dtype=dtype))
+        return _decode(weight, k, 0, codes.new_empty((weight.n, k), dtype=dtype))
     packed = Packed4bit.of_operands(weight, k)
     if packed.nested is not None:  # by a map that is there already: copying one would wait for the GPU
         scale = dequantize_scales(packed.scale, packed.nested, dynamic_map(codes.device))
@@ -53,9 +54,9 @@ def _whole(weight: tuple, k: int, dtype: torch.dtype) -> Tensor:
     return packed.dequantize(dtype)
 
 
-def _slabs(weight: tuple, k: int, m: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def _slabs(weight: Operands, k: int, m: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, W [rows, K] from there on); each is gone with the next."""
-    codes, n = weight[0], weight[6]
+    codes, n = weight.codes, weight.n
     if why_not_cuda(codes.device) is not None:
         yield 0, _whole(weight, k, dtype)
         return
@@ -109,8 +110,8 @@ def _kept(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
 
 @without_autocast
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    weight, (bias, a, b, row_scale, scaling, seed, dropout) = rest[:8], rest[8:]
-    (m, k), n = x.shape, weight[6]
+    weight, (bias, a, b, row_scale, scaling, seed, dropout) = split_weight(rest)
+    (m, k), n = x.shape, weight.n
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty((m, n))
@@ -136,7 +137,7 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @without_autocast
 def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    weight, (k, a, b, row_scale, scaling, seed, dropout, need_x, need_a, need_b) = rest[:8], rest[8:]
+    weight, (k, a, b, row_scale, scaling, seed, dropout, need_x, need_a, need_b) = split_weight(rest)
     dx, da, db = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     if a is not None and (need_x or need_a):
         ds = scaled(_product(dy, b.to(dy.dtype)), row_scale, scaling)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..formats import Packed4bit, format_of, get_format
+from ..formats.packed import Operands
 from ..kernels.graphs import kept, relaxed
-from .library import WEIGHT, constant_to_compilers, define, define_linear_4bit, dynamic_map
+from .library import WEIGHT, constant_to_compilers, define, define_linear_4bit, dynamic_map, split_weight
 from .tuning import tuned
 
 _OLDEST = (8, 0)
@@ -79,11 +80,10 @@ def _tables(quant_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(form.table.tolist()), tuple(form.bf16_table.tolist())
 
 
-def _weight(operands: tuple, k: int) -> tuple:
-    codes, scale, zero, absmax2, offset, format, n, blocksize = operands
-    nested = (None, None, None) if absmax2 is None else (absmax2, offset, dynamic_map(codes.device))
-    tables = _tables(format_of(format).name)
-    return _kernels("linear_4bit").Weight(codes, scale, zero, *nested, *tables, n, k, blocksize)
+def _weight(w: Operands, k: int) -> tuple:
+    nested = (None, None, None) if w.absmax2 is None else (w.absmax2, w.offset, dynamic_map(w.codes.device))
+    tables = _tables(format_of(w.format).name)
+    return _kernels("linear_4bit").Weight(w.codes, w.scale, w.zero, *nested, *tables, w.n, k, w.blocksize)
 
 
 def _branch(
@@ -116,22 +116,20 @@ def _best(
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, S [M, R] float32; R = 0 without a branch)."""
-    bias, *branch = rest[8:]
-    kernels, held, lora = _kernels("linear_4bit"), _weight(rest[:8], x.shape[1]), _branch(*branch)
+    operands, (bias, *branch) = split_weight(rest)
+    kernels, w, lora = _kernels("linear_4bit"), _weight(operands, x.shape[1]), _branch(*branch)
     with _on(x.device):
-        return _best("forward", kernels, x, rest[5], held, lora, lambda cut: kernels.forward(x, held, bias, lora, cut))
+        run = functools.partial(kernels.forward, x, w, bias, lora)
+        return _best("forward", kernels, x, operands.format, w, lora, run)
 
 
 def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB), empty where not needed."""
-    k, *branch, need_x, need_a, need_b = rest[8:]
-    kernels, held, lora = _kernels("linear_4bit"), _weight(rest[:8], k), _branch(*branch)
-
-    def run(cut: tuple) -> tuple:
-        return kernels.backward(dy, x, s, held, lora, need_x, need_a, need_b, cut)
-
+    operands, (k, *branch, need_x, need_a, need_b) = split_weight(rest)
+    kernels, w, lora = _kernels("linear_4bit"), _weight(operands, k), _branch(*branch)
+    run = functools.partial(kernels.backward, dy, x, s, w, lora, need_x, need_a, need_b)
     with _on(dy.device):
-        dx, da, db = _best("backward", kernels, dy, rest[5], held, lora, run) if need_x else run(None)
+        dx, da, db = _best("backward", kernels, dy, operands.format, w, lora, run) if need_x else run(None)
     da = None if da is None else da.to(lora.a.dtype)
     db = None if db is None else db.to(lora.b.dtype)
     return tuple(dy.new_empty(0) if d is None else d for d in (dx, da, db))
@@ -139,15 +137,15 @@ def _backward(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tup
 
 def _forward_slots(x: Tensor, *rest: Any) -> Tensor:
     """y [M, N] in x's dtype; of a :class:`linear_4bit.BankView`."""
-    bias, a, b, scaling, rows = rest[8:]
+    operands, (bias, a, b, scaling, rows) = split_weight(rest)
     kernels = _kernels("linear_4bit")
     lora = kernels.Slots(a, b, scaling.float().contiguous(), rows.contiguous())
     with _on(x.device):
-        return kernels.forward_slots(x, _weight(rest[:8], x.shape[1]), bias, lora)
+        return kernels.forward_slots(x, _weight(operands, x.shape[1]), bias, lora)
 
 
 def _fake_slots(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((x.shape[0], rest[6]))
+    return x.new_empty((x.shape[0], split_weight(rest)[0].n))
 
 
 define_linear_4bit("triton", _forward, _backward, transposed=True)
