@@ -40,8 +40,13 @@ int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> 
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && dim > 0 && dim % 2 == 0,
                   "heads must be a multiple of kv_heads, dim even");
   auto stack = std::make_shared<Stack>();
-  stack->shape = {dtype_of(norm, "norm"),    norm.numel(), heads, kv_heads, dim, 0, static_cast<float>(eps),
-                  static_cast<float>(scale), nullptr,      {}};
+  stack->shape = {.dtype = dtype_of(norm, "norm"),
+                  .hidden = norm.numel(),
+                  .heads = heads,
+                  .kv_heads = kv_heads,
+                  .dim = dim,
+                  .eps = static_cast<float>(eps),
+                  .scale = static_cast<float>(scale)};
   stack->norm = norm;
   stack->norms = std::move(norms);
   stack->head_norms = std::move(head_norms);
@@ -70,14 +75,29 @@ void add_decoder_linear(int64_t id, Tensor codes, Tensor scale, OptTensor zero, 
                         OptTensor lora_b, double scaling, OptTensor row_scale, bool int8) {
   auto held = std::make_shared<const HeldWeight>(codes, scale, zero, absmax2, offset, format, n, blocksize);
   const int64_t k = held->k();
-  add(id, {n, k, std::move(held), std::nullopt, bias, lora_a, lora_b, scaling, row_scale, int8});
+  add(id, {.n = n,
+           .k = k,
+           .weight = std::move(held),
+           .bias = bias,
+           .lora_a = lora_a,
+           .lora_b = lora_b,
+           .scaling = scaling,
+           .row_scale = row_scale,
+           .int8 = int8});
 }
 
 void add_decoder_dense(int64_t id, Tensor weight, OptTensor bias, OptTensor lora_a, OptTensor lora_b, double scaling,
                        OptTensor row_scale) {
   STD_TORCH_CHECK(weight.dim() == 2 && dtype_of(weight, "weight") == stacks.find(id, "stack")->shape.dtype,
                   "weight must be a matrix in the dtype of the norms");
-  add(id, {weight.size(0), weight.size(1), nullptr, weight, bias, lora_a, lora_b, scaling, row_scale, false});
+  add(id, {.n = weight.size(0),
+           .k = weight.size(1),
+           .dense = weight,
+           .bias = bias,
+           .lora_a = lora_a,
+           .lora_b = lora_b,
+           .scaling = scaling,
+           .row_scale = row_scale});
 }
 
 const void* vector_data(const Tensor& t, int64_t n, int dtype, const char* name) {
@@ -173,7 +193,7 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
       branches.emplace_back(held.lora_a, held.lora_b, factors.back(), held.scaling, batch * tokens, std::nullopt, 0.0,
                             held.n, held.k);
       biases.emplace_back(held.bias, held.n);
-      layer.linear[p] = {{}, {}, biases.back().data, branches.back().branch, held.int8};
+      layer.linear[p] = {.bias = biases.back().data, .branch = branches.back().branch, .int8 = held.int8};
       if (!held.dense.has_value()) {
         layer.linear[p].w = held.weight->now();
         continue;
@@ -185,17 +205,17 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
       layer.linear[p].dense = matrix(weight, "weight");
     }
   }
-  const pf::DecoderInput in{x.const_data_ptr(),
-                            cos.const_data_ptr(),
-                            sin.const_data_ptr(),
-                            angles,
-                            mask.has_value() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
-                            batch,
-                            tokens,
-                            past,
-                            prefix_length,
-                            prefix.index,
-                            prefix.lengths};
+  const pf::DecoderInput in{.x = x.const_data_ptr(),
+                            .cos = cos.const_data_ptr(),
+                            .sin = sin.const_data_ptr(),
+                            .angle_stride = angles,
+                            .mask = mask.has_value() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
+                            .batch = batch,
+                            .tokens = tokens,
+                            .past = past,
+                            .prefix_length = prefix_length,
+                            .prefix_index = prefix.index,
+                            .prefix_lengths = prefix.lengths};
   void* out = y.mutable_data_ptr();
   pf::with_team([&](pf::ParallelFor parallel) { pf::decoder_forward(d, in, out, parallel); });
   return y;

@@ -29,7 +29,7 @@ const void* norm_weight(Tensor& weight, const pf::Matrix& x) {
 std::tuple<Tensor, Tensor> rms_norm(Tensor x, OptTensor residual, Tensor weight, double eps) {
   const pf::Kernels& k = kernels();
   x = with_contiguous_columns(x);
-  pf::RmsNormArgs args{matrix(x, "x"), {}, nullptr, static_cast<float>(eps), nullptr, nullptr};
+  pf::RmsNormArgs args{.x = matrix(x, "x"), .eps = static_cast<float>(eps)};
   args.weight = norm_weight(weight, args.x);
   Tensor y = new_matrix(args.x.rows, args.x.cols, args.x.dtype);
   Tensor sum = new_matrix(residual.has_value() ? args.x.rows : 0, args.x.cols, args.x.dtype);
@@ -52,13 +52,12 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x
   Tensor dx = new_matrix(xm.rows, xm.cols, xm.dtype);
   Tensor inverse = new_matrix(1, xm.rows, pf::kFloat32);
   Tensor dweight = new_matrix(need_weight ? 1 : 0, xm.cols, pf::kFloat32);
-  pf::RmsNormBackwardArgs args{matching(dy, xm, "dy"),
-                               xm,
-                               {},
-                               norm_weight(weight, xm),
-                               static_cast<float>(eps),
-                               dx.mutable_data_ptr(),
-                               static_cast<float*>(inverse.mutable_data_ptr())};
+  pf::RmsNormBackwardArgs args{.dy = matching(dy, xm, "dy"),
+                               .x = xm,
+                               .weight = norm_weight(weight, xm),
+                               .eps = static_cast<float>(eps),
+                               .dx = dx.mutable_data_ptr(),
+                               .inverse = static_cast<float*>(inverse.mutable_data_ptr())};
   if (dsum.has_value()) {
     dsum = with_contiguous_columns(*dsum);
     args.dsum = matching(*dsum, xm, "dsum");
@@ -106,17 +105,17 @@ Tensor rotated(const pf::Kernels& k, Tensor x, const Tensor& cos, const Tensor& 
   const int dtype = dtype_of(x, name);
   const int64_t angles = angle_stride(cos, sin, batch, tokens, dim, dtype, name);
   Tensor y = new_matrix(batch * tokens, heads * dim, dtype);
-  const pf::RopeArgs args{x.const_data_ptr(),
-                          dtype,
-                          tokens,
-                          heads,
-                          dim,
-                          {x.stride(0), x.stride(1), x.stride(2)},
-                          cos.const_data_ptr(),
-                          sin.const_data_ptr(),
-                          angles,
-                          transposed,
-                          y.mutable_data_ptr()};
+  const pf::RopeArgs args{.x = x.const_data_ptr(),
+                          .dtype = dtype,
+                          .tokens = tokens,
+                          .heads = heads,
+                          .dim = dim,
+                          .strides = {x.stride(0), x.stride(1), x.stride(2)},
+                          .cos = cos.const_data_ptr(),
+                          .sin = sin.const_data_ptr(),
+                          .angle_stride = angles,
+                          .transposed = transposed,
+                          .y = y.mutable_data_ptr()};
   pf::parallel_for(batch * tokens, row_grain(heads * dim), [&](int64_t t0, int64_t t1) { k.rope(args, t0, t1); });
   return y;
 }
@@ -146,14 +145,13 @@ Tensor cross_entropy_(Tensor logits, Tensor labels) {
                   "logits must have contiguous columns and rows that do not overlap: they become the gradient");
   const int64_t* label = labels_of(labels, x.rows, x.cols);
   Tensor losses = torch::stable::new_empty(logits, {x.rows}, ScalarType::Float);
-  const pf::CrossEntropyArgs args{logits.mutable_data_ptr(),
-                                  x.dtype,
-                                  x.cols,
-                                  x.ld,
-                                  x.cols,
-                                  0,
-                                  label,
-                                  static_cast<float*>(losses.mutable_data_ptr())};
+  const pf::CrossEntropyArgs args{.logits = logits.mutable_data_ptr(),
+                                  .dtype = x.dtype,
+                                  .cols = x.cols,
+                                  .ld = x.ld,
+                                  .block = x.cols,
+                                  .labels = label,
+                                  .losses = static_cast<float*>(losses.mutable_data_ptr())};
   pf::parallel_for(x.rows, row_grain(x.cols * 8), [&](int64_t r0, int64_t r1) { k.cross_entropy(args, r0, r1); });
   return losses;
 }

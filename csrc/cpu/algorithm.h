@@ -30,15 +30,31 @@ template <class A>
 Arithmetic arithmetic_table() {
   using Few = FewRows<A>;
   using Many = ManyRows<A>;
-  return {Many::kElement,      kGroupLanes,       Many::kBlock,
-          Many::kStride,       Many::kFewRows,    Many::kFewRowsOfZeros,
-          Many::kLateRows,     Many::kHasTiles,   Many::packed_rows_bytes,
-          Many::panels_bytes,  Many::pack_rows,   Many::pack_rows_t,
-          Many::pack_panels_t, Many::pack_panels, Few::gemv,
-          Few::dots_packed,    prefetch_first_b,  Few::to_steps,
-          Many::gemm,          Few::dense,        Many::dx,
-          Many::rows_times_t,  Many::logits,      Many::rows_times_panels,
-          Many::rows_times};
+  return {.element = Many::kElement,
+          .group_lanes = kGroupLanes,
+          .block = Many::kBlock,
+          .stride = Many::kStride,
+          .few_rows = Many::kFewRows,
+          .few_rows_of_zeros = Many::kFewRowsOfZeros,
+          .late_rows = Many::kLateRows,
+          .tiles = Many::kHasTiles,
+          .packed_rows_bytes = Many::packed_rows_bytes,
+          .panels_bytes = Many::panels_bytes,
+          .pack_rows = Many::pack_rows,
+          .pack_rows_t = Many::pack_rows_t,
+          .pack_panels_t = Many::pack_panels_t,
+          .pack_panels = Many::pack_panels,
+          .gemv = Few::gemv,
+          .dots_packed = Few::dots_packed,
+          .prefetch_b = prefetch_first_b,
+          .to_steps = Few::to_steps,
+          .gemm = Many::gemm,
+          .dense = Few::dense,
+          .dx = Many::dx,
+          .rows_times_t = Many::rows_times_t,
+          .logits = Many::logits,
+          .rows_times_panels = Many::rows_times_panels,
+          .rows_times = Many::rows_times};
 }
 
 Kernels make_kernels(const char* name) {

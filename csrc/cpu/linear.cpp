@@ -460,8 +460,12 @@ void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, voi
   if (rows == 0 || base.cols == 0) return;
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
-  GemmArgs args{{}, false,      {nullptr, rows, 0}, branch_sums(k, arith, x, branch, s, parallel), branch.b, nullptr,
-                y,  base.dtype, base.cols};
+  GemmArgs args{.x = {nullptr, rows, 0},
+                .s = branch_sums(k, arith, x, branch, s, parallel),
+                .lora_b = branch.b,
+                .y = y,
+                .y_dtype = base.dtype,
+                .ldy = base.cols};
   args.w.n = base.cols;
   args.base = base;
   run_units(parallel, args.w.tiles(), kPair, kTile * (rank + kReading) * rows,
@@ -473,8 +477,13 @@ void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y,
   if (w.rows == 0) return;
   // A branch alone, with x for its s.
   const Arithmetic& arith = arithmetic_for(*kernels(), x.dtype);
-  GemmArgs args{{},      false, {nullptr, x.rows, 0}, pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel), w, bias, y,
-                y_dtype, w.rows};
+  GemmArgs args{.x = {nullptr, x.rows, 0},
+                .s = pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel),
+                .lora_b = w,
+                .bias = bias,
+                .y = y,
+                .y_dtype = y_dtype,
+                .ldy = w.rows};
   args.w.n = w.rows;
   run_units(parallel, args.w.tiles(), kPair, kTile * w.cols * x.rows,
             [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); });
@@ -482,7 +491,12 @@ void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y,
 
 void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor parallel) {
   const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
-  const DxArgs args{{}, nullptr, pack_panels(arith, dy, true, kSlotDy, parallel), w, dy.rows, {}, dx, dy.dtype, w.cols};
+  const DxArgs args{.ds = pack_panels(arith, dy, true, kSlotDy, parallel),
+                    .lora_a = w,
+                    .rows = dy.rows,
+                    .dx = dx,
+                    .dx_dtype = dy.dtype,
+                    .lddx = w.cols};
   run_units(parallel, w.cols, kUnit, w.rows * dy.rows, [&](int64_t k0, int64_t k1) { arith.dx(args, k0, k1); });
 }
 
@@ -589,8 +603,14 @@ void head_loss(const HeadLoss& g, ParallelFor parallel) {
     const void* panels = pack_panels(arith, hidden, true, kSlotDy, parallel);
     run_units(parallel, classes, kLogits, width * rows,
               [&](int64_t c0, int64_t c1) { arith.logits(g.w, panels, rows, g.chunk, c0, c1); });
-    const CrossEntropyArgs losses{g.chunk,     arith.element,       classes,         arith.stride,
-                                  arith.block, rows * arith.stride, g.labels + row0, g.losses + row0};
+    const CrossEntropyArgs losses{.logits = g.chunk,
+                                  .dtype = arith.element,
+                                  .cols = classes,
+                                  .ld = arith.stride,
+                                  .block = arith.block,
+                                  .block_stride = rows * arith.stride,
+                                  .labels = g.labels + row0,
+                                  .losses = g.losses + row0};
     run(parallel, rows, grain_of(classes * 8), [&](int64_t r0, int64_t r1) { k.cross_entropy(losses, r0, r1); });
     if (g.dhidden == nullptr) continue;
     float* sums = static_cast<float*>(scratch(kSlotDs, rows * width * sizeof(float)));
