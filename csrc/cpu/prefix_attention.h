@@ -464,8 +464,68 @@ struct Attention {
 
   // ---- backward ----
 
-  // Of one batch row and one head of keys: what all its tiles of keys read of the queries. A unit takes the keys of one
-  // chunk, so its gradient of the queries is a part of theirs.
+  // What all tiles of keys read of the queries of one batch row and head of keys, a group after the other.
+  struct Queries {
+    E *q, *dout;                         // panels
+    E *q_steps, *dout_steps;             // the same rows as steps
+    float *lse, *delta, *upper, *lower;  // of each row
+  };
+
+  // Fills `to`; `rows` is room for a group of them.
+  static void pack_queries(const AttentionBackwardArgs& a, const Unit& u, E* rows, const Queries& to) {
+    const AttentionArgs& g = a.forward;
+    const int64_t groups = ceil_div(u.rows, kGroupLanes), lanes = groups * kGroupLanes;
+    const int64_t wide = padded(g.dim), panel = wide * kGroupLanes;
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t r0 = i * kGroupLanes, n = min64(kGroupLanes, u.rows - r0);
+      const auto at = [&](const void* base, const int64_t* strides) {
+        return [&u, base, strides, r0, n](int64_t r) { return r < n ? u.query(base, strides, r0 + r) : nullptr; };
+      };
+      gather(at(g.q, g.q_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
+      pack_lanes(rows, g.dim, to.q + i * panel);
+      pack_steps(rows, wide, kGroupLanes, g.dim, to.q_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
+                 kPanelStep);
+      gather(at(a.dout, a.dout_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
+      pack_lanes(rows, g.dim, to.dout + i * panel);
+      pack_steps(rows, wide, kGroupLanes, g.dim, to.dout_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
+                 kPanelStep);
+      const float* row_lse = g.lse + (u.b * g.kv_heads + u.kv_head) * u.rows + r0;
+      for (int64_t r = 0; r < kGroupLanes; ++r) {
+        // Rows that are not there, like those that see nothing, have weights of zero.
+        to.lse[r0 + r] = r < n ? row_lse[r] : __builtin_inff();
+        if (g.out == nullptr) continue;
+        to.delta[r0 + r] =
+            r < n ? dot(u.query(g.out, g.out_strides, r0 + r), u.query(a.dout, a.dout_strides, r0 + r), g.dtype, g.dim)
+                  : 0.0f;
+      }
+      lane_bounds(u, r0, u.rows, to.upper + r0, to.lower + r0);
+    }
+  }
+
+  // Stores the gradients of keys [j0, j0 + n) and their values, which lie padded(dim) apart.
+  static void store_keys(const AttentionBackwardArgs& a, const Unit& u, int64_t j0, int64_t n, const float* dk,
+                         const float* dv) {
+    const AttentionArgs& g = a.forward;
+    const int64_t wide = padded(g.dim);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t j = j0 + i;
+      if (j < u.prefix) {
+        const int64_t row = ((u.b * g.kv_heads + u.kv_head) * g.prefix_length + j) * g.dim;
+        store_scaled<kFloat32>(dk + i * wide, g.scale, a.prefix_dk + row, g.dim);
+        store_scaled<kFloat32>(dv + i * wide, 1.0f, a.prefix_dv + row, g.dim);
+      } else {
+        const int64_t row = ((u.b * g.length + j - u.prefix) * g.kv_heads + u.kv_head) * g.dim;
+        with_dtype(
+            g.dtype, PF_BODY(int D) {
+              constexpr int kSize = dtype_size(D);
+              store_scaled<D>(dk + i * wide, g.scale, static_cast<char*>(a.dk) + row * kSize, g.dim);
+              store_scaled<D>(dv + i * wide, 1.0f, static_cast<char*>(a.dv) + row * kSize, g.dim);
+            });
+      }
+    }
+  }
+
+  // A unit is one chunk of the keys of one batch row and head of keys; what it adds to the queries' gradient is a part.
   static void backward(const AttentionBackwardArgs& a, int64_t unit) {
     [[maybe_unused]] const typename A::Tiles held;
     const AttentionArgs& g = a.forward;
@@ -481,11 +541,15 @@ struct Attention {
         (4 * side + kTileKeys * (4 * kRow + wide + kGroupLanes) + columns_size(g.dim)) * sizeof(E) +
             (lanes * 4 + (a.chunks > 1 ? 0 : groups * tall * kGroupLanes) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 +
             8192))};
-    E *q = m.template take<E>(side), *dout = m.template take<E>(side);
-    E *q_steps = m.template take<E>(side), *dout_steps = m.template take<E>(side);
+    const Queries queries{.q = m.template take<E>(side),
+                          .dout = m.template take<E>(side),
+                          .q_steps = m.template take<E>(side),
+                          .dout_steps = m.template take<E>(side),
+                          .lse = m.template take<float>(lanes),
+                          .delta = m.template take<float>(lanes),
+                          .upper = m.template take<float>(lanes),
+                          .lower = m.template take<float>(lanes)};
     E* rows = m.template take<E>(kTileKeys * wide);
-    float *lse = m.template take<float>(lanes), *delta = m.template take<float>(lanes);
-    float *upper = m.template take<float>(lanes), *lower = m.template take<float>(lanes);
     E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(kTileKeys * kRow);
     E* key_columns = m.template take<E>(columns_size(g.dim));
     E *weights = m.template take<E>(kTileKeys * kRow), *dscores = m.template take<E>(kTileKeys * kRow);
@@ -497,30 +561,7 @@ struct Attention {
     float* dq = a.chunks > 1 ? a.dq_parts + (chunk * heads + head) * dq_size : m.template take<float>(dq_size);
     __builtin_memset(dq, 0, dq_size * sizeof(float));
 
-    for (int64_t i = 0; i < groups; ++i) {
-      const int64_t r0 = i * kGroupLanes, n = min64(kGroupLanes, u.rows - r0);
-      const auto at = [&](const void* base, const int64_t* strides) {
-        return [&u, base, strides, r0, n](int64_t r) { return r < n ? u.query(base, strides, r0 + r) : nullptr; };
-      };
-      gather(at(g.q, g.q_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
-      pack_lanes(rows, g.dim, q + i * panel);
-      pack_steps(rows, wide, kGroupLanes, g.dim, q_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
-                 kPanelStep);
-      gather(at(a.dout, a.dout_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
-      pack_lanes(rows, g.dim, dout + i * panel);
-      pack_steps(rows, wide, kGroupLanes, g.dim, dout_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
-                 kPanelStep);
-      const float* row_lse = g.lse + head * u.rows + r0;
-      for (int64_t r = 0; r < kGroupLanes; ++r) {
-        // Rows that are not there, like those that see nothing, have weights of zero.
-        lse[r0 + r] = r < n ? row_lse[r] : __builtin_inff();
-        if (g.out == nullptr) continue;
-        delta[r0 + r] =
-            r < n ? dot(u.query(g.out, g.out_strides, r0 + r), u.query(a.dout, a.dout_strides, r0 + r), g.dtype, g.dim)
-                  : 0.0f;
-      }
-      lane_bounds(u, r0, u.rows, upper + r0, lower + r0);
-    }
+    pack_queries(a, u, rows, queries);
 
     const float scale = g.scale * 1.44269504f, one = 1.0f;
     Places places;
@@ -551,13 +592,15 @@ struct Attention {
           least = min64(least, lo[s]);
           most = hi[s] > most ? hi[s] : most;
           const int64_t seen = hi[s] - lo[s];
-          multiply<kRow, true>(keys + lo[s] * kRow, kStep, seen, q + i * panel, steps, scores, kGroupLanes, &scale);
-          multiply<kRow, true>(values + lo[s] * kRow, kStep, seen, dout + i * panel, steps, dweights, kGroupLanes,
-                               &one);
+          multiply<kRow, true>(keys + lo[s] * kRow, kStep, seen, queries.q + i * panel, steps, scores, kGroupLanes,
+                               &scale);
+          multiply<kRow, true>(values + lo[s] * kRow, kStep, seen, queries.dout + i * panel, steps, dweights,
+                               kGroupLanes, &one);
           const bool all_seen = places.all_seen(lo[s], hi[s], bounds);
-          softmax(places, lo[s], hi[s], all_seen, g.window > 0, upper + r0, lower + r0, lse + r0, scores);
-          if (g.out == nullptr) weigh(scores, dweights, hi[s] - lo[s], delta + r0);
-          score_gradients(lo[s], hi[s], scores, dweights, delta + r0, weights + s * kGroupLanes,
+          softmax(places, lo[s], hi[s], all_seen, g.window > 0, queries.upper + r0, queries.lower + r0,
+                  queries.lse + r0, scores);
+          if (g.out == nullptr) weigh(scores, dweights, hi[s] - lo[s], queries.delta + r0);
+          score_gradients(lo[s], hi[s], scores, dweights, queries.delta + r0, weights + s * kGroupLanes,
                           dscores + s * kGroupLanes, dscore_steps);
           multiply_columns(column(key_columns, lo[s], g.dim), g.dim, dscore_steps, seen, dq + i * tall * kGroupLanes,
                            nullptr);
@@ -578,27 +621,12 @@ struct Attention {
           for (int64_t d = 0; d < g.dim; d += kGroupLanes) {
             const int64_t at = d * lanes + (super + from) * kGroupLanes * kGroupLanes;
             const int64_t x = k0 * kRow + from * kGroupLanes, c = k0 * wide + d;
-            multiply<kRow, false>(weights + x, kStep, nk, dout_steps + at, contraction, dv + c, wide, nullptr);
-            multiply<kRow, false>(dscores + x, kStep, nk, q_steps + at, contraction, dk + c, wide, nullptr);
+            multiply<kRow, false>(weights + x, kStep, nk, queries.dout_steps + at, contraction, dv + c, wide, nullptr);
+            multiply<kRow, false>(dscores + x, kStep, nk, queries.q_steps + at, contraction, dk + c, wide, nullptr);
           }
         });
       }
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t j = j0 + i;
-        if (j < u.prefix) {
-          const int64_t row = (head * g.prefix_length + j) * g.dim;
-          store_scaled<kFloat32>(dk + i * wide, g.scale, a.prefix_dk + row, g.dim);
-          store_scaled<kFloat32>(dv + i * wide, 1.0f, a.prefix_dv + row, g.dim);
-        } else {
-          const int64_t row = ((u.b * g.length + j - u.prefix) * g.kv_heads + u.kv_head) * g.dim;
-          with_dtype(
-              g.dtype, PF_BODY(int D) {
-                constexpr int kSize = dtype_size(D);
-                store_scaled<D>(dk + i * wide, g.scale, static_cast<char*>(a.dk) + row * kSize, g.dim);
-                store_scaled<D>(dv + i * wide, 1.0f, static_cast<char*>(a.dv) + row * kSize, g.dim);
-              });
-        }
-      }
+      store_keys(a, u, j0, n, dk, dv);
     }
     if (a.chunks > 1) return;
     for (int64_t i = 0; i < groups; ++i)
