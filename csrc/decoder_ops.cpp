@@ -1,11 +1,11 @@
-// The decoder stack as operators. A stack is built once and named by a number; it holds its tensors, and reads where
+// The decoder stack as operators. A stack is built once and named by a handle; it holds its tensors, and reads where
 // their memory lies at every call. One call then computes a token, without a dispatch or a check a layer.
 #include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "cpu/decoder.h"
-#include "numbered.h"
+#include "handle_table.h"
 #include "operands.h"
 #include "team.h"
 
@@ -31,7 +31,7 @@ struct Stack {
   std::vector<HeldLinear> linears;  // kProjections a layer
 };
 
-Numbered<Stack> stacks;
+HandleTable<Stack> stacks;
 
 int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> head_norms, int64_t heads,
                     int64_t kv_heads, int64_t dim, double eps, double scale) {

@@ -1,10 +1,10 @@
-// Inference over weights and adapters that are held: they are checked once and named by a number, so that a call passes
+// Inference over weights and adapters that are held: they are checked once and named by a handle, so that a call passes
 // what changes only. (Each tensor that passes through the dispatcher takes a tenth of a microsecond, and many times
 // that where its few cache lines must come from memory, as in a model.)
 #include <memory>
 #include <vector>
 
-#include "numbered.h"
+#include "handle_table.h"
 #include "operands.h"
 #include "threads.h"
 
@@ -12,19 +12,19 @@ namespace {
 
 using namespace pf::tensors;
 
-Numbered<const HeldWeight> weights;
-Numbered<const HeldBranch> branches;
+HandleTable<const HeldWeight> weights;
+HandleTable<const HeldBranch> branches;
 
 int64_t hold_weight(Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset, int64_t format,
                     int64_t n, int64_t blocksize) {
   return weights.add(std::make_shared<const HeldWeight>(codes, scale, zero, absmax2, offset, format, n, blocksize));
 }
-void release_weight(int64_t number) { weights.release(number); }
+void release_weight(int64_t handle) { weights.release(handle); }
 
 int64_t hold_branch(Tensor a_pairs, Tensor b_pairs, int64_t n, int64_t k) {
   return branches.add(std::make_shared<const HeldBranch>(a_pairs, b_pairs, n, k));
 }
-void release_branch(int64_t number) { branches.release(number); }
+void release_branch(int64_t handle) { branches.release(handle); }
 
 // x [.., K] as a matrix of its rows, and y [.., N] for it.
 struct Rows {

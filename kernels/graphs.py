@@ -34,7 +34,7 @@ def relaxed() -> Iterator[None]:
         exchange(ctypes.byref(mode))
 
 
-def kept(values: Tensor, device: torch.device) -> Tensor:
+def constant_on(values: Tensor, device: torch.device) -> Tensor:
     """``values`` on ``device``, to be kept from call to call.
 
     A thread of its own copies them, to its own stream: what the calling one allocates may be from a graph's pool, where

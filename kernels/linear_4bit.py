@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .graphs import kept
+from .graphs import constant_on
 from .layouts import with_contiguous_columns
 
 _SWEEP_RANK = 32
@@ -104,7 +104,7 @@ def _table_on(table: tuple[float, ...], dtype: torch.dtype, device: torch.device
     A value that all lanes share would be kept in a register they share, and be copied from there for every lookup.
     """
     words = torch.tensor(table_words(table, dtype), dtype=torch.int32, device="cpu")
-    return kept(words[:, None].repeat(1, 4), device)
+    return constant_on(words[:, None].repeat(1, 4), device)
 
 
 @triton.jit
@@ -325,7 +325,7 @@ def _mix32(h):
 
 
 @triton.jit
-def _kept(seed, threshold, rows, columns):
+def _keep_mask(seed, threshold, rows, columns):
     """Which elements (rows, columns) survive dropout: a hash of their place and the seed (int64 [1])."""
     seed = tl.load(seed)
     row = _mix32(rows.to(tl.uint32) + seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32)
@@ -502,7 +502,7 @@ def _input_grad(
             acc if seed is None else tl.zeros((BM, BK), tl.float32), ds, None, 0, 1.0, a, a_stride, a_column_stride,
             rows, columns, M, K, R, RANK, PRECISION, dy.dtype.element_ty,
         )  # fmt: skip
-        kept = None if seed is None else _kept(seed, threshold, rows, columns)
+        kept = None if seed is None else _keep_mask(seed, threshold, rows, columns)
         acc = part if seed is None else acc + tl.where(kept, part * keep_scale, 0.0)
     at = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]
     tl.store(at, acc.to(dx.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])
@@ -547,7 +547,7 @@ def _project(
         p_at = p + rows.to(tl.int64)[:, None] * p_stride + columns[None, :]
         tile = tl.load(p_at, mask=(rows < M)[:, None] & (columns < C)[None, :], other=0.0)
         if seed is not None:
-            tile = tl.where(_kept(seed, threshold, rows, columns), tile, 0.0)
+            tile = tl.where(_keep_mask(seed, threshold, rows, columns), tile, 0.0)
         inside = (rows < M)[:, None] & (ranks < R)[None, :]
         if q is not None:
             part = tl.dot(tile, q_tile, input_precision=PRECISION)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .graphs import kept
+from .graphs import constant_on
 
 _ELEMENTS = 4096
 """Of a program: the longest block, or several shorter ones."""
@@ -142,7 +142,7 @@ def _bins(table: tuple[float, ...], device: torch.device) -> Tensor:
         held = [-math.inf] * (below - first) + here + [math.inf] * most
         codes = sum(int(order[first + i]) << 4 * i for i in range(most + 1))
         rows.append([codes, *torch.tensor(held[:most], device="cpu").view(torch.int32).tolist()])
-    return kept(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)
+    return constant_on(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)
 
 
 def quantize(w: Tensor, table: tuple[float, ...], has_zero: bool, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -448,7 +448,7 @@ def test_what_a_capture_forbids_is_done_in_the_relaxed_mode(monkeypatch):
 
     monkeypatch.setattr(graphs, "_exchange", lambda: exchange)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    graphs.kept(Values(), torch.device("cuda", 0))
+    graphs.constant_on(Values(), torch.device("cuda", 0))
     assert seen[0][0] != threading.get_ident() and seen[0][1] == graphs._RELAXED
     with pytest.raises(ZeroDivisionError), triton_kernels._on(torch.device("cuda", 0)):
         assert mode.now == graphs._RELAXED

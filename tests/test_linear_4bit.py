@@ -1138,20 +1138,20 @@ def test_what_is_held_lives_as_long_as_its_owner_and_no_longer():
 
     w, x = packed_weight(40, 64), torch.randn(2, 64).bfloat16()
     packed = pack_lora(*adapter(40, 64, 4), 1.0)
-    number, branch = w.held.number, packed.held.number
+    number, branch = w.handle.number, packed.handle.number
     with torch.no_grad():
         expected = linear_4bit(x, w, None, packed)
         for pair in ((w, packed), copy.deepcopy((w, packed)), pickle.loads(pickle.dumps((w, packed)))):
             assert torch.equal(linear_4bit(x, pair[0], None, pair[1]), expected)
         del pair
     with pytest.raises(TypeError, match="cannot be copied"):
-        copy.copy(w.held)
+        copy.copy(w.handle)
     del w, packed
     gc.collect()
     call = torch.ops.pyfastpeft.linear_4bit_held.default
     with pytest.raises(RuntimeError, match="weight is"):
         call(x, number, None, 0, 1.0, None, False)
-    other = packed_weight(40, 64).held
+    other = packed_weight(40, 64).handle
     with pytest.raises(RuntimeError, match="branch is"):
         call(x, other.number, None, branch, 1.0, None, False)
 
@@ -1197,21 +1197,21 @@ def test_large_pages_change_no_value():
         large_pages(other)
 
 
-def test_a_shelf_keeps_every_value_in_every_mode():
-    from pyfastpeft.ops.copy import Shelf
+def test_an_arena_keeps_every_value_in_every_mode():
+    from pyfastpeft.ops.memory import Arena
 
-    shelf, given, kept = Shelf(), [], []
+    arena, given, kept = Arena(), [], []
     for i, shape in enumerate([(3,), (0,), (5, 7), (40, 1000, 16, 2), (2, 500, 16, 2), (1,)] * 3):
         t = torch.randn(shape).to([torch.bfloat16, torch.float32][i % 2])
         with torch.inference_mode(i % 3 == 0):
-            kept.append(shelf.put(t.t() if t.dim() == 2 else t))
+            kept.append(arena.put(t.t() if t.dim() == 2 else t))
         given.append(t.t() if t.dim() == 2 else t)
     for t, own in zip(given, kept, strict=True):
         assert torch.equal(t, own) and own.dtype == t.dtype and own.is_contiguous() and not own.is_inference()
         assert own.data_ptr() % 64 == 0
     with torch.device("meta"):
-        assert torch.equal(Shelf().put(given[0]), given[0])
-    assert not Shelf().put(torch.ones(3, requires_grad=True)).requires_grad
+        assert torch.equal(Arena().put(given[0]), given[0])
+    assert not Arena().put(torch.ones(3, requires_grad=True)).requires_grad
     kept[2].zero_()
     assert all(torch.equal(t, own) for i, (t, own) in enumerate(zip(given, kept, strict=True)) if i != 2)
 
@@ -1260,10 +1260,10 @@ def test_threads_that_hold_a_weight_at_the_same_time_hold_one():
     """From Python 3.12 on nothing keeps them apart: the second's took the place of the first's, whose number became
     another weight's while the first thread went on to call with it."""
     w = packed_weight(48, 64)
-    hold = type(w).held.func
+    hold = type(w).handle.func
     first = hold(w)
     number = hold(w).number
-    assert number == first.number == w.held.number
+    assert number == first.number == w.handle.number
     assert hold(packed_weight(48, 64)).number != number
 
 

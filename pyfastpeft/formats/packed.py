@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from .codes import Format, check_settings, format_of, get_format, pack_nibbles, unpack_nibbles
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
-from .held import HeldWeight
+from .handles import WeightHandle
 
 _ALIGNMENT = 16  # of codes on a GPU, in bytes
 
@@ -83,14 +83,14 @@ class Packed4bit:
         return cls(w.codes, w.scale, w.zero, nested, shape, torch.float32, name, w.blocksize, layout)
 
     @functools.cached_property
-    def held(self) -> HeldWeight:
+    def handle(self) -> WeightHandle:
         """This weight, in tiles, as compiled inference takes it: checked once."""
         # Of threads that come at the same time, which are not kept apart from Python 3.12 on, all get the first one's:
         # another's would be released, and its number another weight's, while it is in use.
-        return vars(self).setdefault("held", HeldWeight(torch.ops.pyfastpeft.hold_weight.default(*self.operands)))
+        return vars(self).setdefault("handle", WeightHandle(torch.ops.pyfastpeft.hold_weight.default(*self.operands)))
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name not in ("held", "operands")}
+        return {name: value for name, value in vars(self).items() if name not in ("handle", "operands")}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..adapters import AdapterBank, Rows
 from ..caching import registered, stamp_of
-from ..formats.held import HeldDecoder
+from ..formats.handles import DecoderHandle
 from ..nn import Linear4bit
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.hooks import GLOBAL_HOOKS
@@ -112,7 +112,7 @@ class _Stack:
 
     def __init__(self, model: nn.Module) -> None:
         self.lookups = _Lookups()
-        self.held: HeldDecoder | None = None
+        self.held: DecoderHandle | None = None
         self.banks: set[AdapterBank] = set()
         self._attentions: list[dict] = []  # what each layer's attention holds, a prefix among it
         self._copied: list[Tensor] = []  # of these the stack holds copies
@@ -229,7 +229,7 @@ class _Stack:
         try:
             heads = config.num_attention_heads, self.kv_heads, self.dim
             new = torch.ops.pyfastpeft.new_decoder.default
-            held = HeldDecoder(new(last_weight, norms, head_norms, *heads, eps, scaling))
+            held = DecoderHandle(new(last_weight, norms, head_norms, *heads, eps, scaling))
             for add, *linear in linears:
                 add(held.number, *linear)
         except RuntimeError as error:

@@ -130,7 +130,7 @@ class BottleneckLayer(nn.Module):
         inner = mixed.projected(y, down.to(y.dtype))
         inner = inner + torch.cat([adapter.down.bias for adapter in adapters]).to(inner.dtype)
         # Zero before the activation: its derivative at what is not finite would be NaN, whatever gradient comes.
-        parts = mixed.own(of_inner.view(inner.shape) > 0, inner).split(sizes, dim=-1)
+        parts = mixed.zero_unless(of_inner.view(inner.shape) > 0, inner).split(sizes, dim=-1)
         inner = torch.cat([adapter.activate(part) for adapter, part in zip(adapters, parts, strict=True)], dim=-1)
         up = torch.cat([adapter.up.weight for adapter in adapters], dim=1)
         bias = mixed.summed(of_bias, torch.stack([adapter.up.bias for adapter in adapters]))

@@ -421,7 +421,7 @@ class LoraLayer(nn.Module):
         if mode is None:
             return scale
         ranks = tuple(self.capacity(n) for n in names)
-        return mixed.own(mode.mask(names, ranks, rows, scale.device) > 0, scale)
+        return mixed.zero_unless(mode.mask(names, ranks, rows, scale.device) > 0, scale)
 
     def norm(self, name: str) -> Tensor:
         """Float32 [out]: ||M + scaling · B A|| a row; no gradient flows into it."""

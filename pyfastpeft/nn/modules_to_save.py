@@ -72,7 +72,7 @@ def _own_rows(chosen: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     """The arguments, with zeros in the first tensor outside of the ``chosen`` rows."""
 
     def own(x: Tensor) -> Tensor:
-        return mixed.own(chosen.view(-1, *[1] * (x.dim() - 1)), x) if x.is_floating_point() else x
+        return mixed.zero_unless(chosen.view(-1, *[1] * (x.dim() - 1)), x) if x.is_floating_point() else x
 
     if args and isinstance(args[0], Tensor):
         return (own(args[0]), *args[1:]), kwargs

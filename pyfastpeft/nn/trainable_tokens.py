@@ -168,7 +168,8 @@ class TrainableTokens(nn.Module):
     def _multiplied(self, y: Tensor, x: Tensor, name: str, chosen: Tensor | None) -> Tensor:
         base, indices = self.base_layer, self.rows.indices[name].to(x.device)
         if chosen is not None:
-            x = mixed.own(chosen, x)  # else inf and NaN in other rows reach the gradient, as zero times them is NaN
+            # Else inf and NaN in other rows reach the gradient, as zero times them is NaN.
+            x = mixed.zero_unless(chosen, x)
         bias = None if base.bias is None else base.bias[indices]
         own = F.linear(x, self.rows.values[name].to(base.weight), bias).to(y.dtype)
         if chosen is not None:

@@ -3,12 +3,12 @@
 from . import library as library  # loads the compiled operators
 from . import mixed as mixed
 from .backends import Backend
-from .copy import copy_alike, copy_tensors, large_pages
 from .cross_entropy import cross_entropy_, head_cross_entropy
 from .dense import dense_linear
 from .elementwise import projected_swiglu, rms_norm, rope, swiglu
 from .linear_4bit import BankView, Lora, PackedLora, linear_4bit, pack_lora
 from .lora import add_lora
+from .memory import copy_alike, copy_tensors, large_pages
 from .prefix_attention import HIDDEN, key_positions, prefix_attention
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, format_of
 from ..formats.packed import Operands
-from ..kernels.graphs import kept
+from ..kernels.graphs import constant_on
 
 _LIBRARY = next(Path(__file__).parent.parent.glob("_C*.so"), None)
 if _LIBRARY is None:
@@ -35,7 +35,7 @@ _WRITTEN_IN_PYTHON = torch.library.Library("pyfastpeft", "FRAGMENT")
 @functools.cache
 def dynamic_map(device: torch.device) -> Tensor:
     """``DYNAMIC_MAP`` on ``device``."""
-    return kept(DYNAMIC_MAP, device)
+    return constant_on(DYNAMIC_MAP, device)
 
 
 def constant_to_compilers(function: _F) -> _F:

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..formats import Packed4bit
-from ..formats.held import HeldBranch
+from ..formats.handles import BranchHandle
 from ..formats.packed import Operands
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
 from .backends import FLOATS, Backend, as_rows, check_floats, choose, followed, forward_mode, native, recorded, traced
-from .copy import Shelf
+from .memory import Arena
 
 
 class Lora(NamedTuple):
@@ -50,7 +50,7 @@ class PackedLora(NamedTuple):
         a, b, scaling: as in :class:`Lora`.
         a_pairs, b_pairs: bfloat16 [ceil(rows / 16), ceil(columns / 2), 16, 2] of A and of B.
         shape: (N, K).
-        held: as compiled inference takes the pairs.
+        handle: by which compiled inference names the pairs.
     """
 
     a: Tensor
@@ -59,7 +59,7 @@ class PackedLora(NamedTuple):
     a_pairs: Tensor
     b_pairs: Tensor
     shape: tuple[int, int]
-    held: HeldBranch
+    handle: BranchHandle
 
     def __reduce__(self) -> tuple:
         return pack_lora, self[:3]
@@ -77,13 +77,13 @@ def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora
             raise ValueError(f"lora {name} is {what}; it must be a floating-point matrix on the CPU")
     if a.shape[0] < 1 or a.shape[0] != b.shape[1]:
         raise ValueError(f"lora A is {tuple(a.shape)}, B {tuple(b.shape)}; they must be [r, K] and [N, r], r >= 1")
-    pairs = [_SHELF.put(torch.ops.pyfastpeft.pack_pairs.default(t.detach())) for t in (a, b)]
+    pairs = [_ARENA.put(torch.ops.pyfastpeft.pack_pairs.default(t.detach())) for t in (a, b)]
     shape = b.shape[0], a.shape[1]
-    held = HeldBranch(torch.ops.pyfastpeft.hold_branch.default(*pairs, *shape))
-    return PackedLora(a, b, scaling, *pairs, shape, held)
+    handle = BranchHandle(torch.ops.pyfastpeft.hold_branch.default(*pairs, *shape))
+    return PackedLora(a, b, scaling, *pairs, shape, handle)
 
 
-_SHELF = Shelf()
+_ARENA = Arena()
 
 
 class BankView(NamedTuple):
@@ -103,7 +103,7 @@ class BankView(NamedTuple):
         """The slots side by side along R, each row of x scaled by its own slot's scaling and by zero elsewhere."""
         slots, r, k = self.a.shape
         chosen = self.rows.unsqueeze(1) == torch.arange(slots, device=self.rows.device)
-        scale = mixed.own(chosen, self.scaling.float()).repeat_interleave(r, dim=1)
+        scale = mixed.zero_unless(chosen, self.scaling.float()).repeat_interleave(r, dim=1)
         return Lora(self.a.reshape(slots * r, k), self.b.transpose(0, 1).reshape(-1, slots * r), scale)
 
 
@@ -223,15 +223,16 @@ def _inference(
     if lora is not None:
         if type(lora) is not PackedLora or x.dtype is not torch.bfloat16:
             return None
-        branch, scaling = lora.held.number, lora.scaling
+        branch, scaling = lora.handle.number, lora.scaling
         if isinstance(scaling, Tensor):
             if scaling.device != x.device:
                 return None
             row_scale, scaling = scaling.float().contiguous(), 1.0
     if not native(w):
         return None
+    int8 = compute is not None and takes_int8(w, compute)
     try:
-        return _HELD(x, w.held.number, bias, branch, scaling, row_scale, compute is not None and takes_int8(w, compute))
+        return _HELD(x, w.handle.number, bias, branch, scaling, row_scale, int8)
     except RuntimeError:  # the long way says what it is, or deals with it
         return None
 

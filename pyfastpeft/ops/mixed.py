@@ -19,7 +19,7 @@ from torch import Tensor
 from .backends import followed
 
 
-def own(chosen: Tensor, scale: Tensor) -> Tensor:
+def zero_unless(chosen: Tensor, scale: Tensor) -> Tensor:
     """``scale`` where ``chosen`` is true, else zero."""
     return torch.where(chosen, scale, torch.zeros_like(scale))
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..formats import Packed4bit, format_of, get_format
 from ..formats.packed import Operands
-from ..kernels.graphs import kept, relaxed
+from ..kernels.graphs import constant_on, relaxed
 from .library import WEIGHT, constant_to_compilers, define, define_linear_4bit, dynamic_map, split_weight
 from .tuning import tuned
 
@@ -199,7 +199,7 @@ def dequantize_4bit(
 
 @functools.cache
 def _table_on(format: int, device: torch.device) -> Tensor:
-    return kept(format_of(format).table, device)
+    return constant_on(format_of(format).table, device)
 
 
 def _attention(selection: tuple, *tensors: Tensor | None) -> tuple:

@@ -1,5 +1,4 @@
-"""``copy_tensors``: many tensors into as many others, by all threads; ``large_pages``, ``Shelf``: how memory is laid
-out."""
+"""``copy_tensors``: many tensors into as many others, by all threads; ``large_pages`` and ``Arena``: where they lie."""
 
 from __future__ import annotations
 
@@ -44,11 +43,11 @@ def large_pages(t: Tensor) -> None:
         torch.ops.pyfastpeft.large_pages.default(t)
 
 
-class Shelf:
+class Arena:
     """Memory for small tensors that are read together, side by side on large pages.
 
     Each alone lies on small pages, and looking up their addresses takes as long as reading them: one row through
-    2048 × 2048 and a LoRA of rank 16 takes 15 % more time than without, and 8 % more with A and B on a shelf.
+    2048 × 2048 and a LoRA of rank 16 takes 15 % more time than without, and 8 % more with A and B in an arena.
     """
 
     _BYTES = 1 << 22  # two large pages
@@ -59,7 +58,7 @@ class Shelf:
         self._rest = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def put(self, t: Tensor) -> Tensor:
-        """A contiguous copy of ``t``, a tensor on the CPU. A part of the shelf lives as long as a tensor in it."""
+        """A contiguous copy of ``t``, a tensor on the CPU. A part of the arena lives as long as a tensor in it."""
         size = math.ceil(t.nbytes / self._ALIGNMENT) * self._ALIGNMENT
         with self._lock, torch.inference_mode(False), torch.no_grad():  # what is there is for all modes
             if size > len(self._rest):
