@@ -2,7 +2,7 @@
 
 A stamp (:func:`stamp_of`), the tensors' addresses and versions, tells whether their values may have changed, and
 :func:`registered` whether modules or parameters may have been exchanged. While a CUDA graph is captured
-(:func:`captured`), nothing is stored.
+(:func:`.ops.tracing.captured`), nothing is stored.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .ops.tracing import captured
+
 
 def stamp_of(tensors: list[Tensor]) -> tuple | None:
     """Changes whenever a value may have changed; None where that cannot be told.
@@ -25,11 +27,6 @@ def stamp_of(tensors: list[Tensor]) -> tuple | None:
     if any(t.is_inference() for t in tensors):
         return None
     return tuple((t.data_ptr(), t._version) for t in tensors)
-
-
-def captured() -> bool:
-    """Whether a CUDA graph is being captured: what is computed has no values before a replay, and is in its memory."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def put_bounded(held: dict[Any, Any], key: Any, value: Any, most: int) -> None:

@@ -634,7 +634,7 @@ def test_rows_without_a_label_count_for_nothing_in_a_recorded_step(monkeypatch):
     model, batch = trained_model(CONFIGS[0]), labelled_batch()
     batch["labels"][0, :3] = IGNORED
     expected = loss_and_gradients(model, batch)
-    monkeypatch.setattr(deferred_logits, "_is_captured", lambda t: True)
+    monkeypatch.setattr(deferred_logits, "captured", lambda: True)
     assert_same(loss_and_gradients(model, batch), expected)
 
 

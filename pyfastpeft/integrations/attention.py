@@ -47,9 +47,10 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from ..adapters import Prefix
-from ..ops.backends import FLOATS, Backend, choose_attention, traced
+from ..ops.backends import FLOATS, Backend, choose_attention
 from ..ops.prefix_attention import HIDDEN, prefix_attention
 from ..ops.reference import prefix_rows, sees_keys, sees_prefix
+from ..ops.tracing import traced
 
 NAME = "pyfastpeft"
 """Of this attention, for ``attn_implementation``."""

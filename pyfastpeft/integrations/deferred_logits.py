@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_map_only
 
 from ..nn.hooks import hooked
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
-from ..ops.backends import FLOATS, choose_plain, traced
+from ..ops.backends import FLOATS, choose_plain
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
+from ..ops.tracing import captured, traced
 from .dense_layers import DenseForward
 from .forwards import ModuleForward, autocast_of, install, parameters_of, remove
 
@@ -281,11 +282,6 @@ def _sliced(logits: DeferredLogits, index: Any) -> Any:
     return _deferred(logits.form.after(lambda t: t[rows], lambda t: t[rows]))
 
 
-def _is_captured(t: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, in which no shape may depend on values."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _cross_entropy(
     logits: DeferredLogits,
     target: Tensor,
@@ -303,7 +299,7 @@ def _cross_entropy(
     call = logits.form.call
     call.loss_taken = True
     keep, hidden = target != ignore_index, logits.form.arranged(call.hidden)
-    if _is_captured(hidden):
+    if captured():  # when no shape may depend on values
         loss = chunked_cross_entropy(hidden, target, call.project, call.head.out_features, ~keep)
     else:
         rows = hidden[keep], target[keep]

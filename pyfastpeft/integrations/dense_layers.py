@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.backends import traced
 from ..ops.dense import fast_float32, many_rows_linear, many_rows_pay
+from ..ops.tracing import traced
 from .forwards import ModuleForward
 
 

@@ -31,9 +31,10 @@ from ..nn.bottleneck import BottleneckLayer
 from ..nn.hooks import GLOBAL_HOOKS
 from ..nn.lora import LoraLinear
 from ..ops import PackedLora
-from ..ops.backends import Backend, choose_attention, choose_plain, forward_mode, is_plain, native, traced
+from ..ops.backends import Backend, choose_attention, choose_plain, is_plain, native
 from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
+from ..ops.tracing import forward_mode, traced
 from .attention import NAME as ATTENTION
 from .forwards import ModuleForward, install
 

@@ -24,7 +24,8 @@ from ..nn.hooks import hooked
 from ..nn.lora import LoraLinear
 from ..nn.modules_to_save import ModulesToSave
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
-from ..ops.backends import FLOATS, Backend, choose_plain, traced
+from ..ops.backends import FLOATS, Backend, choose_plain
+from ..ops.tracing import traced
 from .dense_layers import DenseForward, has_fast_forward
 from .forwards import ModuleForward, autocast_of, install, parameters_of, remove
 

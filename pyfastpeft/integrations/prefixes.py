@@ -25,9 +25,9 @@ from transformers.cache_utils import DynamicCache
 from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ..caching import AdapterCache, put_bounded, registered, stamp_of
 from ..nn.prompt_encoder import Form, SoftPrompt
-from ..ops.backends import traced
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import once_differentiable
+from ..ops.tracing import traced
 from . import attention
 from .bare import all_layers, fed, reaching, reentrant, without_checkpointing
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of

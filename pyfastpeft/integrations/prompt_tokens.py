@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.backends import traced
 from ..ops.cross_entropy import IGNORED
 from ..ops.reference import prefix_rows
+from ..ops.tracing import traced
 from .forwards import ModuleForward
 
 

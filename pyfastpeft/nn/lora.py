@@ -29,11 +29,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..adapters import AdapterBank, Rows
 from ..formats import quantize_4bit
 from ..ops import add_lora, linear_4bit, mixed
+from ..ops.tracing import is_compiling, is_repeated
 from .hooks import hooked
 from .linear4bit import Linear4bit
-from .lora_layer import LoraLayer, dropout_rate, is_repeated
-
-is_compiling = torch.compiler.is_compiling
+from .lora_layer import LoraLayer, dropout_rate
 
 
 class LoraLinear(LoraLayer):

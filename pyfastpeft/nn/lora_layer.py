@@ -12,18 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import NO_ROWS, AdapterBank, Parts, Rows
-from ..caching import AdapterCache, captured, stamp_of
+from ..caching import AdapterCache, stamp_of
 from ..formats.packed import Packed4bit
 from ..ops import Lora, PackedLora, mixed, pack_lora
-from ..ops.backends import traced
-
-is_compiling = torch.compiler.is_compiling
-
-
-def is_repeated() -> bool:
-    """Whether what is computed now is recorded, as traced code or a CUDA graph. When that runs again it reads the
-    tensors anew, but Python numbers stay what they were."""
-    return traced() or captured()
+from ..ops.tracing import captured, is_compiling, is_repeated, traced
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,6 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..formats import Packed4bit, format_of
 from ..formats.packed import dequantize_reference, quantize_reference
@@ -39,34 +38,6 @@ def is_plain(t: Tensor) -> bool:
 def as_rows(t: Tensor) -> Tensor:
     """``t`` [..., size] as a matrix [rows, size], of which either may be 0: that of a -1 is then unknown to torch."""
     return t.flatten(0, -2) if t.dim() > 1 else t.reshape(1, -1)
-
-
-def recorded(*tensors: Tensor | None) -> bool:
-    """Whether what is computed of ``tensors`` is recorded for autograd.
-
-    Tensors with tangents count: autograd's functions refuse forward mode, the bare operators drop tangents in silence.
-    """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
-    return forward_mode() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def forward_mode() -> bool:
-    """Whether tensors may have tangents here, without gradients too."""
-    return forward_ad._current_level >= 0
-
-
-def followed() -> bool:
-    """Whether a compiler or ``torch.jit.trace`` follows what runs, so that nothing may depend on values."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
-
-
-def traced() -> bool:
-    """Whether what runs may run again without this code: a compiler, ``torch.jit.trace`` or a dispatch mode records it.
-
-    What it does then must go by tensors alone: a number that names something here would name another's elsewhere.
-    """
-    return followed() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class Backend(enum.Enum):

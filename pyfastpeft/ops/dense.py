@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, as_rows, choose_plain, forward_mode, is_plain, traced
+from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
+from .tracing import forward_mode, traced
 
 FEW_ROWS = 16
 """Rows up to which the kernel takes what reading the weight once takes: it multiplies by a tile of so many."""

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, as_rows, check_floats, choose_plain, recorded
+from .backends import FLOATS, Backend, as_rows, check_floats, choose_plain
 from .once import once_differentiable
+from .tracing import recorded
 
 
 def rms_norm(

@@ -20,8 +20,9 @@ from ..formats.handles import BranchHandle
 from ..formats.packed import Operands
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
-from .backends import FLOATS, Backend, as_rows, check_floats, choose, followed, forward_mode, native, recorded, traced
+from .backends import FLOATS, Backend, as_rows, check_floats, choose, native
 from .memory import Arena
+from .tracing import followed, forward_mode, recorded, traced
 
 
 class Lora(NamedTuple):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .backends import FLOATS, Backend, as_rows, choose_plain, recorded
+from .backends import FLOATS, Backend, as_rows, choose_plain
+from .tracing import recorded
 
 
 def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import followed
+from .tracing import followed
 
 
 def zero_unless(chosen: Tensor, scale: Tensor) -> Tensor:

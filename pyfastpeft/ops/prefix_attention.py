@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import Backend, choose_attention, recorded
+from .backends import Backend, choose_attention
 from .once import once_differentiable
 from .reference import HIDDEN
+from .tracing import recorded
 
 # Up to here the CPU's kernel holds all keys at once in the backward pass, and does without the result.
 _FEW_KEYS = 96

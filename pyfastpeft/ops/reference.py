@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import Packed4bit
-from .backends import followed
+from .tracing import followed
 
 _MASK32 = 0xFFFFFFFF
 HIDDEN = 2**30

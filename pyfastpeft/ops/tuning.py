@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..hub.files import write_text
+from .tracing import captured
 
 Tiles = Any
 """A kernel's NamedTuple of integers."""
@@ -38,7 +39,7 @@ def tuned(
         return formula
     call, place, found = " ".join(map(str, call)), _place(device), _found()
     if len(found.setdefault(place, {}).get(call, ())) != len(formula):  # unknown, or of another version's tiles
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # nothing can be timed in a graph
+        if captured():  # nothing can be timed in a graph
             return formula
         times = {cut: seconds(functools.partial(run, cut)) for cut in (formula, *around(formula))}
         found[place][call] = list(min(times, key=times.get))
