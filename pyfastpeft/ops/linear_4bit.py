@@ -88,7 +88,8 @@ _ARENA = Arena()
 
 
 class BankView(NamedTuple):
-    """Adapters in numbered slots, chosen row by row.
+    """Adapters in numbered slots, chosen row by row: for callers of the operator. (Models take stacked adapters, a
+    :class:`Lora` whose ``scaling`` is [rows, R], as a row may use several.)
 
     Attributes:
         a: [slots, r, K].   b: [slots, N, r].   scaling: [slots], constants.

@@ -5,8 +5,9 @@ use. Zero times what is not finite would be NaN. So a sum is left out where its 
 columns and rows that are not finite are set to zero, while the factors there that are not zero become NaN. A row whose
 adapter is not finite is then NaN throughout, and so are that adapter's gradients; nothing else changes by a bit.
 
-On a CPU the operands are only looked at where a result is not finite: any row tells, as zeros spoil every row alike.
-Elsewhere looking at a result would wait for the device, and the operands are always treated.
+On a CPU the operands are only looked at where a result is not finite. Looking at one row is enough: a value that is not
+finite times a factor of zero is NaN, so it reaches every row of the product. Elsewhere looking at a result would wait
+for the device, and the operands are always treated.
 """
 
 from __future__ import annotations

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TWICE = (
-    "trying to differentiate twice what pyfastpeft computes in one operator and can differentiate once: it ran under "
-    "create_graph=True"
-)
+TWICE = "pyfastpeft's fused operators have no second derivative, and this backward ran with create_graph=True"
 
 
 class _Refused(torch.autograd.Function):
@@ -28,8 +25,8 @@ class _Refused(torch.autograd.Function):
 def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """For the ``backward`` of an autograd function, whose gradients cannot be differentiated.
 
-    torch's own makes them leaves of the graph: a second derivative that has another way, as past every residual, leaves
-    out what went through them and says nothing. Here it is an error whenever it would have gone through them.
+    torch's ``once_differentiable`` detaches the gradients. Where a second derivative has another path too (every
+    residual is one), it then silently lacks this function's share. Here it raises.
     """
 
     @functools.wraps(backward)
