@@ -15,7 +15,7 @@ namespace {
 
 using pf::tensors::Tensor;
 
-// memcpy past the caches: many pieces together are larger than these, and nobody reads them soon.
+// memcpy that bypasses the caches: many pieces together are larger than these, and nobody reads them soon.
 void stream(char* into, const char* from, int64_t n) {
 #if defined(__SSE2__)
   if (reinterpret_cast<uintptr_t>(into) % 16 == 0) {

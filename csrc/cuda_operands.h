@@ -29,7 +29,7 @@ struct Kernels {
   }
 };
 
-// `fn`'s new tensor. The stable ABI passes on that an allocation failed, not why.
+// The new tensor that `fn` returns. The stable ABI passes on that an allocation failed, not why.
 template <class Fn>
 Tensor allocated(const char* what, Fn fn) {
   try {

@@ -105,7 +105,7 @@ int64_t linear_4bit_cuda_rows(int64_t device, int64_t format, int64_t n, int64_t
   const int code = dtype == ScalarType::BFloat16 ? pf::kBFloat16
                    : dtype == ScalarType::Half   ? pf::kFloat16
                                                  : pf::kFloat32;
-  // Which tensors are there is all that counts of them, and that the codes are aligned.
+  // Of the tensors it only matters which of them there are, and that the codes are aligned.
   alignas(16) static const float here = 0;
   PfWeight w{};
   w.codes = reinterpret_cast<const uint8_t*>(&here);

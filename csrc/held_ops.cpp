@@ -56,8 +56,8 @@ bool all_finite(const void* values, int64_t n, T exponent) {
   return finite;
 }
 
-// Where the rows of x choose among adapters, a result that is not finite is for the caller to find out about (see
-// pyfastpeft/ops/mixed.py): any row tells.
+// Where the rows of x choose among adapters, a result that is not finite is an error, which the caller deals with. One
+// row shows it: see pyfastpeft/ops/mixed.py.
 Tensor linear_4bit_held(Tensor x, int64_t weight, OptTensor bias, int64_t branch, double scaling, OptTensor row_scale,
                         bool int8) {
   kernels();

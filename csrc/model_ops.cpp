@@ -8,7 +8,7 @@ namespace {
 
 using namespace pf::tensors;
 
-// Rows of so many elements, each in the time of 32 multiply-adds, that waking a thread for them pays.
+// How many rows are worth waking a thread for, where an element takes the time of 32 multiply-adds.
 int64_t row_grain(int64_t cols) { return pf::thread_work() / 32 / (cols + 1) + 1; }
 
 // `t` as a matrix of the dtype and shape of `like`.

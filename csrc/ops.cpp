@@ -259,7 +259,7 @@ Tensor unpack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   return out;
 }
 
-// Gives the pages of t's memory that are a mapped file's back.
+// Gives back the pages of t's memory that belong to a mapped file.
 void drop_mapped_pages(Tensor t) {
   STD_TORCH_CHECK(t.is_contiguous(), "t must be contiguous");
   pf::drop_mapped_pages(t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));

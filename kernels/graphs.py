@@ -1,4 +1,4 @@
-"""What a CUDA graph that is recorded, or that torch.compile warms up, must not notice of a kernel's first call."""
+"""What a kernel does in its first call only, kept away from a CUDA graph that is being recorded or warmed up."""
 
 from __future__ import annotations
 

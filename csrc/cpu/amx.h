@@ -51,8 +51,8 @@ struct AmxTiles {
         if constexpr (R == 2 && L == 2) _tile_dpbf16ps(3, 5, 7);
         ahead.next_step();
       }
-      // In turns: sums wait for each other less (10 % of all time where they are in the second-level cache). The last
-      // ones are loaded again, for nothing.
+      // In turns, so that sums wait for each other less (10 % of all time where these are in the second-level cache).
+      // The last ones are loaded again, for nothing.
       float* next = r + R * kRows < rows ? c + R * 16 * ldc : c;
       _tile_stored(0, c, line);
       _tile_loadd(0, next, line);

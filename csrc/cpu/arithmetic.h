@@ -126,11 +126,11 @@ constexpr int kLanes = V::kLanes;
 constexpr int kTileVecs = kTile / kLanes;
 constexpr int kGroupTiles = V::kGroupVecs / kTileVecs;
 constexpr int kGroupLanes = V::kGroupVecs * kLanes;
-// Few rows stream codes and scales once, slower than memory delivers them: asked for this far ahead (bytes), across the
-// end of a tile, the time becomes the larger of arithmetic and memory, not their sum. Codes come into the second-level
-// cache, which has more requests under way than the first (4096 x 4096, 2 rows: 418 us for 529 on Zen 4); on Zen 5 into
-// the first, which has as many (4096 x 14336, one row: 775 us for 890).
-// The B of the branch is asked for by tiles: a tile's is short, and no hardware sees it coming.
+// Few rows stream codes and scales once, slower than memory delivers them: prefetched this far ahead (bytes), across
+// the end of a tile, the time becomes the larger of arithmetic and memory, not their sum. Codes come into the
+// second-level cache, which has more requests under way than the first (4096 x 4096, 2 rows: 418 us instead of 529 on
+// Zen 4); on Zen 5 into the first, which has as many (4096 x 14336, one row: 775 us instead of 890). The B of the
+// branch is prefetched by tiles: a tile's is short, and no hardware sees it coming.
 constexpr int64_t kTilesAhead = 8;
 #ifdef PF_BF16X2
 constexpr int64_t kCodesAhead = 24576, kRowsAhead = 4096, kFewTilesAhead = 2, kLocality = 3;

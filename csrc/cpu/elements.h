@@ -1,4 +1,4 @@
-// Numbers on their way in and out: elements of any dtype, dropout, scales; and what is asked for before it is needed.
+// Loading and storing elements of any dtype, dropout, scales; and prefetching what is needed later.
 // Included by algorithm.h, after arithmetic.h.
 
 // ---- elements -------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ inline const float* tile_scales(const Weight& w, int64_t tile, int64_t seg0, int
   return out;
 }
 
-// Asks for the scales and zeros of a tile's columns [col0, col0 + n): lines that no stream leads to cost more than
+// Prefetches the scales and zeros of a tile's columns [col0, col0 + n): lines that no stream leads to cost more than
 // their share of the bytes (4096 x 4096, 17 rows: a tenth of the time).
 inline void prefetch_scales(const Weight& w, int64_t tile, int64_t col0, int64_t n) {
   const int64_t first = (tile * w.segments() + w.segment_of(col0)) * kTile;
@@ -162,7 +162,7 @@ inline void prefetch_scales(const Weight& w, int64_t tile, int64_t col0, int64_t
   for (int64_t i = first; w.scale8 != nullptr && i < end; i += 4 * kTile) __builtin_prefetch(w.scale8 + i);
 }
 
-// Asks for share `i` of `shares` of a part of m, which is used later: all of it at once would have to be waited for.
+// Prefetches share `i` of `shares` of a part of m, which is used later: all of it at once would have to be waited for.
 inline void prefetch_share(const Matrix& m, int64_t row0, int64_t row1, int64_t col0, int64_t cols, int64_t i,
                            int64_t shares) {
   const int64_t size = dtype_size(m.dtype), count = row1 - row0;
@@ -173,7 +173,7 @@ inline void prefetch_share(const Matrix& m, int64_t row0, int64_t row1, int64_t 
 // Lines of a tile's B: where it is not packed, of each row the first.
 inline int64_t b_lines(const Matrix& b) { return b.packed ? b.cols * kTile * 2 / 64 : kTile; }
 
-// Asks for some of them: all at once would hold up the codes.
+// Prefetches some of them: all at once would hold up the codes.
 inline void prefetch_b_lines(const Matrix& b, int64_t tile, int64_t line0, int64_t lines) {
   if (b.data == nullptr) return;
   const int64_t end = b.packed ? b_lines(b) : min64(kTile, b.rows - tile * kTile);
@@ -182,7 +182,7 @@ inline void prefetch_b_lines(const Matrix& b, int64_t tile, int64_t line0, int64
   for (int64_t i = line0; i < min64(line0 + lines, end); ++i) prefetch_stream(at + i * step);
 }
 
-// Asks for a tile's B, into the second-level cache: it is read tiles later.
+// Prefetches a tile's B into the second-level cache: it is read tiles later.
 inline void prefetch_b(const Matrix& b, int64_t tile) {
   if (b.packed) {
     const char* pairs = reinterpret_cast<const char*>(b.pairs(tile, 0));

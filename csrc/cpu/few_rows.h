@@ -92,7 +92,8 @@ struct FewRows : Product<A> {
   static constexpr int kManyDots = 6;  // rows at once of a matrix that stays in cache
 
   // MB rows of x times `steps` pairs of NT tiles, `stride` from one tile to the next, in independent chains. Of a
-  // matrix that is read once or twice, what lies kCodesAhead further is asked for, up to `end` and then from `next` on.
+  // matrix that is read once or twice, what lies kCodesAhead further is prefetched, up to `end` and then from `next`
+  // on.
   template <int MB, int NT>
   static void dots_rows(const E* x, int64_t ldx, const uint16_t* pairs, int64_t stride, int64_t steps, const char* end,
                         const char* next, float (*out)[MB][kTile]) {
@@ -213,7 +214,7 @@ struct FewRows : Product<A> {
     const float *scales, *zeros;
     const E* b;                         // of a branch
     const uint16_t* b_pairs;            // of a packed one
-    const char *b_ahead, *b_ahead_end;  // what is asked for of it, b_lines every segment
+    const char *b_ahead, *b_ahead_end;  // what is prefetched of it, b_lines every segment
     int64_t b_lines;
     typename D::Table table;
   };

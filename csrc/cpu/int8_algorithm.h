@@ -22,7 +22,7 @@ PF_INLINE V::F rounding_error(const float* values, float inverse) {
   return sum;
 }
 
-// of(u) of each unit; what it leaves in lanes, `join` brings together for all of them at once.
+// of(u) for each unit u; `join` reduces the lanes of all their results at once.
 template <class Of, class Join, class T>
 PF_INLINE void each_unit(int64_t units, const Of& of, const Join& join, T* out) {
   decltype(of(0)) lanes[kByteUnits];
@@ -82,7 +82,7 @@ inline void quantize_bytes(const Matrix& x, const Weight& w, ByteRow* out, int64
     for (int64_t col0 = 0; col0 < x.cols; col0 += kByteBlock) {
       const int64_t n = min64(kByteBlock, x.cols - col0);
       const char* from = x.row(r) + col0 * dtype_size(x.dtype);
-      // Several passes over little defeat the hardware's prefetching: ask for what comes next.
+      // Several passes over little defeat the hardware's prefetching: prefetch what comes next.
       for (int64_t i = 0; i < kByteBlock * 4; i += 64) __builtin_prefetch(from + kByteBlock * 4 + i);
       if (x.dtype != kFloat32) to_float(from, x.dtype, converted, n);
       const float* values = x.dtype == kFloat32 ? reinterpret_cast<const float*>(from) : converted;
@@ -137,7 +137,7 @@ struct Panel {
   }
 };
 
-// What is asked for meanwhile: codes that come after this block, and the next rows of x.
+// What is prefetched meanwhile: codes that come after this block, and the next rows of x.
 struct Ahead {
   const uint8_t* codes[kByteGroupTiles];
   const char* x;
@@ -343,8 +343,8 @@ inline void open_sums(const Part& part, void* made) {
 struct Plan {
   B::Table table;
   int64_t next;            // from a tile to the one that follows it
-  int64_t tiles, columns;  // so far ahead is asked for codes and scales
-  int64_t b_lines;         // of a tile of B that are asked for with a block
+  int64_t tiles, columns;  // how far ahead codes and scales are prefetched
+  int64_t b_lines;         // of a tile of B that are prefetched with a block
 };
 
 // Adds the columns of one ByteRow block, from col0 on. `panel` has room for one group decoded.
@@ -397,7 +397,7 @@ inline void store_sums(const Part& part) {
 // Tiles [tile0, tile1) of y, tile0 at the head of a group.
 inline void byte_product(const Int8Args& g, int64_t tile0, int64_t tile1) {
   // Few rows read the codes in as many streams as a group has tiles, each through its share of the tiles to the end:
-  // memory delivers long streams faster (4096 x 4096, 4 rows: 256 us for 266).
+  // memory delivers long streams faster (4096 x 4096, 4 rows: 256 us instead of 266).
   const bool few = g.rows <= B::kFewRows;
   const int64_t groups = few ? 1 : kPartGroups, count = tile1 - tile0;
   const int64_t apart = few ? ceil_div(count, kByteGroupTiles) : 1, next = few ? 1 : groups * kByteGroupTiles;

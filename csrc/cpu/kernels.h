@@ -58,7 +58,7 @@ struct DenseArgs {  // y [rows, N] = x * W^T + s * B^T + bias for up to kTile ro
   int y_dtype;
 };
 
-// Few rows of x as a way of decoding wants them.
+// Few rows of x as one of the ways of decoding (few_rows.h) reads them.
 template <class Elem>
 struct FewColumns {
   const Elem* data;
@@ -205,7 +205,7 @@ struct Arithmetic {
   // even: the tiles' part of out [rows, p.rows]. `next` is what the caller reads after p.
   void (*dots_packed)(const GemvArgs& x, const Matrix& p, int64_t tile0, int64_t tile1, int64_t col0, int64_t col1,
                       const void* next, float* out);
-  // Asks for what gemv reads first of the branch's B.
+  // Prefetches what gemv reads first of the branch's B.
   void (*prefetch_b)(const Matrix& b, int64_t tile0);
   // Float32 [rows, cols] to the element type, rows of odd length padded with a zero.
   void (*to_steps)(const float* src, int64_t rows, int64_t cols, void* dst);

@@ -165,7 +165,7 @@ struct Panels {
     }
   }
 
-  // What comes next, asked for while a block is worked on: decoding alone takes less time than it needs to arrive.
+  // What comes next, prefetched while a block is worked on: decoding alone takes less time than it needs to arrive.
   struct Ahead {
     const uint8_t* codes = nullptr;
     int64_t tile_stride = 0;

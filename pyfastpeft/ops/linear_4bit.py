@@ -93,7 +93,8 @@ class BankView(NamedTuple):
 
     Attributes:
         a: [slots, r, K].   b: [slots, N, r].   scaling: [slots], constants.
-        rows: int64 [rows of x], the slot of each row; -1 is the base model alone (so is, on a GPU, what is no slot).
+        rows: int64 [rows of x], the slot of each row; -1 is the base model alone. (On a GPU so is any number that is
+            no slot's.)
     """
 
     a: Tensor

@@ -105,7 +105,7 @@ def _best(
 ) -> tuple:
     """``run`` with the tiles for the rows of x.
 
-    They are of a call whose kernels are the same: others may need more shared memory than there is.
+    Tiles are remembered for calls of the same kernels only: others may need more shared memory than there is.
     """
     rows = 1 << max(len(x) - 1, 0).bit_length()
     weight = format_of(format).name, math.gcd(w.k, w.blocksize), w.absmax2 is not None
