@@ -11,7 +11,7 @@ from torch import nn
 
 import pyfastpeft as fp
 from pyfastpeft.adapters import Prefix
-from pyfastpeft.integrations.fused_layers import fuse_layers
+from pyfastpeft.integrations.forwards import remove
 
 VOCAB = 64
 # No ReLU, which OPT and T5 have: where its input is zero within a rounding, two right computations may have gradients
@@ -146,7 +146,7 @@ def use_plain_layers(model: nn.Module) -> None:
     """What is not an adapter runs as transformers has it, so that a comparison with peft is of the adapters alone."""
     base = model.get_base_model()
     base.set_attn_implementation("sdpa")
-    fuse_layers(base, fuse=False)
+    remove(base)
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:

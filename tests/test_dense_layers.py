@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 import pyfastpeft as fp
 from pyfastpeft.integrations import dense_layers
 from pyfastpeft.integrations.dense_layers import DenseForward
+from pyfastpeft.integrations.forwards import remove
 from pyfastpeft.integrations.fused_layers import fuse_layers
 from pyfastpeft.ops import dense, dense_linear, large_pages
 
@@ -251,7 +252,7 @@ def test_layers_use_it_where_it_pays(pays, monkeypatch):
     twin = copy.deepcopy(model)
     twin[0].weight.zero_()
     assert twin(x).std(dim=1).max() < 1e-6 and model(x).std(dim=1).min() > 1e-3
-    fuse_layers(model, False)
+    remove(model)
     assert torch.equal(model(x), plain(x))
 
 

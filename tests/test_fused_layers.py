@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import pyfastpeft as fp
 from pyfastpeft.integrations.dense_layers import DenseForward
-from pyfastpeft.integrations.forwards import ModuleForward
+from pyfastpeft.integrations.forwards import ModuleForward, remove
 from pyfastpeft.integrations.fused_layers import fuse_layers
 
 SMALL = {
@@ -77,7 +77,7 @@ def test_a_model_computes_the_same(config):
     torch.testing.assert_close(fused_logits, logits, rtol=1e-4, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-3, atol=1e-5)
-    fuse_layers(model, False)
+    remove(model)
     assert not fused_modules(model)
     assert torch.equal(model(**inputs).logits, logits)
 
@@ -158,7 +158,7 @@ def test_a_frozen_layer_keeps_nothing_as_wide_as_its_mlp_or_over_4_bits_gate_and
 
     got = gradients()
     assert kept and wide() == [tokens * 96] * (0 if linear is nn.Linear else 2 * layers)
-    fuse_layers(model, False)
+    remove(model)
     for a, b in zip(got, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     assert len(wide()) > 2 * layers
@@ -188,7 +188,7 @@ def test_autocast_is_the_same_where_layers_are_computed_again():
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**inputs).loss
         found.append(torch.autograd.grad(loss, weight)[0])
-        fuse_layers(model, False)
+        remove(model)
     torch.testing.assert_close(*found, rtol=5e-2, atol=5e-2 * float(found[0].abs().max()))
 
 
@@ -197,7 +197,7 @@ def check_gradients_are_those_of_plain_layers(model, loss_of):
     found = []
     for _ in range(2):
         found.append(torch.autograd.grad(loss_of(), trained, allow_unused=True))
-        fuse_layers(model, False)
+        remove(model)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 

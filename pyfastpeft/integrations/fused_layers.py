@@ -221,12 +221,8 @@ def _is_silu(activation: Any) -> bool:
     return known and not hooked(activation) and "forward" not in vars(activation)
 
 
-def fuse_layers(model: nn.Module, fuse: bool = True) -> None:
-    """Let the modules inside ``model`` that this library has operators for use them, or their own code again."""
-    if not fuse:
-        for kind in (_RmsNorm, _LlamaMlp, _Phi3Mlp, _Attention, _LlamaLayer, DenseForward):
-            remove(model, kind)
-        return
+def fuse_layers(model: nn.Module) -> None:
+    """Let the modules inside ``model`` that this library has operators for use them."""
     for module in model.modules():
         forward = _forward_for(module)
         if forward is not None:
