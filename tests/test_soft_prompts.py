@@ -24,8 +24,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import DynamicCache, StaticCache
 
 import pyfastpeft as fp
-from pyfastpeft.integrations import prefixes
-from pyfastpeft.integrations.bare import reaching
+from pyfastpeft.integrations.soft_prompts import prefixes
+from pyfastpeft.integrations.soft_prompts.bare import reaching
 
 CAUSAL = ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt2", "opt"]
 P = 5
@@ -966,7 +966,7 @@ class TestServing:
             trained.hotswap_adapter(tmp_path / "a")
 
     def test_a_soft_prompt_is_worked_out_once(self, tmp_path, monkeypatch):
-        from pyfastpeft.integrations.prefixes import Prefixes
+        from pyfastpeft.integrations.soft_prompts.prefixes import Prefixes
 
         for name in ("a", "b"):
             ours(llama(), "prompt", seed=len(name)).save_pretrained(tmp_path / name)

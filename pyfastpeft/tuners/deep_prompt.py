@@ -16,7 +16,7 @@ from .base import PeftType, check_dropout, register_method
 from .prefix import InitialTextConfig
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Prefixes
+    from ..integrations.soft_prompts.prefixes import Prefixes
 
 
 @register_method

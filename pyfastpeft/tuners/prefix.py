@@ -13,7 +13,7 @@ from .base import PeftType, check_count, register_method
 from .soft_prompt import SoftPromptConfig, random_ids, text_ids
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Prefixes
+    from ..integrations.soft_prompts.prefixes import Prefixes
 
 
 class InitialTextConfig(SoftPromptConfig):

@@ -15,7 +15,7 @@ from .base import PeftType, as_member, register_method
 from .soft_prompt import SoftPromptConfig, random_ids, text_ids
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Prefixes
+    from ..integrations.soft_prompts.prefixes import Prefixes
 
 
 class PromptTuningInit(str, enum.Enum):

@@ -13,7 +13,7 @@ from .base import PeftType, as_member, check_count, check_dropout, register_meth
 from .soft_prompt import SoftPromptConfig
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Prefixes
+    from ..integrations.soft_prompts.prefixes import Prefixes
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):

@@ -19,7 +19,7 @@ from .base import PeftConfig, TaskType, check_count
 from .tuner import Tuner
 
 if TYPE_CHECKING:
-    from ..integrations.prefixes import Prefixes
+    from ..integrations.soft_prompts.prefixes import Prefixes
 
 KEY = "prompt_embeddings"
 _ENCODER = "encoder."
@@ -151,7 +151,7 @@ class SoftPromptTuner(Tuner):
     def prefixes(self) -> Prefixes:
         """How the virtual tokens reach this model."""
         if self._prefixes is None:
-            from ..integrations.bidirectional import prefixes_of
+            from ..integrations.soft_prompts.bidirectional import prefixes_of
 
             self._prefixes = prefixes_of(self.model, self.bank)
         return self._prefixes
@@ -213,7 +213,7 @@ class SoftPromptTuner(Tuner):
 
     def _put(self, name: str, config: SoftPromptConfig) -> None:
         """Let the model read the adapter's parameters."""
-        from ..integrations.prefixes import Source
+        from ..integrations.soft_prompts.prefixes import Source
 
         source = Source(self.bank.prompts[name], config.form, config.num_virtual_tokens, config.dropout)
         self.prefixes.add(name, source)

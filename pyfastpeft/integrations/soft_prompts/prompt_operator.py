@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ..ops.library import constant_to_compilers
+from ...ops.library import constant_to_compilers
 
 
 class _Form(NamedTuple):

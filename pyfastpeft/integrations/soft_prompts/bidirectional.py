@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..adapters import AdapterBank, Rows
-from ..nn.prompt_encoder import Form
-from . import attention
+from ...adapters import AdapterBank, Rows
+from ...nn.prompt_encoder import Form
+from .. import attention
+from ..forwards import ModuleForward
 from .decoders import KeyValueShape, block_of
-from .forwards import ModuleForward
 from .prefixes import OFF, Prefixes, Source, Values, distinct, goes_on, past_of
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
 

@@ -1,9 +1,9 @@
 """Soft prompts in a causal model: before every forward each attention layer gets its prefix of keys and values.
 
 A soft prompt comes first in the sequence, so what it is in a layer does not depend on what follows. It is worked out
-once at batch 1 (:class:`Source` says how), and the layers' attention reads it (:mod:`.attention`): rows never get
-longer, caches never hold it, logits are those of the text alone. The text stands after the prefix: its positions start
-at the length of its own row's prefix, padding on the left not counted.
+once at batch 1 (:class:`Source` says how), and the layers' attention (:mod:`pyfastpeft.integrations.attention`) reads
+it: rows never get longer, caches never hold it, logits are those of the text alone. The text stands after the prefix:
+its positions start at the length of its own row's prefix, padding on the left not counted.
 
 What depends on neither input nor training is kept: at inference a soft prompt costs nothing after its first use, until
 its parameters, or those of the other adapters on its row, change.
@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..adapters import NO_ROWS, AdapterBank, Prefix, Rows
-from ..caching import AdapterCache, put_bounded, registered, stamp_of
-from ..nn.prompt_encoder import Form, SoftPrompt
-from ..ops.cross_entropy import IGNORED
-from ..ops.once import once_differentiable
-from ..ops.tracing import traced
-from . import attention
+from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
+from ...caching import AdapterCache, put_bounded, registered, stamp_of
+from ...nn.prompt_encoder import Form, SoftPrompt
+from ...ops.cross_entropy import IGNORED
+from ...ops.once import once_differentiable
+from ...ops.tracing import traced
+from .. import attention
+from ..forwards import autocast_of
 from .bare import all_layers, fed, reaching, reentrant, without_checkpointing
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
-from .forwards import autocast_of
 from .prompt_operator import compiled_tensors, number_of
 from .prompt_tokens import first_visible
 

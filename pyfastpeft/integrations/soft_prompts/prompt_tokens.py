@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.cross_entropy import IGNORED
-from ..ops.reference import prefix_rows
-from ..ops.tracing import traced
-from .forwards import ModuleForward
+from ...ops.cross_entropy import IGNORED
+from ...ops.reference import prefix_rows
+from ...ops.tracing import traced
+from ..forwards import ModuleForward
 
 
 class Tokens(NamedTuple):
