@@ -1,6 +1,7 @@
 """Soft prompts in transformers models.
 
 - :mod:`.prefixes`: in a causal model, where each layer gets the prompt as a prefix of keys and values
+- :mod:`.first_label`: there, how the prompt is trained to the text's first token
 - :mod:`.bidirectional`: in encoders and encoder–decoders
 - :mod:`.prompt_tokens`: there, prompts at the embedding as tokens in front of each row's own
 - :mod:`.decoders`: what a causal model consists of, and which ones can take a prefix

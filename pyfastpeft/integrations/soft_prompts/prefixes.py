@@ -25,21 +25,18 @@ from transformers.cache_utils import DynamicCache
 from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import AdapterCache, put_bounded, registered, stamp_of
 from ...nn.prompt_encoder import Form, SoftPrompt
-from ...ops.cross_entropy import IGNORED
 from ...ops.once import once_differentiable
 from ...ops.tracing import traced
 from .. import attention
 from ..forwards import autocast_of
 from .bare import all_layers, fed, reaching, reentrant, without_checkpointing
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
+from .first_label import FIRST, with_first_label, with_last, without_last
 from .prompt_operator import compiled_tensors, number_of
 from .prompt_tokens import first_visible
 
 OFF = object()
 """``bank.run`` while a soft prompt itself is worked out: no prefix."""
-
-_FIRST = "pyfastpeft_first"
-"""The argument by which a model tells its decoder where the texts begin [batch], if their first tokens have labels."""
 
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
 
@@ -254,7 +251,7 @@ class Prefixes:
         if head is not None and self.model is not self.decoder:
             self._handles += [
                 self.model.register_forward_pre_hook(self._before_loss, with_kwargs=True),
-                self.model.register_forward_hook(self._after_loss, with_kwargs=True, always_call=True),
+                self.model.register_forward_hook(without_last, with_kwargs=True, always_call=True),
             ]
 
     def _set_attention(self, name: str | None = None) -> str:
@@ -332,15 +329,15 @@ class Prefixes:
             )
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        run, first = kwargs.get(attention.HANDED_DOWN), kwargs.get(_FIRST)
-        return _apart(self._end, output, first) if run is None else _with_last(output, run, first)
+        run, first = kwargs.get(attention.HANDED_DOWN), kwargs.get(FIRST)
+        return _apart(self._end, output, first) if run is None else with_last(output, run.last, first)
 
     def _end(self, output: Any, first: Tensor | None) -> Any:
         run = self.bank.run
         if run is OFF:
             return None
         self._clear()
-        return _with_last(output, run, first)
+        return None if run is None else with_last(output, run.last, first)
 
     def _clear_interrupted(self) -> None:
         """Before a forward: of one that a KeyboardInterrupt ends torch does not call the hook."""
@@ -353,10 +350,6 @@ class Prefixes:
             self._collecting.remove()
             self._collecting = None
 
-    # The first label. What a prompt at the embedding says next is the text's first token, and PEFT trains it to where
-    # that token has a label. The logits of the last virtual token are there for the loss alone, in front of all others,
-    # or where the padding on the left ends.
-
     def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         return self._begin_loss(args, kwargs) if self._follows() else _apart(self._begin_loss, args, kwargs)
 
@@ -365,34 +358,9 @@ class Prefixes:
         labels, rows = kwargs.get("labels"), self.rows
         if self.bank.run is OFF or not rows or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
-        if len(labels) % len(rows):
-            return None
         forms = [[self.sources[n].form for n in names if n in self.sources] for names in rows]
-        ends = [found[-1:] == [Form.EMBEDDINGS] for found in forms]
-        if not any(ends):
-            return None
-        if all(ends):  # made where the labels are: a copy would wait for a GPU
-            ends = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        else:
-            ends = torch.tensor(ends, device=labels.device).repeat_interleave(len(labels) // len(rows))
-        first, mask = torch.zeros_like(labels[:, 0]), kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == labels.shape:
-            first = torch.where(ends, first_visible(mask).squeeze(1), first)
-        learned = (labels.gather(1, first.unsqueeze(1)).squeeze(1) != IGNORED) & ends
-        # In compiled code nothing may depend on values, and elsewhere than on a CPU looking at them would wait for it.
-        if learned.is_cpu and not (traced() or learned.any()):
-            return None
-        labels = F.pad(labels, (1, 0), value=IGNORED)
-        labels[:, 1].masked_fill_(~ends, IGNORED)
-        return (), kwargs | {"labels": labels, _FIRST: first}
-
-    def _after_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if _FIRST not in kwargs or output is None:
-            return None
-        if not isinstance(output, tuple) and "logits" not in output:
-            return None  # the head is TRL's: what it says of the text's first token counts in its loss, as with PEFT
-        at = 1 if isinstance(output, tuple) else "logits"
-        return _with_item(output, "logits", 1, output[at][:, 1:])
+        found = with_first_label(kwargs, [of_row[-1:] == [Form.EMBEDDINGS] for of_row in forms])
+        return None if found is None else ((), found)
 
     @property
     def rows(self) -> tuple[tuple[str, ...], ...]:
@@ -734,23 +702,3 @@ def distinct(rows: Iterable[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], li
     slots: dict[tuple[str, ...], int] = {}
     index = [slots.setdefault(names, len(slots)) if names else -1 for names in rows]
     return list(slots), index
-
-
-def _with_last(output: Any, run: _Run, first: Tensor | None) -> Any:
-    """A decoder's output with the last virtual token's in front of the texts, which begin at ``first``; None where
-    nobody asks for it."""
-    if first is None or output is None:
-        return None
-    hidden = output[0]
-    hidden = torch.cat([run.last.expand(len(hidden), -1, -1), hidden], 1)
-    before_text = torch.arange(hidden.shape[1], device=hidden.device) == _beside(hidden, first).unsqueeze(1)
-    hidden = torch.where(before_text.unsqueeze(2), run.last, hidden)
-    return _with_item(output, "last_hidden_state", 0, hidden)
-
-
-def _with_item(output: Any, name: str, index: int, value: Any) -> Any:
-    """A model's output, a tuple or an object, with one item exchanged."""
-    if isinstance(output, tuple):
-        return (*output[:index], value, *output[index + 1 :])
-    output[name] = value
-    return output
