@@ -70,13 +70,3 @@ def all_layers(config: Any, count: int) -> Iterator[None]:
         yield
     finally:
         config.num_hidden_layers = asked
-
-
-def reentrant(module: nn.Module) -> bool:
-    """Whether ``module`` runs again in a backward of its own."""
-    function = vars(module).get("_gradient_checkpointing_func") if module.gradient_checkpointing else None
-    while isinstance(function, partial):
-        if "use_reentrant" in function.keywords:
-            return bool(function.keywords["use_reentrant"])
-        function = function.args[0] if function.args else function.func
-    return function is not None

@@ -25,11 +25,11 @@ from transformers.cache_utils import DynamicCache
 from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import AdapterCache, put_bounded, registered, stamp_of
 from ...nn.prompt_encoder import Form, SoftPrompt
-from ...ops.once import once_differentiable
 from ...ops.tracing import traced
 from .. import attention
 from ..forwards import autocast_of
-from .bare import all_layers, fed, reaching, reentrant, without_checkpointing
+from .bare import all_layers, fed, reaching, without_checkpointing
+from .checkpointing import collected, reentrant
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
 from .first_label import FIRST, with_first_label, with_last, without_last
 from .prompt_operator import compiled_tensors, number_of
@@ -616,10 +616,8 @@ class Prefixes:
                 handle.remove()
         return torch.cat([t.to(ids.device) for t in seen], 1)
 
-    # Gradients where layers run again under reentrant checkpointing, each in a backward of its own.
-
     def _collect(self, run: _Run, embeds: Tensor | None) -> dict[str, Tensor]:
-        """Give layers copies that end their graphs; once all have run back, the sums go on from the prefixes.
+        """Where layers run again in backward passes of their own, let the gradients of their prefixes be gathered.
 
         Args:
             embeds: the decoder's ``inputs_embeds``: then the embedding does not run inside.
@@ -629,37 +627,14 @@ class Prefixes:
         """
         if not (any(map(reentrant, self._checkpointing)) and self.decoder.training and torch.is_grad_enabled()):
             return {}
-        values = [t for prefix in run.layers for t in (prefix.k, prefix.v)]
-        if not any(t.requires_grad for t in values):
+        if not any(t.requires_grad for prefix in run.layers for t in (prefix.k, prefix.v)):
             return {}
-        leaves = [t.detach().requires_grad_() for t in values]
-        run.layers = [
-            prefix._replace(k=k, v=v) for prefix, k, v in zip(run.layers, leaves[::2], leaves[1::2], strict=True)
-        ]
-        # The embedding's output is upstream of every layer, so its backward comes last; and it must require a gradient
-        # for these checkpoints to record anything.
+        run.layers, gather = collected(run.layers)
         if embeds is not None:
-            return {"inputs_embeds": _Collect.apply(embeds, leaves, *values)}
+            return {"inputs_embeds": gather(embeds)}
         embedding = self.decoder.get_input_embeddings()
-        self._collecting = embedding.register_forward_hook(lambda m, a, x: _Collect.apply(x, leaves, *values))
+        self._collecting = embedding.register_forward_hook(lambda module, args, x: gather(x))
         return {}
-
-
-class _Collect(torch.autograd.Function):
-    """x itself; in backward the gradients that ``leaves`` have gathered go to what they were copied from."""
-
-    @staticmethod
-    def forward(ctx, x, leaves, *values):  # noqa: ANN001
-        ctx.leaves = leaves
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001
-        gathered = [leaf.grad for leaf in ctx.leaves]
-        for leaf in ctx.leaves:
-            leaf.grad = None
-        return grad, None, *gathered
 
 
 def _home(layer: nn.Module) -> torch.device | None:
