@@ -213,7 +213,7 @@ class SoftPromptTuner(Tuner):
 
     def _put(self, name: str, config: SoftPromptConfig) -> None:
         """Let the model read the adapter's parameters."""
-        from ..integrations.soft_prompts.prefixes import Source
+        from ..integrations.soft_prompts.kept_prompts import Source
 
         source = Source(self.bank.prompts[name], config.form, config.num_virtual_tokens, config.dropout)
         self.prefixes.add(name, source)

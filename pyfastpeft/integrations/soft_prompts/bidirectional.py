@@ -25,7 +25,8 @@ from ...nn.prompt_encoder import Form
 from .. import attention
 from ..forwards import ModuleForward
 from .decoders import KeyValueShape, block_of
-from .prefixes import OFF, Prefixes, Source, Values, distinct, goes_on, past_of
+from .kept_prompts import Source, Values
+from .prefixes import OFF, Prefixes, distinct, goes_on, past_of
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
 
 Room = Callable[[], "tuple[int, Tensor | None] | None"]

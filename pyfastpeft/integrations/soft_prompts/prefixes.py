@@ -15,7 +15,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
-from ...caching import AdapterCache, put_bounded, registered, stamp_of
-from ...nn.prompt_encoder import Form, SoftPrompt
+from ...caching import put_bounded
+from ...nn.prompt_encoder import Form
 from ...ops.tracing import traced
 from .. import attention
-from ..forwards import autocast_of
 from .bare import all_layers, fed, reaching, without_checkpointing
 from .checkpointing import collected, reentrant
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
 from .first_label import FIRST, with_first_label, with_last, without_last
+from .kept_prompts import KeptPrompts, Source, Values
 from .prompt_operator import compiled_tensors, number_of
 from .prompt_tokens import first_visible
 
@@ -39,46 +39,6 @@ OFF = object()
 """``bank.run`` while a soft prompt itself is worked out: no prefix."""
 
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
-
-_BASE = "base parameters"
-_ADAPTERS = {
-    "bottleneck",
-    "lora_A",
-    "lora_B",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "modules_to_save",
-    "trainable_tokens_delta",
-}
-"""Where layers have what is an adapter's own."""
-
-
-class Source(NamedTuple):
-    """A soft prompt: its parameters, what they are, how many tokens, and the dropout on keys and values in training."""
-
-    module: SoftPrompt
-    form: Form
-    count: int
-    dropout: float = 0.0
-
-
-class Values(NamedTuple):
-    """What a soft prompt, or several, come to.
-
-    Attributes:
-        tensors: keys and values, layer by layer in turn, each [1, heads, length, dim].
-        last: the decoder's output [1, hidden] for the last virtual token, from which the model would go on; None where
-            there is none.
-    """
-
-    tensors: list[Tensor]
-    last: Tensor | None
-
-    @property
-    def records(self) -> bool:
-        """Whether a gradient would flow into them."""
-        return any(t.requires_grad for t in self.tensors)
 
 
 class _Run:
@@ -169,6 +129,7 @@ class Prefixes:
         self.seq2seq = bool(model.config.is_encoder_decoder)
         self.sources: dict[str, Source] = {}
         self._find()
+        self._kept = KeptPrompts(model, self.decoder, bank)
         self._checkpointing = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles: list[Any] = []
         self._collecting: Any = None
@@ -445,93 +406,28 @@ class Prefixes:
         return _Run([Prefix(k, v, *rows[k.device]) for k, v in pairs], shift, last)
 
     def _of_row(self, names: tuple[str, ...], decoding: bool) -> Values:
-        """For a row that uses ``names``. Several soft prompts lie one after the other, each as it is alone."""
+        """For a row that uses ``names``."""
         others = tuple(n for n in names if n not in self.sources)
-        parts = [self._of_prompt(n, others, decoding) for n in names if n in self.sources]
-        if len(parts) == 1:
-            return parts[0]
-        held = None if traced() else self._made.get(names, names)
-        if held is not None and all(map(operator.is_, held[0], parts)):
-            return held[1]
-        tensors = zip(*(part.tensors for part in parts), strict=True)
-        joined = Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
-        if not (joined.records or traced()):
-            self._made.put(names, names, (parts, joined))
-        return joined
+        parts = [self._of_prompt((n, *others), decoding) for n in names if n in self.sources]
+        return parts[0] if len(parts) == 1 else self._kept.joined(names, parts)
 
-    def _of_prompt(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
-        source = self.sources[name]
+    def _of_prompt(self, names: tuple[str, ...], decoding: bool) -> Values:
+        """For the soft prompt ``names[0]``, with the other adapters on its row."""
+        source = self.sources[names[0]]
         if not torch.compiler.is_compiling():
-            return self._kept(name, others, decoding)
+            return self._kept.of_prompt(source, names, decoding, self._work_out)
         if source.form is Form.KEYS_VALUES:
             return self._work_out(source, ())
-        tensors = compiled_tensors(self, (name, *others), self.decoder.training, decoding)
+        tensors = compiled_tensors(self, names, self.decoder.training, decoding)
         return Values(tensors[:-1], tensors[-1]) if source.form is Form.EMBEDDINGS else Values(tensors, None)
-
-    def _kept(self, name: str, others: tuple[str, ...], decoding: bool) -> Values:
-        """:meth:`_of_prompt`, kept where that is safe."""
-        source = self.sources[name]
-        parameters = list(source.module.parameters())
-        others = () if source.form is Form.KEYS_VALUES else others
-        for other in others:
-            parameters += self.bank.parameters(other)
-        everything = (*parameters, *self._base_parameters(source))
-        if traced() or (torch.is_grad_enabled() and any(p.requires_grad for p in everything)):
-            return self._work_out(source, others)
-        # What trains may be written through .data, which leaves no trace: it is kept for one generation at most, in
-        # which the base does not change either.
-        trusted = decoding or (self.bank.frozen.issuperset((name, *others)) and not self.decoder.training)
-        # The embedding stands for the model, which may be moved, cast or loaded anew.
-        embedding = self.model.get_input_embeddings()
-        embedding = getattr(embedding, "base_layer", embedding).weight
-        stamp = stamp_of([*parameters, embedding])
-        own = stamp, self.decoder.training, autocast_of(embedding)
-        # A request beyond the usual reach, which stays there, and one that is not may be served in turn.
-        names, key = (name, *others), (name, others, self.bank.reach > 0)
-        held = self._made.get(names, key)
-        known = trusted and stamp is not None and held is not None and held[0] == own
-        if known and decoding:
-            return held[2]
-        rest = stamp_of(self._base_parameters(source)), self.bank.reach
-        if known and held[1] == rest:
-            return held[2]
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
-            values = self._work_out(source, others)
-        self._made.put(names, key, (own, rest, values, parameters))
-        return values
-
-    @property
-    def _made(self) -> AdapterCache:
-        """What prompts come to: one beside other adapters, or several."""
-        return self.bank.kept.setdefault("made", AdapterCache())
-
-    def _base_parameters(self, source: Source) -> list[nn.Parameter]:
-        """The decoder's own, as against its adapters', as far as ``source`` depends on them."""
-        if source.form is Form.KEYS_VALUES:
-            return []
-        now = registered()
-        known, found = self.bank.kept.get(_BASE, (None, []))
-        if known != now:  # some may be other objects
-            found = self._look_up_base()
-            self.bank.kept[_BASE] = now, found
-        return found
-
-    def _look_up_base(self) -> list[nn.Parameter]:
-        while True:
-            try:
-                named = self.decoder.named_parameters()
-                return [p for name, p in named if _ADAPTERS.isdisjoint(name.split("."))]
-            except RuntimeError as error:
-                if "during iteration" not in str(error):  # else another thread puts an adapter in or takes one out
-                    raise
 
     def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
         return [parameter for name in names for parameter in self.bank.parameters(name)]
 
     def tensors(self, names: Sequence[str], decoding: bool) -> list[Tensor]:
-        name, others = names[0], tuple(names[1:])
-        with self.bank.using(_beside_a_prompt(others)):
-            values = self._kept(name, others, decoding)
+        names = tuple(names)
+        with self.bank.using(_beside_a_prompt(names[1:])):
+            values = self._kept.of_prompt(self.sources[names[0]], names, decoding, self._work_out)
         return values.tensors if values.last is None else [*values.tensors, values.last]
 
     def _work_out(self, source: Source, others: tuple[str, ...]) -> Values:

@@ -1,0 +1,143 @@
+"""A soft prompt, what it comes to, and that being kept until something changes that it depends on."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters import AdapterBank
+from ...caching import AdapterCache, registered, stamp_of
+from ...nn.prompt_encoder import Form, SoftPrompt
+from ...ops.tracing import traced
+from ..forwards import autocast_of
+
+_BASE = "base parameters"
+_ADAPTERS = {
+    "bottleneck",
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "modules_to_save",
+    "trainable_tokens_delta",
+}
+"""Where layers have what is an adapter's own."""
+
+
+class Source(NamedTuple):
+    """A soft prompt: its parameters, what they are, how many tokens, and the dropout on keys and values in training."""
+
+    module: SoftPrompt
+    form: Form
+    count: int
+    dropout: float = 0.0
+
+
+class Values(NamedTuple):
+    """What a soft prompt, or several, come to.
+
+    Attributes:
+        tensors: keys and values, layer by layer in turn, each [1, heads, length, dim].
+        last: the decoder's output [1, hidden] for the last virtual token, from which the model would go on; None where
+            there is none.
+    """
+
+    tensors: list[Tensor]
+    last: Tensor | None
+
+    @property
+    def records(self) -> bool:
+        """Whether a gradient would flow into them."""
+        return any(t.requires_grad for t in self.tensors)
+
+
+class KeptPrompts:
+    """What the soft prompts of ``model``, which run through its ``decoder``, come to; it is kept in the ``bank``."""
+
+    def __init__(self, model: nn.Module, decoder: nn.Module, bank: AdapterBank) -> None:
+        self.model, self.decoder, self.bank = model, decoder, bank
+
+    def of_prompt(
+        self,
+        source: Source,
+        names: tuple[str, ...],
+        decoding: bool,
+        work_out: Callable[[Source, tuple[str, ...]], Values],
+    ) -> Values:
+        """What ``source`` comes to: as ``work_out`` says, or as it said before where that is safe.
+
+        Args:
+            names: the prompt's own and those of the other adapters on its row.
+            decoding: whether this goes on from a cache, for which the same prompt was worked out before.
+            work_out: from the source and those of the other adapters that matter to it.
+        """
+        if source.form is Form.KEYS_VALUES:
+            names, base = names[:1], []
+        else:
+            base = self._base_parameters()
+        others = names[1:]
+        parameters = list(source.module.parameters())
+        for other in others:
+            parameters += self.bank.parameters(other)
+        if traced() or (torch.is_grad_enabled() and any(p.requires_grad for p in (*parameters, *base))):
+            return work_out(source, others)
+        # What trains may be written through .data, which leaves no trace: it is kept for one generation at most, in
+        # which the base does not change either.
+        trusted = decoding or (self.bank.frozen.issuperset(names) and not self.decoder.training)
+        # The embedding stands for the model, which may be moved, cast or loaded anew.
+        embedding = self.model.get_input_embeddings()
+        embedding = getattr(embedding, "base_layer", embedding).weight
+        stamp = stamp_of([*parameters, embedding])
+        own = stamp, self.decoder.training, autocast_of(embedding)
+        # A request beyond the usual reach, which stays there, and one that is not may be served in turn.
+        key = names, self.bank.reach > 0
+        held = self._made.get(names, key)
+        known = trusted and stamp is not None and held is not None and held[0] == own
+        if known and decoding:
+            return held[2]
+        rest = stamp_of(base), self.bank.reach
+        if known and held[1] == rest:
+            return held[2]
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
+            values = work_out(source, others)
+        self._made.put(names, key, (own, rest, values, parameters))
+        return values
+
+    def joined(self, names: tuple[str, ...], parts: list[Values]) -> Values:
+        """Several soft prompts of a row that uses ``names``, one after the other, each as it is alone."""
+        held = None if traced() else self._made.get(names, names)
+        if held is not None and all(map(operator.is_, held[0], parts)):
+            return held[1]
+        tensors = zip(*(part.tensors for part in parts), strict=True)
+        joined = Values([torch.cat(layer, 2) for layer in tensors], parts[-1].last)
+        if not (joined.records or traced()):
+            self._made.put(names, names, (parts, joined))
+        return joined
+
+    @property
+    def _made(self) -> AdapterCache:
+        """What prompts come to: one beside other adapters, or several."""
+        return self.bank.kept.setdefault("made", AdapterCache())
+
+    def _base_parameters(self) -> list[nn.Parameter]:
+        """The decoder's own, as against its adapters'."""
+        now = registered()
+        known, found = self.bank.kept.get(_BASE, (None, []))
+        if known != now:  # some may be other objects
+            found = self._look_up_base()
+            self.bank.kept[_BASE] = now, found
+        return found
+
+    def _look_up_base(self) -> list[nn.Parameter]:
+        while True:
+            try:
+                named = self.decoder.named_parameters()
+                return [p for name, p in named if _ADAPTERS.isdisjoint(name.split("."))]
+            except RuntimeError as error:
+                if "during iteration" not in str(error):  # else another thread puts an adapter in or takes one out
+                    raise
