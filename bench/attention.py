@@ -136,17 +136,14 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "attention", rounds=9, threads=2)
     parser.add_argument("--shapes", type=harness.shapes, default="1x128,8x128,4x256,1x512,8x512,1x2048")
     parser.add_argument("--prefix", type=harness.ints, default="0,20", help="lengths; 0 is none")
     parser.add_argument("--dtypes", type=harness.split, default="bf16,fp32")
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--head-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds a line")
-    parser.add_argument("--out", default="attention", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
     harness.run(measure, args)
 

@@ -12,7 +12,6 @@ written by this script. A call decodes a prompt of eight tokens and then a fixed
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,19 +84,15 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
         for name, (requires, make) in CONTENDERS.items():
             if not harness.matches(name, args.only):
                 continue
-            if missing := [package for package in requires if not harness.installed(package)]:
-                absent[name] = f"{', '.join(missing)} absent"
+            if reason := harness.missing(*requires):
+                absent[name] = reason
                 continue
             calls[name] = make(folder, args.threads)
             calls[name](args.tokens)
-        timings = {name: harness.Timing() for name in calls}
-        with harness.Load() as load:
-            for _ in range(args.rounds):
-                for name, call in calls.items():
-                    time.sleep(harness.SETTLE_S)
-                    start = time.perf_counter()
-                    call(args.tokens)
-                    timings[name].samples.append((time.perf_counter() - start) / args.tokens)
+        a_token = {
+            name: lambda call=call: harness.seconds(call, args.tokens) / args.tokens for name, call in calls.items()
+        }
+        timings, load = harness.in_turn(a_token, args.rounds, harness.SETTLE_S)
     for name, reason in absent.items():
         console.print(f"[yellow]{name}: not measured ({reason})")
     rows = {
@@ -115,13 +110,10 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "decode", rounds=5, threads=2)
     parser.add_argument("--model", choices=models.NAMES, default="smollm2")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", type=harness.split, default="*")
-    parser.add_argument("--out", default="decode", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
     harness.run(measure, args)
 

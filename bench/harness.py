@@ -133,6 +133,26 @@ class Load:
         self.cores = max(0.0, busy_elsewhere() - self._busy) / (time.perf_counter() - self._start)
 
 
+def seconds(call: Callable[..., object], *args: object) -> float:
+    """How long ``call(*args)`` takes."""
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def in_turn(
+    calls: dict[str, Callable[[], float]], rounds: int, settle_s: float = 0.0
+) -> tuple[dict[str, Timing], Load]:
+    """Every call once a round, which returns the seconds to be noted; and what else kept the cores busy meanwhile."""
+    timings = {name: Timing() for name in calls}
+    with Load() as load:
+        for _ in range(rounds):
+            for name, call in calls.items():
+                time.sleep(settle_s)
+                timings[name].samples.append(call())
+    return timings, load
+
+
 def limits(threads: int) -> dict[str, float | None]:
     """What this machine reaches now: reading memory, and in each arithmetic; None where it lacks the instruction."""
     from pyfastpeft import _native
@@ -164,6 +184,12 @@ def peak_mb() -> float:
 
 def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def missing(*packages: str) -> str:
+    """Which of them are absent here, as a reason; empty where all are installed."""
+    absent = [package for package in packages if not installed(package)]
+    return f"{', '.join(absent)} absent" if absent else ""
 
 
 def _version(package: str) -> str:
@@ -221,6 +247,16 @@ def run(measure: Callable[[argparse.Namespace, Console], dict], args: argparse.N
     console = Console()
     path = write(args.out, {"machine": machine(), "result": measure(args, console)})
     console.print(f"written: {path}")
+
+
+def parser(doc: str, out: str, rounds: int, threads: int | None = None) -> argparse.ArgumentParser:
+    """For a module of this package, with the options that all have; ``--threads`` where it takes one number of them."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if threads is not None:
+        made.add_argument("--threads", type=int, default=threads)
+    made.add_argument("--rounds", type=int, default=rounds)
+    made.add_argument("--out", default=out, help="name in bench/results, or a path ending in .json")
+    return made
 
 
 def ints(text: str) -> list[int]:

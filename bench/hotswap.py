@@ -9,7 +9,6 @@ operating system has cached.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -74,10 +73,9 @@ def peft(checkpoint: str, out: Path, lora: dict) -> dict[str, Callable]:
 
 
 def measure(model: str, rounds: int, console: Console) -> dict[str, dict]:
-    missing = [p for p in ("peft", "bitsandbytes") if not harness.installed(p)]
-    if missing:
-        console.print(f"[yellow]peft: not measured ({', '.join(missing)} absent)")
-    makers = {"ours": ours} | ({} if missing else {"peft": peft})
+    if reason := harness.missing("peft", "bitsandbytes"):
+        console.print(f"[yellow]peft: not measured ({reason})")
+    makers = {"ours": ours} | ({} if reason else {"peft": peft})
     calls = {}
     with models.checkpoint(model) as checkpoint, tempfile.TemporaryDirectory() as out:
         for name, make in makers.items():
@@ -88,11 +86,8 @@ def measure(model: str, rounds: int, console: Console) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "hotswap", rounds=15, threads=1)
     parser.add_argument("--model", choices=models.SIZES, default="135m")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", default="hotswap", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console()

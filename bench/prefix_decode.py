@@ -117,12 +117,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
             sizes[name] = once if shared else once * args.rows
             calls[name] = _generate(model, more, args.rows, args.prefix, shared)
             calls[name](2)
-        timings = {name: harness.Timing() for name in calls}
-        with harness.Load() as load:
-            for _ in range(args.rounds):
-                for name, call in calls.items():
-                    time.sleep(harness.SETTLE_S)
-                    timings[name].samples.append(call(args.tokens) / args.tokens)
+        a_token = {name: lambda call=call: call(args.tokens) / args.tokens for name, call in calls.items()}
+        timings, load = harness.in_turn(a_token, args.rounds, harness.SETTLE_S)
     rows = {
         name: timing.as_dict()
         | {
@@ -145,15 +141,12 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "prefix_decode", rounds=5, threads=2)
     parser.add_argument("--model", choices=models.NAMES, default="smollm2")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--prefix", type=int, default=512, help="tokens in the prefix")
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", type=harness.split, default="*")
-    parser.add_argument("--out", default="prefix_decode", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
     harness.run(measure, args)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -34,16 +35,16 @@ def stepper(name: str, folder: str, batch: int, length: int) -> Callable[[], flo
 def measure(args: argparse.Namespace, console: Console) -> dict:
     names = [n for n in CONTENDERS if harness.matches(n, args.only)]
     for peer, packages in (("peft_bnb_nf4", ("peft", "bitsandbytes")), ("peft_bf16", ("peft",))):
-        missing = [p for p in packages if not harness.installed(p)]
-        if missing and peer in names:
-            console.print(f"[yellow]{peer}: not measured ({', '.join(missing)} absent)")
+        if peer in names and (reason := harness.missing(*packages)):
+            console.print(f"[yellow]{peer}: not measured ({reason})")
             names.remove(peer)
     with models.checkpoint(args.model) as folder:
         options = [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
         peaks = {name: training.peak_mb(__spec__.name, name, folder, *options) for name in names}
         steps = {name: stepper(name, folder, args.batch, args.length) for name in names}
         losses = {name: [step(), step()] for name, step in steps.items()}
-        timings, load = training.in_turn(steps, args.rounds)
+        calls = {name: partial(harness.seconds, step) for name, step in steps.items()}
+        timings, load = harness.in_turn(calls, args.rounds)
     rows = {}
     for name in names:
         rows[name] = timings[name].as_dict() | {"peak_mb": peaks[name], "first_losses": losses[name]}
@@ -60,14 +61,11 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "qlora_step", rounds=7, threads=2)
     parser.add_argument("--model", choices=models.SIZES, default="135m")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", type=harness.split, default="*")
-    parser.add_argument("--out", default="qlora_step", help="name in bench/results, or a path ending in .json")
     training.add_child_arguments(parser, CONTENDERS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

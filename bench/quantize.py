@@ -5,7 +5,6 @@ python -m bench.quantize --threads 1,2
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
@@ -64,11 +63,9 @@ def measure(threads: int, shape: tuple[int, int], rounds: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "quantize", rounds=5)
     parser.add_argument("--threads", type=harness.counts, default="1,2")
     parser.add_argument("--shape", type=harness.shapes, default="4096x4096", help="KxN of the weight")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", default="quantize", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
     console = Console(width=120)
     if not harness.installed("bitsandbytes"):

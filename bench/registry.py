@@ -140,8 +140,7 @@ class Contender:
 
     def missing(self) -> str:
         """The packages that are absent here, as a reason; empty where all are installed."""
-        absent = [package for package in self.requires if not harness.installed(package)]
-        return f"{', '.join(absent)} absent" if absent else ""
+        return harness.missing(*self.requires)
 
 
 REGISTRY: dict[str, Contender] = {}

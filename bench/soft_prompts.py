@@ -14,6 +14,7 @@ import argparse
 import gc
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,9 +69,10 @@ def steps(folder: str, base: str, method: str, args: argparse.Namespace) -> dict
     peaks = {name: training.peak_mb(__spec__.name, name, folder, *options) for name in names}
     calls = {}
     for name in names:
-        calls[name] = stepper(name, folder, base, method, args)
-        calls[name]()
-    timings, load = training.in_turn(calls, args.rounds)
+        step = stepper(name, folder, base, method, args)
+        step()
+        calls[name] = partial(harness.seconds, step)
+    timings, load = harness.in_turn(calls, args.rounds)
     row = {name: timings[name].as_dict() | {"peak_mb": peaks[name]} for name in names}
     if "peft" in names:
         row["speedup"] = round(timings["peft"].ratio(timings["ours"]), 3)
@@ -127,16 +129,13 @@ def _line(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "soft_prompts", rounds=7, threads=2)
     parser.add_argument("--model", choices=models.NAMES, default="135m")
     parser.add_argument("--bases", type=harness.split, default=",".join(BASES))
     parser.add_argument("--methods", type=harness.split, default=",".join(METHODS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--virtual", type=int, default=20, help="virtual tokens")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", default="soft_prompts", help="name in bench/results, or a path ending in .json")
     training.add_child_arguments(parser, CONTENDERS)
     args = parser.parse_args()
     for name, given, known in (("--bases", args.bases, BASES), ("--methods", args.methods, METHODS)):

@@ -397,10 +397,8 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, list[dict]], Iterator[Row]]] =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "targets", rounds=9)
     parser.add_argument("--only", type=harness.split, default=",".join(SECTIONS), help=", ".join(SECTIONS))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", default="targets", help="name in bench/results, or a path ending in .json")
     args = parser.parse_args()
     unknown = set(args.only) - set(SECTIONS)
     if unknown:

@@ -1,4 +1,4 @@
-"""What the benchmarks of training steps share: a step, steps in turn, and the peak memory of one on its own."""
+"""What the benchmarks of training steps share: a step, and the peak memory of one on its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -32,18 +31,6 @@ def stepper(model: nn.Module, rate: float, **inputs: Tensor) -> Callable[[], flo
         return float(loss)
 
     return step
-
-
-def in_turn(steps: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, harness.Timing], harness.Load]:
-    """The time of each step in every round, and what else kept the cores busy meanwhile."""
-    timings = {name: harness.Timing() for name in steps}
-    with harness.Load() as load:
-        for _ in range(rounds):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                timings[name].samples.append(time.perf_counter() - start)
-    return timings, load
 
 
 def cells(timed: dict, compared: dict) -> tuple[str, str, str, str]:
