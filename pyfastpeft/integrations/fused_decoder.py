@@ -384,6 +384,39 @@ class _Growing:
             layer.keys, layer.values = keys, values
 
 
+class _Static:
+    """Keys and values of a :class:`StaticCache`, which has room for all its tokens."""
+
+    def __init__(
+        self, layers: list[StaticLayer], shape: tuple[int, int, int, int], past: int, dtype: torch.dtype
+    ) -> None:
+        """Those that ``layers`` hold, which are made if they hold none yet."""
+        if not layers[0].is_initialized:
+            batch, heads, length, dim = shape
+            new = torch.empty((batch, heads, length - past, dim), dtype=dtype, device="cpu")
+            for layer in layers:
+                layer.lazy_initialization(new, new)
+        self.keys, self.values = [layer.keys for layer in layers], [layer.values for layer in layers]
+
+    def show(self, layers: list[StaticLayer], length: int) -> None:
+        """Let the cache's layers hold the first ``length`` positions."""
+        for layer in layers:
+            if hasattr(layer, "cumulative_length"):  # older versions count what is not zero
+                layer.cumulative_length.fill_(length)
+
+
+def _asks_for_more(config: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a call wants what the stack does not compute, or says what it does not know."""
+    return (
+        any(isinstance(value, Tensor) or value for value in kwargs.values())
+        or not (config.use_cache if use_cache is None else use_cache)
+        or config.output_attentions
+        or config.output_hidden_states
+        or config._attn_implementation not in ("sdpa", "eager", ATTENTION)
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
 class _FewRows(ModuleForward):
     """Forward of a decoder: few rows by the fused stack, everything else by the class's own forward."""
 
@@ -430,15 +463,7 @@ class _FewRows(ModuleForward):
             return None  # before anything is asked that a GPU would be waited for
         if type(cache) not in (DynamicCache, StaticCache):
             return None
-        if any(isinstance(value, Tensor) or value for value in kwargs.values()):
-            return None
-        if (
-            not (config.use_cache if use_cache is None else use_cache)
-            or config.output_attentions
-            or config.output_hidden_states
-            or config._attn_implementation not in ("sdpa", "eager", ATTENTION)
-            or torch.is_autocast_enabled("cpu")
-        ):
+        if _asks_for_more(config, use_cache, kwargs):
             return None
         layers = cache.layers
         count = config.num_hidden_layers
@@ -461,7 +486,6 @@ class _FewRows(ModuleForward):
         if stack.held is None or not stack.serves(batch):
             return None
         x = model.embed_tokens(input_ids)
-        shape = (batch, stack.kv_heads, length, stack.dim)
         if not x.is_cpu or x.dtype != stack.dtype:
             return None
         if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
@@ -473,29 +497,33 @@ class _FewRows(ModuleForward):
             position_ids = torch.arange(past, length, device=x.device).unsqueeze(0)
         cos, sin = model.rotary_emb(x, position_ids=position_ids)
         mask = None if attention_mask is None else attention_mask.bool()
-        if kind is StaticLayer:
-            if not begun:
-                new = x.new_empty((batch, stack.kv_heads, tokens, stack.dim))
-                for layer in layers:
-                    layer.lazy_initialization(new, new)
-            keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
-        else:
-            growing = self._caches.get(cache)
-            if growing is None or not growing.serves(layers, length):
-                held = (batch, stack.kv_heads, past, stack.dim)
-                if begun and any(t.shape != held for layer in layers for t in (layer.keys, layer.values)):
-                    return None
-                growing = self._caches[cache] = _Growing(layers, shape, x.dtype)
-            keys, values = growing.keys, growing.values
+        room = self._room(cache, (batch, stack.kv_heads, length, stack.dim), past, x.dtype)
+        if room is None:
+            return None
         number = stack.held.number
-        y = torch.ops.pyfastpeft.decoder_forward.default(number, x, cos, sin, mask, keys, values, past, *prefix)
-        if kind is StaticLayer:
-            for layer in layers:
-                if hasattr(layer, "cumulative_length"):  # older versions count what is not zero
-                    layer.cumulative_length.add_(tokens)
-        else:
-            growing.show(layers, length)
+        y = torch.ops.pyfastpeft.decoder_forward.default(
+            number, x, cos, sin, mask, room.keys, room.values, past, *prefix
+        )
+        room.show(layers, length)
         return BaseModelOutputWithPast(last_hidden_state=y.view(batch, tokens, -1), **{_CACHE: cache})
+
+    def _room(
+        self, cache: DynamicCache | StaticCache, shape: tuple[int, int, int, int], past: int, dtype: torch.dtype
+    ) -> _Growing | _Static | None:
+        """For keys and values of ``shape`` [batch, heads, length, dim], of which the cache holds the first ``past``;
+        None where it holds others."""
+        layers, (batch, heads, length, dim) = cache.layers, shape
+        if type(cache) is StaticCache:
+            return _Static(layers, shape, past, dtype)
+        growing = self._caches.get(cache)
+        if growing is None or not growing.serves(layers, length):
+            held = (batch, heads, past, dim)
+            if layers[0].is_initialized and any(
+                t.shape != held for layer in layers for t in (layer.keys, layer.values)
+            ):
+                return None
+            growing = self._caches[cache] = _Growing(layers, shape, dtype)
+        return growing
 
     def _stack(self, cache: Any) -> _Stack:
         for stack in self._stacks:
