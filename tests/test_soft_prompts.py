@@ -966,15 +966,15 @@ class TestServing:
             trained.hotswap_adapter(tmp_path / "a")
 
     def test_a_soft_prompt_is_worked_out_once(self, tmp_path, monkeypatch):
-        from pyfastpeft.integrations.soft_prompts.prefixes import Prefixes
+        from pyfastpeft.integrations.soft_prompts.causal import CausalPrefixes
 
         for name in ("a", "b"):
             ours(llama(), "prompt", seed=len(name)).save_pretrained(tmp_path / name)
         model = fp.PeftModel.from_pretrained(llama(), tmp_path / "a")
         model.load_adapter(tmp_path / "b", "b")
         counted = []
-        computed = Prefixes._computed
-        monkeypatch.setattr(Prefixes, "_computed", lambda self, *a: counted.append(1) or computed(self, *a))
+        computed = CausalPrefixes._computed
+        monkeypatch.setattr(CausalPrefixes, "_computed", lambda self, *a: counted.append(1) or computed(self, *a))
         ids = tiny.inputs()["input_ids"]
         for name in ("default", "b", "default", "b"):
             model.set_adapter(name)

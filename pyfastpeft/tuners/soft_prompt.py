@@ -151,7 +151,7 @@ class SoftPromptTuner(Tuner):
     def prefixes(self) -> Prefixes:
         """How the virtual tokens reach this model."""
         if self._prefixes is None:
-            from ..integrations.soft_prompts.bidirectional import prefixes_of
+            from ..integrations.soft_prompts import prefixes_of
 
             self._prefixes = prefixes_of(self.model, self.bank)
         return self._prefixes

@@ -1,12 +1,43 @@
 """Soft prompts in transformers models.
 
-- :mod:`.prefixes`: in a causal model, where each layer gets the prompt as a prefix of keys and values
-- :mod:`.first_label`: there, how the prompt is trained to the text's first token
-- :mod:`.bidirectional`: in encoders and encoder–decoders
-- :mod:`.prompt_tokens`: there, prompts at the embedding as tokens in front of each row's own
+- :mod:`.prefixes`: what a model's soft prompts are as prefixes of keys and values, and which prefix each row has
+- :mod:`.causal`: how a causal model gets them
+- :mod:`.first_label`: how a prompt in it is trained to the text's first token
 - :mod:`.decoders`: what a causal model consists of, and which ones can take a prefix
-- :mod:`.bare`: how a prompt runs through the model by itself
+- :mod:`.bidirectional`: how encoders and encoder–decoders get them
+- :mod:`.prompt_tokens`: there, prompts at the embedding as tokens in front of each row's own
 - :mod:`.kept_prompts`: what a prompt comes to, kept until something changes that it depends on
+- :mod:`.bare`: how a prompt runs through the model by itself
 - :mod:`.checkpointing`: the gradients of prefixes under reentrant checkpointing
 - :mod:`.prompt_operator`: what a prompt comes to, as one operator of compiled code
 """
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...adapters import AdapterBank
+from .bidirectional import BidirectionalPrefixes, attentions_in
+from .causal import CausalPrefixes
+from .prefixes import Prefixes
+
+
+def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
+    """The soft prompts of ``model``.
+
+    Raises:
+        ValueError: soft prompts do not apply to the model; says why.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"a {type(model).__name__} is no model of transformers; soft prompts need one")
+    decoder = model.get_decoder()
+    if getattr(getattr(decoder, "config", None), "is_encoder_decoder", False) and decoder.get_decoder() is not decoder:
+        raise ValueError(
+            f"what a {type(model).__name__} calls its decoder is a {type(decoder).__name__}, which has an encoder of "
+            "its own; give soft prompts to that model"
+        )
+    known = attentions_in(decoder)
+    causal = any(m.is_causal for m in known) if known else model.can_generate()  # what attends across is not
+    causal = causal and not model.config.is_encoder_decoder
+    return (CausalPrefixes if causal else BidirectionalPrefixes)(model, bank)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -34,27 +33,8 @@ Room = Callable[[], "tuple[int, Tensor | None] | None"]
 None: there is none."""
 
 
-def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
-    """The soft prompts of ``model``.
-
-    Raises:
-        ValueError: soft prompts do not apply to the model; says why.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"a {type(model).__name__} is no model of transformers; soft prompts need one")
-    decoder = model.get_decoder()
-    if getattr(getattr(decoder, "config", None), "is_encoder_decoder", False) and decoder.get_decoder() is not decoder:
-        raise ValueError(
-            f"what a {type(model).__name__} calls its decoder is a {type(decoder).__name__}, which has an encoder of "
-            "its own; give soft prompts to that model"
-        )
-    known = _attentions(decoder)
-    causal = any(m.is_causal for m in known) if known else model.can_generate()  # what attends across is not
-    causal = causal and not model.config.is_encoder_decoder
-    return (Prefixes if causal else BidirectionalPrefixes)(model, bank)
-
-
-def _attentions(model: nn.Module) -> list[nn.Module]:
+def attentions_in(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of ``model``, which say of themselves whether they are causal."""
     return [m for m in model.modules() if isinstance(vars(m).get("is_causal"), bool)]
 
 
@@ -182,7 +162,7 @@ class BidirectionalPrefixes(Prefixes):
         self.decoder = self.model.get_decoder() if self.seq2seq else self.model
         if not self.seq2seq:
             self._check_embeds()
-        self.attentions = [m for m in _attentions(self.decoder) if m.is_causal or not self.seq2seq]
+        self.attentions = [m for m in attentions_in(self.decoder) if m.is_causal or not self.seq2seq]
         paths = {m: path for path, m in self.decoder.named_modules()}
         self._blocks = [block_of(self.decoder, paths[m]) for m in self.attentions]
         kind, config = type(self.model).__name__, getattr(self.decoder, "config", None)
@@ -294,9 +274,6 @@ class BidirectionalPrefixes(Prefixes):
 
     # Keys and values.
 
-    def _before_loss(self, *_: Any) -> None:
-        """No label is learned at a prompt."""
-
     @torch.compiler.disable
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         rows = self.rows
@@ -312,6 +289,11 @@ class BidirectionalPrefixes(Prefixes):
             return None  # the decoder says so itself
         self.bank.run = self.run_of(rows, len(given), goes_on(past_of(kwargs), given.shape[1]))
         return args, kwargs | self._collect(self.bank.run, kwargs.get("inputs_embeds"))
+
+    @torch.compiler.disable
+    def _after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self.bank.run is not OFF:
+            self._clear()
 
     @torch.compiler.disable
     def _room(self) -> tuple[int, Tensor | None] | None:
@@ -345,7 +327,6 @@ class BidirectionalPrefixes(Prefixes):
         return super().export(names)
 
     def keys_values(self, ids: Tensor) -> Tensor:
-        """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
         made, slots = self._of_tokens(ids), self.slots
         # What no layer reads is as of the layer of that number.
         readers = [slots.index(i) if i in slots else min(i, len(slots) - 1) for i in range(self.shape.layers)]

@@ -1,0 +1,194 @@
+"""Soft prompts in a causal model: before every forward each attention layer gets its prefix of keys and values.
+
+A soft prompt comes first in the sequence, so what it is in a layer does not depend on what follows. It is worked out
+once at batch 1, and the layers' attention (:mod:`pyfastpeft.integrations.attention`) reads it: rows never get longer,
+caches never hold it, logits are those of the text alone. The text stands after the prefix: its positions start at the
+length of its own row's prefix, padding on the left not counted.
+
+What compilers can follow of it is compiled along, the rest runs by itself: what compiled code would set in a thread's
+own memory is lost, so there the prefixes are handed down as an argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from ...adapters import Rows
+from ...nn.prompt_encoder import Form
+from .. import attention
+from .bare import all_layers, reaching
+from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
+from .first_label import FIRST, with_first_label, with_last, without_last
+from .kept_prompts import Values
+from .prefixes import NOTHING, OFF, Prefixes, apart, beside, goes_on, past_of
+from .prompt_tokens import first_visible
+
+
+class CausalPrefixes(Prefixes):
+    """The soft prompts of one causal model."""
+
+    ATTENTION = attention.NAME
+
+    def _find(self) -> None:
+        self.decoder = decoder_of(self.model)
+        self._check_interface()
+        kind, config = type(self.model).__name__, self.decoder.config
+        self.shape = KeyValueShape.of_decoder(self.decoder, kind)
+        self.attentions, self._blocks = attentions_of(self.decoder)
+        self.slots = list(owners_of(self.attentions))
+        self._reaches_part = any(getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
+        parameters = inspect.signature(type(self.decoder).forward).parameters
+        self._parameters = tuple(parameters)[1:]
+        self._model_parameters = tuple(inspect.signature(type(self.model).forward).parameters)[1:]
+        self._hands_down = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if "position_ids" not in self._parameters:
+            raise ValueError(f"a {kind} takes no position_ids, so no text can stand after a soft prompt in it")
+        self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
+        embeddings = getattr(self.decoder, "embeddings", None)
+        self._rotaries = [m for m in self.decoder.modules() if depends_on_length(getattr(m, "rope_type", None))]
+        rope = getattr(config, "rope_parameters", None) or {}
+        self._usual_reach = rope.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", 0))
+        # RoBERTa's positions begin behind that of padding.
+        self._first = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
+
+    def check(self, form: Form) -> None:
+        kind, config = type(self.model).__name__, self.decoder.config
+        of_values = getattr(config, "v_head_dim", None) or self.shape.dim
+        if form is Form.KEYS_VALUES and of_values != self.shape.dim:
+            raise ValueError(
+                f"the keys of a {kind} have {self.shape.dim} numbers a head and its values {of_values}; use a prompt "
+                "at the embedding or in the layers' inputs, as keys and values that are learned must be of one size"
+            )
+        if form is Form.LAYER_INPUTS and hasattr(config, "altup_num_inputs"):
+            raise ValueError(
+                f"the layers of a {kind} have several inputs each; use prefix=True, which learns "
+                "keys and values themselves"
+            )
+
+    def _install(self) -> None:
+        super()._install()
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is not None and self.model is not self.decoder:
+            self._handles += [
+                self.model.register_forward_pre_hook(self._before_loss, with_kwargs=True),
+                self.model.register_forward_hook(without_last, with_kwargs=True, always_call=True),
+            ]
+
+    def _follows(self) -> bool:
+        return torch.compiler.is_compiling() and self._hands_down
+
+    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        return self._begin(args, kwargs) if self._follows() else apart(self._begin, args, kwargs)
+
+    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self.bank.run is OFF or attention.HANDED_DOWN in kwargs:
+            return None
+        rows = self.rows
+        follows = torch.compiler.is_compiling()
+        if not follows:
+            self._clear_interrupted()
+        if not self.uses(rows):
+            return (args, kwargs | {attention.HANDED_DOWN: NOTHING}) if follows else None
+        self._check_attention()
+        kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        inputs = kwargs.get("inputs_embeds")
+        inputs = kwargs.get("input_ids") if inputs is None else inputs
+        if inputs is None:
+            return None  # the decoder says so itself
+        past = past_of(kwargs)
+        decoding = goes_on(past, inputs.shape[1])
+        positions = self._positions(kwargs, inputs, past)
+        with self.bank.reaching(0 if follows else self._reach(rows, positions)):
+            run = self.run_of(rows, len(inputs), decoding)
+        if follows:
+            kwargs[attention.HANDED_DOWN] = run
+        else:
+            self.bank.run = run
+        kwargs["position_ids"] = positions + beside(positions, run.shift)
+        if follows and self._reaches_part and past is None and kwargs.get("attention_mask") is None:
+            # Without one, transformers takes positions that were given for those of packed sequences.
+            kwargs["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+        if past is None and self.decoder.training and torch.is_grad_enabled() and "use_cache" in self._parameters:
+            # Nothing goes on from a training step, and a cache would copy all keys and values.
+            kwargs["use_cache"] = bool(kwargs.get("use_cache"))
+        return (), kwargs | self._collect(run, kwargs.get("inputs_embeds"))
+
+    def _after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        run, first = kwargs.get(attention.HANDED_DOWN), kwargs.get(FIRST)
+        return apart(self._end, output, first) if run is None else with_last(output, run.last, first)
+
+    def _end(self, output: Any, first: Tensor | None) -> Any:
+        run = self.bank.run
+        if run is OFF:
+            return None
+        self._clear()
+        return None if run is None else with_last(output, run.last, first)
+
+    def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        return self._begin_loss(args, kwargs) if self._follows() else apart(self._begin_loss, args, kwargs)
+
+    def _begin_loss(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        kwargs = dict(zip(self._model_parameters, args, strict=False)) | kwargs
+        labels, rows = kwargs.get("labels"), self.rows
+        if self.bank.run is OFF or not rows or not isinstance(labels, Tensor) or labels.dim() != 2:
+            return None
+        forms = [[self.sources[n].form for n in names if n in self.sources] for names in rows]
+        found = with_first_label(kwargs, [of_row[-1:] == [Form.EMBEDDINGS] for of_row in forms])
+        return None if found is None else ((), found)
+
+    def _positions(self, kwargs: dict[str, Any], inputs: Tensor, past: int | Tensor | None) -> Tensor:
+        """Of the text, from the model's first on."""
+        room = past is not None  # beyond what is written
+        past, length = past if room else 0, inputs.shape[1]
+        given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        new = torch.arange(length, device=inputs.device) + beside(inputs, past)
+        if isinstance(mask, dict):  # made by the model around the decoder, which alone was told of the padding
+            mask = attention.seen_keys(mask)
+            mask = None if mask is None else mask.expand(len(inputs), -1)
+        if isinstance(mask, Tensor) and mask.dim() != 4:
+            seen = length if isinstance(past, Tensor) else past + length
+            fits = mask.dim() == 2 and len(mask) == len(inputs) and mask.shape[1] >= seen
+            if not fits or (mask.shape[1] > length and not room):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}; it must be {(len(inputs), past + length)}: one "
+                    "number a token of the text, none for virtual tokens"
+                )
+            if given is None:
+                return (new - first_visible(mask)).clamp(min=0) + self._first
+        return new.unsqueeze(0) + self._first if given is None else given
+
+    def _reach(self, rows: Sequence[tuple[str, ...]], positions: Tensor) -> int:
+        """See ``bank.reach``."""
+        if not self._rotaries:
+            return 0
+        longest = max(sum(self.sources[n].count for n in names if n in self.sources) for names in rows)
+        reach = int(positions.max()) + longest + 1
+        return reach if reach > self._usual_reach else 0
+
+    def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
+        cache = DynamicCache()
+        positions = torch.arange(len(embeddings), device=embeddings.device) + self._first
+        handed = {attention.HANDED_DOWN: NOTHING} if self._hands_down else {}  # should the decoder be compiled code
+        with (
+            self._bare(rows, layer_inputs),
+            reaching(self._rotaries, self.bank.reach),
+            all_layers(self.decoder.config, len(self.attentions)),
+        ):
+            output = self.decoder(
+                inputs_embeds=embeddings.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=True,
+                **{self._cache_name: cache},
+                **handed,
+            )
+        held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        return Values(self._in_layers(held), output[0][:, -1])
+
+    def keys_values(self, ids: Tensor) -> Tensor:
+        return torch.cat([t.to(ids.device) for t in self._of_tokens(ids)]).permute(2, 0, 1, 3).flatten(1)
