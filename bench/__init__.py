@@ -1,4 +1,4 @@
-"""The benchmarks: most figures in README.md come from a command here, the others from commands given there.
+"""The benchmarks: most figures in README.md come from a command here, the others from one that is written there.
 
 In the repository's root: ``python -m bench.linear``, ``bench.attention``, ``bench.qlora_step``, ``bench.soft_prompts``,
 ``bench.decode``, ``bench.prefix_decode``, ``bench.hotswap``, ``bench.quantize``; ``bench.targets`` holds it all against

@@ -1398,7 +1398,7 @@ class TestBadInput:
                         vocab_size=tiny.VOCAB, hidden_size=36, num_hidden_layers=2, pad_token_id=0
                     )
                 ),
-                "what a ModernBertDecoderForCausalLM calls its decoder is a Linear, so it cannot take a prefix",
+                r"ModernBertDecoderForCausalLM\.get_decoder\(\) returned a Linear, which has no config",
             ),
         ],
     )

@@ -587,9 +587,9 @@ class TestBadInput:
             )
         )
         for model, match in (
-            (around, "calls its decoder is a T5ForConditionalGeneration, which has an encoder of its own"),
+            (around, r"get_decoder\(\) returned a T5ForConditionalGeneration, which has an encoder of its own"),
             (mixing, "a FNetModel has no attention"),
-            (old, "what a FSMTForConditionalGeneration calls its decoder is no model of its own"),
+            (old, r"FSMTForConditionalGeneration\.get_decoder\(\) returned a FSMTDecoder, which has no config"),
         ):
             with pytest.raises(ValueError, match=match):
                 fp.get_peft_model(model, fp.PromptTuningConfig(num_virtual_tokens=2))

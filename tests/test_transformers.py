@@ -388,7 +388,9 @@ class TestBadInput:
     def test_a_cpu_beside_gpus_is_refused(self):
         quantizer = FastPeftQuantizer(fp.FastPeftConfig())
         for gpu in (0, "cuda:0", torch.device("cuda:0")):
-            with pytest.raises(ValueError, match=r"sends 'model.layers.1' to 'cpu', 'lm_head' to 'disk'; a model in 4"):
+            with pytest.raises(
+                ValueError, match=r"sends 'model.layers.1' to 'cpu', 'lm_head' to 'disk'; a 4-bit model"
+            ):
                 places = {"model.layers.0": gpu, "model.layers.1": "cpu", "lm_head": "disk"}
                 quantizer.validate_environment(device_map=places)
             quantizer.validate_environment(device_map={"model": gpu, "lm_head": "cuda:1"})

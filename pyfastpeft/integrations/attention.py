@@ -7,11 +7,12 @@ The mask function never makes a mask of [queries, keys] where it knows the patte
 sees every key, else one int32 number a key: *key positions* [batch, 1, window, keys], the place of the key counted from
 the first query, plus ``HIDDEN`` where it is padding. The query at t sees the keys at t and before. Keys that every
 query sees lie before all queries, so a mask that is not causal is of the same form; the third dimension is the sliding
-window, 1 where there is none, and takes no memory (its stride is 0). In a row whose first token the cache has dropped,
-padding has minus ``HIDDEN``: out of the window, and so is then the prefix, which lies right before the first key that
-is not hidden. So a mask says all there is to say about the pattern, and no module's word is needed for it. Patterns of
-other kinds (packed sequences, chunks, whatever a model adds) are transformers' own bool masks; where such a mask is cut
-to a sliding window, as over Gemma 3's images, key positions are its attribute ``_places`` and say where a prefix lies.
+window, 1 where there is none, and takes no memory (its stride is 0). If the cache has already dropped a row's first
+token, its padding gets place minus ``HIDDEN``. That is outside every window, and it moves the prefix, which lies right
+before the first key not hidden, out of the window too. The mask therefore describes the whole pattern; beside one,
+attributes of the module such as ``is_causal`` are not consulted. Patterns of other kinds (packed sequences, chunks,
+whatever a model adds) are transformers' own bool masks; where such a mask is cut to a sliding window, as over Gemma 3's
+images, key positions are its attribute ``_places`` and say where a prefix lies.
 
 A prefix of keys and values, shared by the batch or chosen by row, comes from the attention module itself:
 ``vars(module)["_prefix"].current(batch)`` gives a :class:`~pyfastpeft.adapters.Prefix` or None.
@@ -179,8 +180,8 @@ def _sees_all(
 ) -> bool:
     """Whether there is one query, which sees every key.
 
-    Of more queries None would leave it to the module whether they are causal, and models that have no sdpa attention
-    need not have their word for it right.
+    For more queries None would mean what the module's ``is_causal`` says, which may be wrong in models that have
+    no sdpa attention.
     """
     if q_length != 1:
         return False

@@ -106,9 +106,9 @@ class _Lookups:
 class _Stack:
     """A compiled stack, or the finding that there cannot be one, and the lookups on which that rests.
 
-    Looking everything up again takes a tenth of a token. From one token to the next over the same cache that is done
-    only after something was noticed: a hook, module or parameter that was registered anywhere, a change in the bank of
-    adapters.
+    Looking everything up again takes a tenth of a token's time. From one token to the next over the same cache that is
+    done only after something was noticed: a hook, module or parameter that was registered anywhere, a change in the
+    bank of adapters.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -30,7 +30,8 @@ def when_any_imported(package: str, action: Callable[[ModuleType], Any]) -> None
 class _Watch(importlib.abc.MetaPathFinder):
     """Finds a module the way the other finders do, and lets its execution end with an action.
 
-    ``name`` is the one module's, then this ends, or with a dot at its end that of a package with all that is inside.
+    ``name`` is that of one module, after whose import this is removed; or, with a dot at its end, that of a package:
+    then this stays, for every module inside.
     """
 
     def __init__(self, name: str, action: Callable[[ModuleType], Any]) -> None:

@@ -1,7 +1,7 @@
 """transformers' own Trainer treats a :class:`PeftModel` as it treats PEFT's: its checkpoints hold the adapters alone.
 
-The Trainer knows PEFT's models by their class; what it asks about them is answered for ours as well. And it leaves what
-``nn.DataParallel`` cannot copy on one GPU, as it does with bitsandbytes' models.
+The Trainer knows PEFT's models by their class; what it asks about them is answered for ours as well. And a model that
+``nn.DataParallel`` cannot copy trains on one GPU, as bitsandbytes' models do.
 """
 
 from __future__ import annotations

@@ -152,8 +152,8 @@ class FastPeftQuantizer(HfQuantizer):
         found = [f"{name!r} to {place!r}" for name, place in places.items() if place in offloaded]
         if found:
             raise ValueError(
-                f"device_map sends {', '.join(found)}; a model in 4 bits is on GPUs or on a CPU as a whole: give "
-                "max_memory that it fits, or a CPU alone"
+                f"device_map sends {', '.join(found)}; a 4-bit model must lie entirely on GPUs or entirely on the CPU: "
+                "raise max_memory until it fits on the GPUs, or pass device_map='cpu'"
             )
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:

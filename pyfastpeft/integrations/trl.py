@@ -35,7 +35,7 @@ def _is_our_config(config: Any) -> bool:
 
 
 def _either(ours: Callable[[Any], bool]) -> Callable[[type], type]:
-    """From a class of PEFT's a subclass, of which also what ``ours`` is true of is an instance."""
+    """For a class of PEFT's: a subclass that ``isinstance`` finds all that is ``ours`` to be of as well."""
 
     @functools.cache
     def widen(theirs: type) -> type:

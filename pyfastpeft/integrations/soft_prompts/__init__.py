@@ -34,8 +34,8 @@ def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
     decoder = model.get_decoder()
     if getattr(getattr(decoder, "config", None), "is_encoder_decoder", False) and decoder.get_decoder() is not decoder:
         raise ValueError(
-            f"what a {type(model).__name__} calls its decoder is a {type(decoder).__name__}, which has an encoder of "
-            "its own; give soft prompts to that model"
+            f"{type(model).__name__}.get_decoder() returned a {type(decoder).__name__}, which has an encoder of its "
+            f"own; give soft prompts to that {type(decoder).__name__}"
         )
     known = attentions_in(decoder)
     causal = any(m.is_causal for m in known) if known else model.can_generate()  # what attends across is not

@@ -61,7 +61,7 @@ class MovedPositions(ModuleForward):
         self._turns = "x" in self._signature.parameters
         count = getattr(module, "create_position_ids_from_inputs_embeds", None)
         self._first = 0 if count is None else module.padding_idx + 1
-        # RoBERTa's, given vectors.
+        # RoBERTa's, given vectors instead of ids, count from the first position wherever they are told to start.
         self._forgets = count is not None and self._start not in inspect.signature(count).parameters
 
     @classmethod
@@ -167,7 +167,10 @@ class BidirectionalPrefixes(Prefixes):
         self._blocks = [block_of(self.decoder, paths[m]) for m in self.attentions]
         kind, config = type(self.model).__name__, getattr(self.decoder, "config", None)
         if config is None:
-            raise ValueError(f"what a {kind} calls its decoder is no model of its own, so it cannot take a soft prompt")
+            raise ValueError(
+                f"{kind}.get_decoder() returned a {type(self.decoder).__name__}, which has no config; soft prompts "
+                "need a transformers decoder there"
+            )
         text = config.get_text_config(decoder=True)
         layers, queries = text.num_hidden_layers, getattr(text, "num_attention_heads", None)
         if queries is None:
@@ -182,7 +185,8 @@ class BidirectionalPrefixes(Prefixes):
         self.slots = [step * i % self.shape.layers for i in range(len(self.attentions))]
         self._whole = len(self.attentions) == layers
         self._biased = [m for m in self.attentions if getattr(m, "has_relative_attention_bias", False)]
-        # In a window that looks both ways nothing says where a prefix lies.
+        # A mask of a sliding window that looks both ways says how far keys may lie from a query, but not where a prefix
+        # lies: such a model's rotary positions are left alone, and `check` refuses it.
         names = MovedPositions.EMBEDS + (() if getattr(config, "sliding_window", None) else MovedPositions.TURNS)
         named = (m for n, m in self.decoder.named_modules() if n.rpartition(".")[2] in names)
         self._places = [m for m in named if MovedPositions.fits(m)]

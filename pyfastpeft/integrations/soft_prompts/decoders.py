@@ -57,7 +57,10 @@ def decoder_of(model: nn.Module) -> nn.Module:
     decoder, kind = _without_head(model), type(model).__name__
     config = getattr(decoder, "config", None)
     if config is None:
-        raise ValueError(f"what a {kind} calls its decoder is a {type(decoder).__name__}, so it cannot take a prefix")
+        raise ValueError(
+            f"{kind}.get_decoder() returned a {type(decoder).__name__}, which has no config; soft prompts need a "
+            "transformers decoder there"
+        )
     for name, does in _UNLIKE.items():
         if getattr(config, name, None):
             raise ValueError(f"a {kind} {does}, so it cannot take a prefix")

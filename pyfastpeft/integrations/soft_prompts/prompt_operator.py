@@ -85,7 +85,7 @@ def compiled_tensors(maker: Maker, names: tuple[str, ...], random: bool, decodin
     return torch.ops.pyfastpeft.soft_prompt(maker.parameters(names), seed, maker.number, joined, decoding)
 
 
-@constant_to_compilers  # of which some, asked themselves, say that they always export
+@constant_to_compilers  # asked in the code that they compile, some say that they always export
 def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
