@@ -1,5 +1,6 @@
 // The packed weight, the LoRA branch and the bias as operators receive them, checked.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -139,7 +140,8 @@ inline void set_factor(pf::Branch& branch, const OptTensor& row_scale, double sc
     STD_TORCH_CHECK(dropout > 0.0 && dropout < 1.0, "dropout must lie in (0, 1)");
     STD_TORCH_CHECK(seed->numel() == 1, "seed must be one number");
     branch.dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-    branch.dropout.threshold = static_cast<uint32_t>(std::llround(dropout * 4294967296.0));
+    // Next to 1 it rounds to 2^32, which wrapped would be no dropout at all.
+    branch.dropout.threshold = static_cast<uint32_t>(std::min(std::llround(dropout * 4294967296.0), 0xFFFFFFFFLL));
     branch.dropout.scale = static_cast<float>(1.0 / (1.0 - dropout));
   }
 }

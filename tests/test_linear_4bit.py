@@ -235,7 +235,7 @@ def test_scaling_a_number_a_vector_or_a_row_each(device, dtype):
     a, b = adapter(n, k, r)
     for m in (1, 4, 16, 33):
         x = torch.randn(m, k).to(dtype)
-        for scaling in (0.0, -1.5, torch.rand(r), torch.randn(m, r), torch.zeros(m, r)):
+        for scaling in (0.0, -1.5, torch.tensor(0.7), torch.rand(r), torch.randn(m, r), torch.zeros(m, r)):
             lora = (a, b, scaling)
             assert error(linear_4bit(x, w, None, lora), float64(x, w, None, lora), m * r) <= FORWARD[dtype]
 
@@ -259,7 +259,7 @@ def test_a_packed_adapter_is_the_adapter_in_bf16(isa):
             a, b = adapter(n, k, r, torch.bfloat16)
             for m in (0, 1, 2, 4, 7, 16, 17, 70):
                 x = torch.randn(m, k + 7).bfloat16()[:, 3 : k + 3]
-                scaling = pick([2.0, torch.rand(r), torch.randn(m, r)])
+                scaling = pick([2.0, torch.tensor(0.7), torch.rand(r), torch.randn(m, r)])
                 got = linear_4bit(x, w, None, pack_lora(a.float(), b, scaling))
                 roundings = None if m == 0 else m * min(n, r)
                 assert error(got, float64(x, w, None, (a, b, scaling)), roundings) <= FORWARD[torch.bfloat16]
@@ -553,6 +553,8 @@ def test_dropout_of_zero_is_no_dropout_and_calls_differ(device):
     assert torch.equal(linear_4bit(x, w, None, Lora(a, b, 1.0, 0.0)), linear_4bit(x, w, None, (a, b, 1.0)))
     first, second = (linear_4bit(x, w, None, Lora(a, b, 1.0, 0.5)) for _ in range(2))
     assert not torch.equal(first, second)
+    nothing = linear_4bit(x, w, None, Lora(a, b, 1.0, 1 - 1e-11))
+    torch.testing.assert_close(nothing, linear_4bit(x, w), rtol=1e-5, atol=1e-6)
 
 
 # ---- NaN and infinity ------------------------------------------------------------------------------------------------

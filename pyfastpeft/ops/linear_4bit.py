@@ -31,8 +31,9 @@ class Lora(NamedTuple):
     Attributes:
         a: [R, K], any floating dtype.
         b: [N, R], any floating dtype.
-        scaling: a number; or a tensor [R], or [rows, R] where each row of x has its own (several adapters, stacked
-            along R, are then mixed in one batch: zero switches one off for a row, whatever it holds). A constant.
+        scaling: a number, or a tensor [] or [R]; or [rows, R] where each row of x has its own (several adapters,
+            stacked along R, are then mixed in one batch: zero switches one off for a row, whatever it holds). A
+            constant.
         dropout: probability with which an element of x is dropped on its way into ``a``.
     """
 
@@ -194,7 +195,7 @@ def linear_4bit(
         if type(lora) is not PackedLora or isinstance(scaling, Tensor) or lora.shape != w.shape:
             _check_lora(x2, a, b, scaling, dropout, n, k)
         if isinstance(scaling, Tensor):
-            row_scale, scaling = scaling.float().contiguous(), 1.0
+            row_scale, scaling = (scaling if scaling.dim() else scaling.expand(len(a))).float().contiguous(), 1.0
         if dropout > 0.0:
             seed = reference.new_seed(x.device)
     records = needs_grad(x, bias, lora)
@@ -228,7 +229,7 @@ def _inference(
             return None
         branch, scaling = lora.handle.number, lora.scaling
         if isinstance(scaling, Tensor):
-            if scaling.device != x.device:
+            if scaling.device != x.device or scaling.dim() == 0:
                 return None
             row_scale, scaling = scaling.float().contiguous(), 1.0
     if not native(w):
@@ -332,7 +333,7 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora dropout is {dropout}; it must lie in [0, 1)")
     # Chained: Dynamo answers `in` wrongly where sizes are symbolic.
-    if isinstance(scaling, Tensor) and scaling.shape != (r,) and scaling.shape != (x.shape[0], r):
+    if isinstance(scaling, Tensor) and scaling.dim() and scaling.shape != (r,) and scaling.shape != (x.shape[0], r):
         raise ValueError(
             f"lora scaling has shape {tuple(scaling.shape)}; it must be a number, ({r},) or ({x.shape[0]}, {r})"
         )
