@@ -2,7 +2,7 @@
 
 A stamp (:func:`stamp_of`), the tensors' addresses and versions, tells whether their values may have changed, and
 :func:`registered` whether modules or parameters may have been exchanged. While a CUDA graph is captured
-(:func:`.ops.tracing.captured`), nothing is stored.
+(``captured``), nothing is stored.
 """
 
 from __future__ import annotations
