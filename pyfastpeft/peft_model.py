@@ -762,13 +762,13 @@ class PeftModel(PushToHubMixin, nn.Module):
             label = str(path)
         elif isinstance(source, Mapping):
             tensors, label = source, "the state dict"
+            for key, tensor in tensors.items():
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(f"{label}: {key} is a {type(tensor).__name__}; it must be a tensor")
         else:
             raise ValueError(f"source is {source!r}; it must be a folder, a hub repository or a dict of tensors")
         if not tensors:
             raise ValueError(f"{label} holds no tensors; to do without the adapter, use disable_adapter()")
-        for key, tensor in tensors.items():
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{label}: {key} is a {type(tensor).__name__}; it must be a tensor")
         self.base_model.swap(adapter_name, config, tensors, label)
 
 
