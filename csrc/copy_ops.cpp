@@ -55,7 +55,7 @@ bool copy_tensors(std::vector<Tensor> into, std::vector<Tensor> from) {
                       static_cast<const char*>(from[i].const_data_ptr()), total, total + size});
     total += size;
   }
-  constexpr int64_t kBytes = int64_t{1} << 18;  // a thread takes at least
+  constexpr int64_t kBytes = int64_t{1} << 22;  // a thread takes at least: less is copied before a sleeping one wakes
   pf::parallel_for(total, kBytes, [&](int64_t at, int64_t end) {
     auto piece =
         std::upper_bound(pieces.begin(), pieces.end(), at, [](int64_t b, const Piece& p) { return b < p.end; });
