@@ -8,6 +8,7 @@ compiled kernels are held to them bit for bit.
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from typing import SupportsIndex
 
 import torch
@@ -28,7 +29,7 @@ _NF4_BF16 = (
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
-class Format:
+class Format(ABC):
     """One 4-bit number format.
 
     Attributes:
@@ -47,9 +48,9 @@ class Format:
     has_zero: bool = False
     blocksizes: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
+    @abstractmethod
     def quantize(self, flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantize float32 ``flat`` [n] to (codes uint8 [n], scale float32 [blocks], zero or None)."""
-        raise NotImplementedError
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | None, blocksize: int) -> Tensor:
         """Decode ``codes`` uint8 [n] to float32 [n]."""

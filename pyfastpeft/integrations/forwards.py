@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-class ModuleForward:
+class ModuleForward(ABC):
     """What one module runs instead of its class's ``forward``; gives the same result, up to rounding."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -20,8 +21,8 @@ class ModuleForward:
         """The class's own forward."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def install(module: nn.Module, forward: type[ModuleForward]) -> None:

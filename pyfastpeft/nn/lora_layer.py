@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -115,7 +116,7 @@ def _after_loading(layer: LoraLayer, _: Any) -> None:
     layer._changed()
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(nn.Module, ABC):
     """A base layer with named LoRA adapters; the parts that do not depend on the base layer's type.
 
     Attributes:
@@ -151,9 +152,9 @@ class LoraLayer(nn.Module):
     in_features: int
     out_features: int
 
+    @abstractmethod
     def matrix(self) -> Tensor:
         """M [out, in] in float32."""
-        raise NotImplementedError
 
     def set_matrix(self, matrix: Tensor) -> Any:
         """Hold ``matrix`` [out, in] in the base layer's own precision; returns what was held before."""
@@ -171,9 +172,9 @@ class LoraLayer(nn.Module):
         """M in the orientation of the base layer's weight."""
         return matrix
 
+    @abstractmethod
     def times(self, a: Tensor) -> Tensor:
         """M aᵀ [out, r] in float32, without building M."""
-        raise NotImplementedError
 
     KEYS: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """What A and B are called in PEFT's files, after the layer's path."""

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -111,7 +112,7 @@ def register_method(config_class: type[PeftConfig]) -> type[PeftConfig]:
 
 
 @dataclass(kw_only=True)
-class PeftConfig:
+class PeftConfig(ABC):
     """Fields of every method's configuration.
 
     Attributes:
@@ -139,9 +140,9 @@ class PeftConfig:
     modules_to_save: list[str] | None = None
 
     @classmethod
+    @abstractmethod
     def tuner(cls) -> type[Tuner]:
         """The class that attaches adapters of this configuration."""
-        raise NotImplementedError
 
     def __post_init__(self) -> None:
         if self.task_type is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -14,13 +15,13 @@ from .base import PeftConfig
 from .embeddings import own_embeddings, to_be_saved
 
 
-class Tuner:
+class Tuner(ABC):
     """One tuning method on one model: how its adapters attach, what their files hold, and how they come out again.
 
     A :class:`~.adapted.AdaptedModel` makes one of each method that its adapters use, and does itself what all methods
     have in common: names, ``modules_to_save``, which parameters train, files. A new method is a configuration whose
-    ``tuner()`` names a subclass of this, registered with :func:`~.base.register_method`. What a method must say is
-    ``expected``, ``attach``, ``tensors``, ``remove`` and ``unload``; the rest has a meaning for most.
+    ``tuner()`` names a subclass of this, registered with :func:`~.base.register_method`. What is not abstract has a
+    meaning for most methods.
 
     How an adapter takes effect is the method's own business. What depends on which adapters are active goes through
     the bank: an object put into ``bank.layers`` or ``bank.others`` has ``plan(active)``, called once for a set of
@@ -49,18 +50,19 @@ class Tuner:
         """
         return config
 
+    @abstractmethod
     def expected(self, config: Any, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Key → shape of all that the files for a resolved ``config`` must hold; nothing is changed.
 
         Args:
             values: the tensors about to be loaded, where they decide the form.
         """
-        raise NotImplementedError
 
     def without_duplicates(self, config: Any, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``values`` of a file without duplicates: tensors that it stores again under a second key."""
         return values
 
+    @abstractmethod
     def attach(
         self,
         name: str,
@@ -77,13 +79,12 @@ class Tuner:
             values: None: a new adapter, to be initialized. Else it is filled (through :meth:`tensors`) right after.
             autocast_adapter_dtype: parameters in float32 over a 16-bit base; else in the base's dtype.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self, name: str, config: Any) -> dict[str, Tensor]:
         """The adapter's live parameters under the keys of its files."""
-        raise NotImplementedError
 
-    def filled(self, name: str, config: Any, values: Mapping[str, Tensor]) -> None:
+    def filled(self, name: str, config: Any, values: Mapping[str, Tensor]) -> None:  # noqa: B027 (most do nothing)
         """Called when :meth:`tensors` have taken their ``values``; what raises here undoes the loading."""
 
     def state(self, name: str, config: Any, save_embedding_layers: bool | str) -> dict[str, Tensor]:
@@ -144,10 +145,10 @@ class Tuner:
         differ = ", ".join(key for key in own if getattr(old, key) != getattr(new, key))
         raise ValueError(f"adapter {name!r} cannot be replaced from {source}: their configurations differ in {differ}")
 
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Take out an adapter (also one that failed half-way), leaving the model as it was before it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unload(self) -> None:
         """Take out everything this method put into the model; the adapters are not used again."""
-        raise NotImplementedError

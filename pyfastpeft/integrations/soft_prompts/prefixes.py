@@ -7,6 +7,7 @@ its parameters, or those of the other adapters on its row, change.
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -90,7 +91,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-class Prefixes:
+class Prefixes(ABC):
     """The soft prompts of one model; :mod:`.causal` and :mod:`.bidirectional` have the two kinds of them.
 
     Attributes:
@@ -126,34 +127,34 @@ class Prefixes:
 
     # What the kinds of models have their own of.
 
+    @abstractmethod
     def _find(self) -> None:
         """Find out what there is in the model: ``decoder``, ``attentions``, the layers around them as ``_blocks``,
         ``shape`` and ``slots``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, form: Form) -> None:
         """Whether the model can take soft prompts of that form.
 
         Raises:
             ValueError: it cannot; says why.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Forward pre-hook of the decoder: set ``bank.run``, or hand the prefixes down."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the decoder, which is called after errors too: clear what ``_before`` set."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keys_values(self, ids: Tensor) -> Tensor:
         """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
-        raise NotImplementedError
 
     def _check_interface(self) -> None:
         if self.model.config._attn_implementation != self.ATTENTION and not self.model._can_set_attn_implementation():
