@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning with kernels of its own: 4-bit linear layers with the LoRA branch inside."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from . import nn, ops
@@ -131,6 +132,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version(__name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pyfastpeft", description="Fine-tune and serve language models with fused 4-bit LoRA kernels."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {info.version_of('pyfastpeft')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for module in _COMMANDS:
         name = module.__name__.rsplit(".", 1)[-1]

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ..data import drug_qa
 from .memory import peak_bytes
-from .methods import METHODS
+from .methods import METHODS, seed
 from .models import load_smollm2
 from .output import check_place, print_answer
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: %(default)s",
     )
     parser.add_argument("--output", default="pyfastpeft-demo", help="folder for the adapters (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="random seed (default: %(default)s)")
 
 
 def _style_answer(prompt: str, brand: str) -> list[dict[str, str]]:

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``info`` takes no arguments of its own."""
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version that is installed, if any."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         build, features = {"without": "_native (pybind11 was not there)"}, []
     gpus = range(torch.cuda.device_count())
     result = {
-        "version": _version("pyfastpeft"),
+        "version": version_of("pyfastpeft"),
         "build": build,
         "isa": torch.ops.pyfastpeft.isa(),
         "available_isas": torch.ops.pyfastpeft.available_isas(),
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "cuda_kernels": _cuda_kernels(gpus),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in _PACKAGES if (version := version_of(name))},
     }
     table = Table("", "", show_header=False)
     for key, value in result.items():

@@ -166,6 +166,14 @@ def above_zero(kind: type, or_zero: bool = False) -> Callable[[str], Any]:
     return parse
 
 
+def seed(text: str) -> int:
+    """For argparse: what torch's, NumPy's and Python's generators all take."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0 to 2**32 - 1")
+    return value
+
+
 class _Option(NamedTuple):
     help: str
     keywords: dict[str, Any]
