@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
-from .conversations import check_positions, learned_positions, virtual_tokens
+from .conversations import Messages, check_positions, encode, learned_positions, pad_id, virtual_tokens
 from .hub.files import atomic_write, check_tensors, load_safetensors, read_json, save_safetensors, write_text
 from .ops.cross_entropy import IGNORED
 
@@ -273,3 +274,36 @@ def train_adapter(
         output = TrainOutput(trainer.state.global_step, math.nan, {})
     model.save_pretrained(output_dir, selected_adapters=model.active_adapters)
     return output
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Messages],
+    max_length: int = 1024,
+    batch_size: int = 8,
+) -> float:
+    """The model's mean cross-entropy, in nats, over all labels of ``rows``, which are cut as in training.
+
+    A row that could be asked but not learned (:func:`encode` refuses it) does not count; NaN if none does.
+    """
+    if (positions := learned_positions(model)) is not None:
+        max_length = min(max_length, positions - virtual_tokens(model))
+    examples = []
+    for messages in rows:
+        with suppress(ValueError):
+            examples.append(encode(messages, tokenizer, max_length))
+    collate, device = Collator(pad_id(tokenizer, model)), next(model.parameters()).device
+    total, count, training = 0.0, 0, model.training
+    model.eval()
+    try:
+        for start in range(0, len(examples), batch_size):
+            batch = {name: t.to(device) for name, t in collate(examples[start : start + batch_size]).items()}
+            labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+            if labels:  # the loss of none is NaN
+                total += labels * model(**batch).loss.item()
+                count += labels
+    finally:
+        model.train(training)
+    return total / count if count else math.nan

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import peft
@@ -20,7 +21,14 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from test_gguf import write_llama
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, get_scheduler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    get_scheduler,
+)
 from transformers.utils import logging
 
 import pyfastpeft as fp
@@ -30,7 +38,7 @@ from pyfastpeft.cli.train import SCHEDULES
 from pyfastpeft.data import drug_qa
 
 TRAIN = ("train", "--model", "m", "--data", "d", "--output", "o")
-COMMANDS = ("info", "quantize", "train", "generate", "demo")
+COMMANDS = ("info", "quantize", "train", "generate", "compare", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +109,11 @@ def test_the_help_of_train_says_the_defaults_of_each_method(capsys, monkeypatch)
     assert "ptuning 0.01 (--encoder lstm: 0.001), ptuning-v2 0.2, prefix 0.1 (--projection: 0.001)" in text
 
 
+def test_the_version_is_the_installed_one(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0 and out.split() == ["pyfastpeft", fp.__version__] and fp.__version__ == version("pyfastpeft")
+
+
 def test_info_reports_the_kernels_in_use(capsys):
     result = run_json(capsys, "info")
     assert result["isa"] in result["available_isas"] and "generic" in result["available_isas"]
@@ -137,6 +150,9 @@ def test_info_serves_a_build_without_native_and_says_so(capsys, monkeypatch):
         [*TRAIN, "--batch-size", "many"],
         [*TRAIN, "--schedule", "warmup_stable_decay"],
         [*TRAIN, "--alpha", "nan"],
+        [*TRAIN, "--seed", "-1"],
+        ["demo", "--seed", "4294967296"],
+        ["compare", "--model", "m", "--data", "d", "--test", "t", "--output", "o", "--methods", "dora"],
         ["quantize", "m", "o", "--quant-type", "int3"],
         ["generate", "--model", "m", "--adapter", "no-separator"],
         ["generate", "--model", "m", "--adapter", "base=somewhere"],
@@ -528,9 +544,30 @@ def test_every_method_trains_answers_and_loads(capsys, tmp_path, model_folder, d
     result = run_json(capsys, "train", *arguments, "--epochs", "1", "--batch-size", "4", "--test", data_file)
     assert result["steps"] == 2 and result["loss"] > 0 and result["trainable_parameters"] > 0
     assert {"accuracy", "format_validity", "seconds_per_step", "peak_memory_bytes"} <= result.keys()
-    assert 0 <= result["accuracy"] <= 1 and 0 <= result["format_validity"] <= 1
+    assert 0 < result["test_loss"] < 10 and 0 <= result["accuracy"] <= 1 and 0 <= result["format_validity"] <= 1
     options = ["--model", model_folder, "--adapter", f"a={output}", "--prompt", "p", "--max-new-tokens", "2"]
     assert run_json(capsys, "generate", *options)["answers"][0]["adapter"] == "a"
+
+
+def test_compare_puts_the_method_first_that_answers_best_and_goes_on_after_one_that_fails(capsys, tmp_path, data_file):
+    model = str(tmp_path / "model")
+    torch.manual_seed(0)
+    size = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 200, "vocab_size": 512}
+    GPT2LMHeadModel(GPT2Config(**size)).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    arguments = ["--model", model, "--data", data_file, "--test", data_file, "--output", str(tmp_path / "out")]
+    methods = ["--methods", "prompt", "prefix", "qlora"]  # prompt's 100 tokens leave too few positions
+    result = run_json(capsys, "compare", *arguments, *methods, "--max-steps", "4", "--batch-size", "4")
+    *trained, failed = result["methods"]
+    assert {row["method"] for row in trained} == {"prefix", "qlora"} and result["best"] == trained[0]["method"]
+    first, second = ((-row["accuracy"], row["test_loss"]) for row in trained)
+    assert first <= second
+    for row in trained:
+        saved = tmp_path / "out" / row["method"] / "adapter_model.safetensors"
+        assert row["steps"] == 4 and row["adapter_bytes"] == saved.stat().st_size
+    assert failed["method"] == "prompt" and "the model has learned 200 positions" in failed["error"]
+    code, _, err = run(capsys, "compare", *arguments, "--methods", "prompt")
+    assert code == 1 and "no method could be trained; prompt: row 4 has 102 tokens" in err
 
 
 @pytest.mark.parametrize("method", ["qlora", "ptuning", "prefix", "bottleneck"])

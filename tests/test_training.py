@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -44,7 +45,7 @@ from pyfastpeft.conversations import (
 from pyfastpeft.data import drug_qa, score_answers
 from pyfastpeft.generation import answer, prompts_of
 from pyfastpeft.hub.files import load_safetensors, save_safetensors, write_text
-from pyfastpeft.training import Collator, train_adapter
+from pyfastpeft.training import Collator, held_out_loss, train_adapter
 
 QUESTION, ANSWER = "Which drug?", "Drug: x"
 TALK = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -625,6 +626,22 @@ def test_answering_keeps_the_training_mode():
     model = quantized_llama().train()
     answer(model, tiny_tokenizer(), [TALK[:1]], 2)
     assert model.training
+
+
+def test_the_loss_on_held_out_rows_is_the_mean_over_their_labels():
+    tokenizer, model = tiny_tokenizer(), tiny_llama()
+    model.config.attention_dropout = 0.5  # not while this is computed
+    rows = [[TALK[0], {"role": "assistant", "content": text}] for text in ("one", "a longer answer than that", "")]
+    losses = []
+    for example in (encode(messages, tokenizer, 40) for messages in rows):
+        ids, labels = (torch.tensor(example[key]) for key in ("input_ids", "labels"))
+        scores = model.eval()(ids[None]).logits[0].double().log_softmax(-1)
+        losses += [-scores[i - 1, label].item() for i, label in enumerate(labels.tolist()) if label != IGNORED]
+    model.train()
+    too_long = [{"role": "user", "content": 40 * QUESTION}, TALK[1]]
+    got = held_out_loss(model, tokenizer, [too_long, *rows], max_length=40, batch_size=2)
+    assert got == pytest.approx(sum(losses) / len(losses), rel=1e-5) and model.training
+    assert math.isnan(held_out_loss(model, tokenizer, [too_long], max_length=40))
 
 
 def test_the_shipped_rows_are_whole():

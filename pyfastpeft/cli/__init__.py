@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from safetensors import SafetensorError
 
-from . import bench, demo, generate, info, quantize, train
+from . import bench, compare, demo, generate, info, quantize, train
 
-_COMMANDS = (info, quantize, train, generate, demo, bench)
+_COMMANDS = (info, quantize, train, generate, compare, demo, bench)
 _EXPECTED = (ValueError, OSError, ImportError, MemoryError, SafetensorError, RuntimeError)
 """Errors whose message says what is wrong. What torch has no memory for on a CPU is a RuntimeError."""
 _TRACEBACK = "PYFASTPEFT_TRACEBACK"

@@ -1,4 +1,4 @@
-"""The methods that ``train`` and ``demo`` know: the one table of what each takes and of its defaults."""
+"""The methods that ``train``, ``compare`` and ``demo`` know: the one table of what each takes and of its defaults."""
 
 from __future__ import annotations
 

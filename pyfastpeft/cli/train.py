@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .memory import peak_bytes
-from .methods import above_zero, add_method_arguments, chosen
+from .methods import above_zero, add_method_arguments, chosen, seed
 from .models import MODEL_HELP, add_quantization_arguments, load_model
 from .output import check_place
 
@@ -42,11 +42,25 @@ SCHEDULES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``train``."""
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--data", required=True, help="JSONL file with the rows to learn")
+    add_run_arguments(parser)
     parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
     parser.add_argument("--test", help="JSONL file with rows to answer afterwards; the answers are scored")
     add_method_arguments(parser)
+    parser.add_argument(
+        "--save-steps",
+        type=above_zero(int, or_zero=True),
+        default=0,
+        help="write a checkpoint every so many steps (0: none)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --output, at its learning rate"
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that go with any method: the model, the data, how long it trains and by what steps."""
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--data", required=True, help="JSONL file with the rows to learn")
     parser.add_argument(
         "--epochs", type=above_zero(float), default=3.0, help="passes over the data (default: %(default)s)"
     )
@@ -63,16 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=above_zero(int), default=1024, help="tokens of a row (default: %(default)s)"
     )
-    parser.add_argument(
-        "--save-steps",
-        type=above_zero(int, or_zero=True),
-        default=0,
-        help="write a checkpoint every so many steps (0: none)",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in --output, at its learning rate"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="random seed (default: %(default)s)")
     add_quantization_arguments(parser)
 
 
@@ -83,7 +88,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .. import get_peft_model
     from ..conversations import encode_rows, numbered_rows, pad_id, read_rows
     from ..generation import prompts_of
-    from ..training import train_adapter
+    from ..training import held_out_loss, train_adapter
     from .examine import examine
     from .progress import TrainingProgress
 
@@ -142,7 +147,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     if questions:
         score = examine(console, "questions", model, tokenizer, questions)
-        result |= score._asdict()
-        console.print(f"of {len(questions)} answers {score.accuracy:.0%} exact, {score.format_validity:.0%} in form")
+        loss = held_out_loss(model, tokenizer, questions, args.max_length, args.batch_size)
+        result |= {**score._asdict(), "test_loss": loss if math.isfinite(loss) else None}
+        console.print(
+            f"of {len(questions)} answers {score.accuracy:.0%} exact, {score.format_validity:.0%} in form; "
+            f"mean loss on what they should be {loss:.3f}"
+        )
     console.print(f"adapter saved in {escape(args.output)}")
     return result
