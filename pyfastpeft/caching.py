@@ -8,11 +8,13 @@ A stamp (:func:`stamp_of`), the tensors' addresses and versions, tells whether t
 from __future__ import annotations
 
 import functools
-import itertools
+import threading
+import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -69,17 +71,24 @@ class AdapterCache:
         self._together.clear()
 
 
-_registrations = itertools.count(1)
-_registered = 0
+_touched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_count, _counting = 0, threading.RLock()
 
 
 def registered() -> int:
-    """A counter that changes whenever any module or parameter is registered in this process.
+    """A counter that has changed if a module or parameter was registered anywhere in a module that still exists.
 
-    Counting begins with the first call. So does raising the versions of parameters that optimizers write.
+    (transformers' models make a list of their layers anew for every forward: it is gone when somebody asks.) Counting
+    begins with the first call. So does raising the versions of parameters that optimizers write.
     """
+    global _count
     _watch()
-    return _registered
+    with _counting:
+        while len(_touched):
+            with suppress(KeyError):  # the last of them ended meanwhile
+                _touched.pop()
+                _count += 1
+        return _count
 
 
 @functools.cache
@@ -96,7 +105,6 @@ def _note_step(optimizer: Optimizer, *_: Any) -> None:
         torch.autograd.graph.increment_version([p for p in stepped if not p.is_inference()])
 
 
-def _note_registration(*_: Any) -> None:
-    global _registered
-    if not torch.compiler.is_dynamo_compiling():  # traced, the number would be a guard that never holds
-        _registered = next(_registrations)
+def _note_registration(module: nn.Module, *_: Any) -> None:
+    if not torch.compiler.is_dynamo_compiling():  # traced, it would be a guard that never holds
+        _touched.add(module)

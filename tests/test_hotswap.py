@@ -345,6 +345,25 @@ def test_a_parameter_that_the_user_put_in_the_place_of_another_is_the_adapters(c
     assert all(getattr(module, key).requires_grad for module, key, _ in trained)
 
 
+def test_a_model_that_serves_looks_its_parameters_up_once(monkeypatch):
+    model, batch = serving(fp.LoraConfig(**ALL), fp.LoraConfig(**ALL)), tiny.inputs()
+    states = [{k: f * t for k, t in tensors_of(model, "default").items()} for f in (1, 2)]
+    model.set_adapter("1")  # to train
+
+    def serve():
+        for state, name in zip(states, ("default", "1"), strict=True):
+            model.hotswap_adapter(state)
+            model(**batch)  # in which transformers puts the layers into a list of its own
+            model.set_adapter(name)
+            model(**batch)
+
+    serve()
+    bank = model.base_model.bank
+    monkeypatch.setattr(type(model.base_model), "tensors", lambda *_: pytest.fail("looked up again"))
+    monkeypatch.setattr(bank, "_find", dict.fromkeys(bank._find, lambda: pytest.fail("looked up again")))
+    serve()
+
+
 def test_modules_saved_with_the_adapter_swap_too():
     config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     model = serving(fp.LoraConfig(**config), fp.LoraConfig(**config))
