@@ -169,10 +169,11 @@ def test_greedy_answers_are_the_same_also_with_padding(name, served):
     assert any(served)
 
 
-def test_a_hidden_token_anywhere_is_hidden(served):
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool], ids=str)
+def test_a_hidden_token_anywhere_is_hidden(dtype, served):
     plain, fused = pair()
     ids = torch.randint(1, VOCAB, (2, 9))
-    mask = torch.ones_like(ids)
+    mask = torch.ones_like(ids, dtype=dtype)  # of which a part, of the first keys, is not contiguous
     mask[0, 0], mask[1, 3], mask[1, 6] = 0, 0, 0
     expected, got = (logits_along(m, ids, [4, 1, 3, 1], mask) for m in (plain, fused))
     visible = mask.bool()

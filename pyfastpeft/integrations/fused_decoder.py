@@ -496,7 +496,7 @@ class _FewRows(ModuleForward):
         if position_ids is None:
             position_ids = torch.arange(past, length, device=x.device).unsqueeze(0)
         cos, sin = model.rotary_emb(x, position_ids=position_ids)
-        mask = None if attention_mask is None else attention_mask.bool()
+        mask = None if attention_mask is None else attention_mask.bool().contiguous()
         room = self._room(cache, (batch, stack.kv_heads, length, stack.dim), past, x.dtype)
         if room is None:
             return None
