@@ -173,6 +173,18 @@ def test_masks_of_the_callers_own(dtype):
     assert near(got, expected)
 
 
+def test_a_mask_of_the_callers_own_for_all_rows_of_one_token():
+    ids = torch.randint(1, VOCAB, (2, 6))
+    mask = (torch.arange(6) != 2).expand(1, 1, 1, 6)
+    logits = []
+    for model in pair():
+        cache = tf.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=ids[:, :5], past_key_values=cache)
+            logits.append(model(input_ids=ids[:, 5:], attention_mask=mask, past_key_values=cache).logits)
+    assert near(logits[1], logits[0])
+
+
 def test_dropout_in_training():
     plain, ours = pair()
     ids, mask = ids_and_mask()

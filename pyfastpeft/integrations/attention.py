@@ -264,6 +264,8 @@ def attention_forward(
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return _elsewhere(module, query, key, value, attention_mask, prefix, causal, kwargs)
     window, mask = form
+    if mask is not None:
+        mask = mask.expand(query.shape[0], *mask.shape[1:])  # one of the caller's own may stand for every row
     prefix_k, prefix_v, index, lengths = prefix or (None,) * 4
     out = prefix_attention(
         query,
