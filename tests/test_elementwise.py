@@ -369,6 +369,16 @@ FUNCTIONS = (
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_results_may_be_changed_in_place(function):
+    x = torch.randn(1, 2, 3, 16, requires_grad=True)
+    y, expected = function(x), function(x) * torch.arange(16)
+    y[..., :8] *= torch.arange(8)
+    y[..., 8:].mul_(torch.arange(8, 16))
+    grads = (torch.autograd.grad(z.square().sum(), x) for z in (y, expected))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_second_derivatives_are_an_error(function):
     """Past a residual too, whose own would be taken for the whole."""
     x = torch.randn(1, 2, 3, 16, requires_grad=True)

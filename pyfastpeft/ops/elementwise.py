@@ -48,9 +48,9 @@ def rms_norm(
         wide = total.float()
         y = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
         return y if residual is None else (y, total)
-    if recorded(x, weight, residual):
-        return _RmsNorm.apply(x, residual, weight, eps)
-    return _rms_norm(x, residual, weight, eps)
+    norm = _RmsNorm.apply if recorded(x, weight, residual) else _rms_norm
+    y, total = norm(x, residual, weight, eps)
+    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -66,9 +66,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     _check("up", up, gate)
     if choose_plain(gate.device) is Backend.REFERENCE:
         return F.silu(gate) * up
-    if recorded(gate, up):
-        return _SwiGlu.apply(gate, up)
-    return _swiglu(gate, up)
+    product = _SwiGlu.apply if recorded(gate, up) else _swiglu
+    return product(gate, up).view(gate.shape)
 
 
 def projected_swiglu(x: Tensor, project: Callable[..., tuple[Tensor, Tensor]], *weights: Tensor | None) -> Tensor:
@@ -76,15 +75,16 @@ def projected_swiglu(x: Tensor, project: Callable[..., tuple[Tensor, Tensor]], *
 
     Args:
         x: of any shape, floating.
-        project: x, weights → gate and up, the same each time, recorded for autograd; in it nothing but x receives a
-            gradient.
+        project: x, weights → gate and up, of x's shape but for the last dimension, the same each time, recorded for
+            autograd; in it nothing but x receives a gradient.
         weights: what else they depend on; kept, too, as what is there anyway.
 
     Returns:
         As ``swiglu``. Differentiable once, in x.
     """
     if recorded(x) and choose_plain(x.device) is not Backend.REFERENCE:
-        return _ProjectedSwiGlu.apply(x, project, *weights)
+        y = _ProjectedSwiGlu.apply(x, project, *weights)
+        return y.view(*x.shape[:-1], y.shape[-1])
     return swiglu(*project(x, *weights))
 
 
@@ -114,9 +114,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     if choose_plain(q.device) is Backend.REFERENCE:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return q * cos + _half_turn(q) * sin, k * cos + _half_turn(k) * sin
-    if recorded(q, k):
-        return _Rope.apply(q, k, cos, sin)
-    return _rope(q, k, cos, sin, False)
+    turn = _Rope.apply if recorded(q, k) else _rope
+    return _heads(turn(q, k, cos, sin), (q.shape, k.shape))
 
 
 def _check(name: str, t: Tensor, like: Tensor) -> None:
@@ -137,34 +136,36 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return None if t is None else as_rows(t)
 
 
-def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor | tuple[Tensor, Tensor]:
+# What the functions of autograd below return are rows, which their callers give x's shape: a view that such a function
+# makes may not be changed in place.
+
+
+def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     y, total = torch.ops.pyfastpeft.rms_norm.default(_rows(x), _rows(residual), weight, eps)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+    return y, None if residual is None else total
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):  # noqa: ANN001
-        out = _rms_norm(x, residual, weight, eps)
-        ctx.save_for_backward(x if residual is None else out[1], weight)
-        ctx.eps = eps
-        return out
+        y, total = _rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(x if residual is None else total, weight)
+        ctx.eps, ctx.shape = eps, x.shape
+        return y, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dsum=None):  # noqa: ANN001
+    def backward(ctx, dy, dsum):  # noqa: ANN001
         x, weight = ctx.saved_tensors
         need_x, need_residual, need_weight, _ = ctx.needs_input_grad
-        dx, dweight = torch.ops.pyfastpeft.rms_norm_backward.default(
-            _rows(dy), _rows(dsum), _rows(x), weight, ctx.eps, need_weight
-        )
-        dx = dx.view(x.shape)
+        dx, dweight = torch.ops.pyfastpeft.rms_norm_backward.default(dy, dsum, _rows(x), weight, ctx.eps, need_weight)
+        dx = dx.view(ctx.shape)
         dweight = dweight[0].to(weight.dtype) if need_weight else None
         return dx if need_x else None, dx if need_residual else None, dweight, None
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.ops.pyfastpeft.swiglu.default(_rows(gate), _rows(up)).view(gate.shape)
+    return torch.ops.pyfastpeft.swiglu.default(_rows(gate), _rows(up))
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -177,7 +178,7 @@ class _SwiGlu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # noqa: ANN001
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.ops.pyfastpeft.swiglu_backward.default(_rows(dy), _rows(gate), _rows(up))
+        dgate, dup = torch.ops.pyfastpeft.swiglu_backward.default(dy, _rows(gate), _rows(up))
         return dgate.view(gate.shape), dup.view(up.shape)
 
 
@@ -197,28 +198,32 @@ class _ProjectedSwiGlu(torch.autograd.Function):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             both = ctx.project(x, *weights)
-        found = torch.ops.pyfastpeft.swiglu_backward.default(_rows(dy), *map(_rows, both))
-        dx = torch.autograd.grad(both, x, [d.view(dy.shape) for d in found])
+        found = torch.ops.pyfastpeft.swiglu_backward.default(dy, *map(_rows, both))
+        dx = torch.autograd.grad(both, x, [d.view(t.shape) for d, t in zip(found, both, strict=True)])
         return *dx, *[None] * (1 + len(weights))
 
 
-def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    out = torch.ops.pyfastpeft.rope.default(q, k, cos, sin, transposed)
-    return tuple(
-        y.view(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x, y in zip((q, k), out, strict=True)
-    )
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    return torch.ops.pyfastpeft.rope.default(q, k, cos, sin, transposed)
+
+
+def _heads(rows: tuple[Tensor, Tensor], shapes: tuple[torch.Size, torch.Size]) -> tuple[Tensor, Tensor]:
+    """What was turned, [batch · tokens, heads · dim], as [batch, heads, tokens, dim]."""
+    return tuple(y.view(b, t, h, d).transpose(1, 2) for y, (b, h, t, d) in zip(rows, shapes, strict=True))
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):  # noqa: ANN001
         ctx.save_for_backward(cos, sin)
-        return _rope(q, k, cos, sin, False)
+        ctx.shapes = q.shape, k.shape
+        return _rope(q, k, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):  # noqa: ANN001
-        return (*_rope(dq, dk, *ctx.saved_tensors, True), None, None)
+        turned = _rope(*_heads((dq, dk), ctx.shapes), *ctx.saved_tensors, True)
+        return (*_heads(turned, ctx.shapes), None, None)
 
 
 @torch.library.register_fake("pyfastpeft::rms_norm")
