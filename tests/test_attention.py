@@ -575,6 +575,23 @@ def test_accelerate_and_get_peft_model_use_it_and_give_the_models_own_back(tmp_p
             assert torch.equal(again(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize("chosen", ["sdpa", "eager"])
+@pytest.mark.parametrize("config", [fp.LoraConfig, lambda: fp.PrefixTuningConfig(num_virtual_tokens=2)])
+def test_a_layer_that_was_copied_goes_with_its_model(config, chosen):
+    plain = model_of("llama")
+    plain.set_attn_implementation(chosen)
+    layers = plain.model.layers
+    layers[1] = copy.deepcopy(layers[0])
+    layers[1].self_attn.layer_idx = 1
+    ids, mask = ids_and_mask()
+    model = fp.get_peft_model(copy.deepcopy(plain), config())
+    with torch.no_grad(), model.disable_adapter():
+        got, expected = (m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (model, plain))
+    assert near(got, expected)
+    own = model.unload().model.layers[1].self_attn.config
+    assert own is not model.get_base_model().config and own._attn_implementation == chosen
+
+
 @pytest.mark.parametrize("chosen", ["eager", "pyfastpeft", "float64"])
 def test_an_attention_that_was_chosen_stays(chosen):
     model = model_of("llama", torch.float64 if chosen == "float64" else torch.float32)

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -402,6 +402,21 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """``model.set_attn_implementation(name)``, in layers that have a configuration of their own too.
+
+    A layer that was copied has one, which no model has, and would take the new masks to the old attention.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    of_models = {id(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)}
+    for module in model.modules():
+        config = vars(module).get("config")
+        own = isinstance(config, PreTrainedConfig) and id(config) not in of_models
+        if own and config._attn_implementation == before:
+            config._attn_implementation = name
+
+
 def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
     """Let the transformers models inside ``model`` use this attention for sdpa, or sdpa again where they did.
 
@@ -416,9 +431,9 @@ def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
         done.update(part.modules())
         if not fast:
             if vars(part).pop(_SWITCHED, False) and part.config._attn_implementation == NAME:
-                part.set_attn_implementation("sdpa")
+                set_attention(part, "sdpa")
         elif all(_gains(m) for m in part.modules() if isinstance(m, PreTrainedModel)):
-            part.set_attn_implementation(NAME)
+            set_attention(part, NAME)
             vars(part)[_SWITCHED] = True
 
 

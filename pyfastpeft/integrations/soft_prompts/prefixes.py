@@ -20,6 +20,7 @@ from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import put_bounded
 from ...nn.prompt_encoder import Form
 from ...ops.tracing import traced
+from ..attention import set_attention
 from .bare import fed, without_checkpointing
 from .checkpointing import collected, reentrant
 from .kept_prompts import KeptPrompts, Source, Values
@@ -187,7 +188,7 @@ class Prefixes(ABC):
         """Let the model use that attention (default: one that knows prefixes). Returns which it used before."""
         name, before = name or self.ATTENTION, self.model.config._attn_implementation
         if before != name:
-            self.model.set_attn_implementation(name)
+            set_attention(self.model, name)
         return before
 
     def uninstall(self) -> None:
