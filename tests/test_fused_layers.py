@@ -381,6 +381,103 @@ def test_a_hook_of_every_module_sees_each_and_may_keep_what_it_saw():
     assert layer.mlp in turned
 
 
+class Dropped(nn.Module):
+    """A norm of the user's, which draws."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm_weight = norm.weight
+
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, self.training) * self.norm_weight
+
+
+class Bounded(nn.Module):
+    """An attention of the user's around another."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention, self.o_proj = attention, attention.o_proj
+
+    def forward(self, **kwargs):
+        return torch.tanh(self.attention(**kwargs)[0]), None
+
+
+def trains(layer, owned):
+    own, a, b = layer.mlp.gate_proj.forward, torch.randn(4, 64), torch.randn(96, 4)
+    owned += [a.requires_grad_(), b.requires_grad_()]
+    layer.mlp.gate_proj.forward = lambda x: own(x) + x @ a.T @ b.T
+
+
+def scales(layer, owned):
+    own, factor = layer.post_attention_layernorm.forward, torch.randn(64, requires_grad=True)
+    owned.append(factor)
+    layer.post_attention_layernorm.forward = lambda x: own(x) * factor
+
+
+def draws(layer, owned):
+    own = layer.mlp.up_proj.forward
+    layer.mlp.up_proj.forward = lambda x: own(x) * torch.rand(96)
+
+
+def keeps(name):
+    def change(layer, owned):
+        module, kept = layer.get_submodule(name), torch.randn(3, 11, 64)
+        owned.append(kept)
+        module.forward = lambda *args, **kwargs: (kept, None) if name == "self_attn" else kept
+
+    return change
+
+
+def bounds(name):
+    def change(layer, owned):
+        own = layer.get_submodule(name).forward
+        layer.get_submodule(name).forward = lambda x: torch.tanh(own(x))
+
+    return change
+
+
+def drops(layer, owned):
+    layer.post_attention_layernorm = Dropped(layer.post_attention_layernorm)
+
+
+def wraps(layer, owned):
+    layer.self_attn = Bounded(layer.self_attn)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [trains, scales, draws, drops, wraps]
+    + [keeps(name) for name in ("self_attn", "self_attn.o_proj", "mlp.down_proj")]
+    + [bounds(name) for name in ("self_attn.o_proj", "mlp.down_proj")],
+)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_forward_of_the_users_runs_once_and_keeps_what_is_its_own(change, before, lora):
+    """Whatever it closes over is trained, what it draws is drawn once, and what it stores nobody else writes to."""
+    model, inputs, results = model_of(CONFIGS[0]), batch(), []
+    for fuse in (lambda model: None, fuse_layers):
+        torch.manual_seed(0)
+        changed, owned = copy.deepcopy(model).requires_grad_(False), []
+        if lora:
+            changed = fp.get_peft_model(changed, fp.LoraConfig(target_modules=["o_proj", "down_proj"]))
+            remove(changed)
+        if not before:
+            fuse(changed)
+        torch.manual_seed(1)
+        for layer in changed.get_submodule("base_model.model.model" if lora else "model").layers:
+            change(layer, owned)
+        if before:
+            fuse(changed)
+        changed.train().get_input_embeddings().weight.requires_grad_()
+        torch.manual_seed(2)
+        loss = changed(**inputs).loss
+        wanted = [p for p in [*changed.parameters(), *owned] if p.requires_grad]
+        results.append([loss, *torch.autograd.grad(loss, wanted, allow_unused=True), *owned])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", [tf.LlamaConfig(**SMALL), tf.Phi3Config(**SMALL)], ids=lambda c: c.model_type)
 @pytest.mark.parametrize("train", [False, True])
 def test_a_hook_on_the_activation_or_another_one_is_heeded(config, train):

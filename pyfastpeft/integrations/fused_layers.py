@@ -12,6 +12,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -58,9 +59,14 @@ class _RmsNorm(ModuleForward):
         return rms_norm(hidden_states, weight, self.module.variance_epsilon)
 
 
+def _untouched(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
+    """Whether ``module`` runs a forward of these kinds, NoneType being its class's, and nothing of the caller's."""
+    return isinstance(vars(module).get("forward"), kinds) and not hooked(module)
+
+
 def _plain(layer: nn.Module | None) -> bool:
     """Whether this is a linear layer with nothing around it: what it returns is the caller's alone."""
-    return type(layer) in (nn.Linear, Linear4bit) and not hooked(layer)
+    return type(layer) in (nn.Linear, Linear4bit) and _untouched(layer, (NoneType, ModuleForward))
 
 
 def _frozen(*layers: nn.Module) -> bool:
@@ -101,7 +107,7 @@ def _activated(
 
 class _LlamaMlp(ModuleForward):
     def __call__(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """Of x, or of its ``norm``, which is frozen and has no children."""
+        """Of x, or of its ``norm``: a :class:`_RmsNorm`, frozen, without children."""
         mlp = self.module
         if not (_serves(x) and _is_silu(mlp.act_fn)):
             return self.own(x if norm is None else norm(x))
@@ -135,21 +141,20 @@ class _LlamaLayer(ModuleForward):
             return self.own(hidden_states, *args, **kwargs)
         attention, norm, mlp = layer.self_attn, layer.post_attention_layernorm, layer.mlp
         y, _ = attention(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-        x = self._sum(hidden_states, y, attention, getattr(attention, "o_proj", None))
+        known = _untouched(attention, _Attention)
+        x = self._sum(hidden_states, y, getattr(attention, "o_proj", None)) if known else hidden_states + y
         # A norm of several, of which adapters choose one, may be another in the backward pass.
-        alone = not (hooked(norm) or norm._modules) and _frozen(norm)
-        if not (alone and isinstance(vars(mlp).get("forward"), _LlamaMlp)) or hooked(mlp):
+        alone = _untouched(norm, _RmsNorm) and not norm._modules and _frozen(norm)
+        if not (alone and _untouched(mlp, _LlamaMlp)):
             return x + mlp(norm(x))
-        y = mlp.forward(x, norm)
-        return self._sum(x, y, mlp, mlp.down_proj)
+        return self._sum(x, mlp.forward(x, norm), mlp.down_proj)
 
     @staticmethod
-    def _sum(x: Tensor, y: Tensor, module: nn.Module, last: nn.Module | None) -> Tensor:
-        """x + y, which ``module`` made, by ``last`` in the end."""
-        if type(last) is LoraLinear and not hooked(last):
+    def _sum(x: Tensor, y: Tensor, last: nn.Module | None) -> Tensor:
+        """x + y, which ``last`` made."""
+        if type(last) is LoraLinear and _untouched(last, NoneType):
             last = last.base_layer  # around it nothing is kept of the result
-        own = _plain(last) and not hooked(module) and x.dtype == y.dtype
-        return _Sum.apply(x, y) if own else x + y
+        return _Sum.apply(x, y) if _plain(last) and x.dtype == y.dtype else x + y
 
 
 class _Phi3Mlp(ModuleForward):
