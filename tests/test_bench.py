@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pyfastpeft as fp
 from pyfastpeft import _native
 from pyfastpeft.cli import main
 from pyfastpeft.cli.bench import full
@@ -104,6 +105,15 @@ def test_every_contender_is_right_or_named():
     seen = {r["name"] for r in result.records} | {a["name"] for a in result.absent} | absent
     assert seen == set(names)
     assert all(a["reason"] for a in result.absent)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("eval", torch.float32), ("train", torch.bfloat16)])
+def test_bitsandbytes_is_held_against_the_weight_that_it_uses(mode, dtype):
+    pytest.importorskip("bitsandbytes")
+    problem = registry.Problem(registry.Weight(512, 96), torch.bfloat16)
+    layer = registry.REGISTRY[f"bnb_nf4_{mode}"].prepare(problem)
+    exact = fp.quantize_4bit(problem.weight.dense.bfloat16()).dequantize(torch.float32)
+    torch.testing.assert_close(layer.weight(), exact.to(dtype).double(), rtol=1e-6, atol=0)
 
 
 def test_gradients_are_held_against_float64_too():

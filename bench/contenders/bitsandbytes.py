@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 
@@ -32,10 +33,14 @@ def _linear(p: Problem, quant_type: str) -> torch.nn.Module:
     return layer
 
 
-def _dequantized(p: Problem, quant_type: str) -> Tensor:
+def _dequantized(p: Problem, quant_type: str, mode: str) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(*_quantized(p, quant_type)).double()
+    codes, state = _quantized(p, quant_type)
+    state = copy.copy(state)
+    # In training the weight is dequantized to x's dtype, which rounds it; that is no part of what eval mode computes.
+    state.dtype = p.dtype if mode == "train" else torch.float32
+    return dequantize_4bit(codes, state).double()
 
 
 def _nbytes(p: Problem, train: bool) -> int:
@@ -45,7 +50,7 @@ def _nbytes(p: Problem, train: bool) -> int:
 
 def _base(p: Problem, quant_type: str, mode: str) -> Layer:
     layer = _linear(p, quant_type).train(mode == "train")
-    return Layer(layer, _nbytes(p, mode == "train"), lambda: _dequantized(p, quant_type))
+    return Layer(layer, _nbytes(p, mode == "train"), lambda: _dequantized(p, quant_type, mode))
 
 
 for _quant_type, _mode in itertools.product(("nf4", "fp4"), ("eval", "train")):
@@ -77,7 +82,7 @@ def _peft(p: Problem, mode: str) -> Layer:
         return [f"a{i % p.adapters}" for i in range(rows)]
 
     call = layer if p.adapters == 1 else lambda x: layer(x, adapter_names=names(len(x)))
-    return Layer(call, _nbytes(p, mode == "train"), lambda: p.adapted(_dequantized(p, "nf4")))
+    return Layer(call, _nbytes(p, mode == "train"), lambda: p.adapted(_dequantized(p, "nf4", mode)))
 
 
 for _mode in ("eval", "train"):
