@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("peft", "bitsandbytes", "torchao", "onnxruntime", "openvino", "llama-cpp-python")
+PEERS = ("peft", "bitsandbytes", "torchao", "onnxruntime", "onnx", "openvino", "llama-cpp-python")
 Name = TypeVar("Name")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 linear = importlib.import_module(f"{BENCH}.linear")
 registry = importlib.import_module(f"{BENCH}.registry")
 report = importlib.import_module(f"{BENCH}.report")
+targets = importlib.import_module(f"{BENCH}.targets")
 RECORD = {
     "name": str, "package": str, "tier": str, "dtype": str, "rank": int, "adapters": int, "m": int, "k": int, "n": int,
     "threads": int, "train": bool, "us": float, "us_best": float, "spread": float, "rounds": int, "gb_s": float,
@@ -157,6 +158,50 @@ def test_an_absent_package_is_named_everywhere(monkeypatch, tmp_path, capsys):
         reason = next(a["reason"] for a in payload["absent"] if package in a["reason"])
         assert reason in printed and reason in page.text
     assert {r["package"] for r in payload["records"]} == {"ours", "torch"}
+
+
+def test_the_targets_name_an_absent_package(monkeypatch, tmp_path, capsys):
+    def section(args, keep):
+        targets._measure((64, 96), [1], targets._cases(["ours_nf4", *targets.PEERS]), 1, args, keep)
+        keep.append({"absent": {"a model": "its package absent"}})
+        yield targets.Row("none", None, "≥", 1, "×")
+
+    monkeypatch.setattr(targets.harness, "installed", lambda package: package not in PEERS)
+    monkeypatch.setattr(targets.harness, "limits", lambda threads: dict.fromkeys(linear.ROOFS, 1.0))
+    monkeypatch.setattr(targets, "SECTIONS", {"tiny": section})
+    monkeypatch.setattr(sys, "argv", ["targets", "--rounds", "1", "--out", str(tmp_path / "out.json")])
+    targets.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    payload = json.loads((tmp_path / "out.json").read_text())
+    kept = {found["name"] for found in payload["detail"]["tiny"] if "reason" in found}
+    assert kept == set(targets.PEERS)
+    assert all(name in printed for name in kept) and "a model: its package absent" in printed
+    assert set(payload["machine"]["versions"]) >= PEERS - {"llama_cpp"}
+
+
+def test_one_row_is_held_to_the_best_peer_on_every_number_of_threads(monkeypatch):
+    times = {"ours_nf4": 10.0, "ours_nf4_dq": 10.0, "ggml_q4_K": 13.0, "ggml_q4_0": 9.0}
+
+    def measured(shape, rows, cases, threads, *rest):
+        made = [
+            {"name": case.name, "m": 1, "dtype": case.dtype, "rank": 0, "adapters": 1, "us": times[case.name]}
+            | {"tier": registry.REGISTRY[case.name].tier, "package": registry.REGISTRY[case.name].package}
+            | {"samples_us": [times[case.name]], "gb_s": 1.0}
+            for case in cases
+            if case.name in times
+        ]
+        return linear.Result(made, limits=[{"read_gb_s": 1.0}])
+
+    monkeypatch.setattr(targets, "_measure", measured)
+    rows = list(targets.one_row(None, []))
+    best = [r for r in rows if "over the best peer" in r.what]
+    assert [(r.measured, r.note, r.met) for r in best] == 4 * [(0.9, "against ggml_q4_0 fp32", False)]
+    assert [r.measured for r in rows if "over ggml Q4_K" in r.what] == 4 * [1.3]
+
+
+def test_targets_give_openvino_the_inputs_that_it_likes_best():
+    """ov_nf4 is faster in fp32 up to 4 rows, and in bf16 above."""
+    assert {case.dtype for case in targets._cases(["ov_nf4"])} == {"bf16", "fp32"}
 
 
 def test_the_report_is_whole(tmp_path):
