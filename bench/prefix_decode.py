@@ -6,7 +6,6 @@
 ``ours_nf4`` and ``ours_bf16`` are a PeftModel with Prefix Tuning, which holds the prefix once; the others get it as a
 cache with a copy for every row, which is what transformers (and peft's prefix tuning) has. All go through
 transformers' generate; what is timed are the tokens after the first.
-``prefix_mib`` is what the keys and values of the prefix take by their shape: once where it is shared.
 """
 
 from __future__ import annotations
@@ -103,10 +102,9 @@ class _Times:
 def measure(args: argparse.Namespace, console: Console) -> dict:
     """Tokens a second, all rows together, of every contender."""
     torch.set_num_threads(args.threads)
-    calls, sizes = {}, {}
+    calls = {}
     with models.checkpoint(args.model) as folder:
         prefix = _prefix_of(models.load_dense(folder), args.prefix)
-        once = sum(t.numel() * t.element_size() for pair in prefix for t in pair) / 2**20
         for name, (shared, load) in CONTENDERS.items():
             if not harness.matches(name, args.only):
                 continue
@@ -114,7 +112,6 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
             more = dict if shared else _repeat(model, prefix, args.rows)
             if shared:
                 model = _share(model, args.prefix)
-            sizes[name] = once if shared else once * args.rows
             calls[name] = _generate(model, more, args.rows, args.prefix, shared)
             calls[name](2)
         a_token = {name: lambda call=call: call(args.tokens) / args.tokens for name, call in calls.items()}
@@ -123,17 +120,13 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
         name: timing.as_dict()
         | {
             "tokens_per_s": round(args.rows / timing.median, 2),
-            "prefix_mib": round(sizes[name], 1),
             "samples_us": [round(s * 1e6) for s in timing.samples],
         }
         for name, timing in timings.items()
     }
     title = f"{args.model}, {args.rows} rows behind {args.prefix} tokens, {args.threads} thread(s)"
-    lines = (
-        (name, f"{row['tokens_per_s']:.1f}", harness.spread(row), f"{row['prefix_mib']:.1f}")
-        for name, row in rows.items()
-    )
-    console.print(harness.table(title, ("contender", "tokens a second", "spread", "prefix, MiB"), lines))
+    lines = ((name, f"{row['tokens_per_s']:.1f}", harness.spread(row)) for name, row in rows.items())
+    console.print(harness.table(title, ("contender", "tokens a second", "spread"), lines))
     return {
         "model": args.model, "tokens": args.tokens, "rows": args.rows, "prefix": args.prefix, "threads": args.threads,
         "other_load_cores": round(load.cores, 2), "contenders": rows,

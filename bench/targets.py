@@ -327,7 +327,6 @@ def _prefix_decoding(model: str, tokens: int) -> Callable:
             what = f"decoding {model}, 8 rows behind 512 shared tokens, {name}: speed over bf16 with a copy a row"
             note = f"{found[name]['tokens_per_s']:.0f} tokens/s against {theirs['tokens_per_s']:.0f}"
             yield Row(what, _ratio(theirs, found[name]), "≥", 2.0, "×", note)
-            yield Row("memory of its prefix", found[name]["prefix_mib"] / theirs["prefix_mib"], "≤", 0.13, "×")
 
     return section
 
