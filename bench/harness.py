@@ -213,6 +213,7 @@ def machine() -> dict[str, object]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "last_level_cache": last_level_cache(),
         "isa": list(torch.ops.pyfastpeft.available_isas()),
+        "isa_used": torch.ops.pyfastpeft.isa(),
         "python": platform.python_version(),
         "versions": {p: _version(p) for p in ("torch", "transformers", "numpy", *PEERS)},
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),

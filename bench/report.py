@@ -222,7 +222,8 @@ def html(payload: dict) -> str:
     out = [
         f"<h1>4-bit linear layers on {escape(str(machine['cpu']))}</h1>",
         f"<p>{machine['cores']} cores, last-level cache {machine['last_level_cache'] >> 20} MiB, instruction sets "
-        f"{' '.join(machine['isa'])}; {machine['date']}<br>{escape(versions)}</p>",
+        f"{' '.join(machine['isa'])}, of which ours used {machine['isa_used']}; {machine['date']}<br>"
+        f"{escape(versions)}</p>",
         "<h2>The machine's limits in this run</h2>",
         _table(
             ["", *ROOFS.values()],

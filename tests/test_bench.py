@@ -204,6 +204,12 @@ def test_targets_give_openvino_the_inputs_that_it_likes_best():
     assert {case.dtype for case in targets._cases(["ov_nf4"])} == {"bf16", "fp32"}
 
 
+def test_the_report_says_which_instruction_set_ran(isa):
+    payload = linear.Result().payload()
+    assert payload["machine"]["isa_used"] == isa
+    assert f"of which ours used {isa};" in Page(report.html(payload)).text
+
+
 def test_the_report_is_whole(tmp_path):
     args = ["--shapes", "64x96,128x64", "--M", "1,20", "--threads", "1", "--only", "ours_nf4,torch_dense", "--json"]
     assert main(["bench", *args, "--out", str(tmp_path)]) == 0
