@@ -16,7 +16,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -27,7 +27,7 @@ from . import (
     contenders,  # noqa: F401  (fills the registry)
     harness,
 )
-from .registry import DTYPES, REGISTRY, Case, Layer, Problem, Unavailable, Weight, select
+from .registry import DTYPES, REGISTRY, Case, Layer, Problem, Weight, select, why
 
 SCHEMA = 1
 CHECKED_ROWS = 16  # of y are held against float64
@@ -124,8 +124,7 @@ def measure(
             given = (all_dy if train else all_x)[:CHECKED_ROWS].to(problem.dtype).double()
             ready[case] = layers, given @ exact if train else given @ exact.t()
         except Exception as error:
-            reason = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {str(error)[:160]}"
-            result.absent.append({"name": case.name, "reason": reason} | ({"rank": case.rank} if case.rank else {}))
+            result.absent.append(asdict(case) | {"reason": why(error)})
     for m in rows:
         xs = {name: all_x[:m].to(dtype) for name, dtype in DTYPES.items()}
         dys = {name: all_dy[:m].to(dtype) if train else None for name, dtype in DTYPES.items()}
@@ -210,12 +209,13 @@ def label(record: dict) -> str:
 
 
 def reasons(absent: list[dict]) -> list[str]:
-    """Lines ``names: reason``, contenders with one reason together."""
+    """Lines ``names: reason``, contenders with one reason together; of whom some cases only are absent, which."""
     together: dict[str, list[str]] = {}
     for entry in absent:
         names = together.setdefault(entry["reason"], [])
-        if entry["name"] not in names:
-            names.append(entry["name"])
+        name = label(entry) if "dtype" in entry else entry["name"]
+        if name not in names:
+            names.append(name)
     return [f"{', '.join(names)}: {reason}" for reason, names in together.items()]
 
 

@@ -19,6 +19,11 @@ class Unavailable(Exception):
     """Why a contender cannot run here, or not on this problem."""
 
 
+def why(error: Exception) -> str:
+    """What to say of a contender that raised ``error``."""
+    return str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {str(error)[:160]}"
+
+
 class Weight:
     """One weight [N, K] in full precision, and what contenders make of it once."""
 

@@ -133,6 +133,16 @@ def test_a_wrong_contender_is_seen(monkeypatch):
     assert all(r["error"] > 0.05 for r in small(["wrong"]).records)
 
 
+def test_a_case_that_is_not_measured_is_told_from_those_of_its_contender_that_are():
+    result = small(["torch_dense"], rows=(1,), dtypes=("fp32",), ranks=(0, 8), adapters=(1, 4))
+    assert [(r["rank"], r["adapters"]) for r in result.records] == [(0, 1), (8, 1)]
+    (absent,) = result.absent
+    assert (absent["rank"], absent["adapters"]) == (8, 4)
+    page = Page(report.html(result.payload()))
+    assert linear.reasons(result.absent) == ["torch_dense fp32 r8 ×4: no batch that mixes adapters"]
+    assert "torch_dense fp32 r8 ×4: no batch" in page.text and "torch_dense: no batch" not in page.text
+
+
 def test_calls_walk_over_copies_beyond_the_cache(monkeypatch):
     layers = []
 
