@@ -63,13 +63,7 @@ def _prepare(problem: Problem, case: Case, rotate: int) -> list[Layer]:
     prepare = REGISTRY[case.name].prepare
     first = prepare(problem)
     copies = min(MOST_COPIES, math.ceil(rotate / first.nbytes))
-    layers = [first, *(prepare(replace(problem, copy=i)) for i in range(1, copies))]
-    warm = torch.zeros(1, problem.k, dtype=problem.dtype)
-    for layer in layers:
-        # bitsandbytes repacks the weight on the first call of each layer, ONNX Runtime and OpenVINO bind.
-        with torch.no_grad():
-            layer.call(warm)
-    return layers
+    return [first, *(prepare(replace(problem, copy=i)) for i in range(1, copies))]
 
 
 def _call(layers: list[Layer], turn: Iterator[int], x: Tensor, dy: Tensor | None) -> Callable[[], object]:
@@ -128,8 +122,19 @@ def measure(
     for m in rows:
         xs = {name: all_x[:m].to(dtype) for name, dtype in DTYPES.items()}
         dys = {name: all_dy[:m].to(dtype) if train else None for name, dtype in DTYPES.items()}
-        turn = itertools.count()
-        calls = {case: _call(layers, turn, xs[case.dtype], dys[case.dtype]) for case, (layers, _) in ready.items()}
+        turn, calls = itertools.count(), {}
+        for case, (layers, _) in ready.items():
+            call = _call(layers, turn, xs[case.dtype], dys[case.dtype])
+            try:
+                # The first call of each copy is none to time: bitsandbytes repacks the weight, and with every new
+                # number of rows ONNX Runtime and OpenVINO bind, and oneDNN looks for a kernel.
+                with torch.set_grad_enabled(train):
+                    for _ in layers:
+                        call()
+            except Exception as error:
+                result.absent.append(asdict(case) | {"m": m, "reason": why(error)})
+            else:
+                calls[case] = call
         with harness.Load() as load, torch.set_grad_enabled(train):
             timings = harness.interleave(calls, rounds, budget_s=budget_s)
         for case, timing in timings.items():
@@ -189,11 +194,16 @@ def table(result: Result) -> Table:
     out.add_column("error ≤", justify="right")
     found = {(label(r), r["m"]): r for r in result.records}
     for name in dict.fromkeys(label for label, _ in found):
-        mine = [found[name, m] for m in rows]
-        rates = [f"{r['gb_s']:.1f}" if r["m"] <= 4 else f"{r['gflop_s']:.0f}" for r in mine]
-        cells = [f"{r['us']:.0f} ({rate}) ±{100 * r['spread']:.0f}%" for r, rate in zip(mine, rates, strict=True)]
-        out.add_row(name, *cells, f"{max(r['error'] for r in mine):.0e}")
+        mine = [found.get((name, m)) for m in rows]
+        out.add_row(name, *map(_cell, mine), f"{max(r['error'] for r in mine if r):.0e}")
     return out
+
+
+def _cell(record: dict | None) -> str:
+    if record is None:
+        return "–"
+    rate = f"{record['gb_s']:.1f}" if record["m"] <= 4 else f"{record['gflop_s']:.0f}"
+    return f"{record['us']:.0f} ({rate}) ±{100 * record['spread']:.0f}%"
 
 
 ROOFS = {
@@ -210,13 +220,17 @@ def label(record: dict) -> str:
 
 def reasons(absent: list[dict]) -> list[str]:
     """Lines ``names: reason``, contenders with one reason together; of whom some cases only are absent, which."""
-    together: dict[str, list[str]] = {}
+    together: dict[str, dict[str, list[str]]] = {}
     for entry in absent:
-        names = together.setdefault(entry["reason"], [])
-        name = label(entry) if "dtype" in entry else entry["name"]
-        if name not in names:
-            names.append(name)
-    return [f"{', '.join(names)}: {reason}" for reason, names in together.items()]
+        names = together.setdefault(entry["reason"], {})
+        rows = names.setdefault(label(entry) if "dtype" in entry else entry["name"], [])
+        if "m" in entry and str(entry["m"]) not in rows:
+            rows.append(str(entry["m"]))
+    named = {
+        reason: [name + (f" at M = {'/'.join(rows)}" if rows else "") for name, rows in names.items()]
+        for reason, names in together.items()
+    }
+    return [f"{', '.join(names)}: {reason}" for reason, names in named.items()]
 
 
 def main() -> None:

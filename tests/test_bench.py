@@ -157,6 +157,51 @@ def test_calls_walk_over_copies_beyond_the_cache(monkeypatch):
     assert all(len(calls) > 1 for calls in layers)
 
 
+def test_who_fails_at_one_number_of_rows_is_named_and_costs_no_other_result(monkeypatch):
+    def prepare(p):
+        def call(x):
+            if len(x) in (4, 5):
+                raise RuntimeError("could not create a primitive")
+            return x @ p.weight.dense.t()
+
+        return registry.Layer(call, p.weight.dense.nbytes, p.weight.dense.double)
+
+    monkeypatch.setitem(registry.REGISTRY, "picky", registry.Contender(prepare, "torch"))
+    result = small(["ours_nf4", "picky"], dtypes=("fp32",), rows=(1, 4, 5, 20))
+    assert [r["m"] for r in result.records if r["name"] == "ours_nf4"] == [1, 4, 5, 20]
+    assert [r["m"] for r in result.records if r["name"] == "picky"] == [1, 20]
+    reason = "picky fp32 at M = 4/5: RuntimeError: could not create a primitive"
+    assert linear.reasons(result.absent) == [reason]
+    assert reason in Page(report.html(result.payload())).text
+    assert linear.table(result).row_count == 2
+
+
+def test_no_timed_call_is_the_first_of_a_copy_with_so_many_rows(monkeypatch):
+    fresh, timed = [], []
+
+    def prepare(p):
+        seen = set()
+
+        def call(x):
+            fresh.append(len(x) not in seen)
+            seen.add(len(x))
+            return x @ p.weight.dense.t()
+
+        return registry.Layer(call, 1 << 10, p.weight.dense.double)
+
+    def interleave(calls, *args, **kwargs):
+        fresh.clear()
+        timings = measured(calls, *args, **kwargs)
+        timed.extend(fresh)
+        return timings
+
+    measured = linear.harness.interleave
+    monkeypatch.setattr(linear.harness, "interleave", interleave)
+    monkeypatch.setitem(registry.REGISTRY, "binding", registry.Contender(prepare, "torch"))
+    small(["binding"], dtypes=("fp32",), rows=(1, 20), rotate=10 << 10)
+    assert timed and not any(timed)
+
+
 def test_an_absent_package_is_named_everywhere(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(linear.harness, "installed", lambda package: package not in PEERS)
     args = ["--shapes", "64x96", "--M", "1,20", "--threads", "1", "--out", str(tmp_path)]
