@@ -175,6 +175,17 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
+def free_memory() -> int:
+    """Bytes that processes can take here; what the machine or the container has where the system does not say."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if meminfo.exists():
+        sizes.append(int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) << 10)
+    if container.exists() and (limit := container.read_text().strip()) != "max":
+        sizes.append(int(limit))
+    return min(sizes)
+
+
 def peak_mb() -> float:
     """Peak resident memory of this process."""
     from pyfastpeft.cli.memory import peak_resident

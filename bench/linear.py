@@ -3,11 +3,11 @@
     python -m bench.linear --shapes 4096x4096 --M 1,16,512 --threads 1
     python -m bench.linear --only 'ours_nf4*,bnb_nf4_eval' --dtypes bf16 --ranks 0,16 --train
 
-Every contender gets so many copies of its weights that they exceed the last-level cache twice over, and calls walk
-over them. The error is against float64 on the weights (and adapters) that the contender really uses: of y, or of the
-gradient to x with ``--train``, which times forward and backward together. Times are medians over interleaved rounds.
-The machine's limits are measured before and after each shape. A contender that is not measured is named, with the
-reason.
+Every contender gets so many copies of its weights that they exceed the last-level cache twice over, and calls walk over
+them; where the memory for that is not free, fewer, and the result says so. The error is against float64 on the weights
+(and adapters) that the contender really uses: of y, or of the gradient to x with ``--train``, which times forward and
+backward together. Times are medians over interleaved rounds. The machine's limits are measured before and after each
+shape. A contender that is not measured is named, with the reason.
 """
 
 from __future__ import annotations
@@ -96,16 +96,19 @@ def measure(
 
     Args:
         rounds: of interleaved samples; fewer, but at least three, where they take longer than ``budget_s`` seconds.
-        rotate: bytes of weights that the calls of a contender walk over; by default twice the last-level cache, and one
-            weight where every number of rows is 64 or more, which leaves enough else to do.
+        rotate: bytes of weights that the calls of a contender walk over; by default twice the last-level cache, or what
+            half of the free memory has for each case, and one weight where every number of rows is 64 or more, which
+            leaves enough else to do.
     """
     torch.set_num_threads(threads)
-    rows = list(rows)
+    rows, cases = list(rows), list(cases)
     where = {"k": weight.k, "n": weight.n, "threads": threads, "train": train}
     result = Result()
     limits = [harness.limits(threads)]
+    wanted = rotate
     if rotate is None:
-        rotate = 2 * harness.last_level_cache() if min(rows) < 64 else 0
+        wanted = 2 * harness.last_level_cache() if min(rows) < 64 else 0
+        rotate = min(wanted, harness.free_memory() // 2 // max(1, len(cases)))
     generator = torch.Generator().manual_seed(4)
     all_x = torch.randn(max(rows), weight.k, generator=generator)
     all_dy = torch.randn(max(rows), weight.n, generator=generator)
@@ -154,7 +157,7 @@ def measure(
                 }
             )
     limits.append(harness.limits(threads))
-    result.limits.append(where | harness.best_limits(limits))
+    result.limits.append(where | {"rotate": rotate, "rotate_wanted": wanted} | harness.best_limits(limits))
     return result
 
 
@@ -185,7 +188,7 @@ def table(result: Result) -> Table:
         f"{'forward + backward' if limits['train'] else 'forward'}; the machine: {roofs}; others used "
         f"{max((r['other_load_cores'] for r in result.records), default=0)} cores",
         title_justify="left",
-        caption="\n".join(f"not measured: {line}" for line in reasons(result.absent)) or None,
+        caption="\n".join([*walked(limits), *(f"not measured: {line}" for line in reasons(result.absent))]) or None,
         caption_justify="left",
     )
     out.add_column("contender", no_wrap=True)
@@ -212,6 +215,14 @@ ROOFS = {
     "bf16_gflop_s": "GFLOP/s bf16",
     "int8_gop_s": "Gop/s int8",
 }
+
+
+def walked(limits: dict) -> list[str]:
+    """A line where the calls walked over fewer weights than they should, so that caches help; else none."""
+    if limits["rotate"] >= limits["rotate_wanted"]:
+        return []
+    rotate, wanted = (limits[key] >> 20 for key in ("rotate", "rotate_wanted"))
+    return [f"calls walked over {rotate} MiB of weights, not {wanted} MiB (twice the cache): no more memory was free"]
 
 
 def label(record: dict) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from html import escape
 
-from .linear import ROOFS, label, reasons
+from .linear import ROOFS, label, reasons, walked
 from .registry import REGISTRY
 
 PACKAGES = ("ours", "torch", "bitsandbytes", "peft + bitsandbytes", "torchao", "onnxruntime", "openvino", "ggml")
@@ -236,6 +236,11 @@ def html(payload: dict) -> str:
             ),
         ),
         "<p>Read by streaming over 512 MiB; the rest by independent chains of the instruction in registers.</p>",
+        *(
+            f"<p>{_what(r['k'], r['n'], r['threads'], r['train'])}: {line}</p>"
+            for r in payload["limits"]
+            for line in walked(r)
+        ),
         "<h2>Ours and the best peer</h2>",
         _summary([r for r in records if not r["rank"]]),
         "<h2>Rooflines</h2>"

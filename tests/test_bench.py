@@ -202,6 +202,25 @@ def test_no_timed_call_is_the_first_of_a_copy_with_so_many_rows(monkeypatch):
     assert timed and not any(timed)
 
 
+def test_the_weights_walked_over_fit_the_free_memory_and_less_than_wanted_is_said(monkeypatch):
+    copies = []
+
+    def prepare(p):
+        copies.append(p.copy)
+        return registry.Layer(lambda x: x @ p.weight.dense.t(), 1 << 20, p.weight.dense.double)
+
+    monkeypatch.setitem(registry.REGISTRY, "a", registry.Contender(prepare, "torch"))
+    monkeypatch.setitem(registry.REGISTRY, "b", registry.Contender(prepare, "torch"))
+    monkeypatch.setattr(linear.harness, "last_level_cache", lambda: 480 << 20)
+    monkeypatch.setattr(linear.harness, "free_memory", lambda: 32 << 20)
+    result = small(["a", "b"], dtypes=("fp32",), rows=(1,), rotate=None)
+    assert len(copies) << 20 == 16 << 20  # half of what is free
+    line = "calls walked over 8 MiB of weights, not 960 MiB"
+    assert line in linear.table(result).caption and line in Page(report.html(result.payload())).text
+    monkeypatch.setattr(linear.harness, "last_level_cache", lambda: 2 << 20)
+    assert linear.table(small(["a", "b"], dtypes=("fp32",), rows=(1,), rotate=None)).caption is None
+
+
 def test_an_absent_package_is_named_everywhere(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(linear.harness, "installed", lambda package: package not in PEERS)
     args = ["--shapes", "64x96", "--M", "1,20", "--threads", "1", "--out", str(tmp_path)]
