@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         return payload
 
     payload = write()  # a folder that cannot be written shows before anything is measured
-    for part in parts(args):
+    for number, part in enumerate(parts(args)):
         # A pass over branches measures what can have one, and what that stands over.
         lora = {name for name in names if REGISTRY[name].lora}
         chosen = lora | {REGISTRY[name].over for name in lora} if args.full and len(part.ranks) > 1 else names
@@ -91,6 +91,8 @@ def run(args: argparse.Namespace, console: Console) -> dict:
             [name for name in REGISTRY if name in chosen], part.shapes, part.rows, threads, args.dtypes, part.ranks,
             part.adapters, part.rounds, part.train, console, part.budget_s,
         ):  # fmt: skip
+            for entry in (*found.records, *found.limits):
+                entry["part"] = number
             result += found
             payload = write()
     if args.full:

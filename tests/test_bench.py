@@ -26,7 +26,7 @@ targets = importlib.import_module(f"{BENCH}.targets")
 RECORD = {
     "name": str, "package": str, "tier": str, "dtype": str, "rank": int, "adapters": int, "m": int, "k": int, "n": int,
     "threads": int, "train": bool, "us": float, "us_best": float, "spread": float, "rounds": int, "gb_s": float,
-    "gflop_s": float, "error": float, "nbytes": int, "other_load_cores": float, "samples_us": list,
+    "gflop_s": float, "error": float, "nbytes": int, "other_load_cores": float, "samples_us": list, "part": int,
 }  # fmt: skip
 PEERS = {"bitsandbytes", "peft", "torchao", "onnxruntime", "onnx", "openvino", "llama_cpp"}
 
@@ -75,6 +75,16 @@ def small(names, threads=1, rows=(1, 20), dtypes=("bf16", "fp32"), ranks=(0,), a
         return linear.measure(registry.Weight(512, 96), rows, chosen.cases, threads, 1, train, rotate=rotate)
     finally:
         torch.set_num_threads(before)
+
+
+def page_of(*results):
+    """The report of several passes."""
+    whole = linear.Result()
+    for number, result in enumerate(results):
+        for entry in (*result.records, *result.limits):
+            entry["part"] = number
+        whole += result
+    return Page(report.html(whole.payload()))
 
 
 def test_the_limits_name_what_this_cpu_lacks():
@@ -138,7 +148,7 @@ def test_a_case_that_is_not_measured_is_told_from_those_of_its_contender_that_ar
     assert [(r["rank"], r["adapters"]) for r in result.records] == [(0, 1), (8, 1)]
     (absent,) = result.absent
     assert (absent["rank"], absent["adapters"]) == (8, 4)
-    page = Page(report.html(result.payload()))
+    page = page_of(result)
     assert linear.reasons(result.absent) == ["torch_dense fp32 r8 ×4: no batch that mixes adapters"]
     assert "torch_dense fp32 r8 ×4: no batch" in page.text and "torch_dense: no batch" not in page.text
 
@@ -172,7 +182,7 @@ def test_who_fails_at_one_number_of_rows_is_named_and_costs_no_other_result(monk
     assert [r["m"] for r in result.records if r["name"] == "picky"] == [1, 20]
     reason = "picky fp32 at M = 4/5: RuntimeError: could not create a primitive"
     assert linear.reasons(result.absent) == [reason]
-    assert reason in Page(report.html(result.payload())).text
+    assert reason in page_of(result).text
     assert linear.table(result).row_count == 2
 
 
@@ -216,7 +226,7 @@ def test_the_weights_walked_over_fit_the_free_memory_and_less_than_wanted_is_sai
     result = small(["a", "b"], dtypes=("fp32",), rows=(1,), rotate=None)
     assert len(copies) << 20 == 16 << 20  # half of what is free
     line = "calls walked over 8 MiB of weights, not 960 MiB"
-    assert line in linear.table(result).caption and line in Page(report.html(result.payload())).text
+    assert line in linear.table(result).caption and line in page_of(result).text
     monkeypatch.setattr(linear.harness, "last_level_cache", lambda: 2 << 20)
     assert linear.table(small(["a", "b"], dtypes=("fp32",), rows=(1,), rotate=None)).caption is None
 
@@ -299,6 +309,19 @@ def test_the_report_is_whole(tmp_path):
     for name in registry.REGISTRY:
         assert name in page.text
     assert "ours_nf4 bf16" in page.text and "read" in page.text
+
+
+def test_a_branch_is_held_to_the_base_of_its_own_rounds_and_the_rest_is_of_the_first_pass():
+    passes = [small(["ours_nf4"], rows=(1,), dtypes=("fp32",), ranks=ranks) for ranks in ((0,), (0, 8), (0, 16))]
+    times = {(0, 0): 8e3, (1, 0): 4e3, (1, 8): 6e3, (2, 0): 1e3, (2, 16): 3e3}
+    for number, result in enumerate(passes):
+        for r in result.records:
+            r["us"] = times[number, r["rank"]]
+    text = page_of(*passes).text
+    assert "ours_nf4 fp32 r81.50" in text and "ours_nf4 fp32 r163.00" in text
+    assert text.count("8000 µs") == 1
+    assert "4000 µs" not in text and "1000 µs" not in text
+    assert text.split("Ours and the best peer")[0].count("512 × 96") == 1  # of the limits
 
 
 @pytest.mark.parametrize(
