@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from . import harness, models
+from .registry import why
 
 PROMPT = 8
 
@@ -77,7 +78,7 @@ CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str, int], Callable[[int]
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict:
-    """Tokens a second of every contender that is installed, and the names of the others."""
+    """Tokens a second of every contender that runs here, and why the others do not."""
     torch.set_num_threads(args.threads)
     calls, absent = {}, {}
     with models.checkpoint(args.model) as folder:
@@ -87,14 +88,18 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
             if reason := harness.missing(*requires):
                 absent[name] = reason
                 continue
-            calls[name] = make(folder, args.threads)
-            calls[name](args.tokens)
+            try:
+                call = make(folder, args.threads)
+                call(args.tokens)
+            except Exception as error:
+                absent[name] = why(error)
+            else:
+                calls[name] = call
         a_token = {
             name: lambda call=call: harness.seconds(call, args.tokens) / args.tokens for name, call in calls.items()
         }
         timings, load = harness.in_turn(a_token, args.rounds, harness.SETTLE_S)
-    for name, reason in absent.items():
-        console.print(f"[yellow]{name}: not measured ({reason})")
+    harness.print_absent(absent, console)
     rows = {
         name: timing.as_dict()
         | {"tokens_per_s": round(1 / timing.median, 2), "samples_us": [round(s * 1e6) for s in timing.samples]}

@@ -99,12 +99,11 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         torch.set_num_threads(max(threads))
         step = argparse.Namespace(model="135m", batch=4, length=256, threads=max(threads), rounds=5, only=["*"])
         more["qlora_step"] = qlora_step.measure(step, console)
-        more["decode"] = [
-            decode.measure(
-                argparse.Namespace(model=model, tokens=64, threads=max(threads), rounds=3, only=["*"]), console
-            )
-            for model in ("smollm2", "1.1b")
-        ]
         payload = write()
+        more["decode"] = []
+        for model in ("smollm2", "1.1b"):
+            tokens = argparse.Namespace(model=model, tokens=64, threads=max(threads), rounds=3, only=["*"])
+            more["decode"].append(decode.measure(tokens, console))
+            payload = write()
     console.print(f"written: {folder / 'report.json'}, {folder / 'report.html'}", markup=False)
     return {"report": str(folder / "report.html"), "json": str(folder / "report.json"), "absent": payload["absent"]}

@@ -249,6 +249,12 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> 
     return out
 
 
+def print_absent(absent: dict[str, str], console: Console) -> None:
+    """Name what is not measured, with the reason of each."""
+    for name, reason in absent.items():
+        console.print(f"{name}: not measured ({reason})", style="yellow", markup=False)
+
+
 def spread(row: dict) -> str:
     """Of a row that holds ``Timing.as_dict()``, for a table."""
     return f"±{100 * row['spread']:.0f}%"

@@ -17,46 +17,57 @@ import torch
 from rich.console import Console
 
 from . import harness, models, training
+from .registry import why
 
-CONTENDERS: dict[str, Callable[[str], torch.nn.Module]] = {
-    "ours": models.adapted_ours,
-    "peft_bnb_nf4": models.adapted_peft,
-    "ours_bf16": lambda folder: models.lora_over(models.load_dense(folder)),
-    "peft_bf16": lambda folder: models.peft_over(models.load_dense(folder)),
+# Name to (packages it needs, the model in a folder).
+CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str], torch.nn.Module]]] = {
+    "ours": ((), models.adapted_ours),
+    "peft_bnb_nf4": (("peft", "bitsandbytes"), models.adapted_peft),
+    "ours_bf16": ((), lambda folder: models.lora_over(models.load_dense(folder))),
+    "peft_bf16": (("peft",), lambda folder: models.peft_over(models.load_dense(folder))),
 }
 PEERS = {"ours": "peft_bnb_nf4", "ours_bf16": "peft_bf16"}
 
 
 def stepper(name: str, folder: str, batch: int, length: int) -> Callable[[], float]:
     tokens = training.tokens_of(batch, length)
-    return training.stepper(CONTENDERS[name](folder), 1e-4, input_ids=tokens, labels=tokens)
+    return training.stepper(CONTENDERS[name][1](folder), 1e-4, input_ids=tokens, labels=tokens)
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict:
-    names = [n for n in CONTENDERS if harness.matches(n, args.only)]
-    for peer, packages in (("peft_bnb_nf4", ("peft", "bitsandbytes")), ("peft_bf16", ("peft",))):
-        if peer in names and (reason := harness.missing(*packages)):
-            console.print(f"[yellow]{peer}: not measured ({reason})")
-            names.remove(peer)
+    chosen = [name for name in CONTENDERS if harness.matches(name, args.only)]
+    absent = {name: reason for name in chosen if (reason := harness.missing(*CONTENDERS[name][0]))}
+    peaks, losses, calls = {}, {}, {}
+    options = [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
     with models.checkpoint(args.model) as folder:
-        options = [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
-        peaks = {name: training.peak_mb(__spec__.name, name, folder, *options) for name in names}
-        steps = {name: stepper(name, folder, args.batch, args.length) for name in names}
-        losses = {name: [step(), step()] for name, step in steps.items()}
-        calls = {name: partial(harness.seconds, step) for name, step in steps.items()}
+        for name in chosen:
+            if name not in absent:
+                try:
+                    peaks[name] = training.peak_mb(__spec__.name, name, folder, *options)
+                except Exception as error:
+                    absent[name] = why(error)
+        for name in peaks:
+            try:
+                step = stepper(name, folder, args.batch, args.length)
+                losses[name] = [step(), step()]
+            except Exception as error:
+                absent[name] = why(error)
+            else:
+                calls[name] = partial(harness.seconds, step)
         timings, load = harness.in_turn(calls, args.rounds)
+    harness.print_absent(absent, console)
     rows = {}
-    for name in names:
-        rows[name] = timings[name].as_dict() | {"peak_mb": peaks[name], "first_losses": losses[name]}
+    for name, timing in timings.items():
+        rows[name] = timing.as_dict() | {"peak_mb": peaks[name], "first_losses": losses[name]}
         if (peer := PEERS.get(name)) in timings:
-            rows[name]["speedup"] = round(timings[peer].ratio(timings[name]), 3)
+            rows[name]["speedup"] = round(timings[peer].ratio(timing), 3)
             rows[name]["memory_ratio"] = round(peaks[name] / peaks[peer], 3)
     title = f"QLoRA step, {args.batch} × {args.length}, {args.threads} threads"
     columns = ("contender", "s a step", "peak MB", "speed against peft", "memory against peft")
     console.print(harness.table(title, columns, ((name, *training.cells(row, row)) for name, row in rows.items())))
     return {
         "model": args.model, "batch": args.batch, "length": args.length, "rank": models.LORA["r"],
-        "threads": args.threads, "other_load_cores": round(load.cores, 2), "contenders": rows,
+        "threads": args.threads, "other_load_cores": round(load.cores, 2), "contenders": rows, "absent": absent,
     }  # fmt: skip
 
 

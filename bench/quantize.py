@@ -5,6 +5,7 @@ python -m bench.quantize --threads 1,2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,8 +14,23 @@ from rich.console import Console
 import pyfastpeft as fp
 
 from . import harness
+from .registry import why
 
 PARAMETERS = 7e9
+
+
+@functools.cache
+def absent() -> dict[str, str]:
+    """Why bitsandbytes is not measured here, under its name; empty where it runs."""
+    if reason := harness.missing("bitsandbytes"):
+        return {"bnb": reason}
+    try:
+        from bitsandbytes import functional as bnb
+
+        bnb.dequantize_4bit(*bnb.quantize_4bit(torch.ones(64, 64), quant_type="nf4"))
+    except Exception as error:
+        return {"bnb": why(error)}
+    return {}
 
 
 def contenders(weight: torch.Tensor, quant_type: str, double_quant: bool) -> dict[str, Callable[[], object]]:
@@ -24,7 +40,7 @@ def contenders(weight: torch.Tensor, quant_type: str, double_quant: bool) -> dic
         "ours.quantize": lambda: fp.quantize_4bit(weight, quant_type, 64, double_quant),
         "ours.dequantize": packed.dequantize,
     }
-    if harness.installed("bitsandbytes") and quant_type != "int4":
+    if not absent() and quant_type != "int4":
         from bitsandbytes import functional as bnb
 
         codes, state = bnb.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double_quant)
@@ -68,8 +84,7 @@ def main() -> None:
     parser.add_argument("--shape", type=harness.shapes, default="4096x4096", help="KxN of the weight")
     args = parser.parse_args()
     console = Console(width=120)
-    if not harness.installed("bitsandbytes"):
-        console.print("[yellow]bnb: not measured (bitsandbytes absent)")
+    harness.print_absent(absent(), console)
     records = []
     for threads in args.threads:
         part = measure(threads, args.shape[0], args.rounds)
@@ -81,7 +96,7 @@ def main() -> None:
             lines.append((r["name"], r["format"], r["dtype"], *cells))
         columns = ("what", "format", "dtype", "ms", "GB/s", "s for 7e9", "against bitsandbytes")
         console.print(harness.table(f"{threads} thread(s)", columns, lines))
-    path = harness.write(args.out, {"machine": harness.machine(), "records": records})
+    path = harness.write(args.out, {"machine": harness.machine(), "records": records, "absent": absent()})
     console.print(f"written: {path}")
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from html import escape
 
+from . import training
 from .linear import ROOFS, label, reasons, walked
 from .registry import REGISTRY
 
@@ -207,21 +208,22 @@ def _first(entries: list[dict]) -> list[dict]:
 def _end_to_end(payload: dict) -> str:
     out = ""
     if step := payload.get("qlora_step"):
-        rows = [
-            [escape(name), f"{r['us'] / 1e6:.2f} s", f"{r['peak_mb']:.0f} MB", f"{r.get('speedup', math.nan):.2f} ×",
-             f"{r.get('memory_ratio', math.nan):.2f} ×"]
-            for name, r in step["contenders"].items()
-        ]  # fmt: skip
+        rows = [[escape(name), *training.cells(r, r)] for name, r in step["contenders"].items()]
         out += f"<h3>One QLoRA step, {step['batch']} × {step['length']} tokens, {step['threads']} threads</h3>"
-        out += _table(["", "time", "peak memory", "speed against peft", "memory against peft"], rows)
+        columns = ["", "seconds", "peak MB", "speed against peft", "memory against peft"]
+        out += _table(columns, rows) + _absent(step["absent"])
     for found in payload.get("decode", []):
         rows = [
             [escape(name), f"{r['tokens_per_s']:.1f}", f"±{100 * r['spread']:.0f} %"]
             for name, r in found["contenders"].items()
         ]
         out += f"<h3>Decoding {escape(found['model'])}, {found['threads']} threads, {found['tokens']} tokens</h3>"
-        out += _table(["", "tokens a second", ""], rows)
+        out += _table(["", "tokens a second", ""], rows) + _absent(found["absent"])
     return f"<h2>End to end</h2>{out}" if out else ""
+
+
+def _absent(found: dict[str, str]) -> str:
+    return "".join(f"<p>Not measured: {escape(name)}: {escape(reason)}</p>" for name, reason in found.items())
 
 
 def html(payload: dict) -> str:

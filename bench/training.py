@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import harness
+from .registry import Unavailable
 
 
 def tokens_of(batch: int, length: int) -> Tensor:
@@ -35,7 +35,7 @@ def stepper(model: nn.Module, rate: float, **inputs: Tensor) -> Callable[[], flo
 
 def cells(timed: dict, compared: dict) -> tuple[str, str, str, str]:
     """Of a table: time and memory of a step, and its speed and memory against peft's where that was measured."""
-    ratios = (f"{compared.get(key, math.nan):.2f}×" for key in ("speedup", "memory_ratio"))
+    ratios = (f"{compared[key]:.2f} ×" if key in compared else "–" for key in ("speedup", "memory_ratio"))
     return f"{timed['us'] / 1e6:.2f} {harness.spread(timed)}", f"{timed['peak_mb']:.0f}", *ratios
 
 
@@ -48,8 +48,10 @@ def add_child_arguments(parser: argparse.ArgumentParser, contenders: dict[str, C
 def peak_mb(module: str, name: str, folder: str, *options: str) -> float:
     """Peak resident memory of two steps of a contender in a fresh process, which runs ``module``."""
     command = [sys.executable, "-m", module, "--child", name, "--folder", folder, *options]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(out.splitlines()[-1])["peak_mb"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable(done.stderr.strip().rpartition("\n")[2] or f"its process ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
 
 
 def child(step: Callable[[], object]) -> None:

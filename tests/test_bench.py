@@ -55,11 +55,11 @@ class Page(HTMLParser):
         self.text += data
 
 
-def run_bench(module, tmp_path, *args):
+def run_bench(module, tmp_path, *args, beside=""):
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", f"{BENCH}.{module}", *args, "--out", str(out)]
     package = Path(sys.modules["pyfastpeft"].__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": str(package)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(beside), str(package)) if beside else (str(package),))}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     payload = json.loads(out.read_text())
@@ -408,6 +408,51 @@ def test_decode_counts_tokens_or_names_who_is_absent(tmp_path):
     assert {"ours_nf4", "ours_nf4_lora", "ours_bf16_lora", "bf16"} <= set(result["contenders"])
     assert len(result["contenders"]) + len(result["absent"]) == 8
     assert all(row["tokens_per_s"] > 0 for row in result["contenders"].values())
+
+
+def broken(tmp_path, *packages):
+    """A folder with packages that are found and cannot be imported."""
+    for package in packages:
+        (tmp_path / "broken" / package).mkdir(parents=True)
+        (tmp_path / "broken" / package / "__init__.py").write_text("raise ImportError('libfoo.so.1 is not there')\n")
+    return tmp_path / "broken"
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "names"),
+    [
+        ("decode", ["--model=tiny", "--tokens=2", "--only=ours_nf4,llama_cpp_q4_0"], ["llama_cpp_q4_0"]),
+        ("qlora_step", ["--model=tiny", "--batch=1", "--length=8", "--only=ours,peft_bf16"], ["peft_bf16"]),
+        ("quantize", ["--shape=256x256"], ["bnb"]),
+    ],
+)
+def test_a_package_that_does_not_work_is_named_and_costs_no_other_result(module, args, names, tmp_path):
+    beside = broken(tmp_path, "llama_cpp", "peft", "bitsandbytes")
+    payload = run_bench(module, tmp_path, *args, "--rounds=1", "--threads=1", beside=beside)
+    result = payload.get("result", payload)
+    assert list(result["absent"]) == names
+    assert all("ImportError: libfoo.so.1 is not there" in reason for reason in result["absent"].values())
+    assert any(row for row in result.get("contenders", result.get("records")))
+
+
+def test_the_full_report_keeps_what_was_measured_and_names_who_was_not(tmp_path, monkeypatch):
+    step = {"us": 2e6, "spread": 0.1, "peak_mb": 700.0}
+    steps = {"batch": 4, "length": 256, "threads": 1, "contenders": {"ours": step}, "absent": {"theirs": "a reason"}}
+    monkeypatch.setattr(f"{BENCH}.full.qlora_step.measure", lambda *args: steps)
+
+    def decode(args, console):
+        if args.model != "smollm2":
+            raise MemoryError
+        row = {"tokens_per_s": 12.5, "spread": 0.1}
+        return {**vars(args), "contenders": {"ours_nf4": row}, "absent": {"llama_cpp_q4_0": "<another>"}}
+
+    monkeypatch.setattr(f"{BENCH}.full.decode.measure", decode)
+    monkeypatch.setattr(f"{BENCH}.full.parts", lambda args: [])
+    assert main(["bench", "--full", "--only", "ours_nf4", "--threads", "1", "--out", str(tmp_path)]) == 1
+    payload = json.loads((tmp_path / "report.json").read_text())
+    assert payload["qlora_step"] == steps and [found["model"] for found in payload["decode"]] == ["smollm2"]
+    text = Page((tmp_path / "report.html").read_text()).text.split("End to end")[1]
+    assert "theirs: a reason" in text and "llama_cpp_q4_0: <another>" in text and "nan" not in text
 
 
 def test_what_llama_cpp_reads_is_the_same_model(tmp_path):
