@@ -602,12 +602,16 @@ def other_scaling(model):
     model.layers[1].self_attn.scaling *= 30
 
 
-@pytest.mark.parametrize("change", [other_order, other_norm, other_scaling])
+def sees_what_follows(model):
+    model.config.is_causal = False
+
+
+@pytest.mark.parametrize("change", [other_order, other_norm, other_scaling, sees_what_follows])
 def test_a_decoder_that_was_changed_is_left_to_its_class(change, served):
     models, ids = pair(), torch.randint(1, VOCAB, (1, 5))
 
     def logits(model):
-        return torch.stack(generate(model, ids, return_dict_in_generate=True, output_logits=True).logits)
+        return logits_along(model, ids, [2, 1, 2])  # of several tokens each sees those that follow, or not
 
     before = logits(models[1])
     assert any(served)

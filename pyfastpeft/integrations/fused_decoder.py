@@ -192,6 +192,7 @@ class _Stack:
         dtype, eps = model.norm.weight.dtype, model.norm.variance_epsilon
         scaling = layers[0].self_attn.scaling
         self.dtype = dtype
+        look.get(vars(config), "is_causal")  # which few have
         window = look.get(vars(config), "sliding_window")  # of every layer that does not say its own, as Mistral's
 
         def norm(parent: nn.Module, name: str) -> Tensor:
