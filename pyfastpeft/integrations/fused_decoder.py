@@ -108,7 +108,8 @@ class _Stack:
 
     Looking everything up again takes a tenth of a token's time. From one token to the next over the same cache that is
     done only after something was noticed: a hook, module or parameter that was registered anywhere, a change in the
-    bank of adapters.
+    bank of adapters. A forward or a number that was put on a module is noticed by nothing and waits for the next cache:
+    asking the modules for these alone takes a third of that time, as none of them is in the processor's caches by then.
     """
 
     def __init__(self, model: nn.Module) -> None:
