@@ -218,6 +218,20 @@ def test_weights_that_a_call_brings_are_those_of_its_backward_pass(config, name)
     )
 
 
+def test_nothing_of_a_model_is_exchanged_while_it_trains():
+    """Other threads may train it at the same time, or read its weights."""
+    model = prefixed(model_of(CONFIGS[0]).train())
+    own, exchanged = {m: m._parameters for m in model.modules()}, set()
+
+    def look(tensor):
+        exchanged.update(m for m, parameters in own.items() if m._parameters is not parameters)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, look):
+        model(**batch()).loss.backward()
+    assert not exchanged
+
+
 @pytest.mark.parametrize("rows", [False, True])
 def test_a_norm_of_another_adapter_has_no_part_in_the_backward_pass(rows):
     lora = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -517,4 +531,4 @@ def test_gate_and_up_are_kept_where_they_are_few_beside_the_weights(config, rows
     monkeypatch.setattr("pyfastpeft.integrations.dense_layers.many_rows_pay", lambda *_: False)
     x = torch.randn(1, rows, 64, requires_grad=True)
     mlp(x).sum().backward()
-    assert sum(layer is projection for layer in calls) == computed
+    assert sum(layer.weight is projection.weight for layer in calls) == computed

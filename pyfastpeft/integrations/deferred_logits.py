@@ -26,7 +26,7 @@ from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from ..ops.tracing import captured, traced
 from .dense_layers import DenseForward
-from .forwards import ModuleForward, autocast_of, install, parameters_of, remove
+from .forwards import ModuleForward, autocast_of, install, remove, with_parameters
 
 _CHUNK_LOGITS = 1 << 22
 _CPU_ROWS, _GPU_ROWS = 128, 512
@@ -133,8 +133,8 @@ class _Call:
         return self._hidden
 
     def project(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(**self.autocast), parameters_of({self.head: self._parameters}):
-            return type(self.head).forward(self.head, hidden)
+        with torch.autocast(**self.autocast):
+            return type(self.head).forward(with_parameters(self.head, self._parameters), hidden)
 
     def weight(self) -> Tensor | None:
         """The head's, where there is nothing else to it and ``head_cross_entropy`` serves it."""

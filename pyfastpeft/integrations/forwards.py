@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,17 +36,14 @@ def remove(model: nn.Module, kind: type[ModuleForward] = ModuleForward) -> None:
             del module.forward
 
 
-@contextmanager
-def parameters_of(held: Mapping[nn.Module, dict[str, Tensor | None]]) -> Iterator[None]:
-    """Let modules without children run with these parameters by name, and then have their own again."""
-    own = {module: module._parameters for module in held}
-    try:
-        for module, parameters in held.items():
-            module._parameters = parameters
-        yield
-    finally:
-        for module, parameters in own.items():
-            module._parameters = parameters
+def with_parameters(module: nn.Module, parameters: dict[str, Tensor | None]) -> nn.Module:
+    """Like ``module``, with which it shares all else, but with these parameters by name; other threads may run both."""
+    other = object.__new__(type(module))
+    state = vars(other)
+    state.update(vars(module), _parameters=parameters)
+    if isinstance(forward := state.get("forward"), ModuleForward):
+        state["forward"] = type(forward)(other)
+    return other
 
 
 def autocast_of(x: Tensor) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.backends import FLOATS, Backend, choose_plain
 from ..ops.tracing import traced
 from .dense_layers import DenseForward, has_fast_forward
-from .forwards import ModuleForward, autocast_of, install, parameters_of, remove
+from .forwards import ModuleForward, autocast_of, install, remove, with_parameters
 
 _ROPE = "apply_rotary_pos_emb"
 
@@ -75,11 +75,11 @@ def _frozen(*layers: nn.Module) -> bool:
 
 def _activated(
     x: Tensor,
-    project: Callable[[Tensor], tuple[Tensor, Tensor]],
+    project: Callable[..., tuple[Tensor, Tensor]],
     *layers: nn.Module,
     norm: nn.Module | None = None,
 ) -> Tensor:
-    """``swiglu`` of what ``layers`` project x, or its ``norm``, to.
+    """``swiglu`` of what x, or its ``norm``, is projected to by ``layers``, which ``project`` takes and then the norm.
 
     Gate and up are most of what a layer of a model would keep for the backward pass. Where all that this pass wants of
     them is x's gradient, and the weights are dense, they are computed again instead, by the weights that are here now,
@@ -89,18 +89,18 @@ def _activated(
     """
     dense = all(_plain(m) and type(m) is not Linear4bit for m in layers)
     few = 8 * x[..., 0].numel() <= 3 * x.shape[-1]
-    if few or not (dense and _frozen(*layers)):
-        return swiglu(*project(x))
-    autocast = autocast_of(x)
     modules = layers if norm is None else (*layers, norm)
+    if few or not (dense and _frozen(*layers)):
+        return swiglu(*project(x, *modules))
+    autocast = autocast_of(x)
     places = [(module, name) for module in modules for name in module._parameters]
 
     def again(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
         held = {module: {} for module in modules}
         for (module, name), weight in zip(places, weights, strict=True):
             held[module][name] = weight
-        with torch.autocast(**autocast), parameters_of(held):
-            return project(x)
+        with torch.autocast(**autocast):
+            return project(x, *(with_parameters(module, held[module]) for module in modules))
 
     return projected_swiglu(x, again, *(module._parameters[name] for module, name in places))
 
@@ -111,13 +111,12 @@ class _LlamaMlp(ModuleForward):
         mlp = self.module
         if not (_serves(x) and _is_silu(mlp.act_fn)):
             return self.own(x if norm is None else norm(x))
-        gate, up = mlp.gate_proj, mlp.up_proj
+        return mlp.down_proj(_activated(x, self._project, mlp.gate_proj, mlp.up_proj, norm=norm))
 
-        def project(x: Tensor) -> tuple[Tensor, Tensor]:
-            x = x if norm is None else norm(x)
-            return gate(x), up(x)
-
-        return mlp.down_proj(_activated(x, project, gate, up, norm=norm))
+    @staticmethod
+    def _project(x: Tensor, gate: nn.Module, up: nn.Module, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        x = x if norm is None else norm(x)
+        return gate(x), up(x)
 
 
 class _Sum(torch.autograd.Function):
@@ -162,8 +161,7 @@ class _Phi3Mlp(ModuleForward):
         mlp = self.module
         if not (_serves(hidden_states) and _is_silu(mlp.activation_fn)):
             return self.own(hidden_states)
-        layer = mlp.gate_up_proj
-        return mlp.down_proj(_activated(hidden_states, lambda x: layer(x).chunk(2, dim=-1), layer))
+        return mlp.down_proj(_activated(hidden_states, lambda x, layer: layer(x).chunk(2, dim=-1), mlp.gate_up_proj))
 
 
 class _Attention(ModuleForward):
