@@ -606,7 +606,34 @@ def sees_what_follows(model):
     model.config.is_causal = False
 
 
-@pytest.mark.parametrize("change", [other_order, other_norm, other_scaling, sees_what_follows])
+def halved(kind):
+    """A user's class under the name of the one that it is derived from."""
+
+    def forward(self, x):
+        return kind.forward(self, x) * 0.5
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+
+
+def other_mlp(model):
+    mlp = halved(type(model.layers[1].mlp))(model.config)
+    mlp._modules.update(model.layers[1].mlp._modules)
+    model.layers[1].mlp = mlp
+
+
+def other_norm_class(model):
+    norm, model.norm = model.norm, halved(type(model.norm))(64)
+    model.norm.weight = norm.weight
+
+
+def other_activation(model):
+    model.layers[1].mlp.act_fn = halved(torch.nn.SiLU)()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_order, other_norm, other_scaling, sees_what_follows, other_mlp, other_norm_class, other_activation],
+)
 def test_a_decoder_that_was_changed_is_left_to_its_class(change, served):
     models, ids = pair(), torch.randint(1, VOCAB, (1, 5))
 

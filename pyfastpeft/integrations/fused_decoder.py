@@ -37,6 +37,7 @@ from ..ops.linear_4bit import takes_int8
 from ..ops.tracing import forward_mode, traced
 from .attention import NAME as ATTENTION
 from .forwards import ModuleForward, install
+from .fused_layers import SILUS
 
 _FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 _PROJECTIONS = (
@@ -52,6 +53,7 @@ _NO_BRANCH = None, None, 1.0, None  # A, B, scaling, and the factors of the colu
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _version_of = operator.attrgetter("_version")
+_forward_of = operator.attrgetter("forward")
 _STACKS_KEPT = 4  # switching between this many sets of adapters builds nothing
 
 
@@ -79,6 +81,8 @@ class _Lookups:
         self.containers: list[dict] = []
         self.keys: list[str] = []
         self.found: list[Any] = []
+        self.modules: list[nn.Module] = []
+        self.forwards: list[Any] = []  # of their classes
         self.hooks: list[Any] = [*GLOBAL_HOOKS]  # and whatever else must be empty
 
     def get(self, container: dict, key: str) -> Any:
@@ -94,13 +98,17 @@ class _Lookups:
         if module is None or not (forward is None or isinstance(forward, ModuleForward)):
             raise _Unsupported
         self.hooks += (module._forward_hooks, module._forward_pre_hooks)
+        self.modules.append(module)
+        self.forwards.append(type(module).forward)
         return module
 
     def hooked(self) -> bool:
         return any(self.hooks)
 
     def hold(self) -> bool:
-        return all(map(operator.is_, map(dict.get, self.containers, self.keys), self.found))
+        found = map(dict.get, self.containers, self.keys)
+        forwards = map(_forward_of, map(type, self.modules))
+        return all(map(operator.is_, found, self.found)) and all(map(operator.is_, forwards, self.forwards))
 
 
 class _Stack:
@@ -196,10 +204,14 @@ class _Stack:
         look.get(vars(config), "is_causal")  # which few have
         window = look.get(vars(config), "sliding_window")  # of every layer that does not say its own, as Mistral's
 
+        def of_family(module: nn.Module, part: str) -> bool:
+            kind = type(module)
+            return (kind.__module__, kind.__name__) == (type(model).__module__, f"{family}{part}")
+
         def norm(parent: nn.Module, name: str) -> Tensor:
             module = look.module(parent, name)
             weight = look.get(module._parameters, "weight")
-            if type(module).__name__ != f"{family}RMSNorm" or weight.dtype != dtype:
+            if not of_family(module, "RMSNorm") or weight.dtype != dtype:
                 raise _Unsupported
             if look.get(vars(module), "variance_epsilon") != eps:
                 raise _Unsupported
@@ -209,9 +221,8 @@ class _Stack:
             layer = look.module(layers, str(i))
             attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
             if (
-                [type(m).__name__ for m in (layer, attention, mlp)]
-                != [f"{family}{part}" for part in ("DecoderLayer", "Attention", "MLP")]
-                or type(look.module(mlp, "act_fn")).__name__ not in ("SiLU", "SiLUActivation")
+                not (of_family(layer, "DecoderLayer") and of_family(attention, "Attention") and of_family(mlp, "MLP"))
+                or type(look.module(mlp, "act_fn")) not in SILUS
                 or getattr(attention, "sliding_window", window) is not None
                 or look.get(vars(attention), "layer_idx") != i  # its place in the cache
                 or look.get(vars(attention), "scaling") != scaling

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.phi3 import modeling_phi3 as phi3
 
@@ -30,6 +31,7 @@ from ..ops.tracing import traced
 from .dense_layers import DenseForward, has_fast_forward
 from .forwards import ModuleForward, autocast_of, install, remove, with_parameters
 
+SILUS = {nn.SiLU, type(ACT2FN["silu"])}  # transformers had a class of its own
 _ROPE = "apply_rotary_pos_emb"
 
 
@@ -220,8 +222,7 @@ def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
 
 def _is_silu(activation: Any) -> bool:
     """Whether this is SiLU with nothing around it."""
-    known = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
-    return known and not hooked(activation) and "forward" not in vars(activation)
+    return type(activation) in SILUS and _untouched(activation, NoneType)
 
 
 def fuse_layers(model: nn.Module) -> None:
