@@ -24,7 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
+# Beside this file in a source tree; where the package is installed, the working directory.
+RESULTS = Path(__file__).parent / "results" if Path(__file__).parents[1].joinpath("setup.py").exists() else Path()
 PEERS = ("peft", "bitsandbytes", "torchao", "onnxruntime", "onnx", "openvino", "llama-cpp-python")
 Name = TypeVar("Name")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -231,13 +232,30 @@ def machine() -> dict[str, object]:
     }
 
 
-def write(name: str, payload: dict) -> Path:
-    """Write ``payload`` as JSON into the results folder (or to ``name`` where it is a path)."""
+def place(name: str) -> Path:
+    """The file that a name or a path means, for argparse, which refuses what cannot be written before all the work."""
+    from pyfastpeft.cli.output import check_place
+
+    path = Path(name)
+    if path.suffix != ".json":
+        if path.name != name:
+            raise argparse.ArgumentTypeError(f"{name} must be a name, or a path ending in .json")
+        path = RESULTS / f"{name}.json"
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; it must be a file, or not exist yet")
+    try:
+        check_place(path.parent)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: {error}") from None
+    return path
+
+
+def write(path: str | Path, payload: dict) -> Path:
+    """Write ``payload`` as JSON."""
     from pyfastpeft.hub.files import write_text
 
-    path = Path(name) if name.endswith(".json") else RESULTS / f"{name}.json"
     write_text(json.dumps(payload, indent=1) + "\n", path)
-    return path
+    return Path(path)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
@@ -273,7 +291,8 @@ def parser(doc: str, out: str, rounds: int, threads: int | None = None) -> argpa
     if threads is not None:
         made.add_argument("--threads", type=int, default=threads)
     made.add_argument("--rounds", type=int, default=rounds)
-    made.add_argument("--out", default=out, help="name in bench/results, or a path ending in .json")
+    where = "name in bench/results (installed: in the working directory), or a path ending in .json"
+    made.add_argument("--out", type=place, default=out, help=where)
     return made
 
 

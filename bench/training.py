@@ -47,6 +47,7 @@ def add_child_arguments(parser: argparse.ArgumentParser, contenders: dict[str, C
 
 def peak_mb(module: str, name: str, folder: str, *options: str) -> float:
     """Peak resident memory of two steps of a contender in a fresh process, which runs ``module``."""
+    options += (f"--out={folder}/none.json",)  # which nobody writes: where results go by default may be read-only
     command = [sys.executable, "-m", module, "--child", name, "--folder", folder, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

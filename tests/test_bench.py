@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -338,6 +339,39 @@ def test_a_folder_that_cannot_be_written_shows_before_anything_is_measured(tmp_p
     (tmp_path / "file").touch()
     assert main(["bench", "--out", str(tmp_path / "file")]) == 1
     assert "file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file/x.json", "file', which is a file"),
+        ("folder.json", "folder.json is a folder"),
+        ("new/x", "new/x must be a name, or a path ending in .json"),
+        ("link/x.json", "nothing can be written in"),
+    ],
+)
+def test_a_file_that_cannot_be_written_shows_before_anything_is_measured(out, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    parser = linear.harness.parser("", "name", rounds=1)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out", out])
+    error = capsys.readouterr().err
+    assert "argument --out: " in error and message in error
+
+
+@pytest.mark.parametrize(("setup", "expected"), [(True, "results/name.json"), (False, "name.json")])
+def test_results_lie_in_a_source_tree_or_where_one_works(setup, expected, tmp_path):
+    (tmp_path / "bench").mkdir()
+    source = Path(linear.harness.__file__).read_text()
+    (tmp_path / "bench" / "harness.py").write_text(source)
+    if setup:
+        (tmp_path / "setup.py").touch()
+    place = runpy.run_path(str(tmp_path / "bench" / "harness.py"))["place"]
+    assert place("name") == (tmp_path / "bench" / expected if setup else Path(expected))
+    assert place("a/name.json") == Path("a/name.json")
 
 
 @pytest.mark.parametrize(
