@@ -139,7 +139,7 @@ def main() -> None:
     parser = harness.parser(__doc__, "attention", rounds=9, threads=2)
     parser.add_argument("--shapes", type=harness.shapes, default="1x128,8x128,4x256,1x512,8x512,1x2048")
     parser.add_argument("--prefix", type=harness.ints, default="0,20", help="lengths; 0 is none")
-    parser.add_argument("--dtypes", type=harness.split, default="bf16,fp32")
+    parser.add_argument("--dtypes", type=harness.among(DTYPES), default="bf16,fp32")
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--head-size", type=int, default=64)

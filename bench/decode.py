@@ -118,7 +118,7 @@ def main() -> None:
     parser = harness.parser(__doc__, "decode", rounds=5, threads=2)
     parser.add_argument("--model", choices=models.NAMES, default="smollm2")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--only", type=harness.split, default="*")
+    parser.add_argument("--only", type=harness.among(CONTENDERS), default="*")
     args = parser.parse_args()
     harness.run(measure, args)
 

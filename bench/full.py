@@ -41,9 +41,11 @@ class Part:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every shape, rank and model: hours instead of two minutes")
     parser.add_argument("--out", default="pyfastpeft-bench", help="folder for report.json and report.html")
-    parser.add_argument("--only", type=harness.split, help="contenders: names, or prefixes with *")
+    parser.add_argument("--only", type=harness.among(REGISTRY), help="contenders: names, or prefixes with *")
     parser.add_argument("--threads", type=harness.counts, help="default: 1 and 2")
-    parser.add_argument("--dtypes", type=harness.split, default="bf16,fp32", help="of the inputs: bf16,fp32,fp16")
+    parser.add_argument(
+        "--dtypes", type=harness.among(DTYPES), default="bf16,fp32", help="of the inputs: bf16,fp32,fp16"
+    )
     parser.add_argument("--shapes", type=harness.shapes, help="KxN, comma-separated")
     parser.add_argument("--M", type=harness.counts, help="numbers of rows")
 
@@ -64,12 +66,7 @@ def parts(args: argparse.Namespace) -> Iterator[Part]:
 
 def run(args: argparse.Namespace, console: Console) -> dict:
     """Measure, write both files after every step, and return where they are and what was not measured."""
-    wanted = args.only or (["*"] if args.full else QUICK.split(","))
-    names = [name for name in REGISTRY if harness.matches(name, wanted)]
-    if not names:
-        raise ValueError(f"--only names no contender; there are {', '.join(REGISTRY)}")
-    if unknown := set(args.dtypes) - DTYPES.keys():
-        raise ValueError(f"--dtypes has {', '.join(sorted(unknown))}; it must be among {', '.join(DTYPES)}")
+    names = args.only or harness.among(REGISTRY)("*" if args.full else QUICK)
     threads = args.threads or [count for count in (1, 2) if count <= (os.cpu_count() or 1)]
     folder = Path(args.out)
     result, more = Result(), {}

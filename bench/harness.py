@@ -289,8 +289,8 @@ def parser(doc: str, out: str, rounds: int, threads: int | None = None) -> argpa
     """For a module of this package, with the options that all have; ``--threads`` where it takes one number of them."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if threads is not None:
-        made.add_argument("--threads", type=int, default=threads)
-    made.add_argument("--rounds", type=int, default=rounds)
+        made.add_argument("--threads", type=count, default=threads)
+    made.add_argument("--rounds", type=count, default=rounds)
     where = "name in bench/results (installed: in the working directory), or a path ending in .json"
     made.add_argument("--out", type=place, default=out, help=where)
     return made
@@ -299,6 +299,17 @@ def parser(doc: str, out: str, rounds: int, threads: int | None = None) -> argpa
 def ints(text: str) -> list[int]:
     """``"1,4,16"`` to a list, for argparse."""
     return [int(part) for part in text.split(",")]
+
+
+def count(text: str) -> int:
+    """A number above 0."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number above 0")
+    return number
 
 
 def counts(text: str) -> list[int]:
@@ -319,6 +330,19 @@ def shapes(text: str) -> list[tuple[int, int]]:
 
 def split(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
+
+
+def among(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """For argparse: those of ``known`` that are named, comma-separated, by themselves or by a prefix with ``*``."""
+
+    def parse(text: str) -> list[str]:
+        patterns = split(text)
+        unknown = [p for p in patterns if not any(matches(name, [p]) for name in known)]
+        if unknown or not patterns:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'} must be among {', '.join(known)}")
+        return [name for name in known if matches(name, patterns)]
+
+    return parse
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

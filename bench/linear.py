@@ -249,15 +249,15 @@ def main() -> None:
     parser.add_argument("--shapes", type=harness.shapes, default="576x1536,4096x4096", help="KxN, comma-separated")
     parser.add_argument("--M", type=harness.counts, default="1,4,16,64,256,512", help="rows of x")
     parser.add_argument("--threads", type=harness.counts, default="1,2")
-    parser.add_argument("--dtypes", type=harness.split, default="bf16,fp32", help="bf16,fp32,fp16")
+    parser.add_argument("--dtypes", type=harness.among(DTYPES), default="bf16,fp32", help="bf16,fp32,fp16")
     parser.add_argument("--ranks", type=harness.ints, default="0", help="of the LoRA branch; 0 is none")
     parser.add_argument("--adapters", type=harness.counts, default="1", help="mixed in one batch")
-    parser.add_argument("--only", type=harness.split, default="*", help="names, or prefixes with *")
-    parser.add_argument("--skip", type=harness.split, default="")
+    parser.add_argument("--only", type=harness.among(REGISTRY), default="*", help="names, or prefixes with *")
+    parser.add_argument("--skip", type=harness.among(REGISTRY), default=[])
     parser.add_argument("--train", action="store_true", help="forward and backward")
     parser.add_argument("--list", action="store_true", help="print the contenders and stop")
     args = parser.parse_args()
-    names = [n for n in REGISTRY if harness.matches(n, args.only) and not harness.matches(n, args.skip)]
+    names = [name for name in args.only if name not in args.skip]
     console = Console(width=None if sys.stdout.isatty() else 200)
     if args.list:
         for name in names:

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--model", choices=models.SIZES, default="135m")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--only", type=harness.split, default="*")
+    parser.add_argument("--only", type=harness.among(CONTENDERS), default="*")
     training.add_child_arguments(parser, CONTENDERS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

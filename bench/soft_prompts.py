@@ -131,16 +131,13 @@ def _line(row: dict) -> str:
 def main() -> None:
     parser = harness.parser(__doc__, "soft_prompts", rounds=7, threads=2)
     parser.add_argument("--model", choices=models.NAMES, default="135m")
-    parser.add_argument("--bases", type=harness.split, default=",".join(BASES))
-    parser.add_argument("--methods", type=harness.split, default=",".join(METHODS))
+    parser.add_argument("--bases", type=harness.among(BASES), default=",".join(BASES))
+    parser.add_argument("--methods", type=harness.among(METHODS), default=",".join(METHODS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--virtual", type=int, default=20, help="virtual tokens")
     training.add_child_arguments(parser, CONTENDERS)
     args = parser.parse_args()
-    for name, given, known in (("--bases", args.bases, BASES), ("--methods", args.methods, METHODS)):
-        if unknown := set(given) - set(known):
-            parser.error(f"{name} has {', '.join(sorted(unknown))}; it must be among {', '.join(known)}")
     torch.set_num_threads(args.threads)
     if args.child:
         training.child(stepper(args.child, args.folder, *args.bases, *args.methods, args))

@@ -325,15 +325,6 @@ def test_a_branch_is_held_to_the_base_of_its_own_rounds_and_the_rest_is_of_the_f
     assert text.split("Ours and the best peer")[0].count("512 × 96") == 1  # of the limits
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [(["--only", "nobody"], "--only names no contender"), (["--dtypes", "fp8"], "--dtypes has fp8")],
-)
-def test_wrong_options_are_refused(args, message, tmp_path, capsys):
-    assert main(["bench", *args, "--out", str(tmp_path)]) == 1
-    assert message in capsys.readouterr().err
-
-
 def test_a_folder_that_cannot_be_written_shows_before_anything_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(f"{BENCH}.full.sweep", lambda *args: pytest.fail("measured"))
     (tmp_path / "file").touch()
@@ -381,11 +372,39 @@ def test_results_lie_in_a_source_tree_or_where_one_works(setup, expected, tmp_pa
         (["--shapes", "0x64"], "0x64 must be pairs"),  # a peer ends the process with a division by zero
         (["--M", "4,0"], "4,0 must be whole numbers above 0"),
         (["--threads", "0"], "0 must be whole numbers above 0"),
+        (["--only", "ours_nf4,our_nf4"], "our_nf4 must be among ours_nf4, "),
+        (["--only", ""], "nothing must be among ours_nf4, "),
+        (["--dtypes", "bf61"], "bf61 must be among bf16, fp32, fp16"),
     ],
 )
-def test_sizes_of_nothing_are_refused_before_anything_runs(args, message, capsys):
-    with pytest.raises(SystemExit):
-        main(["bench", *args])
+@pytest.mark.parametrize("module", ["bench", "linear"])
+def test_options_of_nothing_are_refused_before_anything_runs(module, args, message, capsys, monkeypatch):
+    monkeypatch.setattr(linear, "sweep", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", [module, *args])
+    with pytest.raises(SystemExit) as stopped:
+        linear.main() if module == "linear" else main([module, *args])
+    assert stopped.value.code == 2
+    assert f"argument {args[0]}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "message"),
+    [
+        ("linear", ["--skip", "nobody"], "nobody must be among"),
+        ("linear", ["--rounds", "0"], "0 must be a whole number above 0"),
+        ("quantize", ["--rounds", "x"], "x must be a whole number above 0"),
+        ("decode", ["--threads", "0"], "0 must be a whole number above 0"),
+        ("decode", ["--only", "ours"], "ours must be among ours_nf4, "),
+        ("qlora_step", ["--only", "ours,peft"], "peft must be among ours, peft_bnb_nf4, "),
+        ("attention", ["--dtypes", "fp8"], "fp8 must be among bf16, fp32, fp16"),
+        ("soft_prompts", ["--methods", "lora"], "lora must be among prompt, "),
+    ],
+)
+def test_each_benchmark_names_the_option_that_is_wrong(module, args, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module, *args])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"{BENCH}.{module}").main()
+    assert stopped.value.code == 2
     assert f"argument {args[0]}: {message}" in capsys.readouterr().err
 
 
