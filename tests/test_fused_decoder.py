@@ -1,6 +1,7 @@
 """Decoding by the fused stack gives what transformers' own forward gives, and only where it may."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -12,6 +13,7 @@ import transformers as tf
 from accelerate.state import AcceleratorState
 from architectures import VOCAB, HeldPrefix, inputs, make, quantized, randomize, vary_vectors
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.models.llama import modeling_llama
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import fused_decoder
@@ -648,6 +650,42 @@ def test_a_decoder_that_was_changed_is_left_to_its_class(change, served):
     expected, got = map(logits, models)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert (got - before).abs().max() > 1e-3 and not any(served)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(f"Llama{part}", "forward") for part in ("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")]
+    + [(None, "apply_rotary_pos_emb"), (None, "rotate_half")],
+)
+def test_a_patch_of_transformers_is_heeded(owner, name, before, served, monkeypatch):
+    plain, ids = family("llama"), torch.randint(1, VOCAB, (1, 5))
+    fused = copy.deepcopy(plain)
+    if not before:
+        generate(fp.accelerate(fused), ids)
+        assert any(served)
+    served.clear()
+    patched = modeling_llama if owner is None else getattr(modeling_llama, owner)
+    own = getattr(patched, name)
+
+    @functools.wraps(own)
+    def half(*args, **kwargs):
+        out = own(*args, **kwargs)
+        if isinstance(out, tuple):
+            return out[0] * 0.5, *out[1:]
+        if owner == "LlamaModel":
+            out.last_hidden_state = out.last_hidden_state * 0.5
+            return out
+        return out * 0.5
+
+    monkeypatch.setattr(patched, name, half)
+    fp.accelerate(fused)
+    expected, got = (
+        torch.stack(generate(model, ids, return_dict_in_generate=True, output_logits=True).logits)
+        for model in (plain, fused)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not any(served)
 
 
 def test_hidden_states_and_attentions_come_when_asked_for(served):

@@ -1,6 +1,7 @@
 """Layers with this library's operators inside compute what transformers' do, and keep less."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -10,6 +11,7 @@ import transformers as tf
 from architectures import make, vary_vectors
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import pyfastpeft as fp
@@ -393,6 +395,46 @@ def test_a_hook_of_every_module_sees_each_and_may_keep_what_it_saw():
     for layer in model.get_base_model().model.layers:
         assert {layer.mlp, layer.mlp.gate_proj, layer.post_attention_layernorm} <= set(ran)
     assert layer.mlp in turned
+
+
+def halved(function):
+    """A user's function around another, under its name."""
+
+    @functools.wraps(function)
+    def half(*args, **kwargs):
+        out = function(*args, **kwargs)
+        return (out[0] * 0.5, *out[1:]) if isinstance(out, tuple) else out * 0.5
+
+    return half
+
+
+PATCHES = [(f"Llama{part}", "forward") for part in ("RMSNorm", "MLP", "Attention", "DecoderLayer")]
+PATCHES += [(None, "apply_rotary_pos_emb"), (None, "rotate_half")]
+
+
+@pytest.mark.parametrize("when", ["before", "after", "between two models"])
+@pytest.mark.parametrize(("owner", "name"), PATCHES)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_patch_of_transformers_is_heeded(owner, name, wrapped, when, monkeypatch):
+    plain, inputs = model_of(CONFIGS[0]).train(), batch()
+    plain.requires_grad_(False).get_input_embeddings().weight.requires_grad_()
+    fused = copy.deepcopy(plain)
+    if when != "before":
+        other = fused if when == "after" else copy.deepcopy(plain)
+        fuse_layers(other)
+        other(**inputs)
+    before = plain(**inputs).logits
+    patched = modeling_llama if owner is None else getattr(modeling_llama, owner)
+    half = halved(getattr(patched, name))
+    if not wrapped:
+        del half.__wrapped__
+    monkeypatch.setattr(patched, name, half)
+    fuse_layers(fused)
+    logits, gradients = logits_and_gradients(plain, inputs)
+    fused_logits, fused_gradients = logits_and_gradients(fused, inputs)
+    assert (logits - before).abs().max() > 1e-3
+    torch.testing.assert_close(fused_logits, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused_gradients, gradients, rtol=1e-3, atol=1e-5)
 
 
 class Dropped(nn.Module):

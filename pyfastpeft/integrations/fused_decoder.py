@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 import weakref
 from contextlib import suppress
 from types import MethodType
@@ -37,7 +38,7 @@ from ..ops.linear_4bit import takes_int8
 from ..ops.tracing import forward_mode, traced
 from .attention import NAME as ATTENTION
 from .forwards import ModuleForward, install
-from .fused_layers import SILUS
+from .fused_layers import SILUS, rotates_as_llama, written_in_transformers
 
 _FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 _PROJECTIONS = (
@@ -98,9 +99,13 @@ class _Lookups:
         if module is None or not (forward is None or isinstance(forward, ModuleForward)):
             raise _Unsupported
         self.hooks += (module._forward_hooks, module._forward_pre_hooks)
+        self.forward(module)
+        return module
+
+    def forward(self, module: nn.Module) -> None:
+        """That its class has this one, and it this class."""
         self.modules.append(module)
         self.forwards.append(type(module).forward)
-        return module
 
     def hooked(self) -> bool:
         return any(self.hooks)
@@ -203,10 +208,20 @@ class _Stack:
         self.dtype = dtype
         look.get(vars(config), "is_causal")  # which few have
         window = look.get(vars(config), "sliding_window")  # of every layer that does not say its own, as Mistral's
+        home = type(model).__module__
 
         def of_family(module: nn.Module, part: str) -> bool:
             kind = type(module)
-            return (kind.__module__, kind.__name__) == (type(model).__module__, f"{family}{part}")
+            own = written_in_transformers(kind.forward)
+            written = own is not None and own.__globals__["__name__"] == home
+            return written and (kind.__module__, kind.__name__) == (home, f"{family}{part}")
+
+        look.forward(model)
+        namespace = vars(sys.modules[home])
+        look.get(namespace, "apply_rotary_pos_emb")
+        look.get(namespace, "rotate_half")
+        if not (of_family(model, "Model") and rotates_as_llama(namespace)):
+            raise _Unsupported
 
         def norm(parent: nn.Module, name: str) -> Tensor:
             module = look.module(parent, name)

@@ -2,8 +2,9 @@
 layers (:mod:`.dense_layers`).
 
 A class is recognized by its code: transformers' models repeat Llama's functions word for word, so a module whose
-``forward`` has the bytecode of Llama's computes what Llama's does, under whatever name. In training these operators
-keep their inputs alone, in the model's dtype, where the plain ones keep several tensors in float32.
+``forward`` has the bytecode of Llama's computes what Llama's does, under whatever name. This is asked at each call:
+where somebody has patched the class or the rotary embedding, before or since, the patch runs. In training these
+operators keep their inputs alone, in the model's dtype, where the plain ones keep several tensors in float32.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 import types
 from collections.abc import Callable
 from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +36,36 @@ SILUS = {nn.SiLU, type(ACT2FN["silu"])}  # transformers had a class of its own
 _ROPE = "apply_rotary_pos_emb"
 
 
-def _code(function: Callable) -> tuple:
-    code = inspect.unwrap(function).__code__
+def _module_of(function: types.FunctionType) -> str:
+    return function.__globals__.get("__name__", "")  # a wrapper's attribute is copied from what it wraps
+
+
+@functools.cache
+def written_in_transformers(function: Any) -> types.FunctionType | None:
+    """The function that transformers' decorators are around here; None where any of it is somebody else's."""
+    while isinstance(function, types.FunctionType) and _module_of(function).startswith("transformers."):
+        if not hasattr(function, "__wrapped__"):
+            return function
+        function = function.__wrapped__
+    return None
+
+
+@functools.cache
+def _code(function: Any) -> tuple | None:
+    own = written_in_transformers(function)
+    if own is None:
+        return None
+    code = own.__code__
     constants = tuple(c for c in code.co_consts if not isinstance(c, str))  # less the docstring
     return code.co_code, constants, code.co_names, code.co_varnames
 
 
-@functools.cache
-def _has_code_of(module_class: type[nn.Module], other: type[nn.Module]) -> bool:
-    return _code(module_class.forward) == _code(other.forward)
+def _has_code(function: Any, code: tuple | None) -> bool:
+    return code is not None and _code(function) == code
+
+
+# The one calls the other: NanoChat's turns the other way. Taken now: whoever imports this may patch transformers later.
+_ROTATION = {name: _code(getattr(llama, name)) for name in (_ROPE, "rotate_half")}
 
 
 def _serves(x: Tensor, *others: Tensor) -> bool:
@@ -53,10 +75,22 @@ def _serves(x: Tensor, *others: Tensor) -> bool:
     return known and not traced() and all(t.dtype == x.dtype for t in others)
 
 
-class _RmsNorm(ModuleForward):
+class _Fused(ModuleForward):
+    """What stands in the place of one function of transformers, as long as the class has that."""
+
+    CODE: ClassVar[tuple | None]
+
+    @classmethod
+    def stands_for(cls, function: Any) -> bool:
+        return _has_code(function, cls.CODE)
+
+
+class _RmsNorm(_Fused):
+    CODE = _code(llama.LlamaRMSNorm.forward)
+
     def __call__(self, hidden_states: Tensor) -> Tensor:
         weight = self.module.weight
-        if not _serves(hidden_states, weight):
+        if not (_serves(hidden_states, weight) and self.stands_for(type(self.module).forward)):
             return self.own(hidden_states)
         return rms_norm(hidden_states, weight, self.module.variance_epsilon)
 
@@ -64,6 +98,11 @@ class _RmsNorm(ModuleForward):
 def _untouched(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
     """Whether ``module`` runs a forward of these kinds, NoneType being its class's, and nothing of the caller's."""
     return isinstance(vars(module).get("forward"), kinds) and not hooked(module)
+
+
+def _fused(module: nn.Module, kind: type[_Fused]) -> bool:
+    """Whether ``module`` runs a forward of this kind, in the place of what that stands for."""
+    return _untouched(module, kind) and kind.stands_for(type(module).forward)
 
 
 def _plain(layer: nn.Module | None) -> bool:
@@ -107,11 +146,13 @@ def _activated(
     return projected_swiglu(x, again, *(module._parameters[name] for module, name in places))
 
 
-class _LlamaMlp(ModuleForward):
+class _LlamaMlp(_Fused):
+    CODE = _code(llama.LlamaMLP.forward)
+
     def __call__(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """Of x, or of its ``norm``: a :class:`_RmsNorm`, frozen, without children."""
         mlp = self.module
-        if not (_serves(x) and _is_silu(mlp.act_fn)):
+        if not (_serves(x) and self.stands_for(type(mlp).forward) and _is_silu(mlp.act_fn)):
             return self.own(x if norm is None else norm(x))
         return mlp.down_proj(_activated(x, self._project, mlp.gate_proj, mlp.up_proj, norm=norm))
 
@@ -133,20 +174,23 @@ class _Sum(torch.autograd.Function):
         return dsum, dsum
 
 
-class _LlamaLayer(ModuleForward):
+class _LlamaLayer(_Fused):
     """A decoder layer whose sums take the memory of what is added, and whose MLP keeps the sum before its norm."""
+
+    CODE = _code(llama.LlamaDecoderLayer.forward)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = self.module
-        if args or not _serves(hidden_states) or (layer.gradient_checkpointing and layer.training):
+        known = _serves(hidden_states) and self.stands_for(type(layer).forward)
+        if args or not known or (layer.gradient_checkpointing and layer.training):
             return self.own(hidden_states, *args, **kwargs)
         attention, norm, mlp = layer.self_attn, layer.post_attention_layernorm, layer.mlp
         y, _ = attention(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-        known = _untouched(attention, _Attention)
-        x = self._sum(hidden_states, y, getattr(attention, "o_proj", None)) if known else hidden_states + y
+        last = getattr(attention, "o_proj", None) if _fused(attention, _Attention) else None
+        x = self._sum(hidden_states, y, last)
         # A norm of several, of which adapters choose one, may be another in the backward pass.
-        alone = _untouched(norm, _RmsNorm) and not norm._modules and _frozen(norm)
-        if not (alone and _untouched(mlp, _LlamaMlp)):
+        alone = _fused(norm, _RmsNorm) and not norm._modules and _frozen(norm)
+        if not (alone and _fused(mlp, _LlamaMlp)):
             return x + mlp(norm(x))
         return self._sum(x, mlp.forward(x, norm), mlp.down_proj)
 
@@ -158,29 +202,42 @@ class _LlamaLayer(ModuleForward):
         return _Sum.apply(x, y) if _plain(last) and x.dtype == y.dtype else x + y
 
 
-class _Phi3Mlp(ModuleForward):
+class _Phi3Mlp(_Fused):
+    CODE = _code(phi3.Phi3MLP.forward)
+
     def __call__(self, hidden_states: Tensor) -> Tensor:
         mlp = self.module
-        if not (_serves(hidden_states) and _is_silu(mlp.activation_fn)):
+        if not (_serves(hidden_states) and self.stands_for(type(mlp).forward) and _is_silu(mlp.activation_fn)):
             return self.own(hidden_states)
         return mlp.down_proj(_activated(hidden_states, lambda x, layer: layer(x).chunk(2, dim=-1), mlp.gate_up_proj))
 
 
-class _Attention(ModuleForward):
+class _Attention(_Fused):
     """The attention's own code with another function under the name of its rotary embedding."""
 
+    @classmethod
+    def stands_for(cls, function: Any) -> bool:
+        own = written_in_transformers(function)
+        return own is not None and _ROPE in own.__code__.co_names and rotates_as_llama(own.__globals__)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        forward = type(self.module).forward
+        if torch.compiler.is_compiling() or not self.stands_for(forward):
             return self.own(*args, **kwargs)
-        function, parameters = _with_rope(type(self.module))
+        function, parameters = _with_rope(forward)
         if "past_key_values" in kwargs and "past_key_values" not in parameters:
             return self.own(*args, **kwargs)  # which knows how to translate the old name
         return function(self.module, *args, **kwargs)
 
 
+def rotates_as_llama(namespace: dict[str, Any]) -> bool:
+    """Whether these globals have the rotary embedding of transformers' Llama."""
+    return all(_has_code(namespace.get(name), code) for name, code in _ROTATION.items())
+
+
 @functools.cache
-def _with_rope(attention: type[nn.Module]) -> tuple[Callable, frozenset[str]]:
-    own = inspect.unwrap(attention.forward)
+def _with_rope(forward: Callable) -> tuple[Callable, frozenset[str]]:
+    own = written_in_transformers(forward)
     plain = own.__globals__[_ROPE]
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -194,30 +251,17 @@ def _with_rope(attention: type[nn.Module]) -> tuple[Callable, frozenset[str]]:
     return function, frozenset(inspect.signature(own).parameters)
 
 
-@functools.cache
-def _rotates_as_llama(attention: type[nn.Module]) -> bool:
-    own = inspect.unwrap(attention.forward)
-    return _ROPE in own.__code__.co_names and all(
-        name in own.__globals__ and _code(own.__globals__[name]) == _code(getattr(llama, name))
-        for name in (_ROPE, "rotate_half")  # the one calls the other: NanoChat's turns the other way
-    )
-
-
 def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
-    kind = type(module)
     if has_fast_forward(module):
         return DenseForward
-    if not kind.__module__.startswith("transformers."):
+    if not type(module).__module__.startswith("transformers."):
         return None
-    if _has_code_of(kind, llama.LlamaRMSNorm):
-        return _RmsNorm
-    if _has_code_of(kind, llama.LlamaMLP) and _is_silu(module.act_fn):
-        return _LlamaMlp
-    if _has_code_of(kind, phi3.Phi3MLP) and _is_silu(module.activation_fn):
-        return _Phi3Mlp
-    if _has_code_of(kind, llama.LlamaDecoderLayer):
-        return _LlamaLayer
-    return _Attention if _rotates_as_llama(kind) else None
+    forward = type(module).forward
+    for kind in (_RmsNorm, _LlamaMlp, _Phi3Mlp, _LlamaLayer, _Attention):
+        if kind.stands_for(forward):
+            activation = {_LlamaMlp: "act_fn", _Phi3Mlp: "activation_fn"}.get(kind)
+            return kind if activation is None or _is_silu(getattr(module, activation)) else None
+    return None
 
 
 def _is_silu(activation: Any) -> bool:
