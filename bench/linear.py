@@ -32,6 +32,7 @@ from .registry import DTYPES, REGISTRY, Case, Layer, Problem, Weight, select, wh
 SCHEMA = 1
 CHECKED_ROWS = 16  # of y are held against float64
 MOST_COPIES = 256  # of a contender's weights: peers keep a session each
+MANY_ROWS = 64
 
 
 @dataclass
@@ -97,17 +98,17 @@ def measure(
     Args:
         rounds: of interleaved samples; fewer, but at least three, where they take longer than ``budget_s`` seconds.
         rotate: bytes of weights that the calls of a contender walk over; by default twice the last-level cache, or what
-            half of the free memory has for each case, and one weight where every number of rows is 64 or more, which
-            leaves enough else to do.
+            half of the free memory has for each case, and one weight for 64 rows or more, which leave enough else to
+            do.
     """
     torch.set_num_threads(threads)
     rows, cases = list(rows), list(cases)
     where = {"k": weight.k, "n": weight.n, "threads": threads, "train": train}
     result = Result()
     limits = [harness.limits(threads)]
-    wanted = rotate
+    wanted, by_default = rotate, rotate is None
     if rotate is None:
-        wanted = 2 * harness.last_level_cache() if min(rows) < 64 else 0
+        wanted = 2 * harness.last_level_cache() if min(rows) < MANY_ROWS else 0
         rotate = min(wanted, harness.free_memory() // 2 // max(1, len(cases)))
     generator = torch.Generator().manual_seed(4)
     all_x = torch.randn(max(rows), weight.k, generator=generator)
@@ -127,6 +128,7 @@ def measure(
         dys = {name: all_dy[:m].to(dtype) if train else None for name, dtype in DTYPES.items()}
         turn, calls = itertools.count(), {}
         for case, (layers, _) in ready.items():
+            layers = layers[:1] if by_default and m >= MANY_ROWS else layers
             call = _call(layers, turn, xs[case.dtype], dys[case.dtype])
             try:
                 # The first call of each copy is none to time: bitsandbytes repacks the weight, and with every new
