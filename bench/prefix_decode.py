@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--prefix", type=int, default=512, help="tokens in the prefix")
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--only", type=harness.split, default="*")
+    parser.add_argument("--only", type=harness.among(CONTENDERS), default="*")
     args = parser.parse_args()
     harness.run(measure, args)
 

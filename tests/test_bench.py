@@ -395,6 +395,8 @@ def test_options_of_nothing_are_refused_before_anything_runs(module, args, messa
         ("quantize", ["--rounds", "x"], "x must be a whole number above 0"),
         ("decode", ["--threads", "0"], "0 must be a whole number above 0"),
         ("decode", ["--only", "ours"], "ours must be among ours_nf4, "),
+        ("prefix_decode", ["--only", "ours_nf"], "ours_nf must be among ours_nf4, "),
+        ("targets", ["--only", "swap,nothing"], "nothing must be among one_row, "),
         ("qlora_step", ["--only", "ours,peft"], "peft must be among ours, peft_bnb_nf4, "),
         ("attention", ["--dtypes", "fp8"], "fp8 must be among bf16, fp32, fp16"),
         ("soft_prompts", ["--methods", "lora"], "lora must be among prompt, "),
