@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .conversations import Messages, check_positions, learned_positions, pad_id, prompt_ids, virtual_tokens
+from .nn.modes import evaluating
 
 
 @contextmanager
@@ -84,30 +85,25 @@ def answer(
     pad = pad_id(tokenizer, model)
     prompts, room = prompts_of(model, tokenizer, conversations, adapter_names)
     answers: list[str] = []
-    training = model.training
-    model.eval()
-    try:
-        with _contiguous_head(model):
-            for start in range(0, len(prompts), batch_size):
-                batch = prompts[start : start + batch_size]
-                length = max(map(len, batch))
-                ids = torch.tensor([[pad] * (length - len(p)) + p for p in batch], device=device)
-                mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=device)
-                routed = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=min(max_new_tokens, *room[start : start + batch_size]),
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=pad,
-                    **routed,
-                )
-                answers += tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-                if on_batch is not None:
-                    on_batch(len(batch))
-    finally:
-        model.train(training)
+    with evaluating(model), _contiguous_head(model):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            length = max(map(len, batch))
+            ids = torch.tensor([[pad] * (length - len(p)) + p for p in batch], device=device)
+            mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=device)
+            routed = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=min(max_new_tokens, *room[start : start + batch_size]),
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                **routed,
+            )
+            answers += tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+            if on_batch is not None:
+                on_batch(len(batch))
     return [text.strip() for text in answers]

@@ -33,6 +33,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_
 
 from .conversations import Messages, check_positions, encode, learned_positions, pad_id, virtual_tokens
 from .hub.files import atomic_write, check_tensors, load_safetensors, read_json, save_safetensors, write_text
+from .nn.modes import evaluating
 from .ops.cross_entropy import IGNORED
 
 _SLOTS = ("step", "exp_avg", "exp_avg_sq")
@@ -295,15 +296,12 @@ def held_out_loss(
         with suppress(ValueError):
             examples.append(encode(messages, tokenizer, max_length))
     collate, device = Collator(pad_id(tokenizer, model)), next(model.parameters()).device
-    total, count, training = 0.0, 0, model.training
-    model.eval()
-    try:
+    total, count = 0.0, 0
+    with evaluating(model):
         for start in range(0, len(examples), batch_size):
             batch = {name: t.to(device) for name, t in collate(examples[start : start + batch_size]).items()}
             labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             if labels:  # the loss of none is NaN
                 total += labels * model(**batch).loss.item()
                 count += labels
-    finally:
-        model.train(training)
     return total / count if count else math.nan

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..hub.files import check_tensors, check_text
+from ..nn.modes import evaluating
 from ..nn.prompt_encoder import Form, SoftPrompt
 from .base import PeftConfig, TaskType, check_count
 from .tuner import Tuner
@@ -238,11 +239,8 @@ class SoftPromptTuner(Tuner):
     @torch.no_grad()
     def _output(self, name: str) -> Tensor:
         module = self.bank.prompts[name]
-        training = module.training
-        try:
-            return module.eval()().float().cpu()
-        finally:
-            module.train(training)
+        with evaluating(module):
+            return module().float().cpu()
 
     def state(self, name: str, config: SoftPromptConfig, save_embedding_layers: bool | str) -> dict[str, Tensor]:
         return {KEY: self._output(name)} | self.saved_embeddings(config, save_embedding_layers)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import put_bounded
+from ...nn.modes import evaluating
 from ...nn.prompt_encoder import Form
 from ...ops.tracing import traced
 from ..attention import set_attention
@@ -347,13 +348,8 @@ class Prefixes(ABC):
     @torch.no_grad()
     def export(self, names: tuple[str, ...]) -> list[Tensor]:
         """Keys and values, layer by layer in turn, each [heads, length, dim], of a row that uses ``names``."""
-        training = self.decoder.training
-        self.decoder.eval()
-        try:
-            with self.bank.using(Rows((names,), names)):
-                return [t[0].clone() for t in self._of_row(names, False).tensors]  # layers may read the same ones
-        finally:
-            self.decoder.train(training)
+        with evaluating(self.decoder), self.bank.using(Rows((names,), names)):
+            return [t[0].clone() for t in self._of_row(names, False).tensors]  # layers may read the same ones
 
     def layer_inputs(self, ids: Tensor) -> Tensor:
         """What the base model puts into its layers for the tokens ``ids`` [P]: [P, L · hidden]."""
