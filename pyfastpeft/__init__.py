@@ -133,7 +133,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version(__name__)
+        try:
+            return importlib.metadata.version(__name__)
+        except importlib.metadata.PackageNotFoundError as error:  # compiled in its folder, not installed
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}: it is not installed") from error
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import peft
@@ -112,6 +112,14 @@ def test_the_help_of_train_says_the_defaults_of_each_method(capsys, monkeypatch)
 def test_the_version_is_the_installed_one(capsys):
     code, out, _ = run(capsys, "--version")
     assert code == 0 and out.split() == ["pyfastpeft", fp.__version__] and fp.__version__ == version("pyfastpeft")
+
+
+def test_a_build_that_is_not_installed_has_no_version(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    assert not hasattr(fp, "__version__")
 
 
 def test_info_reports_the_kernels_in_use(capsys):
