@@ -24,6 +24,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import DynamicCache, StaticCache
 
 import pyfastpeft as fp
+from pyfastpeft.integrations import attention
 from pyfastpeft.integrations.soft_prompts import prefixes
 from pyfastpeft.integrations.soft_prompts.bare import reaching
 
@@ -305,6 +306,24 @@ class TestAgainstPeft:
         layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2]))
         own(**x).loss.backward()
         assert seen == [(1, P), (3, 6)]
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_batch_holds_its_prefix_once(self, method, monkeypatch):
+        own, ids, sizes = ours(llama(), method).eval(), tiny.inputs()["input_ids"][:1], []
+        computed = attention.prefix_attention
+
+        def noted(q, k, v, prefix_k, prefix_v, **kwargs):
+            if prefix_k is not None:
+                assert k.shape[2] == ids.shape[1]
+                sizes.append([t.untyped_storage().nbytes() for t in (prefix_k, prefix_v)])
+            return computed(q, k, v, prefix_k, prefix_v, **kwargs)
+
+        monkeypatch.setattr(attention, "prefix_attention", noted)
+        for rows in (1, 8):
+            cache = own(ids.expand(rows, -1), use_cache=True).past_key_values
+            assert all(layer.keys.shape[:3:2] == (rows, ids.shape[1]) for layer in cache.layers)
+        half = len(sizes) // 2
+        assert half and sizes[:half] == sizes[half:]
 
     def test_classification(self):
         base = tf.LlamaForSequenceClassification(tf.LlamaConfig(**tiny._LLAMA, num_labels=3)).eval()
