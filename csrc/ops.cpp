@@ -131,16 +131,15 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(Tensor dy, OptTensor x, OptTens
 constexpr int64_t kFlatGrain = int64_t{1} << 16;  // elements a thread takes at least
 
 // A factor of an adapter in bf16, in the order in which the forward kernels read it: see Matrix in weight.h.
-Tensor pack_pairs(Tensor m) {
+void pack_pairs(Tensor m, Tensor out) {
   const pf::Kernels& k = kernels();
   m = with_contiguous_columns(m);
   const pf::Matrix src = matrix(m, "m");
-  const int64_t tiles = (src.rows + pf::kTile - 1) / pf::kTile, pairs = (src.cols + 1) / 2;
-  Tensor out = torch::stable::new_empty(m, {tiles, pairs, pf::kTile, 2}, ScalarType::BFloat16);
+  packed_matrix(out, src.rows, src.cols + src.cols % 2);
   uint16_t* dst = static_cast<uint16_t*>(out.mutable_data_ptr());
+  const int64_t tiles = out.size(0), tile_elements = out.size(1) * pf::kTile * 2;
   const auto body = [&](int64_t t0, int64_t t1) { k.pack_pairs(src, dst, t0, t1); };
-  if (tiles > 0) pf::parallel_for(tiles, kFlatGrain / (pairs * pf::kTile * 2 + 1) + 1, body);
-  return out;
+  if (tiles > 0) pf::parallel_for(tiles, kFlatGrain / (tile_elements + 1) + 1, body);
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_4bit(Tensor w, int64_t format, int64_t blocksize) {
@@ -304,7 +303,7 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def(
       "dequantize_4bit(Tensor codes, Tensor scale, Tensor? zero, int format, int blocksize, int[] shape, "
       "ScalarType dtype) -> Tensor");
-  m.def("pack_pairs(Tensor m) -> Tensor");
+  m.def("pack_pairs(Tensor m, Tensor(a!) out) -> ()");
   m.def("pack_tiles(Tensor codes, int n, int k) -> Tensor");
   m.def("unpack_tiles(Tensor codes, int n, int k) -> Tensor");
   m.def("pack_scales(Tensor scale, int n, int k, int blocksize) -> Tensor");

@@ -57,23 +57,31 @@ def test_the_packed_copy_of_an_adapter_follows_its_values():
     model = serving(fp.LoraConfig(**ALL)).bfloat16()
     batch, name = tiny.inputs(), "default"
 
-    def logits():
+    def logits(model=model):
         with torch.no_grad():
             return model(**batch).logits
 
+    def packed(model=model):
+        layers = [m for m in model.modules() if isinstance(m, fp.nn.LoraLinear)]
+        return [m._cache.get((name,), ("packed", (name,)))[1] for m in layers]
+
     first = logits()
-    layer = next(m for m in model.modules() if isinstance(m, fp.nn.LoraLinear))
-    assert layer._cache.get((name,), ("packed", (name,))) is not None
+    held, layer = packed(), next(m for m in model.modules() if isinstance(m, fp.nn.LoraLinear))
+    twin = copy.deepcopy(model)
     state = tensors_of(model, name)
     model.hotswap_adapter({k: -2 * t for k, t in state.items()}, name)
     second = logits()
-    assert not torch.equal(first, second)
+    assert not torch.equal(first, second) and torch.equal(first, logits(twin))
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_() if parameter.dim() == 2 and parameter.is_floating_point() else None
     assert not torch.equal(second, logits())
     model.hotswap_adapter(state, name)
     assert torch.equal(first, logits())
+    twin.hotswap_adapter({k: -2 * t for k, t in state.items()}, name)
+    assert torch.equal(second, logits(twin)) and torch.equal(first, logits())
+    for before, now in zip(held, packed(), strict=True):  # into the memory that was there
+        assert now.handle is before.handle and now.a_pairs is before.a_pairs and now.b_pairs is before.b_pairs
 
 
 @pytest.mark.parametrize("four_bits", [False, True])

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyfastpeft as fp
 from pyfastpeft.ops import BankView, Lora, backends, linear_4bit, mixed, pack_lora
+from pyfastpeft.ops.linear_4bit import repack_lora
 from pyfastpeft.ops.reference import keep_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -263,6 +264,20 @@ def test_a_packed_adapter_is_the_adapter_in_bf16(isa):
                 got = linear_4bit(x, w, None, pack_lora(a.float(), b, scaling))
                 roundings = None if m == 0 else m * min(n, r)
                 assert error(got, float64(x, w, None, (a, b, scaling)), roundings) <= FORWARD[torch.bfloat16]
+
+
+def test_a_packed_adapter_takes_other_values_of_its_shapes_into_its_memory(isa):
+    for n, k in [(40, 96), (17, 32), (129, 544)]:
+        w, x = packed_weight(n, k), torch.randn(3, k).bfloat16()
+        packed = repack_lora(None, *adapter(n, k, 5))
+        for r, taken in [(5, True), (5, True), (6, False), (22, False), (22, True)]:
+            a, b = adapter(n, k, r)
+            again = repack_lora(packed, a, b)
+            assert again.a is a and again.b is b and (again.handle is packed.handle) == taken
+            assert torch.equal(linear_4bit(x, w, None, again), linear_4bit(x, w, None, pack_lora(a, b)))
+            packed = again
+        for other in (adapter(n + 16, k, 22), adapter(n, k + 2, 22)):
+            assert repack_lora(packed, *other).handle is not packed.handle
 
 
 def test_a_packed_adapter_serves_gradients_and_other_dtypes_from_its_source(isa):
@@ -703,7 +718,10 @@ def operator_arguments():
             (rows.codes, rows.scale, rows.zero, 2, 32, [n, k], torch.bfloat16),
             (rows.codes, rows.scale, None, 0, 32, [n, k], torch.float32),
         ],
-        "pack_pairs": [(a,), (torch.randn(33, 5).bfloat16(),), (torch.randn(0, 4),)],
+        "pack_pairs": [
+            (m, torch.empty(tiles, pairs, 16, 2, dtype=torch.bfloat16))
+            for m, tiles, pairs in [(a, 1, 32), (torch.randn(33, 5).bfloat16(), 3, 3), (torch.randn(0, 4), 0, 2)]
+        ],
         "pack_tiles": [(rows.codes, n, k)],
         "unpack_tiles": [(int4.codes, n, k)],
         "pack_scales": [(rows.scale, n, k, 32), (packed.rows().scale, n, k, 32)],
@@ -1206,14 +1224,15 @@ def test_an_arena_keeps_every_value_in_every_mode():
     for i, shape in enumerate([(3,), (0,), (5, 7), (40, 1000, 16, 2), (2, 500, 16, 2), (1,)] * 3):
         t = torch.randn(shape).to([torch.bfloat16, torch.float32][i % 2])
         with torch.inference_mode(i % 3 == 0):
-            kept.append(arena.put(t.t() if t.dim() == 2 else t))
-        given.append(t.t() if t.dim() == 2 else t)
+            kept.append(arena.empty(shape, t.dtype))
+        assert not kept[-1].is_inference()
+        kept[-1].copy_(t)
+        given.append(t)
     for t, own in zip(given, kept, strict=True):
-        assert torch.equal(t, own) and own.dtype == t.dtype and own.is_contiguous() and not own.is_inference()
+        assert torch.equal(t, own) and own.dtype == t.dtype and own.is_contiguous()
         assert own.data_ptr() % 64 == 0
     with torch.device("meta"):
-        assert torch.equal(Arena().put(given[0]), given[0])
-    assert not Arena().put(torch.ones(3, requires_grad=True)).requires_grad
+        assert Arena().empty((3,), torch.float32).is_cpu
     kept[2].zero_()
     assert all(torch.equal(t, own) for i, (t, own) in enumerate(zip(given, kept, strict=True)) if i != 2)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..adapters import NO_ROWS, AdapterBank, Parts, Rows
 from ..caching import AdapterCache, stamp_of
 from ..formats.packed import Packed4bit
-from ..ops import Lora, PackedLora, mixed, pack_lora
+from ..ops import Lora, PackedLora, mixed
+from ..ops.linear_4bit import repack_lora
 from ..ops.tracing import captured, is_compiling, is_repeated, traced
 
 
@@ -348,7 +349,7 @@ class LoraLayer(nn.Module, ABC):
     def all_finite(self, names: tuple[str, ...], dtype: torch.dtype) -> bool:
         """Whether A and B of these adapters are finite in ``dtype``."""
         factors = [t for name in names for t in self.factors(name)]
-        compute = lambda: all(bool(t.to(dtype).isfinite().all()) for t in factors)  # noqa: E731
+        compute = lambda _: all(bool(t.to(dtype).isfinite().all()) for t in factors)  # noqa: E731
         return self._cached(names, ("finite", names, dtype), factors, compute)
 
     def only_product(self, names: tuple[str, ...]) -> bool:
@@ -366,19 +367,20 @@ class LoraLayer(nn.Module, ABC):
 
     # Arithmetic shared by the layer types.
 
-    def _cached(self, names: tuple[str, ...], key: Any, tensors: list[Tensor], compute: Callable[[], Any]) -> Any:
-        """``compute()``, kept while ``tensors`` do not change; only for adapters that are for inference.
+    def _cached(self, names: tuple[str, ...], key: Any, tensors: list[Tensor], compute: Callable[[Any], Any]) -> Any:
+        """``compute(before)``, kept while ``tensors`` do not change; only for adapters that are for inference.
 
-        One that trains may be written through ``.data``, which leaves no trace.
+        One that trains may be written through ``.data``, which leaves no trace. ``before`` is what was kept until now,
+        to be written over or left; None: nothing.
         """
         records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if is_repeated() or records or not self.bank.frozen.issuperset(names):
-            return compute()
+            return compute(None)
         stamp = stamp_of(tensors)
         held = self._cache.get(names, key)
         if held is None or stamp is None or held[0] != stamp:
             with torch.inference_mode(False), torch.no_grad():  # it may serve where something else trains
-                made = compute()
+                made = compute(None if held is None else held[1])
             held = stamp, made, [t for t in tensors if t is not self.weight]  # the weight may be offloaded
             self._cache.put(names, key, held)
         return held[1]
@@ -389,7 +391,7 @@ class LoraLayer(nn.Module, ABC):
             return (*self.factors(names[0]), self._scale[names[0]])
         tensors = self.parts(names)
 
-        def stack() -> tuple[Tensor, Tensor, Tensor]:
+        def stack(_: Any) -> tuple[Tensor, Tensor, Tensor]:
             return torch.cat(tensors[::3]), torch.cat(tensors[1::3], dim=1), torch.cat(tensors[2::3])
 
         return self._cached(names, names, tensors, stack)
@@ -406,7 +408,7 @@ class LoraLayer(nn.Module, ABC):
         if not packable or traced() or a.device.type != "cpu":
             return Lora(a, b, scaling, dropout)
         tensors = [t for name in names for t in self.factors(name)]
-        packed = self._cached(names, ("packed", names), tensors, lambda: pack_lora(a, b))
+        packed = self._cached(names, ("packed", names), tensors, lambda before: repack_lora(before, a, b))
         return PackedLora(a, b, scaling, *packed[3:])
 
     def column_scale(self, names: tuple[str, ...], scale: Tensor, mode: Rows | None, rows: int) -> Tensor:
@@ -421,7 +423,7 @@ class LoraLayer(nn.Module, ABC):
         a, b = self.factors(name)
         scale = self._scale[name]
         tensors = [a, b, scale, self.weight]
-        return self._cached((name,), ("norm", name), tensors, lambda: self._norm(a, b, scale))
+        return self._cached((name,), ("norm", name), tensors, lambda _: self._norm(a, b, scale))
 
     @torch.no_grad()
     def _norm(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

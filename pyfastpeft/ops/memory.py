@@ -58,12 +58,13 @@ class Arena:
         self._lock = threading.Lock()
         self._rest = torch.empty(0, dtype=torch.uint8, device="cpu")
 
-    def put(self, t: Tensor) -> Tensor:
-        """A contiguous copy of ``t``, a tensor on the CPU. A part of the arena lives as long as a tensor in it."""
-        size = math.ceil(t.nbytes / self._ALIGNMENT) * self._ALIGNMENT
-        with self._lock, torch.inference_mode(False), torch.no_grad():  # what is there is for all modes
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor on the CPU, for all modes. A part of the arena lives as long as a tensor in it."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        size = math.ceil(nbytes / self._ALIGNMENT) * self._ALIGNMENT
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             if size > len(self._rest):
                 self._rest = torch.zeros(max(size, self._BYTES), dtype=torch.uint8, device="cpu")
                 large_pages(self._rest)
-            place, self._rest = self._rest[: t.nbytes].view(t.dtype).view(t.shape), self._rest[size:]
-            return place.copy_(t)
+            place, self._rest = self._rest[:nbytes].view(dtype).view(shape), self._rest[size:]
+            return place
