@@ -23,7 +23,7 @@ void each_unit(int64_t units, const Body& body) {
 
 // A ParallelFor of such units, `grain` items each.
 void as_they_come(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
-  each_unit((n + grain - 1) / grain, [&](int64_t unit) { body(ctx, unit * grain, std::min(n, (unit + 1) * grain)); });
+  each_unit(pf::ceil_div(n, grain), [&](int64_t unit) { body(ctx, unit * grain, std::min(n, (unit + 1) * grain)); });
 }
 
 // `t` [a, b, c, dim], its last dimension contiguous.
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   // wake a thread, and to add its part.
   constexpr int64_t kPairs = int64_t{1} << 17;  // of a query and a key
   const int64_t pairs = g.tokens * (g.heads / g.kv_heads) * (g.prefix_length + g.length);
-  a.chunks = threads == 1 || heads == 0 ? 1 : (4 * threads + heads - 1) / heads;
+  a.chunks = threads == 1 || heads == 0 ? 1 : pf::ceil_div(4 * threads, heads);
   a.chunks = std::max<int64_t>(1, std::min({a.chunks, kernel.most_chunks(g), pairs / kPairs}));
   Tensor parts = new_matrix(a.chunks > 1 ? a.chunks : 0, kernel.part_size(g), pf::kFloat32);
   a.dq_parts = static_cast<float*>(parts.mutable_data_ptr());

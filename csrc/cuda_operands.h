@@ -58,7 +58,7 @@ inline PfWeight weight(const Kernels& kernels, const Tensor& codes, const Tensor
                        int64_t blocksize) {
   check_format(format, blocksize);
   STD_TORCH_CHECK(n >= 0 && k >= 0, "n is ", n, ", k ", k, "; neither may be negative");
-  const int64_t blocks = (n * k + blocksize - 1) / blocksize;
+  const int64_t blocks = pf::ceil_div(n * k, blocksize);
   check_dense(codes, codes, ScalarType::Byte, (n * k + 1) / 2, "codes", "uint8 [(N K + 1) / 2] in the rows layout");
   check_zero(zero, format);
   PfWeight w{};
@@ -202,7 +202,7 @@ struct Operators {
     check_format(format, blocksize);
     STD_TORCH_CHECK(w.is_contiguous(), "w must be contiguous");
     const int dtype = dtype_of(w, "w");
-    const int64_t count = w.numel(), blocks = (count + blocksize - 1) / blocksize;
+    const int64_t count = w.numel(), blocks = pf::ceil_div(count, blocksize);
     const int64_t zeros = format == pf::kINT4 ? blocks : 0;
     const auto make = [&](const char* what, std::vector<int64_t> sizes, ScalarType type) {
       return allocated(what, [&] { return torch::stable::new_empty(w, sizes, type); });

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x
   if (need_weight) {
     constexpr int64_t kColumns = 64;
     float* out = static_cast<float*>(dweight.mutable_data_ptr());
-    pf::parallel_for((xm.cols + kColumns - 1) / kColumns, row_grain(xm.rows * kColumns), [&](int64_t u0, int64_t u1) {
+    pf::parallel_for(pf::ceil_div(xm.cols, kColumns), row_grain(xm.rows * kColumns), [&](int64_t u0, int64_t u1) {
       k.rms_norm_weight_backward(args, out, u0 * kColumns, u1 * kColumns < xm.cols ? u1 * kColumns : xm.cols);
     });
   }

@@ -31,7 +31,7 @@ inline void check_zero(const OptTensor& zero, int64_t format) {
 inline pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zero, const OptTensor& absmax2,
                          const OptTensor& offset, int64_t format, int64_t n, int64_t blocksize) {
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() &&
-                      codes.size(0) == (n + pf::kTile - 1) / pf::kTile && codes.size(1) % (8 * 32) == 0,
+                      codes.size(0) == pf::ceil_div(n, pf::kTile) && codes.size(1) % (8 * 32) == 0,
                   "codes must be contiguous uint8 [ceil(N / 16), 8 K] in the tiles layout");
   check_format(format, blocksize);
   pf::Weight w{};
@@ -45,7 +45,7 @@ inline pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTens
                   "scale must be contiguous [ceil(N / 16), segments, 16]");
   if (absmax2.has_value()) {
     STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Byte && offset.has_value() && offset->numel() == 1 &&
-                        absmax2->numel() * 256 >= (w.n * w.k + blocksize - 1) / blocksize,
+                        absmax2->numel() * 256 >= pf::ceil_div(w.n * w.k, blocksize),
                     "double-quantized scales must be uint8, with their second-level scales and offset");
     w.scale8 = scale.const_data_ptr<uint8_t>();
     w.scale2 = absmax2->const_data_ptr<float>();
@@ -95,8 +95,8 @@ class HeldWeight {
 // A matrix [rows, cols] packed by pack_pairs.
 inline pf::Matrix packed_matrix(const Tensor& t, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16 && t.dim() == 4 && t.is_contiguous() &&
-                      t.size(0) == (rows + pf::kTile - 1) / pf::kTile && t.size(1) == cols / 2 &&
-                      t.size(2) == pf::kTile && t.size(3) == 2 && cols % 2 == 0,
+                      t.size(0) == pf::ceil_div(rows, pf::kTile) && t.size(1) == cols / 2 && t.size(2) == pf::kTile &&
+                      t.size(3) == 2 && cols % 2 == 0,
                   "a packed lora factor must be contiguous bfloat16 [ceil(rows / 16), columns / 2, 16, 2]");
   return {t.const_data_ptr(), pf::kBFloat16, rows, cols, 0, true};
 }

@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_4bit(Tensor w, int64_t format, int64
   check_format(format, blocksize);
   STD_TORCH_CHECK(w.is_contiguous(), "w must be contiguous");
   const int dtype = dtype_of(w, "w");
-  const int64_t n = w.numel(), blocks = (n + blocksize - 1) / blocksize;
+  const int64_t n = w.numel(), blocks = pf::ceil_div(n, blocksize);
   Tensor codes = torch::stable::new_empty(w, {(n + 1) / 2, 1}, ScalarType::Byte);
   Tensor scale = torch::stable::new_empty(w, {blocks}, ScalarType::Float);
   Tensor zero = torch::stable::new_empty(w, {format == pf::kINT4 ? blocks : 0}, ScalarType::Float);
@@ -167,7 +167,7 @@ Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t forma
   check_format(format, blocksize);
   int64_t n = 1;
   for (int64_t d : shape) n *= d;
-  const int64_t blocks = (n + blocksize - 1) / blocksize;
+  const int64_t blocks = pf::ceil_div(n, blocksize);
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() && codes.numel() == (n + 1) / 2,
                   "codes must be contiguous uint8 [(numel + 1) / 2, 1] in the rows layout");
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && scale.numel() == blocks,
@@ -196,7 +196,7 @@ void check_matrix(int64_t n, int64_t k) {
 Tensor pack_tiles(Tensor codes, int64_t n, int64_t k) {
   check_matrix(n, k);
   STD_TORCH_CHECK(codes.is_contiguous() && codes.numel() == n * k / 2, "codes must be contiguous, N K / 2 bytes");
-  const int64_t tiles = (n + pf::kTile - 1) / pf::kTile;
+  const int64_t tiles = pf::ceil_div(n, pf::kTile);
   Tensor out = torch::stable::new_empty(codes, {tiles, 8 * k});
   const uint8_t* in = codes.const_data_ptr<uint8_t>();
   uint8_t* dst = out.mutable_data_ptr<uint8_t>();
@@ -209,7 +209,7 @@ Tensor pack_tiles(Tensor codes, int64_t n, int64_t k) {
 
 Tensor unpack_tiles(Tensor codes, int64_t n, int64_t k) {
   check_matrix(n, k);
-  const int64_t tiles = (n + pf::kTile - 1) / pf::kTile;
+  const int64_t tiles = pf::ceil_div(n, pf::kTile);
   STD_TORCH_CHECK(codes.is_contiguous() && codes.numel() == tiles * 8 * k, "codes must be contiguous [tiles, 8 K]");
   Tensor out = torch::stable::new_empty(codes, {n * k / 2, 1});
   const uint8_t* in = codes.const_data_ptr<uint8_t>();
@@ -234,7 +234,7 @@ pf::Weight scale_layout(const Tensor& scale, int64_t n, int64_t k, int64_t block
 
 Tensor pack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   const pf::Weight w = scale_layout(scale, n, k, blocksize);
-  STD_TORCH_CHECK(scale.numel() == (n * k + blocksize - 1) / blocksize, "scale must hold one element a block");
+  STD_TORCH_CHECK(scale.numel() == pf::ceil_div(n * k, blocksize), "scale must hold one element a block");
   Tensor out = torch::stable::new_empty(scale, {w.tiles(), w.segments(), pf::kTile});
   const int size = static_cast<int>(scale.element_size());
   const void* in = scale.const_data_ptr();
@@ -249,7 +249,7 @@ Tensor pack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
 Tensor unpack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   const pf::Weight w = scale_layout(scale, n, k, blocksize);
   STD_TORCH_CHECK(scale.numel() == w.tiles() * w.segments() * pf::kTile, "scale must be [tiles, segments, 16]");
-  const int64_t blocks = (n * k + blocksize - 1) / blocksize;
+  const int64_t blocks = pf::ceil_div(n * k, blocksize);
   Tensor out = torch::stable::new_empty(scale, {blocks});
   const int size = static_cast<int>(scale.element_size());
   const void* in = scale.const_data_ptr();

@@ -21,7 +21,7 @@ class Team {
   // body(ctx, begin, end) over [0, n) in pieces of at least `grain`: one a thread, more of them where they are large,
   // so that a core that is slower for a while is waited for little.
   void run(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
-    const int64_t most = (n + grain - 1) / grain;
+    const int64_t most = ceil_div(n, grain);
     const int64_t pieces = std::min(most, std::clamp(most / kLarge, threads_, kPieces * threads_));
     if (pieces <= 1) return body(ctx, 0, n);
     ctx_.store(ctx, std::memory_order_relaxed);

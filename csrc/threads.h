@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 
+#include "cpu/weight.h"
 #include "spin.h"
 
 namespace pf {
@@ -22,7 +23,7 @@ class Shares {
 
   Shares(int64_t n, int64_t grain, int64_t threads) : n_(n), unit_(n / kMostUnits + 1), count_(threads) {
     constexpr int64_t kPieces = 16, kLeast = 4;
-    const int64_t units = (n + unit_ - 1) / unit_;
+    const int64_t units = ceil_div(n, unit_);
     least_ = std::max({units / (kPieces * threads), grain / unit_ / 2, kLeast});
     for (int64_t i = 0; i < threads; ++i)
       shares_[i].store(pack(units * i / threads, units * (i + 1) / threads), std::memory_order_relaxed);
@@ -88,7 +89,7 @@ template <class Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
   constexpr int kPatience = 1 << 15;
   const int64_t threads =
-      n <= grain ? 1 : std::min({int64_t{torch::stable::get_num_threads()}, (n + grain - 1) / grain, Shares::kMost});
+      n <= grain ? 1 : std::min({int64_t{torch::stable::get_num_threads()}, ceil_div(n, grain), Shares::kMost});
   if (threads == 1) return body(0, n);
   Shares shares(n, grain, threads);
   std::atomic<int64_t> at_work{threads};

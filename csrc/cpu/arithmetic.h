@@ -148,4 +148,3 @@ PF_INLINE void each(IntList<I...>, const Body& body) {
 }
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -30,7 +30,7 @@ int64_t grain_of(int64_t work_per_item) { return kThreadWork / std::max<int64_t>
 // body(begin, end) over [0, n) in chunks that begin at multiples of `unit`; `work` is an item's, in multiply-adds.
 template <class Body>
 void run_units(ParallelFor parallel, int64_t n, int64_t unit, int64_t work, const Body& body) {
-  run(parallel, (n + unit - 1) / unit, grain_of(unit * work),
+  run(parallel, ceil_div(n, unit), grain_of(unit * work),
       [&](int64_t u0, int64_t u1) { body(u0 * unit, std::min(u1 * unit, n)); });
 }
 
@@ -85,7 +85,7 @@ const void* pack_panels(const Arithmetic& arith, const Matrix& m, bool of_rows, 
   const auto pack = of_rows ? arith.pack_panels_t : arith.pack_panels;
   const int64_t lanes = of_rows ? m.rows : m.cols, contraction = of_rows ? m.cols : m.rows, group = arith.group_lanes;
   void* out = scratch(slot, arith.panels_bytes(lanes, contraction));
-  run(parallel, (lanes + group - 1) / group, grain_of(contraction * group * 4),
+  run(parallel, ceil_div(lanes, group), grain_of(contraction * group * 4),
       [&](int64_t g0, int64_t g1) { pack(m, out, g0, g1); });
   return out;
 }
@@ -118,7 +118,7 @@ constexpr int64_t kMostSplitRows = 64;  // of which threads share the columns; m
 constexpr int64_t kReading = 20;        // multiply-adds in the time that an element of A takes to arrive
 
 // Tiles of a packed A.
-int64_t tiles_of(const Branch& branch) { return (branch.rank() + kTile - 1) / kTile; }
+int64_t tiles_of(const Branch& branch) { return ceil_div(branch.rank(), kTile); }
 
 // s [rows, R] = dropout(x) A^T, in parts that threads take as they come. The sums do not depend on who took what.
 class BranchSums {
@@ -134,7 +134,7 @@ class BranchSums {
     if (branch.a.packed) {
       together_ = rows > arith.few_rows ? 4 : 1;
       split(branch.a.cols, 256, true);
-      parts_ = summands_ * ((tiles_of(branch) + together_ - 1) / together_);
+      parts_ = summands_ * ceil_div(tiles_of(branch), together_);
     } else {
       split(branch.a.rows, 4, false);
     }
@@ -179,8 +179,8 @@ class BranchSums {
   void split(int64_t size, int64_t unit, bool adds) {
     constexpr int64_t kMostParts = 8;
     size_ = size;
-    step_ = (size + kMostParts * unit - 1) / (kMostParts * unit) * unit;
-    parts_ = (size + step_ - 1) / step_;
+    step_ = ceil_div(size, kMostParts * unit) * unit;
+    parts_ = ceil_div(size, step_);
     summands_ = adds ? parts_ : 1;
     sums_ = static_cast<float*>(scratch(kSlotDs, summands_ * count_ * sizeof(float)));
   }
@@ -307,7 +307,7 @@ float* branch_gradient(const Arithmetic& arith, const Matrix& dy, const void* pa
   void* bt = scratch(kSlotX, arith.packed_rows_bytes(rank, dy.cols));
   const float* factor = branch_factor(branch, rows, rank);
   arith.pack_rows_t(branch.b, nullptr, 0, bt);
-  run(parallel, (rows + group - 1) / group, grain_of(group * dy.cols * rank), [&](int64_t g0, int64_t g1) {
+  run(parallel, ceil_div(rows, group), grain_of(group * dy.cols * rank), [&](int64_t g0, int64_t g1) {
     arith.rows_times_panels({bt, rank, dy.cols}, panels, rows, ds, g0, g1);
     for (int64_t i = 0; i < rank; ++i)
       for (int64_t r = g0 * group; r < std::min(g1 * group, rows); ++r)
@@ -505,7 +505,7 @@ void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Br
   if (x.rows == 0 || w.rows == 0) return;
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
-  const int64_t lanes = arith.group_lanes, groups = (w.rows + lanes - 1) / lanes;
+  const int64_t lanes = arith.group_lanes, groups = ceil_div(w.rows, lanes);
   const int64_t grain = grain_of(lanes * w.cols * ((x.rows + 3) / 4));
   const FewRows few = few_rows(k, arith, x, true);
   const DenseArgs args{w, x, few.xf, few.ldxf, {}, branch.b, bias, y, y_dtype};
@@ -534,7 +534,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   if (x.dtype == kBFloat16 && !(&arith == &k.bf16 ? beats_bf16 : beats_words))
     return linear_forward(w, x, bias, branch, y, y_dtype, nullptr, parallel);
   const int64_t rank = branch.rank(), rows = x.rows;
-  const int64_t blocks = (x.cols + kByteBlock - 1) / kByteBlock;
+  const int64_t blocks = ceil_div(x.cols, kByteBlock);
   ByteRow* bytes = static_cast<ByteRow*>(scratch(kSlotDropped, blocks * rows * sizeof(ByteRow)));
   Int8Args args{w, bytes, rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
   const auto of_tiles = [&](const auto& body) {

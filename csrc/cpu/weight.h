@@ -23,6 +23,7 @@ constexpr int kGroupColumns = 8;  // columns in 64 bytes of codes
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Format : int { kNF4 = 0, kFP4 = 1, kINT4 = 2 };
 
+PF_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 PF_INLINE constexpr int dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // A row-major matrix; `ld` is the distance of rows in elements. Or, `packed`, bf16 in tiles of 16 rows: [tile][column
@@ -57,7 +58,7 @@ struct Weight {
   int format;
   int64_t n, k, segment, blocksize;
 
-  PF_INLINE int64_t tiles() const { return (n + kTile - 1) / kTile; }
+  PF_INLINE int64_t tiles() const { return ceil_div(n, kTile); }
   // Segments are powers of two, and kernels ask where divisions would show.
   PF_INLINE int64_t segment_of(int64_t col) const { return col >> __builtin_ctzll(segment); }
   PF_INLINE int64_t segments() const { return segment_of(k); }

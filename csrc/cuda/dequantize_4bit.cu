@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <typename T>
 cudaError_t run(const PfWeight& w, int64_t first, int64_t count, void* out, void* stream) {
-  const int64_t blocks = (count + kGroups * kThreads * 8 - 1) / (kGroups * kThreads * 8);
+  const int64_t blocks = ceil_div(count, kGroups * kThreads * 8);
   const auto kernel = w.zero == nullptr ? dequantize_kernel<T, false> : dequantize_kernel<T, true>;
   return launch(kernel, blocks, kThreads, 16 * 32 * 4, stream, w, first, count, static_cast<T*>(out));
 }

@@ -610,8 +610,6 @@ __global__ void __launch_bounds__(kThreads, NT >= 4 ? 1 : 2) linear_4bit_kernel(
 
 // ---- on the host
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename C>
 Plan plan_of(const PfWeight& w, const PfLora* lora, int64_t m, bool aligned) {
   Plan plan{};

@@ -505,8 +505,6 @@ __global__ void __launch_bounds__(32 * kProjectWarps, 9)
 
 // ---- host ----
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The split of K that takes the fewest panels one after another, where a block costs three panels beside its own.
 int best_splits(int64_t pairs, int64_t panels, int64_t processors) {
   int best = 1;

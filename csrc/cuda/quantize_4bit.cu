@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <typename T, int kFormat>
 cudaError_t run(const T* src, int64_t count, int blocksize, uint8_t* codes, float* scale, float* zero, void* stream) {
-  const int64_t at_once = kThreads / min64(blocksize / 8, 32), blocks = (count + blocksize - 1) / blocksize;
+  const int64_t at_once = kThreads / min64(blocksize / 8, 32), blocks = ceil_div(count, blocksize);
   const bool aligned = aligned16(src) && reinterpret_cast<uintptr_t>(codes) % 4 == 0;
-  const int64_t whole = aligned ? count / (blocksize * at_once) : 0, rest = (blocks + at_once - 1) / at_once - whole;
+  const int64_t whole = aligned ? count / (blocksize * at_once) : 0, rest = ceil_div(blocks, at_once) - whole;
   const auto start = [&](auto kernel, int64_t grid, int64_t first_block) {
     return launch(kernel, grid, kThreads, 15 * 32 * 4, stream, src, count, first_block, blocksize, codes, scale, zero);
   };
