@@ -23,34 +23,23 @@ pf::Matrix input_of(Tensor& x, const pf::Weight& w) {
 std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2,
                                        OptTensor offset, int64_t format, int64_t n, int64_t blocksize, OptTensor bias,
                                        OptTensor lora_a, OptTensor lora_b, OptTensor row_scale, double scaling,
-                                       OptTensor seed, double dropout) {
+                                       OptTensor seed, double dropout, bool int8) {
   kernels();
   const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
   const pf::Matrix xm = input_of(x, w);
   const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w.n, w.k);
   Tensor y = new_matrix(xm.rows, n, xm.dtype);
-  Tensor s = new_matrix(xm.rows, lora.branch.rank(), pf::kFloat32);
+  Tensor s = new_matrix(xm.rows, int8 ? 0 : lora.branch.rank(), pf::kFloat32);
   const Bias bias_data(bias, n);
   pf::with_threads_for(xm.rows, w.n * w.k, [&](pf::ParallelFor threads) {
-    pf::linear_forward(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype,
-                       static_cast<float*>(s.mutable_data_ptr()), threads);
+    void* out = y.mutable_data_ptr();
+    if (int8)
+      pf::linear_forward_int8(w, xm, bias_data.data, lora.branch, out, xm.dtype, threads);
+    else
+      pf::linear_forward(w, xm, bias_data.data, lora.branch, out, xm.dtype, static_cast<float*>(s.mutable_data_ptr()),
+                         threads);
   });
   return {y, s};
-}
-
-Tensor linear_4bit_int8(Tensor x, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
-                        int64_t format, int64_t n, int64_t blocksize, OptTensor bias, OptTensor lora_a,
-                        OptTensor lora_b, OptTensor row_scale, double scaling, OptTensor seed, double dropout) {
-  kernels();
-  const pf::Weight w = weight(codes, scale, zero, absmax2, offset, format, n, blocksize);
-  const pf::Matrix xm = input_of(x, w);
-  const BranchTensors lora(lora_a, lora_b, row_scale, scaling, xm.rows, seed, dropout, w.n, w.k);
-  const Bias bias_data(bias, n);
-  Tensor y = new_matrix(xm.rows, n, xm.dtype);
-  pf::with_threads_for(xm.rows, w.n * w.k, [&](pf::ParallelFor threads) {
-    pf::linear_forward_int8(w, xm, bias_data.data, lora.branch, y.mutable_data_ptr(), xm.dtype, threads);
-  });
-  return y;
 }
 
 // (dx, dA, dB) of a linear layer; w may have no rows: of the branch alone. x and s are there where A or B trains. What
@@ -289,8 +278,7 @@ void set_dynamic_map(Tensor map) {
 #define PF_BRANCH "Tensor? lora_a, Tensor? lora_b, Tensor? row_scale, float scaling, Tensor? seed, float dropout"
 
 STABLE_TORCH_LIBRARY(pyfastpeft, m) {
-  m.def("linear_4bit(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ") -> (Tensor, Tensor)");
-  m.def("linear_4bit_int8(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ") -> Tensor");
+  m.def("linear_4bit(Tensor x, " PF_WEIGHT ", Tensor? bias, " PF_BRANCH ", bool int8) -> (Tensor, Tensor)");
   m.def("linear_4bit_backward(Tensor dy, Tensor? x, Tensor? s, " PF_WEIGHT ", " PF_BRANCH
         ", bool need_dx) -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -319,7 +307,6 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
-  m.impl("linear_4bit_int8", TORCH_BOX(&linear_4bit_int8));
   m.impl("linear_4bit_backward", TORCH_BOX(&linear_4bit_backward));
   m.impl("lora_forward", TORCH_BOX(&lora_forward));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));

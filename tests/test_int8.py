@@ -204,8 +204,8 @@ class TestInference:
     def test_the_operator_is_well_formed(self):
         w, x = packed_weight(48, 128, "nf4", True), torch.randn(4, 128)
         a, b = adapter(48, 128, 3)
-        arguments = (x, *w.prepared().operands, torch.randn(48), a, b, None, 2.0, None, 0.0)
-        torch.library.opcheck(torch.ops.pyfastpeft.linear_4bit_int8.default, arguments)
+        arguments = (x, *w.prepared().operands, torch.randn(48), a, b, None, 2.0, None, 0.0, True)
+        torch.library.opcheck(torch.ops.pyfastpeft.linear_4bit.default, arguments)
 
 
 class TestModule:

@@ -727,10 +727,10 @@ def operator_arguments():
         "pack_scales": [(rows.scale, n, k, 32), (packed.rows().scale, n, k, 32)],
         "unpack_scales": [(int4.scale, n, k, 32), (packed.scale, n, k, 32)],
         "linear_4bit": [
-            (x, *nested, None, None, None, None, 1.0, None, 0.0),
-            (x, *plain, torch.randn(n), a, b, torch.rand(m, r), 1.0, seed, 0.5),
-            (x.bfloat16(), *plain, None, a, b, None, 2.0, None, 0.0),
-            (x.bfloat16(), *plain, None, *pack_lora(a, b)[3:5], None, 2.0, None, 0.0),
+            (x, *nested, None, None, None, None, 1.0, None, 0.0, False),
+            (x, *plain, torch.randn(n), a, b, torch.rand(m, r), 1.0, seed, 0.5, False),
+            (x.bfloat16(), *plain, None, a, b, None, 2.0, None, 0.0, False),
+            (x.bfloat16(), *plain, None, *pack_lora(a, b)[3:5], None, 2.0, None, 0.0, False),
         ],
         "linear_4bit_backward": [
             (dy, None, None, *nested, None, None, None, 1.0, None, 0.0, True),

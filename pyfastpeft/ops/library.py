@@ -151,14 +151,9 @@ def _(scale: Tensor, n: int, k: int, blocksize: int) -> Tensor:
 
 @torch.library.register_fake("pyfastpeft::linear_4bit")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    w, (_, a, b, *_) = split_weight(rest)
-    rank = 0 if a is None else a.shape[0] if a.dim() == 2 else 2 * b.shape[1]
+    w, (_, a, b, *_, int8) = split_weight(rest)
+    rank = 0 if a is None or int8 else a.shape[0] if a.dim() == 2 else 2 * b.shape[1]
     return x.new_empty((x.shape[0], w.n)), x.new_empty((x.shape[0], rank), dtype=torch.float32)
-
-
-@torch.library.register_fake("pyfastpeft::linear_4bit_int8")
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((x.shape[0], split_weight(rest)[0].n))
 
 
 @torch.library.register_fake("pyfastpeft::linear_4bit_backward")

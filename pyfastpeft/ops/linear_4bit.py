@@ -409,8 +409,8 @@ def _forward(
     packed: Packed4bit | None,
     pairs: tuple[Tensor, Tensor] | None = None,
     int8: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(y, S), S None in the ``int8`` tier.
+) -> tuple[Tensor, Tensor]:
+    """(y, S), S [M, 0] in the ``int8`` tier.
 
     Args:
         weight: the fields of :class:`Operands`, as operators take them.
@@ -439,7 +439,7 @@ def _product(
     packed: Packed4bit | None,
     pairs: tuple[Tensor, Tensor] | None,
     int8: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     if backend in _IN_PYTHON:
         return _IN_PYTHON[backend].forward(x, packed, bias, *branch)
     if backend in _OPERATORS:
@@ -449,9 +449,7 @@ def _product(
         if row_scale is not None and row_scale.shape[-1] % 2:
             row_scale = pad(row_scale, (0, 1))  # as the rank is, to whole pairs
         branch = (*pairs, row_scale, *rest)
-    if int8:
-        return torch.ops.pyfastpeft.linear_4bit_int8.default(x, *weight, bias, *branch), None
-    return torch.ops.pyfastpeft.linear_4bit.default(x, *weight, bias, *branch)
+    return torch.ops.pyfastpeft.linear_4bit.default(x, *weight, bias, *branch, int8)
 
 
 class _Linear4bit(torch.autograd.Function):
