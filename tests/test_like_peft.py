@@ -18,6 +18,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
+from torch import nn
 
 import pyfastpeft as fp
 
@@ -399,6 +400,16 @@ def test_a_model_goes_to_the_meta_device_and_comes_back(how, extra):
         model.get_submodule(owner)._buffers[leaf] = values
     assert torch.equal(model(rows["input_ids"]).logits, expected[0])
     assert torch.equal(model(**rows).logits, expected[1])
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_dora": True}], ids=str)
+def test_an_adapter_made_on_the_meta_device_takes_the_tensors_it_is_assigned(extra):
+    config = fp.LoraConfig(target_modules=["0", "1"], init_lora_weights=False, **extra)
+    base, ids = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4)), torch.arange(20)
+    model, empty = fp.get_peft_model(copy.deepcopy(base), config), fp.get_peft_model(base.to("meta"), config)
+    assert all(p.is_meta for p in empty.parameters())
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(ids), model(ids))
 
 
 def test_the_tag_of_a_model_card_is_the_base_models_name(tmp_path):

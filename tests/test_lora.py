@@ -499,6 +499,14 @@ class TestInitialValues:
         with pytest.raises(ValueError, match=r"loftq.*the embedding 'embed'"):
             fp.get_peft_model(Block(), fp.LoraConfig(target_modules=["embed", "linear"], init_lora_weights="loftq"))
 
+    @pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
+    def test_a_weight_without_values_is_refused(self, init):
+        """What is loaded later would be the whole weight, of which the adapter has a part already."""
+        base = Block().to("meta")
+        with pytest.raises(ValueError, match=rf"init_lora_weights is '{init}'.*'linear'.*meta device"):
+            fp.get_peft_model(base, fp.LoraConfig(target_modules=["linear"], init_lora_weights=init))
+        assert type(base.linear) is nn.Linear
+
     def test_a_second_adapter_may_not_change_the_base_under_the_first(self):
         model = block()
         with pytest.raises(ValueError, match="must be the first adapter"):

@@ -237,7 +237,16 @@ class LoraEmbedding(LoraLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
-    def _make_parameters(self, name: str, r: int, lora_bias: bool, initial: Any, empty: bool) -> None:
+    def _make_parameters(
+        self,
+        name: str,
+        r: int,
+        lora_bias: bool,
+        initial: Any,
+        empty: bool,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
         if lora_bias:
             raise ValueError("lora_bias is True; an embedding has no place for a bias, leave it out of target_modules")
         make = torch.empty if empty else torch.randn
@@ -245,11 +254,8 @@ class LoraEmbedding(LoraLayer):
         if initial is not False and not empty:
             nn.init.zeros_(a)
             nn.init.normal_(b)
-        self.lora_embedding_A[name], self.lora_embedding_B[name] = nn.Parameter(a), nn.Parameter(b)
-
-    def _place_own(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        for holder in (self.lora_embedding_A, self.lora_embedding_B):
-            holder[name].data = holder[name].data.to(device, dtype)
+        self.lora_embedding_A[name] = nn.Parameter(a.to(device, dtype))
+        self.lora_embedding_B[name] = nn.Parameter(b.to(device, dtype))
 
     def remove_adapter(self, name: str) -> None:
         super().remove_adapter(name)

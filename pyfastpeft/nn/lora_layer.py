@@ -272,38 +272,41 @@ class LoraLayer(nn.Module, ABC):
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_dropout[name].train(self.training)
         self._scaling[name] = self._own_scaling[name] = scaling_of(alpha, r, use_rslora)
-        self._make_parameters(name, r, lora_bias, initial, empty)
+        device = self.weight.device
+        self._make_parameters(name, r, lora_bias, initial, empty, device, dtype)
         if callable(initial):
             a, b, rest = initial(self.matrix(), r, self._scaling[name])
             for parameter, value in zip(self.factors(name), (a, b), strict=True):
                 parameter.data.copy_(value)
             self.set_matrix(rest)
             self._square = None
-        device = self.weight.device
-        for holder in (self.lora_A, self.lora_B):
-            if name in holder:
-                holder[name].to(device, dtype)
-        self._place_own(name, device, dtype)
         self._scale[name] = torch.full((r,), self._scaling[name], dtype=torch.float32, device=device)
         if use_dora:
             norm = self.weight.new_empty((self.out_features,), dtype=dtype) if empty else self.norm(name).to(dtype)
             self.lora_magnitude_vector[name] = Magnitude(norm)
             self.lora_magnitude_vector[name].to(device)
 
-    def _make_parameters(self, name: str, r: int, lora_bias: bool, initial: Any, empty: bool) -> None:
-        self.lora_A[name], self.lora_B[name] = _pair(self.in_features, r, self.out_features, lora_bias, not empty)
-        if empty or initial is False or callable(initial):
-            return
-        if initial == "gaussian":
-            nn.init.normal_(self.lora_A[name].weight, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A[name].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[name].weight)
-        if lora_bias:
-            nn.init.zeros_(self.lora_B[name].bias)
-
-    def _place_own(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Move parameters that a subclass keeps elsewhere."""
+    def _make_parameters(
+        self,
+        name: str,
+        r: int,
+        lora_bias: bool,
+        initial: Any,
+        empty: bool,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """A and B, drawn before they are placed: the values of a seed are the same wherever they are to be."""
+        a, b = _pair(self.in_features, r, self.out_features, lora_bias, not empty)
+        if not (empty or initial is False or callable(initial)):
+            if initial == "gaussian":
+                nn.init.normal_(a.weight, std=1 / r)
+            else:
+                nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+            nn.init.zeros_(b.weight)
+            if lora_bias:
+                nn.init.zeros_(b.bias)
+        self.lora_A[name], self.lora_B[name] = a.to(device, dtype), b.to(device, dtype)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter, also one of which only some is here."""

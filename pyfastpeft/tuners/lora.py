@@ -565,6 +565,11 @@ class LoraTuner(Tuner):
             )
         if config.changes_base and isinstance(layer.base_layer, nn.Embedding):
             return True  # as in PEFT: nothing multiplies by a table, so no product is to be approximated
+        if config.changes_base and layer.weight.is_meta:
+            raise ValueError(
+                f"init_lora_weights is {config.init_lora_weights!r}, which starts from the weight of {path!r}, and "
+                "that is on the meta device, where there are no values; give the adapter to a model that lies in memory"
+            )
         return config.initial()
 
     def tensors(self, name: str, config: LoraConfig) -> dict[str, Tensor]:
