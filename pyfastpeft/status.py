@@ -14,6 +14,7 @@ from .nn.lora_layer import LoraLayer
 from .nn.modules_to_save import ModulesToSave
 from .nn.trainable_tokens import TrainableTokens
 from .tuners.adapted import AdaptedModel
+from .tuners.modules import WRAPPERS
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -80,9 +81,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         TypeError: it has no adapters.
     """
-    kinds = (LoraLayer, BottleneckLayer, ModulesToSave, TrainableTokens)
     root = model.base_model if adapters_of(model) is model else model
-    return [_status(name, m) for name, m in root.named_modules() if isinstance(m, kinds)]
+    return [_status(name, m) for name, m in root.named_modules() if isinstance(m, WRAPPERS)]
 
 
 def _status(name: str, layer: LoraLayer | BottleneckLayer | ModulesToSave | TrainableTokens) -> TunerLayerStatus:
