@@ -73,6 +73,16 @@ def check_pattern(name: str, pattern: str) -> None:
         raise ValueError(f"{name} is {pattern!r}; it must be a regular expression: {error}") from None
 
 
+def names_or_pattern(name: str, value: Any) -> list[str] | str | None:
+    """The argument ``name``, which says which modules are meant: a regular expression, names as a list, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return as_list(name, value)
+    check_pattern(name, value)
+    return value
+
+
 def check_count(name: str, value: Any) -> None:
     """Whether the argument ``name`` is a number of things."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -16,7 +16,7 @@ from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import is_never_called, layer_class, matrix_shape
 from .adapted import adapter_dtype
-from .base import PeftConfig, PeftType, as_list, check_count, check_pattern, register_method
+from .base import PeftConfig, PeftType, check_count, names_or_pattern, register_method
 from .modules import base_of, check_called, ends_with, hint, is_named, modules_of, put, set_packing
 from .tuner import Tuner
 
@@ -69,10 +69,7 @@ class BottleneckConfig(PeftConfig):
             check_count("bottleneck_size", self.bottleneck_size)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
-        if self.target_modules is not None and not isinstance(self.target_modules, str):
-            self.target_modules = as_list("target_modules", self.target_modules)
-        elif self.target_modules is not None:
-            check_pattern("target_modules", self.target_modules)
+        self.target_modules = names_or_pattern("target_modules", self.target_modules)
 
     def size_for(self, features: int) -> int:
         """Of the bottleneck after a projection with ``features`` outputs."""

@@ -28,6 +28,7 @@ from .base import (
     check_count,
     check_dropout,
     check_pattern,
+    names_or_pattern,
     register_method,
 )
 from .embeddings import own_embeddings
@@ -183,11 +184,7 @@ class LoraConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self.target_modules = ALL_LINEAR  # PEFT takes any case
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                setattr(self, name, as_list(name, value))
-            elif value is not None and value != ALL_LINEAR:
-                check_pattern(name, value)
+            setattr(self, name, names_or_pattern(name, getattr(self, name)))
         for name in self.modules_to_save or ():  # as in PEFT, what it matches is no target
             check_pattern("a name in modules_to_save", name)
 
