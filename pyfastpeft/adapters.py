@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .caching import registered
+from .ops.tracing import is_compiling
 
 if TYPE_CHECKING:
     from .nn.lora_layer import LoraLayer
@@ -230,7 +231,7 @@ class AdapterBank:
         rows = mode.rows
         if rows is None:
             return NO_ROWS if mode.began_in is not None and mode.began_in in mode.blocks else None
-        if self._deleted and not torch.compiler.is_compiling() and not self._deleted.isdisjoint(rows.names):
+        if self._deleted and not is_compiling() and not self._deleted.isdisjoint(rows.names):
             gone = [name for name in rows.names if name in self._deleted]
             raise RuntimeError(f"adapters {gone} were deleted while a request that chose them by adapter_names ran")
         return rows
@@ -258,7 +259,7 @@ class AdapterBank:
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Those that train with ``name``."""
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self._look()
             if name in self._stale:
                 self._trainable[name] = self._find[name]()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .ops.tracing import captured
+from .ops.tracing import captured, is_compiling
 
 
 def stamp_of(tensors: list[Tensor]) -> tuple | None:
@@ -100,7 +100,7 @@ def _watch() -> None:
 
 def _note_step(optimizer: Optimizer, *_: Any) -> None:
     """Fused optimizers write parameters without raising ``_version``; stamps rely on it, so it is raised here."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch.autograd.graph.increment_version([p for p in stepped if not p.is_inference()])
 

@@ -51,7 +51,7 @@ from ..adapters import Prefix
 from ..ops.backends import FLOATS, Backend, choose_attention
 from ..ops.prefix_attention import HIDDEN, prefix_attention
 from ..ops.reference import prefix_rows, sees_keys, sees_prefix
-from ..ops.tracing import traced
+from ..ops.tracing import is_compiling, traced
 
 NAME = "pyfastpeft"
 """Of this attention, for ``attn_implementation``."""
@@ -168,7 +168,7 @@ def _cut_to(mask_function: Callable) -> int | None:
 
     It comes last of all but packed sequences, which are none of ours. A compiler cannot look into functions.
     """
-    if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
+    if is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
         return None
     last = mask_function.__closure__[0].cell_contents[-1]
     size = last.__closure__[0].cell_contents if getattr(last, "__code__", None) is _SLIDING else 1
@@ -393,7 +393,7 @@ def _spread(places: Tensor, queries: int) -> Tensor:
     if spread is None:
         window, positions = _form(places)
         spread = sees_keys(positions[:, 0, 0], queries, True, window).unsqueeze(1)
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             places._spread = spread
     return spread
 

@@ -28,7 +28,7 @@ from ..nn.lora import LoraLinear
 from ..nn.modules_to_save import ModulesToSave
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.backends import FLOATS, Backend, choose_plain
-from ..ops.tracing import traced
+from ..ops.tracing import is_compiling, traced
 from .dense_layers import DenseForward, has_fast_forward
 from .forwards import ModuleForward, autocast_of, install, remove, with_parameters
 
@@ -222,7 +222,7 @@ class _Attention(_Fused):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.module).forward
-        if torch.compiler.is_compiling() or not self.stands_for(forward):
+        if is_compiling() or not self.stands_for(forward):
             return self.own(*args, **kwargs)
         function, parameters = _with_rope(forward)
         if "past_key_values" in kwargs and "past_key_values" not in parameters:

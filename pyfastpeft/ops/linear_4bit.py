@@ -23,7 +23,7 @@ from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
 from .backends import FLOATS, Backend, as_rows, check_floats, choose, native
 from .memory import Arena
-from .tracing import followed, forward_mode, recorded, traced
+from .tracing import followed, forward_mode, is_compiling, recorded, traced
 
 
 class Lora(NamedTuple):
@@ -472,7 +472,7 @@ class _Linear4bit(torch.autograd.Function):
         branch, needs = Branch(a, b, row_scale, scaling, seed, dropout), (need_x, *needs_lora)
         dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
         weight = (*tensors, *numbers)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+        if torch.is_grad_enabled() and not is_compiling():  # to be differentiated again
             if packed is None:
                 layout = "tiles" if backend is Backend.NATIVE else "rows"
                 packed = Packed4bit.of_operands(Operands(*weight), k, layout)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import FLOATS, Backend, as_rows, choose_plain
-from .tracing import recorded
+from .tracing import is_compiling, recorded
 
 
 def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
@@ -46,7 +46,7 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
 
 
 def _served(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or type(x) is not Tensor:
+    if is_compiling() or torch.is_autocast_enabled("cpu") or type(x) is not Tensor:
         return False
     floats = x.dtype is base.dtype and all(t.is_cpu and t.dtype in FLOATS for t in (base, x, a, b))
     return floats and choose_plain(x.device) is Backend.NATIVE

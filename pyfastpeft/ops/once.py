@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import is_compiling
+
 TWICE = "pyfastpeft's fused operators have no second derivative, and this backward ran with create_graph=True"
 
 
@@ -31,7 +33,7 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> tuple:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)

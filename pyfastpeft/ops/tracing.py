@@ -24,7 +24,7 @@ is_compiling = torch.compiler.is_compiling
 
 def followed() -> bool:
     """Whether a compiler or ``torch.jit.trace`` follows what runs, so that nothing may depend on values."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return is_compiling() or torch._C._is_tracing()
 
 
 def traced() -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..hub.files import write_text
-from .tracing import captured
+from .tracing import captured, is_compiling
 
 Tiles = Any
 """A kernel's NamedTuple of integers."""
@@ -35,7 +35,7 @@ def tuned(
         call: what is tuned: the kernel, the dtype, the class of shapes.
         run: the call with the tiles that it is given.
     """
-    if not _ENABLED or torch.compiler.is_compiling():
+    if not _ENABLED or is_compiling():
         return formula
     call, place, found = " ".join(map(str, call)), _place(device), _found()
     if len(found.setdefault(place, {}).get(call, ())) != len(formula):  # unknown, or of another version's tiles

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from ...adapters import Rows
 from ...nn.prompt_encoder import Form
+from ...ops.tracing import is_compiling
 from .. import attention
 from .bare import all_layers, reaching
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
@@ -81,7 +82,7 @@ class CausalPrefixes(Prefixes):
             ]
 
     def _follows(self) -> bool:
-        return torch.compiler.is_compiling() and self._hands_down
+        return is_compiling() and self._hands_down
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         return self._begin(args, kwargs) if self._follows() else apart(self._begin, args, kwargs)
@@ -90,7 +91,7 @@ class CausalPrefixes(Prefixes):
         if self.bank.run is OFF or attention.HANDED_DOWN in kwargs:
             return None
         rows = self.rows
-        follows = torch.compiler.is_compiling()
+        follows = is_compiling()
         if not follows:
             self._clear_interrupted()
         if not self.uses(rows):

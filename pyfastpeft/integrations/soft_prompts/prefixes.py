@@ -20,7 +20,7 @@ from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import put_bounded
 from ...nn.modes import evaluating
 from ...nn.prompt_encoder import Form
-from ...ops.tracing import traced
+from ...ops.tracing import is_compiling, traced
 from ..attention import set_attention
 from .bare import fed, without_checkpointing
 from .checkpointing import collected, reentrant
@@ -58,7 +58,7 @@ class _LayerPrefix:
 
     def current(self, batch: int) -> Prefix | None:
         """The prefix of ``batch`` rows in the forward that is running."""
-        return apart(self._looked_up, batch) if torch.compiler.is_compiling() else self._current()
+        return apart(self._looked_up, batch) if is_compiling() else self._current()
 
     def of(self, run: Run) -> Prefix | None:
         """The prefix in what a compiled forward hands down."""
@@ -290,7 +290,7 @@ class Prefixes(ABC):
     def _of_prompt(self, names: tuple[str, ...], decoding: bool) -> Values:
         """For the soft prompt ``names[0]``, with the other adapters on its row."""
         source = self.sources[names[0]]
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             return self._kept.of_prompt(source, names, decoding, self._work_out)
         if source.form is Form.KEYS_VALUES:
             return self._work_out(source, ())
@@ -406,7 +406,7 @@ def past_of(kwargs: dict[str, Any]) -> int | Tensor | None:
     if cache is None:
         return None
     length = cache.get_seq_length()
-    unknown = torch.compiler.is_compiling() or (isinstance(length, Tensor) and not length.is_cpu)
+    unknown = is_compiling() or (isinstance(length, Tensor) and not length.is_cpu)
     return length if unknown else int(length)
 
 
@@ -414,7 +414,7 @@ def goes_on(past: int | Tensor | None, length: int) -> bool:
     """Whether ``length`` tokens go on from ``past`` ones. Where nobody knows, a single one does: others may be the
     first of a cache that was emptied."""
     if isinstance(past, Tensor):
-        return length == 1 and not torch.compiler.is_compiling()
+        return length == 1 and not is_compiling()
     return bool(past)
 
 
