@@ -109,24 +109,8 @@ def _(
     return codes.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("pyfastpeft::dequantize_rows")
-def _(*_: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("pyfastpeft::linear_4bit_cuda")
-def _(*_: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("pyfastpeft::pack_pairs")
-def _(*_: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("pyfastpeft::large_pages")
-def _(t: Tensor) -> None:
-    return None
+for _name in ("dequantize_rows", "linear_4bit_cuda", "pack_pairs", "large_pages"):
+    torch.library.register_fake(f"pyfastpeft::{_name}", lambda *_: None)
 
 
 @torch.library.register_fake("pyfastpeft::pack_tiles")
