@@ -101,34 +101,40 @@ __all__ = [
     "set_peft_model_state_dict",
 ]
 
-# What brings transformers along, which takes seconds to import.
-_HOMES = {
-    "AutoPeftModel": "auto",
-    "AutoPeftModelForCausalLM": "auto",
-    "AutoPeftModelForFeatureExtraction": "auto",
-    "AutoPeftModelForQuestionAnswering": "auto",
-    "AutoPeftModelForSeq2SeqLM": "auto",
-    "AutoPeftModelForSequenceClassification": "auto",
-    "AutoPeftModelForTokenClassification": "auto",
-    "FastPeftConfig": "integrations.transformers",
-    "PeftModel": "peft_model",
-    "PeftModelForCausalLM": "peft_model",
-    "PeftModelForFeatureExtraction": "peft_model",
-    "PeftModelForQuestionAnswering": "peft_model",
-    "PeftModelForSeq2SeqLM": "peft_model",
-    "PeftModelForSequenceClassification": "peft_model",
-    "PeftModelForTokenClassification": "peft_model",
-    "accelerate": "integrations.accelerate",
-    "from_gguf": "integrations.gguf",
-    "get_layer_status": "status",
-    "get_model_status": "status",
-    "get_peft_model": "peft_model",
-    "get_peft_model_state_dict": "functional",
-    "inject_adapter_in_model": "functional",
-    "load_peft_weights": "functional",
-    "prepare_model_for_kbit_training": "peft_model",
-    "set_peft_model_state_dict": "functional",
+# What brings transformers along, which takes seconds to import, by the module that has it.
+_NAMES = {
+    "auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "functional": (
+        "get_peft_model_state_dict",
+        "inject_adapter_in_model",
+        "load_peft_weights",
+        "set_peft_model_state_dict",
+    ),
+    "integrations.accelerate": ("accelerate",),
+    "integrations.gguf": ("from_gguf",),
+    "integrations.transformers": ("FastPeftConfig",),
+    "peft_model": (
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "get_peft_model",
+        "prepare_model_for_kbit_training",
+    ),
+    "status": ("get_layer_status", "get_model_status"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
