@@ -100,14 +100,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
         }
         timings, load = harness.in_turn(a_token, args.rounds, harness.SETTLE_S)
     harness.print_absent(absent, console)
-    rows = {
-        name: timing.as_dict()
-        | {"tokens_per_s": round(1 / timing.median, 2), "samples_us": [round(s * 1e6) for s in timing.samples]}
-        for name, timing in timings.items()
-    }
     title = f"Decoding {args.model}, {args.threads} thread(s), {args.tokens} tokens"
-    lines = ((name, f"{row['tokens_per_s']:.1f}", harness.spread(row)) for name, row in rows.items())
-    console.print(harness.table(title, ("contender", "tokens a second", "spread"), lines))
+    rows = harness.tokens_a_second(title, timings, console)
     return {
         "model": args.model, "tokens": args.tokens, "threads": args.threads, "rank": models.LORA["r"],
         "other_load_cores": round(load.cores, 2), "contenders": rows, "absent": absent,

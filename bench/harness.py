@@ -278,6 +278,18 @@ def spread(row: dict) -> str:
     return f"±{100 * row['spread']:.0f}%"
 
 
+def tokens_a_second(title: str, a_token: dict[str, Timing], console: Console, rows: int = 1) -> dict[str, dict]:
+    """The records of who decodes, from the time that one token for each of ``rows`` takes; printed as a table, too."""
+    records = {
+        name: timing.as_dict()
+        | {"tokens_per_s": round(rows / timing.median, 2), "samples_us": [round(s * 1e6) for s in timing.samples]}
+        for name, timing in a_token.items()
+    }
+    lines = ((name, f"{record['tokens_per_s']:.1f}", spread(record)) for name, record in records.items())
+    console.print(table(title, ("contender", "tokens a second", "spread"), lines))
+    return records
+
+
 def run(measure: Callable[[argparse.Namespace, Console], dict], args: argparse.Namespace) -> None:
     """Measure, and write what was found to ``args.out``."""
     console = Console()

@@ -116,17 +116,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
             calls[name](2)
         a_token = {name: lambda call=call: call(args.tokens) / args.tokens for name, call in calls.items()}
         timings, load = harness.in_turn(a_token, args.rounds, harness.SETTLE_S)
-    rows = {
-        name: timing.as_dict()
-        | {
-            "tokens_per_s": round(args.rows / timing.median, 2),
-            "samples_us": [round(s * 1e6) for s in timing.samples],
-        }
-        for name, timing in timings.items()
-    }
     title = f"{args.model}, {args.rows} rows behind {args.prefix} tokens, {args.threads} thread(s)"
-    lines = ((name, f"{row['tokens_per_s']:.1f}", harness.spread(row)) for name, row in rows.items())
-    console.print(harness.table(title, ("contender", "tokens a second", "spread"), lines))
+    rows = harness.tokens_a_second(title, timings, console, args.rows)
     return {
         "model": args.model, "tokens": args.tokens, "rows": args.rows, "prefix": args.prefix, "threads": args.threads,
         "other_load_cores": round(load.cores, 2), "contenders": rows,

@@ -465,6 +465,15 @@ def test_decode_counts_tokens_or_names_who_is_absent(tmp_path):
     assert all(row["tokens_per_s"] > 0 for row in result["contenders"].values())
 
 
+def test_tokens_a_second_are_those_of_all_rows():
+    console = linear.harness.Console(record=True)
+    timings = {"one": linear.harness.Timing([0.02, 0.05, 0.04])}
+    for rows, rate in ((1, 25.0), (8, 200.0)):
+        record = linear.harness.tokens_a_second("title", timings, console, rows)["one"]
+        assert record["tokens_per_s"] == rate and f"{rate:.1f}" in console.export_text()
+        assert record["samples_us"] == [20_000, 50_000, 40_000]
+
+
 def broken(tmp_path, *packages):
     """A folder with packages that are found and cannot be imported."""
     for package in packages:
