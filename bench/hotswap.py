@@ -10,6 +10,7 @@ the first of these two takes more is what was left to it.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import random
 import tempfile
@@ -82,17 +83,25 @@ def peft(checkpoint: str, out: Path, lora: dict) -> dict[str, tuple[Callable, Ca
     return _calls(model.eval(), folders, from_folder, from_memory)
 
 
-def measure(model: str, rounds: int, console: Console) -> dict[str, dict]:
-    if reason := harness.missing("peft", "bitsandbytes"):
-        console.print(f"[yellow]peft: not measured ({reason})")
+def measure(args: argparse.Namespace, console: Console) -> dict:
+    torch.set_num_threads(args.threads)
+    reason = harness.missing("peft", "bitsandbytes")
+    absent = {"peft": reason} if reason else {}
     makers = {"ours": ours} | ({} if reason else {"peft": peft})
     calls = {}
-    with models.checkpoint(model) as checkpoint, tempfile.TemporaryDirectory() as out:
+    with models.checkpoint(args.model) as checkpoint, tempfile.TemporaryDirectory() as out:
         for name, make in makers.items():
             for size, lora in (("r = 8 on q, v", models.SMALL_LORA), ("r = 16 on all", models.LORA)):
                 made = make(checkpoint, Path(out) / f"{name}-{lora['r']}", lora)
                 calls |= {f"{name}: {what}, {size}": call for what, call in made.items()}
-        return _timed(calls, rounds)
+        rows = _timed(calls, args.rounds)
+    harness.print_absent(absent, console)
+    lines = (
+        (name, f"{row['us'] / 1e3:.2f} {harness.spread(row)}", f"{row['next_forward_us'] / 1e3:.2f}")
+        for name, row in rows.items()
+    )
+    console.print(harness.table("Exchanging an adapter", ("what", "ms", "more in the next forward, ms"), lines))
+    return {"model": args.model, "threads": args.threads, "rows": rows, "absent": absent}
 
 
 def _timed(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, dict]:
@@ -118,17 +127,7 @@ def _timed(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str
 def main() -> None:
     parser = harness.parser(__doc__, "hotswap", rounds=15, threads=1)
     parser.add_argument("--model", choices=models.SIZES, default="135m")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    console = Console()
-    rows = measure(args.model, args.rounds, console)
-    lines = (
-        (name, f"{row['us'] / 1e3:.2f} {harness.spread(row)}", f"{row['next_forward_us'] / 1e3:.2f}")
-        for name, row in rows.items()
-    )
-    console.print(harness.table("Exchanging an adapter", ("what", "ms", "more in the next forward, ms"), lines))
-    path = harness.write(args.out, {"machine": harness.machine(), "threads": args.threads, "rows": rows})
-    console.print(f"written: {path}")
+    harness.run(measure, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ python -m bench.quantize --threads 1,2
 
 from __future__ import annotations
 
-import functools
+import argparse
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -19,30 +20,29 @@ from .registry import why
 PARAMETERS = 7e9
 
 
-@functools.cache
-def absent() -> dict[str, str]:
-    """Why bitsandbytes is not measured here, under its name; empty where it runs."""
+def bitsandbytes() -> tuple[ModuleType | None, dict[str, str]]:
+    """Its functions, or None where it does not run; then the reason, under its name."""
     if reason := harness.missing("bitsandbytes"):
-        return {"bnb": reason}
+        return None, {"bnb": reason}
     try:
         from bitsandbytes import functional as bnb
 
         bnb.dequantize_4bit(*bnb.quantize_4bit(torch.ones(64, 64), quant_type="nf4"))
     except Exception as error:
-        return {"bnb": why(error)}
-    return {}
+        return None, {"bnb": why(error)}
+    return bnb, {}
 
 
-def contenders(weight: torch.Tensor, quant_type: str, double_quant: bool) -> dict[str, Callable[[], object]]:
+def contenders(
+    weight: torch.Tensor, quant_type: str, double_quant: bool, bnb: ModuleType | None
+) -> dict[str, Callable[[], object]]:
     """Both directions of each implementation that has the format; dequantization is to the weight's dtype."""
     packed = fp.quantize_4bit(weight, quant_type, 64, double_quant)
     calls: dict[str, Callable[[], object]] = {
         "ours.quantize": lambda: fp.quantize_4bit(weight, quant_type, 64, double_quant),
         "ours.dequantize": packed.dequantize,
     }
-    if not absent() and quant_type != "int4":
-        from bitsandbytes import functional as bnb
-
+    if bnb and quant_type != "int4":
         codes, state = bnb.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double_quant)
         calls["bnb.quantize"] = lambda: bnb.quantize_4bit(
             weight, quant_type=quant_type, compress_statistics=double_quant
@@ -51,7 +51,7 @@ def contenders(weight: torch.Tensor, quant_type: str, double_quant: bool) -> dic
     return calls
 
 
-def measure(threads: int, shape: tuple[int, int], rounds: int) -> list[dict]:
+def _measure(threads: int, shape: tuple[int, int], rounds: int, bnb: ModuleType | None) -> list[dict]:
     torch.set_num_threads(threads)
     k, n = shape
     records = []
@@ -59,7 +59,7 @@ def measure(threads: int, shape: tuple[int, int], rounds: int) -> list[dict]:
         weight = (torch.randn(n, k) * 0.02).to(dtype)
         for quant_type, double_quant in (("nf4", False), ("nf4", True), ("fp4", False), ("int4", False)):
             with harness.Load() as load:
-                timings = harness.interleave(contenders(weight, quant_type, double_quant), rounds)
+                timings = harness.interleave(contenders(weight, quant_type, double_quant, bnb), rounds)
             # What must be read and written at least: the full-precision tensor and the packed one.
             nbytes = weight.numel() * (weight.element_size() + 0.5 + (1 if double_quant else 4) / 64)
             for name, timing in timings.items():
@@ -78,16 +78,12 @@ def measure(threads: int, shape: tuple[int, int], rounds: int) -> list[dict]:
     return records
 
 
-def main() -> None:
-    parser = harness.parser(__doc__, "quantize", rounds=5)
-    parser.add_argument("--threads", type=harness.counts, default="1,2")
-    parser.add_argument("--shape", type=harness.shapes, default="4096x4096", help="KxN of the weight")
-    args = parser.parse_args()
-    console = Console(width=120)
-    harness.print_absent(absent(), console)
+def measure(args: argparse.Namespace, console: Console) -> dict:
+    bnb, absent = bitsandbytes()
+    harness.print_absent(absent, console)
     records = []
     for threads in args.threads:
-        part = measure(threads, args.shape[0], args.rounds)
+        part = _measure(threads, args.shape[0], args.rounds, bnb)
         records += part
         lines = []
         for r in part:
@@ -96,8 +92,14 @@ def main() -> None:
             lines.append((r["name"], r["format"], r["dtype"], *cells))
         columns = ("what", "format", "dtype", "ms", "GB/s", "s for 7e9", "against bitsandbytes")
         console.print(harness.table(f"{threads} thread(s)", columns, lines))
-    path = harness.write(args.out, {"machine": harness.machine(), "records": records, "absent": absent()})
-    console.print(f"written: {path}")
+    return {"records": records, "absent": absent}
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, "quantize", rounds=5)
+    parser.add_argument("--threads", type=harness.counts, default="1,2")
+    parser.add_argument("--shape", type=harness.shapes, default="4096x4096", help="KxN of the weight")
+    harness.run(measure, parser.parse_args())
 
 
 if __name__ == "__main__":

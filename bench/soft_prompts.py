@@ -24,7 +24,8 @@ from torch import nn
 from . import harness, models, training
 
 METHODS = ("prompt", "ptuning", "prefix", "ptuning-v2")
-BASES = ("bf16", "fp32", "nf4")
+REQUIRES = {"bf16": ("peft",), "fp32": ("peft",), "nf4": ("peft", "bitsandbytes")}  # of peft over each base
+BASES = tuple(REQUIRES)
 
 
 def _config(library: Any, method: str, virtual: int, hidden: int) -> Any:
@@ -63,7 +64,7 @@ def stepper(name: str, folder: str, base: str, method: str, args: argparse.Names
 def steps(folder: str, base: str, method: str, args: argparse.Namespace) -> dict:
     """Ours and peft, and what ours is of peft."""
     gc.collect()  # the models of the steps before, which refer to themselves
-    names = [n for n in CONTENDERS if n == "ours" or _has_peft(base)]
+    names = [n for n in CONTENDERS if n == "ours" or not harness.missing(*REQUIRES[base])]
     options = [f"--bases={base}", f"--methods={method}", f"--virtual={args.virtual}"]
     options += [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
     peaks = {name: training.peak_mb(__spec__.name, name, folder, *options) for name in names}
@@ -78,10 +79,6 @@ def steps(folder: str, base: str, method: str, args: argparse.Namespace) -> dict
         row["speedup"] = round(timings["peft"].ratio(timings["ours"]), 3)
         row["memory_ratio"] = round(peaks["ours"] / peaks["peft"], 3)
     return {"base": base, "method": method, "other_load_cores": round(load.cores, 2)} | row
-
-
-def _has_peft(base: str) -> bool:
-    return harness.installed("peft") and (base != "nf4" or harness.installed("bitsandbytes"))
 
 
 def switch(folder: str, method: str, virtual: int, rounds: int) -> dict:
@@ -100,9 +97,8 @@ def switch(folder: str, method: str, virtual: int, rounds: int) -> dict:
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict:
-    for base in args.bases:
-        if not _has_peft(base):
-            console.print(f"[yellow]peft over {base}: not measured (peft or bitsandbytes absent)")
+    absent = {f"peft over {base}": reason for base in args.bases if (reason := harness.missing(*REQUIRES[base]))}
+    harness.print_absent(absent, console)
     rows = []
     with models.checkpoint(args.model) as folder:
         for base in args.bases:
@@ -119,7 +115,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
         console.print(f"switching between two adapters of {row['method']}: {row['us'] / 1e3:.3f} ms")
     return {
         "model": args.model, "batch": args.batch, "length": args.length, "virtual_tokens": args.virtual,
-        "threads": args.threads, "steps": rows, "switches": switches,
+        "threads": args.threads, "steps": rows, "switches": switches, "absent": absent,
     }  # fmt: skip
 
 

@@ -277,8 +277,10 @@ def avx2(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
         options = ["--shapes=4096x4096", "--M=64,512", "--threads=1", "--dtypes=fp32", f"--rounds={args.rounds}"]
         command = [sys.executable, "-m", linear.__name__, *options, "--only=ours_nf4,torch_dense", "--out", out]
         subprocess.run(command, check=True, capture_output=True, env=os.environ | held)
-        result = Result(json.loads(Path(out).read_text())["records"])
+        found = json.loads(Path(out).read_text())
+    result = Result(found["records"])
     keep.extend({key: value for key, value in r.items() if key != "samples_us"} for r in result.records)
+    keep += found["absent"]
     for m in (64, 512):
         value = _ratio(result.record("torch_dense", m, "fp32"), result.record("ours_nf4", m, "fp32"))
         yield Row(f"AVX2, M = {m}, 4096², fp32, 1 thread: speed over torch fp32 on AVX2", value, "≥", 0.85, "×")
@@ -348,9 +350,10 @@ def attention_alone(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]
 
 
 def quantizing(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    records = quantize.measure(2, (4096, 4096), max(3, args.rounds // 2))
-    keep += records
-    for r in records:
+    options = argparse.Namespace(threads=[2], shape=[(4096, 4096)], rounds=max(3, args.rounds // 2))
+    result = quantize.measure(options, Console(quiet=True))
+    keep.append(result)
+    for r in result["records"]:
         if r["name"] == "ours.quantize" and r["dtype"] == "bfloat16" and r["speedup"]:
             what = f"quantizing {r['format']} from bf16, 2 threads"
             yield Row(f"{what}, against bitsandbytes", r["speedup"], "≥", 5, "×")
@@ -379,10 +382,10 @@ def _soft_prompts(model: str) -> Callable:
 
 
 def swap(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    torch.set_num_threads(2)
-    rows = hotswap.measure("135m", 3 * args.rounds, Console(quiet=True))
-    keep.append(rows)
-    for name, row in rows.items():
+    options = argparse.Namespace(model="135m", threads=2, rounds=3 * args.rounds)
+    result = hotswap.measure(options, Console(quiet=True))
+    keep.append(result)
+    for name, row in result["rows"].items():
         if name.startswith("ours") and "folder" not in name:
             left = f"{row['next_forward_us'] / 1e3:.2f} ms more in the next forward"
             yield Row(f"{name.removeprefix('ours: ')}, SmolLM2-135M", row["us"] / 1e3, "≤", 1.0, "ms", left)

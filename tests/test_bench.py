@@ -264,6 +264,28 @@ def test_the_targets_name_an_absent_package(monkeypatch, tmp_path, capsys):
     assert set(payload["machine"]["versions"]) >= PEERS - {"llama_cpp"}
 
 
+def test_the_targets_name_a_peer_that_whole_benchmarks_do_without(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(targets.harness, "installed", lambda package: package not in PEERS)
+    sizes = targets.hotswap.models.SIZES
+    monkeypatch.setitem(sizes, "135m", sizes["tiny"])
+    monkeypatch.setattr(targets.soft_prompts, "BASES", ("nf4",))
+    monkeypatch.setattr(targets.soft_prompts, "METHODS", ("prompt",))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of the tests that follow
+    options = ["--only", "quantize,swap,soft_prompts", "--rounds", "1", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["targets", *options])
+    targets.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    detail = json.loads((tmp_path / "out.json").read_text())["detail"]
+    absent = {section: found["absent"] for section, (found,) in detail.items()}
+    assert absent == {
+        "quantize": {"bnb": "bitsandbytes absent"},
+        "swap": {"peft": "peft, bitsandbytes absent"},
+        "soft_prompts": {"peft over nf4": "peft, bitsandbytes absent"},
+    }
+    for named in absent.values():
+        assert all(f"not measured: {name}: {reason}" in printed for name, reason in named.items())
+
+
 def test_one_row_is_held_to_the_best_peer_on_every_number_of_threads(monkeypatch):
     times = {"ours_nf4": 10.0, "ours_nf4_dq": 10.0, "ggml_q4_K": 13.0, "ggml_q4_0": 9.0}
 
@@ -418,7 +440,7 @@ def test_linear_writes_its_records(tmp_path):
 
 def test_quantize_reports_both_directions(tmp_path):
     payload = run_bench("quantize", tmp_path, "--threads", "1", "--shape", "256x256", "--rounds", "1")
-    assert {"ours.quantize", "ours.dequantize"} <= {r["name"] for r in payload["records"]}
+    assert {"ours.quantize", "ours.dequantize"} <= {r["name"] for r in payload["result"]["records"]}
 
 
 def test_qlora_step_trains_every_contender_to_the_same_loss(tmp_path):
@@ -438,7 +460,7 @@ def test_soft_prompts_are_timed_beside_peft_and_switched(tmp_path):
 
 
 def test_hotswap_reports_every_way_to_exchange_an_adapter(tmp_path):
-    rows = run_bench("hotswap", tmp_path, "--model", "tiny", "--rounds", "1")["rows"]
+    rows = run_bench("hotswap", tmp_path, "--model", "tiny", "--rounds", "1")["result"]["rows"]
     assert {"ours: set_adapter, r = 8 on q, v", "ours: hotswap from memory, r = 16 on all"} <= set(rows)
 
 
@@ -492,8 +514,7 @@ def broken(tmp_path, *packages):
 )
 def test_a_package_that_does_not_work_is_named_and_costs_no_other_result(module, args, names, tmp_path):
     beside = broken(tmp_path, "llama_cpp", "peft", "bitsandbytes")
-    payload = run_bench(module, tmp_path, *args, "--rounds=1", "--threads=1", beside=beside)
-    result = payload.get("result", payload)
+    result = run_bench(module, tmp_path, *args, "--rounds=1", "--threads=1", beside=beside)["result"]
     assert list(result["absent"]) == names
     assert all("ImportError: libfoo.so.1 is not there" in reason for reason in result["absent"].values())
     assert any(row for row in result.get("contenders", result.get("records")))
