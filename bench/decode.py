@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from . import harness, models
-from .registry import why
+from .registry import ready
 
 PROMPT = 8
 
@@ -80,21 +80,15 @@ CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str, int], Callable[[int]
 def measure(args: argparse.Namespace, console: Console) -> dict:
     """Tokens a second of every contender that runs here, and why the others do not."""
     torch.set_num_threads(args.threads)
-    calls, absent = {}, {}
+    chosen = {name: requires for name, (requires, _) in CONTENDERS.items() if harness.matches(name, args.only)}
     with models.checkpoint(args.model) as folder:
-        for name, (requires, make) in CONTENDERS.items():
-            if not harness.matches(name, args.only):
-                continue
-            if reason := harness.missing(*requires):
-                absent[name] = reason
-                continue
-            try:
-                call = make(folder, args.threads)
-                call(args.tokens)
-            except Exception as error:
-                absent[name] = why(error)
-            else:
-                calls[name] = call
+
+        def begun(name: str) -> Callable[[int], None]:
+            call = CONTENDERS[name][1](folder, args.threads)
+            call(args.tokens)
+            return call
+
+        calls, absent = ready(chosen, begun)
         a_token = {
             name: lambda call=call: harness.seconds(call, args.tokens) / args.tokens for name, call in calls.items()
         }

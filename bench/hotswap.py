@@ -23,6 +23,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from . import harness, models
+from .registry import ready
+
+LORAS = {"r = 8 on q, v": models.SMALL_LORA, "r = 16 on all": models.LORA}
 
 
 def _calls(
@@ -83,18 +86,27 @@ def peft(checkpoint: str, out: Path, lora: dict) -> dict[str, tuple[Callable, Ca
     return _calls(model.eval(), folders, from_folder, from_memory)
 
 
+# Name to (packages it needs, what exchanges adapters, from a checkpoint's folder, one to write to and the options).
+CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str, Path, dict], dict[str, tuple[Callable, Callable]]]]] = {
+    "ours": ((), ours),
+    "peft": (("peft", "bitsandbytes"), peft),
+}
+
+
 def measure(args: argparse.Namespace, console: Console) -> dict:
     torch.set_num_threads(args.threads)
-    reason = harness.missing("peft", "bitsandbytes")
-    absent = {"peft": reason} if reason else {}
-    makers = {"ours": ours} | ({} if reason else {"peft": peft})
-    calls = {}
+    wanted = {(name, size): requires for name, (requires, _) in CONTENDERS.items() for size in LORAS}
     with models.checkpoint(args.model) as checkpoint, tempfile.TemporaryDirectory() as out:
-        for name, make in makers.items():
-            for size, lora in (("r = 8 on q, v", models.SMALL_LORA), ("r = 16 on all", models.LORA)):
-                made = make(checkpoint, Path(out) / f"{name}-{lora['r']}", lora)
-                calls |= {f"{name}: {what}, {size}": call for what, call in made.items()}
-        rows = _timed(calls, args.rounds)
+
+        def make(pair: tuple[str, str]) -> dict[str, tuple[Callable, Callable]]:
+            name, size = pair
+            return CONTENDERS[name][1](checkpoint, Path(out) / f"{name}-{LORAS[size]['r']}", LORAS[size])
+
+        made, absent = ready(wanted, make)
+        calls = {f"{name}: {what}, {size}": call for (name, size), of in made.items() for what, call in of.items()}
+        begun, failed = ready(dict.fromkeys(calls, ()), lambda name: _begun(*calls[name]))
+        rows = _timed(begun, args.rounds)
+    absent = {f"{name} ({size})": reason for (name, size), reason in absent.items()} | failed
     harness.print_absent(absent, console)
     lines = (
         (name, f"{row['us'] / 1e3:.2f} {harness.spread(row)}", f"{row['next_forward_us'] / 1e3:.2f}")
@@ -104,10 +116,17 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
     return {"model": args.model, "threads": args.threads, "rows": rows, "absent": absent}
 
 
+def _begun(swap: Callable, answer: Callable) -> tuple[Callable, Callable]:
+    """The same, called once: what is made at the first exchange is not timed."""
+    for call in (answer, swap, answer):
+        call()
+    return swap, answer
+
+
 def _timed(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, dict]:
     swaps, left = ({name: harness.Timing() for name in calls} for _ in range(2))
     order = list(calls)
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         random.shuffle(order)
         for name in order:
             swap, answer = calls[name]
@@ -119,8 +138,6 @@ def _timed(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str
             exchange, first, second = (end - start for start, end in itertools.pairwise(times))
             swaps[name].samples.append(exchange)
             left[name].samples.append(first - second)
-    for timing in (*swaps.values(), *left.values()):
-        del timing.samples[0]  # of what is made once
     return {name: swaps[name].as_dict() | {"next_forward_us": round(left[name].median * 1e6, 2)} for name in calls}
 
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from . import harness, models, training
-from .registry import why
+from .registry import ready
 
 # Name to (packages it needs, the model in a folder).
 CONTENDERS: dict[str, tuple[tuple[str, ...], Callable[[str], torch.nn.Module]]] = {
@@ -35,30 +35,22 @@ def stepper(name: str, folder: str, batch: int, length: int) -> Callable[[], flo
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict:
-    chosen = [name for name in CONTENDERS if harness.matches(name, args.only)]
-    absent = {name: reason for name in chosen if (reason := harness.missing(*CONTENDERS[name][0]))}
-    peaks, losses, calls = {}, {}, {}
+    chosen = {name: requires for name, (requires, _) in CONTENDERS.items() if harness.matches(name, args.only)}
     options = [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
     with models.checkpoint(args.model) as folder:
-        for name in chosen:
-            if name not in absent:
-                try:
-                    peaks[name] = training.peak_mb(__spec__.name, name, folder, *options)
-                except Exception as error:
-                    absent[name] = why(error)
-        for name in peaks:
-            try:
-                step = stepper(name, folder, args.batch, args.length)
-                losses[name] = [step(), step()]
-            except Exception as error:
-                absent[name] = why(error)
-            else:
-                calls[name] = partial(harness.seconds, step)
-        timings, load = harness.in_turn(calls, args.rounds)
+
+        def begun(name: str) -> tuple[Callable[[], float], list[float]]:
+            step = stepper(name, folder, args.batch, args.length)
+            return partial(harness.seconds, step), [step(), step()]
+
+        peaks, absent = ready(chosen, lambda name: training.peak_mb(__spec__.name, name, folder, *options))
+        steps, failed = ready(dict.fromkeys(peaks, ()), begun)
+        timings, load = harness.in_turn({name: call for name, (call, _) in steps.items()}, args.rounds)
+    absent |= failed
     harness.print_absent(absent, console)
     rows = {}
     for name, timing in timings.items():
-        rows[name] = timing.as_dict() | {"peak_mb": peaks[name], "first_losses": losses[name]}
+        rows[name] = timing.as_dict() | {"peak_mb": peaks[name], "first_losses": steps[name][1]}
         if (peer := PEERS.get(name)) in timings:
             rows[name]["speedup"] = round(timings[peer].ratio(timing), 3)
             rows[name]["memory_ratio"] = round(peaks[name] / peaks[peer], 3)

@@ -15,22 +15,17 @@ from rich.console import Console
 import pyfastpeft as fp
 
 from . import harness
-from .registry import why
+from .registry import ready
 
 PARAMETERS = 7e9
 
 
-def bitsandbytes() -> tuple[ModuleType | None, dict[str, str]]:
-    """Its functions, or None where it does not run; then the reason, under its name."""
-    if reason := harness.missing("bitsandbytes"):
-        return None, {"bnb": reason}
-    try:
-        from bitsandbytes import functional as bnb
+def bitsandbytes() -> ModuleType:
+    """Its functions, which have run once."""
+    from bitsandbytes import functional as bnb
 
-        bnb.dequantize_4bit(*bnb.quantize_4bit(torch.ones(64, 64), quant_type="nf4"))
-    except Exception as error:
-        return None, {"bnb": why(error)}
-    return bnb, {}
+    bnb.dequantize_4bit(*bnb.quantize_4bit(torch.ones(64, 64), quant_type="nf4"))
+    return bnb
 
 
 def contenders(
@@ -79,11 +74,11 @@ def _measure(threads: int, shape: tuple[int, int], rounds: int, bnb: ModuleType 
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict:
-    bnb, absent = bitsandbytes()
+    peers, absent = ready({"bnb": ("bitsandbytes",)}, lambda _: bitsandbytes())
     harness.print_absent(absent, console)
     records = []
     for threads in args.threads:
-        part = _measure(threads, args.shape[0], args.rounds, bnb)
+        part = _measure(threads, args.shape[0], args.rounds, peers.get("bnb"))
         records += part
         lines = []
         for r in part:

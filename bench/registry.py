@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import harness
 
+Name, Made = TypeVar("Name"), TypeVar("Made")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -22,6 +23,22 @@ class Unavailable(Exception):
 def why(error: Exception) -> str:
     """What to say of a contender that raised ``error``."""
     return str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {str(error)[:160]}"
+
+
+def ready(
+    requires: dict[Name, Iterable[str]], make: Callable[[Name], Made]
+) -> tuple[dict[Name, Made], dict[Name, str]]:
+    """What ``make`` makes of each name whose packages are installed, and why it made nothing of the others."""
+    made, absent = {}, {}
+    for name, packages in requires.items():
+        if reason := harness.missing(*packages):
+            absent[name] = reason
+            continue
+        try:
+            made[name] = make(name)
+        except Exception as error:
+            absent[name] = why(error)
+    return made, absent
 
 
 class Weight:

@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from . import harness, models, training
+from .registry import ready
 
 METHODS = ("prompt", "ptuning", "prefix", "ptuning-v2")
 REQUIRES = {"bf16": ("peft",), "fp32": ("peft",), "nf4": ("peft", "bitsandbytes")}  # of peft over each base
@@ -61,24 +62,29 @@ def stepper(name: str, folder: str, base: str, method: str, args: argparse.Names
     return training.stepper(model, 1e-3, input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens)
 
 
-def steps(folder: str, base: str, method: str, args: argparse.Namespace) -> dict:
-    """Ours and peft, and what ours is of peft."""
+def steps(folder: str, base: str, method: str, args: argparse.Namespace) -> tuple[dict, dict[str, str]]:
+    """Ours and peft where its packages are, and what ours is of peft; and why who failed is not among them."""
     gc.collect()  # the models of the steps before, which refer to themselves
     names = [n for n in CONTENDERS if n == "ours" or not harness.missing(*REQUIRES[base])]
     options = [f"--bases={base}", f"--methods={method}", f"--virtual={args.virtual}"]
     options += [f"--batch={args.batch}", f"--length={args.length}", f"--threads={args.threads}"]
-    peaks = {name: training.peak_mb(__spec__.name, name, folder, *options) for name in names}
-    calls = {}
-    for name in names:
+
+    def begun(name: str) -> Callable[[], float]:
         step = stepper(name, folder, base, method, args)
         step()
-        calls[name] = partial(harness.seconds, step)
+        return partial(harness.seconds, step)
+
+    peaks, absent = ready(
+        dict.fromkeys(names, ()), lambda name: training.peak_mb(__spec__.name, name, folder, *options)
+    )
+    calls, failed = ready(dict.fromkeys(peaks, ()), begun)
     timings, load = harness.in_turn(calls, args.rounds)
-    row = {name: timings[name].as_dict() | {"peak_mb": peaks[name]} for name in names}
-    if "peft" in names:
+    row = {name: timing.as_dict() | {"peak_mb": peaks[name]} for name, timing in timings.items()}
+    if len(row) == len(CONTENDERS):
         row["speedup"] = round(timings["peft"].ratio(timings["ours"]), 3)
         row["memory_ratio"] = round(peaks["ours"] / peaks["peft"], 3)
-    return {"base": base, "method": method, "other_load_cores": round(load.cores, 2)} | row
+    absent = {f"{name} ({method} over {base})": reason for name, reason in (absent | failed).items()}
+    return {"base": base, "method": method, "other_load_cores": round(load.cores, 2)} | row, absent
 
 
 def switch(folder: str, method: str, virtual: int, rounds: int) -> dict:
@@ -98,14 +104,17 @@ def switch(folder: str, method: str, virtual: int, rounds: int) -> dict:
 
 def measure(args: argparse.Namespace, console: Console) -> dict:
     absent = {f"peft over {base}": reason for base in args.bases if (reason := harness.missing(*REQUIRES[base]))}
-    harness.print_absent(absent, console)
     rows = []
     with models.checkpoint(args.model) as folder:
         for base in args.bases:
             for method in args.methods:
-                rows.append(steps(folder, base, method, args))
-                console.print(_line(rows[-1]))
+                row, failed = steps(folder, base, method, args)
+                absent |= failed
+                if "ours" in row:
+                    rows.append(row)
+                    console.print(_line(row))
         switches = [switch(folder, method, args.virtual, 10 * args.rounds) for method in args.methods]
+    harness.print_absent(absent, console)
     size = f"{args.batch} × {args.length}, {args.virtual} virtual tokens"
     title = f"Training step, {args.model}, {size}, {args.threads} threads"
     columns = ("base", "method", "s a step", "peak MB", "speed against peft", "memory against peft")
