@@ -208,7 +208,7 @@ def _cell(record: dict | None) -> str:
     if record is None:
         return "–"
     rate = f"{record['gb_s']:.1f}" if record["m"] <= 4 else f"{record['gflop_s']:.0f}"
-    return f"{record['us']:.0f} ({rate}) ±{100 * record['spread']:.0f}%"
+    return f"{record['us']:.0f} ({rate}) {harness.spread(record)}"
 
 
 ROOFS = {

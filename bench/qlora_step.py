@@ -51,9 +51,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
     rows = {}
     for name, timing in timings.items():
         rows[name] = timing.as_dict() | {"peak_mb": peaks[name], "first_losses": steps[name][1]}
-        if (peer := PEERS.get(name)) in timings:
-            rows[name]["speedup"] = round(timings[peer].ratio(timing), 3)
-            rows[name]["memory_ratio"] = round(peaks[name] / peaks[peer], 3)
+        rows[name] |= training.against(name, PEERS.get(name), timings, peaks)
     title = f"QLoRA step, {args.batch} × {args.length}, {args.threads} threads"
     columns = ("contender", "s a step", "peak MB", "speed against peft", "memory against peft")
     console.print(harness.table(title, columns, ((name, *training.cells(row, row)) for name, row in rows.items())))

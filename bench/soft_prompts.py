@@ -80,9 +80,7 @@ def steps(folder: str, base: str, method: str, args: argparse.Namespace) -> tupl
     calls, failed = ready(dict.fromkeys(peaks, ()), begun)
     timings, load = harness.in_turn(calls, args.rounds)
     row = {name: timing.as_dict() | {"peak_mb": peaks[name]} for name, timing in timings.items()}
-    if len(row) == len(CONTENDERS):
-        row["speedup"] = round(timings["peft"].ratio(timings["ours"]), 3)
-        row["memory_ratio"] = round(peaks["ours"] / peaks["peft"], 3)
+    row |= training.against("ours", "peft", timings, peaks)
     absent = {f"{name} ({method} over {base})": reason for name, reason in (absent | failed).items()}
     return {"base": base, "method": method, "other_load_cores": round(load.cores, 2)} | row, absent
 

@@ -33,6 +33,18 @@ def stepper(model: nn.Module, rate: float, **inputs: Tensor) -> Callable[[], flo
     return step
 
 
+def against(
+    name: str, peer: str | None, timings: dict[str, harness.Timing], peaks: dict[str, float]
+) -> dict[str, float]:
+    """Speed and memory of a contender's step against its peer's; nothing where one of them was not measured."""
+    if name not in timings or peer not in timings:
+        return {}
+    return {
+        "speedup": round(timings[peer].ratio(timings[name]), 3),
+        "memory_ratio": round(peaks[name] / peaks[peer], 3),
+    }
+
+
 def cells(timed: dict, compared: dict) -> tuple[str, str, str, str]:
     """Of a table: time and memory of a step, and its speed and memory against peft's where that was measured."""
     ratios = (f"{compared[key]:.2f} ×" if key in compared else "–" for key in ("speedup", "memory_ratio"))

@@ -489,6 +489,15 @@ def test_decode_counts_tokens_or_names_who_is_absent(tmp_path):
     assert all(row["tokens_per_s"] > 0 for row in result["contenders"].values())
 
 
+def test_a_step_is_held_against_its_peer_where_both_were_measured():
+    training = importlib.import_module(f"{BENCH}.training")
+    timings = {"ours": linear.harness.Timing([1.0, 2.0, 3.0]), "theirs": linear.harness.Timing([2.0, 8.0, 9.0])}
+    peaks = {"ours": 300.0, "theirs": 600.0, "slow": 900.0}
+    assert training.against("ours", "theirs", timings, peaks) == {"speedup": 3.0, "memory_ratio": 0.5}
+    for name, peer in (("ours", "slow"), ("slow", "ours"), ("ours", None)):
+        assert training.against(name, peer, timings, peaks) == {}
+
+
 def test_tokens_a_second_are_those_of_all_rows():
     console = linear.harness.Console(record=True)
     timings = {"one": linear.harness.Timing([0.02, 0.05, 0.04])}
