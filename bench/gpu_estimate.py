@@ -382,8 +382,8 @@ def _attention_sums() -> None:
 def _elementwise() -> None:
     kernels = _kernels("elementwise")
     x, wide = _empty(MANY, 4096), _empty(MANY, 14336)
-    kernels.rms_norm(x, x, x[0], 1e-6)
-    kernels.rms_norm_backward(x, x, x, x[0], 1e-6, False)
+    kernels.rms_norm(x, x[0], 1e-6)
+    kernels.rms_norm_backward(x, x, x[0], 1e-6, False)
     kernels.swiglu(wide, wide)
     kernels.swiglu_backward(wide, wide, wide)
     q, k = (_empty(MANY // 1024, 1024, heads, 128).transpose(1, 2) for heads in (32, 8))
@@ -483,8 +483,8 @@ NEEDS: dict[str, Callable[[Launch], tuple[float, float, float]]] = {
     "prefix_attention._combine": lambda run: (_size(run.given.outs, run.given.lses, run.given.out), 0, run.programs),
     "prefix_attention._prefix_sum": lambda run: (_size(run.given.parts, run.given.out), 0, run.programs * run.given.B),
     "prefix_attention._starts": lambda run: (_size(run.given.positions), 0, run.programs * -(-run.given.S // 1024)),
-    "elementwise._rms_norm": _of_tensors("x", "residual", "y", "total"),
-    "elementwise._rms_norm_backward": _of_tensors("dy", "dsum", "x", "dx"),
+    "elementwise._rms_norm": _of_tensors("x", "y"),
+    "elementwise._rms_norm_backward": _of_tensors("dy", "x", "dx"),
     "elementwise._swiglu": _of_tensors("gate", "up", "y"),
     "elementwise._swiglu_backward": _of_tensors("dy", "gate", "up", "dgate", "dup"),
     "elementwise._rope": _of_tensors("q", "k", "q_out", "k_out"),

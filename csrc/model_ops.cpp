@@ -26,25 +26,18 @@ const void* norm_weight(Tensor& weight, const pf::Matrix& x) {
   return weight.const_data_ptr();
 }
 
-std::tuple<Tensor, Tensor> rms_norm(Tensor x, OptTensor residual, Tensor weight, double eps) {
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   const pf::Kernels& k = kernels();
   x = with_contiguous_columns(x);
   pf::RmsNormArgs args{.x = matrix(x, "x"), .eps = static_cast<float>(eps)};
   args.weight = norm_weight(weight, args.x);
   Tensor y = new_matrix(args.x.rows, args.x.cols, args.x.dtype);
-  Tensor sum = new_matrix(residual.has_value() ? args.x.rows : 0, args.x.cols, args.x.dtype);
-  if (residual.has_value()) {
-    residual = with_contiguous_columns(*residual);
-    args.residual = matching(*residual, args.x, "residual");
-    args.sum = sum.mutable_data_ptr();
-  }
   args.y = y.mutable_data_ptr();
   pf::parallel_for(args.x.rows, row_grain(args.x.cols), [&](int64_t r0, int64_t r1) { k.rms_norm(args, r0, r1); });
-  return {y, sum};
+  return y;
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps,
-                                             bool need_weight) {
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight, double eps, bool need_weight) {
   const pf::Kernels& k = kernels();
   x = with_contiguous_columns(x);
   dy = with_contiguous_columns(dy);
@@ -58,10 +51,6 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x
                                .eps = static_cast<float>(eps),
                                .dx = dx.mutable_data_ptr(),
                                .inverse = static_cast<float*>(inverse.mutable_data_ptr())};
-  if (dsum.has_value()) {
-    dsum = with_contiguous_columns(*dsum);
-    args.dsum = matching(*dsum, xm, "dsum");
-  }
   pf::parallel_for(xm.rows, row_grain(xm.cols), [&](int64_t r0, int64_t r1) { k.rms_norm_backward(args, r0, r1); });
   if (need_weight) {
     constexpr int64_t kColumns = 64;
@@ -208,10 +197,8 @@ Tensor dense_linear_backward(Tensor dy, Tensor weight) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
-  m.def("rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor)");
-  m.def(
-      "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, float eps, bool need_weight) -> "
-      "(Tensor, Tensor)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps, bool need_weight) -> (Tensor, Tensor)");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");

@@ -73,32 +73,24 @@ def _inverse_norm(x, H, eps):
 @triton.jit
 def _rms_norm(
     x,  # [M, H]
-    residual,  # [M, H], or None
     weight,  # [H]
     y,  # [M, H], contiguous
-    total,  # [M, H], contiguous: x + residual, where there is one
     eps,
     M,
     H,
     x_stride,
-    residual_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # at least H
 ):
-    like: tl.constexpr = x.dtype.element_ty
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     h = _load(x, x_stride, rows, columns, M, H)
-    if residual is not None:
-        h = _rounded(h + _load(residual, residual_stride, rows, columns, M, H), like)
-        _store(total, h, rows, columns, M, H)
     w = tl.load(weight + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
-    _store(y, w * _rounded(h * _inverse_norm(h, H, eps), like), rows, columns, M, H)
+    _store(y, w * _rounded(h * _inverse_norm(h, H, eps), x.dtype.element_ty), rows, columns, M, H)
 
 
 @triton.jit
 def _rms_norm_backward(
     dy,  # [M, H]
-    dsum,  # [M, H], the gradient that arrives at the sum itself, or None
     x,  # [M, H]
     weight,  # [H]
     dx,  # [M, H], contiguous
@@ -107,7 +99,6 @@ def _rms_norm_backward(
     M,
     H,
     dy_stride,
-    dsum_stride,
     x_stride,
     TILES: tl.constexpr,  # of a program, after one another
     ROWS: tl.constexpr,
@@ -132,10 +123,7 @@ def _rms_norm_backward(
             w = tl.load(weight + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
         d *= w
         shift = inverse * inverse * inverse * tl.sum(d * h, 1, keep_dims=True) / H
-        d = d * inverse - h * shift
-        if dsum is not None:
-            d += _load(dsum, dsum_stride, rows, columns, M, H)
-        _store(dx, d, rows, columns, M, H)
+        _store(dx, d * inverse - h * shift, rows, columns, M, H)
     if dweight is not None and COLUMNS <= _HELD:
         tl.store(part_at, tl.sum(part, 0, keep_dims=True), mask=(columns < H)[None, :])
 
@@ -266,37 +254,31 @@ def _rope(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y [M, H], x + residual [M, H]; [0, H] without a residual), of x [M, H] and weight [H], all of one dtype."""
-    x, residual = with_contiguous_columns(x), None if residual is None else with_contiguous_columns(residual)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y [M, H], of x [M, H] and weight [H], all of one dtype."""
+    x = with_contiguous_columns(x)
     m, h = x.shape
-    y, total = x.new_empty((m, h)), x.new_empty((0 if residual is None else m, h))
+    y = x.new_empty((m, h))
     if y.numel() > 0:
         rows, columns, warps = _whole_rows(h)
         _rms_norm[(triton.cdiv(m, rows),)](
             x=x,
-            residual=residual,
             weight=weight.contiguous(),
             y=y,
-            total=total,
             eps=eps,
             M=m,
             H=h,
             x_stride=x.stride(0),
-            residual_stride=0 if residual is None else residual.stride(0),
             ROWS=rows,
             COLUMNS=columns,
             num_warps=warps,
         )
-    return y, total
+    return y
 
 
-def rms_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, need_weight: bool
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, need_weight: bool) -> tuple[Tensor, Tensor]:
     """(dx [M, H] in x's dtype, dweight float32 [1, H]; [0, H] where it is not needed)."""
     dy, x = with_contiguous_columns(dy), with_contiguous_columns(x)
-    dsum = None if dsum is None else with_contiguous_columns(dsum)
     m, h = x.shape
     dx = x.new_empty((m, h))
     rows, columns, warps = _whole_rows(h)
@@ -307,7 +289,6 @@ def rms_norm_backward(
     if dx.numel() > 0:
         _rms_norm_backward[(programs,)](
             dy=dy,
-            dsum=dsum,
             x=x,
             weight=weight.contiguous(),
             dx=dx,
@@ -316,7 +297,6 @@ def rms_norm_backward(
             M=m,
             H=h,
             dy_stride=dy.stride(0),
-            dsum_stride=0 if dsum is None else dsum.stride(0),
             x_stride=x.stride(0),
             TILES=tiles,
             ROWS=rows,

@@ -73,33 +73,6 @@ def test_rms_norm_and_its_gradients(device, dtype):
         check_gradients(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: norm64(x, w, 1e-5), (x, weight), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_of_a_sum_and_its_gradients(device, dtype):
-    for shape in SHAPES:
-        x, residual, weight = torch.randn(shape), torch.randn(shape) * 2, torch.randn(shape[-1])
-        check_gradients(
-            lambda x, r, w: rms_norm(x, w, residual=r),
-            lambda x, r, w: (norm64(x + r, w), x + r),
-            (x, residual, weight),
-            dtype,
-        )
-
-
-def test_only_one_output_of_a_norm_with_residual_may_be_used(device):
-    x, residual, weight = (
-        torch.randn(4, 32, requires_grad=True),
-        torch.randn(4, 32, requires_grad=True),
-        torch.randn(32),
-    )
-    for index in (0, 1):
-        out = rms_norm(x, weight, residual=residual)[index]
-        exact = (norm64(x.double() + residual.double(), weight.double()), x.double() + residual.double())[index]
-        for mine, theirs in zip(
-            torch.autograd.grad(out.sum(), (x, residual)), torch.autograd.grad(exact.sum(), (x, residual)), strict=True
-        ):
-            assert error(mine, theirs.double()) <= 1e-5
-
-
 def test_a_frozen_weight_or_input_gets_no_gradient():
     x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(16, requires_grad=True)
     rms_norm(x, weight.detach()).sum().backward()
@@ -188,7 +161,6 @@ def test_plain_torch_serves_where_there_are_no_kernels(plain_torch, monkeypatch,
     monkeypatch.setattr(torch.ops, "pyfastpeft", None)
     cpu = torch.device("cpu")
     test_rms_norm_and_its_gradients(cpu, dtype)
-    test_rms_norm_of_a_sum_and_its_gradients(cpu, dtype)
     test_swiglu_and_its_gradients(cpu, dtype)
     test_rope_and_its_gradients(cpu, dtype)
     test_values_are_rounded_where_transformers_rounds_them(cpu, dtype)
@@ -234,20 +206,20 @@ def test_strided_inputs_give_the_contiguous_result(device):
 def test_a_last_dimension_of_zero_gives_what_torch_gives(device):
     for lead in ((), (3,), (2, 3), (0, 3)):
         x = torch.randn(*lead, 0, requires_grad=True)
-        for y in (rms_norm(x, torch.ones(0)), rms_norm(x, torch.ones(0), residual=x)[0], swiglu(x, x)):
+        for y in (rms_norm(x, torch.ones(0)), swiglu(x, x)):
             assert y.shape == torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 
 def test_backward_keeps_the_inputs_and_nothing_else():
     saved = []
-    x, up, residual = (torch.randn(30, 40, requires_grad=True) for _ in range(3))
+    x, up = (torch.randn(30, 40, requires_grad=True) for _ in range(2))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         swiglu(x, up)
         assert {t.data_ptr() for t in saved} == {x.data_ptr(), up.data_ptr()}
         saved.clear()
         weight = torch.randn(40)
-        _, total = rms_norm(x, weight, residual=residual)
-        assert {t.data_ptr() for t in saved} == {total.data_ptr(), weight.data_ptr()}
+        rms_norm(x, weight)
+        assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr()}
 
 
 def test_the_gradient_of_rope_is_its_transpose(device):
@@ -262,11 +234,11 @@ def _samples():
     x, weight, cos_sin = torch.randn(6, 24), torch.randn(24), angles(2, 3, 8)
     q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
     return {
-        "rms_norm": [(x, None, weight, 1e-6), (x, x + 1, weight, 1e-6)],
+        "rms_norm": [(x, weight, 1e-6)],
         "rms_norm_backward": [
-            (x, None, x, weight, 1e-6, True),
-            (x, x + 1, x, weight, 1e-6, False),
-            (x.half(), None, x.half(), weight.half(), 1e-6, True),
+            (x, x, weight, 1e-6, True),
+            (x, x, weight, 1e-6, False),
+            (x.half(), x.half(), weight.half(), 1e-6, True),
         ],
         "swiglu": [(x, x + 1)],
         "swiglu_backward": [(x, x + 1, x + 2)],
@@ -285,14 +257,13 @@ def test_compiles_as_one_graph_with_gradients(backend):
     cos, sin = angles(1, 5, 8)
     weight = torch.randn(16, requires_grad=True)
 
-    def layer(x, residual):
-        y, total = rms_norm(x, weight, residual=residual)
-        q = y.view(1, 5, 2, 8).transpose(1, 2)
+    def layer(x):
+        q = rms_norm(x, weight).view(1, 5, 2, 8).transpose(1, 2)
         q, k = rope(q, q * 2, cos, sin)
-        return swiglu(q + k, q), rms_norm(total, weight)
+        return swiglu(q + k, q), rms_norm(x, weight)
 
-    x, residual = torch.randn(1, 5, 16, requires_grad=True), torch.randn(1, 5, 16)
-    expected, got = layer(x, residual), torch.compile(layer, fullgraph=True, backend=backend)(x, residual)
+    x = torch.randn(1, 5, 16, requires_grad=True)
+    expected, got = layer(x), torch.compile(layer, fullgraph=True, backend=backend)(x)
     for g, e in zip(got, expected, strict=True):
         assert torch.allclose(g, e, rtol=1e-5, atol=1e-6)
     for g, e in zip(
@@ -325,7 +296,6 @@ def test_errors_name_the_argument():
         (lambda: rms_norm(x, torch.ones(8).bfloat16()), ValueError, "weight is torch.bfloat16"),
         (lambda: rms_norm(x, None), TypeError, "weight is a NoneType"),
         (lambda: rms_norm(x[0, 0], torch.tensor(1.0)), ValueError, "weight is"),
-        (lambda: rms_norm(x, torch.ones(8), residual=x[:2]), ValueError, "residual is"),
         (lambda: swiglu(x, x.bfloat16()), ValueError, "up is"),
         (lambda: swiglu(x, x.to("meta")), ValueError, "up is .* on meta"),
         (lambda: rope(q[0], q, cos, sin), ValueError, "q has shape"),

@@ -95,9 +95,7 @@ void rms_norm_backward(const RmsNormBackwardArgs& g, int64_t row0, int64_t row1)
           char* dx = row_of(g.dx, D, n, r);
           for (int64_t i = 0; i < n; i += kLanes) {
             const V::F own = V::mul(V::mul(load_part<D>(dy, i, n), load_part<D>(weight, i, n)), scale);
-            V::F d = V::fma(load_part<D>(x, i, n), shift, own);
-            if (g.dsum.data != nullptr) d = V::add(d, load_part<D>(g.dsum.row(r), i, n));
-            store_part<D>(dx, i, n, d);
+            store_part<D>(dx, i, n, V::fma(load_part<D>(x, i, n), shift, own));
           }
         }
       });

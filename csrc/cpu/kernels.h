@@ -89,7 +89,7 @@ struct RmsNormArgs {   // sum = x + residual (sum = x without one); y = sum / sq
 };
 
 struct RmsNormBackwardArgs {  // x is the forward's sum
-  Matrix dy, x, dsum;         // dsum: gradient that reaches the sum by other ways; its data may be null
+  Matrix dy, x;
   const void* weight;
   float eps;
   void* dx;

@@ -1,8 +1,7 @@
 """What a decoder layer does between its linear layers: ``rms_norm``, ``swiglu`` and ``rope``, both directions.
 
-Forward saves its inputs only (``rms_norm`` with a residual: the sum); backward computes the rest again. Values are
-rounded where transformers' Llama rounds them, so that exchanging one for the other changes a result by the order of a
-float32 sum at most.
+Forward saves its inputs only; backward computes the rest again. Values are rounded where transformers' Llama rounds
+them, so that exchanging one for the other changes a result by the order of a float32 sum at most.
 """
 
 from __future__ import annotations
@@ -18,18 +17,15 @@ from .once import once_differentiable
 from .tracing import recorded
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension; with ``residual``, of their sum.
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension.
 
     Args:
         x: [..., H], float32, bfloat16 or float16.
         weight: [H], in x's dtype.
-        residual: like x; added first.
 
     Returns:
-        [..., H] in x's dtype; with ``residual`` a pair, the second being ``x + residual``. Differentiable in all three.
+        [..., H] in x's dtype. Differentiable in both.
 
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
@@ -41,16 +37,11 @@ def rms_norm(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}; it must be {x.dtype} on "
             f"{x.device}, of the size of the last dimension of x, which has shape {tuple(x.shape)}"
         )
-    if residual is not None:
-        _check("residual", residual, x)
     if choose_plain(x.device) is Backend.REFERENCE:
-        total = x if residual is None else x + residual
-        wide = total.float()
-        y = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-        return y if residual is None else (y, total)
-    norm = _RmsNorm.apply if recorded(x, weight, residual) else _rms_norm
-    y, total = norm(x, residual, weight, eps)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    norm = _RmsNorm.apply if recorded(x, weight) else _rms_norm
+    return norm(x, weight, eps).view(x.shape)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -132,40 +123,33 @@ def _half_turn(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
-    return None if t is None else as_rows(t)
-
-
 # What the functions of autograd below return are rows, which their callers give x's shape: a view that such a function
 # makes may not be changed in place.
 
 
-def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    y, total = torch.ops.pyfastpeft.rms_norm.default(_rows(x), _rows(residual), weight, eps)
-    return y, None if residual is None else total
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.ops.pyfastpeft.rms_norm.default(as_rows(x), weight, eps)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, eps):  # noqa: ANN001
-        y, total = _rms_norm(x, residual, weight, eps)
-        ctx.save_for_backward(x if residual is None else total, weight)
-        ctx.eps, ctx.shape = eps, x.shape
-        return y, total
+    def forward(ctx, x, weight, eps):  # noqa: ANN001
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm(x, weight, eps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dsum):  # noqa: ANN001
+    def backward(ctx, dy):  # noqa: ANN001
         x, weight = ctx.saved_tensors
-        need_x, need_residual, need_weight, _ = ctx.needs_input_grad
-        dx, dweight = torch.ops.pyfastpeft.rms_norm_backward.default(dy, dsum, _rows(x), weight, ctx.eps, need_weight)
-        dx = dx.view(ctx.shape)
+        need_x, need_weight, _ = ctx.needs_input_grad
+        dx, dweight = torch.ops.pyfastpeft.rms_norm_backward.default(dy, as_rows(x), weight, ctx.eps, need_weight)
         dweight = dweight[0].to(weight.dtype) if need_weight else None
-        return dx if need_x else None, dx if need_residual else None, dweight, None
+        return dx.view(x.shape) if need_x else None, dweight, None
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.ops.pyfastpeft.swiglu.default(_rows(gate), _rows(up))
+    return torch.ops.pyfastpeft.swiglu.default(as_rows(gate), as_rows(up))
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -178,7 +162,7 @@ class _SwiGlu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # noqa: ANN001
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.ops.pyfastpeft.swiglu_backward.default(dy, _rows(gate), _rows(up))
+        dgate, dup = torch.ops.pyfastpeft.swiglu_backward.default(dy, as_rows(gate), as_rows(up))
         return dgate.view(gate.shape), dup.view(up.shape)
 
 
@@ -198,7 +182,7 @@ class _ProjectedSwiGlu(torch.autograd.Function):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             both = ctx.project(x, *weights)
-        found = torch.ops.pyfastpeft.swiglu_backward.default(dy, *map(_rows, both))
+        found = torch.ops.pyfastpeft.swiglu_backward.default(dy, *map(as_rows, both))
         dx = torch.autograd.grad(both, x, [d.view(t.shape) for d, t in zip(found, both, strict=True)])
         return *dx, *[None] * (1 + len(weights))
 
@@ -227,14 +211,12 @@ class _Rope(torch.autograd.Function):
 
 
 @torch.library.register_fake("pyfastpeft::rms_norm")
-def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((0 if residual is None else x.shape[0], x.shape[1]))
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("pyfastpeft::rms_norm_backward")
-def _(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, need_weight: bool
-) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float, need_weight: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((1 if need_weight else 0, x.shape[1]), dtype=torch.float32)
 
 

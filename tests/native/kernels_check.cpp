@@ -205,7 +205,7 @@ void check_norm(const pf::Kernels& k, int64_t rows, int64_t n) {
   const std::vector<float> x = normal(rows * n), residual = normal(rows * n), weight = normal(n), dy = normal(rows * n);
   std::vector<float> sum(rows * n), y(rows * n), dx(rows * n), inverse(rows), dweight(n);
   k.rms_norm({matrix(x, rows, n), matrix(residual, rows, n), weight.data(), 1e-5f, sum.data(), y.data()}, 0, rows);
-  const pf::RmsNormBackwardArgs backward{matrix(dy, rows, n), matrix(sum, rows, n), {}, weight.data(), 1e-5f,
+  const pf::RmsNormBackwardArgs backward{matrix(dy, rows, n), matrix(sum, rows, n), weight.data(), 1e-5f,
                                          dx.data(),           inverse.data()};
   k.rms_norm_backward(backward, 0, rows);
   k.rms_norm_weight_backward(backward, dweight.data(), 0, n);
