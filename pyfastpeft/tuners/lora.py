@@ -86,7 +86,7 @@ class LoraConfig(PeftConfig):
     """Configuration of LoRA; names and meaning are PEFT's.
 
     Two defaults follow the literature's common practice instead of PEFT's table: ``lora_alpha`` is 2 · r (scaling 2),
-    and ``target_modules`` are W_Q and W_V of every attention layer (Hu et al. 2021, section 7.1).
+    and ``target_modules`` are W_Q and W_V of every attention layer (Hu et al. 2021, section 7.1), or what holds both.
 
     Attributes:
         r: rank.
