@@ -490,6 +490,16 @@ def test_train_reads_its_data_from_pipes(capsys, tmp_path, model_folder, data_fi
     assert all(results[0][key] == results[1][key] for key in ("rows", "loss", "accuracy"))
 
 
+def test_an_answer_whose_first_line_alone_is_right_is_not_called_exact(capsys, tmp_path, monkeypatch, model_folder):
+    rows = [("Yes\n\nbecause a", "Yes\n\nbecause a"), ("Yes\nbecause b", "Yes\nbecause c"), ("Yes", "No")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": "q", "completion": wanted}) for wanted, _ in rows))
+    monkeypatch.setattr("pyfastpeft.cli.examine.answer", lambda *_, **__: [said for _, said in rows])
+    arguments = ["train", "--model", model_folder, "--data", str(data), "--test", str(data), "--max-steps", "1"]
+    code, out, _ = run(capsys, *arguments, "--output", str(tmp_path / "out"))
+    assert code == 0 and "of 3 answers 33% exact, 67% with the right first line, 100% in form" in " ".join(out.split())
+
+
 def test_train_says_how_many_rows_it_cuts(capsys, tmp_path, model_folder, data_file):
     arguments = ["train", "--model", model_folder, "--data", data_file, "--output", str(tmp_path), "--max-steps", "1"]
     code, out, err = run(capsys, *arguments, "--max-length", "90")
@@ -551,8 +561,8 @@ def test_every_method_trains_answers_and_loads(capsys, tmp_path, model_folder, d
     arguments = ["--model", model_folder, "--data", data_file, "--output", output, "--method", method]
     result = run_json(capsys, "train", *arguments, "--epochs", "1", "--batch-size", "4", "--test", data_file)
     assert result["steps"] == 2 and result["loss"] > 0 and result["trainable_parameters"] > 0
-    assert {"accuracy", "format_validity", "seconds_per_step", "peak_memory_bytes"} <= result.keys()
-    assert 0 < result["test_loss"] < 10 and 0 <= result["accuracy"] <= 1 and 0 <= result["format_validity"] <= 1
+    assert result["seconds_per_step"] > 0 and result["peak_memory_bytes"] > 0 and 0 < result["test_loss"] < 10
+    assert all(0 <= result[measure] <= 1 for measure in ("exact", "accuracy", "format_validity"))
     options = ["--model", model_folder, "--adapter", f"a={output}", "--prompt", "p", "--max-new-tokens", "2"]
     assert run_json(capsys, "generate", *options)["answers"][0]["adapter"] == "a"
 
@@ -568,7 +578,7 @@ def test_compare_puts_the_method_first_that_answers_best_and_goes_on_after_one_t
     result = run_json(capsys, "compare", *arguments, *methods, "--max-steps", "4", "--batch-size", "4")
     *trained, failed = result["methods"]
     assert {row["method"] for row in trained} == {"prefix", "qlora"} and result["best"] == trained[0]["method"]
-    first, second = ((-row["accuracy"], row["test_loss"]) for row in trained)
+    first, second = ((-row["exact"], row["test_loss"]) for row in trained)
     assert first <= second
     for row in trained:
         saved = tmp_path / "out" / row["method"] / "adapter_model.safetensors"

@@ -654,31 +654,39 @@ def test_the_shipped_rows_are_whole():
 
 
 @pytest.mark.parametrize(
-    ("text", "accuracy", "validity"),
+    ("text", "exact", "accuracy", "validity"),
     [
-        ("Drug: a\nClass: b\nUse: c", 1, 1),
-        ("Drug: a\nClass: other\nUse: c", 1, 1),
-        ("Drug: ab\nClass: b\nUse: c", 0, 1),
-        ("Drug: a \nClass: b\nUse: c", 0, 1),
-        ("Drug: b\nDrug: a\nUse: c", 0, 0),
-        ("Class: b\nDrug: a\nUse: c", 1, 0),
-        ("Drug: a\nClass: b\nUse: c\nmore", 1, 0),
-        ("Drug: a\nClass: \nUse: c", 1, 0),
-        ("", 0, 0),
+        ("Drug: a\nClass: b\nUse: c", 1, 1, 1),
+        ("Drug: a\nClass: other\nUse: c", 0, 1, 1),
+        ("Drug: ab\nClass: b\nUse: c", 0, 0, 1),
+        ("Drug: a \nClass: b\nUse: c", 0, 0, 1),
+        ("Drug: b\nDrug: a\nUse: c", 0, 0, 0),
+        ("Class: b\nDrug: a\nUse: c", 0, 1, 0),
+        ("Drug: a\nClass: b\nUse: c\nmore", 0, 1, 0),
+        ("Drug: a\nClass: \nUse: c", 0, 1, 0),
+        ("", 0, 0, 0),
     ],
 )
-def test_an_answer_is_scored_exactly(text, accuracy, validity):
-    assert score_answers([text], ["Drug: a\nClass: b\nUse: c"]) == (accuracy, validity)
+def test_an_answer_is_scored_exactly(text, exact, accuracy, validity):
+    assert score_answers([text], ["Drug: a\nClass: b\nUse: c"]) == (exact, accuracy, validity)
 
 
 @pytest.mark.parametrize(
-    ("text", "score"), [("Paris", (1, 1)), ("Paris.", (0, 1)), ("Paris\nFrance", (1, 0)), ("", (0, 0))]
+    ("text", "score"), [("Paris", (1, 1, 1)), ("Paris.", (0, 0, 1)), ("Paris\nFrance", (0, 1, 0)), ("", (0, 0, 0))]
 )
-def test_an_answer_without_keys_is_right_if_its_first_line_is(text, score):
+def test_an_answer_without_keys_is_exact_if_all_of_it_is_right(text, score):
     assert score_answers([text], ["Paris"]) == score
 
 
 @pytest.mark.parametrize("reference", [" Paris", "Paris\n", "\n Paris \r\n"])
 def test_white_space_around_an_answer_does_not_count(reference):
-    assert score_answers(["Paris"], [reference]) == score_answers([reference], ["Paris"]) == (1, 1)
-    assert score_answers(["Rome"], [reference]) == (0, 1)
+    assert score_answers(["Paris"], [reference]) == score_answers([reference], ["Paris"]) == (1, 1, 1)
+    assert score_answers(["Rome"], [reference]) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "reference", ["First.\n\nSecond.", "def f(x):\n    return x", "Name: \nAge: 3", "A: b\r\n\r\nC: d", ""]
+)
+def test_what_repeats_the_reference_is_exact_and_in_form_and_what_goes_on_otherwise_is_not_exact(reference):
+    assert score_answers([reference, reference.replace("\r", "")], [reference] * 2) == (1, 1, 1)
+    assert score_answers([reference + "\nmore", reference + " more"], [reference] * 2).exact == 0

@@ -29,7 +29,7 @@ from .output import check_place
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``compare``."""
     train.add_run_arguments(parser)
-    parser.add_argument("--test", required=True, help="JSONL file with rows to answer afterwards")
+    parser.add_argument("--test", required=True, help=f"JSONL file with rows to answer afterwards; {train.MEASURES}")
     parser.add_argument("--output", required=True, help="folder for a folder a method")
     parser.add_argument(
         "--methods",
@@ -85,7 +85,7 @@ def _order(row: dict[str, Any]) -> tuple[float, float]:
     """The most exact answers, then the lowest loss on the rows of the test; what failed last."""
     if "error" in row:
         return 1.0, 0.0
-    return -row["accuracy"], math.inf if row["test_loss"] is None else row["test_loss"]
+    return -row["exact"], math.inf if row["test_loss"] is None else row["test_loss"]
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
@@ -96,7 +96,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             continue
         table.add_row(
             row["method"],
-            f"{row['accuracy']:.0%}",
+            f"{row['exact']:.0%}",
             f"{row['format_validity']:.0%}",
             "nan" if row["test_loss"] is None else f"{row['test_loss']:.3f}",
             f"{row['seconds_per_step']:.2f}",

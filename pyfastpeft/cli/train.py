@@ -38,13 +38,17 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 """transformers' lr_scheduler_type, as far as it asks for neither arguments of its own nor an evaluation."""
+MEASURES = (
+    "an answer is exact if all of it is the row's, and in form (JSON: format_validity) if it has as many lines, each "
+    "with the row's 'key: ' where there is one; JSON's accuracy counts those whose first line is the row's"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``train``."""
     add_run_arguments(parser)
     parser.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
-    parser.add_argument("--test", help="JSONL file with rows to answer afterwards; the answers are scored")
+    parser.add_argument("--test", help=f"JSONL file with rows to answer afterwards; {MEASURES}")
     add_method_arguments(parser)
     parser.add_argument(
         "--save-steps",
@@ -150,8 +154,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         loss = held_out_loss(model, tokenizer, questions, args.max_length, args.batch_size)
         result |= {**score._asdict(), "test_loss": loss if math.isfinite(loss) else None}
         console.print(
-            f"of {len(questions)} answers {score.accuracy:.0%} exact, {score.format_validity:.0%} in form; "
-            f"mean loss on what they should be {loss:.3f}"
+            f"of {len(questions)} answers {score.exact:.0%} exact, {score.accuracy:.0%} with the right first line, "
+            f"{score.format_validity:.0%} in form; mean loss on what they should be {loss:.3f}"
         )
     console.print(f"adapter saved in {escape(args.output)}")
     return result
