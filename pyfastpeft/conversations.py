@@ -157,6 +157,17 @@ def prompt_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[i
     return ids
 
 
+def end_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer to ``messages`` as :func:`encode` teaches it: the tokenizer's end of a text, and
+    the first special token that stands behind an answer."""
+    answer = "An answer."
+    text = _template([*messages, {"role": "assistant", "content": answer}], tokenizer, False)
+    _, found, behind = text.rpartition(answer)
+    known = tokenizer.added_tokens_decoder
+    ends = (i for i in _ids(behind, tokenizer) if i in known and known[i].special)
+    return {i for i in (tokenizer.eos_token_id, next(ends, None) if found else None) if i is not None}
+
+
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
     """``input_ids`` and ``labels`` of one conversation, cut to ``max_length``.
 

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import Messages, check_positions, learned_positions, pad_id, prompt_ids, virtual_tokens
+from .conversations import (
+    Messages,
+    check_positions,
+    end_ids,
+    learned_positions,
+    pad_id,
+    prompt_ids,
+    virtual_tokens,
+)
 from .nn.modes import evaluating
 
 
@@ -59,6 +67,12 @@ def prompts_of(
     return prompts, room
 
 
+def _eos_ids(model: nn.Module) -> set[int]:
+    """The tokens that end a text by the model's own configuration."""
+    ids = model.generation_config.eos_token_id
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
 def answer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,6 +83,8 @@ def answer(
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """The model's greedy answer to each conversation (whose last message is the user's).
+
+    It ends at what ends a text for the model, for the tokenizer or in training (:func:`end_ids`).
 
     Args:
         max_new_tokens: the longest answer; a batch's are shorter where the positions end that the model has learned.
@@ -92,6 +108,7 @@ def answer(
             ids = torch.tensor([[pad] * (length - len(p)) + p for p in batch], device=device)
             mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=device)
             routed = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
+            ends = _eos_ids(model) | end_ids(conversations[start], tokenizer)
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -101,9 +118,12 @@ def answer(
                 top_p=None,
                 top_k=None,
                 pad_token_id=pad,
+                eos_token_id=sorted(ends) or None,
                 **routed,
             )
-            answers += tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+            rows = out[:, length:].tolist()
+            said = [row[: next((n for n, i in enumerate(row) if i in ends), None)] for row in rows]
+            answers += tokenizer.batch_decode(said, skip_special_tokens=True)
             if on_batch is not None:
                 on_batch(len(batch))
     return [text.strip() for text in answers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -583,6 +584,38 @@ def test_a_prompt_longer_than_the_learned_positions_is_refused_and_an_answer_end
     with pytest.raises(ValueError, match="prompt 1 has 30 tokens beside 4 virtual ones"):
         answer(model, tokenizer, talks, 1, adapter_names=["a"])
     answer(model, tokenizer, talks, 100, adapter_names=["__base__"])
+
+
+def chain(*texts):
+    """A model in which a token alone decides which comes next: as in one of ``texts``."""
+    model, tokenizer = tiny_llama().eval(), tiny_tokenizer()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for text in texts:
+            for token, following in itertools.pairwise(tokenizer(text)["input_ids"]):
+                model.lm_head.weight[following] += model.model.embed_tokens.weight[token]
+    return model
+
+
+@pytest.mark.parametrize("own", [None, 5, [5, 6]], ids=str)
+@pytest.mark.parametrize("eos", ["<|end|>", "<|user|>", None])
+def test_an_answer_ends_where_training_lets_it_end_whatever_the_model_says(own, eos):
+    model, tokenizer = chain("<|assistant|>Is no<|end|>zyxw"), tiny_tokenizer()
+    model.generation_config.eos_token_id = own
+    tokenizer.eos_token = tokenizer.pad_token = eos
+    assert answer(model, tokenizer, [TALK[:1]] * 2, 8) == ["Is no"] * 2
+
+
+def test_what_follows_the_end_of_a_shorter_answer_is_no_part_of_it():
+    model, tokenizer = chain("pNo<|end|>", "qyes<|end|>"), tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.eos_token = tokenizer.pad_token = None
+    talks = [[{"role": "user", "content": text}] for text in "pq"]
+    assert answer(model, tokenizer, talks, 6) == ["No", "yes"]
+    model.generation_config.eos_token_id = tokenizer("e<|end|>")["input_ids"]
+    assert answer(model, tokenizer, talks, 6) == ["No", "y"]
 
 
 def test_answers_do_not_depend_on_the_batch():
