@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .conversations import (
     Messages,
@@ -36,6 +36,21 @@ def _contiguous_head(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    """Generate without the model's own settings while this lasts.
+
+    A repetition penalty or beams of its generation_config are for conversation; they keep it from what it has learned.
+    ``generate`` takes from there all that its arguments leave open.
+    """
+    held = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = held
 
 
 def prompts_of(
@@ -82,7 +97,7 @@ def answer(
     adapter_names: Sequence[str] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each conversation (whose last message is the user's).
+    """The model's greedy answer to each conversation (whose last message is the user's): its likeliest next tokens.
 
     It ends at what ends a text for the model, for the tokenizer or in training (:func:`end_ids`).
 
@@ -100,23 +115,20 @@ def answer(
     device = next(model.parameters()).device
     pad = pad_id(tokenizer, model)
     prompts, room = prompts_of(model, tokenizer, conversations, adapter_names)
+    own_ends = _eos_ids(model)
     answers: list[str] = []
-    with evaluating(model), _contiguous_head(model):
+    with evaluating(model), _contiguous_head(model), _plain_generation(model):
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             length = max(map(len, batch))
             ids = torch.tensor([[pad] * (length - len(p)) + p for p in batch], device=device)
             mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=device)
             routed = {} if adapter_names is None else {"adapter_names": adapter_names[start : start + batch_size]}
-            ends = _eos_ids(model) | end_ids(conversations[start], tokenizer)
+            ends = own_ends | end_ids(conversations[start], tokenizer)
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=min(max_new_tokens, *room[start : start + batch_size]),
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 pad_token_id=pad,
                 eos_token_id=sorted(ends) or None,
                 **routed,

@@ -609,6 +609,29 @@ def test_an_answer_ends_where_training_lets_it_end_whatever_the_model_says(own, 
     assert answer(model, tokenizer, [TALK[:1]] * 2, 8) == ["Is no"] * 2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 6},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"suppress_tokens": [64]},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_answer_is_what_is_likeliest_whatever_the_model_is_set_to(settings, adapted):
+    for said in ("no<|end|>", "ababa"):
+        model = chain(f"<|assistant|>{said}")
+        if adapted:
+            model = fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["q_proj"]))
+        model.generation_config.update(**settings)
+        before = model.generation_config.to_dict()
+        assert answer(model, tiny_tokenizer(), [TALK[:1]] * 2, 5) == [said.removesuffix("<|end|>")] * 2
+        assert model.generation_config.to_dict() == before
+
+
 def test_what_follows_the_end_of_a_shorter_answer_is_no_part_of_it():
     model, tokenizer = chain("pNo<|end|>", "qyes<|end|>"), tiny_tokenizer()
     tokenizer.chat_template = tokenizer.eos_token = tokenizer.pad_token = None
