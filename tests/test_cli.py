@@ -24,6 +24,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
@@ -334,13 +335,36 @@ def test_every_schedule_needs_no_arguments(name):
     assert get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4).get_last_lr()
 
 
-def test_a_model_in_4_bits_stays_so_where_no_quantization_is_asked_for(capsys, tmp_path, model_folder, data_file):
+def test_a_model_in_4_bits_answers_so_where_no_quantization_is_asked_for(capsys, tmp_path, model_folder):
     small = str(tmp_path / "small")
     run_json(capsys, "quantize", model_folder, small, "--quant-type", "int4")
     arguments = ["generate", "--model", small, "--prompt", "p", "--max-new-tokens", "4"]
     assert run_json(capsys, *arguments, "--full-precision") == run_json(capsys, *arguments)
-    arguments = ["--model", small, "--data", data_file, "--output", str(tmp_path / "out"), "--max-steps", "1"]
-    assert run_json(capsys, "train", *arguments, "--method", "lora")["steps"] == 1
+
+
+def in_4_bits(model, folder):
+    """As pyfastpeft and as bitsandbytes save it."""
+    for name, config in (("ours", fp.FastPeftConfig()), ("theirs", BitsAndBytesConfig(load_in_4bit=True))):
+        AutoModelForCausalLM.from_pretrained(model, quantization_config=config).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+        yield str(folder / name)
+
+
+def test_nothing_trains_over_full_precision_on_a_model_in_4_bits(capsys, tmp_path, model_folder, data_file):
+    for small in in_4_bits(model_folder, tmp_path):
+        arguments = ["--model", small, "--data", data_file, "--max-steps", "1"]
+        cases = {
+            "--method lora": "--method lora is LoRA over full precision, but model {!r} is quantized already; use",
+            "--method prefix --full-precision": "--full-precision is given, but model {!r} is quantized already; leave",
+        }
+        for options, says in cases.items():
+            code, _, err = run(capsys, "train", *arguments, "--output", str(tmp_path / "out"), *options.split())
+            assert code == 1 and says.format(small) in err and not (tmp_path / "out").exists()
+        assert run_json(capsys, "train", *arguments, "--output", str(tmp_path / "out"))["steps"] == 1
+        shutil.rmtree(tmp_path / "out")
+    arguments += ["--test", data_file, "--output", str(tmp_path / "out"), "--methods", "lora", "qlora"]
+    trained, refused = run_json(capsys, "compare", *arguments)["methods"]
+    assert trained["method"] == "qlora" and refused["error"].startswith("--method lora is LoRA over full")
 
 
 def test_generate_brings_a_model_to_4_bits_unless_full_precision_is_asked_for(capsys, monkeypatch, model_folder):

@@ -102,6 +102,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     rows = numbered_rows(args.data)
     questions = read_rows(args.test) if args.test else []
     base, tokenizer = load_model(args, quantized)
+    if not quantized and getattr(base, "is_quantized", False):
+        asked, instead = "--full-precision is given", "leave it out"
+        if method.quantized is False:
+            asked, instead = f"--method {args.method} is {method.about}", "use --method qlora"
+        raise ValueError(
+            f"{asked}, but model {args.model!r} is quantized already; {instead}, or name the one in full precision"
+        )
     with warnings.catch_warnings(record=True) as caught:  # shown whatever other libraries have made of the filters
         warnings.simplefilter("always")
         dataset = encode_rows(args.data, rows, tokenizer, args.max_length)
