@@ -7,12 +7,16 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import peft
+import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -610,6 +614,58 @@ def test_compare_puts_the_method_first_that_answers_best_and_goes_on_after_one_t
     assert failed["method"] == "prompt" and "the model has learned 200 positions" in failed["error"]
     code, _, err = run(capsys, "compare", *arguments, "--methods", "prompt")
     assert code == 1 and "no method could be trained; prompt: row 4 has 102 tokens" in err
+
+
+@pytest.fixture
+def comparing(tmp_path, model_folder, data_file):
+    """A ``compare`` that would train for hours, and the process of its method, which starts; stderr is in ``err``."""
+    command = [sys.executable, "-m", "pyfastpeft.cli", "compare", "--model", model_folder, "--data", data_file]
+    command += ["--test", data_file, "--output", "out", "--methods", "qlora", "--max-steps", "1000000"]
+    env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent)}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": (tmp_path / "err").open("w")}
+    # What runs the tests may ignore Ctrl-C.
+    interruptible = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    parent = subprocess.Popen(command, cwd=tmp_path, env=env, **streams, **interruptible)
+    children = []
+    while not children and parent.poll() is None:
+        time.sleep(0.1)
+        children = [c for c in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+    yield parent, children[0]
+    with suppress(ProcessLookupError):
+        os.killpg(parent.pid, signal.SIGKILL)
+    parent.wait()
+
+
+def ends(process):
+    """Whether a process ends within a minute; nobody may wait for it."""
+    for _ in range(600):
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_process_of_a_method_ends_with_that_of_compare(comparing, number):
+    parent, child = comparing
+    parent.send_signal(number)
+    assert parent.wait() == -number and ends(child)
+
+
+def test_a_method_whose_process_is_killed_is_reported_so(tmp_path, comparing):
+    parent, child = comparing
+    child.kill()
+    assert parent.wait() == 1
+    *_, last = (tmp_path / "err").read_text().splitlines()
+    assert last.endswith("qlora: its process was ended by signal 9 (Killed), often for want of memory")
+
+
+def test_ctrl_c_ends_compare_in_one_line_while_a_process_starts(tmp_path, comparing):
+    parent, child = comparing
+    time.sleep(0.3)  # it is starting
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.wait() == 1 and ends(child)
+    assert (tmp_path / "err").read_text() == "pyfastpeft compare: interrupted\n"
 
 
 @pytest.mark.parametrize("method", ["qlora", "ptuning", "prefix", "bottleneck"])

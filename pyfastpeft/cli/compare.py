@@ -13,7 +13,11 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import os
+import signal
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +70,53 @@ def _row(args: argparse.Namespace, method: str, console: Console) -> dict[str, A
     required = {"--model": args.model, "--data": args.data, "--output": str(output), "--method": method}
     asked = parser.parse_args([word for option in required.items() for word in option])
     vars(asked).update((name, value) for name, value in vars(args).items() if name in asked and name != "output")
-    try:
-        # Peak memory is a process's.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            result = process.submit(_train, asked, console.stderr).result()
-    except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        console.print(f"{method} failed: {escape(message)}")
-        return {"method": method, "error": message}
+    result = _in_a_process(asked, console)
+    if "error" in result:
+        console.print(f"{method} failed: {escape(result['error'])}")
+        return {"method": method, **result}
     return {"method": method, **result, "adapter_bytes": sum(f.stat().st_size for f in output.glob("*.safetensors"))}
 
 
-def _train(args: argparse.Namespace, stderr: bool) -> dict[str, Any]:
-    return train.run(args, Console(stderr=stderr, highlight=False))
+def _in_a_process(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The result of ``train``, or what its ``error`` was; in a process of its own, as peak memory is a process's."""
+    spawn = multiprocessing.get_context("spawn")
+    results, sent = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_train, args=(args, console.stderr, sent), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the process inherits it: Ctrl-C is for this one alone
+    process.start()
+    signal.signal(signal.SIGINT, handler)
+    sent.close()
+    result = None
+    try:
+        with suppress(EOFError):  # it ended without a word
+            result = results.recv()
+        process.join()
+    finally:
+        process.kill()
+        process.join()
+        console.show_cursor()  # which a progress bar hides until it is stopped
+    return result or {"error": f"its process {_end(process.exitcode)}"}
+
+
+def _end(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    memory = ", often for want of memory" if -code == signal.SIGKILL else ""
+    return f"was ended by signal {-code} ({signal.strsignal(-code)}){memory}"
+
+
+def _train(args: argparse.Namespace, stderr: bool, results: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        result = train.run(args, Console(stderr=stderr, highlight=False))
+    except Exception as error:
+        result = {"error": " ".join(str(error).split()) or type(error).__name__}
+    results.send(result)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _order(row: dict[str, Any]) -> tuple[float, float]:
