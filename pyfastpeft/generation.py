@@ -58,16 +58,17 @@ def prompts_of(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Messages],
     adapter_names: Sequence[str] | None = None,
+    called: Sequence[str] | None = None,
 ) -> tuple[list[list[int]], list[float]]:
     """Each conversation's token ids up to where its answer begins, and how many tokens the answer can have.
 
     Raises:
-        ValueError: a conversation that cannot be asked; it names its number.
+        ValueError: a conversation that cannot be asked; it names it as ``called`` does (default: by its number).
     """
     positions = learned_positions(model)
     prompts, room = [], []
     for number, messages in enumerate(conversations, 1):
-        what = f"prompt {number}"
+        what = f"prompt {number}" if called is None else called[number - 1]
         try:
             ids = prompt_ids(messages, tokenizer)
         except ValueError as error:

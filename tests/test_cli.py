@@ -595,12 +595,31 @@ def test_every_method_trains_answers_and_loads(capsys, tmp_path, model_folder, d
     assert run_json(capsys, "generate", *options)["answers"][0]["adapter"] == "a"
 
 
-def test_compare_puts_the_method_first_that_answers_best_and_goes_on_after_one_that_fails(capsys, tmp_path, data_file):
+@pytest.fixture
+def of_200_positions(tmp_path):
+    """A model that has learned them."""
     model = str(tmp_path / "model")
     torch.manual_seed(0)
     size = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 200, "vocab_size": 512}
     GPT2LMHeadModel(GPT2Config(**size)).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
+    return model
+
+
+def test_a_question_that_has_no_place_in_the_model_is_named_by_file_and_line(capsys, tmp_path, of_200_positions):
+    data, test = tmp_path / "data.jsonl", tmp_path / "test.jsonl"
+    short, long = (json.dumps({"prompt": text, "completion": "a"}) for text in ("q", 200 * "q"))
+    data.write_text(short)
+    test.write_text(f"{short}\n\n{long}\n")
+    arguments = ["--model", of_200_positions, "--data", str(data), "--test", str(test), "--output", str(tmp_path / "o")]
+    code, _, err = run(capsys, "train", *arguments)
+    assert code == 1 and f"error: {test}, line 3 has 203 tokens; the model has learned 200 positions" in err
+
+
+def test_compare_puts_the_method_first_that_answers_best_and_goes_on_after_one_that_fails(
+    capsys, tmp_path, data_file, of_200_positions
+):
+    model = of_200_positions
     arguments = ["--model", model, "--data", data_file, "--test", data_file, "--output", str(tmp_path / "out")]
     methods = ["--methods", "prompt", "prefix", "qlora"]  # prompt's 100 tokens leave too few positions
     result = run_json(capsys, "compare", *arguments, *methods, "--max-steps", "4", "--batch-size", "4")

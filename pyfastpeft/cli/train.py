@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from transformers import set_seed
 
     from .. import get_peft_model
-    from ..conversations import encode_rows, numbered_rows, pad_id, read_rows
+    from ..conversations import encode_rows, numbered_rows, pad_id
     from ..generation import prompts_of
     from ..training import held_out_loss, train_adapter
     from .examine import examine
@@ -100,7 +100,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     # What is wrong with these shows before the model is loaded.
     check_place(Path(args.output))
     rows = numbered_rows(args.data)
-    questions = read_rows(args.test) if args.test else []
+    tests = numbered_rows(args.test) if args.test else {}
+    questions, lines = list(tests.values()), [f"{args.test}, line {number}" for number in tests]
     base, tokenizer = load_model(args, quantized)
     if not quantized and getattr(base, "is_quantized", False):
         asked, instead = "--full-precision is given", "leave it out"
@@ -117,7 +118,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     rate = method.rate(options) if args.lr is None else args.lr
     set_seed(args.seed)  # the adapter's initial values are part of the run
     model = get_peft_model(base, method.config(tokenizer, **options))
-    prompts_of(model, tokenizer, [messages[:-1] for messages in questions])  # as a fault in the data, before training
+    # As a fault in the data, before training.
+    prompts_of(model, tokenizer, [messages[:-1] for messages in questions], called=lines)
     trainable, total = model.get_nb_trainable_parameters()
     progress = TrainingProgress(console, "training", args.lr)
     try:
