@@ -1,4 +1,4 @@
-"""Quantize a model to 4 bits and save it; transformers loads the folder again as it is.
+"""Quantize a model to 4 bits and save it; after "import pyfastpeft" transformers loads the folder as it is.
 
 examples:
   pyfastpeft quantize ./llama ./llama-nf4

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-steps",
         type=above_zero(int, or_zero=True),
         default=0,
-        help="write a checkpoint every so many steps (0: none)",
+        help="write a checkpoint every so many steps, of which the last two stay (0: none)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --output, at its learning rate"
