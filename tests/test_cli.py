@@ -358,8 +358,8 @@ def test_nothing_trains_over_full_precision_on_a_model_in_4_bits(capsys, tmp_pat
     for small in in_4_bits(model_folder, tmp_path):
         arguments = ["--model", small, "--data", data_file, "--max-steps", "1"]
         cases = {
-            "--method lora": "--method lora is LoRA over full precision, but model {!r} is quantized already; use",
-            "--method prefix --full-precision": "--full-precision is given, but model {!r} is quantized already; leave",
+            "--method lora": "--method lora is LoRA over full precision, but model {!r} is in 4 bits already; use",
+            "--method prefix --full-precision": "--full-precision is given, but model {!r} is in 4 bits already; leave",
         }
         for options, says in cases.items():
             code, _, err = run(capsys, "train", *arguments, "--output", str(tmp_path / "out"), *options.split())
@@ -369,6 +369,15 @@ def test_nothing_trains_over_full_precision_on_a_model_in_4_bits(capsys, tmp_pat
     arguments += ["--test", data_file, "--output", str(tmp_path / "out"), "--methods", "lora", "qlora"]
     trained, refused = run_json(capsys, "compare", *arguments)["methods"]
     assert trained["method"] == "qlora" and refused["error"].startswith("--method lora is LoRA over full")
+
+
+def test_lora_trains_over_other_bits_as_they_are(capsys, tmp_path, model_folder, data_file):
+    small = str(tmp_path / "small")
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=config).save_pretrained(small)
+    tiny_tokenizer().save_pretrained(small)
+    arguments = ["--model", small, "--data", data_file, "--output", str(tmp_path / "out"), "--max-steps", "1"]
+    assert run_json(capsys, "train", *arguments, "--method", "lora")["steps"] == 1
 
 
 def test_generate_brings_a_model_to_4_bits_unless_full_precision_is_asked_for(capsys, monkeypatch, model_folder):

@@ -112,6 +112,14 @@ def _load_hub(
     return model, AutoTokenizer.from_pretrained(source)
 
 
+def in_4_bits(model: PreTrainedModel) -> bool:
+    """Whether the model was in 4 bits where it was loaded from, ours or bitsandbytes' (other bits are as they are)."""
+    from .. import FastPeftConfig
+
+    held = getattr(model.config, "quantization_config", None)
+    return isinstance(held, FastPeftConfig) or getattr(held, "load_in_4bit", False)
+
+
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """Those options of :func:`add_quantization_arguments` that are given."""
     asked = {name: getattr(args, name) for name in ("quant_type", "blocksize", "double_quant")}

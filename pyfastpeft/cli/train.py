@@ -25,7 +25,7 @@ from rich.markup import escape
 
 from .memory import peak_bytes
 from .methods import above_zero, add_method_arguments, chosen, seed
-from .models import MODEL_HELP, add_quantization_arguments, load_model
+from .models import MODEL_HELP, add_quantization_arguments, in_4_bits, load_model
 from .output import check_place
 
 SCHEDULES = (
@@ -103,12 +103,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     tests = numbered_rows(args.test) if args.test else {}
     questions, lines = list(tests.values()), [f"{args.test}, line {number}" for number in tests]
     base, tokenizer = load_model(args, quantized)
-    if not quantized and getattr(base, "is_quantized", False):
+    if not quantized and in_4_bits(base):
         asked, instead = "--full-precision is given", "leave it out"
         if method.quantized is False:
             asked, instead = f"--method {args.method} is {method.about}", "use --method qlora"
         raise ValueError(
-            f"{asked}, but model {args.model!r} is quantized already; {instead}, or name the one in full precision"
+            f"{asked}, but model {args.model!r} is in 4 bits already; {instead}, or name the one in full precision"
         )
     with warnings.catch_warnings(record=True) as caught:  # shown whatever other libraries have made of the filters
         warnings.simplefilter("always")
