@@ -10,6 +10,7 @@ import re
 import textwrap
 import threading
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -431,6 +432,24 @@ class TestFiles:
         assert (tmp_path / "pyfastpeft_encoder.safetensors").exists()
         ours(llama(), "prompt").save_pretrained(tmp_path)
         assert not (tmp_path / "pyfastpeft_encoder.safetensors").exists()
+
+    @pytest.mark.parametrize("method", ["ptuning", "ptuning_lstm", "prefix_projection"])
+    def test_the_configuration_of_what_loads_without_its_encoder_makes_none(self, method, tmp_path):
+        base = llama()
+        theirs, _ = pair(base, method)
+        theirs.save_pretrained(tmp_path)
+        own = fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+        own.hotswap_adapter(tmp_path)
+        held = own.peft_config["default"]
+        for name, same in {"it": held, "copied": copy.deepcopy(held), "replaced": replace(held, revision="x")}.items():
+            own.add_adapter(name, same)
+            own.prompt_encoder[name].load_state_dict(own.prompt_encoder["default"].state_dict())
+        own.save_pretrained(tmp_path / "again")
+        x = tiny.inputs()
+        expected = of_text(theirs.eval()(**x).logits, x["input_ids"])
+        for name in ("", "it", "copied", "replaced"):
+            again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "again" / name)).eval()
+            close(of_text(again(**x).logits, x["input_ids"]), expected)
 
     def test_a_prefix_is_bit_equal_in_layout(self, tmp_path):
         base = llama()

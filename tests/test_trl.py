@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -128,6 +130,19 @@ def test_a_trained_adapter_is_its_own_reference(tmp_path, base, kind):
     before = fp.hub.files.load_safetensors(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], before[name]) for name in before)
     check_checkpoint(tmp_path / "pyfastpeft" / "checkpoint-3", base, made[fp])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [peft.PromptEncoderConfig, partial(peft.PrefixTuningConfig, prefix_projection=True)],
+    ids=["ptuning", "prefix"],
+)
+def test_a_soft_prompt_without_its_encoder_is_its_own_reference(tmp_path, base, method):
+    made = method(num_virtual_tokens=4, encoder_hidden_size=8, task_type="CAUSAL_LM")
+    peft.get_peft_model(base(), made).save_pretrained(tmp_path / "adapter")
+    model = fp.PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
+    loss = losses(trainer("DPO", tmp_path, model))[0]
+    assert list(model.peft_config) == ["default", "ref"] and loss == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_grpo_with_a_config(tmp_path, base):

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -430,7 +429,7 @@ class AdaptedModel(OneDevice, nn.Module):
     def _swapped_alike(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor]) -> bool:
         done = self._swap_alike(name, config, values)
         if done and config is not None:
-            self.configs[name] = replace(config, inference_mode=self.configs[name].inference_mode)
+            self.configs[name] = config.in_place_of(self.configs[name])
         return done
 
     def _swap_alike(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor]) -> bool:

@@ -10,7 +10,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -141,7 +141,7 @@ class PeftConfig(ABC):
     IN_PEFT: ClassVar[bool] = True
     """Whether PEFT has the method, so that it loads the folders."""
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset()
-    """Fields that PEFT does not know and that mean nothing once the adapter exists."""
+    """Fields that PEFT does not know and that mean nothing to who loads the adapter."""
 
     task_type: TaskType | str | None = None
     base_model_name_or_path: str | None = None
@@ -163,6 +163,10 @@ class PeftConfig(ABC):
                 raise ValueError(f"{field.name} is {value!r}; it must be True or False")
         if self.modules_to_save is not None:
             self.modules_to_save = as_list("modules_to_save", self.modules_to_save)
+
+    def in_place_of(self, old: PeftConfig) -> PeftConfig:
+        """This configuration for the adapter ``old``, which takes the values that belong to it."""
+        return replace(self, inference_mode=old.inference_mode)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration under PEFT's keys, sorted, ready for JSON."""

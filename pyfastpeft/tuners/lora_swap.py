@@ -65,7 +65,7 @@ class Swap:
             if key not in tensors:
                 raise ValueError(f"{source} lacks the key {key}")
             self._pair(key, tensor, tensors[key], source)
-        self.config = self._new_config(old) if config is None else replace(new, inference_mode=old.inference_mode)
+        self.config = self._new_config(old) if config is None else new.in_place_of(old)
 
     def _plan_layer(
         self,

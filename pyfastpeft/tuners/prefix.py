@@ -22,7 +22,11 @@ class InitialTextConfig(SoftPromptConfig):
     Its fields are the subclasses' own, with other defaults.
     """
 
-    NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("prefix_init", "prefix_init_text", "tokenizer_name_or_path"))
+    NOT_SAVED: ClassVar[frozenset[str]] = SoftPromptConfig.NOT_SAVED | {
+        "prefix_init",
+        "prefix_init_text",
+        "tokenizer_name_or_path",
+    }
 
     prefix_init: str | None
     prefix_init_text: str | None

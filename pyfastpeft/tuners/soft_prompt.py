@@ -34,8 +34,11 @@ class SoftPromptConfig(PeftConfig):
         num_virtual_tokens: how many.
         token_dim, num_attention_heads, num_layers, num_transformer_submodules: the model's shape; filled in when the
             adapter is attached, and checked against the model where they are given.
+        without_encoder: the virtual tokens train themselves, whatever the method has to make them; filled in when an
+            adapter is loaded, as PEFT's files hold them alone. Not saved.
     """
 
+    NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("without_encoder",))
     is_prompt_learning: ClassVar[bool] = True
     form: ClassVar[Form]
     """What the virtual tokens are to the model."""
@@ -45,6 +48,7 @@ class SoftPromptConfig(PeftConfig):
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
     num_layers: int | None = None
+    without_encoder: bool = False
 
     @classmethod
     def tuner(cls) -> type[Tuner]:
@@ -59,6 +63,9 @@ class SoftPromptConfig(PeftConfig):
 
     def __deepcopy__(self, memo: dict) -> SoftPromptConfig:
         return copy.copy(self)  # the tokenizer that it may hold is large, and nothing in it is changed in place
+
+    def in_place_of(self, old: SoftPromptConfig) -> SoftPromptConfig:
+        return replace(super().in_place_of(old), without_encoder=old.without_encoder)
 
     @property
     def rows(self) -> int:
@@ -198,7 +205,9 @@ class SoftPromptTuner(Tuner):
         values: Mapping[str, Tensor] | None,
         autocast_adapter_dtype: bool,
     ) -> None:
-        module = config.encoder() if values is None or _with_encoder(values) else None
+        if values is not None:
+            config.without_encoder = not _with_encoder(values)
+        module = None if config.without_encoder else config.encoder()
         if module is None:
             module = SoftPrompt(config.rows, config.width)
         if values is None:
@@ -284,7 +293,7 @@ class SoftPromptTuner(Tuner):
             shapes[KEY] = (count, *shapes[KEY][1:])
         check_tensors(values, shapes, {}, source)
         tokens = count * old.num_virtual_tokens // old.rows
-        config = replace(old if new is None else new, num_virtual_tokens=tokens, inference_mode=old.inference_mode)
+        config = replace(old if new is None else new.in_place_of(old), num_virtual_tokens=tokens)
         if new is None and config.rows != count:
             parts = old.num_transformer_submodules
             raise ValueError(f"{source}: {KEY} has {count} rows; their number must be a multiple of {parts}")
