@@ -437,6 +437,26 @@ def test_a_mapping_of_keys_is_refused(tmp_path):
         fp.PeftModel.from_pretrained(tiny.make(), tmp_path, key_mapping={"a": "b"})
 
 
+@pytest.mark.parametrize("injected", [False, True], ids=["", "injected"])
+@pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_pefts_own_functions_take_our_models(kwargs, injected):
+    base, x, made = tiny.make(), tiny.inputs(), []
+    for library in (peft, fp):
+        config, model = library.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **kwargs), copy.deepcopy(base)
+        put_in = library.inject_adapter_in_model if injected else library.get_peft_model
+        made.append(put_in(config, model, "one") if injected else put_in(model, config, "one"))
+    theirs, ours = made
+    tiny.randomize(theirs)
+    expected = peft.get_peft_model_state_dict(theirs, adapter_name="one")
+    peft.set_peft_model_state_dict(ours, expected, adapter_name="one")
+    held = peft.get_peft_model_state_dict(model=ours, adapter_name="one", save_embedding_layers=False)
+    assert held.keys() == expected.keys() and all(torch.equal(held[key], t) for key, t in expected.items())
+    torch.testing.assert_close(ours(**x).logits, theirs(**x).logits, rtol=1e-4, atol=1e-5)
+    named = {key: t * 2 for key, t in ours.state_dict().items()}
+    given = peft.get_peft_model_state_dict(ours, named, "one")
+    assert all(torch.equal(given[key], t * 2) for key, t in expected.items())
+
+
 class TestInjected:
     def test_a_model_with_injected_adapters_is_pefts(self, tmp_path):
         base, ids = tiny.make("qwen2"), tiny.inputs("qwen2")["input_ids"]

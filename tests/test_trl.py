@@ -47,16 +47,16 @@ def lora(library, **kwargs):
     return library.LoraConfig(**(settings | kwargs))
 
 
-def trainer(kind, output, model, config=None, rows=None, **kwargs):
+def trainer(kind, output, model, config=None, rows=None, module=trl, **kwargs):
     settings = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
     settings |= {"report_to": [], "seed": 1, "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_steps": 3}
     arguments = {}
     if kind == "GRPO":
         settings |= {"max_completion_length": 6, "num_generations": 4, "beta": 0.1}
         arguments["reward_funcs"] = lambda completions, **_: [float(len(set(c))) for c in completions]
-    return getattr(trl, f"{kind}Trainer")(
+    return getattr(module, f"{kind}Trainer")(
         model=model,
-        args=getattr(trl, f"{kind}Config")(str(output), **(settings | kwargs)),
+        args=getattr(module, f"{kind}Config")(str(output), **(settings | kwargs)),
         train_dataset=datasets.Dataset.from_list(ROWS[kind] if rows is None else rows),
         processing_class=tiny_tokenizer(),
         peft_config=config,
@@ -104,8 +104,8 @@ def test_dpo_with_a_config_refers_to_the_base_model_and_has_no_dropout(tmp_path,
     check_alike(lambda library: trainer("DPO", tmp_path, base(), lora(library, lora_dropout=0.5)))
 
 
-def trained_before(base, folder):
-    model = fp.get_peft_model(base(), lora(fp))
+def trained_before(base, folder, **kwargs):
+    model = fp.get_peft_model(base(), lora(fp, **kwargs))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -143,6 +143,21 @@ def test_a_soft_prompt_without_its_encoder_is_its_own_reference(tmp_path, base, 
     model = fp.PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
     loss = losses(trainer("DPO", tmp_path, model))[0]
     assert list(model.peft_config) == ["default", "ref"] and loss == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_teacher_that_follows_the_adapter(tmp_path, base, kwargs):
+    sdft = pytest.importorskip("trl.experimental.sdft")
+    trained_before(base, tmp_path / "adapter", **kwargs)
+    rows = [{"prompt": pair["prompt"], "privileged_context": pair["chosen"]} for pair in PAIRS]
+
+    def train(library):
+        model = library.PeftModel.from_pretrained(base(), str(tmp_path / "adapter"), is_trainable=True)
+        settings = {"teacher_model_kind": "ema", "teacher_update_rate": 0.5, "teacher_sync_steps": 1}
+        settings |= {"max_completion_length": 6, "num_generations": 4, "distillation_topk": 20}
+        return trainer("SDFT", tmp_path, model, None, rows, module=sdft, **settings)
+
+    check_alike(train)
 
 
 def test_grpo_with_a_config(tmp_path, base):
