@@ -32,7 +32,7 @@ from ..ops import add_lora, linear_4bit, mixed
 from ..ops.tracing import is_compiling, is_repeated
 from .hooks import hooked
 from .linear4bit import Linear4bit
-from .lora_layer import LoraLayer, dropout_rate
+from .lora_layer import Factor, LoraLayer, dropout_rate
 
 
 class LoraLinear(LoraLayer):
@@ -237,16 +237,7 @@ class LoraEmbedding(LoraLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
-    def _make_parameters(
-        self,
-        name: str,
-        r: int,
-        lora_bias: bool,
-        initial: Any,
-        empty: bool,
-        device: torch.device,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def _draw(self, r: int, lora_bias: bool, initial: Any, empty: bool) -> tuple[Factor, Factor]:
         if lora_bias:
             raise ValueError("lora_bias is True; an embedding has no place for a bias, leave it out of target_modules")
         make = torch.empty if empty else torch.randn
@@ -254,8 +245,10 @@ class LoraEmbedding(LoraLayer):
         if initial is not False and not empty:
             nn.init.zeros_(a)
             nn.init.normal_(b)
-        self.lora_embedding_A[name] = nn.Parameter(a.to(device, dtype))
-        self.lora_embedding_B[name] = nn.Parameter(b.to(device, dtype))
+        return a, b
+
+    def _hold(self, name: str, a: Factor, b: Factor) -> None:
+        self.lora_embedding_A[name], self.lora_embedding_B[name] = nn.Parameter(a), nn.Parameter(b)
 
     def remove_adapter(self, name: str) -> None:
         super().remove_adapter(name)

@@ -91,6 +91,10 @@ class _Scaling(MutableMapping[str, float]):
         return repr(self._layer._scaling)
 
 
+Factor = nn.Linear | Tensor
+"""A or B: a linear layer, or, beside an embedding, the values themselves."""
+
+
 def _pair(n_in: int, r: int, n_out: int, bias: bool, initialize: bool) -> tuple[nn.Linear, nn.Linear]:
     if initialize:
         return nn.Linear(n_in, r, bias=False), nn.Linear(r, n_out, bias=bias)
@@ -273,7 +277,7 @@ class LoraLayer(nn.Module, ABC):
         self.lora_dropout[name].train(self.training)
         self._scaling[name] = self._own_scaling[name] = scaling_of(alpha, r, use_rslora)
         device = self.weight.device
-        self._make_parameters(name, r, lora_bias, initial, empty, device, dtype)
+        self._hold(name, *(factor.to(device, dtype) for factor in self._draw(r, lora_bias, initial, empty)))
         if callable(initial):
             a, b, rest = initial(self.matrix(), r, self._scaling[name])
             for parameter, value in zip(self.factors(name), (a, b), strict=True):
@@ -286,17 +290,8 @@ class LoraLayer(nn.Module, ABC):
             self.lora_magnitude_vector[name] = Magnitude(norm)
             self.lora_magnitude_vector[name].to(device)
 
-    def _make_parameters(
-        self,
-        name: str,
-        r: int,
-        lora_bias: bool,
-        initial: Any,
-        empty: bool,
-        device: torch.device,
-        dtype: torch.dtype | None,
-    ) -> None:
-        """A and B, drawn before they are placed: the values of a seed are the same wherever they are to be."""
+    def _draw(self, r: int, lora_bias: bool, initial: Any, empty: bool) -> tuple[Factor, Factor]:
+        """A and B for :meth:`_hold`, drawn before they are placed: a seed's values are the same wherever they go."""
         a, b = _pair(self.in_features, r, self.out_features, lora_bias, not empty)
         if not (empty or initial is False or callable(initial)):
             if initial == "gaussian":
@@ -306,7 +301,10 @@ class LoraLayer(nn.Module, ABC):
             nn.init.zeros_(b.weight)
             if lora_bias:
                 nn.init.zeros_(b.bias)
-        self.lora_A[name], self.lora_B[name] = a.to(device, dtype), b.to(device, dtype)
+        return a, b
+
+    def _hold(self, name: str, a: Factor, b: Factor) -> None:
+        self.lora_A[name], self.lora_B[name] = a, b
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter, also one of which only some is here."""
