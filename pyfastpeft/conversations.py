@@ -137,12 +137,27 @@ def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_nex
         except Exception as error:  # it is a program, and many refuse a system's message, or roles that take no turns
             raise ValueError(f"the chat template refuses the messages: {error}") from error
     ends = ((tokenizer.eos_token or "") if m["role"] == "assistant" else "" for m in messages)
-    return (tokenizer.bos_token or "") + "".join(m["content"] + end for m, end in zip(messages, ends, strict=True))
+    return "".join(m["content"] + end for m, end in zip(messages, ends, strict=True))
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     check_text(text)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _ids_from_start(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The same of what :func:`_template` returns, with the tokens that begin a text for this tokenizer.
+
+    A chat template writes them itself. Without one they cannot be written into the text: sentencepiece begins a text
+    with a space that it does not have, but not behind a special token.
+    """
+    ids = _ids(text, tokenizer)
+    if tokenizer.chat_template:
+        return ids
+    some = text or "a"
+    plain, framed = _ids(some, tokenizer), tokenizer(some)["input_ids"]
+    begins = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
+    return framed[:begins] + ids
 
 
 def prompt_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -151,9 +166,9 @@ def prompt_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[i
     Raises:
         ValueError: the chat template refuses the messages, or there are no tokens that an answer could follow.
     """
-    ids = _ids(_template(messages, tokenizer, True), tokenizer)
+    ids = _ids_from_start(_template(messages, tokenizer, True), tokenizer)
     if not ids:
-        raise ValueError("the prompt is empty, and the model has no token that begins a text; it needs some text")
+        raise ValueError("the prompt is empty, and the tokenizer begins a text with no token; it needs some text")
     return ids
 
 
@@ -194,7 +209,7 @@ def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> dict[str,
             raise ValueError("the chat template rewrites earlier messages, so the answers cannot be told apart")
         for text, is_label in ((asked, False), (answered, True)):
             # Not apart where it need not be: Llama-2's tokenizer begins every text with a space.
-            now = _ids(text, tokenizer)
+            now = _ids_from_start(text, tokenizer)
             follows = now[: len(before)] == before
             part = now[len(before) :] if follows else _ids(text[len(done) :], tokenizer)
             ids += part

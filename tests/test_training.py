@@ -17,7 +17,7 @@ import pytest
 import torch
 from architectures import quantized
 from tiny import tiny_llama, tiny_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -129,13 +129,34 @@ def test_a_prompt_is_tokenized_in_training_as_in_generation():
     assert encode(TALK, tokenizer, 1000)["input_ids"][: len(asked)] == asked
 
 
-def dummy_prefix_tokenizer(scheme, *merges):
-    """As Llama-2's: a text begins with a space that it does not have."""
+def dummy_prefix_tokenizer(scheme, *merges, frame="<s> $A"):
+    """As Llama-2's: a text begins with a space that it does not have, and stands in a ``frame`` of special tokens."""
     known = ["<unk>", "<s>", "</s>", *dict.fromkeys("\u2581abcdQ2+=4."), *map("".join, merges)]
     model = models.BPE({token: i for i, token in enumerate(known)}, list(merges), unk_token="<unk>")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.post_processor = processors.TemplateProcessing(frame, special_tokens=[("<s>", 1), ("</s>", 2)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("frame", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+def test_without_a_chat_template_a_text_begins_as_the_tokenizer_begins_it(scheme, frame):
+    """As any model was trained, and as everything else will ask it with the adapter."""
+    tokenizer = dummy_prefix_tokenizer(scheme, frame=frame)
+    talk = [{"role": "user", "content": "Q 2+2="}, {"role": "assistant", "content": "4"}]
+    begins = [tokenizer.bos_token_id] if frame.startswith("<s>") else []
+    written = tokenizer("Q 2+2=")["input_ids"]
+    asked = prompt_ids(talk[:1], tokenizer)
+    assert asked == (written[:-1] if frame.endswith("</s>") else written)
+    assert asked[: len(begins)] == begins
+    assert encode(talk, tokenizer, 1000)["input_ids"] == [*asked, *tokenizer.convert_tokens_to_ids(["4", "</s>"])]
+    nothing = [{"role": "user", "content": ""}]
+    if begins:
+        assert prompt_ids(nothing, tokenizer) == begins
+    else:
+        with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer begins a text with no token"):
+            prompt_ids(nothing, tokenizer)
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
