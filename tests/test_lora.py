@@ -235,6 +235,23 @@ def test_a_layer_that_stands_at_two_paths_carries_lora_at_the_first_as_in_peft(s
     assert type(ours.get_base_model().again) is nn.Linear
 
 
+_BART = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+_BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
+_BART |= {"pad_token_id": 0, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
+
+
+def bart() -> nn.Module:
+    return tf.BartForConditionalGeneration(tf.BartConfig(**_BART)).eval()
+
+
+def marian() -> nn.Module:
+    return tf.MarianMTModel(tf.MarianConfig(**_BART)).eval()
+
+
+def bert_mlm() -> nn.Module:
+    return tiny.vary_vectors(tf.BertForMaskedLM(tf.BertConfig(**tiny._BERT)).eval())
+
+
 class Encoder(nn.Module):
     """torch's own encoder, which in evaluation does not call its linear layers and packs padded rows."""
 
@@ -637,6 +654,30 @@ class TestMerging:
         again = type(merged).from_pretrained(tmp_path)
         again.resize_token_embeddings(72)
         torch.testing.assert_close(again(ids).logits[..., :64], expected)
+
+    @pytest.mark.parametrize(
+        ("make", "config"),
+        [
+            (bert_mlm, {"target_modules": ["word_embeddings"]}),
+            (bert_mlm, {"modules_to_save": ["word_embeddings"]}),
+            (bart, {"target_modules": ["shared"]}),
+            (bart, {"modules_to_save": ["lm_head"]}),
+            (marian, {"target_modules": ["shared"]}),
+            (partial(tiny.make, "t5"), {"target_modules": ["shared"]}),
+        ],
+    )
+    def test_what_else_was_tied_is_saved_under_every_name(self, make, config, tmp_path, seed):
+        model = fp.get_peft_model(make(), fp.LoraConfig(**{"target_modules": "all-linear", **config}))
+        tiny.randomize(model)
+        ids = tiny.inputs()["input_ids"]
+        batch = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+        adapted = model(**batch).logits
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        again, found = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+        assert not found["missing_keys"]
+        for other in (merged, again):
+            torch.testing.assert_close(other(**batch).logits, adapted, rtol=1e-4, atol=1e-4)
 
     def test_unload_gives_the_base_model_back(self):
         base = tiny.make()

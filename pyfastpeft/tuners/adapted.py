@@ -72,6 +72,7 @@ class AdaptedModel(OneDevice, nn.Module):
         self.configs: dict[str, PeftConfig] = {}
         self._tuners: dict[type[Tuner], Tuner] = {}
         self._tied = _tied(model)
+        self._ties = _ties(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -465,6 +466,10 @@ class AdaptedModel(OneDevice, nn.Module):
         if self._tied and not _tied(self.model):
             for config in (self.model.config, self.model.config.get_text_config()):
                 config.tie_word_embeddings = False
+        if _ties(self.model) != self._ties:
+            # Of tied names one is saved. The others would be tied to what is no longer theirs when it is loaded, or,
+            # without the flag, to nothing: each needs a tensor of its own, at the price of an embedding's memory.
+            _untie(self.model, {*self._ties, *self._ties.values()})
         return self.model
 
 
@@ -475,6 +480,24 @@ def _original(module: nn.Module) -> nn.Module:
 def _tied(model: nn.Module) -> bool:
     """Whether the output head has the weight of the embedding, and the configuration says so."""
     return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False) and tied_ends(model))
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Name → the name it is tied to, for all parameters that transformers ties and that do share a tensor."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    declared = getattr(model, "all_tied_weights_keys", {})
+    return {name: of for name, of in declared.items() if name in tensors and tensors[name] is tensors.get(of)}
+
+
+def _untie(model: nn.Module, names: set[str]) -> None:
+    """Give each of the parameters ``names`` a tensor that no other of them has."""
+    seen = set()
+    for path, tensor in list(model.named_parameters(remove_duplicate=False)):
+        if path in names and tensor in seen:
+            parent, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, copy.deepcopy(tensor))
+        elif path in names:
+            seen.add(tensor)
 
 
 def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:
