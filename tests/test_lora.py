@@ -248,6 +248,11 @@ def marian() -> nn.Module:
     return tf.MarianMTModel(tf.MarianConfig(**_BART)).eval()
 
 
+def switch() -> nn.Module:
+    config = tf.SwitchTransformersConfig(**tiny._T5, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
+    return tf.SwitchTransformersForConditionalGeneration(config).eval()
+
+
 def bert_mlm() -> nn.Module:
     return tiny.vary_vectors(tf.BertForMaskedLM(tf.BertConfig(**tiny._BERT)).eval())
 
@@ -664,6 +669,8 @@ class TestMerging:
             (bart, {"modules_to_save": ["lm_head"]}),
             (marian, {"target_modules": ["shared"]}),
             (partial(tiny.make, "t5"), {"target_modules": ["shared"]}),
+            (switch, {"target_modules": ["shared"]}),
+            (switch, {"modules_to_save": ["lm_head"]}),
         ],
     )
     def test_what_else_was_tied_is_saved_under_every_name(self, make, config, tmp_path, seed):

@@ -58,6 +58,9 @@ _OF_PEFT_MODEL = frozenset(
 """Attributes that scripts read from ``model.base_model``, as PEFT has them there. They come from the PeftModel, not the
 base model, which has unrelated ones of the same names."""
 
+_SCALED_WHERE_TIED = ("switch_transformers", "udop", "umt5")  # UMT5 in transformers 5.20
+"""Models that scale the output head's input where ``tie_word_embeddings`` is set: it has to stay set."""
+
 
 class AdaptedModel(OneDevice, nn.Module):
     """``model`` is the base model, changed in place; ``configs`` the adapters' configurations by name.
@@ -463,7 +466,7 @@ class AdaptedModel(OneDevice, nn.Module):
             kept = wrapper.plan(names)
             put_back(self.model, path, wrapper, wrapper.original_module if kept is None else kept)
         self.bank.wrappers.clear()
-        if self._tied and not _tied(self.model):
+        if self._tied and not _tied(self.model) and self.model.config.model_type not in _SCALED_WHERE_TIED:
             for config in (self.model.config, self.model.config.get_text_config()):
                 config.tie_word_embeddings = False
         if _ties(self.model) != self._ties:
