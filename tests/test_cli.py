@@ -227,6 +227,30 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_not_written_among_the_files_of_a_model(capsys, tmp_path, model_folder, data_file):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    before = sorted(model.iterdir())
+    (tmp_path / "link").symlink_to(model)
+    for output in (model, tmp_path / "link"):
+        train = ["train", "--model", "./no-such-model", "--data", data_file, "--output", str(output)]
+        code, _, err = run(capsys, *train)
+        assert code == 1 and f"output is {str(output)!r}, which holds a model" in err
+    assert sorted(model.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["generate", "train", "quantize"])
+def test_an_adapter_is_not_taken_for_a_model(capsys, tmp_path, data_file, adapters, command):
+    options = {
+        "generate": ["--model", adapters["a"], "--prompt", "p"],
+        "train": ["--model", adapters["a"], "--data", data_file, "--output", str(tmp_path / "out")],
+        "quantize": [adapters["a"], str(tmp_path / "out")],
+    }[command]
+    code, _, err = run(capsys, command, *options)
+    assert code == 1 and f"model is {adapters['a']!r}, which is an adapter" in err and "--adapter NAME=PATH" in err
+    assert not (tmp_path / "out").exists()
+
+
 def damaged(model_folder, tmp_path, name, change):
     """A copy of the model in which ``change`` made another of the bytes of a file."""
     folder = tmp_path / f"{name}-{change.__name__}"

@@ -94,6 +94,12 @@ def _load_hub(
 
     from .. import FastPeftConfig
 
+    files = {file.name for file in source.iterdir()} if isinstance(source, Path) else set()
+    if "adapter_config.json" in files and "config.json" not in files:
+        raise ValueError(
+            f"model is {args.model!r}, which is an adapter; name its base model "
+            "(and for generate the adapter too, with --adapter NAME=PATH)"
+        )
     if isinstance(source, Path) and not any(source.glob("*.safetensors")):
         for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
             if (source / pickle).is_file():

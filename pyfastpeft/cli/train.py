@@ -99,6 +99,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     method, options, quantized = chosen(args)
     # What is wrong with these shows before the model is loaded.
     check_place(Path(args.output))
+    if (Path(args.output) / "config.json").is_file():  # with that model transformers would load the adapter
+        raise ValueError(f"output is {args.output!r}, which holds a model; name another folder for the adapter")
     rows = numbered_rows(args.data)
     tests = numbered_rows(args.test) if args.test else {}
     questions, lines = list(tests.values()), [f"{args.test}, line {number}" for number in tests]
