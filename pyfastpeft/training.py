@@ -1,7 +1,7 @@
 """Fine-tuning an adapter on conversations with transformers' Trainer.
 
 A checkpoint holds the adapter (a PEFT folder), the optimizer, the schedule and the random state in safetensors and
-JSON. It is written aside and renamed, so a checkpoint that can be seen is whole.
+JSON. It is written aside and renamed, and renamed before it is removed, so a checkpoint that can be seen is whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, sort_checkpoints
 
 from .conversations import Messages, check_positions, encode, learned_positions, pad_id, virtual_tokens
 from .hub.files import atomic_write, check_tensors, load_safetensors, read_json, save_safetensors, write_text
@@ -68,9 +68,6 @@ class AdapterTrainer(Trainer):
         final = root / f"checkpoint-{self.state.global_step}"
         aside = root / f".{final.name}.partial"
         rank = self.args.process_index
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         try:
             if self.args.should_save:
                 self.model.save_pretrained(aside, selected_adapters=self.model.active_adapters)
@@ -88,9 +85,10 @@ class AdapterTrainer(Trainer):
             raise
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            shutil.rmtree(final, ignore_errors=True)
+            _remove_checkpoint(final)
             os.replace(aside, final)
-            rotate_checkpoints(str(root), save_total_limit=self.args.save_total_limit)
+            for old in sort_checkpoints(str(root))[: -self.args.save_total_limit]:
+                _remove_checkpoint(Path(old))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -120,6 +118,13 @@ class AdapterTrainer(Trainer):
             tensors, numbers = load_safetensors(f"{stem}.safetensors"), read_json(f"{stem}.json")
             with _of_checkpoint(checkpoint, ValueError):
                 _set_random_state(tensors, numbers)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}.gone.partial")
+    with suppress(OSError):  # an old one that stays does no harm
+        os.replace(folder, aside)
+        shutil.rmtree(aside)
 
 
 class _NothingLeft(Exception):
@@ -242,6 +247,8 @@ def train_adapter(
             check_positions(f"row {number}", len(example["input_ids"]), virtual, positions)
     if last is not None:
         _check_state(Path(last) / "trainer_state.json")
+    for left in Path(output_dir).glob(".checkpoint-*.partial"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     set_seed(seed)
     args = TrainingArguments(
         output_dir=str(output_dir),

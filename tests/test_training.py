@@ -767,3 +767,27 @@ def test_white_space_around_an_answer_does_not_count(reference):
 def test_what_repeats_the_reference_is_exact_and_in_form_and_what_goes_on_otherwise_is_not_exact(reference):
     assert score_answers([reference, reference.replace("\r", "")], [reference] * 2) == (1, 1, 1)
     assert score_answers([reference + "\nmore", reference + " more"], [reference] * 2).exact == 0
+
+
+class SavedTwice(TrainerCallback):
+    """A step at the end of an epoch is saved once more."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = True
+
+
+@pytest.mark.parametrize(("steps", "callbacks"), [(2, []), (3, [SavedTwice()])], ids=["rotated", "replaced"])
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_half_of_it_to_be_seen(tmp_path, monkeypatch, steps, callbacks):
+    def killed(folder, **_):
+        if os.path.isdir(folder):
+            os.remove(f"{folder}/adapter_model.safetensors")
+            raise SystemExit
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(SystemExit):
+        run(adapter(), tmp_path, save_steps=steps, callbacks=callbacks)
+    seen = list(tmp_path.glob("checkpoint-*"))
+    assert [len(list(folder.glob("*.safetensors"))) for folder in seen] == [3] * len(seen)
+    monkeypatch.undo()
+    run(adapter(), tmp_path, save_steps=steps, resume=bool(seen))
+    assert not list(tmp_path.glob(".*"))
