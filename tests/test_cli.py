@@ -467,6 +467,15 @@ def test_a_stdout_that_was_closed_from_the_start_is_no_error(tmp_path):
     assert done.returncode == 0 and "rror" not in done.stderr
 
 
+def test_what_the_encoding_of_stdout_lacks_is_escaped_and_costs_no_work(tmp_path, model_folder, data_file):
+    compare = ["compare", "--model", model_folder, "--data", data_file, "--test", data_file, "--max-steps", "1"]
+    env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "pyfastpeft.cli", *compare, "--methods", "qlora", "--output", "é"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and "saved in \\xe9/qlora" in done.stdout and "adapter in \\xe9/qlora" in done.stdout
+    assert (tmp_path / "é" / "qlora" / "adapter_model.safetensors").is_file()
+
+
 def test_a_missing_smollm2_names_the_command_that_installs_it(capsys, monkeypatch):
     monkeypatch.setattr("pyfastpeft.cli.models.importlib.util.find_spec", lambda name: None)
     code, _, err = run(capsys, "demo")

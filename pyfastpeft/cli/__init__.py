@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from . import bench, compare, demo, generate, info, quantize, train
+from .output import opened_console
 
 _COMMANDS = (info, quantize, train, generate, compare, demo, bench)
 _EXPECTED = (ValueError, OSError, ImportError, MemoryError, SafetensorError, RuntimeError)
@@ -48,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; usage errors exit with 2, as argparse does."""
     args = _parser().parse_args(argv)
-    console = Console(stderr=args.json, highlight=False)
+    with opened_console(stderr=args.json) as console:
+        return _run(args, console)
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
     try:
         result = args.run(args, console)
         if args.json:

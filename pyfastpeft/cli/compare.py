@@ -27,7 +27,7 @@ from rich.table import Table
 
 from . import train
 from .methods import METHODS
-from .output import check_place
+from .output import check_place, opened_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,10 +107,11 @@ def _end(code: int) -> str:
 
 def _train(args: argparse.Namespace, stderr: bool, results: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        result = train.run(args, Console(stderr=stderr, highlight=False))
-    except Exception as error:
-        result = {"error": " ".join(str(error).split()) or type(error).__name__}
+    with opened_console(stderr) as console:
+        try:
+            result = train.run(args, console)
+        except Exception as error:
+            result = {"error": " ".join(str(error).split()) or type(error).__name__}
     results.send(result)
 
 

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+
+
+@contextmanager
+def opened_console(stderr: bool) -> Iterator[Console]:
+    """A command's console, on stdout or ``stderr``. What their encodings lack is escaped: it is not worth the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # None has not, nor has what a caller may have put there
+            stream.reconfigure(errors="backslashreplace")
+    yield Console(stderr=stderr, highlight=False)
 
 
 def print_answer(console: Console, text: str) -> None:
