@@ -476,6 +476,18 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped_and_costs_no_work(tmp_path
     assert (tmp_path / "é" / "qlora" / "adapter_model.safetensors").is_file()
 
 
+def test_progress_that_cannot_be_written_costs_no_result(tmp_path, model_folder, data_file):
+    compare = ["compare", "--model", model_folder, "--data", data_file, "--test", data_file, "--max-steps", "1"]
+    compare += ["--max-length", "90"]  # of which a warning says how many rows it cuts
+    env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent)}
+    command = [sys.executable, "-m", "pyfastpeft.cli", *compare, "--methods", "qlora", "--output", "out", "--json"]
+    reader, stderr = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, cwd=tmp_path, env=env)
+    os.close(stderr)
+    assert done.returncode == 0 and json.loads(done.stdout)["methods"][0]["steps"] == 1
+
+
 def test_a_missing_smollm2_names_the_command_that_installs_it(capsys, monkeypatch):
     monkeypatch.setattr("pyfastpeft.cli.models.importlib.util.find_spec", lambda name: None)
     code, _, err = run(capsys, "demo")

@@ -6,19 +6,50 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 
 
+class _Stderr:
+    """stderr, on which nobody may read: from the first error of writing on, what is said there is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # where Python flushes the rest to at the end
+
+
 @contextmanager
 def opened_console(stderr: bool) -> Iterator[Console]:
-    """A command's console, on stdout or ``stderr``. What their encodings lack is escaped: it is not worth the work."""
+    """A command's console, on stdout or ``stderr``.
+
+    What their encodings lack is escaped, and what stderr does not take is lost: it is not worth the work.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None has not, nor has what a caller may have put there
             stream.reconfigure(errors="backslashreplace")
-    yield Console(stderr=stderr, highlight=False)
+    with redirect_stderr(_Stderr(sys.stderr) if sys.stderr else None):
+        yield Console(stderr=stderr, highlight=False)
 
 
 def print_answer(console: Console, text: str) -> None:
