@@ -796,6 +796,18 @@ def test_answers_are_printed_as_they_are(capsys, monkeypatch, model_folder):
     assert f"base> {text}\n" in run(capsys, "generate", "--model", model_folder)[1]
 
 
+def test_the_names_of_adapters_are_printed_as_they_are(capsys, monkeypatch, model_folder, adapters):
+    names = ["[x]", ":smile:"]
+    arguments = ["generate", "--model", model_folder, "--max-new-tokens", "1"]
+    arguments += [f"--adapter={name}={adapters['a']}" for name in names]
+    monkeypatch.setattr("pyfastpeft.generation.answer", lambda model, tokenizer, rows, *_, **__: ["."] * len(rows))
+    assert run(capsys, *arguments, "--prompt", "p")[1] == "[x] .\n:smile: .\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("/adapter :smile:\n/adapter\n"))
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and out.startswith("adapters: base [x] :smile:. /adapter NAME switches, /quit ends.\n")
+    assert out.endswith("\n[x]> :smile:> adapters: base [x] :smile:\n:smile:> ")
+
+
 @pytest.mark.usefixtures("one_arithmetic")
 def test_adapters_switch_at_the_interactive_prompt(capsys, monkeypatch, model_folder, adapters):
     given = [f"--adapter={name}={path}" for name, path in adapters.items()]

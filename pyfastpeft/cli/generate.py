@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         adapters = names or [_BASE]
         answers = [{"adapter": n, "answer": a} for n, a in zip(adapters, ask(args.prompt, adapters), strict=True)]
         for entry in answers:
-            console.print(f"[bold]{entry['adapter']}[/bold]", end=" ")
+            console.print(f"[bold]{escape(entry['adapter'])}[/bold]", end=" ")
             print_answer(console, entry["answer"])
         return {"prompt": args.prompt, "answers": answers}
     _converse(console, [_BASE, *names], (names or [_BASE])[0], ask)
@@ -83,10 +83,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _converse(console: Console, known: list[str], active: str, ask: Callable[[str, list[str]], list[str]]) -> None:
-    console.print(f"adapters: {' '.join(known)}. /adapter NAME switches, /quit ends.")
+    adapters = f"adapters: {escape(' '.join(known))}"
+    console.print(f"{adapters}. /adapter NAME switches, /quit ends.")
     while True:
         try:
-            line = console.input(f"[bold]{active}>[/bold] ").strip()
+            line = console.input(f"[bold]{escape(active)}>[/bold] ", emoji=False).strip()
         except EOFError:
             return
         command, _, name = line.partition(" ")
@@ -96,7 +97,7 @@ def _converse(console: Console, known: list[str], active: str, ask: Callable[[st
             if name in known:
                 active = name
             else:
-                console.print(f"adapters: {' '.join(known)}")
+                console.print(adapters)
         elif line:
             try:
                 print_answer(console, ask(line, [active])[0])

@@ -49,11 +49,11 @@ def opened_console(stderr: bool) -> Iterator[Console]:
         if hasattr(stream, "reconfigure"):  # None has not, nor has what a caller may have put there
             stream.reconfigure(errors="backslashreplace")
     with redirect_stderr(_Stderr(sys.stderr) if sys.stderr else None):
-        yield Console(stderr=stderr, highlight=False)
+        yield Console(stderr=stderr, highlight=False, emoji=False)
 
 
 def print_answer(console: Console, text: str) -> None:
-    """Print what a model says: rich would wrap it and make emojis of parts of it."""
+    """Print what a model says: rich would wrap it and take parts of it for markup."""
     print(text, file=console.file)
 
 
