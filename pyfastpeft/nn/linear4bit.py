@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_bnb, packed_from_stat
 from ..ops import Lora, linear_4bit
 from ..ops.linear_4bit import check_compute, check_compute_dtype, needs_grad
 from .one_device import OneDevice
+
+
+def _as_attributes(names: Iterable[str]) -> SimpleNamespace:
+    """A tree in which each of ``names``, which have dots, can be followed from attribute to attribute."""
+    root = SimpleNamespace()
+    for name in names:
+        node = root
+        for part in name.split("."):
+            node = vars(node).setdefault(part, SimpleNamespace())
+    return root
 
 
 class Linear4bit(OneDevice, nn.Linear):
@@ -34,6 +45,9 @@ class Linear4bit(OneDevice, nn.Linear):
         compute: None, or ``"int8"``: see :func:`pyfastpeft.ops.linear_4bit`. Whatever needs a gradient is computed
             exactly all the same.
     """
+
+    # The class's, not the parameter's, whose attributes neither pickling nor sharding would keep.
+    _state_names = _as_attributes(f"weight.{suffix}" for suffix in STATE_SUFFIXES)
 
     def __init__(
         self,
@@ -216,6 +230,10 @@ class Linear4bit(OneDevice, nn.Linear):
             del destination[prefix + "weight"]
             destination.update(packed_to_state(self.packed, prefix + "weight"))
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where ``torch.distributed.checkpoint.state_dict`` follows the keys under ``weight``: a parameter has none."""
+        return {"weight": "_state_names"}
+
     def _load_from_state_dict(
         self,
         state_dict: dict,
@@ -254,9 +272,15 @@ class Linear4bit(OneDevice, nn.Linear):
         if packed is not None:
             self.set_packed(packed)
 
-    def _packed_from(self, state: dict[str, Tensor], key: str) -> Packed4bit:
+    def _packed_from(self, state: dict[str, Tensor], key: str) -> Packed4bit | None:
         """The weight under ``key``, in 4 bits already or quantized now, on this layer's device and of its shape."""
         weight = state[key]
+        if hasattr(self.weight, "device_mesh"):  # a DTensor, as packed is not
+            raise TypeError("this layer's weight is sharded; a 4-bit weight must be loaded before fully_shard")
+        if weight is self.weight:
+            # torch.distributed.checkpoint puts the parameters themselves where a state leaves the frozen ones out; the
+            # scales beside them may be another model's.
+            return self.packed
         if weight.is_floating_point() and len(state) == 1:
             packed = quantize_4bit(weight, self.quant_type, self.blocksize, self.double_quant)
         else:
