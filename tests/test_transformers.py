@@ -214,15 +214,47 @@ def test_the_output_layer_is_converted_when_asked_for_unless_it_is_tied(tmp_path
         assert ("lm_head" in layers_4bit(model)) == converted
 
 
-def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_full_precision(tmp_path, ids):
-    sizes = {"hidden_size": 64, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 128}
-    original = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
-    original.save_pretrained(tmp_path)
-    for chosen in (None, ["lm_head"]):
+_WAVLM = {
+    "conv_dim": (32,),
+    "conv_stride": (5,),
+    "conv_kernel": (10,),
+    "num_feat_extract_layers": 1,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+# class: (arguments of its configuration, names of the layers in 4 bits)
+READ = {
+    "MambaForCausalLM": ({"state_size": 4}, "in_proj x_proj out_proj"),
+    "LongT5ForConditionalGeneration": (T5, "q k v o wi"),
+    "WavLMForSequenceClassification": (
+        _WAVLM,
+        "intermediate_dense output_dense projection projector gru_rel_pos_linear",
+    ),
+    "MobileBertForMaskedLM": (
+        {"embedding_size": 32, "intra_bottleneck_size": 32, "num_feedforward_networks": 1},
+        "embedding_transformation query key value dense",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_full_precision(tmp_path, ids, name):
+    arguments, names = READ[name]
+    cls = getattr(transformers, name)
+    original = cls(cls.config_class(**(SIZES | arguments))).eval()
+    original.save_pretrained(tmp_path / "full")
+    given = {"input_values": torch.randn(2, 400)} if name.startswith("WavLM") else {"input_ids": ids}
+    given |= {"decoder_input_ids": ids} if original.config.is_encoder_decoder else {}
+    skipped = ["lm_head", "classifier"]
+    theirs = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
+    cls.from_pretrained(tmp_path / "full", quantization_config=theirs).save_pretrained(tmp_path / "bnb")
+    for folder, chosen in (("full", None), ("full", skipped), ("bnb", None)):
         config = fp.FastPeftConfig(modules_to_not_convert=chosen)
-        model = type(original).from_pretrained(tmp_path, quantization_config=config).eval()
-        assert {name.rpartition(".")[2] for name in layers_4bit(model)} == {"in_proj", "x_proj", "out_proj"}
-        assert relative(output(model, ids), output(original, ids)) < 0.5
+        model = cls.from_pretrained(tmp_path / folder, quantization_config=config).eval()
+        assert {path.rpartition(".")[2] for path in layers_4bit(model)} == set(names.split())
+        assert "cls.predictions.dense" not in layers_4bit(model)
+        with torch.no_grad():
+            assert relative(model(**given).logits, original(**given).logits) < 0.5
 
 
 def test_a_layer_the_checkpoint_lacks_is_initialized_and_quantized(tmp_path):

@@ -24,6 +24,7 @@ from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_settings, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
+from ..nn.weight_reads import needs_full_precision
 from ..ops.linear_4bit import check_compute, check_compute_dtype
 from .forwards import remove
 
@@ -44,7 +45,8 @@ class FastPeftConfig(QuantizationConfigMixin):
         double_quant: keep the scales themselves in 8 bits (NF4 and FP4).
         compute_dtype: dtype the products run in, default the input's.
         modules_to_not_convert: names (or patterns) of linear layers to leave in full precision. Default: the output
-            embedding and the last layer. Layers whose weight is tied to another are always left.
+            embedding and the last layer. Layers whose weight is tied to another, or read by the module around them,
+            are always left.
         compute: ``"int8"`` for faster inference on CPUs with activations rounded to 8 bits (relative error of a layer
             up to 7e-3); training is exact all the same.
 
@@ -175,7 +177,7 @@ class FastPeftQuantizer(HfQuantizer):
         config = self.quantization_config
         # Which layers are in 4 bits a checkpoint itself says, whatever class opens it: the others are left.
         skipped = [] if self.pre_quantized else config.modules_to_not_convert
-        for name, module in layers_to_convert(model, skipped).items():
+        for name, module in layers_to_convert(model, skipped, read=self.pre_quantized).items():
             shape = module.weight.shape
             rows, columns = reversed(shape) if isinstance(module, Conv1D) else shape
             layer = Linear4bit(
@@ -204,13 +206,16 @@ class FastPeftQuantizer(HfQuantizer):
             if not any(isinstance(op, _Deserialize) for op in getattr(conversion, "operations", ()))
         ]
         for name, layer in list(model.named_modules()):
+            if not isinstance(layer, Linear4bit):
+                continue
             # Not in the checkpoint: transformers has initialized it (and said so).
-            if isinstance(layer, Linear4bit) and layer.packed is None:
-                if self.pre_quantized:
-                    self._put_original(model, name, layer, layer.weight.detach())
-                    self._originals.pop(name).requires_grad_()
-                else:
-                    layer.set_packed(self.quantized(layer.weight))
+            if layer.packed is None and not self.pre_quantized:
+                layer.set_packed(self.quantized(layer.weight))
+            elif layer.packed is None or _is_read(model, name):
+                dtype = self.original(name).weight.dtype
+                weight = layer.weight.detach() if layer.packed is None else layer.dequantize(dtype)
+                self._put_original(model, name, layer, weight)
+                self._originals.pop(name).requires_grad_()
         for tensor in (*model.parameters(), *model.buffers()):
             # A view of the mapped file keeps all of it mapped, also what was quantized.
             if not tensor.untyped_storage().resizable():
@@ -327,12 +332,21 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
 
 
-def layers_to_convert(model: PreTrainedModel, chosen: list[str] | None) -> dict[str, nn.Module]:
-    """The layers to bring to 4 bits, by name, where ``chosen`` is a ``modules_to_not_convert``."""
+def layers_to_convert(model: PreTrainedModel, chosen: list[str] | None, read: bool = False) -> dict[str, nn.Module]:
+    """The layers to bring to 4 bits, by name, where ``chosen`` is a ``modules_to_not_convert``.
+
+    Args:
+        read: also those whose weight the module around them reads.
+    """
     skip = [*_left_in_full_precision(model, chosen), *(model._keep_in_fp32_modules or ())]
-    layers = linear_layers(model)
-    skip += [name for name in layers if name.endswith(".dt_proj")]  # by whose weight Mamba's mixers multiply themselves
-    return {name: module for name, module in layers.items() if should_convert_module(name, skip)}
+    layers = {name: module for name, module in linear_layers(model).items() if should_convert_module(name, skip)}
+    return {name: module for name, module in layers.items() if read or not _is_read(model, name)}
+
+
+def _is_read(model: nn.Module, name: str) -> bool:
+    """Whether the module around the layer ``name`` reads its weight, which must then be in full precision."""
+    parent, _, layer = name.rpartition(".")
+    return needs_full_precision(model.get_submodule(parent), layer)
 
 
 def nothing_to_convert(model: PreTrainedModel, config: FastPeftConfig) -> ValueError:
