@@ -298,15 +298,45 @@ def test_torchs_encoder_computes_in_evaluation_what_it_trained(config, padded):
 
 @pytest.mark.parametrize("config", [fp.LoraConfig, fp.BottleneckConfig], ids=["lora", "bottleneck"])
 def test_a_layer_that_torchs_attention_never_calls_is_no_target(config):
-    with pytest.raises(
-        ValueError, match=r"layers.0.self_attn.out_proj', whose weight torch's MultiheadAttention reads"
-    ):
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.out_proj', whose weight MultiheadAttention reads"):
         fp.get_peft_model(Encoder(), config(target_modules=["out_proj", "linear1"]))
 
 
 def test_all_linear_leaves_out_what_torchs_attention_never_calls():
     model = fp.get_peft_model(Encoder(), fp.LoraConfig(target_modules="all-linear"))
     assert {path.rpartition(".")[2] for path in model.base_model.bank.layers} == {"linear1", "linear2", "head"}
+
+
+_WAVLM = {"conv_dim": (32,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+_WAVLM |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0, "layerdrop": 0.0}
+_MOBILE = {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 1}
+# class: (arguments of its configuration, the layers that it reads the weights of)
+READ = {
+    "MambaForCausalLM": ({"state_size": 4}, ["dt_proj", "out_proj"]),
+    "FalconMambaForCausalLM": ({"state_size": 4}, ["dt_proj", "out_proj"]),
+    "Mamba2ForCausalLM": ({"num_heads": 8, "head_dim": 8, "n_groups": 1}, ["out_proj"]),
+    "WavLMModel": (_WAVLM, ["q_proj", "k_proj", "v_proj", "out_proj"]),
+    "MobileBertForMaskedLM": (_MOBILE, ["cls.predictions.dense"]),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_nor_is_one_whose_weight_a_model_reads_while_every_other_learns(name):
+    arguments, read = READ[name]
+    cls = getattr(tf, name)
+    base = cls(cls.config_class(**(tiny._LLAMA | {"num_key_value_heads": 4} | arguments)))
+    for layer, config in itertools.product(read, (fp.LoraConfig, fp.BottleneckConfig)):
+        with pytest.raises(ValueError, match=f"{layer}', whose weight .* reads without calling the layer"):
+            fp.get_peft_model(base, config(target_modules=[layer]))
+    inputs = {"input_values": torch.randn(2, 400)} if name == "WavLMModel" else {"input_ids": torch.arange(5, 14)[None]}
+    model = fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear")).train()
+    model(**inputs)[0].square().sum().backward()
+    learning = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
+    assert learning and all(grad is not None and grad.any() for grad in learning.values())
+    tiny.randomize(model)
+    with torch.no_grad():
+        expected = model.eval()(**inputs)[0]
+        torch.testing.assert_close(model.merge_and_unload().eval()(**inputs)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_pefts_file_may_hold_lora_that_torchs_attention_never_called(tmp_path):

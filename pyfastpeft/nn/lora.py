@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..adapters import AdapterBank, Rows
 from ..formats import quantize_4bit
@@ -337,11 +336,6 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     if type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d):
         return LoraConv1D
     return None
-
-
-def is_never_called(module: nn.Module) -> bool:
-    """Whether ``module`` is like ``MultiheadAttention.out_proj`` of torch: not called, its weight is read instead."""
-    return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def expected_tensors(module: nn.Module, r: int, use_dora: bool, lora_bias: bool) -> dict[str, tuple[int, ...]]:

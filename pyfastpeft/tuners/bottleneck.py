@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
-from ..nn.lora import is_never_called, layer_class, matrix_shape
+from ..nn.lora import layer_class, matrix_shape
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, check_count, names_or_pattern, register_method
-from .modules import base_of, check_called, ends_with, hint, is_named, modules_of, put, set_packing
+from .modules import base_of, check_called, ends_with, hint, is_named, is_never_called, modules_of, put, set_packing
 from .tuner import Tuner
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
@@ -82,7 +82,7 @@ def ends_of_sublayers(model: nn.Module, placement: str) -> list[str]:
     Raises:
         ValueError: the model's layers are not of a known form.
     """
-    modules = dict(modules_of(model))
+    modules = [path for path, _ in modules_of(model)]
     found = [[path for path in modules if re.fullmatch(kind, path)] for kind in _PLACEMENTS[placement]]
     numbered = [{re.match(r".*?\.\d+\.|", path)[0] for path in kind} for kind in found]
     if not all(found) or any(layers != numbered[0] for layers in numbered):
@@ -90,7 +90,7 @@ def ends_of_sublayers(model: nn.Module, placement: str) -> list[str]:
             f"target_modules is None, and where the attention and feed-forward sublayers of a {type(model).__name__} "
             "end is not known; name the projections that end them"
         )
-    return sorted(path for kind in found for path in kind if not is_never_called(base_of(modules[path])))
+    return sorted(path for kind in found for path in kind if not is_never_called(model, path))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -127,7 +127,7 @@ class BottleneckTuner(Tuner):
                     f"target_modules matches {path!r}, a {type(module).__name__}; a bottleneck goes after a Linear or "
                     "Conv1D"
                 )
-        check_called(found, "leave it out")
+        check_called(self.model, found, "leave it out")
         return found
 
     def expected(self, config: BottleneckConfig, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraConv1D, expected_tensors, is_never_called, layer_class
+from ..nn.lora import LoraConv1D, expected_tensors, layer_class
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.lora_layer import LoraLayer, scaling_of
 from ..nn.trainable_tokens import TrainableTokens
@@ -42,6 +42,7 @@ from .modules import (
     inside_of,
     inside_saved,
     is_named,
+    is_never_called,
     modules_of,
     parameters_of,
     plain_modules_of,
@@ -301,7 +302,7 @@ def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
     for path, module in modules_of(model):
         base = base_of(module)
         if layer_class(base) is not None and not isinstance(base, nn.Embedding) and module is not head:
-            linear += [] if module in kept or is_never_called(base) else [path]
+            linear += [] if module in kept or is_never_called(model, path) else [path]
         if path.endswith("experts"):
             fused += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
     if fused:
@@ -343,7 +344,7 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
             f"target_modules matches {path!r}, a {type(module).__name__}; LoRA needs a Linear, Conv1D or Embedding"
         )
     if strict:
-        check_called(targets, "leave it out, or name it in exclude_modules")
+        check_called(model, targets, "leave it out, or name it in exclude_modules")
     return targets
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import is_never_called
 from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TrainableTokens
+from ..nn.weight_reads import never_calls
 from .base import PeftConfig, TaskType
 
 HEADS = {
@@ -205,17 +205,24 @@ def hint(asked: list[str] | str, model: nn.Module, paths: Iterable[str]) -> str:
     return f"Names that can be given: {', '.join(names)}"
 
 
-def check_called(targets: Mapping[str, nn.Module], advice: str) -> None:
-    """Whether ``targets``, path → module, are all called, so that what is put around them has an effect.
+def is_never_called(model: nn.Module, path: str) -> bool:
+    """Whether what stands around the layer at ``path`` reads its weight and does not call it (:func:`never_calls`)."""
+    parent, _, name = path.rpartition(".")
+    return never_calls(model.get_submodule(parent), name)
+
+
+def check_called(model: nn.Module, targets: Iterable[str], advice: str) -> None:
+    """Whether the layers at ``targets`` are all called, so that what is put around them has an effect.
 
     Raises:
         ValueError: one is not (:func:`is_never_called`); ``advice`` says what to do.
     """
-    for path, module in targets.items():
-        if is_never_called(base_of(module)):
+    for path in targets:
+        if is_never_called(model, path):
+            holder = type(model.get_submodule(path.rpartition(".")[0])).__name__
             raise ValueError(
-                f"target_modules matches {path!r}, whose weight torch's MultiheadAttention reads without calling the "
-                f"layer, so that an adapter there has no effect; {advice}"
+                f"target_modules matches {path!r}, whose weight {holder} reads without calling the layer, so that an "
+                f"adapter there has no effect; {advice}"
             )
 
 
