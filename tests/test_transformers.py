@@ -257,6 +257,16 @@ def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_full_precision
             assert relative(model(**given).logits, original(**given).logits) < 0.5
 
 
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("family", ["Bert", "XLMRoberta"])  # the second has its head before its layers
+def test_heads_stay_in_full_precision_wherever_a_model_has_them(tmp_path, family, task):
+    cls = getattr(transformers, f"{family}For{task}")
+    cls(cls.config_class(**SMALL_BERT)).save_pretrained(tmp_path)
+    model = cls.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig())
+    assert all(".layer.0." in name or "pooler" in name for name in layers_4bit(model))
+    assert sum(".layer.0." in name for name in layers_4bit(model)) == 6
+
+
 def test_a_layer_the_checkpoint_lacks_is_initialized_and_quantized(tmp_path):
     original, auto = saved(tmp_path)
     state = load_file(tmp_path / "model.safetensors")

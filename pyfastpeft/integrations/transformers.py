@@ -45,8 +45,8 @@ class FastPeftConfig(QuantizationConfigMixin):
         double_quant: keep the scales themselves in 8 bits (NF4 and FP4).
         compute_dtype: dtype the products run in, default the input's.
         modules_to_not_convert: names (or patterns) of linear layers to leave in full precision. Default: the output
-            embedding and the last layer. Layers whose weight is tied to another, or read by the module around them,
-            are always left.
+            embedding, the heads of classes and answers (``classifier``, ``score``, ``qa_outputs``) and the last layer.
+            Layers whose weight is tied to another, or read by the module around them, are always left.
         compute: ``"int8"`` for faster inference on CPUs with activations rounded to 8 bits (relative error of a layer
             up to 7e-3); training is exact all the same.
 
@@ -356,14 +356,17 @@ def nothing_to_convert(model: PreTrainedModel, config: FastPeftConfig) -> ValueE
 
 
 def _left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) -> set[str]:
-    """Names of modules not to convert: ``chosen``, or the output embedding and the last module; and all tied ones."""
+    """Names of modules not to convert: ``chosen``, or the heads and the last module; and all tied ones."""
     keys = (key for pair in model.all_tied_weights_keys.items() for key in pair)
     tied = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")}
     if chosen is not None:
         return tied | set(chosen)
-    output = model.get_output_embeddings()
+    from ..tuners.modules import HEADS
+
+    names = {name for heads in HEADS.values() for name in heads}
+    heads = [model.get_output_embeddings(), *(child for name, child in model.named_children() if name in names)]
     last, _ = list(model.named_parameters())[-1]
-    return tied | {last.rpartition(".")[0]} | {name for name, module in model.named_modules() if module is output}
+    return tied | {last.rpartition(".")[0]} | {n for n, m in model.named_modules() if any(m is head for head in heads)}
 
 
 def _read_checkpoints_of_others() -> None:
