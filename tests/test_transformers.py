@@ -63,6 +63,7 @@ MODELS = {
     "gpt2": ("GPT2Config", GPT2, AutoModelForCausalLM, 8),
     "phi": ("PhiConfig", SIZES, AutoModelForCausalLM, 12),
     "gemma": ("GemmaConfig", GROUPED | {"head_dim": 16}, AutoModelForCausalLM, 14),
+    "falcon": ("FalconConfig", SIZES | {"bias": True}, AutoModelForCausalLM, 8),
     "opt": ("OPTConfig", OPT, AutoModelForCausalLM, 12),
     "t5": ("T5Config", T5, AutoModelForSeq2SeqLM, 28),  # its `wo` stay in float32, as transformers asks
     "bert": ("BertConfig", SIZES, AutoModelForMaskedLM, 13),

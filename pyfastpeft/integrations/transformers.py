@@ -329,7 +329,12 @@ def _let_go(read: Tensor) -> None:
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """All layers that could be in 4 bits, by name."""
-    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
+    # Falcon's layers compute what nn.Linear does, the bias in an addition of its own.
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear or isinstance(m, Conv1D) or type(m).__name__ == "FalconLinear"
+    }
 
 
 def layers_to_convert(model: PreTrainedModel, chosen: list[str] | None, read: bool = False) -> dict[str, nn.Module]:
