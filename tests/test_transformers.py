@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -266,6 +267,23 @@ def test_heads_stay_in_full_precision_wherever_a_model_has_them(tmp_path, family
     model = cls.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig())
     assert all(".layer.0." in name or "pooler" in name for name in layers_4bit(model))
     assert sum(".layer.0." in name for name in layers_4bit(model)) == 6
+
+
+def test_experts_in_one_parameter_are_said_to_stay_in_full_precision(tmp_path):
+    cls = transformers.MixtralForCausalLM
+    original = cls(cls.config_class(**GROUPED, num_local_experts=4))
+    original.save_pretrained(tmp_path / "full")
+    left, total = 2 * (4 * 3 * 64 * 96 + 4 * 64), original.num_parameters()  # experts and routers
+    said = f"{left:,} of the {total:,} parameters .* 6 weights that no linear layer holds .*experts.gate_up_proj, "
+    with pytest.warns(UserWarning, match=said):
+        model = cls.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig())
+    model.save_pretrained(tmp_path / "4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        cls.from_pretrained(tmp_path / "4")
+        for name in ("llama_tied", "bert", "gpt2"):  # mostly embeddings and layers
+            _, auto = saved(tmp_path / name, name)
+            auto.from_pretrained(tmp_path / name, quantization_config=fp.FastPeftConfig())
 
 
 def test_a_layer_the_checkpoint_lacks_is_initialized_and_quantized(tmp_path):

@@ -7,6 +7,7 @@ Importing this module registers the method ``"pyfastpeft"``, so a saved model re
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -196,6 +197,8 @@ class FastPeftQuantizer(HfQuantizer):
             self._originals[name] = module
         if not self._originals:
             raise nothing_to_convert(model, config)
+        if not self.pre_quantized:
+            _warn_of_other_weights(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # Our own conversions only read; a save writes what state_dict gives.
@@ -358,6 +361,24 @@ def nothing_to_convert(model: PreTrainedModel, config: FastPeftConfig) -> ValueE
     """What to raise where a 4-bit model was asked for and no layer is in 4 bits."""
     skipped = config.modules_to_not_convert
     return ValueError(f"{type(model).__name__} has no linear layer to quantize; modules_to_not_convert is {skipped}")
+
+
+def _warn_of_other_weights(model: PreTrainedModel) -> None:
+    """Say so where much of ``model`` is in parameters of no layer, such as those that hold a layer of all experts."""
+    layers = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
+    other = {
+        f"{path}.{name}": parameter.numel()
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1 and not isinstance(module, layers)
+    }
+    left, total = sum(other.values()), sum(parameter.numel() for parameter in model.parameters())
+    if left > total / 10:
+        warnings.warn(
+            f"{left:,} of the {total:,} parameters of {type(model).__name__} stay in full precision, in {len(other)} "
+            f"weights that no linear layer holds ({max(other, key=other.get)}, …): only linear layers are quantized",
+            stacklevel=2,
+        )
 
 
 def _left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) -> set[str]:
