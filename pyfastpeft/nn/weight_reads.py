@@ -28,7 +28,7 @@ def never_calls(parent: nn.Module, name: str) -> bool:
 
 
 def needs_full_precision(parent: nn.Module, name: str) -> bool:
-    """Whether ``parent`` reads the weight of its layer ``name``, so that 4 bits do not do. (Of Mamba's ``out_proj`` they
-    do on a CPU and in inference.)"""
+    """Whether ``parent`` reads the weight of its layer ``name``, so that it has to be in full precision. (Mamba's
+    ``out_proj`` need not be on a CPU or in inference.)"""
     mixed = name == "out_proj" and _MIXER.fullmatch(type(parent).__name__) is not None
     return name in _CAST_TO or (never_calls(parent, name) and not mixed)
