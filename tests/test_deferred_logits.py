@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from architectures import inputs, make, randomize, relative
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig
 
 import pyfastpeft as fp
@@ -309,13 +310,20 @@ class DoubledWeight(nn.Parameter):
         return 2 * result if func is F.linear else result
 
 
-@pytest.mark.parametrize("head", ["product", "biased", "forward", "weight", "autocast", "plain_torch"])
+class Squared(nn.Module):
+    def forward(self, weight):
+        return weight * weight
+
+
+@pytest.mark.parametrize("head", ["product", "biased", "forward", "weight", "parametrized", "autocast", "plain_torch"])
 def test_a_head_that_is_more_than_a_product_or_that_no_operator_serves_is_called(head, computed, request):
     model = make("llama").train()
     if head == "forward":
         model.lm_head.__class__ = Doubled
     elif head == "weight":
         model.lm_head.weight = DoubledWeight(model.lm_head.weight.data)
+    elif head == "parametrized":
+        parametrize.register_parametrization(model.lm_head, "weight", Squared())
     elif head == "biased":
         model.lm_head.bias = nn.Parameter(torch.randn(64))
     elif head == "plain_torch":
@@ -360,11 +368,14 @@ def test_a_head_that_has_other_parameters_since_gives_the_logits_of_its_call(rea
     torch.testing.assert_close(*found)
 
 
-def test_a_head_whose_weight_was_changed_in_place_is_an_error():
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_a_head_whose_weight_was_changed_in_place_is_an_error(parametrized):
     head = make("llama").lm_head.train().requires_grad_(False)
+    if parametrized:
+        parametrize.register_parametrization(head, "weight", Squared())
     install(head, _DeferringForward)
     logits = head(torch.randn(2, 3, 32))
-    head.weight.mul_(2)
+    next(head.parameters()).mul_(2)
     with pytest.raises(RuntimeError, match=r"changed in place.*defer_logits"):
         logits.sum()
 

@@ -115,7 +115,7 @@ class _Call:
     def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
         self.head, self._hidden = head, hidden
         self._parameters = head._parameters.copy()  # it may have others by the time the logits are computed
-        operands = hidden, *(p for p in self._parameters.values() if p is not None)
+        operands = hidden, *head.parameters()  # a parametrization's too
         self._versions = [(t, t._version) for t in operands]
         self.autocast = autocast_of(hidden)  # which may have ended by the time the logits are computed
         self.dtype = self.autocast["dtype"] if self.autocast["enabled"] else hidden.dtype
@@ -139,9 +139,10 @@ class _Call:
     def weight(self) -> Tensor | None:
         """The head's, where there is nothing else to it and ``head_cross_entropy`` serves it."""
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        plain = type(self.head) is nn.Linear and bias is None and type(weight) is nn.Parameter
+        if not (type(self.head) is nn.Linear and bias is None and type(weight) is nn.Parameter):
+            return None
         alike = not self.autocast["enabled"] and weight.dtype == self.hidden.dtype
-        return weight if plain and alike and choose_plain(weight.device) is Backend.NATIVE else None
+        return weight if alike and choose_plain(weight.device) is Backend.NATIVE else None
 
     def logits(self) -> Tensor:
         """The logits [..., classes], computed once, with the graph that they have where nothing is put off."""
