@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..nn.hooks import hooked
+from ..nn.hooks import hooked, sharded
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
 from ..ops.backends import FLOATS, choose_plain
 from ..ops.cross_entropy import IGNORED
@@ -346,11 +346,12 @@ class _DeferringForward(ModuleForward):
         head = self.module
         if not (head.training and torch.is_grad_enabled()) or traced():
             return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
-        # A hook wants to see the logits, or brings the weight for this very call; a trained weight may soon be another.
+        # A hook wants to see the logits, or brings the weight for this very call, and FSDP does both around the model;
+        # a trained weight may soon be another.
         trained = any(p.requires_grad for p in head.parameters())
         # Inference tensors do not tell whether they were changed.
         inference = any(t.is_inference() for t in (input, *head.parameters()))
-        if hooked(head) or trained or input.dtype not in FLOATS or inference:
+        if hooked(head) or sharded(head) or trained or input.dtype not in FLOATS or inference:
             return self.own(input)
         call = _Call(head, input)
         meta = torch.empty((*input.shape[:-1], head.out_features), dtype=call.dtype, device="meta")

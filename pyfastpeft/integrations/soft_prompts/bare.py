@@ -8,8 +8,29 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ...nn.hooks import sharded
+
+
+class _Together(torch.autograd.Function):
+    """Tensors as they are; those that nothing reads get gradients of zeros as soon as one of them gets any."""
+
+    @staticmethod
+    def forward(ctx, *tensors):  # noqa: ANN001
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):  # noqa: ANN001
+        return grads
+
+
+def tied(tensors: Sequence[Tensor], output: Tensor, module: nn.Module) -> list[Tensor]:
+    """``tensors``, whose gradients reach ``output`` as well where FSDP brings the parameters of ``module``: it brings
+    them for the backward pass when the module's output gets a gradient."""
+    return list(_Together.apply(output, *tensors)[1:]) if sharded(module) else list(tensors)
 
 
 @contextmanager
@@ -21,7 +42,7 @@ def fed(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]
     thread = threading.get_ident()
 
     def exchanged(x: Tensor, module: nn.Module, args: tuple) -> tuple | None:
-        return (x.unsqueeze(0), *args[1:]) if threading.get_ident() == thread else None
+        return (*tied([x.unsqueeze(0)], args[0], module), *args[1:]) if threading.get_ident() == thread else None
 
     with ExitStack() as hooks:
         for block, x in zip(blocks, inputs, strict=True) if inputs else ():

@@ -23,6 +23,7 @@ from ...adapters import AdapterBank, Rows
 from ...nn.prompt_encoder import Form
 from .. import attention
 from ..forwards import ModuleForward
+from .bare import tied
 from .decoders import KeyValueShape, block_of
 from .kept_prompts import Source, Values
 from .prefixes import OFF, Prefixes, distinct, goes_on, past_of
@@ -315,11 +316,12 @@ class BidirectionalPrefixes(Prefixes):
         _recorder.held = held = {}
         try:
             with self._bare(rows, layer_inputs):
-                stack(inputs_embeds=embeddings.unsqueeze(0), use_cache=False)
+                output = stack(inputs_embeds=embeddings.unsqueeze(0), use_cache=False)
         finally:
             _recorder.held = None
             self._set_attention(attention_before)
-        return Values([t for module in self.attentions for t in held[module]], None)
+        tensors = [t for module in self.attentions for t in held[module]]
+        return Values(tied(tensors, output[0], self._blocks[-1]), None)
 
     def export(self, names: tuple[str, ...]) -> list[Tensor]:
         at_embedding = [name for name in names if name in self.tokens]

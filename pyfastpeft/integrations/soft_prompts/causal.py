@@ -23,7 +23,7 @@ from ...adapters import Rows
 from ...nn.prompt_encoder import Form
 from ...ops.tracing import is_compiling
 from .. import attention
-from .bare import all_layers, reaching
+from .bare import all_layers, reaching, tied
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
 from .first_label import FIRST, with_first_label, with_last, without_last
 from .kept_prompts import Values
@@ -189,7 +189,7 @@ class CausalPrefixes(Prefixes):
                 **handed,
             )
         held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        return Values(self._in_layers(held), output[0][:, -1])
+        return Values(self._in_layers(tied(held, output[0], self._blocks[-1])), output[0][:, -1])
 
     def keys_values(self, ids: Tensor) -> Tensor:
         return torch.cat([t.to(ids.device) for t in self._of_tokens(ids)]).permute(2, 0, 1, 3).flatten(1)
