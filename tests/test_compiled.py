@@ -255,6 +255,19 @@ def test_an_exported_model_takes_any_rows_and_leaves_its_source_as_it_was(kwargs
             close(exported(x), expected, 0.02 * float(expected.abs().max()))
 
 
+def test_an_exported_model_with_a_prefix_takes_any_batch():
+    model = adapted("prefix").eval()
+    ids = tiny.inputs()["input_ids"]
+    with torch.no_grad():
+        shapes = {"input_ids": {0: torch.export.Dim("batch", max=9)}, "use_cache": None}
+        exported = torch.export.export(
+            model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes
+        ).module()
+        for rows in (1, 2, 5):
+            ids = torch.randint(60, (rows, ids.shape[1]))
+            close(exported(input_ids=ids, use_cache=False).logits, model(ids, use_cache=False).logits, 1e-5)
+
+
 @pytest.mark.parametrize("method", RUN_THROUGH_THE_MODEL)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_prompt_that_runs_through_the_model_is_not_exported(method, strict):

@@ -106,7 +106,7 @@ class CausalPrefixes(Prefixes):
         decoding = goes_on(past, inputs.shape[1])
         positions = self._positions(kwargs, inputs, past)
         with self.bank.reaching(0 if follows else self._reach(rows, positions)):
-            run = self.run_of(rows, len(inputs), decoding)
+            run = self.run_of(rows, inputs.shape[0], decoding)
         if follows:
             kwargs[attention.HANDED_DOWN] = run
         else:
