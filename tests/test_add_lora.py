@@ -127,6 +127,10 @@ def test_second_derivatives_match_float64(isa, dropout):
         assert error(mine, theirs) <= 1e-5
 
 
+class Other(torch.nn.Parameter):
+    """As torchao's weights in 8 bits are: what it computes with need not be what lies in its memory."""
+
+
 def test_plain_torch_serves_the_rest(monkeypatch):
     base, x, (a, b) = torch.randn(5, 24), torch.randn(5, 64), adapter(24, 64, 4)
     expected = float64(base, x, a, b, 2.0)
@@ -139,8 +143,11 @@ def test_plain_torch_serves_the_rest(monkeypatch):
     assert error(add_lora(base, x, a, b, torch.tensor(2.0)), expected) <= 1e-5 and len(called) == 4
     with torch.autocast("cpu", torch.bfloat16):
         assert error(add_lora(base, x, a, b, 2.0), expected) <= 2e-2 and len(called) == 6
+    for factors in ((Other(a), b), (a, Other(b))):
+        assert error(add_lora(base, x, *factors, 2.0), expected) <= 1e-5
+    assert len(called) == 10
     monkeypatch.setattr(backends, "_FORCED", Backend.REFERENCE)
-    assert error(add_lora(base, x, a, b, 2.0), expected) <= 1e-5 and len(called) == 8
+    assert error(add_lora(base, x, a, b, 2.0), expected) <= 1e-5 and len(called) == 12
 
 
 def test_operands_that_do_not_fit_are_named():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .backends import FLOATS, Backend, as_rows, choose_plain
+from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
 from .tracing import is_compiling, recorded
 
 
@@ -49,7 +49,7 @@ def _served(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
     if is_compiling() or torch.is_autocast_enabled("cpu") or type(x) is not Tensor:
         return False
     floats = x.dtype is base.dtype and all(t.is_cpu and t.dtype in FLOATS for t in (base, x, a, b))
-    return floats and choose_plain(x.device) is Backend.NATIVE
+    return floats and is_plain(a) and is_plain(b) and choose_plain(x.device) is Backend.NATIVE
 
 
 class _AddLora(torch.autograd.Function):
