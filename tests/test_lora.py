@@ -1591,6 +1591,15 @@ class TestBadArguments:
         assert not any(c.inference_mode for c in model.peft_config.values())
         assert model.get_base_model().model.layers[0].self_attn.q_proj.merged
 
+    def test_what_is_not_called_itself_is_not_trained_whole(self):
+        config = fp.LoraConfig(target_modules=["q"], modules_to_save=["held"])
+        for holder in (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList, torch.nn.ParameterDict):
+            model = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4), "held": holder()})
+            before = dict(model.named_modules())
+            with pytest.raises(ValueError, match=rf"modules_to_save names 'held', a {holder.__name__}, which is not"):
+                fp.get_peft_model(model, config)
+            assert dict(model.named_modules()) == before
+
     @pytest.mark.parametrize(
         ("config", "kind"),
         [

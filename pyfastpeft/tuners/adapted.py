@@ -61,6 +61,8 @@ base model, which has unrelated ones of the same names."""
 _SCALED_WHERE_TIED = ("switch_transformers", "udop", "umt5")  # UMT5 in transformers 5.20
 """Models that scale the output head's input where ``tie_word_embeddings`` is set: it has to stay set."""
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
 
 class AdaptedModel(OneDevice, nn.Module):
     """``model`` is the base model, changed in place; ``configs`` the adapters' configurations by name.
@@ -132,10 +134,16 @@ class AdaptedModel(OneDevice, nn.Module):
         """:func:`find_saved`, of modules that can be copied.
 
         Raises:
-            ValueError: layers of another adapter are inside one, which would not train the copies.
+            ValueError: one only holds modules, which the model takes out of it; or layers of another adapter are inside
+                one, which would not train the copies.
         """
         saved = find_saved(config, self.model)
         for path, module in saved.items():
+            if isinstance(module, _CONTAINERS):
+                raise ValueError(
+                    f"modules_to_save names {path!r}, a {type(module).__name__}, which is not called itself; name what "
+                    "is in it"
+                )
             for inner, carrier in _original(module).named_modules():
                 if isinstance(carrier, WRAPPERS):
                     kinds = {ModulesToSave: "modules_to_save", BottleneckLayer: "a bottleneck"}
