@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import relative
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers.utils import PushToHubMixin
@@ -312,6 +313,16 @@ def test_the_card_names_peft_where_peft_loads_the_folder(tmp_path, config):
     card = (tmp_path / "README.md").read_text()
     its = config.peft_type in peft.PeftType.__members__
     assert ("library_name: peft" in card) == ("PEFT and pyfastpeft load it" in card) == its
+
+
+@pytest.mark.parametrize("name", ["", 'a/"b": c'])
+def test_the_card_names_the_base_model_if_that_has_a_name(tmp_path, name):
+    model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+    model.peft_config["default"].base_model_name_or_path = name
+    model.save_pretrained(tmp_path)
+    data = ModelCard((tmp_path / "README.md").read_text()).data
+    assert data.base_model == (name or None)
+    assert data.tags == ([f"base_model:adapter:{name}"] if name else []) + ["lora"]
 
 
 STATES = {

@@ -23,11 +23,9 @@ OWN_NAME = "pyfastpeft_encoder.safetensors"
 _OF_A_WRAPPER = re.compile(r"\.modules_to_save\.|\.original_module\..*bias$")
 
 _CARD = """---
-base_model: {base}
-library_name: {library}
+{base}library_name: {library}
 tags:
-- {tag}
-- {method}
+{tag}- {method}
 ---
 
 # {method} adapter
@@ -152,8 +150,9 @@ def write_adapter(
 
 
 def _card(config: dict[str, Any], in_peft: bool) -> str:
-    name = config.get("base_model_name_or_path") or ""
-    base, tag = json.dumps(name), json.dumps(f"base_model:adapter:{name}")
+    base = tag = ""
+    if name := config.get("base_model_name_or_path"):
+        base, tag = f"base_model: {json.dumps(name)}\n", f"- {json.dumps(f'base_model:adapter:{name}')}\n"
     library, readers = "peft", "An adapter in PEFT's format: PEFT and pyfastpeft load"
     if not in_peft:
         library, readers = "pyfastpeft", "A method that PEFT does not have: pyfastpeft loads"
