@@ -119,6 +119,7 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze ``model`` and, by default, let it compute activations again in the backward pass; it comes back itself.
 
@@ -127,6 +128,7 @@ def prepare_model_for_kbit_training(
 
     Args:
         gradient_checkpointing_kwargs: for the model's ``gradient_checkpointing_enable``; default: its own.
+        auto_clear_cache: accepted for PEFT's sake: nothing is converted that would leave memory behind.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)

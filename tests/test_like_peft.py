@@ -613,7 +613,7 @@ class TestPreparedForTraining:
             def get_input_embeddings(self):
                 return self.embed
 
-        model = fp.prepare_model_for_kbit_training(Plain())
+        model = fp.prepare_model_for_kbit_training(Plain(), auto_clear_cache=False)
         for again in (model, copy.deepcopy(model)):
             assert not again.embed.weight.requires_grad
             assert again.embed(torch.tensor([1])).requires_grad
