@@ -308,6 +308,20 @@ class PeftModel(PushToHubMixin, nn.Module):
         with self._mode(self._rows(adapter_names, args, kwargs)):
             return self.base_model.model.generate(*args, **kwargs)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's: transformers' continuous batching, by attentions of its own.
+
+        Raises:
+            ValueError: a soft prompt is active, which these attentions know nothing of.
+        """
+        bank = self.base_model.bank
+        prompts = [name for name in bank.active if self.peft_config[name].is_prompt_learning]
+        if bank.enabled and prompts:
+            raise ValueError(
+                f"adapters {prompts} are soft prompts; continuous batching does not serve them, generate does"
+            )
+        return self.base_model.model.generate_batch(*args, **kwargs)
+
     def _rows(self, adapter_names: Sequence[Names], args: tuple, kwargs: dict) -> Rows:
         if isinstance(adapter_names, str):
             raise ValueError(

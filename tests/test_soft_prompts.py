@@ -1476,6 +1476,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match="initial text is '', which has no tokens"):
             fp.get_peft_model(llama(), fp.PrefixTuningConfig(**text, prefix_init_text=""))
 
+    def test_continuous_batching(self):
+        """Its error is raised where it is called: transformers has no attention with a prefix for it."""
+        model = fp.get_peft_model(tiny.make(), fp.PrefixTuningConfig(num_virtual_tokens=4)).eval()
+        model.add_adapter("lora", fp.LoraConfig(init_lora_weights=False))
+        with pytest.raises(ValueError, match=r"adapters \['default'\] are soft prompts; continuous batching"):
+            model.generate_batch([[5, 6, 7]])
+        model.set_adapter("lora")
+        model.set_attn_implementation("sdpa")
+        config = tf.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        (found,) = model.generate_batch([[5, 6, 7]], generation_config=config, progress_bar=False).values()
+        expected = model.generate(torch.tensor([[5, 6, 7]]), generation_config=config)[0, 3:]
+        assert found.generated_tokens == expected.tolist()
+
     def test_attention_exchanged_afterwards(self):
         model = ours(llama(), "prefix")
         model.get_base_model().set_attn_implementation("sdpa")
