@@ -482,7 +482,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         is quantized again.
 
         Args:
-            safe_merge: refuse a result that is not finite.
+            safe_merge: refuse a result that is not finite in the dtype it will have.
         """
         self.base_model.merge(adapter_names, safe_merge)
 
@@ -504,7 +504,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         Args:
             progressbar: accepted for PEFT's sake; there is none.
-            safe_merge: refuse a result that is not finite.
+            safe_merge: refuse a result that is not finite in the dtype it will have.
             dequantize: over a 4-bit base: the whole model in ``dtype``, the merged weights rounded once. Default:
                 merged weights are quantized again, in the same format.
             dtype: with ``dequantize``; default: the dtype the model was quantized from.

@@ -565,6 +565,15 @@ class TestInitialValues:
             model.add_adapter("b", fp.LoraConfig(target_modules=["linear"], init_lora_weights="pissa"))
 
 
+def check_refused(model, options):
+    """A safe merge, with ``options`` of merge_and_unload (None: merge_adapter), is refused and changes nothing."""
+    merge = model.merge_adapter if options is None else partial(model.merge_and_unload, **options)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="not finite"):
+        merge(safe_merge=True)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
 class TestMerging:
     @pytest.mark.parametrize("use_dora", [False, True])
     def test_merged_weights_compute_what_the_adapters_compute_and_unmerge_restores_every_bit(self, use_dora):
@@ -736,6 +745,47 @@ class TestMerging:
         with pytest.raises(ValueError, match="not finite"):
             model.merge_adapter(safe_merge=True)
         assert all(torch.equal(value, before[n]) for n, value in base.state_dict().items())
+
+    @pytest.mark.parametrize("use_dora", [False, True])
+    @pytest.mark.parametrize("target", ["embed", "conv", "linear", "packed"])
+    @pytest.mark.parametrize(
+        ("dtype", "options"),
+        [
+            (torch.float16, None),
+            (torch.float16, {}),
+            (torch.float16, {"dequantize": True}),
+            (torch.float32, {"dequantize": True, "dtype": torch.float16}),
+        ],
+    )
+    def test_safe_merge_refuses_what_only_float32_can_hold(self, target, dtype, options, use_dora):
+        base = Block().to(dtype)
+        base.packed = fp.nn.Linear4bit.from_linear(nn.Linear(32, 24, dtype=dtype), double_quant=True)
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules=[target], use_dora=use_dora))
+        layer = base.get_submodule(target)
+        for factor in layer.factors("default"):
+            factor.data.fill_(100.0)
+        if use_dora:
+            layer.lora_magnitude_vector["default"].weight.data.fill_(1e6)
+        assert layer.merged_matrix(("default",)).isfinite().all()
+        check_refused(model, options)
+
+    @pytest.mark.parametrize("options", [None, {}, {"dequantize": True}, {"dequantize": True, "dtype": torch.float16}])
+    @pytest.mark.parametrize("target", ["conv", "linear", "packed"])
+    @pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e5])
+    def test_safe_merge_refuses_a_bias_that_is_not_finite(self, value, target, options):
+        base = Block().half()
+        base.packed = fp.nn.Linear4bit.from_linear(base.packed.to_linear(torch.float16))
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules=[target], lora_bias=True))
+        base.get_submodule(target).lora_B["default"].bias.data[0] = value
+        check_refused(model, options)
+
+    def test_safe_merge_refuses_scales_that_8_bits_cannot_hold(self):
+        base = nn.Sequential(fp.nn.Linear4bit(64, 64, double_quant=True))
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules=["0"], r=8, lora_alpha=8))
+        for factor in base[0].factors("default"):
+            factor.data.fill_(6e18)
+        assert base[0].merged_matrix(("default",)).isfinite().all()
+        check_refused(model, None)
 
     @pytest.mark.parametrize("dequantize", [False, True])
     def test_a_merge_and_unload_that_is_refused_changes_nothing(self, dequantize):

@@ -103,12 +103,24 @@ def test_rows_merge_come_out_again_and_leave_with_the_adapter(architecture, toke
     assert all(torch.equal(t, base.state_dict()[key]) for key, t in plain.state_dict().items())
 
 
-def test_a_row_that_would_not_be_finite_is_not_merged():
-    model = adapted(fp, tiny.make("qwen2"), [1, 3])
-    rows_of(model).data[0, 0] = torch.inf
+@pytest.mark.parametrize(
+    ("dtype", "value", "options"),
+    [
+        (torch.float32, torch.inf, None),
+        (torch.float16, 1e5, None),
+        (torch.float16, 1e5, {}),
+        (torch.float32, 1e5, {"dequantize": True, "dtype": torch.float16}),
+    ],
+)
+def test_a_row_that_would_not_be_finite_is_not_merged(dtype, value, options):
+    model = adapted(fp, tiny.make("qwen2").to(dtype), [1, 3])
+    rows_of(model).data[0, 0] = value
     before = model.get_base_model().model.embed_tokens.base_layer.weight
     with pytest.raises(ValueError, match="not finite"):
-        model.merge_adapter(safe_merge=True)
+        if options is None:
+            model.merge_adapter(safe_merge=True)
+        else:
+            model.merge_and_unload(safe_merge=True, **options)
     assert model.get_base_model().model.embed_tokens.base_layer.weight is before
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Rows
-from ..formats import quantize_4bit
+from ..formats import Packed4bit, quantize_4bit
 from ..ops import add_lora, linear_4bit, mixed
 from ..ops.tracing import is_compiling, is_repeated
 from .hooks import hooked
@@ -156,35 +156,37 @@ class LoraLinear(LoraLayer):
             )
         return weight
 
-    def set_matrix(self, matrix: Tensor) -> Any:
+    def stored(self, matrix: Tensor) -> nn.Parameter | Packed4bit:
         if not self._fused:
-            return super().set_matrix(matrix)
-        base, old = self.base_layer, self.base_layer.packed
+            return super().stored(matrix)
+        base = self.base_layer
         packed = quantize_4bit(matrix, base.quant_type, base.blocksize, base.double_quant)
-        base.set_packed(replace(packed, dtype=old.dtype))
-        return old
+        return replace(packed, dtype=base.packed.dtype)
 
-    def put_back(self, held: Any) -> None:
-        if isinstance(held, Linear4bit):
-            self.base_layer = held
+    def hold(self, stored: Any) -> Any:
+        if isinstance(stored, Linear4bit):
+            held, self.base_layer = self.base_layer, stored
         elif self._fused:
-            self.base_layer.set_packed(held)
+            held = self.base_layer.packed
+            self.base_layer.set_packed(stored)
         else:
-            super().put_back(held)
+            held = super().hold(stored)
+        return held
 
     def merge_dense(self, names: tuple[str, ...], safe: bool, dtype: torch.dtype | None) -> None:
         """:meth:`merge`, with a 4-bit base layer exchanged for one in ``dtype``, rounded once."""
         if not self._fused:
-            return self.merge(safe, names)
+            return self.merge(safe, names, dtype)
         names = (*self.merged_adapters, *names)
         self.unmerge()
         packed = self.base_layer
+        dtype = packed.original_dtype if dtype is None else dtype
         self.base_layer = packed.to_linear(torch.float32)
         try:
-            self.merge(safe, names)
+            self.merge(safe, names, dtype)
         finally:
             self._unmerged = packed, packed.bias
-        self.base_layer.to(packed.packed.dtype if dtype is None else dtype)
+        self.base_layer.to(dtype)
 
     def times(self, a: Tensor) -> Tensor:
         if self._fused:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -91,6 +91,12 @@ class _Scaling(MutableMapping[str, float]):
         return repr(self._layer._scaling)
 
 
+def check_finite(names: Sequence[str], values: Iterable[Tensor | None], dtype: torch.dtype | None) -> None:
+    """Refuse a merge of ``names`` whose ``values``, as they are or, if given, in ``dtype``, are not finite."""
+    if not all(v is None or bool(v.to(dtype or v.dtype).isfinite().all()) for v in values):
+        raise ValueError(f"merging {list(names)} would write values that are not finite")
+
+
 Factor = nn.Linear | Tensor
 """A or B: a linear layer, or, beside an embedding, the values themselves."""
 
@@ -161,17 +167,17 @@ class LoraLayer(nn.Module, ABC):
     def matrix(self) -> Tensor:
         """M [out, in] in float32."""
 
-    def set_matrix(self, matrix: Tensor) -> Any:
-        """Hold ``matrix`` [out, in] in the base layer's own precision; returns what was held before."""
-        old = self.base_layer.weight
-        stored = self.as_stored(matrix).to(old.dtype).contiguous()
+    def stored(self, matrix: Tensor) -> nn.Parameter | Packed4bit:
+        """``matrix`` [out, in] as the base layer holds it, in its own precision."""
+        weight = self.base_layer.weight
         # A new parameter, so that a tied one elsewhere keeps its values.
-        self.base_layer.weight = nn.Parameter(stored, requires_grad=old.requires_grad)
-        return old
+        stored = self.as_stored(matrix).to(weight.dtype).contiguous()
+        return nn.Parameter(stored, requires_grad=weight.requires_grad)
 
-    def put_back(self, held: Any) -> None:
-        """Hold again what :meth:`set_matrix` returned."""
-        self.base_layer.weight = held
+    def hold(self, stored: Any) -> Any:
+        """Make what :meth:`stored` or this returned the base layer's weight; returns what was held before."""
+        held, self.base_layer.weight = self.base_layer.weight, stored
+        return held
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         """M in the orientation of the base layer's weight."""
@@ -282,7 +288,7 @@ class LoraLayer(nn.Module, ABC):
             a, b, rest = initial(self.matrix(), r, self._scaling[name])
             for parameter, value in zip(self.factors(name), (a, b), strict=True):
                 parameter.data.copy_(value)
-            self.set_matrix(rest)
+            self.hold(self.stored(rest))
             self._square = None
         self._scale[name] = torch.full((r,), self._scaling[name], dtype=torch.float32, device=device)
         if use_dora:
@@ -486,10 +492,19 @@ class LoraLayer(nn.Module, ABC):
             out = out + (delta * gains[name][:, None] if name in gains else delta)
         return out
 
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Add adapters (default: the active ones) into the base weight, with those that are merged already.
 
         The original weight is kept, not recomputed, for :meth:`unmerge`; all are added to it with one rounding.
+
+        Args:
+            safe_merge: refuse a result that is not finite as the base layer stores it.
+            dtype: what the caller will cast the result to, where it must be finite too.
 
         Raises:
             ValueError: ``safe_merge`` and the result is not finite, or an adapter has a bias and the base layer none;
@@ -503,22 +518,23 @@ class LoraLayer(nn.Module, ABC):
         biases = [n for n in names if self._bias_of(n) is not None]
         if biases and self.bias is None:
             raise ValueError(f"adapters {biases} have lora_bias=True, but the base layer has no bias to merge it into")
-        merged = self.merged_matrix(names)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"merging {list(names)} would write values that are not finite")
-        bias = self.bias
-        self._unmerged, self.merged_adapters = (self.set_matrix(merged), bias), list(names)
-        self._square = None
+        weight, bias, held = self.stored(self.merged_matrix(names)), None, self.bias
         if biases:
             added = sum(self._scaling[n] * self._bias_of(n).detach().float() for n in biases)
-            self.base_layer.bias = nn.Parameter((bias.float() + added).to(bias.dtype), requires_grad=False)
+            bias = nn.Parameter((held.float() + added).to(held.dtype), requires_grad=False)
+        if safe_merge:
+            check_finite(names, (weight.dequantize() if isinstance(weight, Packed4bit) else weight, bias), dtype)
+        self._unmerged, self.merged_adapters = (self.hold(weight), held), list(names)
+        self._square = None
+        if biases:
+            self.base_layer.bias = bias
         self.bank.refresh_one(self)
 
     def unmerge(self) -> None:
         """The base weight of before :meth:`merge`, bit for bit (it was kept)."""
         if self._unmerged is not None:
             weight, bias = self._unmerged
-            self.put_back(weight)
+            self.hold(weight)
             if bias is not None:
                 self.base_layer.bias = bias
             self._unmerged, self.merged_adapters = None, []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank, Rows
 from ..ops import mixed
 from .lora import as_output
+from .lora_layer import check_finite
 
 
 class TokenRows:
@@ -98,15 +99,15 @@ class TokenRows:
         return weight
 
     @torch.no_grad()
-    def merge(self, safe_merge: bool, adapter_names: Sequence[str]) -> None:
+    def merge(self, safe_merge: bool, adapter_names: Sequence[str], dtype: torch.dtype | None = None) -> None:
         """Put rows into the weight, beside those that are merged already; :meth:`LoraLayer.merge` has the rest."""
         held = self.merged_adapters
         names = self._apart(tuple(dict.fromkeys((*held, *adapter_names))))
         if len(names) == len(held):
             return
         self.unmerge()
-        if safe_merge and not all(bool(self.values[n].isfinite().all()) for n in names):
-            raise ValueError(f"merging {list(names)} would write values that are not finite")
+        if safe_merge:
+            check_finite(names, (self.values[n].to(self.weight) for n in names), dtype)
         self._unmerged, self.merged_adapters = self.weight, list(names)
         self._hold(nn.Parameter(self.replaced(names), requires_grad=self.weight.requires_grad))
 

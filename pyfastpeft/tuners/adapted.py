@@ -301,7 +301,7 @@ class AdaptedModel(OneDevice, nn.Module):
         """Add adapters (None: the active ones) into the base weights; after an error all is merged that was before.
 
         Args:
-            safe_merge: refuse a result that is not finite.
+            safe_merge: refuse a result that is not finite in the dtype it will have.
             dequantize: exchange the 4-bit layers under LoRA for layers in ``dtype``.
 
         Returns:
@@ -313,7 +313,7 @@ class AdaptedModel(OneDevice, nn.Module):
                 if dequantize and isinstance(layer, LoraLinear):
                     layer.merge_dense(names, safe_merge, dtype)
                 else:
-                    layer.merge(safe_merge, names)
+                    layer.merge(safe_merge, names, dtype)
         except BaseException:
             for layer in self.bank.mergeable:
                 layer.unmerge()

@@ -466,7 +466,7 @@ class LoraTuner(Tuner):
                 put_tokens(self.model, self.bank, name, place, autocast_adapter_dtype)
         except BaseException:
             for layer, weight in reversed(undo):
-                layer.put_back(weight)
+                layer.hold(weight)
             self.remove(name)
             raise
         if config.bias != "none":
