@@ -1300,6 +1300,25 @@ class TestDisabled:
                     assert relative(chosen, adapted) < 1e-6
                 assert torch.equal(inside.submit(ask).result(), adapted)
 
+    def test_the_weight_of_a_module_trained_whole_is_the_base_models(self):
+        """Attention reads ``out_proj``'s and does not call it."""
+
+        class Attends(nn.MultiheadAttention):
+            def forward(self, x):
+                return super().forward(x, x, x)[0]
+
+        base, x = nn.Sequential(nn.Linear(8, 8), Attends(8, 2)), torch.randn(3, 2, 8)
+        plain = base(x)
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules=["0"], modules_to_save=["out_proj"]))
+        tiny.randomize(model)
+        adapted = model(x)
+        assert not torch.allclose(adapted, plain, atol=1e-3)
+        with model.disable_adapter():
+            assert torch.equal(model(x), plain)
+            with ThreadPoolExecutor(1) as inside:
+                assert torch.equal(inside.submit(model, x).result(), plain)
+        assert torch.equal(model(x), adapted)
+
     def test_what_is_merged_is_unmerged_with_a_warning(self):
         model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights=False))
         batch = tiny.inputs()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import AdapterBank, Parts
+from ..adapters import NO_ROWS, AdapterBank, Parts
 from ..ops import mixed
 
 
@@ -41,7 +41,8 @@ class ModulesToSave(nn.Module):
         self.bank.refresh_one(self)
 
     def module_in_use(self) -> nn.Module:
-        return self.original_module if self._plan is None else self._plan
+        """What attributes are read from. Where rows choose, no one module serves all: it stays the active adapters'."""
+        return self.original_module if self._plan is None or self.bank.mode is NO_ROWS else self._plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.bank.mode
