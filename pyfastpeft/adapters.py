@@ -221,6 +221,11 @@ class AdapterBank:
         return not self.disabled and self.mode is not NO_ROWS
 
     @property
+    def held_back(self) -> bool:
+        """Whether the calling thread itself has set all adapters aside, those that rows choose too."""
+        return self._mode.rows is NO_ROWS
+
+    @property
     def mergeable(self) -> list[LoraLayer | TokenRows]:
         """All that adapters can be merged into."""
         return [*self.layers.values(), *self.tokens.values()]

@@ -292,7 +292,8 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         Args:
             adapter_names: for each row of the batch the adapter it uses (``"__base__"``: none; a list of names:
-                several at once). Default: every row uses the active adapters. Works in training as well.
+                several at once). Default: every row uses the active adapters. Works in training as well; inside
+                :meth:`disable_adapter` rows are checked and use none.
         """
         bank = self.base_model.bank
         mode = bank.mode if adapter_names is None else self._rows(adapter_names, args, kwargs)
@@ -331,7 +332,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         batch = next((t for t in (*args[:1], *named) if isinstance(t, Tensor)), None)
         if batch is not None and len(adapter_names) != len(batch):
             raise ValueError(f"adapter_names has {len(adapter_names)} names; the batch has {len(batch)} rows")
-        return Rows(adapter_names, tuple(self.peft_config))
+        rows = Rows(adapter_names, tuple(self.peft_config))
+        return NO_ROWS if self.base_model.bank.held_back else rows
 
     @contextmanager
     def _mode(self, mode: Rows | None) -> Iterator[None]:
@@ -366,8 +368,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         """The base model alone, inside ``with``; merged adapters are taken out and, unless others were made active,
         merged again.
 
-        In this thread and in those that first meet the model inside; others go on as they were, but for what was
-        merged: they see the active adapters in its place.
+        In this thread, whatever ``adapter_names`` say, and, unless these say otherwise, in those that first meet the
+        model inside. Others go on as they were, but for what was merged: they see the active adapters in its place.
         """
         self._warn_of_changes(stacklevel=4)
         with self.base_model.without_merged(), self.base_model.bank.disabling(), self._mode(NO_ROWS):

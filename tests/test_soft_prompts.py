@@ -823,6 +823,23 @@ class TestRows:
                 alone = self.alone(model, row, partial(model.generate, own, **kwargs))
                 assert torch.equal(got[i, 6:], alone[0, own.shape[1] :]), (row, kwargs)
 
+    def test_rows_choose_nothing_inside_disable_adapter(self):
+        base, ids = tiny.make("llama").eval(), torch.randint(1, tiny.VOCAB, (len(ROWS), 6))
+        plain, told = base(ids).logits, base.generate(ids, **GREEDY)
+        model = mixed(base)
+        chosen = model(ids, adapter_names=ROWS).logits
+        with model.disable_adapter():
+            with model.disable_adapter():
+                close(model(ids, adapter_names=ROWS).logits, plain, 2e-5)
+            close(model(ids, adapter_names=ROWS).logits, plain, 2e-5)
+            assert torch.equal(model.generate(ids, adapter_names=ROWS, **GREEDY), told)
+            with pytest.raises(ValueError, match=r"adapter_names has 1 names; the batch has"):
+                model(ids, adapter_names=["lora"])
+            with pytest.raises(ValueError, match=r"adapter_names holds \['no'\]"):
+                model.generate(ids, adapter_names=["no"] * len(ids), **GREEDY)
+        assert not torch.allclose(chosen, plain, atol=1e-2)
+        close(model(ids, adapter_names=ROWS).logits, chosen, 2e-5)
+
     def test_a_mixed_batch_trains_each_adapter_on_its_own_rows(self):
         model = mixed(llama()).train()
         rows = ["lora", "prompt", ["lora", "prefix"], "prompt"]
