@@ -81,13 +81,18 @@ def _attaching(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
     for path, module in model.named_modules():
+        carrier = f"model is a {type(model).__name__} {f'whose {path!r}' if path else 'that'} carries"
         held = vars(module).get(_CARRIED)
         if held or isinstance(module, WRAPPERS):  # the latter: inside of what carries them
             adapters = f"the adapters {list(held)}" if held else "adapters"
             raise ValueError(
-                f"model is a {type(model).__name__} {f'whose {path!r}' if path else 'that'} carries {adapters} of a "
-                "PeftModel already; add others to that one (add_adapter, load_adapter), or call its unload() or "
-                "merge_and_unload() first"
+                f"{carrier} {adapters} of a PeftModel already; add others to that one (add_adapter, load_adapter), or "
+                "call its unload() or merge_and_unload() first"
+            )
+        if any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
+            raise ValueError(
+                f"{carrier} adapters of PEFT's own, or what is left of them; call its unload() or merge_and_unload() "
+                "first, or load the model anew"
             )
     trainable = [p for p in model.parameters() if p.requires_grad]
     taken = take_over(model, "cpu")  # where bitsandbytes' layers lose their gradients after an evaluation

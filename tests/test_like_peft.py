@@ -10,6 +10,7 @@ import logging
 import pickle
 import warnings
 from functools import partial
+from unittest import mock
 
 import architectures as tiny
 import peft
@@ -328,6 +329,34 @@ def test_a_base_that_carries_adapters_is_not_adapted_again(first, second, tmp_pa
             again(base, second)
     assert torch.equal(model(ids).logits, expected)
     fp.get_peft_model(model.unload(), second)
+
+
+def _by_transformers(base, config, deletes=False):
+    with mock.patch("transformers.integrations.peft.check_peft_version"):  # 5.24 asks for a version that is not out
+        base.add_adapter(config, "a")
+        if deletes:
+            base.delete_adapter("a")  # PEFT's layers stay
+    return base
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        peft.get_peft_model,
+        lambda base, config: peft.inject_adapter_in_model(config, base),
+        _by_transformers,
+        partial(_by_transformers, deletes=True),
+    ],
+    ids=["model", "injected", "transformers", "deleted"],
+)
+@pytest.mark.parametrize("second", [LORA, PROMPT], ids=lambda c: type(c).__name__)
+def test_a_base_that_carries_adapters_of_pefts_own_is_not_adapted(attach, second, tmp_path):
+    """They would be in no file, and the base model that the file names would be another."""
+    fp.get_peft_model(tiny.make(), second).save_pretrained(tmp_path)
+    model = attach(tiny.make(), peft.LoraConfig(target_modules=["q_proj"]))
+    for again in (fp.get_peft_model, lambda b, _: fp.PeftModel.from_pretrained(b, tmp_path)):
+        with pytest.raises(ValueError, match="carries adapters of PEFT's own"):
+            again(model, second)
 
 
 @pytest.mark.parametrize(
