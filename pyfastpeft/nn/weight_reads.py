@@ -14,8 +14,9 @@ _UNCALLED = {
 _MIXER = re.compile("Mamba|Bamba|FalconH1")
 """In the names of the classes of Mamba's mixers, which multiply by the weight of ``dt_proj``, and in their fused kernel
 by that of ``out_proj``."""
-_CAST_TO = ("wo", "patch_embedding")
-"""To the dtype of these layers' weights T5's relatives and SigLIP 2 bring what they call them with."""
+_READ = ("dt_proj", "wo", "patch_embedding")
+"""Layers of Mamba's mixers; and of T5's relatives and SigLIP 2, which bring what they call these with to the dtype of
+their weight."""
 
 
 def never_calls(parent: nn.Module, name: str) -> bool:
@@ -28,7 +29,6 @@ def never_calls(parent: nn.Module, name: str) -> bool:
 
 
 def needs_full_precision(parent: nn.Module, name: str) -> bool:
-    """Whether ``parent`` reads the weight of its layer ``name``, so that it has to be in full precision. (Mamba's
-    ``out_proj`` need not be on a CPU or in inference.)"""
-    mixed = name == "out_proj" and _MIXER.search(type(parent).__name__) is not None
-    return name in _CAST_TO or (never_calls(parent, name) and not mixed)
+    """Whether ``parent`` reads the weight of its layer ``name`` wherever it runs, so that 4 bits do not do. (Mamba's
+    fused kernel, which reads that of ``out_proj``, trains on GPUs alone.)"""
+    return name in _READ or name in _UNCALLED.get(type(parent).__name__, ())
