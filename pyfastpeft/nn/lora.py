@@ -163,14 +163,14 @@ class LoraLinear(LoraLayer):
         packed = quantize_4bit(matrix, base.quant_type, base.blocksize, base.double_quant)
         return replace(packed, dtype=base.packed.dtype)
 
-    def hold(self, stored: Any) -> Any:
+    def exchange(self, stored: Any) -> Any:
         if isinstance(stored, Linear4bit):
             held, self.base_layer = self.base_layer, stored
         elif self._fused:
             held = self.base_layer.packed
             self.base_layer.set_packed(stored)
         else:
-            held = super().hold(stored)
+            held = super().exchange(stored)
         return held
 
     def merge_dense(self, names: tuple[str, ...], safe: bool, dtype: torch.dtype | None) -> None:

@@ -174,7 +174,7 @@ class LoraLayer(nn.Module, ABC):
         stored = self.as_stored(matrix).to(weight.dtype).contiguous()
         return nn.Parameter(stored, requires_grad=weight.requires_grad)
 
-    def hold(self, stored: Any) -> Any:
+    def exchange(self, stored: Any) -> Any:
         """Make what :meth:`stored` or this returned the base layer's weight; returns what was held before."""
         held, self.base_layer.weight = self.base_layer.weight, stored
         return held
@@ -288,7 +288,7 @@ class LoraLayer(nn.Module, ABC):
             a, b, rest = initial(self.matrix(), r, self._scaling[name])
             for parameter, value in zip(self.factors(name), (a, b), strict=True):
                 parameter.data.copy_(value)
-            self.hold(self.stored(rest))
+            self.exchange(self.stored(rest))
             self._square = None
         self._scale[name] = torch.full((r,), self._scaling[name], dtype=torch.float32, device=device)
         if use_dora:
@@ -524,7 +524,7 @@ class LoraLayer(nn.Module, ABC):
             bias = nn.Parameter((held.float() + added).to(held.dtype), requires_grad=False)
         if safe_merge:
             check_finite(names, (weight.dequantize() if isinstance(weight, Packed4bit) else weight, bias), dtype)
-        self._unmerged, self.merged_adapters = (self.hold(weight), held), list(names)
+        self._unmerged, self.merged_adapters = (self.exchange(weight), held), list(names)
         self._square = None
         if biases:
             self.base_layer.bias = bias
@@ -534,7 +534,7 @@ class LoraLayer(nn.Module, ABC):
         """The base weight of before :meth:`merge`, bit for bit (it was kept)."""
         if self._unmerged is not None:
             weight, bias = self._unmerged
-            self.hold(weight)
+            self.exchange(weight)
             if bias is not None:
                 self.base_layer.bias = bias
             self._unmerged, self.merged_adapters = None, []

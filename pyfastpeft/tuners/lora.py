@@ -466,7 +466,7 @@ class LoraTuner(Tuner):
                 put_tokens(self.model, self.bank, name, place, autocast_adapter_dtype)
         except BaseException:
             for layer, weight in reversed(undo):
-                layer.hold(weight)
+                layer.exchange(weight)
             self.remove(name)
             raise
         if config.bias != "none":
