@@ -22,7 +22,7 @@ from .adapters import NO_ROWS, Names, Rows
 from .hub.files import save_safetensors
 from .hub.peft import CARD_NAME, OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter
 from .integrations.accelerate import fuse, take_over
-from .integrations.attention import use_fast_attention
+from .integrations.attention import use_fast_attention, with_sdpa
 from .integrations.forwards import remove
 from .integrations.on_import import when_imported
 from .integrations.trainer import teach_trainer
@@ -315,7 +315,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             return self.base_model.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's: transformers' continuous batching, by attentions of its own.
+        """The base model's: transformers' continuous batching, by an attention of transformers.
 
         Raises:
             ValueError: a soft prompt is active, which these attentions know nothing of.
@@ -326,7 +326,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise ValueError(
                 f"adapters {prompts} are soft prompts; continuous batching does not serve them, generate does"
             )
-        return self.base_model.model.generate_batch(*args, **kwargs)
+        with with_sdpa(self.base_model.model):
+            return self.base_model.model.generate_batch(*args, **kwargs)
 
     def _rows(self, adapter_names: Sequence[Names], args: tuple, kwargs: dict) -> Rows:
         if isinstance(adapter_names, str):

@@ -28,7 +28,8 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -435,6 +436,19 @@ def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
         elif all(_gains(m) for m in part.modules() if isinstance(m, PreTrainedModel)):
             set_attention(part, NAME)
             vars(part)[_SWITCHED] = True
+
+
+@contextmanager
+def with_sdpa(model: PreTrainedModel) -> Iterator[None]:
+    """Let ``model`` use sdpa instead of this attention, for what knows transformers' own alone."""
+    ours = model.config._attn_implementation == NAME
+    if ours:
+        set_attention(model, "sdpa")
+    try:
+        yield
+    finally:
+        if ours:
+            set_attention(model, NAME)
 
 
 _SWITCHED = "_uses_fast_attention"
