@@ -122,6 +122,22 @@ def test_tensors_in_memory_swap_in_and_stay_the_callers_own():
     assert all(torch.equal(new[k], kept[k]) for k in new)
 
 
+def test_a_new_adapter_does_not_have_the_scaling_that_was_set_for_the_old_one():
+    model = serving(fp.LoraConfig(**ALL), fp.LoraConfig(**ALL))
+    batch, new = tiny.inputs(), tensors_of(model, "1")
+    model.set_adapter("1")
+    expected = model(**batch).logits
+    model.set_adapter("default")
+    model.hotswap_adapter(new)  # the fast way is known from now on
+    for config in (None, model.peft_config["1"]):
+        for module in model.modules():
+            if isinstance(module, fp.nn.LoraLinear):
+                module.set_scale("default", 3)
+        assert not torch.equal(model(**batch).logits, expected)
+        model.hotswap_adapter(new, config=config)
+        assert torch.equal(model(**batch).logits, expected)
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_smaller_rank_and_fewer_modules_swap_in_and_out_again(use_dora, tmp_path):
     small = fp.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], use_dora=use_dora, use_rslora=True)

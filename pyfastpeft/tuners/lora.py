@@ -650,10 +650,11 @@ class LoraTuner(Tuner):
 
     def swaps_alike(self, name: str, old: LoraConfig, new: LoraConfig | None) -> bool:
         if new is None:
+            if old.changes_base or old.bias != "none" or self._computed(name) is not None:
+                return False
             layers = self.layers(name).values()
-            alike = not (old.changes_base or old.bias != "none")
-            alike = alike and all(layer.r[name] == layer.capacity(name) and not layer.merged for layer in layers)
-            return alike and self._computed(name) is None
+            whole = all(layer.r[name] == layer.capacity(name) and not layer.merged for layer in layers)
+            return whole and not any(layer.is_rescaled(name) for layer in layers)
         same = all(getattr(new, field) == getattr(old, field) for field in _SCALING_FIELDS + _KIND_FIELDS)
         return same and new.target_modules is not None
 
