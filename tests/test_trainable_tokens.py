@@ -92,6 +92,10 @@ def test_rows_merge_come_out_again_and_leave_with_the_adapter(architecture, toke
     torch.testing.assert_close(logits(model, rows), expected, rtol=1e-4, atol=1e-5)
     with model.disable_adapter():
         torch.testing.assert_close(logits(model, rows), logits(base, rows), rtol=1e-4, atol=1e-5)
+        copied = copy.deepcopy(model)  # in which nothing is merged or disabled
+        model.unmerge_adapter()
+    torch.testing.assert_close(logits(copied, rows), expected, rtol=1e-4, atol=1e-5)
+    assert model.get_model_status().merged_adapters == ["default"] and not model(**rows).logits.requires_grad
     model.unmerge_adapter()
     assert torch.equal(logits(model, rows), expected)
     merged, plain = copy.deepcopy(model).merge_and_unload(), model.unload()

@@ -26,8 +26,8 @@ class TokenRows:
         merged_adapters: the adapters whose rows are in the weight at the moment.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Embedding | nn.Linear]) -> None:
-        self.layers = dict(layers)
+    def __init__(self, layers: Mapping[str, nn.Embedding | nn.Linear], bank: AdapterBank) -> None:
+        self.layers, self.bank = dict(layers), bank
         self.values = nn.ParameterDict()
         self.indices: dict[str, Tensor] = {}
         self.slots: dict[str, Tensor] = {}
@@ -110,12 +110,14 @@ class TokenRows:
             check_finite(names, (self.values[n].to(self.weight) for n in names), dtype)
         self._unmerged, self.merged_adapters = self.weight, list(names)
         self._hold(nn.Parameter(self.replaced(names), requires_grad=self.weight.requires_grad))
+        self.bank.refresh_one(self)
 
     def unmerge(self) -> None:
         """The weight of before :meth:`merge`."""
         if self._unmerged is not None:
             self._hold(self._unmerged)
             self._unmerged, self.merged_adapters = None, []
+            self.bank.refresh_one(self)
 
     def _hold(self, weight: nn.Parameter) -> None:
         for layer in self.layers.values():

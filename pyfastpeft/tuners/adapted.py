@@ -319,8 +319,6 @@ class AdaptedModel(OneDevice, nn.Module):
                 layer.unmerge()
                 layer.merge(False, before.get(layer, ()))
             raise
-        finally:
-            self.bank.refresh()
         return names
 
     def _mergeable(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -352,7 +350,6 @@ class AdaptedModel(OneDevice, nn.Module):
         """Restore the base weights, bit for bit."""
         for layer in self.bank.mergeable:
             layer.unmerge()
-        self.bank.refresh()
 
     def give_way(self, why: str) -> None:
         """Unmerge what is merged, with a warning that says ``why``."""

@@ -121,7 +121,7 @@ def put_tokens(model: nn.Module, bank: AdapterBank, name: str, place: Place, aut
                 raise ValueError(
                     f"trainable_token_indices means {path!r}, which carries {kind}; it can carry one of the two"
                 )
-        rows = bank.tokens[place.path] = TokenRows(place.layers)
+        rows = bank.tokens[place.path] = TokenRows(place.layers, bank)
         for path, module in place.layers.items():
             put(model, path, TrainableTokens(module, rows, bank).train(module.training))
         bank.forget()
