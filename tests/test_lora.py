@@ -1438,6 +1438,26 @@ class TestInTraining:
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
     @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize(
+        "config",
+        [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [3]}, {"modules_to_save": ["embed_tokens"]}],
+    )
+    def test_checkpointing_outlives_the_adapter_of_the_embedding(self, config):
+        """transformers lets the input embedding's output require a gradient, wherever that embedding is by now."""
+        batch, model = tiny.inputs(), fp.get_peft_model(tiny.make(), fp.LoraConfig(**config), adapter_name="a").train()
+        model.add_adapter("b", fp.LoraConfig(init_lora_weights=False))
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.set_adapter("b")
+        model(**batch).loss.backward()
+        trained = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        model.zero_grad()
+        model.delete_adapter("a")
+        copy.deepcopy(model)(**batch).loss.backward()
+        model(**batch).loss.backward()
+        assert all(torch.equal(model.get_parameter(n).grad, grad) for n, grad in trained.items())
+        copy.deepcopy(model.unload())(**batch)
+
+    @pytest.mark.filterwarnings("ignore")
     def test_transformers_trainer_trains_the_adapter_and_nothing_else(self, tmp_path):
         from transformers import Trainer, TrainingArguments
 

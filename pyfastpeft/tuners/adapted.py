@@ -373,6 +373,7 @@ class AdaptedModel(OneDevice, nn.Module):
         self.tuner_of(name).remove(name)
         self._drop_saved(name)
         del self.configs[name]
+        self._let_inputs_require_grads()
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The adapter's live parameters (and buffers of saved modules) under the keys of its files."""
@@ -478,7 +479,14 @@ class AdaptedModel(OneDevice, nn.Module):
             # Of tied names one is saved. The others would be tied to what is no longer theirs when it is loaded, or,
             # without the flag, to nothing: each needs a tensor of its own, at the price of an embedding's memory.
             _untie(self.model, {*self._ties, *self._ties.values()})
+        self._let_inputs_require_grads()
         return self.model
+
+    def _let_inputs_require_grads(self) -> None:
+        """Where transformers does so (for checkpointing), at the input embedding that stands there now."""
+        if getattr(self.model, "_require_grads_hooks", None):
+            self.model.disable_input_require_grads()
+            self.model.enable_input_require_grads()
 
 
 def _original(module: nn.Module) -> nn.Module:
