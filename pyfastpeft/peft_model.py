@@ -491,7 +491,14 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         Args:
             safe_merge: refuse a result that is not finite in the dtype it will have.
+
+        Raises:
+            ValueError: the adapters are disabled, and in the weights would not be; or one cannot be merged.
         """
+        if not self.base_model.bank.enabled:
+            raise ValueError(
+                "adapters cannot be merged while they are disabled; merge them when they are enabled again"
+            )
         self.base_model.merge(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:

@@ -1329,7 +1329,12 @@ class TestDisabled:
             model.disable_adapter_layers()
         assert torch.equal(model(**batch).logits, plain)
         model.get_base_model().model.layers[0].self_attn.q_proj.scaling["default"] = 3.0  # which enables nothing
+        with pytest.raises(ValueError, match="cannot be merged while they are disabled"):
+            model.merge_adapter()
         assert torch.equal(model(**batch).logits, plain)
+        model.enable_adapter_layers()
+        with model.disable_adapter(), pytest.raises(ValueError, match="cannot be merged while they are disabled"):
+            model.merge_adapter()
 
 
 class TestInTraining:
