@@ -349,3 +349,29 @@ def test_a_second_adapter_cannot_have_the_embedding_otherwise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         model.add_adapter("second", fp.LoraConfig(r=2, **({"target_modules": ["q_proj"]} | kwargs)))
     assert model.state_dict().keys() == before
+
+
+def two_towers():
+    """Which of its embeddings is the one for inputs it does not say."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text, vision = tower | {"vocab_size": 64, "eos_token_id": 63}, tower | {"image_size": 8, "patch_size": 4}
+    model = tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision)).eval()
+    rows = {"pixel_values": torch.randn(2, 3, 8, 8), "input_ids": torch.randint(0, 8, (2, 6))}
+    return model, rows, "token_embedding", "q_proj"
+
+
+@pytest.mark.parametrize("make", [two_towers])
+def test_what_has_rows_in_models_of_models_is_what_has_them_in_peft(tmp_path, make):
+    base, rows, embedding, target = make()
+    config = {"r": 2, "target_modules": [target], "trainable_token_indices": {embedding: [1, 3, 5]}}
+    outputs = lambda model: model(**rows)[0].detach()  # noqa: E731
+    made = [library.get_peft_model(copy.deepcopy(base), library.LoraConfig(**config)).eval() for library in (peft, fp)]
+    for model, library, other in zip(made, ("peft", "fp"), (fp, peft), strict=True):
+        tiny.randomize(model)
+        model.save_pretrained(tmp_path / library)
+        loaded = other.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / library).eval()
+        torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-4, atol=1e-5)
+    expected = outputs(made[1])
+    made[1].merge_and_unload().save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(outputs(type(base).from_pretrained(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-5)

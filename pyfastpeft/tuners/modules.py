@@ -143,13 +143,20 @@ def inside_of(path: str, others: Iterable[str]) -> bool:
 
 def ends_of(model: nn.Module) -> list[nn.Module]:
     """The input embedding and the output head, as far as there are any."""
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            found.append(getattr(model, name)())
-        except (AttributeError, NotImplementedError):  # none of transformers' models, or one without
-            continue
+    found = input_embedding(model), _end(model, "get_output_embeddings")
     return [end for end in found if end is not None]
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """What transformers says it is, where there is one and only one."""
+    return _end(model, "get_input_embeddings")
+
+
+def _end(model: nn.Module, getter: str) -> nn.Module | None:
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):  # none of transformers' models, or one without
+        return None
 
 
 def tied_ends(model: nn.Module) -> list[nn.Module]:

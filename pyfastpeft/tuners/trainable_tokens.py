@@ -12,7 +12,7 @@ from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TokenRows, TrainableTokens
 from .adapted import adapter_dtype
-from .modules import at, base_of, modules_of, put
+from .modules import at, base_of, input_embedding, modules_of, put
 
 DELTA = "token_adapter.trainable_tokens_delta"
 """What PEFT calls the rows, behind the path of the module."""
@@ -63,7 +63,7 @@ def find_places(given: list[int] | dict[str, list[int]] | None, model: nn.Module
     if not given:
         return []
     modules = dict(modules_of(model, repeated=True))
-    embedding = base_of(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
+    embedding = base_of(input_embedding(model))
     of_embedding = next((path for path, m in modules.items() if base_of(m) is embedding), "embed_tokens")
     asked: dict[str, list[int]] = {}
     for name, tokens in given.items() if isinstance(given, dict) else [(of_embedding, given)]:
