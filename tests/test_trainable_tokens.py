@@ -351,6 +351,19 @@ def test_a_second_adapter_cannot_have_the_embedding_otherwise(kwargs, message):
     assert model.state_dict().keys() == before
 
 
+def captioner():
+    """Its decoder's head is tied to the decoder's embedding, and its own configuration does not say so."""
+    torch.manual_seed(0)
+    vision = tf.ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    decoder = tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16, add_cross_attention=True)
+    config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, decoder)
+    model = tf.VisionEncoderDecoderModel(config).eval()
+    rows = {"pixel_values": torch.randn(2, 3, 8, 8), "decoder_input_ids": torch.randint(0, 8, (2, 6))}
+    return model, rows, "decoder.transformer.wte", "c_attn"
+
+
 def two_towers():
     """Which of its embeddings is the one for inputs it does not say."""
     torch.manual_seed(0)
@@ -361,7 +374,7 @@ def two_towers():
     return model, rows, "token_embedding", "q_proj"
 
 
-@pytest.mark.parametrize("make", [two_towers])
+@pytest.mark.parametrize("make", [captioner, two_towers])
 def test_what_has_rows_in_models_of_models_is_what_has_them_in_peft(tmp_path, make):
     base, rows, embedding, target = make()
     config = {"r": 2, "target_modules": [target], "trainable_token_indices": {embedding: [1, 3, 5]}}

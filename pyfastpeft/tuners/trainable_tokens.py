@@ -54,8 +54,9 @@ def _checked(name: str, given: Any) -> list[int]:
 def find_places(given: list[int] | dict[str, list[int]] | None, model: nn.Module) -> list[Place]:
     """The weights that ``given``, a ``trainable_token_indices``, means in ``model``.
 
-    As in PEFT a list is for the input embedding, and what holds the embedding's weight has its rows too, unless rows of
-    its own are asked for. Others that share a weight (the embeddings of T5's encoder and decoder) do not share rows.
+    As in PEFT a list is for the input embedding, and, where the model's configuration says that its ends are tied, what
+    holds the embedding's weight has its rows too, unless rows of its own are asked for. Others that share a weight (the
+    embeddings of T5's encoder and decoder, a head that is tied inside of a captioning model) do not share rows.
 
     Raises:
         ValueError: a name that no module's path ends with, a module without such rows, or a token it does not have.
@@ -84,7 +85,8 @@ def find_places(given: list[int] | dict[str, list[int]] | None, model: nn.Module
             places.append(Place(tokens, {path: module}))
     first = places[0]
     weight, *others = (_weight_of(place.path, modules[place.path]) for place in places)
-    if first.path == of_embedding and not any(other is weight for other in others):
+    tie = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if tie and first.path == of_embedding and not any(other is weight for other in others):
         tied = [path for path, m in modules.items() if getattr(_held(m), "weight", None) is weight]
         first.layers.update({path: modules[path] for path in tied if _weight_of(path, modules[path]) is weight})
     return places
