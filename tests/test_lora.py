@@ -1114,6 +1114,28 @@ class TestSeveralAdapters:
         expected = 2 * layer.get_delta_weight("a") - 0.5 * layer.get_delta_weight("b")
         torch.testing.assert_close(layer.get_delta_weight("mix"), expected, rtol=1e-4, atol=1e-5)
 
+    def test_what_only_ends_as_a_target_takes_no_part(self, tmp_path):
+        """A path without a dot, as of diffusers' Flux, is also how others end."""
+        base = nn.ModuleDict({"block": nn.ModuleDict({"out": nn.Linear(4, 4)}), "out": nn.Linear(4, 4)})
+        config = {"target_modules": ["out"], "exclude_modules": ["block.out"], "lora_alpha": 8}
+        models = []
+        for library in (fp, peft):
+            model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(**config), adapter_name="a")
+            model.add_adapter("b", library.LoraConfig(**config))
+            models.append(model)
+        tiny.randomize(models[0])
+        tiny.copy_adapters(*models)
+        for model in models:
+            model.add_weighted_adapter(["a", "b"], [2.0, -0.5], "mix", combination_type="cat")
+            model.base_model.set_adapter("mix")
+        x = torch.randn(3, 4)
+        ours, theirs = (model.base_model.model["out"](x) for model in models)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        models[0].save_pretrained(tmp_path, selected_adapters=["mix"])
+        saved = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "mix")
+        torch.testing.assert_close(saved.base_model.model["out"](x), theirs, rtol=1e-5, atol=1e-6)
+        assert type(saved.base_model.model["block"]["out"]) is nn.Linear
+
     def test_svd_is_the_best_approximation_of_its_rank(self):
         model = block("a", "b")
         model.add_weighted_adapter(["a", "b"], [2.0, -0.5], "mix", combination_type="svd", svd_rank=3)

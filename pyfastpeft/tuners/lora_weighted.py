@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..nn.lora_layer import LoraLayer
 from .adapted import AdaptedModel
 from .base import PeftConfig
 from .lora import LoraConfig
+from .modules import ends_with, modules_of
 from .task_arithmetic import KINDS, check_pruning, summed
 from .tuner import Tuner
 
@@ -55,7 +57,7 @@ def combine(
         use_rslora=False,
         rank_pattern={},
         alpha_pattern={},
-        target_modules=sorted(layers),
+        target_modules=_named(layers, model.model),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -73,6 +75,14 @@ def combine(
         a_key, b_key = (f"{Tuner.PREFIX}{path}.{key}" for key in layer.KEYS)
         tensors[a_key], tensors[b_key] = F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))
     return config, tensors
+
+
+def _named(paths: Collection[str], model: nn.Module) -> list[str] | str:
+    """``target_modules`` that mean the modules at ``paths``, and none that only ends as one of them."""
+    names = sorted(paths)
+    if any(ends_with(path, names) for path, _ in modules_of(model) if path not in paths):
+        return "|".join(map(re.escape, names))
+    return names
 
 
 def _check(
