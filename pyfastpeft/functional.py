@@ -26,6 +26,8 @@ def inject_adapter_in_model(
     :func:`set_peft_model_state_dict` take it; as in PEFT the keys are then the modules' paths in it.
 
     Args:
+        peft_config: its ``task_type`` brings the task's head into ``modules_to_save``, unlike in PEFT, where that is
+            left to the model around this one; None leaves the head alone.
         low_cpu_mem_usage: accepted for PEFT's sake.
 
     Raises:

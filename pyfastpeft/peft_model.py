@@ -439,7 +439,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, the first one left becomes active.
 
-        A CUDA graph captured around any soft prompt must be captured again.
+        A CUDA graph captured around any soft prompt must be captured again. With the last soft prompt the model has its
+        own attention again, at once: delete that one while no other thread is in a forward.
         """
         self.base_model.known([adapter_name])
         self.base_model.bank.check_unmerged(adapter_name)
