@@ -688,6 +688,22 @@ def test_a_patch_of_transformers_is_heeded(owner, name, before, served, monkeypa
     assert not any(served)
 
 
+@pytest.mark.parametrize("asked", [{"is_causal": False}, {"return_dict": False}, None], ids=str)
+def test_a_keyword_that_is_false_is_obeyed(asked, served):
+    models, ids = pair(), torch.randint(1, VOCAB, (2, 5))
+
+    def output(body, **asked):
+        with torch.no_grad():
+            return body(input_ids=ids, **{fused_decoder._CACHE: tf.DynamicCache(config=body.config)}, **asked)
+
+    for model in models:
+        output(model.model, output_attentions=False, output_hidden_states=False)
+        model.config.return_dict = asked is not None
+    expected, got = (output(model.model, **(asked or {})) for model in models)
+    assert type(got) is type(expected) and served == [True, False]
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
 def test_hidden_states_and_attentions_come_when_asked_for(served):
     plain, fused = pair(attn_implementation="eager")
     ids = torch.randint(1, VOCAB, (1, 5))

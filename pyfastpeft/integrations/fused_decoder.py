@@ -50,6 +50,7 @@ _PROJECTIONS = (
     ("mlp", "up_proj"),
     ("mlp", "down_proj"),
 )
+_MORE_OUTPUTS = {"output_attentions", "output_hidden_states"}  # of other keywords False may ask for something
 _NO_BRANCH = None, None, 1.0, None  # A, B, scaling, and the factors of the columns or of each row's
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -207,6 +208,8 @@ class _Stack:
         scaling = layers[0].self_attn.scaling
         self.dtype = dtype
         look.get(vars(config), "is_causal")  # which few have
+        if not look.get(vars(config), "return_dict"):
+            raise _Unsupported
         window = look.get(vars(config), "sliding_window")  # of every layer that does not say its own, as Mistral's
         home = type(model).__module__
 
@@ -436,7 +439,7 @@ class _Static:
 def _asks_for_more(config: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
     """Whether a call wants what the stack does not compute, or says what it does not know."""
     return (
-        any(isinstance(value, Tensor) or value for value in kwargs.values())
+        any(value is not False or name not in _MORE_OUTPUTS for name, value in kwargs.items())
         or not (config.use_cache if use_cache is None else use_cache)
         or config.output_attentions
         or config.output_hidden_states
