@@ -409,7 +409,7 @@ def halved(function):
 
 
 PATCHES = [(f"Llama{part}", "forward") for part in ("RMSNorm", "MLP", "Attention", "DecoderLayer")]
-PATCHES += [(None, "apply_rotary_pos_emb"), (None, "rotate_half")]
+PATCHES += [(None, name) for name in ("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward")]
 
 
 @pytest.mark.parametrize("when", ["before", "after", "between two models"])
@@ -417,6 +417,7 @@ PATCHES += [(None, "apply_rotary_pos_emb"), (None, "rotate_half")]
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_patch_of_transformers_is_heeded(owner, name, wrapped, when, monkeypatch):
     plain, inputs = model_of(CONFIGS[0]).train(), batch()
+    plain.set_attn_implementation("eager")
     plain.requires_grad_(False).get_input_embeddings().weight.requires_grad_()
     fused = copy.deepcopy(plain)
     if when != "before":
@@ -435,6 +436,8 @@ def test_a_patch_of_transformers_is_heeded(owner, name, wrapped, when, monkeypat
     assert (logits - before).abs().max() > 1e-3
     torch.testing.assert_close(fused_logits, logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fused_gradients, gradients, rtol=1e-3, atol=1e-5)
+    monkeypatch.undo()
+    torch.testing.assert_close(fused(**inputs).logits, before, rtol=1e-4, atol=1e-5)
 
 
 class Dropped(nn.Module):

@@ -10,7 +10,6 @@ operators keep their inputs alone, in the model's dtype, where the plain ones ke
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Callable
 from types import NoneType
@@ -224,10 +223,10 @@ class _Attention(_Fused):
         forward = type(self.module).forward
         if is_compiling() or not self.stands_for(forward):
             return self.own(*args, **kwargs)
-        function, parameters = _with_rope(forward)
-        if "past_key_values" in kwargs and "past_key_values" not in parameters:
+        own = written_in_transformers(forward)
+        if "past_key_values" in kwargs and "past_key_values" not in own.__code__.co_varnames:
             return self.own(*args, **kwargs)  # which knows how to translate the old name
-        return function(self.module, *args, **kwargs)
+        return _with_rope(own)(self.module, *args, **kwargs)
 
 
 def rotates_as_llama(namespace: dict[str, Any]) -> bool:
@@ -235,9 +234,8 @@ def rotates_as_llama(namespace: dict[str, Any]) -> bool:
     return all(_has_code(namespace.get(name), code) for name, code in _ROTATION.items())
 
 
-@functools.cache
-def _with_rope(forward: Callable) -> tuple[Callable, frozenset[str]]:
-    own = written_in_transformers(forward)
+def _with_rope(own: types.FunctionType) -> types.FunctionType:
+    """For one call: all other names are what they are now, which costs less than to ask whether they still are."""
     plain = own.__globals__[_ROPE]
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -248,7 +246,7 @@ def _with_rope(forward: Callable) -> tuple[Callable, frozenset[str]]:
     namespace = own.__globals__ | {_ROPE: rotated}
     function = types.FunctionType(own.__code__, namespace, own.__name__, own.__defaults__, own.__closure__)
     function.__kwdefaults__ = own.__kwdefaults__
-    return function, frozenset(inspect.signature(own).parameters)
+    return function
 
 
 def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
