@@ -13,6 +13,8 @@ import transformers as tf
 from accelerate.state import AcceleratorState
 from architectures import VOCAB, HeldPrefix, inputs, make, quantized, randomize, vary_vectors
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.llama import modeling_llama
 
 import pyfastpeft as fp
@@ -686,6 +688,84 @@ def test_a_patch_of_transformers_is_heeded(owner, name, before, served, monkeypa
     )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert not any(served)
+
+
+def tripled(function):
+    """A user's function around another."""
+
+    def triple(*args, **kwargs):
+        return tuple(out if out is None else 3 * out for out in function(*args, **kwargs))
+
+    return triple
+
+
+def sees_all(*args, **kwargs):
+    return torch.zeros(2, 1, 5, 5)
+
+
+def patch_mask(patch, cache, attention):
+    patch.setattr(modeling_llama, "create_causal_mask", sees_all)
+
+
+def register_mask(patch, cache, attention):
+    patch.setitem(AttentionMaskInterface._global_mapping, attention, sees_all)
+
+
+def register_attention(patch, cache, attention):
+    own = ALL_ATTENTION_FUNCTIONS.get(attention, modeling_llama.eager_attention_forward)
+    patch.setitem(AttentionInterface._global_mapping, attention, tripled(own))
+
+
+def patch_attention(patch, cache, attention):
+    if attention == "eager":
+        patch.setattr(modeling_llama, "eager_attention_forward", tripled(modeling_llama.eager_attention_forward))
+    else:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, attention, tripled(ALL_ATTENTION_FUNCTIONS[attention]))
+
+
+def patch_cache(patch, cache, attention):
+    patch.setattr(cache, "update", tripled(cache.update))
+
+
+def patch_caches(patch, cache, attention):
+    patch.setattr(type(cache), "update", tripled(type(cache).update))
+
+
+def patch_cache_layers(patch, cache, attention):
+    kind = type(cache.layers[0])
+    patch.setattr(kind, "update", tripled(kind.update))
+
+
+@pytest.mark.parametrize(("attention", "kind"), [("sdpa", tf.DynamicCache), ("eager", tf.StaticCache)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        patch_mask,
+        register_mask,
+        register_attention,
+        patch_attention,
+        patch_cache,
+        patch_caches,
+        patch_cache_layers,
+    ],
+)
+def test_a_patch_of_masks_attentions_and_caches_is_heeded(change, attention, kind, served, monkeypatch):
+    models, ids = pair(), torch.randint(1, VOCAB, (2, 5))
+
+    def logits(model, change=None):
+        model.set_attn_implementation(attention)
+        cache = kind(config=model.config, **({"max_cache_len": 5} if kind is tf.StaticCache else {}))
+        with monkeypatch.context() as patch, torch.no_grad():
+            if change is not None:
+                change(patch, cache, attention)
+            return model(input_ids=ids, **{fused_decoder._CACHE: cache}).logits
+
+    before = logits(models[1])
+    expected, got = (logits(model, change) for model in models)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (got - before).abs().max() > 1e-3
+    torch.testing.assert_close(logits(models[1]), before)
+    assert served == [True, False, True]
 
 
 @pytest.mark.parametrize("asked", [{"is_causal": False}, {"return_dict": False}, None], ids=str)

@@ -22,7 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..adapters import AdapterBank, Rows
 from ..caching import registered, stamp_of
@@ -37,8 +40,9 @@ from ..ops.dense import FEW_ROWS
 from ..ops.linear_4bit import takes_int8
 from ..ops.tracing import forward_mode, traced
 from .attention import NAME as ATTENTION
+from .attention import attention_forward, attention_mask
 from .forwards import ModuleForward, install
-from .fused_layers import SILUS, rotates_as_llama, written_in_transformers
+from .fused_layers import OF_LLAMA, SILUS, has_llamas, written_in_transformers
 
 _FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 _PROJECTIONS = (
@@ -51,6 +55,12 @@ _PROJECTIONS = (
     ("mlp", "down_proj"),
 )
 _MORE_OUTPUTS = {"output_attentions", "output_hidden_states"}  # of other keywords False may ask for something
+# The function and its mask function that are registered; "eager" is the function of the model's module.
+_ATTENTIONS = {
+    "sdpa": (sdpa_attention_forward, sdpa_mask),
+    "eager": (None, eager_mask),
+    ATTENTION: (attention_forward, attention_mask),
+}
 _NO_BRANCH = None, None, 1.0, None  # A, B, scaling, and the factors of the columns or of each row's
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -221,9 +231,9 @@ class _Stack:
 
         look.forward(model)
         namespace = vars(sys.modules[home])
-        look.get(namespace, "apply_rotary_pos_emb")
-        look.get(namespace, "rotate_half")
-        if not (of_family(model, "Model") and rotates_as_llama(namespace)):
+        for name in OF_LLAMA:
+            look.get(namespace, name)
+        if not (of_family(model, "Model") and has_llamas(namespace, OF_LLAMA)):
             raise _Unsupported
 
         def norm(parent: nn.Module, name: str) -> Tensor:
@@ -436,14 +446,25 @@ class _Static:
                 layer.cumulative_length.fill_(length)
 
 
+def _patched(cache: DynamicCache | StaticCache, kind: type[DynamicLayer | StaticLayer]) -> bool:
+    """Whether somebody else's function takes up what is computed, for ``cache`` or its layers of this kind."""
+    return (
+        "update" in vars(cache)
+        or written_in_transformers(type(cache).update) is None
+        or written_in_transformers(kind.update) is None
+    )
+
+
 def _asks_for_more(config: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
     """Whether a call wants what the stack does not compute, or says what it does not know."""
+    attention = config._attn_implementation
+    functions = ALL_ATTENTION_FUNCTIONS.get(attention), ALL_MASK_ATTENTION_FUNCTIONS.get(attention)
     return (
         any(value is not False or name not in _MORE_OUTPUTS for name, value in kwargs.items())
         or not (config.use_cache if use_cache is None else use_cache)
         or config.output_attentions
         or config.output_hidden_states
-        or config._attn_implementation not in ("sdpa", "eager", ATTENTION)
+        or functions != _ATTENTIONS.get(attention)
         or torch.is_autocast_enabled("cpu")
     )
 
@@ -499,7 +520,7 @@ class _FewRows(ModuleForward):
         layers = cache.layers
         count = config.num_hidden_layers
         kind = DynamicLayer if type(cache) is DynamicCache else StaticLayer
-        if len(layers) != count or getattr(cache, "offloading", False):
+        if len(layers) != count or getattr(cache, "offloading", False) or _patched(cache, kind):
             return None
         begun = layers[0].is_initialized
         if not all(type(layer) is kind and layer.is_initialized is begun for layer in layers):

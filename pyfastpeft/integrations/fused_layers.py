@@ -63,8 +63,11 @@ def _has_code(function: Any, code: tuple | None) -> bool:
     return code is not None and _code(function) == code
 
 
-# The one calls the other: NanoChat's turns the other way. Taken now: whoever imports this may patch transformers later.
-_ROTATION = {name: _code(getattr(llama, name)) for name in (_ROPE, "rotate_half")}
+_ROTATION = (_ROPE, "rotate_half")  # the one calls the other: NanoChat's turns the other way
+OF_LLAMA = (*_ROTATION, "create_causal_mask", "eager_attention_forward", "repeat_kv")
+"""What a Llama's decoder and its attention call, by names of their module."""
+# Taken now: whoever imports this may patch transformers later.
+_CODES = {name: _code(getattr(llama, name)) for name in OF_LLAMA}
 
 
 def _serves(x: Tensor, *others: Tensor) -> bool:
@@ -217,7 +220,7 @@ class _Attention(_Fused):
     @classmethod
     def stands_for(cls, function: Any) -> bool:
         own = written_in_transformers(function)
-        return own is not None and _ROPE in own.__code__.co_names and rotates_as_llama(own.__globals__)
+        return own is not None and _ROPE in own.__code__.co_names and has_llamas(own.__globals__, _ROTATION)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.module).forward
@@ -229,9 +232,9 @@ class _Attention(_Fused):
         return _with_rope(own)(self.module, *args, **kwargs)
 
 
-def rotates_as_llama(namespace: dict[str, Any]) -> bool:
-    """Whether these globals have the rotary embedding of transformers' Llama."""
-    return all(_has_code(namespace.get(name), code) for name, code in _ROTATION.items())
+def has_llamas(namespace: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether these globals have the functions of transformers' Llama under these names, which are of OF_LLAMA."""
+    return all(_has_code(namespace.get(name), _CODES[name]) for name in names)
 
 
 def _with_rope(own: types.FunctionType) -> types.FunctionType:
