@@ -231,10 +231,12 @@ each_kind = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize(
+    ("four_bits", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)], ids=str
+)
 @each_kind
-def test_exchanging_adapters_recompiles_nothing(four_bits, kwargs):
-    model = serving(fp.LoraConfig(**kwargs), fp.LoraConfig(**kwargs, lora_alpha=5), four_bits=four_bits)
+def test_exchanging_adapters_recompiles_nothing(four_bits, dtype, kwargs):
+    model = serving(fp.LoraConfig(**kwargs), fp.LoraConfig(**kwargs, lora_alpha=5), four_bits=four_bits).to(dtype)
     batch = tiny.inputs()
     expected = {}
     with torch.no_grad():

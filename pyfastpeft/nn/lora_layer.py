@@ -415,8 +415,8 @@ class LoraLayer(nn.Module, ABC):
         self, dtype: torch.dtype, names: tuple[str, ...], a: Tensor, b: Tensor, scaling: Any, dropout: float
     ) -> Lora | PackedLora:
         """The branch of stacked adapters for x of ``dtype``; packed, once, where they are for inference."""
-        packable = dtype is torch.bfloat16 and dropout == 0.0 and self.bank.frozen.issuperset(names)
-        if not packable or traced() or a.device.type != "cpu":
+        packable = not traced() and dtype is torch.bfloat16 and dropout == 0.0 and a.device.type == "cpu"
+        if not (packable and self.bank.frozen.issuperset(names)):  # asked last: compiled code must not depend on names
             return Lora(a, b, scaling, dropout)
         tensors = [t for name in names for t in self.factors(name)]
         packed = self._cached(names, ("packed", names), tensors, lambda before: repack_lora(before, a, b))
