@@ -255,17 +255,21 @@ def test_an_exported_model_takes_any_rows_and_leaves_its_source_as_it_was(kwargs
             close(exported(x), expected, 0.02 * float(expected.abs().max()))
 
 
-def test_an_exported_model_with_a_prefix_takes_any_batch():
+@pytest.mark.parametrize("names", [["input_ids"], ["input_ids", "attention_mask"]], ids=str)
+def test_an_exported_model_with_a_prefix_takes_any_batch(names):
     model = adapted("prefix").eval()
-    ids = tiny.inputs()["input_ids"]
+
+    def given(rows):
+        ids = torch.randint(60, (rows, 6))
+        every = {"input_ids": ids, "attention_mask": (torch.arange(6) >= torch.arange(rows)[:, None]).long()}
+        return {name: every[name] for name in names} | {"use_cache": False}
+
     with torch.no_grad():
-        shapes = {"input_ids": {0: torch.export.Dim("batch", max=9)}, "use_cache": None}
-        exported = torch.export.export(
-            model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes
-        ).module()
+        shapes = {name: {0: torch.export.Dim("batch", max=9)} for name in names} | {"use_cache": None}
+        exported = torch.export.export(model, (), given(3), dynamic_shapes=shapes).module()
         for rows in (1, 2, 5):
-            ids = torch.randint(60, (rows, ids.shape[1]))
-            close(exported(input_ids=ids, use_cache=False).logits, model(ids, use_cache=False).logits, 1e-5)
+            inputs = given(rows)
+            close(exported(**inputs).logits, model(**inputs).logits, 1e-5)
 
 
 @pytest.mark.parametrize("method", RUN_THROUGH_THE_MODEL)

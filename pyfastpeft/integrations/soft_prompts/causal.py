@@ -151,10 +151,11 @@ class CausalPrefixes(Prefixes):
         new = torch.arange(length, device=inputs.device) + beside(inputs, past)
         if isinstance(mask, dict):  # made by the model around the decoder, which alone was told of the padding
             mask = attention.seen_keys(mask)
-            mask = None if mask is None else mask.expand(len(inputs), -1)
+            mask = None if mask is None else mask.expand(inputs.shape[0], -1)
         if isinstance(mask, Tensor) and mask.dim() != 4:
             seen = length if isinstance(past, Tensor) else past + length
-            fits = mask.dim() == 2 and len(mask) == len(inputs) and mask.shape[1] >= seen
+            # Not len(): it makes a number of a size that torch.export keeps open.
+            fits = mask.dim() == 2 and mask.shape[0] == inputs.shape[0] and mask.shape[1] >= seen
             if not fits or (mask.shape[1] > length and not room):
                 raise ValueError(
                     f"attention_mask has shape {tuple(mask.shape)}; it must be {(len(inputs), past + length)}: one "
