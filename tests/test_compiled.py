@@ -255,6 +255,22 @@ def test_an_exported_model_takes_any_rows_and_leaves_its_source_as_it_was(kwargs
             close(exported(x), expected, 0.02 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_dora_goes_by_the_base_weights_of_now(inference_mode):
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    config = fp.LoraConfig(r=2, target_modules=["0", "2"], use_dora=True, inference_mode=inference_mode)
+    model = fp.get_peft_model(base, config)
+    tiny.randomize(model)
+    compiled, x = torch.compile(model, backend="eager", fullgraph=True), torch.randn(3, 8)
+    close(compiled(x), model(x), 1e-5)
+    for layer in (base[0].base_layer, base[2].base_layer):
+        with torch.no_grad():
+            layer.weight.mul_(1.7).add_(0.1)
+        close(compiled(x), model(x), 1e-5)
+        layer.weight = torch.nn.Parameter(2 * layer.weight.detach(), requires_grad=False)
+        close(compiled(x), model(x), 1e-5)
+
+
 @pytest.mark.parametrize("names", [["input_ids"], ["input_ids", "attention_mask"]], ids=str)
 def test_an_exported_model_with_a_prefix_takes_any_batch(names):
     model = adapted("prefix").eval()

@@ -446,11 +446,12 @@ class LoraLayer(nn.Module, ABC):
 
     def _matrix_square(self) -> Tensor:
         """Float32 [out]: ||M||² a row, computed once for a weight."""
-        if is_compiling() and self._square is not None:
+        weight = self.weight
+        # What is packed is not written to in place, which compiled code could not notice.
+        if is_compiling() and self._square is not None and not weight.is_floating_point():
             return self._square[1]
         if traced():
             return self.matrix().square().sum(1)
-        weight = self.weight
         stamp = stamp_of([weight])
         held = self._square
         if held is None or stamp is None or held[0] != stamp or held[2]() is not weight:
