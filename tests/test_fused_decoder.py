@@ -999,6 +999,16 @@ def test_a_compiled_model_stays_compiled_while_modules_come_and_go():
         assert torch.equal(compiled(**batch).logits, first)
 
 
+def test_a_compiled_model_stays_compiled_when_it_decodes_beside(served):
+    fused = pair()[1]
+    batch = {"input_ids": torch.randint(1, VOCAB, (2, 6)), "use_cache": False}
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        first = compiled(**batch).logits
+        generate(fused, torch.randint(1, VOCAB, (1, 5)))
+        assert any(served) and torch.equal(compiled(**batch).logits, first)
+
+
 # ---- the head --------------------------------------------------------------------------------------------------------
 
 

@@ -494,8 +494,9 @@ class _FewRows(ModuleForward):
             output = self._few_rows(**{name: value for name, value in kwargs.items() if value is not None})
             if output is not None:
                 return output
-        for stack in self._stacks:
-            stack.look_again()
+        if not traced():  # what is compiled must not depend on how many there are
+            for stack in self._stacks:
+                stack.look_again()
         return self.own(*args, **kwargs)
 
     def _few_rows(
