@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import inputs, make, randomize, relative
+from architectures import copy_adapters, dequantized, inputs, make, randomize, relative
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig
@@ -123,6 +123,22 @@ def test_architectures_that_compute_their_loss_otherwise(architecture):
     deferred = loss_and_gradients(model, batch)
     defer_logits(model, False)
     assert_same(deferred, loss_and_gradients(model, batch))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_lora_on_a_head_in_4_bits_computes_what_it_does_over_the_decoded_weight(training):
+    base, config = make("llama"), fp.LoraConfig(target_modules=["q_proj", "lm_head"], r=4)
+    base.lm_head = fp.nn.Linear4bit.from_linear(base.lm_head)
+    expected = fp.get_peft_model(dequantized(base), config).train(training)
+    model = fp.get_peft_model(fp.accelerate(base), config).train(training)
+    assert isinstance(base.lm_head.base_layer.forward, _DeferringForward)
+    randomize(expected)
+    copy_adapters(expected, model)
+    batch = inputs()
+    assert_same(loss_and_gradients(model, batch), loss_and_gradients(expected, batch))
+    assert relative(model(**batch).logits, expected(**batch).logits) < 1e-5
+    with model.disable_adapter(), expected.disable_adapter():
+        assert relative(model(**batch).logits, expected(**batch).logits) < 1e-5
 
 
 def shifted(outputs, labels):

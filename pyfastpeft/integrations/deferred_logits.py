@@ -342,8 +342,10 @@ _OBSERVED: dict[Any, Callable[..., Sequence[Tensor]]] = {
 class _DeferringForward(ModuleForward):
     """Forward of an output head: puts the product off in training; elsewhere it is fast for few rows."""
 
-    def __call__(self, input: Tensor) -> Tensor:
+    def __call__(self, input: Tensor, *args: Any) -> Tensor:
         head = self.module
+        if args:  # LoRA's branch, which a 4-bit head adds itself
+            return self.own(input, *args)
         if not (head.training and torch.is_grad_enabled()) or traced():
             return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
         # A hook wants to see the logits, or brings the weight for this very call, and FSDP does both around the model;
