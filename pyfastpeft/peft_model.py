@@ -523,7 +523,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             safe_merge: refuse a result that is not finite in the dtype it will have.
             dequantize: over a 4-bit base: the whole model in ``dtype``, the merged weights rounded once. Default:
                 merged weights are quantized again, in the same format.
-            dtype: with ``dequantize``; default: the dtype the model was quantized from.
+            dtype: with ``dequantize``; default: the dtype the model has now; of a model without ``model.dtype`` the one
+                each layer was quantized from.
 
         Raises:
             ValueError: an adapter that cannot be merged, or ``dtype`` alone; the model is then as it was.

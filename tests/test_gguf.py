@@ -330,6 +330,17 @@ def test_a_dtype_is_given_in_any_of_transformers_ways(tmp_path, given):
     assert model.dtype == model.lm_head.weight.dtype == model.model.norm.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merged_into_full_precision_it_has_the_dtype_that_was_given(tmp_path, ids, dtype):
+    path = write_llama(tmp_path / "m.gguf")
+    model = fp.get_peft_model(fp.from_gguf(path, dtype=dtype), fp.LoraConfig(target_modules=["q_proj"]))
+    merged, reference = model.merge_and_unload(dequantize=True), dequantized(path)
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    for name, parameter in reference.named_parameters():
+        assert torch.equal(merged.get_parameter(name), parameter.to(dtype)), name
+    assert logits(merged, ids).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", ["auto", "cuda", "int8", torch.int8, None])
 def test_another_dtype_is_refused_by_name(tmp_path, dtype):
     with pytest.raises(ValueError, match=rf"dtype is {dtype!r}; it must be a floating-point torch.dtype or its name"):

@@ -346,6 +346,26 @@ def test_merged_into_full_precision_it_is_an_ordinary_model(tmp_path, ids, name)
     assert torch.equal(output(auto.from_pretrained(tmp_path / "plain"), ids), output(plain, ids))
 
 
+@pytest.mark.parametrize("way", ["opened", "cast"])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_in_full_precision_it_has_the_dtype_that_it_has_now(tmp_path, ids, name, merged, way):
+    _, auto = saved(tmp_path / "full", name, torch.bfloat16)
+    model = auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig())
+    model.save_pretrained(tmp_path / "nf4")
+    model = auto.from_pretrained(tmp_path / "nf4", dtype=torch.float32) if way == "opened" else model.to(torch.float32)
+    expected = output(model, ids)
+    if merged:
+        some = [n for n in layers_4bit(model) if ".0." in n]
+        model = fp.get_peft_model(model, fp.LoraConfig(target_modules=some, init_lora_weights=False)).eval()
+        expected = output(model, ids)
+        plain = model.merge_and_unload(dequantize=True, safe_merge=True)
+    else:
+        plain = model.dequantize()
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    assert (output(plain, ids) - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_deepcopy_and_a_change_of_mode_leave_the_model_exact(tmp_path, ids):
     _, auto = saved(tmp_path)
     model = auto.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig())

@@ -250,6 +250,10 @@ class FastPeftQuantizer(HfQuantizer):
             for leaf in leaves
         ]
 
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """transformers', by default in the dtype the model has now; there it is that of its loading."""
+        return super().dequantize(model, model.dtype if dtype is None else dtype)
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from .attention import use_fast_attention  # not while transformers is still importing itself
 

@@ -174,9 +174,8 @@ class LoraLinear(LoraLayer):
         return held
 
     def merge_dense(self, names: tuple[str, ...], safe: bool, dtype: torch.dtype | None) -> None:
-        """:meth:`merge`, with a 4-bit base layer exchanged for one in ``dtype``, rounded once."""
-        if not self._fused:
-            return self.merge(safe, names, dtype)
+        """:meth:`merge`, with the 4-bit base layer exchanged for one in ``dtype`` (default: the one it was quantized
+        from), rounded once."""
         names = (*self.merged_adapters, *names)
         self.unmerge()
         packed = self.base_layer

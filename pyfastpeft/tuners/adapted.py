@@ -28,6 +28,7 @@ from .embeddings import base_embeddings
 from .modules import (
     HEADS,
     WRAPPERS,
+    dense_dtype,
     find_saved,
     put,
     put_back,
@@ -302,16 +303,17 @@ class AdaptedModel(OneDevice, nn.Module):
 
         Args:
             safe_merge: refuse a result that is not finite in the dtype it will have.
-            dequantize: exchange the 4-bit layers under LoRA for layers in ``dtype``.
+            dequantize: exchange the 4-bit layers under LoRA for layers in ``dtype`` (None: :func:`dense_dtype`).
 
         Returns:
             The adapters' names.
         """
         names, before = self._mergeable(adapter_names), self._merged()
+        dense = dense_dtype(self.model) if dtype is None else dtype
         try:
             for layer in self.bank.mergeable:
-                if dequantize and isinstance(layer, LoraLinear):
-                    layer.merge_dense(names, safe_merge, dtype)
+                if dequantize and isinstance(layer, LoraLinear) and isinstance(layer.base_layer, Linear4bit):
+                    layer.merge_dense(names, safe_merge, dense)
                 else:
                     layer.merge(safe_merge, names, dtype)
         except BaseException:

@@ -276,15 +276,25 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def dense_dtype(model: nn.Module) -> torch.dtype | None:
+    """What the 4-bit layers of ``model`` are to become, so that they go with the rest: its dtype now, as transformers
+    defines it and as if no adapter were in it. None where it has no such thing: each layer's own."""
+    if not hasattr(type(model), "dtype"):
+        return None
+    parameters = (p for _, plain, around in plain_modules_of(model) for p in parameters_of(plain, around).values())
+    return next((p.dtype for p in parameters if p.is_floating_point()), None)
+
+
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Replace every :class:`Linear4bit` of ``model`` by its layer in full precision and forget the quantization.
 
     Args:
-        dtype: of all parameters. Default: each one's own, and of a weight the one it was quantized from.
+        dtype: of all parameters. Default: each one's own, and of a 4-bit weight :func:`dense_dtype`.
     """
+    dense = dense_dtype(model) if dtype is None else dtype
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
-            put(model, path, module.to_linear(dtype))
+            put(model, path, module.to_linear(dense))
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
