@@ -1,5 +1,8 @@
 """Quantize a model to 4 bits and save it; after "import pyfastpeft" transformers loads the folder as it is.
 
+A folder's float32 and float16 weights are rounded to bfloat16 before they are quantized; what stays in full precision
+is saved in bfloat16.
+
 examples:
   pyfastpeft quantize ./llama ./llama-nf4
   pyfastpeft quantize ./llama ./llama-int4 --quant-type int4 --blocksize 32
