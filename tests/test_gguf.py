@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from architectures import relative
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from transformers import (
@@ -339,6 +340,14 @@ def test_merged_into_full_precision_it_has_the_dtype_that_was_given(tmp_path, id
     for name, parameter in reference.named_parameters():
         assert torch.equal(merged.get_parameter(name), parameter.to(dtype)), name
     assert logits(merged, ids).isfinite().all()
+
+
+def test_4_bit_layers_that_are_trained_whole_are_in_the_dtype_that_was_given(tmp_path, ids):
+    model = fp.from_gguf(write_llama(tmp_path / "m.gguf"), dtype=torch.bfloat16)
+    expected = logits(model, ids)
+    model = fp.get_peft_model(model, fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj", "1.mlp"]))
+    assert {p.dtype for n, p in model.named_parameters() if "modules_to_save" in n} == {torch.bfloat16}
+    assert relative(logits(model, ids), expected) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", ["auto", "cuda", "int8", torch.int8, None])

@@ -402,7 +402,7 @@ class AdaptedModel(OneDevice, nn.Module):
             put(self.model, path, wrapper)
             self.bank.wrappers[path] = wrapper
             self.bank.forget()
-        wrapper.modules_to_save[name] = trainable_copy(wrapper.original_module)
+        wrapper.modules_to_save[name] = trainable_copy(wrapper.original_module, dense_dtype(self.model))
 
     def _drop_saved(self, name: str) -> None:
         for path, wrapper in list(self.bank.wrappers.items()):

@@ -245,16 +245,17 @@ def unmatched_saved(config: PeftConfig, model: nn.Module) -> str | None:
     return f"modules_to_save {missing} match no module of {type(model).__name__}. {hint(missing, model, named)}"
 
 
-def trainable_copy(module: nn.Module) -> nn.Module:
-    """A copy whose every parameter can train: 4-bit layers in it become full precision."""
+def trainable_copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy whose every parameter can train: 4-bit layers in it become full precision, in ``dtype`` (None: the one
+    each was quantized from)."""
     if isinstance(module, Linear4bit):
-        return module.to_linear()
+        return module.to_linear(dtype)
     # It goes by the model's configuration, which may be given another attention later.
     configs = {id(m.config): m.config for m in module.modules() if "config" in vars(m)}
     module = copy.deepcopy(module, configs)
     for path, child in list(module.named_modules()):
         if isinstance(child, Linear4bit):
-            put(module, path, child.to_linear())
+            put(module, path, child.to_linear(dtype))
     return module
 
 
