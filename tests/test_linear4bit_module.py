@@ -266,6 +266,21 @@ def test_a_layer_made_on_the_meta_device_takes_the_tensors_it_is_assigned():
     assert torch.equal(module(x), source(x)) and module.bias.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+@pytest.mark.parametrize("k", [96, 80], ids=["tiles", "rows"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_loaded_shares_no_memory_with_the_state_unless_it_is_assigned(device, k, quant_type, double_quant):
+    source, module = layer(48, k, quant_type, double_quant), fp.nn.Linear4bit(k, 48, False, device=device)
+    state = {name: t for name, t in source.state_dict().items() if name != "bias"}
+    expected = held(source)
+    module.load_state_dict(state)
+    for t in state.values():
+        t.zero_()
+    assert same(held(module), expected) and module.weight.data_ptr() == module.packed.codes.data_ptr()
+    module.load_state_dict(expected, assign=True)
+    assert (module.weight.data_ptr() == expected["weight"].data_ptr()) is (k == 80)  # tiles are made anew
+
+
 def test_a_layer_moved_to_the_meta_device_is_as_one_made_there():
     source, x = layer(), torch.randn(3, 96)
     state, before = copy.deepcopy(source.state_dict()), source(x)

@@ -779,6 +779,21 @@ def test_pages_of_a_mapped_file_are_given_back_unless_they_were_written_to(tmp_p
     assert mapped[70000] == -1 and torch.equal(own, values)
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.get("quant_type", "nf4"))
+def test_a_reloaded_model_does_not_change_when_its_file_does(tmp_path, ids, settings):
+    config = transformers.LlamaConfig(**GROUPED | {"intermediate_size": 100})  # not all layers go into tiles
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "full")
+    config = fp.FastPeftConfig(**settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=config)
+    model.save_pretrained(tmp_path / "4")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "4")
+    with open(tmp_path / "4" / "model.safetensors", "r+b") as file:  # in place: a new file would leave the old mapped
+        file.write(bytes((tmp_path / "4" / "model.safetensors").stat().st_size))
+    assert same_state(again, model) and torch.equal(output(again, ids), output(model, ids))
+    for layer in layers_4bit(again).values():
+        layer.weight = layer.weight  # refused where it is not the memory that is read
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux")
 def test_a_model_that_loads_into_4_bits_never_holds_its_file_in_memory(tmp_path):
     """Packed it has 0.28 of the file's size; more would be beside it only while a layer is read."""

@@ -138,12 +138,15 @@ class Packed4bit:
         nested = None if self.nested is None else NestedScales(out["absmax2"], out["offset"])
         return replace(self, codes=out["codes"], scale=out["scale"], zero=out.get("zero"), nested=nested)
 
-    def to(self, device: torch.device | str) -> Packed4bit:
-        """The same weight on ``device``, in that device's layout."""
+    def to(self, device: torch.device | str, copy: bool = False) -> Packed4bit:
+        """The same weight on ``device``, in that device's layout; with ``copy`` it shares no memory with this one."""
         device = torch.device(device)
-        if device == self.device:
-            return self
-        return self.rows().map_bytes(lambda t: t.to(device)).prepared()
+        moved = self if device == self.device else self.rows().map_bytes(lambda t: t.to(device)).prepared()
+        if not copy:
+            return moved
+        # A layout or a device that changes has made copies already: peak memory counts.
+        held = {t.data_ptr() for t in self._tensors().values()}
+        return moved.prepared().map_bytes(lambda t: t.clone() if t.data_ptr() in held else t)
 
     def clone(self) -> Packed4bit:
         """A copy with memory of its own, in the same layout."""

@@ -322,7 +322,8 @@ class _Deserialize(_Op):
             return {key: state[key].to(layer.weight.dtype)}
         if not isinstance(layer, Linear4bit):
             raise ValueError(f"{full_layer_name} is stored in 4 bits, but its layer is one that is not converted")
-        layer.set_packed(packed_from_state(state, key))
+        packed = packed_from_state(state, key)
+        layer.set_packed(packed.to(packed.device, copy=True))
         for tensor in state.values():
             _let_go(tensor)
         return {key: layer.weight}

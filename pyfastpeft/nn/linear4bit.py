@@ -252,7 +252,7 @@ class Linear4bit(OneDevice, nn.Linear):
         packed, problems = None, len(error_msgs)
         if key in own:
             try:
-                packed = self._packed_from(own, key)
+                packed = self._packed_from(own, key, local_metadata.get("assign_to_params_buffers", False))
             except (ValueError, TypeError) as error:
                 error_msgs.append(f"{key}: {error}")
         elif strict:
@@ -272,8 +272,11 @@ class Linear4bit(OneDevice, nn.Linear):
         if packed is not None:
             self.set_packed(packed)
 
-    def _packed_from(self, state: dict[str, Tensor], key: str) -> Packed4bit | None:
-        """The weight under ``key``, in 4 bits already or quantized now, on this layer's device and of its shape."""
+    def _packed_from(self, state: dict[str, Tensor], key: str, assign: bool) -> Packed4bit | None:
+        """The weight under ``key``, in 4 bits already or quantized now, on this layer's device and of its shape.
+
+        It shares memory with ``state`` only where ``assign`` allows it.
+        """
         weight = state[key]
         if hasattr(self.weight, "device_mesh"):  # a DTensor, as packed is not
             raise TypeError("this layer's weight is sharded; a 4-bit weight must be loaded before fully_shard")
@@ -282,11 +285,11 @@ class Linear4bit(OneDevice, nn.Linear):
             # scales beside them may be another model's.
             return self.packed
         if weight.is_floating_point() and len(state) == 1:
-            packed = quantize_4bit(weight, self.quant_type, self.blocksize, self.double_quant)
+            packed, copy = quantize_4bit(weight, self.quant_type, self.blocksize, self.double_quant), False
         else:
-            packed = packed_from_state(state, key)
+            packed, copy = packed_from_state(state, key), not assign
         self._check_shape(packed)
-        return packed if self.packed is None else packed.to(self.packed.device)
+        return packed.to(packed.device if self.packed is None else self.packed.device, copy)
 
     def extra_repr(self) -> str:
         double = ", double_quant=True" if self.double_quant else ""
