@@ -268,9 +268,9 @@ def test_a_layer_made_on_the_meta_device_takes_the_tensors_it_is_assigned():
 
 @pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
 @pytest.mark.parametrize("k", [96, 80], ids=["tiles", "rows"])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_what_is_loaded_shares_no_memory_with_the_state_unless_it_is_assigned(device, k, quant_type, double_quant):
-    source, module = layer(48, k, quant_type, double_quant), fp.nn.Linear4bit(k, 48, False, device=device)
+@pytest.mark.parametrize("made_on", ["cpu", "meta"])
+def test_what_is_loaded_shares_no_memory_with_the_state_unless_it_is_assigned(made_on, k, quant_type, double_quant):
+    source, module = layer(48, k, quant_type, double_quant), fp.nn.Linear4bit(k, 48, False, device=made_on)
     state = {name: t for name, t in source.state_dict().items() if name != "bias"}
     expected = held(source)
     module.load_state_dict(state)
