@@ -259,7 +259,6 @@ class FastPeftQuantizer(HfQuantizer):
 
         remove(model)
         use_fast_attention(model, False)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # what a config has after it was saved
         for name, layer in list(model.named_modules()):
             if not isinstance(layer, Linear4bit):
                 continue

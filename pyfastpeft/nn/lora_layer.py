@@ -223,14 +223,14 @@ class LoraLayer(nn.Module, ABC):
         for name in self.active_adapters if scale != 1 else ():
             self.scaling[name] *= scale
 
-    def is_rescaled(self, adapter: str) -> bool:
-        """Whether an adapter's scaling is another than its own."""
-        return self._scaling[adapter] != self._own_scaling[adapter]
-
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters; None: give them their own again."""
         for name in self.active_adapters:
             self.scaling[name] = self._own_scaling[name] if scale is None else self.scaling[name] / scale
+
+    def is_rescaled(self, adapter: str) -> bool:
+        """Whether an adapter's scaling is another than its own."""
+        return self._scaling[adapter] != self._own_scaling[adapter]
 
     @property
     def active_adapters(self) -> list[str]:

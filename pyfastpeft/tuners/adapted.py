@@ -32,6 +32,7 @@ from .modules import (
     find_saved,
     put,
     put_back,
+    says_tied,
     tied_ends,
     trainable_copy,
     trainable_state,
@@ -497,7 +498,7 @@ def _original(module: nn.Module) -> nn.Module:
 
 def _tied(model: nn.Module) -> bool:
     """Whether the output head has the weight of the embedding, and the configuration says so."""
-    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False) and tied_ends(model))
+    return says_tied(model) and bool(tied_ends(model))
 
 
 def _ties(model: nn.Module) -> dict[str, str]:

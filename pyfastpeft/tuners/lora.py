@@ -44,6 +44,7 @@ from .modules import (
     is_named,
     is_never_called,
     modules_of,
+    output_head,
     parameters_of,
     plain_modules_of,
     put,
@@ -294,7 +295,7 @@ def matches(config: LoraConfig, path: str) -> bool:
 
 
 def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((h for h in (getattr(model, n, None) for n in ("score", "classifier")) if h is not None), None)
     linear, fused = [], []

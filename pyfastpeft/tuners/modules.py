@@ -143,8 +143,7 @@ def inside_of(path: str, others: Iterable[str]) -> bool:
 
 def ends_of(model: nn.Module) -> list[nn.Module]:
     """The input embedding and the output head, as far as there are any."""
-    found = input_embedding(model), _end(model, "get_output_embeddings")
-    return [end for end in found if end is not None]
+    return [end for end in (input_embedding(model), output_head(model)) if end is not None]
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
@@ -152,11 +151,20 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
     return _end(model, "get_input_embeddings")
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    return _end(model, "get_output_embeddings")
+
+
 def _end(model: nn.Module, getter: str) -> nn.Module | None:
     try:
         return getattr(model, getter)()
     except (AttributeError, NotImplementedError):  # none of transformers' models, or one without
         return None
+
+
+def says_tied(model: nn.Module) -> bool:
+    """Whether the model's configuration says that its output head has the weight of the input embedding."""
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
 def tied_ends(model: nn.Module) -> list[nn.Module]:

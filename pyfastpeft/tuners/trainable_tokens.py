@@ -12,7 +12,7 @@ from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TokenRows, TrainableTokens
 from .adapted import adapter_dtype
-from .modules import at, base_of, input_embedding, modules_of, put
+from .modules import at, base_of, input_embedding, modules_of, put, says_tied
 
 DELTA = "token_adapter.trainable_tokens_delta"
 """What PEFT calls the rows, behind the path of the module."""
@@ -85,8 +85,7 @@ def find_places(given: list[int] | dict[str, list[int]] | None, model: nn.Module
             places.append(Place(tokens, {path: module}))
     first = places[0]
     weight, *others = (_weight_of(place.path, modules[place.path]) for place in places)
-    tie = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    if tie and first.path == of_embedding and not any(other is weight for other in others):
+    if says_tied(model) and first.path == of_embedding and not any(other is weight for other in others):
         tied = [path for path, m in modules.items() if getattr(_held(m), "weight", None) is weight]
         first.layers.update({path: modules[path] for path in tied if _weight_of(path, modules[path]) is weight})
     return places
