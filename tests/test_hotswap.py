@@ -9,8 +9,10 @@ import weakref
 from functools import partial
 
 import architectures as tiny
+import peft
 import pytest
 import torch
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyfastpeft as fp
@@ -169,6 +171,21 @@ def test_a_smaller_rank_and_fewer_modules_swap_in_and_out_again(use_dora, tmp_pa
     model.hotswap_adapter(original, "big", config)
     model.set_adapter("big")
     torch.testing.assert_close(model(**batch).logits, first, rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_modules_are_saved_as_they_are_where_others_end_as_one_of_them(tmp_path):
+    """A path without a dot, as of diffusers' Flux, is also how others end."""
+    base = nn.ModuleDict({"block": nn.ModuleDict({"out": nn.Linear(4, 4)}), "out": nn.Linear(4, 4)})
+    model = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(target_modules=["out"]))
+    only = {key: torch.randn_like(t) for key, t in tensors_of(model, "default").items() if "block" not in key}
+    model.hotswap_adapter(only)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 4)
+    expected = model.base_model.model["out"](x)
+    for library in (fp, peft):
+        again = library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).base_model.model
+        torch.testing.assert_close(again["out"](x), expected, rtol=1e-5, atol=1e-6)
+        assert type(again["block"]["out"]) is nn.Linear
 
 
 def test_a_module_trained_whole_swaps_in_with_a_smaller_rank():

@@ -13,6 +13,7 @@ from ..hub.files import check_kind
 from ..nn.lora_layer import LoraLayer, scaling_of
 from ..ops import copy_tensors
 from .lora import LoraConfig, matches
+from .modules import names_of
 
 if TYPE_CHECKING:
     from .lora import LoraTuner
@@ -32,7 +33,7 @@ class Swap:
         source: str,
     ) -> None:
         """Arguments as :meth:`Tuner.swap` has them."""
-        self.bank, self.prefix, self.name = tuner.bank, tuner.PREFIX, name
+        self.model, self.bank, self.prefix, self.name = tuner.model, tuner.bank, tuner.PREFIX, name
         new = old if config is None else config
         for what in ("use_dora", "lora_bias"):
             if getattr(old, what) != getattr(new, what):
@@ -127,7 +128,7 @@ class Swap:
         else:
             changed = replace(old, rank_pattern={f"^{path}": r for path, r in ranks.items()})
         if len(ranks) < len(self.ranks):
-            changed.target_modules = sorted(ranks)
+            changed.target_modules = names_of(ranks, self.model)
         return changed
 
     @torch.no_grad()

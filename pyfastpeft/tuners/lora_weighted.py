@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..nn.lora_layer import LoraLayer
 from .adapted import AdaptedModel
 from .base import PeftConfig
 from .lora import LoraConfig
-from .modules import ends_with, modules_of
+from .modules import names_of
 from .task_arithmetic import KINDS, check_pruning, summed
 from .tuner import Tuner
 
@@ -57,7 +56,7 @@ def combine(
         use_rslora=False,
         rank_pattern={},
         alpha_pattern={},
-        target_modules=_named(layers, model.model),
+        target_modules=names_of(layers, model.model),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -75,14 +74,6 @@ def combine(
         a_key, b_key = (f"{Tuner.PREFIX}{path}.{key}" for key in layer.KEYS)
         tensors[a_key], tensors[b_key] = F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))
     return config, tensors
-
-
-def _named(paths: Collection[str], model: nn.Module) -> list[str] | str:
-    """``target_modules`` that mean the modules at ``paths``, and none that only ends as one of them."""
-    names = sorted(paths)
-    if any(ends_with(path, names) for path, _ in modules_of(model) if path not in paths):
-        return "|".join(map(re.escape, names))
-    return names
 
 
 def _check(

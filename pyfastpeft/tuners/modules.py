@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,14 @@ def modules_of(model: nn.Module, repeated: bool = False) -> Iterator[tuple[str, 
                     yield from walk(child, child_path)
 
     yield from walk(model, "")
+
+
+def names_of(paths: Collection[str], model: nn.Module) -> list[str] | str:
+    """``target_modules`` that mean the modules at ``paths``, and none that only ends as one of them."""
+    names = sorted(paths)
+    if any(ends_with(path, names) for path, _ in modules_of(model) if path not in paths):
+        return "|".join(map(re.escape, names))
+    return names
 
 
 def plain_modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
