@@ -11,6 +11,7 @@ from test_linear_4bit import FORWARD, adapter, error, float64, packed_weight
 
 import pyfastpeft as fp
 from pyfastpeft.integrations.deferred_logits import chunked_cross_entropy
+from pyfastpeft.nn.lora_init import pissa
 from pyfastpeft.ops import BankView, Lora, backends, linear_4bit
 from pyfastpeft.ops.cuda_kernels import why_not
 
@@ -238,3 +239,9 @@ def test_quantizing_and_decoding_give_the_cpus_bits():
             assert torch.equal(here.codes.cpu(), there.codes) and torch.equal(here.scale.cpu(), there.scale)
             for to in (torch.float32, torch.bfloat16, torch.float16):
                 assert torch.equal(here.dequantize(to).cpu(), there.dequantize(to))
+
+
+def test_randomized_components_are_those_that_the_cpu_finds():
+    weight = torch.randn(N, K, device="cpu")
+    for ours, expected in zip(pissa(weight.to(GPU), R, 2.0, iterations=1), pissa(weight, R, 2.0, 1), strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-5)

@@ -33,10 +33,12 @@ def pissa(weight: Tensor, r: int, scaling: float, iterations: int | None = None)
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         u, s, vh = u[:, :r], s[:r], vh[:r]
     else:
-        # Loaded again, the adapter starts from the same base weights: its random part is always the same.
-        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(weight, r, niter=iterations)
+        # Loaded again, the adapter starts from the same base weights: its random part is always the same, drawn by the
+        # CPU, as a GPU draws other numbers of a seed.
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(0)
+            factors = torch.svd_lowrank(weight.cpu(), r, niter=iterations)
+        u, s, v = (factor.to(weight.device) for factor in factors)
         vh = v.t()
     root = (s / scaling).sqrt()
     a, b = root[:, None] * vh, u * root
