@@ -2,7 +2,7 @@
 where nvcc is, `libpyfastpeft_cuda`, the CUDA kernels behind a C ABI.
 
 PYFASTPEFT_CUDA: "0" leaves the kernels out; "all" compiles them for every GPU in ARCHITECTURES, "8.0;9.0" for those.
-Unset: for the GPUs that are here, for all where none is. CUDA_HOME chooses the toolkit (12 or 13).
+Unset: for the GPUs that are here, for all where none is. CUDA_HOME chooses the toolkit (12.4 or newer).
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ OPERATORS = [
 # -ffp-contract=off: formats are reproduced to the bit; fused multiply-adds are written where they are meant.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 
+OLDEST_TOOLKIT = (12, 4)  # the first with __maxnreg__
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"]
 # Whose PTX is theirs but for a name: it is compiled once, which halves what nvcc does.
 FRONT_END = {"8.6": "8.0", "8.9": "8.0", "12.0": "10.0"}
@@ -88,15 +89,27 @@ def capabilities_here() -> list[tuple[int, int]]:
     return [(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d+)$", found, re.M)]
 
 
-def parsed(architecture: str) -> tuple[int, int]:
-    major, minor = architecture.removesuffix("a").split(".")
+def version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")
     return int(major), int(minor)
 
 
-def serving(capability: tuple[int, int]) -> str | None:
-    """Of ARCHITECTURES the one for a GPU: of its generation, else the oldest, whose PTX newer GPUs compile."""
-    own = [a for a in ARCHITECTURES if parsed(a)[0] == capability[0] and parsed(a) <= capability]
-    return own[-1] if own else ARCHITECTURES[0] if capability > parsed(ARCHITECTURES[0]) else None
+def parsed(architecture: str) -> tuple[int, int]:
+    return version(architecture.removesuffix("a"))
+
+
+def serving(capability: tuple[int, int], known: list[str]) -> str | None:
+    """Of ``known`` the one for a GPU: of its generation, else the oldest, whose PTX newer GPUs compile."""
+    own = [a for a in known if parsed(a)[0] == capability[0] and parsed(a) <= capability]
+    return own[-1] if own else known[0] if capability > parsed(known[0]) else None
+
+
+def no_kernels(nvcc: str | None) -> str | None:
+    """Why the CUDA kernels cannot be compiled; None where they can."""
+    if nvcc is None:
+        return "there is no nvcc in CUDA_HOME, in /usr/local/cuda or on the PATH"
+    found, oldest = toolkit_version(nvcc), ".".join(map(str, OLDEST_TOOLKIT))
+    return f"{nvcc} is of CUDA {found}; it must be {oldest} or newer" if version(found) < OLDEST_TOOLKIT else None
 
 
 def chosen_architectures(nvcc: str | None) -> list[str]:
@@ -104,18 +117,16 @@ def chosen_architectures(nvcc: str | None) -> list[str]:
     wanted = os.environ.get("PYFASTPEFT_CUDA", "")
     if wanted == "0":
         return []
-    if nvcc is None:
+    if (why := no_kernels(nvcc)) is not None:
         if wanted:
-            raise SystemExit(
-                f"PYFASTPEFT_CUDA is {wanted!r}, but there is no nvcc in CUDA_HOME, in /usr/local/cuda or on the PATH"
-            )
-        print("pyfastpeft: no nvcc is here, so it is built without CUDA kernels")
+            raise SystemExit(f"PYFASTPEFT_CUDA is {wanted!r}, but {why}")
+        print(f"pyfastpeft: built without CUDA kernels, as {why}")
         return []
-    if not wanted and (here := capabilities_here()):
-        return sorted({a for c in here if (a := serving(c)) is not None}, key=parsed)
     if wanted in ("", "all"):
-        known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
-        return [a for a in ARCHITECTURES if f"sm_{''.join(map(str, parsed(a)))}\n" in known]
+        codes = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
+        known = [a for a in ARCHITECTURES if f"sm_{''.join(map(str, parsed(a)))}\n" in codes]
+        here = [] if wanted else capabilities_here()
+        return sorted({a for c in here if (a := serving(c, known)) is not None}, key=parsed) if here else known
     asked = [a.strip() for a in wanted.split(";")]
     names = {a.removesuffix("a"): a for a in ARCHITECTURES}
     if not set(asked) <= {*names, *ARCHITECTURES}:

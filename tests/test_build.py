@@ -30,6 +30,22 @@ def build(monkeypatch):
     return module
 
 
+def toolkit(folder, version, known):
+    """An nvcc that only says what it is, and which GPUs it has code for."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    codes = "\n".join("sm_" + name.replace(".", "") for name in known.split())
+    said = f"Cuda compilation tools, release {version}, V{version}.0"
+    nvcc.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo '{said}' || echo '{codes}'\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+@pytest.fixture
+def nvcc(tmp_path):
+    return toolkit(tmp_path, "13.0", "7.5 8.0 8.6 8.9 9.0 10.0 12.0")
+
+
 @pytest.fixture
 def old_setuptools(monkeypatch):
     monkeypatch.setattr(setuptools, "__version__", "68.1.2")
@@ -56,19 +72,27 @@ def test_setuptools_that_refuses_pyproject_builds_in_place(old_setuptools, build
         ((13, 0), "8.0"),
     ],
 )
-def test_a_source_build_is_for_the_gpus_that_are_here(build, monkeypatch, capability, architecture):
+def test_a_source_build_is_for_the_gpus_that_are_here(build, nvcc, monkeypatch, capability, architecture):
     monkeypatch.setattr(build, "capabilities_here", lambda: [capability, capability])
-    assert build.chosen_architectures("nvcc") == ([] if architecture is None else [architecture])
+    assert build.chosen_architectures(nvcc) == ([] if architecture is None else [architecture])
 
 
-def test_the_environment_chooses_architectures(build, monkeypatch):
+def test_a_gpu_newer_than_the_toolkit_gets_the_oldest_code(build, tmp_path, monkeypatch):
+    nvcc = toolkit(tmp_path, "12.4", "8.0 8.6 8.9 9.0")
+    for capability, architecture in (((12, 0), "8.0"), ((10, 0), "8.0"), ((9, 0), "9.0a")):
+        monkeypatch.setattr(build, "capabilities_here", lambda found=capability: [found])
+        assert build.chosen_architectures(nvcc) == [architecture]
+
+
+def test_the_environment_chooses_architectures(build, nvcc, monkeypatch):
+    assert build.chosen_architectures(nvcc) == build.ARCHITECTURES
     for wanted, chosen in (("0", []), ("9.0", ["9.0a"]), ("9.0a; 8.0", ["8.0", "9.0a"]), ("12.0;8.9", ["8.9", "12.0"])):
         monkeypatch.setenv("PYFASTPEFT_CUDA", wanted)
-        assert build.chosen_architectures("nvcc") == chosen
+        assert build.chosen_architectures(nvcc) == chosen
     for wanted in ("7.5", "yes", "8.0,9.0"):
         monkeypatch.setenv("PYFASTPEFT_CUDA", wanted)
         with pytest.raises(SystemExit, match=f"PYFASTPEFT_CUDA is '{wanted}'; it must be 0, all, or some of 8.0"):
-            build.chosen_architectures("nvcc")
+            build.chosen_architectures(nvcc)
 
 
 def codes(flags):
@@ -106,22 +130,23 @@ def test_architectures_whose_ptx_is_compiled_once_have_the_same(build, tmp_path)
         assert ptx(architecture) == ptx(front_end)
 
 
-def test_without_nvcc_the_build_goes_on_unless_kernels_were_asked_for(build, monkeypatch, capsys):
-    assert build.chosen_architectures(None) == []
-    assert "no nvcc is here" in capsys.readouterr().out
+@pytest.mark.parametrize("found", [None, "12.3", "11.8"])
+def test_without_nvcc_that_serves_the_build_goes_on_unless_kernels_were_asked_for(
+    build, monkeypatch, capsys, tmp_path, found
+):
+    nvcc = found and toolkit(tmp_path, found, "8.0 9.0")
+    why = "there is no nvcc" if found is None else f"{nvcc} is of CUDA {found}; it must be 12.4 or newer"
+    assert build.chosen_architectures(nvcc) == []
+    assert f"built without CUDA kernels, as {why}" in capsys.readouterr().out
     monkeypatch.setenv("PYFASTPEFT_CUDA", "all")
-    with pytest.raises(SystemExit, match="PYFASTPEFT_CUDA is 'all', but there is no nvcc"):
-        build.chosen_architectures(None)
+    with pytest.raises(SystemExit, match=f"PYFASTPEFT_CUDA is 'all', but {why}"):
+        build.chosen_architectures(nvcc)
 
 
-def test_a_toolkit_is_found_where_it_says(build, monkeypatch, tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")
-    nvcc.chmod(0o755)
+def test_a_toolkit_is_found_where_it_says(build, nvcc, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert build.find_nvcc() == str(nvcc)
-    assert build.toolkit_version(str(nvcc)) == "12.9"
+    assert build.find_nvcc() == nvcc
+    assert build.toolkit_version(nvcc) == "13.0"
 
 
 def test_the_sdist_has_all_that_is_built_and_tested(tmp_path):
