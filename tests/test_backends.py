@@ -435,6 +435,19 @@ def test_what_triton_kernels_keep_is_not_allocated_by_the_thread_that_calls_them
         cached.cache_clear()
 
 
+def test_compilers_take_what_serves_a_device_without_a_warning(gpu):
+    device = gpu((9, 0)).device
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def served(x):
+        return x + sum(backends._serving(device)) + (cuda_kernels.why_not(torch.device("cpu")) is not None)
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert served(torch.zeros(())) == 3
+
+
 def test_what_a_capture_forbids_is_done_in_the_relaxed_mode(monkeypatch):
     mode, seen = threading.local(), []
 

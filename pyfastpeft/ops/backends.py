@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import os
 import warnings
 
@@ -15,7 +14,7 @@ from ..formats.packed import dequantize_reference, quantize_reference
 from . import cuda_kernels, triton_kernels
 from .cuda_kernels import most_rows
 from .cuda_kernels import why_not as why_not_cuda
-from .library import constant_to_compilers
+from .library import remembered
 from .triton_kernels import why_not as why_not_triton
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,8 +69,7 @@ _WHOLE_ROWS = 1024
 from 1024 (``bench.gpu_estimate``)."""
 
 
-@functools.cache
-@constant_to_compilers
+@remembered
 def _serving(device: torch.device) -> tuple[bool, bool]:
     """Whether the CUDA and the Triton kernels serve ``device``. Says once what a GPU lacks."""
     if device.type != "cuda":

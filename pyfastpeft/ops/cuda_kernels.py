@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ..formats import Packed4bit
-from .library import constant_to_compilers
+from .library import remembered
 
 
-@functools.cache
-@constant_to_compilers
+@remembered
 def why_not(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot serve tensors on ``device``; None where they can."""
     if device.type != "cuda":
@@ -22,8 +19,7 @@ def why_not(device: torch.device) -> str | None:
     return torch.ops.pyfastpeft.cuda_missing.default(*torch.cuda.get_device_capability(device)) or None
 
 
-@functools.cache
-@constant_to_compilers
+@remembered
 def _most_rows(device: int, format: int, n: int, k: int, blocksize: int, nested: bool, dtype: torch.dtype) -> int:
     return torch.ops.pyfastpeft.linear_4bit_cuda_rows.default(device, format, n, k, blocksize, nested, dtype)
 

@@ -47,6 +47,19 @@ def constant_to_compilers(function: _F) -> _F:
     return function
 
 
+def remembered(function: _F) -> _F:
+    """``functools.cache`` of what compilers take for a constant: at its own wrapper they look, and warn of it."""
+    cached = functools.cache(function)
+
+    @constant_to_compilers
+    @functools.wraps(function)
+    def constant(*args: Any) -> Any:
+        return cached(*args)
+
+    constant.cache_clear = cached.cache_clear
+    return constant
+
+
 def split_weight(arguments: Sequence[Any]) -> tuple[Operands, Sequence[Any]]:
     """The operands of the weight, with which ``arguments`` of an operator begin, and what follows them."""
     n = len(Operands._fields)

@@ -24,15 +24,14 @@ from torch import Tensor
 from ..formats import Packed4bit, format_of, get_format
 from ..formats.packed import Operands
 from ..kernels.graphs import constant_on, relaxed
-from .library import WEIGHT, constant_to_compilers, define, define_linear_4bit, dynamic_map, split_weight
+from .library import WEIGHT, define, define_linear_4bit, dynamic_map, remembered, split_weight
 from .tuning import tuned
 
 _OLDEST = (8, 0)
 """The compute capability of the oldest GPU of NVIDIA's that Triton compiles for."""
 
 
-@functools.cache
-@constant_to_compilers
+@remembered
 def why_not(device: torch.device) -> str | None:
     """Why Triton kernels cannot serve tensors on ``device``; None where they can."""
     if importlib.util.find_spec("triton") is None:
