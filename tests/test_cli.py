@@ -414,6 +414,14 @@ def test_generate_brings_a_model_to_4_bits_unless_full_precision_is_asked_for(ca
     assert run_json(capsys, *arguments, "--full-precision")["answers"][0]["answer"] == "0"
 
 
+def test_generate_answers_on_the_gpu_where_there_is_one(capsys, monkeypatch, model_folder):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("transformers.PreTrainedModel.to", lambda model, device: device)
+    monkeypatch.setattr("pyfastpeft.generation.answer", lambda model, *_, **__: [model])
+    arguments = ["generate", "--model", model_folder, "--prompt", "p"]
+    assert run_json(capsys, *arguments)["answers"][0]["answer"] == "cuda"
+
+
 def test_a_model_is_looked_for_on_the_hub_under_any_name_of_one(capsys, monkeypatch, tmp_path):
     asked = []
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from ..data import drug_qa
 from .memory import peak_bytes
 from .methods import METHODS, seed
-from .models import load_smollm2
+from .models import load_smollm2, on_gpu
 from .output import check_place, print_answer
 
 FACTS, STYLE = "drug_qa", "pharmacist"
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     began = time.perf_counter()
     with console.status("loading SmolLM2-135M-Instruct"):
         base, tokenizer = load_smollm2()
+        base = on_gpu(base)
     questions = read_rows(drug_qa("test_50"))
 
     def train(title: str, dataset: list, epochs: float) -> TrainingProgress:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..adapters import BASE
-from .models import MODEL_HELP, add_quantization_arguments, load_model
+from .models import MODEL_HELP, add_quantization_arguments, load_model, on_gpu
 from .output import print_answer
 
 _BASE = "base"
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         args.error(f"--adapter names must differ, got {' '.join(names)}")
     with console.status(f"loading {escape(args.model)}"):
         model, tokenizer = load_model(args, quantized=not args.full_precision)
+        model = on_gpu(model)
         for i, (name, path) in enumerate(args.adapter):
             if i == 0:
                 model = PeftModel.from_pretrained(model, path, adapter_name=name)

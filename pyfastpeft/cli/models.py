@@ -152,6 +152,11 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return from_gguf(file, dtype=torch.bfloat16), _gguf_tokenizer(file)
 
 
+def on_gpu(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` on the GPU, where there is one, as transformers' Trainer puts it."""
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
 def _quiet_libraries() -> None:
     from transformers.utils import logging
 
