@@ -339,6 +339,11 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     return None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it can carry LoRA and multiplies by a matrix, as an embedding does not."""
+    return layer_class(module) in (LoraLinear, LoraConv1D)
+
+
 def expected_tensors(module: nn.Module, r: int, use_dora: bool, lora_bias: bool) -> dict[str, tuple[int, ...]]:
     """Suffix → shape of the tensors a file must hold for an adapter of rank ``r`` on ``module``."""
     n_out, n_in = matrix_shape(module)

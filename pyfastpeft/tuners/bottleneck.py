@@ -14,10 +14,20 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
-from ..nn.lora import layer_class, matrix_shape
+from ..nn.lora import is_linear, matrix_shape
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, check_count, names_or_pattern, register_method
-from .modules import base_of, check_called, ends_with, hint, is_named, is_never_called, modules_of, put, set_packing
+from .modules import (
+    base_of,
+    check_called,
+    is_named,
+    is_never_called,
+    modules_of,
+    no_target,
+    put,
+    set_packing,
+    unmatched,
+)
 from .tuner import Tuner
 
 _ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
@@ -93,10 +103,6 @@ def ends_of_sublayers(model: nn.Module, placement: str) -> list[str]:
     return sorted(path for kind in found for path in kind if not is_never_called(model, path))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return layer_class(module) is not None and not isinstance(module, nn.Embedding)
-
-
 class BottleneckTuner(Tuner):
     """Bottleneck adapters on one model.
 
@@ -116,13 +122,11 @@ class BottleneckTuner(Tuner):
         """Path → the module an adapter goes after."""
         names = config.target_modules
         found = {path: base_of(module) for path, module in modules_of(self.model) if is_named(path, names)}
-        unmatched = [] if isinstance(names, str) else [n for n in names if not any(ends_with(p, [n]) for p in found)]
-        if unmatched or not found:
-            asked, possible = unmatched or names, [path for path, m in modules_of(self.model) if _is_linear(base_of(m))]
-            said = f"target_modules {asked!r} matches no module of {type(self.model).__name__}"
-            raise ValueError(f"{said}. {hint(asked, self.model, possible)}")
+        if (missing := unmatched(names, found)) or not found:
+            possible = [path for path, m in modules_of(self.model) if is_linear(base_of(m))]
+            raise no_target(missing or names, self.model, possible)
         for path, module in found.items():
-            if not _is_linear(module):
+            if not is_linear(module):
                 raise ValueError(
                     f"target_modules matches {path!r}, a {type(module).__name__}; a bottleneck goes after a Linear or "
                     "Conv1D"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.linear4bit import Linear4bit
-from ..nn.lora import LoraConv1D, expected_tensors, layer_class
+from ..nn.lora import LoraConv1D, expected_tensors, is_linear, layer_class
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.lora_layer import LoraLayer, scaling_of
 from ..nn.trainable_tokens import TrainableTokens
@@ -44,12 +44,14 @@ from .modules import (
     is_named,
     is_never_called,
     modules_of,
+    no_target,
     output_head,
     parameters_of,
     plain_modules_of,
     put,
     put_back,
     tied_ends,
+    unmatched,
 )
 from .trainable_tokens import DELTA, Place, checked_tokens, find_places, put_tokens, take_tokens
 from .tuner import Tuner
@@ -301,8 +303,7 @@ def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
     linear, fused = [], []
     kept = {m for saved in find_saved(config, model).values() for m in saved.modules()}
     for path, module in modules_of(model):
-        base = base_of(module)
-        if layer_class(base) is not None and not isinstance(base, nn.Embedding) and module is not head:
+        if is_linear(base_of(module)) and module is not head:
             linear += [] if module in kept or is_never_called(model, path) else [path]
         if path.endswith("experts"):
             fused += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
@@ -327,17 +328,15 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
     """
     candidates = dict(modules_of(model))
     targets = {path: m for path, m in candidates.items() if matches(config, path)}
-    unmatched = _unmatched(config, candidates)
-    if not targets and isinstance(config.target_modules, list) and config.target_modules and not unmatched:
+    missing = unmatched(config.target_modules, candidates)
+    if not targets and isinstance(config.target_modules, list) and config.target_modules and not missing:
         raise ValueError(
             f"target_modules {config.target_modules!r} are modules of {type(model).__name__}, but exclude_modules "
             f"{config.exclude_modules!r}, layers_to_transform {config.layers_to_transform!r} and modules_to_save "
             f"{config.modules_to_save!r} leave none of them"
         )
-    if not targets or (unmatched and strict):
-        asked = unmatched if unmatched else config.target_modules
-        said = f"target_modules {asked!r} matches no module of {type(model).__name__}"
-        raise ValueError(f"{said}. {hint(asked, model, _layers_of(model))}")
+    if not targets or (missing and strict):
+        raise no_target(missing or config.target_modules, model, _layers_of(model))
     wrong = {p: m for p, m in targets.items() if layer_class(base_of(m)) is None}
     if wrong:
         path, module = next(iter(wrong.items()))
@@ -347,12 +346,6 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
     if strict:
         check_called(model, targets, "leave it out, or name it in exclude_modules")
     return targets
-
-
-def _unmatched(config: LoraConfig, candidates: dict[str, nn.Module]) -> list[str]:
-    """The names in ``target_modules`` that no module has."""
-    names = config.target_modules if isinstance(config.target_modules, list) else []
-    return [n for n in names if not any(ends_with(path, [n]) for path in candidates)]
 
 
 def _layers_of(model: nn.Module) -> list[str]:
@@ -475,9 +468,9 @@ class LoraTuner(Tuner):
 
     def _warn_of_names(self, config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
         """Say which names in ``config`` change nothing."""
-        if unmatched := _unmatched(config, dict(modules_of(self.model))):
-            meant = hint(unmatched, self.model, _layers_of(self.model))
-            warnings.warn(f"target_modules {unmatched} match no module. {meant}", stacklevel=4)
+        if missing := unmatched(config.target_modules, dict(modules_of(self.model))):
+            meant = hint(missing, self.model, _layers_of(self.model))
+            warnings.warn(f"target_modules {missing} match no module. {meant}", stacklevel=4)
         if hidden := [path for path in inside_saved(self.model) if matches(config, path)]:
             said = f"target_modules match {hidden}, which modules_to_save of another adapter holds; they are left out"
             warnings.warn(said, stacklevel=4)

@@ -228,6 +228,17 @@ def hint(asked: list[str] | str, model: nn.Module, paths: Iterable[str]) -> str:
     return f"Names that can be given: {', '.join(names)}"
 
 
+def unmatched(names: list[str] | str, paths: Collection[str]) -> list[str]:
+    """Those of ``names`` that none of ``paths`` ends with; of a regular expression there are none."""
+    return [] if isinstance(names, str) else [n for n in names if not any(ends_with(path, [n]) for path in paths)]
+
+
+def no_target(asked: list[str] | str, model: nn.Module, paths: Iterable[str]) -> ValueError:
+    """What to raise where ``asked``, of ``target_modules``, is no module of ``model``; arguments as of :func:`hint`."""
+    said = f"target_modules {asked!r} matches no module of {type(model).__name__}"
+    return ValueError(f"{said}. {hint(asked, model, paths)}")
+
+
 def is_never_called(model: nn.Module, path: str) -> bool:
     """Whether what stands around the layer at ``path`` reads its weight and does not call it (:func:`never_calls`)."""
     parent, _, name = path.rpartition(".")
