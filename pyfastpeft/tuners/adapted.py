@@ -120,11 +120,6 @@ class AdaptedModel(OneDevice, nn.Module):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
         return self.tuner(config).resolved(config)
 
-    def expected(self, config: PeftConfig, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """See :meth:`Tuner.expected`."""
-        saved = {key: tuple(t.shape) for key, t in self._to_save(config).items()}
-        return self.tuner(config).expected(config, values) | saved
-
     def _to_save(self, config: PeftConfig) -> dict[str, Tensor]:
         """Key → tensor, as far as shape and kind go, of the copies that ``modules_to_save`` makes."""
         held, prefix = {}, self.tuner(config).PREFIX
@@ -198,9 +193,10 @@ class AdaptedModel(OneDevice, nn.Module):
         config = self.resolved(config)
         tuner = self.tuner(config)
         tensors = tuner.without_duplicates(config, tensors)
-        expected = self.expected(config, tensors)
+        saved = self._to_save(config)
+        expected = tuner.expected(config, tensors) | {key: tuple(t.shape) for key, t in saved.items()}
         optional = {k: tuple(t.shape) for k, t in self._embeddings(tuner, expected).items()}
-        whole = [key for key, t in self._to_save(config).items() if not t.is_floating_point()]
+        whole = [key for key, t in saved.items() if not t.is_floating_point()]
         check_tensors(tensors, expected, optional, source, whole)
         exists = name in self.configs
         if exists:
