@@ -24,7 +24,7 @@ from ...nn.prompt_encoder import Form
 from .. import attention
 from ..forwards import ModuleForward
 from .bare import tied
-from .decoders import KeyValueShape, block_of
+from .decoders import KeyValueShape, block_of, config_of
 from .kept_prompts import Source, Values
 from .prefixes import OFF, Prefixes, distinct, goes_on, past_of
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
@@ -166,12 +166,8 @@ class BidirectionalPrefixes(Prefixes):
         self.attentions = [m for m in attentions_in(self.decoder) if m.is_causal or not self.seq2seq]
         paths = {m: path for path, m in self.decoder.named_modules()}
         self._blocks = [block_of(self.decoder, paths[m]) for m in self.attentions]
-        kind, config = type(self.model).__name__, getattr(self.decoder, "config", None)
-        if config is None:
-            raise ValueError(
-                f"{kind}.get_decoder() returned a {type(self.decoder).__name__}, which has no config; soft prompts "
-                "need a transformers decoder there"
-            )
+        kind = type(self.model).__name__
+        config = config_of(self.decoder, kind)
         text = config.get_text_config(decoder=True)
         layers, queries = text.num_hidden_layers, getattr(text, "num_attention_heads", None)
         if queries is None:

@@ -55,12 +55,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
         ValueError: a prefix is not to it what tokens are; says why.
     """
     decoder, kind = _without_head(model), type(model).__name__
-    config = getattr(decoder, "config", None)
-    if config is None:
-        raise ValueError(
-            f"{kind}.get_decoder() returned a {type(decoder).__name__}, which has no config; soft prompts need a "
-            "transformers decoder there"
-        )
+    config = config_of(decoder, kind)
     for name, does in _UNLIKE.items():
         if getattr(config, name, None):
             raise ValueError(f"a {kind} {does}, so it cannot take a prefix")
@@ -73,6 +68,21 @@ def decoder_of(model: nn.Module) -> nn.Module:
     if not layer_types and model._is_stateful:
         raise ValueError(f"a {kind} carries a state from token to token, so it cannot take a prefix")
     return decoder
+
+
+def config_of(decoder: nn.Module, kind: str) -> Any:
+    """The configuration of ``decoder``, which a ``kind`` has.
+
+    Raises:
+        ValueError: it has none.
+    """
+    config = getattr(decoder, "config", None)
+    if config is None:
+        raise ValueError(
+            f"{kind}.get_decoder() returned a {type(decoder).__name__}, which has no config; soft prompts need a "
+            "transformers decoder there"
+        )
+    return config
 
 
 def _without_head(model: nn.Module) -> nn.Module:
