@@ -702,3 +702,19 @@ def test_a_head_takes_no_rows():
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 assert fp.ops.dense_linear(torch.empty(shape), weight).shape == (*shape[:-1], 7)
+
+
+def test_a_model_that_cannot_say_what_its_head_is_has_none():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(8, 8)
+
+        def get_output_embeddings(self):
+            raise NotImplementedError
+
+        def forward(self, x):
+            return self.q_proj(x)
+
+    model = fp.get_peft_model(Model(), fp.LoraConfig(target_modules=["q_proj"]))
+    assert model(torch.ones(1, 8)).shape == (1, 8)

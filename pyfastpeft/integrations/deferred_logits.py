@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..nn.ends import output_head
 from ..nn.hooks import hooked, sharded
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
 from ..ops.backends import FLOATS, choose_plain
@@ -368,8 +369,7 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
     Args:
         model: a transformers model, or a module that wraps one (a PeftModel).
     """
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
+    head = output_head(model)
     if not defer:
         remove(model, _DeferringForward)
     elif isinstance(head, nn.Linear):

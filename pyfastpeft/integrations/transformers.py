@@ -25,6 +25,7 @@ from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_settings, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
+from ..nn.ends import output_head
 from ..nn.weight_reads import needs_full_precision
 from ..ops.linear_4bit import check_compute, check_compute_dtype
 from .forwards import remove
@@ -394,7 +395,7 @@ def _left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) ->
     from ..tuners.modules import HEADS
 
     names = {name for heads in HEADS.values() for name in heads}
-    heads = [model.get_output_embeddings(), *(child for name, child in model.named_children() if name in names)]
+    heads = [output_head(model), *(child for name, child in model.named_children() if name in names)]
     last, _ = list(model.named_parameters())[-1]
     return tied | {last.rpartition(".")[0]} | {n for n, m in model.named_modules() if any(m is head for head in heads)}
 

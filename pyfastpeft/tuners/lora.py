@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank
+from ..nn.ends import output_head
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraConv1D, expected_tensors, is_linear, layer_class
 from ..nn.lora_init import loftq, olora, pissa
@@ -45,7 +46,6 @@ from .modules import (
     is_never_called,
     modules_of,
     no_target,
-    output_head,
     parameters_of,
     plain_modules_of,
     put,

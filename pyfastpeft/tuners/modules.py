@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.bottleneck import BottleneckLayer
+from ..nn.ends import input_embedding, output_head
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
@@ -152,22 +153,6 @@ def inside_of(path: str, others: Iterable[str]) -> bool:
 def ends_of(model: nn.Module) -> list[nn.Module]:
     """The input embedding and the output head, as far as there are any."""
     return [end for end in (input_embedding(model), output_head(model)) if end is not None]
-
-
-def input_embedding(model: nn.Module) -> nn.Module | None:
-    """What transformers says it is, where there is one and only one."""
-    return _end(model, "get_input_embeddings")
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    return _end(model, "get_output_embeddings")
-
-
-def _end(model: nn.Module, getter: str) -> nn.Module | None:
-    try:
-        return getattr(model, getter)()
-    except (AttributeError, NotImplementedError):  # none of transformers' models, or one without
-        return None
 
 
 def says_tied(model: nn.Module) -> bool:

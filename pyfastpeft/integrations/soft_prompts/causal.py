@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ...adapters import Rows
+from ...nn.ends import output_head
 from ...nn.prompt_encoder import Form
 from ...ops.tracing import is_compiling
 from .. import attention
@@ -74,8 +75,7 @@ class CausalPrefixes(Prefixes):
 
     def _install(self) -> None:
         super()._install()
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        if head is not None and self.model is not self.decoder:
+        if output_head(self.model) is not None and self.model is not self.decoder:
             self._handles += [
                 self.model.register_forward_pre_hook(self._before_loss, with_kwargs=True),
                 self.model.register_forward_hook(without_last, with_kwargs=True, always_call=True),

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...nn.ends import output_head
+
 _UNLIKE = {
     "kv_lora_rank": "keeps keys and values compressed",
     "lambda_std_dev": "attends twice, each time to half of the values",
@@ -88,16 +90,12 @@ def config_of(decoder: nn.Module, kind: str) -> Any:
 def _without_head(model: nn.Module) -> nn.Module:
     """The decoder of ``model`` without a head: some models call one that has its head a decoder."""
     decoder = model.get_decoder()
-    if not _has_head(decoder):
+    if output_head(decoder) is None:
         return decoder
     # OPT's calls not what is directly in it, but the decoder in that, which it names.
-    if isinstance(decoder, PreTrainedModel) and not _has_head(inner := decoder.get_decoder()):
+    if isinstance(decoder, PreTrainedModel) and output_head(inner := decoder.get_decoder()) is None:
         return inner
     return next((module for module in decoder.children() if isinstance(module, PreTrainedModel)), decoder)
-
-
-def _has_head(module: nn.Module) -> bool:
-    return getattr(module, "get_output_embeddings", lambda: None)() is not None
 
 
 def attentions_of(decoder: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
