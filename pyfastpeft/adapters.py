@@ -73,8 +73,14 @@ class Rows:
         self._uses = torch.tensor([[n in row for n in self.names] for row in wanted], dtype=torch.bool, device="cpu")
         self._masks: dict[tuple, Tensor] = {}
 
-    def mask(self, names: tuple[str, ...], ranks: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
-        """Float32 [rows, sum(ranks)]: one in the columns of the row's adapters, zero elsewhere."""
+    def mask(
+        self, names: tuple[str, ...], rows: int, device: torch.device, ranks: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Float32 [rows, sum(ranks)]: one in the columns of the row's adapters, zero elsewhere.
+
+        Args:
+            ranks: how many columns each of ``names`` has; default: one.
+        """
         key = (names, ranks, rows, device)
         found = self._masks.get(key)
         if found is None:
@@ -83,7 +89,8 @@ class Rows:
                 raise ValueError(
                     f"adapter_names has {batch} names; it must have one a row, and a layer saw {rows} rows"
                 )
-            slots = [self.names.index(n) for n, r in zip(names, ranks, strict=True) for _ in range(r)]
+            columns = names if ranks is None else [n for n, r in zip(names, ranks, strict=True) for _ in range(r)]
+            slots = [self.names.index(n) for n in columns]
             chosen = self._uses[:, slots].repeat_interleave(rows // batch, dim=0)
             found = self._masks[key] = chosen.to(device, torch.float32)
         return found

@@ -124,8 +124,8 @@ class BottleneckLayer(nn.Module):
         mode.check_lead(y, 3)
         adapters = [self.bottleneck[n] for n in names]
         sizes, rows = tuple(adapter.size for adapter in adapters), y.numel() // y.shape[-1]
-        of_inner = mode.mask(names, sizes, rows, y.device)
-        of_bias = mode.mask(names, (1,) * len(names), rows, y.device)
+        of_inner = mode.mask(names, rows, y.device, sizes)
+        of_bias = mode.mask(names, rows, y.device)
         down = torch.cat([adapter.down.weight for adapter in adapters])
         inner = mixed.projected(y, down.to(y.dtype))
         inner = inner + torch.cat([adapter.down.bias for adapter in adapters]).to(inner.dtype)

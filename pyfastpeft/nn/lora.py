@@ -138,7 +138,7 @@ class LoraLinear(LoraLayer):
         scaled = torch.stack([bias * self._scale[n][0] for n, bias in held.items()])
         if mode is None:
             return y + scaled.sum(0)
-        chosen = mode.mask(tuple(held), (1,) * len(held), rows, x.device)
+        chosen = mode.mask(tuple(held), rows, x.device)
         return y + mixed.summed(chosen, scaled).view(*x.shape[:-1], -1)
 
     def matrix(self) -> Tensor:

@@ -427,7 +427,7 @@ class LoraLayer(nn.Module, ABC):
         if mode is None:
             return scale
         ranks = tuple(self.capacity(n) for n in names)
-        return mixed.zero_unless(mode.mask(names, ranks, rows, scale.device) > 0, scale)
+        return mixed.zero_unless(mode.mask(names, rows, scale.device, ranks) > 0, scale)
 
     def norm(self, name: str) -> Tensor:
         """Float32 [out]: ||M + scaling · B A|| a row; no gradient flows into it."""
@@ -470,7 +470,7 @@ class LoraLayer(nn.Module, ABC):
         extra = torch.stack([gains[n] - 1 for n in names])
         if mode is None:
             return 1 + extra.sum(0)
-        return 1 + mixed.summed(mode.mask(names, (1,) * len(names), rows, x.device), extra)
+        return 1 + mixed.summed(mode.mask(names, rows, x.device), extra)
 
     def _gained(self, name: str, gains: dict[str, Tensor]) -> Tensor:
         b = self.factors(name)[1]

@@ -54,7 +54,7 @@ class ModulesToSave(nn.Module):
         # Each adapter's copy is another weight, so it runs by itself; shapes do not depend on who asked for what.
         for i, name in enumerate(names):
             first = y[0] if isinstance(y, tuple) else y
-            chosen = mode.mask(names, (1,) * len(names), first.shape[0], first.device)[:, i].bool()
+            chosen = mode.mask(names, first.shape[0], first.device)[:, i].bool()
             # The other rows are zero in its input: where they are inf or NaN, a zero gradient times them would be NaN.
             mine, named = _own_rows(chosen, args, kwargs)
             y = _where(chosen, self.modules_to_save[name](*mine, **named), y)

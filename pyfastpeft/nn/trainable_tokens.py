@@ -155,7 +155,7 @@ class TrainableTokens(nn.Module):
         for i, name in enumerate(names):
             chosen = None
             if mode is not None:
-                chosen = mode.mask(names, (1,) * len(names), x.shape[0], x.device)[:, i].bool()
+                chosen = mode.mask(names, x.shape[0], x.device)[:, i].bool()
                 chosen = chosen.view(-1, *[1] * (y.dim() - 1))
             y = put(y, x, name, chosen)
         return y
