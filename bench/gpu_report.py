@@ -3,10 +3,10 @@
     bench/gpu_report.sh                  # builds in place, runs the GPU tests, then this
     python -m bench.gpu_report --out results.json
 
-A time is the median over replays of one CUDA graph whose calls go over copies of the weight that together exceed the L2
-cache three times; ratios are to cuBLAS's bf16 product, timed the same way. Every product's error is against float64.
-Needs torch alone; models want transformers, and peers are measured where they are installed. Without a GPU the same
-code runs on small shapes, to be tested: then nothing is held against a target.
+A layer's time is the median over replays of one CUDA graph; in inference its calls go over copies of the weight that
+together exceed the L2 cache three times. Ratios are to cuBLAS's bf16 product, timed the same way. Every product's error
+is against float64. Needs torch alone; models want transformers, and peers are measured where they are installed.
+Without a GPU the same code runs on small shapes, to be tested: then nothing is held against a target.
 """
 
 from __future__ import annotations
