@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..formats import FORMATS
 from .methods import flag
 
 if TYPE_CHECKING:  # transformers takes seconds to import: only a command that loads a model waits for it
@@ -190,6 +191,6 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say how a full-precision model is brought to 4 bits."""
     group = parser.add_argument_group("4-bit format, for a model that is not in 4 bits already")
     keep = "default: nf4, but what a .gguf file holds in Q4_0 or Q4_1 stays so"
-    group.add_argument("--quant-type", choices=("nf4", "fp4", "int4"), help=keep)
+    group.add_argument("--quant-type", choices=tuple(FORMATS), help=keep)
     group.add_argument("--blocksize", type=int, help="weights a scale (default: 64)")
     group.add_argument("--double-quant", action="store_const", const=True, help="keep the scales in 8 bits")

@@ -21,6 +21,9 @@ from .codes import Format, check_settings, format_of, get_format, pack_nibbles, 
 from .double_quant import NestedScales, dequantize_scales, quantize_scales
 from .handles import WeightHandle
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that the compiled operators take."""
+
 _ALIGNMENT = 16  # of codes on a GPU, in bytes
 
 
@@ -208,7 +211,7 @@ class Packed4bit:
             TypeError: ``dtype`` is no floating-point dtype.
         """
         dtype = self.dtype if dtype is None else dtype
-        if dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype in FLOATS:
             rows = self.rows()
             return torch.ops.pyfastpeft.dequantize_4bit.default(
                 rows.codes, rows.block_scales(), rows.zero, self.format.id, self.blocksize, list(self.shape), dtype
@@ -253,7 +256,7 @@ def quantize_4bit(
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if weight.dtype not in FLOATS:
         raise TypeError(f"weight has dtype {weight.dtype}; it must be float32, bfloat16 or float16")
     fmt, blocksize = check_settings(quant_type, blocksize, double_quant)
     weight = weight.detach()

@@ -10,19 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Packed4bit, format_of
-from ..formats.packed import dequantize_reference, quantize_reference
+from ..formats.packed import FLOATS, dequantize_reference, quantize_reference
 from . import cuda_kernels, triton_kernels
 from .cuda_kernels import most_rows
 from .cuda_kernels import why_not as why_not_cuda
 from .library import remembered
 from .triton_kernels import why_not as why_not_triton
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that the compiled operators take."""
-
 
 def check_floats(name: str, t: Tensor) -> None:
-    """Whether the argument ``name`` is a tensor of such a dtype."""
+    """Whether the argument ``name`` is a tensor of a dtype in ``FLOATS``."""
     if not isinstance(t, Tensor) or t.dtype not in FLOATS:
         what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
         raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
