@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-from ..formats import Packed4bit
+from ..formats import Packed4bit, get_format
+from ..formats.codes import pack_nibbles
 
 _Q4_0, _Q4_1 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1
 _Q4_BLOCK = 32
@@ -98,8 +99,8 @@ class GgufFile:
         zero = halves[:, 1].clone() if info.kind == _Q4_1 else -8 * scale
         quants = blocks[:, -16:]
         # A block's low nibbles are its first 16 elements, its high nibbles the others.
-        codes = torch.cat([quants & 15, quants >> 4], dim=1)
-        packed = (codes[:, ::2] << 4 | codes[:, 1::2]).reshape(-1, 1)
+        codes = torch.cat([quants & 15, quants >> 4], dim=1).flatten()
+        packed = pack_nibbles(codes, get_format("int4"))
         return Packed4bit(packed, scale, zero, None, torch.Size(info.shape), torch.float32, "int4", _Q4_BLOCK)
 
     def dequantized(self, name: str) -> np.ndarray:
