@@ -26,12 +26,12 @@ extern const float kBf16Nf4[16] = {PF_NF4_BF16_VALUES};
 // NF4: of all steps up to 2^13, that with the least error (3.6e-5). FP4 and INT4: exact.
 extern const float kWordSteps[3] = {7854.0f, 8064.0f, 546.0f};
 
-// NF4: of all steps and shifts with 8 bits, those with the least error over normally distributed weights in blocks of
-// 64 (3.3e-3). FP4: all but the smallest value are exact.
+// NF4: of all steps with 8 bits, that with the least error over normally distributed weights in blocks of 64 (3.3e-3),
+// where the mean error is taken off. FP4: all but the smallest value are exact.
 extern const ByteTable kByteTables[3] = {
-    {{-124, -86, -65, -49, -35, -23, -11, 0, 10, 20, 31, 42, 55, 70, 90, 124}, 124.12f, 0.16f},
-    {{0, 1, 80, 120, 40, 60, 20, 30, 0, -1, -80, -120, -40, -60, -20, -30}, 120.0f, 0.0f},
-    {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, 1.0f, 0.0f},
+    {{-124, -86, -65, -49, -35, -23, -11, 0, 10, 20, 31, 42, 55, 70, 90, 124}, 124.12f},
+    {{0, 1, 80, 120, 40, 60, 20, 30, 0, -1, -80, -120, -40, -60, -20, -30}, 120.0f},
+    {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, 1.0f},
 };
 
 float kDynamicMap[256];  // set from Python, which owns the table: see set_dynamic_map in ops.cpp

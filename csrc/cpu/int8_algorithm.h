@@ -31,10 +31,49 @@ PF_INLINE void each_unit(int64_t units, const Of& of, const Join& join, T* out) 
   join(lanes, out);
 }
 
+// The shift with which the rounding of w's values cancels out, by a part of them that is large enough for what is left
+// to hide behind that of each value. They lie an odd number of units apart, as patterns in weights repeat after powers
+// of two. Rows that only fill up a tile have no scale, and do not count.
+inline float mean_error(const Weight& w) {
+  constexpr float kScale = 200.0f;  // no value is off by more than 127 of these
+  constexpr int64_t kFewest = 8, kMost = 64;
+  const ByteTable& table = kByteTables[w.format];
+  alignas(64) int8_t errors[16], ones[4] = {1, 1, 1, 1};
+  for (int c = 0; c < 16; ++c)
+    errors[c] = static_cast<int8_t>(
+        __builtin_rintf((static_cast<float>(table.code[c]) - table.step * kTables[w.format][c]) * kScale));
+  const B::Table of = B::table(errors);
+  const B::X one = B::broadcast(ones);
+  const int64_t unit = byte_unit(w), of_tile = w.k / unit, units = w.tiles() * of_tile;
+  const int64_t part = min64(units / 32, kMost), count = min64(units, part < kFewest ? kFewest : part);
+  const int64_t apart = (units / count - 1) | 1;
+  const V::F offset = V::set1(static_cast<float>(-B::kOffset * unit));
+  alignas(64) float decoded[kTile];
+  V::F sum = V::zero(), weights = V::zero();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tile = i * apart / of_tile, col = i * apart % of_tile * unit;
+    const uint8_t* codes = w.codes + (tile * w.k + col) * (kTile / 2);
+    const float* scale = tile_scales(w, tile, w.segment_of(col), 1, decoded);
+    for (int v = 0; v < kTileVecs; ++v) {
+      B::I low = B::set1(0), high = B::set1(0);
+      for (int64_t line = 0; line < unit / kGroupColumns; ++line) {
+        const B::C held = B::load_codes(codes + line * 64 + v * kLanes * 4);
+        low = B::dot(low, B::template decode<0>(of, held), one);
+        high = B::dot(high, B::template decode<1>(of, held), one);
+      }
+      const V::F absmax = V::load(scale + v * kLanes);
+      sum = V::fma(V::add(V::add(B::to_float(low), B::to_float(high)), offset), absmax, sum);
+      weights = V::add(weights, absmax);
+    }
+  }
+  const float shift = V::reduce(sum) / (V::reduce(weights) * static_cast<float>(unit) * kScale);
+  return shift >= -1.0f && shift <= 1.0f ? shift : 0.0f;  // not where there are only zeros, or a NaN
+}
+
 // One row's block of columns in 8 bits. Of two scales a unit takes the one with the smaller error. In passes over all
 // units: one unit's steps each wait for the one before.
 template <int kUnit>
-void quantize_row(const float* values, int64_t units, const ByteTable& table, ByteRow& row) {
+void quantize_row(const float* values, int64_t units, float step, float shift, ByteRow& row) {
   constexpr float kTop = 127.0f, kLower = 126.0f;
   alignas(64) float absmax[kByteUnits], by_top[kByteUnits], by_lower[kByteUnits], top[kByteUnits], lower[kByteUnits];
   alignas(64) float gain[kByteUnits], totals[kByteUnits], start[kByteUnits];
@@ -63,11 +102,11 @@ void quantize_row(const float* values, int64_t units, const ByteTable& table, By
       units, [&](int64_t u) { return B::quantize(values + u * kUnit, kUnit, gain[u], row.x + u * kUnit); }, sum, sums);
   for (int u = 0; u < kByteUnits; ++u) totals[u] = static_cast<float>(sums[u]);
   by_lanes([&](int u) {
-    const V::F by = V::load(gain + u), total = V::load(totals + u), shift = V::set1(0x1.8p23f);
+    const V::F by = V::load(gain + u), total = V::load(totals + u), nearest = V::set1(0x1.8p23f);
     // NaN stays, and infinity.
-    const V::F nothing = V::mul(V::load(absmax + u), zero), scaled = V::div(one, V::mul(by, V::set1(table.step)));
+    const V::F nothing = V::mul(V::load(absmax + u), zero), scaled = V::div(one, V::mul(by, V::set1(step)));
     const V::F scale = V::where_le(by, zero, nothing, scaled);
-    const V::F rounded = V::add(V::add(V::mul(total, V::set1(table.shift)), shift), V::set1(-0x1.8p23f));
+    const V::F rounded = V::add(V::add(V::mul(total, V::set1(shift)), nearest), V::set1(-0x1.8p23f));
     V::store(row.scale + u, scale);
     V::store(row.sum + u, V::mul(scale, total));
     V::store(start + u, V::fma(total, V::set1(-B::kOffset), V::mul(rounded, V::set1(-1.0f))));
@@ -75,7 +114,7 @@ void quantize_row(const float* values, int64_t units, const ByteTable& table, By
   for (int u = 0; u < kByteUnits; ++u) row.start[u] = static_cast<int32_t>(start[u]);
 }
 
-inline void quantize_bytes(const Matrix& x, const Weight& w, ByteRow* out, int64_t row0, int64_t row1) {
+inline void quantize_bytes(const Matrix& x, const Weight& w, float shift, ByteRow* out, int64_t row0, int64_t row1) {
   const int64_t unit = byte_unit(w);
   alignas(64) float converted[kByteBlock];
   for (int64_t r = row0; r < row1; ++r)
@@ -87,7 +126,7 @@ inline void quantize_bytes(const Matrix& x, const Weight& w, ByteRow* out, int64
       if (x.dtype != kFloat32) to_float(from, x.dtype, converted, n);
       const float* values = x.dtype == kFloat32 ? reinterpret_cast<const float*>(from) : converted;
       const auto quantize = unit == 64 ? quantize_row<64> : quantize_row<32>;
-      quantize(values, n / unit, kByteTables[w.format], out[col0 / kByteBlock * x.rows + r]);
+      quantize(values, n / unit, kByteTables[w.format].step, shift, out[col0 / kByteBlock * x.rows + r]);
     }
 }
 
@@ -422,4 +461,6 @@ inline void byte_product(const Int8Args& g, int64_t tile0, int64_t tile1) {
     }
 }
 
-inline Int8 int8_table() { return {kByteGroupTiles, B::kExactRows, B::kMostRows, quantize_bytes, byte_product}; }
+inline Int8 int8_table() {
+  return {kByteGroupTiles, B::kExactRows, B::kMostRows, mean_error, quantize_bytes, byte_product};
+}

@@ -535,6 +535,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
     return linear_forward(w, x, bias, branch, y, y_dtype, nullptr, parallel);
   const int64_t rank = branch.rank(), rows = x.rows;
   const int64_t blocks = ceil_div(x.cols, kByteBlock);
+  const float shift = k.int8.shift(w);
   ByteRow* bytes = static_cast<ByteRow*>(scratch(kSlotDropped, blocks * rows * sizeof(ByteRow)));
   Int8Args args{w, bytes, rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
   const auto of_tiles = [&](const auto& body) {
@@ -545,13 +546,13 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   if (rank > 0 && rows > kMostSplitRows) {
     void* dropped = plain ? nullptr : scratch(kSlotX, arith.packed_rows_bytes(rows, x.cols));
     args.s = pack_many_sums(arith, x, {dropped, rows, x.cols}, branch, nullptr, parallel, [&](int64_t r0, int64_t r1) {
-      k.int8.quantize(x, w, bytes, r0, r1);
+      k.int8.quantize(x, w, shift, bytes, r0, r1);
       if (!plain) arith.pack_rows(x, nullptr, 0, mask_only(branch.dropout), dropped, r0, r1);
     });
     return of_tiles(product);
   }
   run(parallel, rows, grain_of(x.cols * kQuantizing),
-      [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, bytes, r0, r1); });
+      [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, shift, bytes, r0, r1); });
   if (rank == 0) return of_tiles(product);
   const bool few = is_few(arith, w, x, branch) || plain;
   const PackedRows dropped =
