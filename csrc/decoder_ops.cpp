@@ -1,6 +1,7 @@
 // The decoder stack as operators. A stack is built once and named by a handle; it holds its tensors, and reads where
 // their memory lies at every call. One call then computes a token, without a dispatch or a check a layer.
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -140,10 +141,12 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
   STD_TORCH_CHECK(stack->linears.size() == layers * pf::kProjections, "the stack misses linear layers");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == d.hidden && x.is_contiguous() && dtype_of(x, "x") == d.dtype,
                   "x must be contiguous [batch, tokens, ", d.hidden, "] in the dtype of the norms");
-  const int64_t batch = x.size(0), tokens = x.size(1), length = past + tokens;
+  const int64_t batch = x.size(0), tokens = x.size(1);
   STD_TORCH_CHECK(batch * tokens <= pf::kTile, "x has ", batch * tokens, " rows; it must have at most ", pf::kTile);
-  STD_TORCH_CHECK(keys.size() == layers && values.size() == layers && past >= 0,
-                  "keys and values must be one a layer, past not negative");
+  STD_TORCH_CHECK(keys.size() == layers && values.size() == layers, "keys and values must be one a layer");
+  const int64_t most = std::numeric_limits<int64_t>::max() - tokens;
+  STD_TORCH_CHECK(past >= 0 && past <= most, "past is ", past, "; it must be from 0 to ", most);
+  const int64_t length = past + tokens;
   const int64_t angles = angle_stride(cos, sin, batch, tokens, d.dim, d.dtype, "x");
   Tensor y = new_matrix(batch * tokens, d.hidden, d.dtype);
   if (batch * tokens == 0) return y;

@@ -1075,6 +1075,8 @@ def test_the_operator_refuses_what_does_not_fit():
     forward(number, x, angle, angle, None, room, room, 3, prefix, prefix, index, None)
     for args, words in [
         ((x, angle, angle, None, room, room, 4), "keys must be"),
+        ((x, angle, angle, None, room, room, 2**63 - 1), "past is 9223372036854775807; it must be from 0 to"),
+        ((x, angle, angle, None, room, room, -1), "past is -1; it must be from 0 to"),
         ((x, angle, angle, None, room[:1], room, 0), "one a layer"),
         ((x[..., :16], angle, angle, None, room, room, 0), "x must be"),
         ((x.expand(1, 17, 32).contiguous(), angle, angle, None, room, room, 0), "x has 17 rows; .* at most 16"),
