@@ -154,6 +154,18 @@ def test_by_inductor():
     agree_in_training(whole(model, "inductor")[0], model, tiny.inputs())
 
 
+def test_by_inductor_gradients_of_several_are_apart():
+    config = fp.BottleneckConfig(bottleneck_size=2, target_modules=["0"])
+    model = fp.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config, "a")
+    model.add_adapter("b", config)
+    model.set_adapter(["a", "b"])
+    compiled, x = whole(model, "inductor")[0], torch.randn(3, 8)
+    compiled(x).sum().backward()
+    biases = [p for name, p in model.named_parameters() if name.endswith("up.bias")]
+    biases[0].grad.zero_()
+    assert len(biases) == 2 and torch.equal(biases[1].grad, torch.full((8,), 3.0))
+
+
 @pytest.mark.parametrize("method", RUN_THROUGH_THE_MODEL)
 class TestPromptsThatRunThroughTheModel:
     def test_rows_that_choose(self, method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import quantized
+from architectures import inputs, make, quantized, randomize
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -536,6 +537,53 @@ class Losses(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **kwargs):
         self.values += [logs["loss"]] if "loss" in logs else []
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "bits", "whole"),
+    [("llama", 32, "lm_head"), ("llama", 4, "lm_head"), ("gpt2", 32, "ln_f"), ("bert", 4, "LayerNorm")],
+)
+def test_no_adapter_that_trains_with_others_has_its_gradients_where_theirs_are(architecture, bits, whole, by_row):
+    """In memory: what is added to one, or scales it, changes no other."""
+    lora, soft = {"r": 2, "target_modules": "all-linear"}, {"num_virtual_tokens": 3}
+    twice = [
+        fp.LoraConfig(**lora),
+        fp.LoraConfig(**lora, lora_bias=True),
+        fp.LoraConfig(**lora, use_dora=True),
+        fp.BottleneckConfig(),
+        fp.BottleneckConfig(placement="pfeiffer"),
+        fp.PrefixTuningConfig(**soft),
+        fp.PrefixTuningConfig(**soft, prefix_projection=True),
+        fp.PromptTuningConfig(**soft),
+        fp.PromptEncoderConfig(**soft, encoder_reparameterization_type="MLP"),
+        fp.PromptEncoderConfig(**soft, encoder_reparameterization_type="LSTM"),
+        fp.DeepPromptConfig(**soft),
+    ]
+    once = [
+        fp.LoraConfig(**lora, trainable_token_indices=[1, 5], modules_to_save=[whole]),
+        fp.LoraConfig(**lora, trainable_token_indices=[2]),
+    ]
+    configs = {f"a{i}": config for i, config in enumerate([*twice, *copy.deepcopy(twice), *once])}
+    names, base = list(configs), make(architecture)
+    model = fp.get_peft_model(quantized(base) if bits == 4 else base, configs["a0"], "a0")
+    for name in names[1:]:
+        model.add_adapter(name, configs[name])
+    randomize(model)
+    model.set_adapter(names)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    batch = inputs(architecture) | {"adapter_names": [names, "__base__", names[::3]] if by_row else None}
+
+    def learn():
+        model(**batch).loss.backward()
+
+    learn()
+    expected = {n: p.grad.clone() for n, p in trained.items()}
+    for i, parameter in enumerate(trained.values()):
+        parameter.grad.fill_(i)
+    learn()
+    for i, (name, parameter) in enumerate(trained.items()):
+        assert torch.allclose(parameter.grad - i, expected[name], rtol=1e-3, atol=1e-3), name
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path):

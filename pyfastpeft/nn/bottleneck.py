@@ -117,7 +117,9 @@ class BottleneckLayer(nn.Module):
         """``y`` and the update of each adapter."""
         inner = torch.cat([adapter.inner(y) for adapter in adapters], dim=-1)
         up = torch.cat([adapter.up.weight for adapter in adapters], dim=1)
-        return y + _linear(inner, up, torch.stack([adapter.up.bias for adapter in adapters]).sum(0))
+        biases = torch.stack([adapter.up.bias for adapter in adapters])
+        # A product: the gradients of a plain sum are one tensor, whose memory autograd or Inductor leaves to them all.
+        return y + _linear(inner, up, biases.new_ones(len(biases)) @ biases)
 
     def _by_row(self, y: Tensor, names: tuple[str, ...], mode: Rows) -> Tensor:
         """``y`` and the updates of the adapters that each row uses."""
