@@ -5,7 +5,3 @@ In the repository's root: ``python -m bench.linear``, ``bench.attention``, ``ben
 targets, and ``python -m bench`` makes the report. Installed, the folder is ``pyfastpeft.bench``, and
 ``pyfastpeft bench`` makes the report. ``bench.gpu_estimate`` needs no GPU to say what bounds the kernels on one.
 """
-
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub clients start

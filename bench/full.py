@@ -64,6 +64,7 @@ def parts(args: argparse.Namespace) -> Iterator[Part]:
         yield Part(shapes, args.M or [256], [0, 16], [1], True, 5, 3)
 
 
+@harness.undisturbed()
 def run(args: argparse.Namespace, console: Console) -> dict:
     """Measure, write both files after every step, and return where they are and what was not measured."""
     names = args.only or harness.among(REGISTRY)("*" if args.full else QUICK)

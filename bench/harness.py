@@ -15,7 +15,8 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -28,8 +29,16 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results" if Path(__file__).parents[1].joinpath("setup.py").exists() else Path()
 PEERS = ("peft", "bitsandbytes", "torchao", "onnxruntime", "onnx", "openvino", "llama-cpp-python")
 Name = TypeVar("Name")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is measured says nothing of its own, and asks no hub. Not at import, which is every command's."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub clients start, which no module here imports
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @dataclass
@@ -290,6 +299,7 @@ def tokens_a_second(title: str, a_token: dict[str, Timing], console: Console, ro
     return records
 
 
+@undisturbed()
 def run(measure: Callable[[argparse.Namespace, Console], dict], args: argparse.Namespace) -> None:
     """Measure, and write what was found to ``args.out``."""
     console = Console()

@@ -246,6 +246,7 @@ def reasons(absent: list[dict]) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in named.items()]
 
 
+@harness.undisturbed()
 def main() -> None:
     parser = harness.parser(__doc__, "linear", rounds=11)
     parser.add_argument("--shapes", type=harness.shapes, default="576x1536,4096x4096", help="KxN, comma-separated")

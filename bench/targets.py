@@ -414,6 +414,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, list[dict]], Iterator[Row]]] =
 }
 
 
+@harness.undisturbed()
 def main() -> None:
     parser = harness.parser(__doc__, "targets", rounds=9)
     parser.add_argument("--only", type=harness.among(SECTIONS), default=",".join(SECTIONS), help=", ".join(SECTIONS))

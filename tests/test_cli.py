@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +32,8 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
     get_scheduler,
 )
@@ -41,6 +44,7 @@ from pyfastpeft.cli import main
 from pyfastpeft.cli.methods import METHODS
 from pyfastpeft.cli.train import SCHEDULES
 from pyfastpeft.data import drug_qa
+from pyfastpeft.hub.peft import read_own
 
 TRAIN = ("train", "--model", "m", "--data", "d", "--output", "o")
 COMMANDS = ("info", "quantize", "train", "generate", "compare", "demo")
@@ -596,6 +600,31 @@ def test_train_says_how_many_rows_it_cuts(capsys, tmp_path, model_folder, data_f
     assert code == 0 and f"pyfastpeft train: warning: {data_file}: 5 of 8 rows are longer than max_length = 90" in err
     assert "\n1 steps, " in out
     assert "warning" not in run(capsys, *arguments)[2]
+
+
+def test_warnings_of_this_library_are_a_line_each_on_stderr(capsys, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 8, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    experts |= {"vocab_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(**experts))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    left = sum(n for name, n in counts.items() if "experts" in name or name.endswith("gate.weight"))
+
+    def save(*_, **__):
+        for _ in range(2):
+            warnings.warn("of another library", stacklevel=1)
+            read_own("no/repository")  # whose warning points here
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", save)
+    code, out, err = run(capsys, "quantize", str(tmp_path / "model"), str(tmp_path / "small"), "--json")
+    assert code == 0 and json.loads(out)["layers_4bit"] == 4
+    first, second, *_ = err.splitlines()
+    assert first.startswith(f"pyfastpeft quantize: warning: {left:,} of the {sum(counts.values()):,} parameters of ")
+    assert second.startswith("pyfastpeft quantize: warning: if the soft prompt has an encoder, it trains without that")
+    monkeypatch.setattr(sys, "stderr", None)  # as where it was closed from the start
+    assert run_json(capsys, "quantize", str(tmp_path / "model"), str(tmp_path / "other"))["layers_4bit"] == 4
 
 
 def test_brackets_in_a_path_are_no_markup(capsys, tmp_path, model_folder, data_file):

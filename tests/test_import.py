@@ -63,6 +63,12 @@ def test_transformers_is_imported_by_those_who_need_it():
         assert python("import sys", run.format(command), loaded)[-1] == "False"
 
 
+def test_the_command_line_leaves_the_process_as_it_is():
+    state = "(list(warnings.filters), dict(os.environ), logging.getLogger('bitsandbytes').level)"
+    begin = "import logging, os, warnings, pyfastpeft, rich.console, safetensors; os.environ.pop('HF_HUB_OFFLINE', 0)"
+    assert python(begin, f"before = {state}", "import pyfastpeft.cli", f"print(before == {state})") == ["True"]
+
+
 @pytest.mark.parametrize(
     ("before", "said"),
     [

@@ -1,5 +1,7 @@
 """The command ``pyfastpeft``. Exit codes: 0 success, 1 failure (one line on stderr says which), 2 wrong usage.
 
+A warning of this library is one line on stderr; other libraries' are not shown.
+
 With PYFASTPEFT_TRACEBACK=1 in the environment a failure's traceback stands before that line.
 """
 
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; usage errors exit with 2, as argparse does."""
     args = _parser().parse_args(argv)
-    with opened_console(stderr=args.json) as console:
+    with opened_console(args.command, stderr=args.json) as console:
         return _run(args, console)
 
 

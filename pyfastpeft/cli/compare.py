@@ -107,7 +107,7 @@ def _end(code: int) -> str:
 
 def _train(args: argparse.Namespace, stderr: bool, results: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with opened_console(stderr) as console:
+    with opened_console("compare", stderr) as console:
         try:
             result = train.run(args, console)
         except Exception as error:

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import traceback
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +162,6 @@ def _quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="transformers")
 
 
 def _gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:

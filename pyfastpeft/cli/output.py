@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,15 +43,35 @@ class _Stderr:
 
 
 @contextmanager
-def opened_console(stderr: bool) -> Iterator[Console]:
-    """A command's console, on stdout or ``stderr``.
+def _said_in_a_line(command: str) -> Iterator[None]:
+    """This library's warnings are a line each on stderr, once, whatever the filters are; others' are not shown."""
+    said = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        # Whose it is, the place it points to does not tell: where the user is, or who calls this library.
+        issuer = sys._getframe(2).f_globals.get("__name__", "")  # 1 is the module warnings
+        text = " ".join(str(message).split())
+        if issuer.partition(".")[0] == __package__.partition(".")[0] and text not in said:
+            said.add(text)
+            print(f"pyfastpeft {command}: warning: {text}", file=sys.stderr)
+
+    getLogger("bitsandbytes").setLevel(ERROR)  # which transformers' Trainer imports where it is installed
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def opened_console(command: str, stderr: bool) -> Iterator[Console]:
+    """The console of ``command``, on stdout or ``stderr``, and its warnings on stderr.
 
     What their encodings lack is escaped, and what stderr does not take is lost: it is not worth the work.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None has not, nor has what a caller may have put there
             stream.reconfigure(errors="backslashreplace")
-    with redirect_stderr(_Stderr(sys.stderr) if sys.stderr else None):
+    with redirect_stderr(_Stderr(sys.stderr) if sys.stderr else StringIO()), _said_in_a_line(command):
         yield Console(stderr=stderr, highlight=False, emoji=False)
 
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +110,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ValueError(
             f"{asked}, but model {args.model!r} is in 4 bits already; {instead}, or name the one in full precision"
         )
-    with warnings.catch_warnings(record=True) as caught:  # shown whatever other libraries have made of the filters
-        warnings.simplefilter("always")
-        dataset = encode_rows(args.data, rows, tokenizer, args.max_length)
-    for warning in caught:
-        print(f"pyfastpeft train: warning: {warning.message}", file=sys.stderr)
+    dataset = encode_rows(args.data, rows, tokenizer, args.max_length)
     rate = method.rate(options) if args.lr is None else args.lr
     set_seed(args.seed)  # the adapter's initial values are part of the run
     model = get_peft_model(base, method.config(tokenizer, **options))
