@@ -158,6 +158,8 @@ def test_info_serves_a_build_without_native_and_says_so(capsys, monkeypatch):
         [*TRAIN, "--method", "ptuning", "--init-text", "text"],
         [*TRAIN, "--method", "ptuning-v2", "--projection"],
         [*TRAIN, "--method", "qlora", "--full-precision"],
+        [*TRAIN, "--method", "lora", "--quant-type", "int4"],
+        [*TRAIN, "--method", "prefix", "--full-precision", "--blocksize", "32"],
         [*TRAIN, "--accumulate", "0"],
         [*TRAIN, "--max-length", "-3"],
         [*TRAIN, "--epochs", "0"],
@@ -175,6 +177,7 @@ def test_info_serves_a_build_without_native_and_says_so(capsys, monkeypatch):
         ["generate", "--model", "m", "--adapter", "base=somewhere"],
         ["generate", "--model", "m", "--adapter", "a=x", "--adapter", "a=y", "--prompt", "p"],
         ["generate", "--model", "m", "--json"],
+        ["generate", "--model", "m", "--prompt", "p", "--full-precision", "--double-quant"],
     ],
     ids=" ".join,
 )
@@ -537,7 +540,6 @@ def test_another_format_than_the_model_has_is_refused(capsys, tmp_path, model_fo
     commands = (
         ["quantize", small, str(other)],
         ["generate", "--model", small, "--prompt", "x"],
-        ["generate", "--model", small, "--prompt", "x", "--full-precision"],
         ["train", "--model", small, "--data", data_file, "--output", str(other)],
     )
     for command, (options, has) in itertools.product(commands, cases.items()):
@@ -592,6 +594,12 @@ def test_an_answer_whose_first_line_alone_is_right_is_not_called_exact(capsys, t
     arguments = ["train", "--model", model_folder, "--data", str(data), "--test", str(data), "--max-steps", "1"]
     code, out, _ = run(capsys, *arguments, "--output", str(tmp_path / "out"))
     assert code == 0 and "of 3 answers 33% exact, 67% with the right first line, 100% in form" in " ".join(out.split())
+
+
+def test_a_4_bit_format_is_for_those_methods_of_compare_that_have_one(capsys, tmp_path, model_folder, data_file):
+    arguments = ["--model", model_folder, "--data", data_file, "--test", data_file, "--output", str(tmp_path / "out")]
+    options = ["--methods", "lora", "--quant-type", "int4", "--max-steps", "1"]
+    assert run_json(capsys, "compare", *arguments, *options)["methods"][0]["steps"] == 1
 
 
 def test_train_says_how_many_rows_it_cuts(capsys, tmp_path, model_folder, data_file):

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from . import train
 from .methods import METHODS
+from .models import FORMAT
 from .output import check_place, opened_console
 
 
@@ -70,6 +71,8 @@ def _row(args: argparse.Namespace, method: str, console: Console) -> dict[str, A
     required = {"--model": args.model, "--data": args.data, "--output": str(output), "--method": method}
     asked = parser.parse_args([word for option in required.items() for word in option])
     vars(asked).update((name, value) for name, value in vars(args).items() if name in asked and name != "output")
+    if METHODS[method].quantized is False:  # the format is that of the other methods
+        vars(asked).update(dict.fromkeys(FORMAT))
     result = _in_a_process(asked, console)
     if "error" in result:
         console.print(f"{method} failed: {escape(result['error'])}")

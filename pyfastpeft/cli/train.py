@@ -23,7 +23,7 @@ from rich.markup import escape
 
 from .memory import peak_bytes
 from .methods import above_zero, add_method_arguments, chosen, seed
-from .models import MODEL_HELP, add_quantization_arguments, in_4_bits, load_model
+from .models import MODEL_HELP, add_quantization_arguments, in_4_bits, load_model, refuse_format
 from .output import check_place
 
 SCHEDULES = (
@@ -95,6 +95,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .progress import TrainingProgress
 
     method, options, quantized = chosen(args)
+    if not quantized:
+        refuse_format(args, "--full-precision" if args.full_precision else f"--method {args.method}")
     # What is wrong with these shows before the model is loaded.
     check_place(Path(args.output))
     if (Path(args.output) / "config.json").is_file():  # with that model transformers would load the adapter
