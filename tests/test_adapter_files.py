@@ -525,10 +525,23 @@ def test_loading_says_as_peft_does_what_did_not_fit():
     assert result.missing_keys == result.unexpected_keys == []
 
 
-def test_a_readme_that_exists_is_kept(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    fp.get_peft_model(tiny.make(), fp.LoraConfig()).save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+def test_a_readme_is_of_the_last_adapter_unless_somebody_changed_it(tmp_path):
+    card = tmp_path / "README.md"
+
+    def save(config, name, folder=tmp_path):
+        model = fp.get_peft_model(tiny.make(), config)
+        model.peft_config["default"].base_model_name_or_path = name
+        model.save_pretrained(folder)
+        return (folder / "README.md").read_text()
+
+    cases = [(fp.LoraConfig(), "one"), (fp.BottleneckConfig(), None), (fp.LoraConfig(), "two"), (fp.LoraConfig(), None)]
+    for number, case in enumerate(cases):
+        written = save(*case)
+        assert written == save(*case, tmp_path / str(number))
+        for changed in ("mine", "", written.replace("tags:\n", "tags:\n- french\n"), written + "more\n"):
+            card.write_text(changed)
+            assert save(fp.LoraConfig(), "three") == changed
+        card.write_text(written)
 
 
 def test_config_makes_the_round_trip_and_unknown_keys_are_dropped_with_a_warning(tmp_path):

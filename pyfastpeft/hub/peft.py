@@ -32,6 +32,8 @@ tags:
 
 {readers} it with `PeftModel.from_pretrained(base_model, folder)`.
 """
+_OPTIONAL = {"base": r"(base_model: .*\n)?", "tag": r'(- "base_model:adapter:.*"\n)?'}
+_UNEDITED = re.compile(re.sub(r"\\{(\w+)\\}", lambda field: _OPTIONAL.get(field[1], ".*"), re.escape(_CARD)))
 
 
 def adapter_folder(root: str | os.PathLike, name: str) -> Path:
@@ -121,7 +123,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter folder: each file is whole at every moment, and two processes' files do not get mixed.
 
-    The README is written only where there is none.
+    A README that somebody else wrote or changed stays.
 
     Args:
         config: PEFT's keys, as :meth:`PeftConfig.to_dict` gives them.
@@ -145,8 +147,9 @@ def write_adapter(
         for path in encoder:
             save_safetensors(own, path)
         save_safetensors(apart, weights)
-    if not (folder / CARD_NAME).exists():
-        write_text(_card(config, in_peft), folder / CARD_NAME)
+    card = folder / CARD_NAME
+    if not card.exists() or _UNEDITED.fullmatch(card.read_text(encoding="utf-8", errors="replace")):
+        write_text(_card(config, in_peft), card)
 
 
 def _card(config: dict[str, Any], in_peft: bool) -> str:
