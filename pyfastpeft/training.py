@@ -11,8 +11,10 @@ import math
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, sort_ch
 
 from .conversations import Messages, check_positions, encode, learned_positions, pad_id, virtual_tokens
 from .hub.files import atomic_write, check_tensors, load_safetensors, read_json, save_safetensors, write_text
+from .hub.peft import CONFIG_NAME, adapter_folder
 from .nn.modes import evaluating
 from .ops.cross_entropy import IGNORED
 
@@ -90,6 +93,18 @@ class AdapterTrainer(Trainer):
             for old in sort_checkpoints(str(root))[: -self.args.save_total_limit]:
                 _remove_checkpoint(Path(old))
 
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        differ = _differences(self.model, checkpoint)
+        if base := differ.get("base_model_name_or_path"):
+            warnings.warn(f"{checkpoint} was trained over another base model, or that was moved: {base}", stacklevel=2)
+        try:
+            super()._load_from_checkpoint(checkpoint, model)
+        except ValueError as error:
+            if not differ:
+                raise
+            said = "; ".join(f"{key} is {values}" for key, values in differ.items())
+            raise ValueError(f"{checkpoint} cannot be resumed with another adapter than its own: {said}") from error
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             file = Path(checkpoint) / "optimizer.safetensors"
@@ -118,6 +133,17 @@ class AdapterTrainer(Trainer):
             tensors, numbers = load_safetensors(f"{stem}.safetensors"), read_json(f"{stem}.json")
             with _of_checkpoint(checkpoint, ValueError):
                 _set_random_state(tensors, numbers)
+
+
+def _differences(model: nn.Module, checkpoint: str) -> dict[str, str]:
+    """What the configurations of ``checkpoint``'s adapters and those of ``model`` have in common, but not the value of:
+    that there, and that here."""
+    differ = {}
+    for name in model.active_adapters:
+        saved = read_json(adapter_folder(checkpoint, name) / CONFIG_NAME)
+        here = json.loads(json.dumps(replace(model.peft_config[name], inference_mode=True).to_dict()))
+        differ |= {k: f"{saved[k]!r} there and {v!r} here" for k, v in here.items() if saved.get(k, v) != v}
+    return differ
 
 
 def _remove_checkpoint(folder: Path) -> None:
@@ -227,10 +253,12 @@ def train_adapter(
         warmup_steps: a number of steps, or below 1 a share of all steps.
         save_steps: write ``output_dir/checkpoint-<step>`` every so many steps (the newest two are kept); 0: none.
         resume: go on from the newest checkpoint in ``output_dir``; where that has all steps behind it, nothing trains.
+            Warns where that was trained over another base model.
 
     Raises:
-        ValueError: ``resume`` without a checkpoint, or one that is damaged; checkpoints of an earlier run without
-            ``resume``; ``save_steps`` below 0; a row that is longer than the positions a model has learned.
+        ValueError: ``resume`` without a checkpoint, or one that is damaged or of another adapter; checkpoints of an
+            earlier run without ``resume``; ``save_steps`` below 0; a row that is longer than the positions a model has
+            learned.
     """
     if save_steps < 0:
         raise ValueError(f"save_steps is {save_steps}; it must be 0 (no checkpoints) or more")

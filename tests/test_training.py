@@ -433,6 +433,30 @@ def test_an_optimizer_of_other_shapes_is_refused_before_a_step(tmp_path, change,
     assert str(file) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (fp.LoraConfig(r=2, lora_alpha=8), "r is 4 there and 2 here"),
+        (fp.LoraConfig(r=4, lora_alpha=99), "lora_alpha is 8 there and 99 here"),
+        (fp.PromptTuningConfig(num_virtual_tokens=4), "peft_type is 'LORA' there and 'PROMPT_TUNING' here"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_says_in_what_it_differs(tmp_path, other, says):
+    run(adapter(), tmp_path, save_steps=2, max_steps=2)
+    with pytest.raises(ValueError, match=f"checkpoint-2 cannot be resumed .*{says}"):
+        run(fp.get_peft_model(quantized_llama(), other), tmp_path, save_steps=2, resume=True)
+
+
+def test_a_checkpoint_over_another_base_model_is_said(tmp_path):
+    for number, name in enumerate(("one", "one", "two")):
+        model = adapter()
+        model.peft_config["default"].base_model_name_or_path = name
+        with warnings.catch_warnings(record=True) as seen:
+            run(model, tmp_path, save_steps=1, max_steps=1 + number, resume=number > 0)
+        said = [str(w.message) for w in seen if "base model" in str(w.message)]
+        assert len(said) == (name == "two") and all("'one' there and 'two' here" in text for text in said)
+
+
 def test_a_parameter_that_no_loss_depends_on_has_no_state_to_resume(tmp_path):
     def partly():
         model = adapter()
