@@ -598,6 +598,22 @@ def test_compiled_code_computes_the_logits():
     torch.testing.assert_close(compiled(**batch).loss.detach(), expected[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda t: t.square().mean() + t.exp().mean(),
+        lambda t: -(t.softmax(-1) * t.log_softmax(-1)).sum(-1).mean(),
+    ],
+    ids=["two methods", "entropy"],
+)
+def test_a_compiled_function_of_the_logits_is_the_one_that_it_says(loss):
+    model, batch = trained_model(CONFIGS[0]), labelled_batch()
+    compiled = torch.compile(loss, backend="eager")
+    deferred = loss_and_gradients(model, batch, lambda outputs: compiled(outputs.logits))
+    defer_logits(model, False)
+    assert_same(deferred, loss_and_gradients(model, batch, lambda outputs: loss(outputs.logits)))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 3, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_add_up_to_the_whole(rows, dtype):

@@ -202,7 +202,9 @@ class DeferredLogits(Tensor):
 
     form: _Form
 
+    # Dynamo, which would compile these two by themselves, does not tell one method of Tensor (``func``) from another.
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _DESCRIPTIONS:
@@ -219,6 +221,7 @@ class DeferredLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Reached past __torch_function__ (autograd.Function, compiled code), below autograd: see _Deferral.backward.
         args, kwargs = tree_map_only(DeferredLogits, lambda d: d.form.computed().detach(), (args, kwargs or {}))
