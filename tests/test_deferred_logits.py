@@ -211,6 +211,33 @@ def test_a_gradient_that_arrives_at_the_deferred_tensor_reaches_the_model(arrang
     assert_same(deferred, loss_and_gradients(model, batch, loss))
 
 
+@pytest.mark.parametrize("head", ["dense", "4-bit", "parametrized"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda t: Squares.apply(t) + t.exp().mean(),
+        lambda t: t.exp().mean() + Squares.apply(t),
+        lambda t: Squares.apply(t[:, 1:].bfloat16().view(-1, 64)) + t.float().exp().mean() + Squares.apply(t.double()),
+        lambda t: t.neg_().exp().mean() + Squares.apply(t),
+        lambda t: 0 * t.mul_(3)[0, 0, 0].detach() + Squares.apply(t),
+    ],
+    ids=["first", "last", "forms", "changed", "changed before"],
+)
+def test_such_a_gradient_may_arrive_beside_that_of_another_reader(loss, head):
+    model = make("llama").train().requires_grad_(False)
+    if head == "parametrized":
+        parametrize.register_parametrization(model.lm_head, "weight", Squared())
+    elif head == "4-bit":
+        model.lm_head = fp.nn.Linear4bit.from_linear(model.lm_head)
+    hidden, gradients = torch.randn(2, 3, 32, requires_grad=True), []
+    for defer in (True, False):
+        defer_logits(model, defer)
+        logits = model.lm_head(hidden)
+        assert isinstance(logits, DeferredLogits) == defer
+        gradients += torch.autograd.grad(loss(logits), hidden)
+    assert relative(*gradients) < 1e-5
+
+
 def test_such_a_gradient_may_arrive_twice_and_is_not_differentiated():
     model, hidden = make("llama").train().requires_grad_(False), torch.randn(3, 32, requires_grad=True)
     defer_logits(model)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from ..nn.ends import output_head
@@ -122,6 +123,7 @@ class _Call:
         self.dtype = self.autocast["dtype"] if self.autocast["enabled"] else hidden.dtype
         self.loss_taken = False
         self.value: Tensor | None = None
+        self._product: GradientEdge | None = None  # its place in the graph, before any change in place
         self.forms: list[weakref.ref[_Form]] = []
 
     @property
@@ -149,12 +151,28 @@ class _Call:
         """The logits [..., classes], computed once, with the graph that they have where nothing is put off."""
         if self.value is None:
             with torch.inference_mode(False), torch.enable_grad():
-                self.value = self.project(self.hidden)
+                logits = self.project(self.hidden)
+                # No view to autograd: a change in place would take a view out of its place in the graph.
+                self.value = torch.ops.aten._unsafe_view(logits, logits.shape)
+                if self.value.requires_grad:
+                    self._product = get_gradient_edge(self.value)
             # What was copied is a copy from now on: what reads the logits may go on to change them in place.
             for held in self.forms:
                 if (form := held()) is not None:
                     form.computed()
         return self.value
+
+    def gradient(self, logits: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of ``hidden``, given that of ``logits``, which are these or what was made of them."""
+        hidden = self.hidden
+        (grad,) = torch.autograd.grad(logits, self._product, grad, retain_graph=True)
+        try:
+            return torch.autograd.grad(self._product, hidden, grad, retain_graph=True)[0]
+        except RuntimeError:  # a gradient that came by another way has freed what the product saved
+            hidden = hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                product = self.project(hidden)
+            return torch.autograd.grad(product, hidden, grad)[0]
 
 
 class _Form:
@@ -241,8 +259,7 @@ class _Deferral(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
-        logits, hidden = ctx.form.computed(), ctx.form.call.hidden
-        return *torch.autograd.grad(logits, hidden, grad, retain_graph=True), None
+        return ctx.form.call.gradient(ctx.form.computed(), grad), None
 
 
 def _deferred(form: _Form) -> DeferredLogits:
