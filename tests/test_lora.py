@@ -307,6 +307,12 @@ def test_all_linear_leaves_out_what_torchs_attention_never_calls():
     assert {path.rpartition(".")[2] for path in model.base_model.bank.layers} == {"linear1", "linear2", "head"}
 
 
+def test_all_linear_takes_a_layer_whose_path_another_module_s_ends_with():
+    base = nn.ModuleDict({"proj": nn.Linear(8, 8), "inner": nn.ModuleDict({"proj": nn.Sequential(nn.Linear(8, 8))})})
+    model = fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear"))
+    assert set(model.base_model.bank.layers) == {"proj", "inner.proj.0"}
+
+
 _WAVLM = {"conv_dim": (32,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
 _WAVLM |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0, "layerdrop": 0.0}
 _MOBILE = {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 1}

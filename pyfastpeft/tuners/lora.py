@@ -45,6 +45,7 @@ from .modules import (
     is_named,
     is_never_called,
     modules_of,
+    names_of,
     no_target,
     parameters_of,
     plain_modules_of,
@@ -296,7 +297,7 @@ def matches(config: LoraConfig, path: str) -> bool:
     return False
 
 
-def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
+def _all_linear(model: nn.Module, config: LoraConfig) -> list[str] | str:
     head = output_head(model)
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((h for h in (getattr(model, n, None) for n in ("score", "classifier")) if h is not None), None)
@@ -313,7 +314,7 @@ def _all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
             "LoRA goes to linear layers only",
             stacklevel=3,
         )
-    return sorted(linear)
+    return names_of(linear, model)
 
 
 def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str, nn.Module]:
