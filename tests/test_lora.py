@@ -315,6 +315,13 @@ def test_all_linear_takes_a_layer_whose_path_another_module_s_ends_with():
 
 _WAVLM = {"conv_dim": (32,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
 _WAVLM |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0, "layerdrop": 0.0}
+_TDNN = {"tdnn_dim": (32,), "tdnn_kernel": (1,), "tdnn_dilation": (1,), "xvector_output_dim": 32}
+_LONGCAT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+_LONGCAT |= {"head_dim": 8, "num_layers": 1, "ffn_hidden_size": 32, "n_routed_experts": 4}
+_LONGCAT |= {"moe_topk": 2, "expert_ffn_hidden_size": 32}
+_GEMMA_3N = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 64, "laurel_rank": 8, "head_dim": 8}
+_GEMMA_3N |= {"altup_num_inputs": 2, "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2}
+_GEMMA_3N |= {"activation_sparsity_pattern": None}
 _MOBILE = {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 1}
 # class: (arguments of its configuration, the layers that it reads the weights of)
 READ = {
@@ -323,6 +330,9 @@ READ = {
     "Mamba2ForCausalLM": ({"num_heads": 8, "head_dim": 8, "n_groups": 1}, ["out_proj"]),
     "WavLMModel": (_WAVLM, ["q_proj", "k_proj", "v_proj", "out_proj"]),
     "MobileBertForMaskedLM": (_MOBILE, ["cls.predictions.dense"]),
+    "Wav2Vec2ForXVector": (_WAVLM | _TDNN, ["kernel"]),
+    "LongcatFlashForCausalLM": (_LONGCAT, ["classifier"]),
+    "Gemma3nForCausalLM": (_GEMMA_3N, ["correction_coefs"]),
 }
 
 
@@ -331,10 +341,13 @@ def test_nor_is_one_whose_weight_a_model_reads_while_every_other_learns(name):
     arguments, read = READ[name]
     cls = getattr(tf, name)
     base = cls(cls.config_class(**(tiny._LLAMA | {"num_key_value_heads": 4} | arguments)))
+    for parameter in base.parameters():
+        if not parameter.any():  # such as the scales of Gemma 3n, which let nothing through yet
+            nn.init.normal_(parameter, std=0.1)
     for layer, config in itertools.product(read, (fp.LoraConfig, fp.BottleneckConfig)):
         with pytest.raises(ValueError, match=f"{layer}', whose weight .* reads without calling the layer"):
             fp.get_peft_model(base, config(target_modules=[layer]))
-    inputs = {"input_values": torch.randn(2, 400)} if name == "WavLMModel" else {"input_ids": torch.arange(5, 14)[None]}
+    inputs = {"input_values": torch.randn(2, 400)} if name[:3] == "Wav" else {"input_ids": torch.arange(5, 14)[None]}
     model = fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear")).train()
     model(**inputs)[0].square().sum().backward()
     learning = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}

@@ -224,6 +224,8 @@ _WAVLM = {
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
 }
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+MLA |= {"head_dim": 16, "n_routed_experts": 4, "num_key_value_heads": 4}
 # class: (arguments of its configuration, names of the layers in 4 bits)
 READ = {
     "MambaForCausalLM": ({"state_size": 4}, "in_proj x_proj out_proj"),
@@ -236,6 +238,28 @@ READ = {
         {"embedding_size": 32, "intra_bottleneck_size": 32, "num_feedforward_networks": 1},
         "embedding_transformation query key value dense",
     ),
+    "Wav2Vec2ForXVector": (
+        _WAVLM | {"tdnn_dim": (64,), "tdnn_kernel": (1,), "tdnn_dilation": (1,), "xvector_output_dim": 64},
+        "q_proj k_proj v_proj out_proj intermediate_dense output_dense projection projector feature_extractor",
+    ),
+    "RwkvForCausalLM": ({"rescale_every": 1, "attention_hidden_size": 64}, "key value receptance"),
+    "LongcatFlashForCausalLM": (
+        MLA | {"num_layers": 1, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 64, "moe_topk": 2},
+        "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj gate_proj up_proj down_proj",
+    ),
+    "HYV4ForCausalLM": (
+        MLA
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "index_topk": 3}
+        | {"layer_types": ["indexed_attention"] * 2, "index_n_heads": 2, "index_head_dim": 32},
+        "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj gate_proj up_proj down_proj wq_b wk",
+    ),
+    "Gemma3nForCausalLM": (
+        {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 64, "laurel_rank": 32, "head_dim": 16}
+        | {"altup_num_inputs": 2, "num_kv_shared_layers": 0, "num_key_value_heads": 4}
+        | {"activation_sparsity_pattern": None, "layer_types": ["full_attention"] * 2},
+        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj linear_left linear_right modality_router 0 "
+        "per_layer_input_gate per_layer_projection per_layer_model_projection",
+    ),
 }
 
 
@@ -245,9 +269,9 @@ def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_full_precision
     cls = getattr(transformers, name)
     original = cls(cls.config_class(**(SIZES | arguments))).eval()
     original.save_pretrained(tmp_path / "full")
-    given = {"input_values": torch.randn(2, 400)} if name.startswith("WavLM") else {"input_ids": ids}
+    given = {"input_values": torch.randn(2, 400)} if name.startswith("Wav") else {"input_ids": ids}
     given |= {"decoder_input_ids": ids} if original.config.is_encoder_decoder else {}
-    skipped = ["lm_head", "classifier"]
+    skipped = ["lm_head", "head", "classifier"]
     theirs = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
     cls.from_pretrained(tmp_path / "full", quantization_config=theirs).save_pretrained(tmp_path / "bnb")
     for folder, chosen in (("full", None), ("full", skipped), ("bnb", None)):

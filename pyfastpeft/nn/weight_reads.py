@@ -9,14 +9,34 @@ from torch import nn
 _UNCALLED = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "MobileBertLMPredictionHead": ("dense",),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "TDNNLayer": ("kernel",),
+    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "Gemma3nTextAltUp": ("correction_coefs",),
 }
-"""Class of the module around them → layers that it takes the weights of and never calls."""
+"""Class of the module around them → layers that it takes the weights of and never calls; Gemma 3n not in training."""
 _MIXER = re.compile("Mamba|Bamba|FalconH1")
 """In the names of the classes of Mamba's mixers, which multiply by the weight of ``dt_proj``, and in their fused kernel
 by that of ``out_proj``."""
-_READ = ("dt_proj", "wo", "patch_embedding")
-"""Layers of Mamba's mixers; and of T5's relatives and SigLIP 2, which bring what they call these with to the dtype of
-their weight."""
+_READ = ("dt_proj", "wo", "patch_embedding", "weights_proj")
+"""Layers of Mamba's mixers; and of T5's relatives, SigLIP 2 and the indexers of sparse attention, which bring what they
+call these with to the dtype of their weight."""
+_READ_BY = {
+    "Blip2ForImageTextRetrieval": ("vision_projection", "text_projection", "itm_head"),
+    "Blip2TextModelWithProjection": ("text_projection",),
+    "Blip2VisionModelWithProjection": ("vision_projection",),
+    "Ernie4_5_VLMoePatchEmbed": ("proj",),
+    "Gemma3nTextAltUp": ("prediction_coefs",),
+    "GraniteSpeech5Encoder": ("input_linear",),
+    "Inkling2LoopMessageGate": ("down_proj",),
+    "RwkvSelfAttention": ("output",),
+    "RwkvFeedForward": ("value",),
+}
+"""Class of the module around them → layers that it calls, and reads the weights of or writes them: Gemma 3n clips them,
+RWKV divides them, the others take their dtype."""
 
 
 def never_calls(parent: nn.Module, name: str) -> bool:
@@ -31,4 +51,5 @@ def never_calls(parent: nn.Module, name: str) -> bool:
 def needs_full_precision(parent: nn.Module, name: str) -> bool:
     """Whether ``parent`` reads the weight of its layer ``name`` wherever it runs, so that 4 bits do not do. (Mamba's
     fused kernel, which reads that of ``out_proj``, trains on GPUs alone.)"""
-    return name in _READ or name in _UNCALLED.get(type(parent).__name__, ())
+    kind = type(parent).__name__
+    return name in _READ or name in _UNCALLED.get(kind, ()) or name in _READ_BY.get(kind, ())
