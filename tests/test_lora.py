@@ -361,10 +361,27 @@ def test_nor_is_one_whose_weight_a_model_reads_while_every_other_learns(name):
 def test_pefts_file_may_hold_lora_that_torchs_attention_never_called(tmp_path):
     base, x = Encoder(), torch.randn(2, 5, 32)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["out_proj", "head"]))
+    tiny.randomize(theirs)
     theirs.save_pretrained(tmp_path)
-    model = fp.PeftModel.from_pretrained(base, tmp_path)
+    with pytest.warns(UserWarning, match=r"layers.0.self_attn.out_proj', .* no effect, and is left out of merges"):
+        model = fp.PeftModel.from_pretrained(base, tmp_path)
     assert fp.get_peft_model_state_dict(model).keys() == peft.get_peft_model_state_dict(theirs).keys()
     torch.testing.assert_close(model(x), theirs.eval()(x))
+    torch.testing.assert_close(model.merge_and_unload()(x), theirs(x))
+
+
+@torch.no_grad()
+def test_lora_of_pefts_file_that_training_alone_passes_by_is_merged(tmp_path):
+    config = tf.Gemma3nTextConfig(**(tiny._LLAMA | {"num_key_value_heads": 4} | _GEMMA_3N))
+    base, ids = tf.Gemma3nForCausalLM(config).eval(), torch.arange(5, 14)[None]
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["correction_coefs"]))
+    tiny.randomize(theirs, std=3.0)
+    theirs.save_pretrained(tmp_path)
+    plain, expected = base(ids).logits, theirs.eval()(ids).logits
+    model = fp.PeftModel.from_pretrained(base, tmp_path)
+    assert relative(plain, expected) > 0.01
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 class TestDefaults:

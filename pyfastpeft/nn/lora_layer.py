@@ -136,6 +136,8 @@ class LoraLayer(nn.Module, ABC):
             parameters (the rest is zero).
         lora_dropout: by adapter name an ``nn.Dropout``, or ``nn.Identity`` where nothing is left out.
         merged_adapters: the adapters added into the base weight at the moment.
+        called: whether what stands around the layer calls it; where that reads its weight instead, adapters have no
+            effect, and are not merged.
     """
 
     def __init__(self, base_layer: nn.Module, bank: AdapterBank) -> None:
@@ -146,6 +148,7 @@ class LoraLayer(nn.Module, ABC):
         self.lora_alpha: dict[str, float] = {}
         self.lora_dropout = Parts(self._changed)
         self.merged_adapters: list[str] = []
+        self.called = True
         self.lora_A = Parts(self._changed)
         self.lora_B = Parts(self._changed)
         self.lora_magnitude_vector = Parts(self._changed)
@@ -517,7 +520,7 @@ class LoraLayer(nn.Module, ABC):
         """
         held, asked = self.merged_adapters, self.active_adapters if adapter_names is None else adapter_names
         names = tuple(dict.fromkeys((*held, *(n for n in asked if n in self.r))))
-        if len(names) == len(held):
+        if len(names) == len(held) or not self.called:
             return
         self.unmerge()
         biases = [n for n in names if self._bias_of(n) is not None]

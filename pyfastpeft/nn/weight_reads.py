@@ -15,9 +15,8 @@ _UNCALLED = {
     "DetrMHAttentionMap": ("k_proj",),
     "ConditionalDetrMHAttentionMap": ("k_proj",),
     "LongcatFlashTopkRouter": ("classifier",),
-    "Gemma3nTextAltUp": ("correction_coefs",),
 }
-"""Class of the module around them → layers that it takes the weights of and never calls; Gemma 3n not in training."""
+"""Class of the module around them → layers that it takes the weights of and never calls."""
 _MIXER = re.compile("Mamba|Bamba|FalconH1")
 """In the names of the classes of Mamba's mixers, which multiply by the weight of ``dt_proj``, and in their fused kernel
 by that of ``out_proj``."""
@@ -29,7 +28,7 @@ _READ_BY = {
     "Blip2TextModelWithProjection": ("text_projection",),
     "Blip2VisionModelWithProjection": ("vision_projection",),
     "Ernie4_5_VLMoePatchEmbed": ("proj",),
-    "Gemma3nTextAltUp": ("prediction_coefs",),
+    "Gemma3nTextAltUp": ("prediction_coefs", "correction_coefs"),
     "GraniteSpeech5Encoder": ("input_linear",),
     "Inkling2LoopMessageGate": ("down_proj",),
     "RwkvSelfAttention": ("output",),
@@ -40,12 +39,23 @@ RWKV divides them, the others take their dtype."""
 
 
 def never_calls(parent: nn.Module, name: str) -> bool:
-    """Whether ``parent`` takes the weight of its layer ``name`` without calling the layer, be it on some of its paths
-    alone: what is put around the layer has no effect there."""
+    """Whether ``parent`` takes the weight of its layer ``name`` and nowhere calls the layer: what is put around it has
+    no effect. (Mamba's mixers call ``dt_proj`` where the model is quantized.)"""
     if isinstance(parent, nn.MultiheadAttention):
         return name == "out_proj"
     kind = type(parent).__name__
-    return name in _UNCALLED.get(kind, ()) or (name in ("dt_proj", "out_proj") and _MIXER.search(kind) is not None)
+    if name == "dt_proj" and _MIXER.search(kind):
+        return not hasattr(getattr(parent, "config", None), "_is_quantized")
+    return name in _UNCALLED.get(kind, ())
+
+
+def passes_by(parent: nn.Module, name: str) -> bool:
+    """Whether that is so on some paths at least, as in training of the ``out_proj`` of Mamba's mixers and Gemma 3n's
+    ``correction_coefs``: what is put around the layer does not learn there."""
+    kind = type(parent).__name__
+    if kind == "Gemma3nTextAltUp":
+        return name == "correction_coefs"
+    return never_calls(parent, name) or (name in ("dt_proj", "out_proj") and _MIXER.search(kind) is not None)
 
 
 def needs_full_precision(parent: nn.Module, name: str) -> bool:

@@ -21,7 +21,7 @@ from .modules import (
     base_of,
     check_called,
     is_named,
-    is_never_called,
+    is_passed_by,
     modules_of,
     no_target,
     put,
@@ -100,7 +100,7 @@ def ends_of_sublayers(model: nn.Module, placement: str) -> list[str]:
             f"target_modules is None, and where the attention and feed-forward sublayers of a {type(model).__name__} "
             "end is not known; name the projections that end them"
         )
-    return sorted(path for kind in found for path in kind if not is_never_called(model, path))
+    return sorted(path for kind in found for path in kind if not is_passed_by(model, path))
 
 
 class BottleneckTuner(Tuner):
