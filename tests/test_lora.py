@@ -1239,6 +1239,15 @@ class TestTargets:
         assert not any("router" in path for path in model.peft_config["default"].target_modules)
         model(**tiny.inputs()).loss.backward()
 
+    def test_nor_does_a_layer_that_multiplies_groups(self):
+        grouped = tf.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear(8, 12, n_groups=2)
+        base = nn.ModuleDict({"o_a": grouped, "o_b": nn.Linear(12, 8)})
+        for config in (fp.LoraConfig, fp.BottleneckConfig):
+            with pytest.raises(ValueError, match="a DeepseekV4GroupedLinear; "):
+                fp.get_peft_model(base, config(target_modules=["o_a"]))
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear"))
+        assert set(model.base_model.bank.layers) == {"o_b"}
+
     def test_all_linear_says_that_fused_experts_are_left_alone(self):
         base = tf.MixtralForCausalLM(tf.MixtralConfig(**tiny._LLAMA, num_local_experts=2))
         with pytest.warns(UserWarning, match=r"leaves 4 weights alone .* several experts \(model.layers.0.*experts"):

@@ -18,6 +18,7 @@ rank, also when each row of the batch has its own.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -327,13 +328,17 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     return n_out, n_in
 
 
+_NO_PRODUCT = re.compile("Router|Grouped|DoryLMHead")
+"""In the names of subclasses of ``nn.Linear`` that return no product: Llama 4's and PhiMoE's routers choose experts,
+DeepSeek-V4's layers multiply each group by its own part of the weight, Dory's head scales what it returns."""
+
+
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     """The layer that carries LoRA for ``module``, or None where there is none."""
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
     if isinstance(module, nn.Linear):
-        # What Llama 4's and PhiMoE's routers return is no product but a choice of experts.
-        return None if "Router" in type(module).__name__ else LoraLinear
+        return None if _NO_PRODUCT.search(type(module).__name__) else LoraLinear
     if type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d):
         return LoraConv1D
     return None
