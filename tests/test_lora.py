@@ -1239,6 +1239,14 @@ class TestTargets:
         assert not any("router" in path for path in model.peft_config["default"].target_modules)
         model(**tiny.inputs()).loss.backward()
 
+    @pytest.mark.parametrize("name", ["bart", "whisper"])
+    def test_nor_do_embeddings_that_count_positions(self, name):
+        cls = getattr(tf, f"{name.title()}ForConditionalGeneration")
+        sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        base = cls(cls.config_class(**tiny._LLAMA, **sizes, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64))
+        with pytest.raises(ValueError, match=r"embed_positions', a .*PositionalEmbedding; LoRA needs"):
+            fp.get_peft_model(base, fp.LoraConfig(target_modules=["embed_positions"]))
+
     def test_nor_does_a_layer_that_multiplies_groups(self):
         grouped = tf.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear(8, 12, n_groups=2)
         base = nn.ModuleDict({"o_a": grouped, "o_b": nn.Linear(12, 8)})

@@ -333,10 +333,20 @@ _NO_PRODUCT = re.compile("Router|Grouped|DoryLMHead")
 DeepSeek-V4's layers multiply each group by its own part of the weight, Dory's head scales what it returns."""
 
 
+_LOOKUP = re.compile(r"Embedding(4bit|8bit)?|.*ScaledWordEmbedding")
+"""Names of the embeddings, bitsandbytes' among them, that return the rows they are called with, times their
+``embed_scale`` if they have one. Others count positions by themselves, norm what they return, or hold further rows."""
+
+
+def _looks_up(embedding: nn.Embedding) -> bool:
+    forward_of = next(kind for kind in type(embedding).__mro__ if "forward" in vars(kind))
+    return _LOOKUP.fullmatch(forward_of.__name__) is not None
+
+
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     """The layer that carries LoRA for ``module``, or None where there is none."""
     if isinstance(module, nn.Embedding):
-        return LoraEmbedding
+        return LoraEmbedding if _looks_up(module) else None
     if isinstance(module, nn.Linear):
         return None if _NO_PRODUCT.search(type(module).__name__) else LoraLinear
     if type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d):
