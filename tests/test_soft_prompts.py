@@ -700,13 +700,14 @@ class TestWherePeftFails:
             alone = own.generate(input_ids=row, **GREEDY)
             assert torch.equal(got[i, 7:], alone[0, row.shape[1] :])
 
+    @pytest.mark.parametrize("last", ["full", "sliding"])
     @pytest.mark.parametrize("images", [False, True])
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
-    def test_a_model_around_the_decoder_makes_the_masks(self, method, images):
+    def test_a_model_around_the_decoder_makes_the_masks(self, method, images, last):
         vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         base = tf.Gemma3ForConditionalGeneration(
             tf.Gemma3Config(
-                text_config=_WINDOW | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+                text_config=_WINDOW | {"head_dim": 8, "layer_types": ["sliding_attention", f"{last}_attention"]},
                 vision_config=vision | {"image_size": 8, "patch_size": 4},
                 image_token_index=tiny.VOCAB - 1,
                 mm_tokens_per_image=4,
@@ -722,6 +723,9 @@ class TestWherePeftFails:
         for i, start in enumerate((0, 3, 6)):
             row = {k: t[i : i + 1, start:] for k, t in (more | {"input_ids": ids}).items()}
             close(padded[i : i + 1, start:], own(**row).logits)
+        got = own.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+        for i, start in enumerate((0, 3, 6)):
+            assert torch.equal(got[i, 9:], own.generate(input_ids=ids[i : i + 1, start:], **GREEDY)[0, 9 - start :])
 
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
     def test_a_model_around_opt_reaches_the_decoder_in_it(self, method):

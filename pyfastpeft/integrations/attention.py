@@ -197,15 +197,21 @@ def _sees_all(
     return not causal or kv_offset + kv_length == int(q_offset) + 1
 
 
-def seen_keys(masks: dict[str, Tensor | None]) -> Tensor | None:
-    """The keys that the last query of each row sees, bool [batch or 1, keys], of a forward's masks by kind of layer.
+def unpadded_keys(masks: dict[str, Tensor | None]) -> Tensor | None:
+    """The keys that are no padding, bool [batch or 1, keys], of a forward's masks by kind of layer; where every layer
+    has a sliding window, of the keys that its cache still holds.
 
     None: all, or the masks are of another form.
     """
     mask = masks.get("full_attention")
+    if "full_attention" not in masks:
+        mask = masks.get("sliding_attention")
+        mask = getattr(mask, "_places", mask)
+        if mask is not None and mask.dtype == torch.bool:
+            return None  # what is cut to a window does not tell padding from what lies before it
     if mask is None or mask.dtype not in (torch.int32, torch.bool):
         return None
-    return mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, 0] < HIDDEN // 2
+    return mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, 0].abs() < HIDDEN // 2
 
 
 def attention_forward(

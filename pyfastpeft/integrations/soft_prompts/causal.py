@@ -149,11 +149,11 @@ class CausalPrefixes(Prefixes):
         past, length = past if room else 0, inputs.shape[1]
         given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         new = torch.arange(length, device=inputs.device) + beside(inputs, past)
+        seen = length if isinstance(past, Tensor) else past + length
         if isinstance(mask, dict):  # made by the model around the decoder, which alone was told of the padding
-            mask = attention.seen_keys(mask)
-            mask = None if mask is None else mask.expand(inputs.shape[0], -1)
+            mask = attention.unpadded_keys(mask)
+            mask = None if mask is None or mask.shape[1] < seen else mask.expand(inputs.shape[0], -1)
         if isinstance(mask, Tensor) and mask.dim() != 4:
-            seen = length if isinstance(past, Tensor) else past + length
             # Not len(): it makes a number of a size that torch.export keeps open.
             fits = mask.dim() == 2 and mask.shape[0] == inputs.shape[0] and mask.shape[1] >= seen
             if not fits or (mask.shape[1] > length and not room):
