@@ -71,7 +71,8 @@ class AdapterCache:
         self._together.clear()
 
 
-_touched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# By id: a module's own hash may be of what it does not have yet.
+_touched: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _count, _counting = 0, threading.RLock()
 
 
@@ -86,7 +87,7 @@ def registered() -> int:
     with _counting:
         while len(_touched):
             with suppress(KeyError):  # the last of them ended meanwhile
-                _touched.pop()
+                _touched.popitem()
                 _count += 1
         return _count
 
@@ -107,4 +108,4 @@ def _note_step(optimizer: Optimizer, *_: Any) -> None:
 
 def _note_registration(module: nn.Module, *_: Any) -> None:
     if not torch.compiler.is_dynamo_compiling():  # traced, it would be a guard that never holds
-        _touched.add(module)
+        _touched[id(module)] = module

@@ -15,6 +15,7 @@ from architectures import relative
 from torch import nn
 
 import pyfastpeft as fp
+from pyfastpeft.caching import registered
 
 SOFT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 LORA = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
@@ -426,6 +427,31 @@ class TestServing:
             model(ids)
         model(ids, labels=ids).loss.backward()
         assert any(p.grad is not None for p in model.parameters())
+
+
+class _NamedByValue(nn.Module):
+    """Whose hash is of what it does not have yet when its first layer comes into it."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.name = name
+
+    def __eq__(self, other):
+        return self.name == other.name
+
+    def __hash__(self):
+        return hash(self.name)
+
+
+def test_modules_of_any_hash_can_be_made_beside_an_adapted_model():
+    model = adapted(fp.LoraConfig(**LORA))
+    logits(model, tiny.inputs()["input_ids"])  # from now on what is registered anywhere counts
+    before = registered()
+    first, second = _NamedByValue("a"), _NamedByValue("a")
+    assert first == second and registered() == before + 4  # both, and a layer in each
+    del first, second
+    assert registered() == before + 4
 
 
 def test_factors_that_are_computed_take_no_values():
