@@ -452,6 +452,18 @@ def test_torch_compile_takes_the_whole_graph(device, backend, dynamic):
             assert error(g, e.double()) <= 1e-5
 
 
+def test_sums_over_many_keys_keep_their_last_bits(isa):
+    """What the weights' sum lacks is the same for all keys: a mean of the values or of the gradient magnifies it."""
+    q, k, v = make(1, 2, 2, tokens=16, keys=8192, dim=64)
+    ours = [t.requires_grad_() for t in (q, k, v + 2)]
+    theirs = [t.detach().double().requires_grad_() for t in ours]
+    into = torch.randn(q.shape) + 2
+    mine = torch.autograd.grad(prefix_attention(*ours), ours, into)
+    right = torch.autograd.grad(exact(*theirs), theirs, into.double())
+    for got, expected, bound in zip(mine, right, (6e-5, 1e-5, 1e-5), strict=True):
+        assert error(got, expected) <= bound
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("keys", "kept"), [(76, False), (77, True)])
 def test_the_backward_pass_of_few_keys_does_without_the_result(isa, keys, kept):

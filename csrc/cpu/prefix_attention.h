@@ -429,7 +429,7 @@ struct Attention {
   // sums so far must be multiplied with.
   static void softmax(const Places& places, int64_t lo, int64_t hi, bool all_seen, bool window, const float* upper,
                       const float* lower, float* scores, float* most, float* sum, float* factor, E* weights) {
-    F peak[kVecs], total[kVecs], shift[kVecs];
+    F peak[kVecs], before[kVecs], total[kVecs], shift[kVecs];
     for (int v = 0; v < kVecs; ++v) peak[v] = V::load(most + v * kLanes);
     for (int64_t j = lo; j < hi; ++j)
 #pragma GCC unroll 4
@@ -446,7 +446,8 @@ struct Attention {
       shift[v] = negative(peak[v]);
       const F f = exp2<kStep>(V::add(V::load(most + v * kLanes), shift[v]));
       V::store(factor + v * kLanes, f);
-      total[v] = V::mul(V::load(sum + v * kLanes), f);
+      before[v] = V::mul(V::load(sum + v * kLanes), f);
+      total[v] = V::zero();  // added at the end: to a long sum, each would lose its last bits
       V::store(most + v * kLanes, peak[v]);
     }
     for (int64_t j = 0; j < hi - lo; j += kStep)
@@ -459,7 +460,7 @@ struct Attention {
         }
         A::store_steps(weights + j * kGroupLanes + v * kLanes * kStep, p);
       }
-    for (int v = 0; v < kVecs; ++v) V::store(sum + v * kLanes, total[v]);
+    for (int v = 0; v < kVecs; ++v) V::store(sum + v * kLanes, V::add(before[v], total[v]));
   }
 
   // ---- backward ----
