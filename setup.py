@@ -263,7 +263,7 @@ setup(
     packages=packages,
     package_dir=package_dir,
     include_package_data=False,  # what MANIFEST.in adds is for the source distribution
-    package_data={"pyfastpeft": ["data/**/*"], "pyfastpeft.kernels": ["*.md"]},
+    package_data={"pyfastpeft": ["py.typed", "data/**/*"], "pyfastpeft.kernels": ["*.md"]},
     # The longest to compile first.
     ext_modules=[
         extension(CUDA_LIBRARY, CUDA, []),
