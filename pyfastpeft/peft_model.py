@@ -779,8 +779,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         Args:
             source: a PEFT folder or hub repository, or the tensors themselves under PEFT's keys.
             adapter_name: the adapter to replace.
-            config: with tensors: the new adapter's configuration. Default: as the old one's, with the rank the tensors
-                have.
+            config: with tensors: the new adapter's configuration. Default: as the old one's, with the ranks and modules
+                that the tensors have.
 
         Raises:
             TypeError: a value that is no tensor.

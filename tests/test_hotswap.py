@@ -188,6 +188,39 @@ def test_fewer_modules_are_saved_as_they_are_where_others_end_as_one_of_them(tmp
         assert type(again["block"]["out"]) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    "narrow", [None, {"layers_to_transform": [0]}, {"exclude_modules": r".*\.1\..*"}, {"target_modules": ["q_proj"]}]
+)
+def test_a_swap_back_from_fewer_modules_is_saved_whole(narrow, tmp_path):
+    wide = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    config = None if narrow is None else fp.LoraConfig(**wide | narrow)
+    model = serving(fp.LoraConfig(**wide), config or fp.LoraConfig(**wide), four_bits=False)
+    batch, whole = tiny.inputs(), tensors_of(model, "default")
+    expected = model(**batch).logits
+    few = tensors_of(model, "1")
+    model.hotswap_adapter(dict(list(few.items())[:2]) if narrow is None else few, config=config)
+    model.hotswap_adapter(whole)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    base = model.unload()
+    for library in (fp, peft):
+        again = library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("small", [{"target_modules": ["q_proj"]}, {"r": 2}])
+def test_an_adapter_that_a_swap_made_smaller_is_not_loaded_over(small, tmp_path):
+    """What is loaded would be saved without what the smaller one lacks."""
+    wide = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    model = serving(fp.LoraConfig(**wide), fp.LoraConfig(**wide | small))  # both scale by 2
+    model.save_pretrained(tmp_path)
+    model.hotswap_adapter(tmp_path / "1")
+    before = tensors_of(model, "default")
+    with pytest.raises(ValueError, match="has other modules or ranks; use hotswap_adapter"):
+        model.load_adapter(tmp_path, "default")
+    now = tensors_of(model, "default")
+    assert now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
+
+
 def test_a_module_trained_whole_swaps_in_with_a_smaller_rank():
     model = serving(*(fp.LoraConfig(r=r, modules_to_save=["lm_head"]) for r in (8, 4)))
     batch = tiny.inputs()

@@ -624,7 +624,8 @@ class LoraTuner(Tuner):
             scaling = scaling_of(new.alpha_of(path), new.rank_of(path), new.use_rslora)
             if not math.isclose(scaling, layer.scaling[name]):
                 raise ValueError(f"adapter {name!r} has another scaling; use hotswap_adapter, or delete it first")
-        if live != expected:
+        swapped = any(layer.r[name] != new.rank_of(path) for path, layer in self.layers(name).items())
+        if swapped or live != expected:  # after a hot-swap the tensors may have more room than the adapter has
             raise ValueError(f"adapter {name!r} has other modules or ranks; use hotswap_adapter, or delete it first")
         self.check_same_tokens(name, old, new)
 

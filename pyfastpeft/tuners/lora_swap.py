@@ -127,8 +127,11 @@ class Swap:
             changed = replace(old, r=next(iter(ranks.values())), rank_pattern={})
         else:
             changed = replace(old, rank_pattern={f"^{path}": r for path, r in ranks.items()})
-        if len(ranks) < len(self.ranks):
-            changed.target_modules = names_of(ranks, self.model)
+        if ranks.keys() != {path for path in self.ranks if matches(old, path)}:
+            names = names_of(ranks, self.model)
+            changed = replace(
+                changed, target_modules=names, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+            )
         return changed
 
     @torch.no_grad()
