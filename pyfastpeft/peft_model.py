@@ -19,6 +19,7 @@ from torch.func import functional_call
 from transformers.utils import PushToHubMixin
 
 from .adapters import NO_ROWS, Names, Rows
+from .formats import floating_dtype
 from .hub.files import save_safetensors
 from .hub.peft import CARD_NAME, OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter
 from .integrations.accelerate import fuse, take_over
@@ -512,7 +513,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
         dequantize: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> nn.Module:
         """The base model with the adapters (default: the active ones) in its weights, and no adapter layers.
 
@@ -523,14 +524,16 @@ class PeftModel(PushToHubMixin, nn.Module):
             safe_merge: refuse a result that is not finite in the dtype it will have.
             dequantize: over a 4-bit base: the whole model in ``dtype``, the merged weights rounded once. Default:
                 merged weights are quantized again, in the same format.
-            dtype: with ``dequantize``; default: the dtype the model has now; of a model without ``model.dtype`` the one
-                each layer was quantized from.
+            dtype: with ``dequantize``, a floating-point dtype or its name; default: the dtype the model has now; of a
+                model without ``model.dtype`` the one each layer was quantized from.
 
         Raises:
-            ValueError: an adapter that cannot be merged, or ``dtype`` alone; the model is then as it was.
+            ValueError: an adapter that cannot be merged, or ``dtype`` alone, or that is no floating-point dtype; the
+                model is then as it was.
         """
         if dtype is not None and not dequantize:
             raise ValueError(f"dtype is {dtype}; it is for dequantize=True")
+        dtype = None if dtype is None else floating_dtype(dtype)
         names = self.base_model.merge(adapter_names, safe_merge, dequantize, dtype)
         remove(self.get_base_model())
         model = self._unloaded(names)

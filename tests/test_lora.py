@@ -647,7 +647,7 @@ class TestMerging:
         tiny.randomize(model)
         batch = tiny.inputs()
         expected = model(**batch).logits
-        merged = model.merge_and_unload(dequantize=True, dtype=torch.bfloat16)
+        merged = model.merge_and_unload(dequantize=True, dtype="bfloat16")
         assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
         assert relative(merged(**batch).logits, expected) < 3e-2
 
@@ -1904,6 +1904,15 @@ class TestBadArguments:
     def test_a_dtype_is_for_dequantizing(self):
         with pytest.raises(ValueError, match="it is for dequantize=True"):
             block("a").merge_and_unload(dtype=torch.bfloat16)
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "half precision"])
+    def test_a_dtype_that_no_model_can_have_loses_nothing(self, dtype):
+        model = block("a")
+        before = {key: t.clone() for key, t in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"dtype is .*; it must be a floating-point torch.dtype or its name"):
+            model.merge_and_unload(dequantize=True, dtype=dtype)
+        after = model.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[key], t) for key, t in before.items())
 
     @pytest.mark.parametrize("name", ["a", "__base__", []])
     def test_rows_cannot_choose_while_adapters_are_merged(self, name):

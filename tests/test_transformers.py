@@ -774,6 +774,18 @@ def test_a_saved_model_is_dequantized_in_the_dtype_that_its_config_names(tmp_pat
     assert not any(isinstance(m, fp.nn.Linear4bit) for m in model.modules())
 
 
+def test_a_model_is_dequantized_to_a_dtype_that_is_named(tmp_path, ids):
+    _, auto = saved(tmp_path)
+    model = auto.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig())
+    expected = output(model, ids)
+    with pytest.raises(ValueError, match=r"dtype is torch.int8; it must be a floating-point torch.dtype or its name"):
+        model.dequantize(torch.int8)
+    assert torch.equal(output(model, ids), expected)
+    layers = layers_4bit(model)
+    model.dequantize("float64")
+    assert {model.get_submodule(path).weight.dtype for path in layers} == {torch.float64}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of mapped files are given back on Linux")
 def test_pages_of_a_mapped_file_are_given_back_unless_they_were_written_to(tmp_path):
     def resident(t):

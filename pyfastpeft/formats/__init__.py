@@ -2,6 +2,16 @@
 
 from .codes import FORMATS, Format, format_of, get_format
 from .double_quant import DYNAMIC_MAP, NestedScales
-from .packed import Packed4bit, quantize_4bit
+from .packed import Packed4bit, floating_dtype, quantize_4bit
 
-__all__ = ["DYNAMIC_MAP", "FORMATS", "Format", "NestedScales", "Packed4bit", "format_of", "get_format", "quantize_4bit"]
+__all__ = [
+    "DYNAMIC_MAP",
+    "FORMATS",
+    "Format",
+    "NestedScales",
+    "Packed4bit",
+    "floating_dtype",
+    "format_of",
+    "get_format",
+    "quantize_4bit",
+]

@@ -27,6 +27,18 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # of codes on a GPU, in bytes
 
 
+def floating_dtype(given: torch.dtype | str) -> torch.dtype:
+    """The dtype that the argument ``dtype`` of a whole model gives, or names.
+
+    Raises:
+        ValueError: it is no floating-point dtype.
+    """
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {given!r}; it must be a floating-point torch.dtype or its name, such as 'bfloat16'")
+    return dtype
+
+
 class Operands(NamedTuple):
     """A matrix [N, K] as the operators take it, in the order of their schemas.
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.pytorch_utils import Conv1D
 
-from ..formats import Packed4bit, quantize_4bit
+from ..formats import Packed4bit, floating_dtype, quantize_4bit
 from ..hub.bitsandbytes import packed_to_state
 from ..hub.gguf import GgufFile
 from .gguf_rope import FACTORS, take_over_rope
@@ -76,15 +76,8 @@ def from_gguf(
     if quant_type is not None and quantization_config is not None:
         raise ValueError(f"quant_type is {quant_type!r} and a quantization_config is given; give one of them")
     wanted = quantization_config if quant_type is None else FastPeftConfig(quant_type, blocksize, double_quant)
-    dtype = _floating(kwargs.pop("torch_dtype", dtype))
+    dtype = floating_dtype(kwargs.pop("torch_dtype", dtype))
     return load_gguf(Path(path), dtype, quant_type is None, wanted, **kwargs)
-
-
-def _floating(given: torch.dtype | str) -> torch.dtype:
-    dtype = getattr(torch, given, None) if isinstance(given, str) else given
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype is {given!r}; it must be a floating-point torch.dtype or its name, such as 'bfloat16'")
-    return dtype
 
 
 def load_gguf(

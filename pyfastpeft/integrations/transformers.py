@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..formats import Packed4bit, quantize_4bit
+from ..formats import Packed4bit, floating_dtype, quantize_4bit
 from ..formats.codes import check_settings, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
@@ -251,9 +251,9 @@ class FastPeftQuantizer(HfQuantizer):
             for leaf in leaves
         ]
 
-    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """transformers', by default in the dtype the model has now; there it is that of its loading."""
-        return super().dequantize(model, model.dtype if dtype is None else dtype)
+        return super().dequantize(model, model.dtype if dtype is None else floating_dtype(dtype))
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from .attention import use_fast_attention  # not while transformers is still importing itself
