@@ -599,6 +599,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         self, name: str, save_embedding_layers: bool | str, state_dict: Mapping[str, Tensor] | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What PEFT's file of an adapter gets, and ours; of the values in ``state_dict`` where there is one."""
+        if not isinstance(save_embedding_layers, bool) and save_embedding_layers != "auto":
+            raise ValueError(f"save_embedding_layers is {save_embedding_layers!r}; it must be 'auto', True or False")
 
         def state() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             own = self.base_model.tuner_of(name).own_state(name, self.peft_config[name])

@@ -785,6 +785,14 @@ def test_resized_embeddings_of_peft_are_read_and_hot_swapped(name, arguments, re
     torch.testing.assert_close(ours(ids).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("save", ["all", None, 1])
+def test_what_does_not_say_whether_embeddings_are_saved_is_refused(save, tmp_path):
+    model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+    with pytest.raises(ValueError, match=f"save_embedding_layers is {save!r}; it must be 'auto', True or False"):
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=save)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_what_a_converted_adapter_would_need_is_refused(tmp_path):
     model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights="pissa"))
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):

@@ -414,6 +414,9 @@ def test_one_way_to_quantize_is_taken_at_a_time(tmp_path):
     path = write_llama(tmp_path / "m.gguf")
     with pytest.raises(ValueError, match="quant_type is 'nf4' and a quantization_config is given"):
         fp.from_gguf(path, "nf4", quantization_config=fp.FastPeftConfig())
+    for given in ({"blocksize": 128}, {"double_quant": True, "quantization_config": fp.FastPeftConfig()}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} is .*, and quant_type is None"):
+            fp.from_gguf(path, **given)
     with pytest.raises(TypeError, match="quantization_config is a dict; it must be a FastPeftConfig"):
         fp.from_gguf(path, quantization_config={})
 

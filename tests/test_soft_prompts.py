@@ -1549,6 +1549,7 @@ class TestBadInput:
             (fp.PrefixTuningConfig, {"prefix_init": "x"}, "prefix_init is 'x'"),
             (fp.PrefixTuningConfig, {"prefix_init_text": "x"}, "prefix_init_text is given"),
             (fp.PrefixTuningConfig, {"init_weights": "x"}, "init_weights is 'x'"),
+            (fp.PrefixTuningConfig, {"init_weights": "zero", "prefix_init": "random"}, "init_weights is 'zero'"),
             (fp.PrefixTuningConfig, {"encoder_hidden_size": 2.5}, "encoder_hidden_size is 2.5"),
             (fp.PrefixTuningConfig, {"prefix_projection": True, "prefix_init": "text"}, "prefix_init is 'text'"),
             (fp.DeepPromptConfig, {"prefix_init": "x"}, "prefix_init is 'x'"),

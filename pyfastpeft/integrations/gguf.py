@@ -69,12 +69,15 @@ def from_gguf(
         TypeError: ``quantization_config`` is of another class.
         ValueError: the file is truncated, damaged, or of an architecture transformers cannot read from GGUF; it has a
             tensor, or rotary embeddings, that the model cannot take over; the model has no layer to quantize as asked;
-            or ``dtype`` is no such dtype.
+            arguments that do not go together; or ``dtype`` is no such dtype.
     """
     if quantization_config is not None and not isinstance(quantization_config, FastPeftConfig):
         raise TypeError(f"quantization_config is a {type(quantization_config).__name__}; it must be a FastPeftConfig")
     if quant_type is not None and quantization_config is not None:
         raise ValueError(f"quant_type is {quant_type!r} and a quantization_config is given; give one of them")
+    for name, value, default in (("blocksize", blocksize, 64), ("double_quant", double_quant, False)):
+        if quant_type is None and value != default:
+            raise ValueError(f"{name} is {value!r}, and quant_type is None; {name} goes with a quant_type only")
     wanted = quantization_config if quant_type is None else FastPeftConfig(quant_type, blocksize, double_quant)
     dtype = floating_dtype(kwargs.pop("torch_dtype", dtype))
     return load_gguf(Path(path), dtype, quant_type is None, wanted, **kwargs)

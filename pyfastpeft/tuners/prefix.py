@@ -85,6 +85,8 @@ class PrefixTuningConfig(InitialTextConfig):
             check_count("encoder_hidden_size", self.encoder_hidden_size)
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights is {self.init_weights!r}; it must be None or 'zero'")
+        if self.init_weights == "zero" and self.prefix_init not in (None, "zero"):
+            raise ValueError(f"prefix_init is {self.prefix_init!r}, and init_weights is 'zero'; give one of them")
         if self.prefix_init is None:
             given = "zero" if self.init_weights == "zero" else None
             self.prefix_init = given or ("random" if self.prefix_projection else "text")
