@@ -168,6 +168,13 @@ def test_operands_that_do_not_fit_are_named():
         backward(base, None, None, a, b[:23], 1.0, None, 0.0, True)
 
 
+def test_a_scaling_that_is_a_tensor_takes_factors_of_different_dtypes():
+    base, x, (a, b) = torch.randn(5, 24).bfloat16(), torch.randn(5, 64).bfloat16(), adapter(24, 64, 4)
+    for factors in ((a, b.bfloat16()), (a.bfloat16(), b), (a.double(), b)):
+        y = add_lora(base, x, *factors, torch.tensor([2.0]))
+        assert y.dtype == torch.bfloat16 and error(y, float64(base, x, *factors, 2.0)) <= 1e-2
+
+
 def test_operands_that_were_offloaded_are_named():
     base, x, a, b = torch.zeros(3, 8), torch.randn(3, 16), torch.empty(4, 16, device="meta"), torch.randn(8, 4)
     with pytest.raises(ValueError, match="a is on meta and b on cpu"):

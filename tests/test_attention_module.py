@@ -110,3 +110,16 @@ def test_no_tokens_and_keys_and_values_in_one_tensor():
     assert torch.equal(layer(x, prefix=prefix)[0], layer(x, prefix=tuple(prefix))[0])
     with pytest.raises(ValueError, match=r"x has shape \(4, 48\); it must be \[batch, tokens, hidden_size\]"):
         layer(x[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (3, 1, 5, 8), (2, 2, 5, 8), (2, 5, 8)])
+def test_a_past_of_another_shape_is_named(shape):
+    layer, x, right, wrong = (
+        fp.nn.Attention(48, 6, 2),
+        torch.randn(3, 4, 48),
+        torch.randn(3, 2, 5, 8),
+        torch.ones(shape),
+    )
+    for name, past in (("keys", (wrong, right)), ("values", (right, wrong))):
+        with pytest.raises(ValueError, match=rf"past has {name} of shape .*; it must be \[3, 2, past, 8\]"):
+            layer(x, past=past)

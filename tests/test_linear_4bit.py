@@ -993,6 +993,7 @@ def test_float64_reference_agrees_with_torch_linear():
         ({"lora": (torch.ones(4, 64), torch.ones(24, 5), 1.0)}, ValueError, "lora B .*r = 4"),
         ({"lora": (torch.ones(4, 64), torch.ones(23, 4), 1.0)}, ValueError, "lora B .*N = 24"),
         ({"lora": (torch.ones(4, 64).long(), torch.ones(24, 4), 1.0)}, ValueError, "lora A is torch.int64"),
+        ({"lora": (torch.ones(4, 64), torch.ones(24, 4).double(), 1.0)}, ValueError, "must be float32, bfloat16 or"),
         ({"lora": (torch.ones(4, 64), torch.ones(24, 4), torch.ones(5))}, ValueError, "lora scaling has shape"),
         ({"lora": (torch.ones(4, 64), torch.ones(24, 4, device="meta"), 1.0)}, ValueError, "B on meta"),
         (

@@ -342,6 +342,16 @@ def test_float64_and_large_heads_take_plain_torch(device):
     check(make(1, 2, 1, 9, None, 300))
 
 
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 32), (torch.float64, 32), (torch.float32, 300)], ids=str)
+def test_a_number_out_of_range_is_one_kind_of_error(dtype, size):
+    tensors = [t.to(dtype) for t in make(2, 4, 2, 9, None, size, prefix=3, slots=2)]
+    index = torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match="prefix_index has 2; each must lie in"):
+        prefix_attention(*tensors, prefix_index=index + 1)
+    with pytest.raises(RuntimeError, match="prefix_lengths has 4; each must lie in"):
+        prefix_attention(*tensors, prefix_index=index, prefix_lengths=index + 3)
+
+
 def test_the_reference_looks_at_no_index_in_compiled_code_nor_on_a_device():
     """A GPU would be waited for; what is no prefix is none there, and a length is cut to what there is."""
 

@@ -98,7 +98,13 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rope(q, k, *rotary)
         if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+            past_k, past_v = past
+            batch, heads, _, size = k.shape
+            for name, t in (("keys", past_k), ("values", past_v)):
+                if t.dim() != 4 or (*t.shape[:2], t.shape[3]) != (batch, heads, size):
+                    shape = f"[{batch}, {heads}, past, {size}]"
+                    raise ValueError(f"past has {name} of shape {tuple(t.shape)}; it must be {shape}")
+            k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
         prefix_k, prefix_v, index, lengths = (*(() if prefix is None else prefix), None, None, None, None)[:4]
         out = prefix_attention(
             q,

@@ -25,17 +25,19 @@ from .backends import FLOATS, Backend, as_rows, check_floats, choose, native
 from .memory import Arena
 from .tracing import followed, forward_mode, is_compiling, recorded, traced
 
+_FLOATS = "float32, bfloat16 or float16"
+
 
 class Lora(NamedTuple):
     """The LoRA branch of a linear: adds ``((dropout(x) · aᵀ) ∘ scaling) · bᵀ``.
 
     Attributes:
-        a: [R, K], any floating dtype.
-        b: [N, R], any floating dtype.
+        a: [R, K], float32, bfloat16 or float16.
+        b: [N, R], likewise.
         scaling: a number, or a tensor [] or [R]; or [rows, R] where each row of x has its own (several adapters,
             stacked along R, are then mixed in one batch: zero switches one off for a row, whatever it holds). A
             constant.
-        dropout: probability with which an element of x is dropped on its way into ``a``.
+        dropout: probability with which an element of x is dropped on its way into ``a``, below 1.
     """
 
     a: Tensor
@@ -337,7 +339,7 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
             raise ValueError(f"rows of the bank lie in [{least}, {most}]; they must lie in [-1, {slots - 1}]")
     if bank.a.dtype not in FLOATS or bank.b.dtype not in FLOATS or r < 1:
         what = f"are {bank.a.dtype} and {bank.b.dtype} of rank {r}"
-        raise ValueError(f"a and b of the bank {what}; they must be floating point, of rank 1 at least")
+        raise ValueError(f"a and b of the bank {what}; they must be {_FLOATS}, of rank 1 at least")
     _check_constant("scaling of the bank", bank.scaling)
 
 
@@ -346,10 +348,10 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
         if not isinstance(factor, Tensor):
             raise TypeError(f"lora {name} is a {type(factor).__name__}; it must be a tensor")
     if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != k or a.dtype not in FLOATS:
-        raise ValueError(f"lora A is {a.dtype} of shape {tuple(a.shape)}; it must be floating point (r >= 1, K = {k})")
+        raise ValueError(f"lora A is {a.dtype} of shape {tuple(a.shape)}; it must be {_FLOATS} (r >= 1, K = {k})")
     r = a.shape[0]
     if b.shape != (n, r) or b.dtype not in FLOATS:
-        raise ValueError(f"lora B is {b.dtype} of shape {tuple(b.shape)}; it must be floating point (N = {n}, r = {r})")
+        raise ValueError(f"lora B is {b.dtype} of shape {tuple(b.shape)}; it must be {_FLOATS} (N = {n}, r = {r})")
     if a.device != x.device or b.device != x.device:
         raise ValueError(f"lora A is on {a.device}, B on {b.device}; both must be on x's device, {x.device}")
     if not isinstance(scaling, _SCALINGS):

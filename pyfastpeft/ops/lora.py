@@ -20,7 +20,7 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
 
     Args:
         base: [..., N], the product with the layer's own weight.
-        x: [..., K].   a: [R, K].   b: [N, R], of float32, bfloat16 or float16 each, or all of another dtype.
+        x: [..., K].   a: [R, K].   b: [N, R], each of a floating dtype of its own.
         scaling: a number, or a tensor of one.
         dropout: the probability with which an element of x is left out.
 
@@ -35,7 +35,7 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
         if not a.device == b.device == x.device:
             raise ValueError(f"a is on {a.device} and b on {b.device}; they must be where x is, on {x.device}")
         x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
-        return (base + F.linear(F.linear(x, a), b) * scaling).to(base.dtype)
+        return (base + F.linear(F.linear(x, a), b.to(a.dtype)) * scaling).to(base.dtype)
     seed = reference.new_seed(x.device) if dropout else None
     rows = as_rows(base), as_rows(x)
     if recorded(base, x, a, b):

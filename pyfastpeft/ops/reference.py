@@ -148,7 +148,7 @@ def _check_range(name: str, t: Tensor, least: int, most: int) -> None:
         return  # looking would wait for a GPU, and compilers cannot
     for value in t.tolist():
         if not least <= value <= most:
-            raise ValueError(f"{name} has {value}; each must lie in [{least}, {most}]")
+            raise RuntimeError(f"{name} has {value}; each must lie in [{least}, {most}]")  # as the operators
 
 
 def prefix_rows(

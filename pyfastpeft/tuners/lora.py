@@ -109,7 +109,7 @@ class LoraConfig(PeftConfig):
         use_dora: decompose into magnitude and direction (Liu et al. 2024).
         init_lora_weights: True (A Kaiming-uniform, B zero), False (neither zero), "gaussian", "pissa",
             "pissa_niter_<n>", "olora" or "loftq"; the last four also change the base weight (but not of an embedding,
-            which starts as with True).
+            which starts as with True, and which "loftq" refuses).
         loftq_config: a :class:`LoftQConfig`, or ``{"loftq_bits": 4, "loftq_iter": n}``.
         fan_in_fan_out: kept for PEFT's files; the orientation is read from the layer's type.
         trainable_token_indices: tokens whose rows of the input embedding train as well, in a head tied to it too; or
