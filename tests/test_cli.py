@@ -186,6 +186,19 @@ def test_wrong_usage_exits_with_2(capsys, arguments):
     assert code == 2 and out == "" and "usage: pyfastpeft" in err
 
 
+@pytest.mark.parametrize(
+    "method, init, starts",
+    [
+        ("prompt", "zero", "text, random or vocab"),
+        ("prefix", "vocab", "text, random or zero"),
+        ("ptuning-v2", "vocab", "text, random or zero"),
+    ],
+)
+def test_a_start_that_a_method_does_not_have_is_wrong_usage(capsys, method, init, starts):
+    code, _, err = run(capsys, *TRAIN, "--method", method, "--init", init)
+    assert code == 2 and f"--init {init} does not go with --method {method}; it must be {starts}" in err
+
+
 def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_file):
     bad_row = tmp_path / "bad.jsonl"
     bad_row.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 1}\n')
@@ -217,6 +230,7 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         ([*train, "--method", "prompt", "--virtual-tokens", "0"], "num_virtual_tokens is 0"),
         ([*train, "--method", "prefix", "--init", "zero", "--init-text", "a"], "it needs --init text"),
         ([*train, "--method", "prefix", "--encoder-hidden-size", "8"], "it needs --projection"),
+        ([*train, "--method", "prefix", "--projection", "--init", "text"], "--init is text; with --projection"),
         ([*train, "--method", "prompt", "--init-text", ""], "the initial text is '', which has no tokens"),
         ([*train, "--method", "prompt", "--init-text", "\udcff"], "the text holds '\\udcff'"),
         ([*train, "--method", "bottleneck", "--reduction-factor", "0"], "reduction_factor is 0"),

@@ -25,6 +25,7 @@ class Method:
         options: command-line option (without dashes) → its default; any other method's option is refused.
         quantized: whether the base model is brought to 4 bits; None: unless --full-precision is given.
         slower: (option, value) → the default learning rate with it.
+        starts: what --init may be.
     """
 
     about: str
@@ -33,6 +34,7 @@ class Method:
     options: dict[str, Any]
     quantized: bool | None = None
     slower: dict[tuple[str, Any], float] = field(default_factory=dict)
+    starts: tuple[str, ...] = ("text", "random", "zero")
 
     def rate(self, options: dict[str, Any]) -> float:
         """The default learning rate with ``options``."""
@@ -90,6 +92,8 @@ def _prefix(
 
     if encoder_hidden_size is not None and not projection:
         raise ValueError("--encoder-hidden-size is given, and there is no encoder; it needs --projection")
+    if projection and init == "text":
+        raise ValueError("--init is text; with --projection it must be random or zero")
     start = _start("prefix_init", init or ("random" if projection else "text"), init_text, tokenizer)
     return PrefixTuningConfig(
         task_type="CAUSAL_LM",
@@ -121,7 +125,11 @@ METHODS: dict[str, Method] = {
     "qlora": Method("LoRA over a 4-bit base", _lora, 3e-3, _LORA, True),
     "lora": Method("LoRA over full precision", _lora, 3e-3, _LORA, False),
     "prompt": Method(
-        "vectors before the text", _prompt, 1e-1, {"virtual_tokens": 100, "init": "text", "init_text": None}
+        "vectors before the text",
+        _prompt,
+        1e-1,
+        {"virtual_tokens": 100, "init": "text", "init_text": None},
+        starts=("text", "random", "vocab"),
     ),
     "ptuning": Method(
         "the same, from an encoder",
@@ -189,7 +197,7 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "virtual_tokens": _Option("how many", {"type": int}),
     "init": _Option(
-        "what the model makes of a text, random numbers, zeros, or (prompt) tokens of the vocabulary",
+        "what the model makes of a text, random numbers, or zeros (prompt: tokens of the vocabulary instead)",
         {"choices": ("text", "random", "zero", "vocab")},
     ),
     "init_text": _Option("that text", {}),
@@ -241,6 +249,10 @@ def chosen(args: argparse.Namespace) -> tuple[Method, dict[str, Any], bool]:
         if option not in method.options:
             owners = ", ".join(name for name, other in METHODS.items() if option in other.options)
             args.error(f"{flag(option)} does not go with --method {args.method}; it is an option of {owners}")
+    if "init" in given and given["init"] not in method.starts:
+        *most, last = method.starts
+        must = f"it must be {', '.join(most)} or {last}"
+        args.error(f"--init {given['init']} does not go with --method {args.method}; {must}")
     if args.full_precision and method.quantized:
         args.error(f"--full-precision does not go with --method {args.method}, {method.about}")
     quantized = not args.full_precision if method.quantized is None else method.quantized
