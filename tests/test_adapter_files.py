@@ -809,3 +809,26 @@ def test_an_adapter_is_not_loaded_onto_offloaded_layers_which_would_lose_it(tmp_
         fp.PeftModel.from_pretrained(base, tmp_path)
     assert not any("lora" in name for name, _ in base.named_modules())
     assert relative(base(ids).logits, expected) < EQUAL
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        fp.LoraConfig(use_dora=True),
+        fp.LoraConfig(target_modules=["v_proj"], layers_to_transform=[0], modules_to_save=["layers.1.mlp.up_proj"]),
+        fp.LoraConfig(target_modules=["v_proj"], layers_to_transform=[0], trainable_token_indices=[1]),
+        fp.BottleneckConfig(),
+        fp.PromptTuningConfig(num_virtual_tokens=2),
+    ],
+    ids=["dora", "modules_to_save", "tokens", "bottleneck", "prompt"],
+)
+def test_a_new_adapter_is_not_put_on_offloaded_layers(config):
+    base = tiny.make()
+    ids, keys, attention = tiny.inputs()["input_ids"], list(base.state_dict()), base.config._attn_implementation
+    expected = base(ids).logits
+    for module in (base.model.layers[1], base.model.embed_tokens):
+        accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="is on the meta device, as its layer is offloaded"):
+        fp.get_peft_model(base, config)
+    assert list(base.state_dict()) == keys and all(p.requires_grad for p in base.parameters())
+    assert base.config._attn_implementation == attention and relative(base(ids).logits, expected) < EQUAL

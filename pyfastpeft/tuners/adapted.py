@@ -176,6 +176,12 @@ class AdaptedModel(OneDevice, nn.Module):
             warnings.warn(unmatched, stacklevel=3)
         self.configs[name] = config
         self.bank.hold(name, partial(self._trained, name))
+        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):  # of accelerate, which may offload
+            try:
+                _check_kept(name, self.tensors(name))
+            except ValueError:
+                self.remove(name)
+                raise
 
     def install(
         self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
@@ -210,11 +216,7 @@ class AdaptedModel(OneDevice, nn.Module):
         live = self.tensors(name)
         before = {key: t.detach().clone() for key, t in live.items()} if exists else {}
         try:
-            if nowhere := [key for key, tensor in live.items() if tensor.is_meta]:
-                raise ValueError(
-                    f"{nowhere[0]} of adapter {name!r} is on the meta device, as its layer is offloaded or not loaded "
-                    "yet, and would keep no values; give the adapter to a model that lies in memory"
-                )
+            _check_kept(name, live)
             with torch.no_grad():
                 for key, tensor in live.items():
                     tensor.copy_(tensors[key])
@@ -513,6 +515,14 @@ def _untie(model: nn.Module, names: set[str]) -> None:
             setattr(model.get_submodule(parent), attribute, copy.deepcopy(tensor))
         elif path in names:
             seen.add(tensor)
+
+
+def _check_kept(name: str, tensors: Mapping[str, Tensor]) -> None:
+    if nowhere := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{nowhere[0]} of adapter {name!r} is on the meta device, as its layer is offloaded or not loaded yet, and "
+            "would keep no values; give the adapter to a model that lies in memory"
+        )
 
 
 def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:
