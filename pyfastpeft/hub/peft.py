@@ -147,9 +147,10 @@ def write_adapter(
         for path in encoder:
             save_safetensors(own, path)
         save_safetensors(apart, weights)
-    card = folder / CARD_NAME
-    if not card.exists() or _UNEDITED.fullmatch(card.read_text(encoding="utf-8", errors="replace")):
-        write_text(_card(config, in_peft), card)
+    card, text = folder / CARD_NAME, _card(config, in_peft)
+    there = card.read_text(encoding="utf-8", errors="replace") if card.exists() else None
+    if there is None or (there != text and _UNEDITED.fullmatch(there)):
+        write_text(text, card)
 
 
 def _card(config: dict[str, Any], in_peft: bool) -> str:
