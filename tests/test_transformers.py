@@ -69,6 +69,7 @@ MODELS = {
     "t5": ("T5Config", T5, AutoModelForSeq2SeqLM, 28),  # its `wo` stay in float32, as transformers asks
     "bert": ("BertConfig", SIZES, AutoModelForMaskedLM, 13),
     "bert_classifier": ("BertConfig", SIZES, AutoModelForSequenceClassification, 13),
+    "nomic_bert": ("NomicBertConfig", SIZES, AutoModelForMaskedLM, 15),  # a file joins its projections
 }
 SETTINGS = [{}, {"quant_type": "fp4", "double_quant": True}, {"quant_type": "int4", "blocksize": 32}]
 
@@ -478,6 +479,18 @@ class TestBadInput:
         change(state, "model.layers.0.mlp.up_proj.weight")
         save_file(state, tmp_path / "q" / "model.safetensors", {"format": "pt"})
         with pytest.raises(RuntimeError, match="conversion"):
+            auto.from_pretrained(tmp_path / "q")
+
+    def test_packed_weights_that_were_joined_are_named(self, tmp_path):
+        _, auto = saved(tmp_path / "full", "nomic_bert")
+        auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig()).save_pretrained(tmp_path / "q")
+        state = load_file(tmp_path / "q" / "model.safetensors")
+        names = sorted(key for key in state if re.search(r"layers\.0\..*[qkv]_proj\.weight$", key))
+        joined = torch.cat([state[name] for name in names])
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(tuple(names))}
+        state[re.sub(r"self_attn\..*", "attn.Wqkv.weight", names[0])] = joined
+        save_file(state, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=r"layers\.0\..*_proj\.weight is stored as torch\.uint8"):
             auto.from_pretrained(tmp_path / "q")
 
     def test_a_truncated_file_fails_the_load(self, tmp_path):

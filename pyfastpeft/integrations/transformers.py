@@ -15,7 +15,7 @@ import torch
 import transformers.modeling_utils
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -202,13 +202,6 @@ class FastPeftQuantizer(HfQuantizer):
             _warn_of_other_weights(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # Our own conversions only read; a save writes what state_dict gives.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [
-            conversion
-            for conversion in conversions
-            if not any(isinstance(op, _Deserialize) for op in getattr(conversion, "operations", ()))
-        ]
         for name, layer in list(model.named_modules()):
             if not isinstance(layer, Linear4bit):
                 continue
@@ -216,10 +209,18 @@ class FastPeftQuantizer(HfQuantizer):
             if layer.packed is None and not self.pre_quantized:
                 layer.set_packed(self.quantized(layer.weight))
             elif layer.packed is None or _is_read(model, name):
+                if layer.packed is None and not layer.weight.is_floating_point():
+                    raise ValueError(
+                        f"{name}.weight is stored as {layer.weight.dtype} without the tensors that say how; "
+                        "it must be in floating point or have those of a 4-bit weight beside it"
+                    )
                 dtype = self.original(name).weight.dtype
                 weight = layer.weight.detach() if layer.packed is None else layer.dequantize(dtype)
                 self._put_original(model, name, layer, weight)
                 self._originals.pop(name).requires_grad_()
+        in_4_bits = [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _only_reads(c, in_4_bits)]
         for tensor in (*model.parameters(), *model.buffers()):
             # A view of the mapped file keeps all of it mapped, also what was quantized.
             if not tensor.untyped_storage().resizable():
@@ -327,6 +328,18 @@ class _Deserialize(_Op):
         for tensor in state.values():
             _let_go(tensor)
         return {key: layer.weight}
+
+
+def _only_reads(conversion: WeightTransform, in_4_bits: list[str]) -> bool:
+    """Whether a save must not undo ``conversion``: one of ours, or one that makes weights which are ``in_4_bits`` now,
+    so that packed tensors would be joined or permuted.
+    """
+    if not isinstance(conversion, WeightConverter):
+        return False
+    if any(isinstance(op, _Deserialize) for op in conversion.operations):
+        return True
+    undone = conversion.reverse_transform()
+    return any(undone.rename_source_key(key)[1] is not None for key in in_4_bits)
 
 
 def _let_go(read: Tensor) -> None:
