@@ -621,6 +621,23 @@ def test_a_prefix_in_compiled_code(name):
 def test_a_model_that_works_on_its_masks_is_left_alone():
     model = tf.AutoModelForCausalLM.from_config(tf.DogeConfig(**_SIZES, sliding_window=4))
     assert fp.accelerate(model).config._attn_implementation == "sdpa"
+    sizes = {k: v for k, v in _SIZES.items() if k not in ("vocab_size", "pad_token_id")}
+    lasr = tf.LasrForCTC(tf.LasrCTCConfig(vocab_size=VOCAB, encoder_config=sizes | {"num_mel_bins": 16})).eval()
+    sound = torch.randn(2, 64, 16)
+    siglip2 = tf.Siglip2VisionModel(tf.Siglip2VisionConfig(**sizes, num_patches=16, patch_size=4)).eval()
+    padding = torch.arange(16).repeat(2, 1) < torch.tensor([[16], [12]])
+    images = {
+        "pixel_values": torch.randn(2, 16, 48),
+        "pixel_attention_mask": padding.long(),
+        "spatial_shapes": torch.tensor([[4, 4], [4, 3]]),
+    }
+    with torch.no_grad():
+        for plain, inputs, output in (
+            (lasr, {"input_features": sound}, "logits"),
+            (siglip2, images, "pooler_output"),
+        ):
+            ours = fp.accelerate(copy.deepcopy(plain))
+            assert near(ours(**inputs)[output], plain(**inputs)[output])
 
 
 def test_models_without_sdpa_need_not_say_whether_they_are_causal():

@@ -472,5 +472,8 @@ def _gains(model: PreTrainedModel) -> bool:
 
 @functools.cache
 def _reads_masks(kind: type[PreTrainedModel]) -> bool:
-    """Whether a model does more with masks than to hand them on: it insists on whole ones."""
-    return "allow_is_causal_skip" in inspect.getsource(sys.modules[kind.__module__])
+    """Whether a model does more with masks than to hand them on: it insists on whole ones, or something beside its
+    attention reads them, as convolutions do in LASR, which asks first whether they are bool.
+    """
+    source = inspect.getsource(sys.modules[kind.__module__])
+    return "allow_is_causal_skip" in source or "attention_mask.dtype == torch.bool" in source
