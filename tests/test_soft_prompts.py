@@ -213,6 +213,16 @@ class TestAgainstPeft:
         text = base.get_input_embeddings()(ids)
         close(own(ids).logits, base(inputs_embeds=torch.cat([vectors, text], 1)).logits[:, P:])
 
+    def test_positions_of_an_embedding_beside_that_of_the_tokens(self):
+        text = {"vocab_size": tiny.VOCAB, "embed_dim": 32, "layers": 2, "attention_heads": 4, "ffn_dim": 48}
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"head_dim": 8, "patch_embed_hidden_size": 48, "max_num_patches": 16}
+        base = tf.Kosmos2_5ForConditionalGeneration(tf.Kosmos2_5Config(text_config=text, vision_config=vision)).eval()
+        own, ids = ours(base, "prompt"), torch.randint(2, tiny.VOCAB, (3, 9))
+        vectors = own.prompt_encoder["default"]().expand(3, -1, -1)
+        text = base.get_input_embeddings()(ids)
+        close(own(ids).logits, base(inputs_embeds=torch.cat([vectors, text], 1)).logits[:, P:])
+
     @pytest.mark.parametrize("method", PEFT_HAS)
     def test_generation(self, method):
         theirs, own = pair(llama(), method)

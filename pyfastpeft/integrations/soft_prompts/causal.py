@@ -52,12 +52,13 @@ class CausalPrefixes(Prefixes):
         if "position_ids" not in self._parameters:
             raise ValueError(f"a {kind} takes no position_ids, so no text can stand after a soft prompt in it")
         self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
-        embeddings = getattr(self.decoder, "embeddings", None)
         self._rotaries = [m for m in self.decoder.modules() if depends_on_length(getattr(m, "rope_type", None))]
         rope = getattr(config, "rope_parameters", None) or {}
         self._usual_reach = rope.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", 0))
-        # RoBERTa's positions begin behind that of padding.
-        self._first = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
+        # The positions of RoBERTa and Kosmos-2.5 begin behind that of padding.
+        numbering = [getattr(self.decoder, name, None) for name in ("embeddings", "embed_positions")]
+        numbering = [m for m in numbering if hasattr(m, "create_position_ids_from_inputs_embeds")]
+        self._first = numbering[0].padding_idx + 1 if numbering else 0
 
     def check(self, form: Form) -> None:
         kind, config = type(self.model).__name__, self.decoder.config
@@ -163,7 +164,8 @@ class CausalPrefixes(Prefixes):
                 )
             if given is None:
                 return (new - first_visible(mask)).clamp(min=0) + self._first
-        return new.unsqueeze(0) + self._first if given is None else given
+        # Those that number by themselves may want the positions of every row.
+        return new.expand(inputs.shape[0] if self._first else 1, -1) + self._first if given is None else given
 
     def _reach(self, rows: Sequence[tuple[str, ...]], positions: Tensor) -> int:
         """See ``bank.reach``."""
