@@ -1438,6 +1438,12 @@ class TestBadInput:
                 "the attention of a GPTNeoForCausalLM cannot be exchanged",
             ),
             (
+                lambda: tf.BloomForSequenceClassification(
+                    tf.BloomConfig(vocab_size=tiny.VOCAB, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0)
+                ),
+                "the attention of a BloomForSequenceClassification cannot be exchanged",
+            ),
+            (
                 lambda: tf.BartForCausalLM(
                     tf.BartConfig(vocab_size=tiny.VOCAB, d_model=32, decoder_layers=2, decoder_attention_heads=4)
                 ),

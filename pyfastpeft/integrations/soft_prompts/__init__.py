@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
 from ...adapters import AdapterBank
 from .bidirectional import BidirectionalPrefixes, attentions_in
@@ -38,6 +38,13 @@ def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
             f"own; give soft prompts to that {type(decoder).__name__}"
         )
     known = attentions_in(decoder)
-    causal = any(m.is_causal for m in known) if known else model.can_generate()  # what attends across is not
+    causal = any(m.is_causal for m in known) if known else _is_causal(model)  # what attends across is not
     causal = causal and not model.config.is_encoder_decoder
     return (CausalPrefixes if causal else BidirectionalPrefixes)(model, bank)
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Where the attention does not say so: a classifier as what generates with its configuration, but XLM and XLNet."""
+    kind = type(model.config)
+    generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    return model.can_generate() or (generates and getattr(model.config, "attn_type", None) != "bi")
