@@ -737,6 +737,36 @@ class TestWherePeftFails:
         for i, start in enumerate((0, 3, 6)):
             assert torch.equal(got[i, 9:], own.generate(input_ids=ids[i : i + 1, start:], **GREEDY)[0, 9 - start :])
 
+    @pytest.mark.parametrize("kind", ["Fuyu", "Exaone4_5_", "Molmo2"])
+    @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
+    def test_a_model_around_the_decoder_counts_padding(self, method, kind):
+        """In the positions, or, as Molmo2, in a mask that is no longer that of the caller."""
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        parts = {
+            "Fuyu": {
+                "text_config": {"model_type": "persimmon", **tiny._LLAMA, "num_key_value_heads": 4},
+                "patch_size": 2,
+            },
+            "Exaone4_5_": {
+                "text_config": {"model_type": "exaone4", **tiny._LLAMA},
+                "vision_config": {"hidden_size": 16, "out_hidden_size": 32, "depth": 1, "num_heads": 2},
+            },
+            "Molmo2": {
+                "text_config": tiny._LLAMA | {"head_dim": 8, "additional_vocab_size": 4},
+                "vit_config": vision | {"head_dim": 8, "image_default_input_size": [8, 8], "image_patch_size": 4},
+            },
+        }
+        base = tf.AutoModelForImageTextToText.from_config(getattr(tf, f"{kind}Config")(**parts[kind]))
+        own, ids = ours(base.eval(), method), torch.randint(3, 60, (3, 9))
+        mask = torch.ones_like(ids)
+        mask[1, :3] = mask[2, :6] = 0
+        padded = own(input_ids=ids, attention_mask=mask).logits
+        got = own.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+        for i, start in enumerate((0, 3, 6)):
+            row = {"input_ids": ids[i : i + 1, start:], "attention_mask": mask[i : i + 1, start:]}
+            close(padded[i : i + 1, start:], own(**row).logits)
+            assert torch.equal(got[i, 9:], own.generate(**row, **GREEDY)[0, 9 - start :])
+
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
     def test_a_model_around_opt_reaches_the_decoder_in_it(self, method):
         """BLIP-2's decoder is an OPT with its head, which does not call the model in it but the decoder in that."""

@@ -151,6 +151,8 @@ class CausalPrefixes(Prefixes):
         given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         new = torch.arange(length, device=inputs.device) + beside(inputs, past)
         seen = length if isinstance(past, Tensor) else past + length
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int32:
+            mask = {"full_attention": mask}
         if isinstance(mask, dict):  # made by the model around the decoder, which alone was told of the padding
             mask = attention.unpadded_keys(mask)
             mask = None if mask is None or mask.shape[1] < seen else mask.expand(inputs.shape[0], -1)
@@ -162,8 +164,11 @@ class CausalPrefixes(Prefixes):
                     f"attention_mask has shape {tuple(mask.shape)}; it must be {(len(inputs), past + length)}: one "
                     "number a token of the text, none for virtual tokens"
                 )
-            if given is None:
-                return (new - first_visible(mask)).clamp(min=0) + self._first
+            shared = given is not None and given.dim() == 2 and given.shape[0] == 1
+            if given is None or shared:
+                counted = (new - first_visible(mask)).clamp(min=0) + self._first
+                # Those that count every token come from the model around the decoder: without a prefix they are right.
+                return torch.where(given == new + self._first, counted, given) if shared else counted
         # Those that number by themselves may want the positions of every row.
         return new.expand(inputs.shape[0] if self._first else 1, -1) + self._first if given is None else given
 
