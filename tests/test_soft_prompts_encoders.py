@@ -565,10 +565,13 @@ class TestBadInput:
         unknown = tf.ModernBertModel(
             tf.ModernBertConfig(**_BERT, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1)
         )
+        part = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        seeing = tf.GitModel(tf.GitConfig(**_BERT, vision_config=part | {"image_size": 16, "patch_size": 8}))
         for model, match in (
             (shared, "AlbertModel has no attention of its own in each layer"),
             (own, "attention of a DebertaV2Model cannot be exchanged"),
             (unknown, "how a ModernBertModel counts its positions is not known"),
+            (seeing, "a GitModel has no attention of its own in each layer"),
         ):
             for asked in (fp.PrefixTuningConfig(num_virtual_tokens=2), fp.DeepPromptConfig(num_virtual_tokens=2)):
                 with pytest.raises(ValueError, match=match):
@@ -590,6 +593,7 @@ class TestBadInput:
         for model, match in (
             (around, r"get_decoder\(\) returned a T5ForConditionalGeneration, which has an encoder of its own"),
             (mixing, "a FNetModel has no attention"),
+            (tf.IBertModel(tf.IBertConfig(**_BERT)), "the embedding of a IBertModel returns scales beside its vectors"),
             (old, r"FSMTForConditionalGeneration\.get_decoder\(\) returned a FSMTDecoder, which has no config"),
         ):
             with pytest.raises(ValueError, match=match):
@@ -859,6 +863,22 @@ def test_an_encoder_that_does_more_with_ids_than_to_embed_them(method):
         alone = model(input_ids=ids[:1, 3:], attention_mask=mask[:1, 3:]).logits
         together = model(input_ids=padded, attention_mask=mask).logits[:1, 3:]
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_a_configuration_whose_text_has_one_of_its_own():
+    part = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = _BERT | {"model_type": "modernbert", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = part | {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8}
+    base = tf.ModernVBertForMaskedLM(tf.ModernVBertConfig(text_config=text, vision_config=vision)).eval()
+    own, ids = (
+        fp.get_peft_model(copy.deepcopy(base), fp.PromptTuningConfig(num_virtual_tokens=N)),
+        torch.randint(2, 60, (2, 9)),
+    )
+    vectors = own.prompt_encoder["default"]().expand(2, -1, -1)
+    text = base.get_input_embeddings()(ids)
+    with torch.no_grad():
+        expected = base(inputs_embeds=torch.cat([vectors, text], 1)).logits[:, N:]
+        assert torch.allclose(own(input_ids=ids).logits, expected, atol=1e-5)
 
 
 def test_a_context_without_limit():

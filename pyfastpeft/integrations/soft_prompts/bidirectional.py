@@ -173,14 +173,17 @@ class BidirectionalPrefixes(Prefixes):
         if queries is None:
             raise ValueError(f"a {kind} has no attention, so it cannot take a soft prompt")
         heads = getattr(text, "num_key_value_heads", None) or queries
-        width = getattr(config, "true_hidden_size", config.hidden_size)  # MobileBERT's layers are narrower inside
+        width = getattr(text, "true_hidden_size", text.hidden_size)  # MobileBERT's layers are narrower inside
         dim = getattr(config, "d_kv", None) or getattr(text, "head_dim", None) or width // queries
         # Of an encoder–decoder PEFT counts the encoder's layers.
         self.shape = KeyValueShape(getattr(self.model.config, "num_hidden_layers", layers), heads, dim)
         # PEFT lays out an encoder–decoder's keys and values in fours, and uses the first two of each.
         step = 2 if self.seq2seq else 1
         self.slots = [step * i % self.shape.layers for i in range(len(self.attentions))]
-        self._whole = len(self.attentions) == layers
+        of_text = all(
+            isinstance(getattr(m, "config", text), type(text)) for m in self.attentions
+        )  # not of GIT's images
+        self._whole = of_text and len(self.attentions) == layers
         self._biased = [m for m in self.attentions if getattr(m, "has_relative_attention_bias", False)]
         # A mask of a sliding window that looks both ways says how far keys may lie from a query, but not where a prefix
         # lies: such a model's rotary positions are left alone, and `check` refuses it.
@@ -224,6 +227,11 @@ class BidirectionalPrefixes(Prefixes):
         for module in self._ends():
             if "inputs_embeds" not in inspect.signature(type(module).forward).parameters:
                 raise ValueError(f"a {type(module).__name__} takes no inputs_embeds, so no soft prompt can go in front")
+        if type(self.model.get_input_embeddings()).__name__ == "QuantEmbedding":
+            raise ValueError(
+                f"the embedding of a {type(self.model).__name__} returns scales beside its vectors, so no soft prompt "
+                "can go in front"
+            )
 
     def _install(self) -> None:
         super()._install()
