@@ -200,6 +200,7 @@ def _few_rows(
     GROUPS: tl.constexpr,  # of a step
     GROUP: tl.constexpr,  # columns that share a scale, a multiple of 32
     BLOCKSIZE: tl.constexpr,
+    FACTOR: tl.constexpr,  # that the values of `table` are multiplied with
     STAGES: tl.constexpr,
 ):
     """x[:, first:last] · W[columns, first:last]ᵀ, float32 [BM, BN].
@@ -247,7 +248,7 @@ def _few_rows(
             sums = tl.broadcast_to(sums[:, None, :, :], (GROUPS, BN // 16, 16, BM))
             part += tl.reshape(sums, (GROUPS, BN, BM)) * tl.trans(z)[:, :, None]
         acc += part
-    return tl.trans(tl.sum(acc, 0))
+    return tl.trans(tl.sum(acc, 0)) / FACTOR
 
 
 @triton.jit
@@ -388,6 +389,7 @@ def _forward(
     GROUP: tl.constexpr,
     TABLE: tl.constexpr,
     ASM: tl.constexpr,
+    FACTOR: tl.constexpr,  # of `table`
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -403,7 +405,8 @@ def _forward(
     if table is not None:
         acc = _few_rows(
             x_rows, codes, scale, zero, absmax2, offset, dynamic_map, table, (rows < M)[:, None],
-            tl.minimum(columns, N - 1).to(tl.int64), first, last, K, BM, BN, BK // GROUP, GROUP, BLOCKSIZE, STAGES,
+            tl.minimum(columns, N - 1).to(tl.int64), first, last, K, BM, BN, BK // GROUP, GROUP, BLOCKSIZE, FACTOR,
+            STAGES,
         )  # fmt: skip
     else:
         acc = tl.zeros((BM, BN), tl.float32)
@@ -667,7 +670,7 @@ def splits(m: int, n: int, k: int, cut: Tiles) -> int:
 
 class Weight(NamedTuple):
     """W [N, K] in storage order: see ``_decode`` for the tensors. ``table``: the value of each code; ``bf16_table``:
-    the same where products are in bf16 and their sums are scaled."""
+    the same times ``bf16_factor``, where products are in bf16 and their sums are scaled."""
 
     codes: Tensor
     scale: Tensor
@@ -677,6 +680,7 @@ class Weight(NamedTuple):
     dynamic_map: Tensor | None
     table: tuple[float, ...]
     bf16_table: tuple[float, ...]
+    bf16_factor: float
     n: int
     k: int
     blocksize: int
@@ -698,10 +702,12 @@ class Weight(NamedTuple):
         """What ``arguments`` become for few rows, a group of columns for every warp; nothing if these are not few."""
         group = math.gcd(self.k, self.blocksize, cut.depth // cut.warps)
         if cut.rows > _FEW_ROWS or group % 32 != 0 or not self.in_words(like):
-            return {"table": None}
+            return {"table": None, "FACTOR": None}
         codes = self.codes.view(-1).view(torch.int32)
-        table = _table_on(self.bf16_table if like == torch.bfloat16 else self.table, like, codes.device)
-        return {"table": table, "codes": codes, "BK": group * cut.warps, "GROUP": group, "ASM": None}
+        values, factor = (self.bf16_table, self.bf16_factor) if like == torch.bfloat16 else (self.table, 1.0)
+        table = _table_on(values, like, codes.device)
+        sizes = {"BK": group * cut.warps, "GROUP": group}
+        return sizes | {"table": table, "FACTOR": factor, "codes": codes, "ASM": None}
 
 
 class Branch(NamedTuple):

@@ -143,6 +143,31 @@ def test_inputs_with_a_mean_lose_no_accuracy_in_either_direction(device, quant_t
                     assert error(got, expected) <= FORWARD[torch.bfloat16], f"M={m} {w}"
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_weights_rounding_cancels_out_however_they_are_distributed(device, quant_type):
+    """As after an activation, x has a mean: what is off in each product to the same side adds up with the columns."""
+    n, k = 160, 8192
+    normal = torch.randn(n, k)
+    pruned = torch.where(normal.abs() > 1.3, normal, 0.0)
+    outliers = torch.where(torch.arange(k) % 64 == 3, 20 * normal, normal)
+    laplace = normal.sign() * torch.empty(n, k).exponential_()
+    student = normal / (torch.randn(3, n, k).square().mean(0)).sqrt()
+    x = torch.randn(64, k)
+    for dense in (normal, pruned, outliers, laplace, student):
+        w = fp.quantize_4bit(dense, quant_type, 64, pick([False, True]))
+        for aside in (x.relu().bfloat16(), (x + 1).bfloat16()):
+            exact = float64(aside, w)
+            for m in (1, 4, 40, 64):
+                assert error(linear_4bit(aside[:m], w), exact[:m], n) <= FORWARD[torch.bfloat16], f"M={m} {w}"
+
+
+def test_few_rows_take_the_values_of_fp4_as_they_are(device):
+    for n, k in MATRICES[:6]:
+        w, x = packed_weight(n, k, "fp4"), torch.randn(3, k).bfloat16()
+        exact = float64(x, w)
+        assert error(linear_4bit(x, w), exact) <= 1.05 * error(exact.bfloat16(), exact), w
+
+
 def test_a_single_output(device):
     for k in (32, 8, 544):
         w, x = packed_weight(1, k), torch.randn(200, k)

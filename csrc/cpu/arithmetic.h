@@ -15,6 +15,8 @@ struct F32 {
   using W = V::F;
   using Table = V::T;
   static Table table(const Weight& w) { return V::table(kTables[w.format]); }
+  // That the table's values are multiplied with.
+  static float factor(const Weight&) { return 1.0f; }
   template <int I>
   static W decode(const Table& t, V::C codes) {
     return V::decode<I>(t, codes);
@@ -62,7 +64,8 @@ struct BF16 {
 #endif
   using W = V::Pair;
   using Table = V::PairTable;
-  static Table table(const Weight& w) { return V::pair_table(bf16_table(w.format)); }
+  static Table table(const Weight& w) { return V::pair_table(kBf16Tables[w.format]); }
+  static float factor(const Weight& w) { return kBf16Factors[w.format]; }
   template <int I>
   static W decode(const Table& t, V::C codes) {
     return V::decode_pair<I>(t, codes);

@@ -21,7 +21,8 @@
 namespace pf {
 
 extern const float kTables[3][16] = {PF_VALUES};
-extern const float kBf16Nf4[16] = {PF_NF4_BF16_VALUES};
+extern const float kBf16Tables[3][16] = {PF_BF16_VALUES};
+extern const float kBf16Factors[3] = {PF_BF16_FACTORS};
 
 // NF4: of all steps up to 2^13, that with the least error (3.6e-5). FP4 and INT4: exact.
 extern const float kWordSteps[3] = {7854.0f, 8064.0f, 546.0f};

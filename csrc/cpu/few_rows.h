@@ -226,7 +226,8 @@ struct FewRows : Product<A> {
     constexpr int kParts = D::parts(MB), kChains = V::gemv_parts(MB);
     constexpr MakeInts<MB> rows{};
     constexpr MakeInts<kTileVecs> vecs{};
-    F acc[MB][kTileVecs];
+    const float factor = A::factor(g.w);
+    F acc[MB][kTileVecs];  // times the factor
     // The branch first: its sums run while the first codes are still on their way.
     const int64_t rank = g.s == nullptr ? 0 : g.lora_b.cols, ld = steps_ld(rank);
     const E* s_rows = static_cast<const E*>(g.s) + row0 * ld;
@@ -243,7 +244,7 @@ struct FewRows : Product<A> {
             for (; r + kChains * Columns <= rank; r += kChains * Columns)
               each(MakeInts<kChains>{}, PF_BODY(int P) { step.template operator()<P>(r + P * Columns); });
             for (; r < rank; r += Columns) step.template operator()<0>(r);
-            each(rows, PF_BODY(int M) { acc[M][U] = sum<kChains>(part[M]); });
+            each(rows, PF_BODY(int M) { acc[M][U] = V::mul(sum<kChains>(part[M]), V::set1(factor)); });
           });
     };
     if (g.lora_b.packed)
@@ -299,7 +300,7 @@ struct FewRows : Product<A> {
     each(
         rows, PF_BODY(int M) {
           alignas(64) float out[kTile];
-          each(vecs, PF_BODY(int U) { V::store(out + U * kLanes, acc[M][U]); });
+          each(vecs, PF_BODY(int U) { V::store(out + U * kLanes, V::mul(acc[M][U], V::set1(1.0f / factor))); });
           if (g.bias != nullptr)
             for (int64_t i = 0; i < lanes; ++i) out[i] += g.bias[n0 + i];
           from_float(out, static_cast<char*>(g.y) + ((row0 + M) * g.ldy + n0) * dtype_size(g.y_dtype), g.y_dtype,

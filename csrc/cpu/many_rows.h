@@ -135,6 +135,7 @@ struct ManyRows : Product<A> {
     const GemmArgs& g = part.g;
     const int64_t k = g.w.k, rows = part.rows;
     const bool late = kLateRows > 0 && g.late;
+    const V::F inverse = V::set1(late ? 1.0f / A::factor(g.w) : 1.0f);
     E* const panel = part.panel;
     constexpr int64_t kScaleStride = (kBlock / 32 + 1) * kTile;
     alignas(64) float scales[kGroupTiles * kScaleStride];
@@ -152,7 +153,8 @@ struct ManyRows : Product<A> {
           }
           float* own = scales + i * kScaleStride;
           const float* from = tile_scales(g.w, t + i, g.w.segment_of(col0), segments, own);
-          for (int64_t v = 0; v < segments * kTile; v += kLanes) V::store(own + v, A::clean(V::load(from + v)));
+          for (int64_t v = 0; v < segments * kTile; v += kLanes)
+            V::store(own + v, A::clean(V::mul(V::load(from + v), inverse)));
         }
         if constexpr (kLateRows > 0)
           if (late)

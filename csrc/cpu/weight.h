@@ -78,11 +78,8 @@ using MakeInts = typename MakeIntsImpl<N>::type;
 
 // Code tables, in dispatch.cpp.
 extern const float kTables[3][16];
-extern const float kBf16Nf4[16];
-extern const float kWordSteps[3];  // a value times this, rounded, fits 14 bits
+extern const float kBf16Tables[3][16], kBf16Factors[3];  // the values times a factor, where products are in bf16
+extern const float kWordSteps[3];                        // a value times this, rounded, fits 14 bits
 extern float kDynamicMap[256];
-
-// What products in bf16 take for the values of a format's codes.
-PF_INLINE const float* bf16_table(int format) { return format == kNF4 ? kBf16Nf4 : kTables[format]; }
 
 }  // namespace pf

@@ -9,11 +9,16 @@
 namespace pf {
 
 static __constant__ const float kValues[3][16] = {PF_VALUES};
-static __constant__ const float kNf4Bf16Values[16] = {PF_NF4_BF16_VALUES};
-// What products of T take for the values of a format's codes.
+static __constant__ const float kBf16Values[3][16] = {PF_BF16_VALUES};
+static __constant__ const float kBf16ValueFactors[3] = {PF_BF16_FACTORS};
+// What products of T take for the values of a format's codes: these times a factor.
 template <class T>
 PF_DEVICE const float* product_values(int format) {
-  return std::is_same_v<T, bf16> && format == kNF4 ? kNf4Bf16Values : kValues[format];
+  return std::is_same_v<T, bf16> ? kBf16Values[format] : kValues[format];
+}
+template <class T>
+PF_DEVICE float product_factor(int format) {
+  return std::is_same_v<T, bf16> ? kBf16ValueFactors[format] : 1.0f;
 }
 
 // What is loaded for the scale of a block; `scale_of` makes it a number. In two halves, so that loads can be early.

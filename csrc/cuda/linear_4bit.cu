@@ -250,8 +250,8 @@ PF_DEVICE int x_offset(int row, int chunk) {
   return (row * (C::kColumns / 8) + (chunk ^ (row & 1) << 2)) * 16;
 }
 
-// acc [32 rows of the warp, 8 NT rows of x] += W · xᵀ over this warp's columns of steps [step0, step1). Needs K % 64 ==
-// 0 and 16-byte aligned codes and rows of x; without ANY_BLOCK, blocks of 64 at least and no zeros.
+// acc [32 rows of the warp, 8 NT rows of x], zeros, = W · xᵀ over this warp's columns of steps [step0, step1). Needs K
+// % 64 == 0 and 16-byte aligned codes and rows of x; without ANY_BLOCK, blocks of 64 at least and no zeros.
 //
 // A thread copies, loads and reads the same places of every step. Rows past the last are not read; what is computed for
 // them is not used.
@@ -419,6 +419,13 @@ PF_DEVICE void sweep(const Arguments& p, unsigned char* memory, int64_t row0, in
     store_scales(step + 1);
   }
   cp_async_wait<0>();
+  const float inverse = 1.0f / product_factor<T>(w.format);
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[r][n][i] *= inverse;
 }
 
 // The same for any K and any alignment, an element at a time.

@@ -20,10 +20,10 @@ _NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# In bf16; csrc/codes.h says why these are not all the nearest.
+# Times NF4.bf16_factor; csrc/codes.h says why these.
 _NF4_BF16 = (
-    -1.0, -0.6953125, -0.52734375, -0.39453125, -0.28515625, -0.1845703125, -0.09130859375, 0.0, 0.0791015625,
-    0.1611328125, 0.24609375, 0.33984375, 0.44140625, 0.5625, 0.72265625, 1.0,
+    -1.0234375, -0.71484375, -0.5390625, -0.404296875, -0.291015625, -0.1884765625, -0.09326171875, 0.0, 0.08154296875,
+    0.1640625, 0.251953125, 0.345703125, 0.451171875, 0.578125, 0.7421875, 1.0234375,
 )  # fmt: skip
 # FP4 (sign, 2 exponent bits, 1 mantissa bit) in bit-pattern order, as multiples of 1/12 of the block maximum.
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -36,7 +36,8 @@ class Format(ABC):
         name: the public name, ``quant_type`` in bitsandbytes' terms.
         id: the number the compiled kernels know it by.
         table: float32 [16], the value of each code before scaling.
-        bf16_table: bfloat16 [16], the same where products are in bfloat16 and their sums are scaled.
+        bf16_table: bfloat16 [16], the same times ``bf16_factor``, where products are in bfloat16 and their sums are
+            scaled.
         has_zero: whether blocks carry an additive ``zero`` beside their scale.
         blocksizes: the block sizes the format allows.
     """
@@ -45,6 +46,7 @@ class Format(ABC):
     id: int
     table: Tensor
     bf16_table: Tensor
+    bf16_factor: float = 1.0
     has_zero: bool = False
     blocksizes: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -86,6 +88,7 @@ class NF4(_Codebook):
     id = 0
     table = torch.tensor(_NF4, dtype=torch.float32, device="cpu")
     bf16_table = torch.tensor(_NF4_BF16, dtype=torch.bfloat16, device="cpu")
+    bf16_factor = 1.0243
 
 
 class FP4(_Codebook):
@@ -93,7 +96,8 @@ class FP4(_Codebook):
     id = 1
     # Code 8, the negative zero of the bit pattern, decodes to +0.0 as in bitsandbytes.
     table = torch.tensor(_FP4_TWELFTHS + tuple(0.0 - v for v in _FP4_TWELFTHS), dtype=torch.float32, device="cpu") / 12
-    bf16_table = table.bfloat16()
+    bf16_factor = 0.75  # sixteenths, which bfloat16 has
+    bf16_table = (table * bf16_factor).bfloat16()
 
 
 class INT4(Format):

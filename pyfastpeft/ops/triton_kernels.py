@@ -73,10 +73,10 @@ def _on(device: torch.device) -> Iterator[None]:
 
 
 @functools.cache
-def _tables(quant_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The values of the codes, and what products in bfloat16 take for them."""
+def _tables(quant_type: str) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+    """The values of the codes, what products in bfloat16 take for them, and the factor of that."""
     form = get_format(quant_type)
-    return tuple(form.table.tolist()), tuple(form.bf16_table.tolist())
+    return tuple(form.table.tolist()), tuple(form.bf16_table.tolist()), form.bf16_factor
 
 
 def _weight(w: Operands, k: int) -> tuple:
