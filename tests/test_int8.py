@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from test_linear_4bit import adapter, error, float64, packed_weight, pick
+from test_linear_4bit import adapter, distributions, error, float64, packed_weight, pick
 
 import pyfastpeft as fp
 from pyfastpeft.ops import BankView, linear_4bit, pack_lora
@@ -32,13 +32,8 @@ def test_the_stated_error_holds_for_every_format_and_blocksize(isa):
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_weights_rounding_cancels_out_where_x_has_a_mean(isa, double_quant):
     """As after an activation: what is off in each product to the same side adds up with the length of the rows."""
-    n, k = 160, 4096
-    normal = torch.randn(n, k)
-    pruned = torch.where(normal.abs() > 1.3, normal, 0.0)
-    outliers = torch.where(torch.arange(k) % 64 == 3, 20 * normal, normal)
-    laplace = normal.sign() * torch.empty(n, k).exponential_()
-    x = torch.randn(32, k)
-    for weight in (normal, pruned, outliers, laplace):
+    x = torch.randn(32, 4096)
+    for weight in distributions(160, 4096):
         w = fp.quantize_4bit(weight, "nf4", 64, double_quant)
         spread = error(linear_4bit(x, w, compute="int8"), float64(x, w))
         for aside in (x.relu(), x + 1, -x.relu()):

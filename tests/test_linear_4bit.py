@@ -143,17 +143,22 @@ def test_inputs_with_a_mean_lose_no_accuracy_in_either_direction(device, quant_t
                     assert error(got, expected) <= FORWARD[torch.bfloat16], f"M={m} {w}"
 
 
+def distributions(n, k):
+    """Weights that are normal, pruned, with outliers, of Laplace and of Student's t of 3 degrees."""
+    normal = torch.randn(n, k)
+    yield normal
+    yield torch.where(normal.abs() > 1.3, normal, 0.0)
+    yield torch.where(torch.arange(k) % 64 == 3, 20 * normal, normal)
+    yield normal.sign() * torch.empty(n, k).exponential_()
+    yield normal / torch.randn(3, n, k).square().mean(0).sqrt()
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_the_weights_rounding_cancels_out_however_they_are_distributed(device, quant_type):
     """As after an activation, x has a mean: what is off in each product to the same side adds up with the columns."""
     n, k = 160, 8192
-    normal = torch.randn(n, k)
-    pruned = torch.where(normal.abs() > 1.3, normal, 0.0)
-    outliers = torch.where(torch.arange(k) % 64 == 3, 20 * normal, normal)
-    laplace = normal.sign() * torch.empty(n, k).exponential_()
-    student = normal / (torch.randn(3, n, k).square().mean(0)).sqrt()
     x = torch.randn(64, k)
-    for dense in (normal, pruned, outliers, laplace, student):
+    for dense in distributions(n, k):
         w = fp.quantize_4bit(dense, quant_type, 64, pick([False, True]))
         for aside in (x.relu().bfloat16(), (x + 1).bfloat16()):
             exact = float64(aside, w)
