@@ -412,6 +412,17 @@ def test_it_learns():
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.parametrize("leave", ["delete", "unload"])
+def test_what_a_user_put_in_the_place_of_a_bottleneck_stays(leave):
+    model = adapted(make("llama"))
+    layer = model.get_base_model().model.layers[0]
+    layer.mlp.down_proj = own = nn.Linear(64, 32, bias=False)
+    del layer.self_attn
+    model.delete_adapter("default") if leave == "delete" else model.unload()
+    assert layer.mlp.down_proj is own
+    assert not hasattr(layer, "self_attn")
+
+
 def test_a_bottleneck_that_is_put_in_anothers_place_computes():
     model, batch = fp.get_peft_model(make("llama"), fp.BottleneckConfig(reduction_factor=4)).eval(), inputs()
     before = model(**batch).logits

@@ -26,6 +26,7 @@ from .modules import (
     no_target,
     put,
     set_packing,
+    standing,
     unmatched,
 )
 from .tuner import Tuner
@@ -176,8 +177,10 @@ class BottleneckTuner(Tuner):
         return Bottleneck(features, config.size_for(features), config.activation, module.weight.device, dtype)
 
     def _take_out(self, path: str) -> None:
-        self.model.set_submodule(path, self._layers.pop(path).base_layer)
-        set_packing(self.model, path)
+        layer = self._layers.pop(path)
+        if standing(self.model, path) is layer:
+            self.model.set_submodule(path, layer.base_layer)
+            set_packing(self.model, path)
         del self.bank.others[f"bottleneck:{path}"]
 
     def tensors(self, name: str, config: BottleneckConfig) -> dict[str, Tensor]:

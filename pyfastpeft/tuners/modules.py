@@ -130,12 +130,17 @@ def set_packing(model: nn.Module, path: str) -> None:
             encoder.use_nested_tensor = vars(encoder).pop(_PACKS)
 
 
-def at(model: nn.Module, path: str) -> nn.Module | None:
-    """What stands where :func:`put` puts something: a user may have put something else there since."""
+def standing(model: nn.Module, path: str) -> nn.Module | None:
+    """What stands at ``path``, a bottleneck as well: a user may have put something else there since."""
     try:
-        there = model.get_submodule(path)
+        return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def at(model: nn.Module, path: str) -> nn.Module | None:
+    """What stands where :func:`put` puts something."""
+    there = standing(model, path)
     return there.base_layer if isinstance(there, BottleneckLayer) else there
 
 
