@@ -73,8 +73,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     questions = read_rows(drug_qa("test_50"))
 
     def train(title: str, dataset: list, epochs: float) -> TrainingProgress:
-        progress = TrainingProgress(console, title)
-        try:
+        with TrainingProgress(console, title) as progress:
             train_adapter(
                 model,
                 dataset,
@@ -87,8 +86,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 seed=args.seed,
                 callbacks=[progress],
             )
-        finally:
-            progress.stop()
         return progress
 
     config = method.config(tokenizer, **options)

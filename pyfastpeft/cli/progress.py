@@ -70,6 +70,9 @@ class TrainingProgress(TrainerCallback):
             self.losses.append(logs["loss"])
             self._progress.update(self._task, note=f"loss {logs['loss']:.3f}  {self.seconds_per_step:.2f} s/step")
 
-    def stop(self) -> None:
-        """Give the terminal back, also after an error."""
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the terminal back."""
         self._progress.stop()

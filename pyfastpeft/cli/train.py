@@ -15,16 +15,23 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from .memory import peak_bytes
-from .methods import above_zero, add_method_arguments, chosen, seed
+from .methods import Method, above_zero, add_method_arguments, chosen, seed
 from .models import MODEL_HELP, add_quantization_arguments, in_4_bits, load_model, refuse_format
 from .output import check_place
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .. import PeftModel
+    from ..conversations import Messages
 
 SCHEDULES = (
     "linear",
@@ -88,22 +95,37 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from transformers import set_seed
 
     from .. import get_peft_model
-    from ..conversations import encode_rows, numbered_rows, pad_id
+    from ..conversations import encode_rows, numbered_rows
     from ..generation import prompts_of
-    from ..training import held_out_loss, train_adapter
-    from .examine import examine
-    from .progress import TrainingProgress
 
     method, options, quantized = chosen(args)
     if not quantized:
         refuse_format(args, "--full-precision" if args.full_precision else f"--method {args.method}")
     # What is wrong with these shows before the model is loaded.
-    check_place(Path(args.output))
-    if (Path(args.output) / "config.json").is_file():  # with that model transformers would load the adapter
-        raise ValueError(f"output is {args.output!r}, which holds a model; name another folder for the adapter")
+    _check_output(args.output)
     rows = numbered_rows(args.data)
     tests = numbered_rows(args.test) if args.test else {}
     questions, lines = list(tests.values()), [f"{args.test}, line {number}" for number in tests]
+    base, tokenizer = _load(args, method, quantized)
+    dataset = encode_rows(args.data, rows, tokenizer, args.max_length)
+    set_seed(args.seed)  # the adapter's initial values are part of the run
+    model = get_peft_model(base, method.config(tokenizer, **options))
+    # As a fault in the data, before training.
+    prompts_of(model, tokenizer, [messages[:-1] for messages in questions], called=lines)
+    result = _train(args, console, model, tokenizer, dataset, method.rate(options) if args.lr is None else args.lr)
+    if questions:
+        result |= _test(args, console, model, tokenizer, questions)
+    console.print(f"adapter saved in {escape(args.output)}")
+    return result
+
+
+def _check_output(output: str) -> None:
+    check_place(Path(output))
+    if (Path(output) / "config.json").is_file():  # with that model transformers would load the adapter
+        raise ValueError(f"output is {output!r}, which holds a model; name another folder for the adapter")
+
+
+def _load(args: argparse.Namespace, method: Method, quantized: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     base, tokenizer = load_model(args, quantized)
     if not quantized and in_4_bits(base):
         asked, instead = "--full-precision is given", "leave it out"
@@ -112,15 +134,23 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ValueError(
             f"{asked}, but model {args.model!r} is in 4 bits already; {instead}, or name the one in full precision"
         )
-    dataset = encode_rows(args.data, rows, tokenizer, args.max_length)
-    rate = method.rate(options) if args.lr is None else args.lr
-    set_seed(args.seed)  # the adapter's initial values are part of the run
-    model = get_peft_model(base, method.config(tokenizer, **options))
-    # As a fault in the data, before training.
-    prompts_of(model, tokenizer, [messages[:-1] for messages in questions], called=lines)
+    return base, tokenizer
+
+
+def _train(
+    args: argparse.Namespace,
+    console: Console,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Sequence[Mapping[str, list[int]]],
+    rate: float,
+) -> dict[str, Any]:
+    from ..conversations import pad_id
+    from ..training import train_adapter
+    from .progress import TrainingProgress
+
     trainable, total = model.get_nb_trainable_parameters()
-    progress = TrainingProgress(console, "training", args.lr)
-    try:
+    with TrainingProgress(console, "training", args.lr) as progress:
         output = train_adapter(
             model,
             dataset,
@@ -138,8 +168,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             resume=args.resume,
             callbacks=[progress],
         )
-    finally:
-        progress.stop()
     result = {
         "output": args.output,
         "rows": len(dataset),
@@ -156,13 +184,23 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"{result['steps']} steps, {result['seconds_per_step']:.2f} s/step, trainable parameters {trainable:,} of "
         f"{total:,}, peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB"
     )
-    if questions:
-        score = examine(console, "questions", model, tokenizer, questions)
-        loss = held_out_loss(model, tokenizer, questions, args.max_length, args.batch_size)
-        result |= {**score._asdict(), "test_loss": loss if math.isfinite(loss) else None}
-        console.print(
-            f"of {len(questions)} answers {score.exact:.0%} exact, {score.accuracy:.0%} with the right first line, "
-            f"{score.format_validity:.0%} in form; mean loss on what they should be {loss:.3f}"
-        )
-    console.print(f"adapter saved in {escape(args.output)}")
     return result
+
+
+def _test(
+    args: argparse.Namespace,
+    console: Console,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[Messages],
+) -> dict[str, Any]:
+    from ..training import held_out_loss
+    from .examine import examine
+
+    score = examine(console, "questions", model, tokenizer, questions)
+    loss = held_out_loss(model, tokenizer, questions, args.max_length, args.batch_size)
+    console.print(
+        f"of {len(questions)} answers {score.exact:.0%} exact, {score.accuracy:.0%} with the right first line, "
+        f"{score.format_validity:.0%} in form; mean loss on what they should be {loss:.3f}"
+    )
+    return {**score._asdict(), "test_loss": loss if math.isfinite(loss) else None}
