@@ -188,6 +188,20 @@ def _check_numbers(saved: Any, known: Any, name: str) -> None:
         raise ValueError(f"{name} is {saved!r}; it must be a number")
 
 
+def _last_checkpoint(output_dir: str | os.PathLike, resume: bool) -> str | None:
+    """The newest checkpoint, to go on from; None without ``resume``, where there must be none."""
+    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    if resume and last is None:
+        raise ValueError(f"resume is True, but {output_dir} holds no checkpoint")
+    if last is not None:
+        if not resume:
+            raise ValueError(
+                f"{output_dir} holds checkpoints of an earlier run; resume it, remove them, or choose another folder"
+            )
+        _check_state(Path(last) / "trainer_state.json")
+    return last
+
+
 def _check_state(file: Path) -> None:
     """Whether ``file`` says where a training stands; transformers asks nothing before it reckons with it."""
     state = read_json(file)
@@ -262,19 +276,11 @@ def train_adapter(
     """
     if save_steps < 0:
         raise ValueError(f"save_steps is {save_steps}; it must be 0 (no checkpoints) or more")
-    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
-    if resume and last is None:
-        raise ValueError(f"resume is True, but {output_dir} holds no checkpoint")
-    if last is not None and not resume:
-        raise ValueError(
-            f"{output_dir} holds checkpoints of an earlier run; resume it, remove them, or choose another folder"
-        )
+    last = _last_checkpoint(output_dir, resume)
     if (positions := learned_positions(model)) is not None:
         virtual = virtual_tokens(model)
         for number, example in enumerate(dataset, 1):
             check_positions(f"row {number}", len(example["input_ids"]), virtual, positions)
-    if last is not None:
-        _check_state(Path(last) / "trainer_state.json")
     for left in Path(output_dir).glob(".checkpoint-*.partial"):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     set_seed(seed)
