@@ -25,7 +25,7 @@ from ..formats import Packed4bit, floating_dtype, quantize_4bit
 from ..formats.codes import check_settings, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
-from ..nn.ends import output_head
+from ..nn.ends import HEADS, output_head
 from ..nn.weight_reads import needs_full_precision
 from ..ops.linear_4bit import check_compute, check_compute_dtype
 from .forwards import remove
@@ -405,8 +405,6 @@ def _left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) ->
     tied = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")}
     if chosen is not None:
         return tied | set(chosen)
-    from ..tuners.modules import HEADS
-
     names = {name for heads in HEADS.values() for name in heads}
     heads = [output_head(model), *(child for name, child in model.named_children() if name in names)]
     last, _ = list(model.named_parameters())[-1]

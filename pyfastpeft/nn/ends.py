@@ -1,8 +1,15 @@
-"""A model's ends: what transformers says its input embedding and its output head are."""
+"""A model's ends: what transformers says its input embedding and its output head are, and what tasks call theirs."""
 
 from __future__ import annotations
 
 from torch import nn
+
+HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
+"""By task type, the modules that a task trains whole beside any adapter, where the model has them."""
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:

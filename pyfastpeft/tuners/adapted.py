@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..adapters import BASE, AdapterBank
 from ..hub.files import check_tensors
 from ..nn.bottleneck import BottleneckLayer
+from ..nn.ends import HEADS
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraLinear
 from ..nn.lora_layer import LoraLayer
@@ -26,7 +27,6 @@ from ..ops import copy_alike, copy_tensors
 from .base import PeftConfig
 from .embeddings import base_embeddings
 from .modules import (
-    HEADS,
     WRAPPERS,
     dense_dtype,
     find_saved,

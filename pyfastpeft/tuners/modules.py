@@ -11,20 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.bottleneck import BottleneckLayer
-from ..nn.ends import input_embedding, output_head
+from ..nn.ends import HEADS, input_embedding, output_head
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TrainableTokens
 from ..nn.weight_reads import never_calls, passes_by
-from .base import PeftConfig, TaskType
+from .base import PeftConfig
 
-HEADS = {
-    TaskType.SEQ_CLS: ["classifier", "score"],
-    TaskType.TOKEN_CLS: ["classifier", "score"],
-    TaskType.QUESTION_ANS: ["qa_outputs"],
-}
-"""The modules that a task trains whole beside any adapter, where the model has them."""
 WRAPPERS = (LoraLayer, ModulesToSave, TrainableTokens, BottleneckLayer)
 """What adapters put around modules."""
 
