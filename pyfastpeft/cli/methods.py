@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..nn.bottleneck import ACTIVATIONS
+from ..tuners.bottleneck import PLACEMENTS
 
 if TYPE_CHECKING:
     from .. import PeftConfig
@@ -204,9 +205,7 @@ _OPTIONS: dict[str, _Option] = {
     "encoder": _Option("kind", {"choices": ("mlp", "lstm")}),
     "encoder_hidden_size": _Option("of the encoder or projection; the model's width if not given", {"type": int}),
     "projection": _Option("let an MLP make keys and values", {"action": "store_const", "const": True}),
-    "placement": _Option(
-        "after attention and feed-forward, or feed-forward alone", {"choices": ("houlsby", "pfeiffer")}
-    ),
+    "placement": _Option("after attention and feed-forward, or feed-forward alone", {"choices": tuple(PLACEMENTS)}),
     "reduction_factor": _Option("width over the bottleneck's size", {"type": float}),
     "activation": _Option("in the bottleneck", {"choices": tuple(ACTIVATIONS)}),
 }

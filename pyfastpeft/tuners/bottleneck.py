@@ -37,7 +37,8 @@ _FEED_FORWARD = (
     r"|.*\.\d+\.(fc2|output\.dense)"
 )
 """The paths of the projections that end a sublayer, in transformers' architectures."""
-_PLACEMENTS = {"houlsby": (_ATTENTION, _FEED_FORWARD), "pfeiffer": (_FEED_FORWARD,)}
+PLACEMENTS = {"houlsby": (_ATTENTION, _FEED_FORWARD), "pfeiffer": (_FEED_FORWARD,)}
+"""``placement`` → the paths of the projections that adapters go after."""
 
 
 @register_method
@@ -71,8 +72,8 @@ class BottleneckConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.placement not in _PLACEMENTS:
-            raise ValueError(f"placement is {self.placement!r}; it must be one of {', '.join(_PLACEMENTS)}")
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement is {self.placement!r}; it must be one of {', '.join(PLACEMENTS)}")
         factor = self.reduction_factor
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
             raise ValueError(f"reduction_factor is {factor!r}; it must be a number above 0")
@@ -94,7 +95,7 @@ def ends_of_sublayers(model: nn.Module, placement: str) -> list[str]:
         ValueError: the model's layers are not of a known form.
     """
     modules = [path for path, _ in modules_of(model)]
-    found = [[path for path in modules if re.fullmatch(kind, path)] for kind in _PLACEMENTS[placement]]
+    found = [[path for path in modules if re.fullmatch(kind, path)] for kind in PLACEMENTS[placement]]
     numbered = [{re.match(r".*?\.\d+\.|", path)[0] for path in kind} for kind in found]
     if not all(found) or any(layers != numbered[0] for layers in numbered):
         raise ValueError(
