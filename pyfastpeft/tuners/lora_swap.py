@@ -34,7 +34,8 @@ class Swap:
     ) -> None:
         """Arguments as :meth:`Tuner.swap` has them."""
         self.model, self.bank, self.prefix, self.name = tuner.model, tuner.bank, tuner.PREFIX, name
-        new = old if config is None else config
+        self.source, self.given = source, config is not None
+        self.new = new = old if config is None else config
         for what in ("use_dora", "lora_bias"):
             if getattr(old, what) != getattr(new, what):
                 raise ValueError(
@@ -47,41 +48,33 @@ class Swap:
             )
         tuner.check_same_tokens(name, old, new)
         tuner.check_parameters(name)
-        tensors = tuner.without_duplicates(old, tensors)
+        self.tensors = tuner.without_duplicates(old, tensors)
         self.bank.check_unmerged(name)
         layers = tuner.layers(name)
         of_layers = {path: layer.tensors(name) for path, layer in layers.items()}
         keys = {f"{tuner.PREFIX}{path}.{suffix}" for path, held in of_layers.items() for suffix in held}
         saved = {k: t for k, t in live.items() if k not in keys}
         known = keys | saved.keys()
-        extra = sorted(tensors.keys() - known)
+        extra = sorted(self.tensors.keys() - known)
         if extra:
             raise ValueError(f"{source} holds keys that adapter {name!r} does not have: {', '.join(extra[:5])}")
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.zeroed: list[Tensor] = []
         self.ranks: dict[str, tuple[int, float, float]] = {}
         for path, held in of_layers.items():
-            self._plan_layer(path, layers[path], held, new, config is not None, tensors, source)
+            self._plan_layer(path, layers[path], held)
         for key, tensor in saved.items():
-            if key not in tensors:
+            if key not in self.tensors:
                 raise ValueError(f"{source} lacks the key {key}")
-            self._pair(key, tensor, tensors[key], source)
+            self._pair(key, tensor)
         self.config = self._new_config(old) if config is None else new.in_place_of(old)
 
-    def _plan_layer(
-        self,
-        path: str,
-        layer: LoraLayer,
-        held: dict[str, Tensor],
-        new: LoraConfig,
-        given: bool,
-        tensors: Mapping[str, Tensor],
-        source: str,
-    ) -> None:
+    def _plan_layer(self, path: str, layer: LoraLayer, held: dict[str, Tensor]) -> None:
+        new, tensors, source = self.new, self.tensors, self.source
         keys = {suffix: f"{self.prefix}{path}.{suffix}" for suffix in held}
         missing = [key for key in keys.values() if key not in tensors]
         if missing:
-            if len(missing) < len(keys) or (given and matches(new, path)):
+            if len(missing) < len(keys) or (self.given and matches(new, path)):
                 raise ValueError(f"{source} lacks the key {missing[0]}")
             if layer.merged and self.name in layer.lora_magnitude_vector:
                 raise ValueError(
@@ -95,7 +88,7 @@ class Swap:
         a_key = keys[a]
         r = tensors[a_key].shape[0] if tensors[a_key].dim() == 2 else 0
         capacity = layer.capacity(self.name)
-        wanted = new.rank_of(path) if given else r
+        wanted = new.rank_of(path) if self.given else r
         if r > capacity:
             raise ValueError(f"{source}: {a_key} has rank {r}; adapter {self.name!r} has room for rank {capacity}")
         if r < 1 or r != wanted:
@@ -108,14 +101,16 @@ class Swap:
             elif r < capacity and suffix == b:
                 self.zeroed.append(target[:, r:])
                 target = target[:, :r]
-            self._pair(key, target, tensors[key], source)
+            self._pair(key, target)
         alpha = new.alpha_of(path)
         self.ranks[path] = (r, alpha, scaling_of(alpha, r, new.use_rslora))
 
-    def _pair(self, key: str, target: Tensor, value: Tensor, source: str) -> None:
+    def _pair(self, key: str, target: Tensor) -> None:
+        value = self.tensors[key]
         if value.shape != target.shape:
-            raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}; it must be {tuple(target.shape)}")
-        check_kind(key, value, target.is_floating_point(), source)
+            shape = tuple(value.shape)
+            raise ValueError(f"{self.source}: {key} has shape {shape}; it must be {tuple(target.shape)}")
+        check_kind(key, value, target.is_floating_point(), self.source)
         self.pairs.append((target, value))
 
     def _new_config(self, old: LoraConfig) -> LoraConfig:
