@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -21,6 +22,19 @@ class ModuleForward(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class NamedForward(ModuleForward):
+    """A forward that knows its arguments by name, and shows its class's signature to those who inspect it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.__signature__ = inspect.signature(type(module).forward.__get__(module))
+        self._rest = next((p.name for p in self.__signature__.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        named = dict(self.__signature__.bind_partial(*args, **kwargs).arguments)
+        return named | named.pop(self._rest, {})
 
 
 def install(module: nn.Module, forward: type[ModuleForward]) -> None:

@@ -22,7 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 from ...adapters import AdapterBank, Rows
 from ...nn.prompt_encoder import Form
 from .. import attention
-from ..forwards import ModuleForward
+from ..forwards import NamedForward
 from .bare import tied
 from .decoders import KeyValueShape, block_of, config_of
 from .kept_prompts import Source, Values
@@ -47,7 +47,7 @@ def by_row(make: Callable[[int], Tensor], lengths: Tensor) -> Tensor:
     return torch.stack(made)[which, torch.arange(len(lengths), device=lengths.device)]
 
 
-class MovedPositions(ModuleForward):
+class MovedPositions(NamedForward):
     """Of a module that embeds positions or turns by them: those of the tokens start behind the prefix."""
 
     EMBEDS = ("embed_positions", "embeddings")
@@ -57,9 +57,8 @@ class MovedPositions(ModuleForward):
     def __init__(self, module: nn.Module, room: Room) -> None:
         super().__init__(module)
         self.room = room
-        self._signature = inspect.signature(type(module).forward.__get__(module))
-        self._start = next((n for n in self._STARTS if n in self._signature.parameters), None)
-        self._turns = "x" in self._signature.parameters
+        self._start = next((n for n in self._STARTS if n in self.__signature__.parameters), None)
+        self._turns = "x" in self.__signature__.parameters
         count = getattr(module, "create_position_ids_from_inputs_embeds", None)
         self._first = 0 if count is None else module.padding_idx + 1
         # RoBERTa's, given vectors instead of ids, count from the first position wherever they are told to start.
@@ -71,10 +70,10 @@ class MovedPositions(ModuleForward):
         return any(n in names for n in (*cls._STARTS, "position_ids"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        named = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         room = self.room()
         if room is None:
             return self.own(*args, **kwargs)
+        named = self.named(args, kwargs)
         length, lengths = room
         if self._turns:
             shift = length if lengths is None else lengths.unsqueeze(1)

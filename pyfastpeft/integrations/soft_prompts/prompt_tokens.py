@@ -9,7 +9,6 @@ outputs have one entry a real token, none for the prompt.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ...ops.cross_entropy import IGNORED
 from ...ops.reference import prefix_rows
 from ...ops.tracing import traced
-from ..forwards import ModuleForward
+from ..forwards import NamedForward
 
 
 class Tokens(NamedTuple):
@@ -110,19 +109,10 @@ def _like(index: Tensor, values: Tensor) -> Tensor:
     return index.expand(-1, -1, *values.shape[2:])
 
 
-class _Prompted(ModuleForward):
-    """A forward that knows its arguments by name, and shows its class's signature to those who inspect it."""
-
+class _Prompted(NamedForward):
     def __init__(self, module: nn.Module, source: TokenSource) -> None:
         super().__init__(module)
         self.source = source
-        bound = type(module).forward.__get__(module)
-        self.__signature__ = inspect.signature(bound)
-        self._rest = next((p.name for p in self.__signature__.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-
-    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        named = dict(self.__signature__.bind_partial(*args, **kwargs).arguments)
-        return named | named.pop(self._rest, {})
 
 
 def _with_prompt(module: nn.Module, source: TokenSource, named: dict[str, Any]) -> Layout | None:
