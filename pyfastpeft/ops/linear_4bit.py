@@ -237,7 +237,7 @@ def linear_4bit(
         branch = _NO_BRANCH if lora is None else Branch(a, b, row_scale, scaling, seed, dropout)
         in_pairs = backend is Backend.NATIVE and type(lora) is PackedLora and x.dtype is torch.bfloat16
         pairs = (lora.a_pairs, lora.b_pairs) if in_pairs else None
-        y = _forward(backend, x2, bias, branch, weight, packed, pairs, takes_int8(w, compute))[0]
+        y = _forward(x2, branch, pairs, backend, weight, packed, bias, takes_int8(w, compute))[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -402,26 +402,11 @@ def _with_finite_columns(branch: Branch, dtype: torch.dtype) -> Branch:
     return Branch(*mixed.finite_columns(a, b, row_scale, dtype), *rest)
 
 
-def _forward(
-    backend: Backend,
-    x: Tensor,
-    bias: Tensor | None,
-    branch: Branch,
-    weight: tuple,
-    packed: Packed4bit | None,
-    pairs: tuple[Tensor, Tensor] | None = None,
-    int8: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(y, S), S [M, 0] in the ``int8`` tier.
-
-    Args:
-        weight: the fields of :class:`Operands`, as operators take them.
-        packed: the weight itself, for the backends in ``_IN_PYTHON``.
-        pairs: A and B in bf16, as the native kernels read them.
-    """
+def _forward(x: Tensor, branch: Branch, pairs: tuple[Tensor, Tensor] | None, *base: object) -> tuple[Tensor, Tensor]:
+    """:func:`_product`, of which what one adapter holds reaches no row of others."""
     if _mixes(branch):
         if mixed.tells(x):
-            y, s = _product(backend, x, bias, branch, weight, packed, pairs, int8)
+            y, s = _product(x, branch, pairs, *base)
             if mixed.is_finite(y[:1]):
                 return y, s
         branch = _with_finite_columns(branch, x.dtype)
@@ -429,19 +414,26 @@ def _forward(
             pairs = tuple(
                 _in_pairs(t, torch.empty(_pairs_shape(t), dtype=torch.bfloat16)) for t in (branch.a, branch.b)
             )
-    return _product(backend, x, bias, branch, weight, packed, pairs, int8)
+    return _product(x, branch, pairs, *base)
 
 
 def _product(
-    backend: Backend,
     x: Tensor,
-    bias: Tensor | None,
     branch: Branch,
+    pairs: tuple[Tensor, Tensor] | None,
+    backend: Backend,
     weight: tuple,
     packed: Packed4bit | None,
-    pairs: tuple[Tensor, Tensor] | None,
-    int8: bool,
+    bias: Tensor | None,
+    int8: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """(y, S), S [M, 0] in the ``int8`` tier.
+
+    Args:
+        pairs: A and B in bf16, as the native kernels read them.
+        weight: the fields of :class:`Operands`, as operators take them.
+        packed: the weight itself, for the backends in ``_IN_PYTHON``.
+    """
     if backend in _IN_PYTHON:
         return _IN_PYTHON[backend].forward(x, packed, bias, *branch)
     if backend in _OPERATORS:
@@ -457,7 +449,7 @@ def _product(
 class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, a, b, row_scale, scaling, seed, dropout, backend, packed, *weight):  # noqa: ANN001
-        y, s = _forward(backend, x, bias, Branch(a, b, row_scale, scaling, seed, dropout), weight, packed)
+        y, s = _forward(x, Branch(a, b, row_scale, scaling, seed, dropout), None, backend, weight, packed, bias)
         trains_lora = a is not None and (a.requires_grad or b.requires_grad)
         kept = (x, s) if trains_lora else (None, None)
         codes, scale, zero, absmax2, offset, *numbers = weight
