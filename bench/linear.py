@@ -69,11 +69,11 @@ def _prepare(problem: Problem, case: Case, rotate: int) -> list[Layer]:
 
 def _call(layers: list[Layer], turn: Iterator[int], x: Tensor, dy: Tensor | None) -> Callable[[], object]:
     """``turn`` is common to all cases: whoever shares a copy finds it as cold."""
-    ring = [layer.call for layer in layers]
     if dy is None:
+        ring = [layer.call for layer in layers]
         return lambda: ring[next(turn) % len(ring)](x)
-    x = x.clone().requires_grad_(True)
-    return lambda: ring[next(turn) % len(ring)](x).backward(dy)
+    ring, x = [layer.gradients for layer in layers], x.clone().requires_grad_(True)
+    return lambda: ring[next(turn) % len(ring)](x, dy)
 
 
 def _error(layer: Layer, x: Tensor, dy: Tensor | None, expected: Tensor) -> float:
@@ -82,9 +82,7 @@ def _error(layer: Layer, x: Tensor, dy: Tensor | None, expected: Tensor) -> floa
         with torch.no_grad():
             got = layer.call(x)
     else:
-        x = x.clone().requires_grad_(True)
-        layer.call(x).backward(dy)
-        got = x.grad
+        got, *_ = layer.gradients(x.clone().requires_grad_(True), dy)
     got, expected = got[:CHECKED_ROWS].double(), expected[: len(got)]
     return float((got - expected).norm() / expected.norm())
 

@@ -129,11 +129,17 @@ class Layer:
         call: x [M, K] to y [M, N].
         nbytes: weight bytes that a call reads, adapters not counted.
         weight: the weight [N, K] really used, in float64, adapters included.
+        trained: the parameters of the adapter, of which training wants gradients.
     """
 
     call: Callable[[Tensor], Tensor]
     nbytes: int
     weight: Callable[[], Tensor]
+    trained: tuple[Tensor, ...] = ()
+
+    def gradients(self, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        """Of x and ``trained``, forward and backward; kept nowhere, so that no call adds to another's."""
+        return torch.autograd.grad(self.call(x), (x, *self.trained), dy)
 
 
 @dataclass(frozen=True)

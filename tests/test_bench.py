@@ -136,6 +136,24 @@ def test_gradients_are_held_against_float64_too():
     assert all(r["train"] and r["error"] < 4e-3 for r in result.records)
 
 
+def test_a_call_adds_to_no_earlier_calls_gradients(monkeypatch):
+    fresh = []
+
+    def prepare(p):
+        w, a = p.weight.dense, torch.ones(1, requires_grad=True)
+
+        def call(x):
+            fresh.append(x.grad is None and a.grad is None)
+            return a * (x @ w.t())
+
+        return registry.Layer(call, w.nbytes, w.double, (a,))
+
+    monkeypatch.setitem(registry.REGISTRY, "seen", registry.Contender(prepare, "ours", trains=True))
+    (record,) = small(["seen"], rows=(1,), dtypes=("fp32",), train=True).records
+    assert record["error"] < 1e-5
+    assert len(fresh) > 2 and all(fresh)
+
+
 def test_a_wrong_contender_is_seen(monkeypatch):
     def prepare(p):
         w = p.weight.dense.to(p.dtype)

@@ -73,16 +73,16 @@ def _peft(p: Problem, mode: str) -> Layer:
             layer.lora_A[f"a{i}"].weight.copy_(p.a)
             layer.lora_B[f"a{i}"].weight.copy_(p.b)
     layer.train(mode == "train").requires_grad_(False)
-    if p.train:
-        layer.lora_A["a0"].weight.requires_grad_(True)
-        layer.lora_B["a0"].weight.requires_grad_(True)
+    trained = layer.lora_A["a0"].weight, layer.lora_B["a0"].weight
+    for parameter in trained:
+        parameter.requires_grad_(p.train)
 
     @functools.cache
     def names(rows: int) -> list[str]:
         return [f"a{i % p.adapters}" for i in range(rows)]
 
     call = layer if p.adapters == 1 else lambda x: layer(x, adapter_names=names(len(x)))
-    return Layer(call, _nbytes(p, mode == "train"), lambda: p.adapted(_dequantized(p, "nf4", mode)))
+    return Layer(call, _nbytes(p, mode == "train"), lambda: p.adapted(_dequantized(p, "nf4", mode)), trained)
 
 
 for _mode in ("eval", "train"):

@@ -46,7 +46,7 @@ def _layer(
     **how: str,
 ) -> Layer:
     """``pack``: the adapter laid out for the kernel beforehand, as a model that serves holds it."""
-    packed = _packed(p, quant_type, double_quant)
+    packed, trained = _packed(p, quant_type, double_quant), ()
     if p.adapters > 1:
         bank = _bank(p)
         if p.train:
@@ -59,13 +59,14 @@ def _layer(
     else:
         branch = None
         if p.rank:
-            branch = (*(t.to(adapter, copy=True).requires_grad_(p.train) for t in (p.a, p.b)), p.scaling)
+            trained = tuple(t.to(adapter, copy=True).requires_grad_(p.train) for t in (p.a, p.b))
+            branch = (*trained, p.scaling)
             branch = fp.ops.pack_lora(*branch) if pack else branch
 
         def call(x: Tensor) -> Tensor:
             return fp.ops.linear_4bit(x, packed, None, branch, **how)
 
-    return Layer(call, packed.nbytes, lambda: p.adapted(packed.dequantize(torch.float64)))
+    return Layer(call, packed.nbytes, lambda: p.adapted(packed.dequantize(torch.float64)), trained)
 
 
 variants("ours_{quant_type}", "ours", [{"quant_type": q} for q in ("nf4", "fp4", "int4")], lora=True, trains=True)(

@@ -21,7 +21,9 @@ def _dense(p: Problem) -> Layer:
     def adapted(x: Tensor) -> Tensor:
         return F.linear(x, w) + F.linear(F.linear(x, a), b) * p.scaling
 
-    return Layer(adapted if p.rank else lambda x: F.linear(x, w), w.nbytes, lambda: p.adapted(w.double()))
+    if p.rank == 0:
+        return Layer(lambda x: F.linear(x, w), w.nbytes, w.double)
+    return Layer(adapted, w.nbytes, lambda: p.adapted(w.double()), (a, b))
 
 
 @contender("torch_int4pack", "torch", dtypes=("bf16",))
