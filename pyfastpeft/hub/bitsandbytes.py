@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import DYNAMIC_MAP, Format, NestedScales, Packed4bit, get_format, quantize_4bit
-from ..formats.codes import check_blocksize
+from ..formats.codes import check_blocksize, pack_nibbles
 from ..formats.double_quant import BLOCKSIZE as NESTED_BLOCKSIZE
 
 _QUANT_STATE = {
@@ -147,14 +147,14 @@ def packed_from_bnb(linear: nn.Module) -> Packed4bit:
     codes = weight.data.as_subclass(Tensor)
     repacked = getattr(state, "packing_format_for_cpu", False)
     if repacked:
-        codes = _undo_cpu_packing(codes, *state.shape)
+        codes = _undo_cpu_packing(codes, *state.shape, get_format(state.quant_type))
     held = {"weight": codes} | {f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}
     packed = packed_from_state(held, "weight")
     # Repacking also overwrites the dtype that was quantized from.
     return replace(packed, dtype=state.original_dtype) if repacked else packed
 
 
-def _undo_cpu_packing(codes: Tensor, n: int, k: int) -> Tensor:
+def _undo_cpu_packing(codes: Tensor, n: int, k: int, fmt: Format) -> Tensor:
     """bitsandbytes' AVX-512 order, bytes [n / 32, k / 2, 32], to its storage order, uint8 [n * k / 2, 1].
 
     In each run of 32 bytes the low nibbles are the first 32 elements of the run's 64 and the high nibbles the others;
@@ -162,8 +162,7 @@ def _undo_cpu_packing(codes: Tensor, n: int, k: int) -> Tensor:
     """
     runs = codes.reshape(n // 32, k // 2, 32)
     elements = torch.cat([runs & 15, runs >> 4], dim=-1).view(n // 32, k // 2, 32, 2)
-    pairs = elements.transpose(1, 2).reshape(-1, 2)
-    return (pairs[:, :1] << 4) | pairs[:, 1:]
+    return pack_nibbles(elements.transpose(1, 2).flatten(), fmt)
 
 
 class _Info:
