@@ -3,7 +3,7 @@
 - :mod:`.prefixes`: what a model's soft prompts are as prefixes of keys and values, and which prefix each row has
 - :mod:`.causal`: how a causal model gets them
 - :mod:`.first_label`: how a prompt in it is trained to the text's first token
-- :mod:`.decoders`: what a causal model consists of, and which ones can take a prefix
+- :mod:`.decoders`: what a model consists of, and which causal ones can take a prefix
 - :mod:`.bidirectional`: how encoders and encoder–decoders get them
 - :mod:`.prompt_tokens`: there, prompts at the embedding as tokens in front of each row's own
 - :mod:`.kept_prompts`: what a prompt comes to, kept until something changes that it depends on

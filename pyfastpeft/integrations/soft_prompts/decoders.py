@@ -1,4 +1,4 @@
-"""What a causal model consists of, as far as soft prompts need it."""
+"""What a model consists of, as far as soft prompts need it, and which causal ones can take a prefix."""
 
 from __future__ import annotations
 
