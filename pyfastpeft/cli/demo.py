@@ -16,7 +16,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +27,12 @@ from .memory import peak_bytes
 from .methods import METHODS, seed
 from .models import load_smollm2, on_gpu
 from .output import check_place, print_answer
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerBase
+
+    from .. import PeftModel
+    from ..conversations import Messages
 
 FACTS, STYLE = "drug_qa", "pharmacist"
 _STYLE_ROWS = 48
@@ -44,20 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="random seed (default: %(default)s)")
 
 
-def _style_answer(prompt: str, brand: str) -> list[dict[str, str]]:
-    return [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": f"Please ask your pharmacist about {brand}."},
-    ]
-
-
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The whole path, once."""
     from transformers import set_seed
 
     from .. import get_peft_model
-    from ..conversations import encode, load_dataset, pad_id, read_objects, read_rows
-    from ..generation import answer
+    from ..conversations import load_dataset, pad_id, read_rows
     from ..training import train_adapter
     from .examine import examine
     from .progress import TrainingProgress
@@ -98,21 +96,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     model.add_adapter(STYLE, config)
     model.set_adapter(STYLE)
-    rows = read_objects(drug_qa("train_50"))[:_STYLE_ROWS]
-    style = [encode(_style_answer(row["prompt"], row["brand"]), tokenizer, 1024) for row in rows]
-    train("learning another style", style, epochs=2)
+    train("learning another style", _style_rows(tokenizer), epochs=2)
     model.eval()
 
-    swaps = []
-    for name in (FACTS, STYLE) * 10:
-        start = time.perf_counter()
-        model.set_adapter(name)
-        swaps.append(time.perf_counter() - start)
-    question, shown = questions[0][:-1], {}
-    for name in (FACTS, STYLE):
-        model.set_adapter(name)
-        shown[name] = answer(model, tokenizer, [question], 40)[0]
-
+    question = questions[0][:-1]
+    swap, answers = _seconds_a_swap(model), _answers(model, tokenizer, question)
     result = {
         "output": args.output,
         "method": args.method,
@@ -123,13 +111,48 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "steps": len(facts.losses),
         "seconds_per_step": round(facts.seconds_per_step, 4),
         "peak_memory_bytes": peak_bytes(),
-        "swap_milliseconds": round(1000 * statistics.median(swaps), 4),
+        "swap_milliseconds": round(1000 * swap, 4),
         "question": question[0]["content"],
-        "answers": shown,
+        "answers": answers,
         "seconds": round(time.perf_counter() - began, 1),
     }
     _report(console, result)
     return result
+
+
+def _style_rows(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    """The same questions, answered in another way."""
+    from ..conversations import encode, read_objects
+
+    conversations = [
+        [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": f"Please ask your pharmacist about {row['brand']}."},
+        ]
+        for row in read_objects(drug_qa("train_50"))[:_STYLE_ROWS]
+    ]
+    return [encode(messages, tokenizer, 1024) for messages in conversations]
+
+
+def _seconds_a_swap(model: PeftModel) -> float:
+    """The median of 20."""
+    swaps = []
+    for name in (FACTS, STYLE) * 10:
+        start = time.perf_counter()
+        model.set_adapter(name)
+        swaps.append(time.perf_counter() - start)
+    return statistics.median(swaps)
+
+
+def _answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, question: Messages) -> dict[str, str]:
+    """What the model says to ``question`` with each adapter."""
+    from ..generation import answer
+
+    answers = {}
+    for name in (FACTS, STYLE):
+        model.set_adapter(name)
+        answers[name] = answer(model, tokenizer, [question], 40)[0]
+    return answers
 
 
 def _report(console: Console, result: dict[str, Any]) -> None:
