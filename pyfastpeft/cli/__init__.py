@@ -49,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; usage errors exit with 2, as argparse does."""
+    """Run one command and return its exit code; usage errors exit with 2, as argparse does.
+
+    For a process of its own: the seeds, transformers' verbosity and the error handlers of stdout and stderr stay as the
+    command sets them.
+    """
     args = _parser().parse_args(argv)
     with opened_console(args.command, stderr=args.json) as console:
         return _run(args, console)
