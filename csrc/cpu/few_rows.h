@@ -303,7 +303,7 @@ struct FewRows : Product<A> {
           each(vecs, PF_BODY(int U) { V::store(out + U * kLanes, V::mul(acc[M][U], V::set1(1.0f / factor))); });
           if (g.bias != nullptr)
             for (int64_t i = 0; i < lanes; ++i) out[i] += g.bias[n0 + i];
-          from_float(out, static_cast<char*>(g.y) + ((row0 + M) * g.ldy + n0) * dtype_size(g.y_dtype), g.y_dtype,
+          from_float(out, static_cast<char*>(g.y) + ((row0 + M) * g.w.n + n0) * dtype_size(g.y_dtype), g.y_dtype,
                      lanes);
         });
   }
@@ -373,7 +373,7 @@ struct FewRows : Product<A> {
     row.rows = 1;
     if (g.xsum != nullptr) row.xsum = g.xsum + r * g.w.segments();
     if (g.s != nullptr) row.s = static_cast<const E*>(g.s) + r * steps_ld(g.lora_b.cols);
-    row.y = static_cast<char*>(g.y) + r * g.ldy * dtype_size(g.y_dtype);
+    row.y = static_cast<char*>(g.y) + r * g.w.n * dtype_size(g.y_dtype);
     return row;
   }
 

@@ -39,7 +39,6 @@ struct Int8Args {
   Matrix lora_b;      // [N, R]
   void* y;            // [rows, N]
   int y_dtype;
-  int64_t ldy;
 };
 
 // The part of the tier that an instruction set provides.

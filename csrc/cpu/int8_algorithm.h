@@ -427,7 +427,7 @@ inline void store_sums(const Part& part) {
   const int64_t col0 = part.tile0 * kTile, end = min64(part.end * kTile, g.w.n);
   for (int64_t r = 0; r < part.rows; ++r) {
     const float* sums = part.c + r * kByteLanes;
-    char* y = static_cast<char*>(g.y) + ((part.row0 + r) * g.ldy + col0) * size;
+    char* y = static_cast<char*>(g.y) + ((part.row0 + r) * g.w.n + col0) * size;
     for (int64_t left = end - col0; left > 0; left -= step, sums += sum_step, y += bytes)
       from_float(sums, y, g.y_dtype, min64(strip, left));
   }

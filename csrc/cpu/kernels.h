@@ -25,7 +25,6 @@ struct GemvArgs {  // y[m, tile rows] for rows <= 16
   Matrix lora_b;      // [N, R]
   void* y;            // [rows, N]
   int y_dtype;
-  int64_t ldy;
 };
 
 // Rows of x as 16-bit integers.
@@ -40,9 +39,8 @@ struct GemmArgs {  // y = x * W^T + s * B^T + (base or bias)
   PackedRows x, s;
   Matrix lora_b;  // [N, R]; data null without a branch
   const float* bias;
-  void* y;
+  void* y;  // [rows, N]
   int y_dtype;
-  int64_t ldy;
   Matrix base;          // [rows, N], or data null
   WordRows words = {};  // x once more, or data null; then x serves the rows that it leaves out
 };

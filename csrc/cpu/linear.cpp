@@ -349,7 +349,7 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
   const Arithmetic& arith = few_rows_arithmetic(k, x.dtype);
   const int64_t rank = branch.rank(), grain = grain_of(kTile * w.k * ((x.rows + 3) / 4));
   const FewRows few = few_rows(k, arith, x, (rank > 0 && !branch.a.packed) || w.zero != nullptr);
-  GemvArgs args{w, few.x, x.dtype, few.ldx, x.rows, nullptr, bias, nullptr, branch.b, y, y_dtype, w.n};
+  GemvArgs args{w, few.x, x.dtype, few.ldx, x.rows, nullptr, bias, nullptr, branch.b, y, y_dtype};
   if (w.zero != nullptr) {
     float* sums = static_cast<float*>(scratch(kSlotDropped, x.rows * w.segments() * sizeof(float)));
     for (int64_t r = 0; r < x.rows; ++r)
@@ -422,7 +422,7 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
     return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
   const int64_t rank = branch.rank(), rows = x.rows;
   const bool late = w.zero == nullptr && rows <= arith.late_rows;
-  GemmArgs args{w, late, {nullptr, rows, x.cols}, {}, branch.b, bias, y, y_dtype, w.n};
+  GemmArgs args{w, late, {nullptr, rows, x.cols}, {}, branch.b, bias, y, y_dtype};
   const auto of_tiles = [&](const auto& body) { run_units(parallel, w.tiles(), kPair, kTile * w.k * rows, body); };
   const auto product = [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); };
   if (rank > 0 && rows > kMostSplitRows) {
@@ -464,8 +464,7 @@ void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, voi
                 .s = branch_sums(k, arith, x, branch, s, parallel),
                 .lora_b = branch.b,
                 .y = y,
-                .y_dtype = base.dtype,
-                .ldy = base.cols};
+                .y_dtype = base.dtype};
   args.w.n = base.cols;
   args.base = base;
   run_units(parallel, args.w.tiles(), kPair, kTile * (rank + kReading) * rows,
@@ -482,8 +481,7 @@ void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y,
                 .lora_b = w,
                 .bias = bias,
                 .y = y,
-                .y_dtype = y_dtype,
-                .ldy = w.rows};
+                .y_dtype = y_dtype};
   args.w.n = w.rows;
   run_units(parallel, args.w.tiles(), kPair, kTile * w.cols * x.rows,
             [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); });
@@ -537,7 +535,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   const int64_t blocks = ceil_div(x.cols, kByteBlock);
   const float shift = k.int8.shift(w);
   ByteRow* bytes = static_cast<ByteRow*>(scratch(kSlotDropped, blocks * rows * sizeof(ByteRow)));
-  Int8Args args{w, bytes, rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype, w.n};
+  Int8Args args{w, bytes, rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype};
   const auto of_tiles = [&](const auto& body) {
     run_units(parallel, w.tiles(), k.int8.group_tiles, kTile * w.k * ((rows + 7) / 8), body);
   };

@@ -248,7 +248,7 @@ struct ManyRows : Product<A> {
     const GemmArgs& g = part.g;
     for (int64_t r = 0; r < part.rows; ++r)
       part.groups([&](int64_t t, int64_t, const float* sums) {
-        char* y = static_cast<char*>(g.y) + ((part.row0 + r) * g.ldy + t * kTile) * dtype_size(g.y_dtype);
+        char* y = static_cast<char*>(g.y) + ((part.row0 + r) * g.w.n + t * kTile) * dtype_size(g.y_dtype);
         from_float(sums + r * kGroupLanes, y, g.y_dtype, min64(kGroupLanes, g.w.n - t * kTile));
       });
   }
