@@ -44,9 +44,10 @@ inline pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTens
   STD_TORCH_CHECK(scale.is_contiguous() && scale.numel() == w.tiles() * w.segments() * pf::kTile,
                   "scale must be contiguous [ceil(N / 16), segments, 16]");
   if (absmax2.has_value()) {
-    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Byte && offset.has_value() && offset->numel() == 1 &&
-                        absmax2->numel() * 256 >= pf::ceil_div(w.n * w.k, blocksize),
+    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Byte && offset.has_value() && offset->numel() == 1,
                     "double-quantized scales must be uint8, with their second-level scales and offset");
+    STD_TORCH_CHECK(absmax2->is_contiguous() && absmax2->numel() * 256 >= pf::ceil_div(w.n * w.k, blocksize),
+                    "absmax2 must be contiguous, one for 256 blocks");
     w.scale8 = scale.const_data_ptr<uint8_t>();
     w.scale2 = absmax2->const_data_ptr<float>();
     w.offset = *offset->const_data_ptr<float>();

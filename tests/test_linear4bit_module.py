@@ -281,6 +281,17 @@ def test_what_is_loaded_shares_no_memory_with_the_state_unless_it_is_assigned(ma
     assert (module.weight.data_ptr() == expected["weight"].data_ptr()) is (k == 80)  # tiles are made anew
 
 
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+@pytest.mark.parametrize("k", [1056, 1040], ids=["tiles", "rows"])
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_a_state_whose_tensors_have_strides_is_read_as_its_values(assign, k, quant_type, double_quant):
+    source, module = layer(48, k, quant_type, double_quant), layer(48, k)
+    state = {name: torch.stack([t, t.flip(0)], -1)[..., 0] for name, t in source.state_dict().items()}
+    module.load_state_dict(state, assign=assign)
+    x = torch.randn(3, k)
+    assert same(held(module), held(source)) and torch.equal(module(x), source(x))
+
+
 def test_a_layer_moved_to_the_meta_device_is_as_one_made_there():
     source, x = layer(), torch.randn(3, 96)
     state, before = copy.deepcopy(source.state_dict()), source(x)

@@ -1069,6 +1069,7 @@ HOSTILE = [
     ("linear_4bit", 1, 3, lambda zero: None),
     ("linear_4bit", 1, 3, lambda zero: zero.half()),
     ("linear_4bit", 0, 4, lambda absmax2: absmax2[:0]),
+    ("linear_4bit", 0, 4, lambda absmax2: absmax2.expand(2)),
     ("linear_4bit", 0, 4, lambda absmax2: None),
     ("linear_4bit", 0, 5, lambda offset: offset.new_empty(0)),
     ("linear_4bit", 1, 6, lambda format: 3),

@@ -206,13 +206,18 @@ def _codes(weight: Tensor, key: str, nbytes: int) -> Tensor:
     held = weight.numel() * weight.element_size()
     if held != nbytes:
         raise ValueError(f"{key} holds {held} bytes of codes; its quantization state asks for {nbytes}")
-    return weight.detach().contiguous().view(-1).view(torch.uint8).view(nbytes, 1)
+    return _dense(weight).view(torch.uint8).view(nbytes, 1)
 
 
 def _floats(tensor: Tensor, key: str, count: int) -> Tensor:
     if not tensor.is_floating_point() or tensor.numel() != count:
         raise ValueError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {count} float32 values")
-    return tensor.detach().reshape(-1).float()
+    return _dense(tensor).float()
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Flattened, element beside element, as kernels and views as bytes take it: reshape keeps a vector's strides."""
+    return tensor.detach().reshape(-1).contiguous()
 
 
 def _check_table(quant_map: Tensor, key: str, fmt: Format) -> None:
@@ -227,7 +232,7 @@ def _nested(own: Mapping[str, Tensor], key: str, info: _Info, blocks: int) -> tu
     if codes.dtype != torch.uint8 or codes.numel() != blocks:
         shape = tuple(codes.shape)
         raise ValueError(f"{key}.absmax is {codes.dtype} of shape {shape}; double-quantized, it must be {blocks} bytes")
-    codes = codes.detach().reshape(-1)
+    codes = _dense(codes)
     absmax2 = _floats(own["nested_absmax"], f"{key}.nested_absmax", -(-blocks // info.nested_blocksize))
     table = _floats(own["nested_quant_map"], f"{key}.nested_quant_map", 256)
     offset = info.nested_offset.to(codes.device)
