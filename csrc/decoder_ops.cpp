@@ -120,10 +120,12 @@ void set_strides(const Tensor& t, const pf::Decoder& d, int64_t rows, int64_t le
 
 // Factors [groups, R] of so many rows.
 OptTensor of_rows(const OptTensor& row_scale, int64_t rows) {
-  if (!row_scale.has_value() || row_scale->dim() < 2 || row_scale->size(0) == rows) return row_scale;
+  if (!row_scale.has_value() || row_scale->dim() != 2 || row_scale->size(0) == rows) return row_scale;
   const int64_t groups = row_scale->size(0), rank = row_scale->size(1);
   STD_TORCH_CHECK(groups > 0 && rows % groups == 0, "x has ", rows, " rows; they must be a multiple of the ", groups,
                   " of row_scale");
+  STD_TORCH_CHECK(row_scale->scalar_type() == ScalarType::Float && row_scale->is_contiguous(),
+                  "row_scale must be contiguous float32 [R] or [groups, R]");
   Tensor all = new_matrix(rows, rank, pf::kFloat32);
   const float* from = row_scale->const_data_ptr<float>();
   float* to = all.mutable_data_ptr<float>();

@@ -131,11 +131,12 @@ inline void set_factor(pf::Branch& branch, const OptTensor& row_scale, double sc
                        const OptTensor& seed, double dropout) {
   branch.scaling = static_cast<float>(scaling);
   if (row_scale.has_value()) {
-    STD_TORCH_CHECK(row_scale->is_contiguous() && row_scale->size(row_scale->dim() - 1) == rank &&
-                        (row_scale->dim() == 1 || row_scale->size(0) == rows),
-                    "row_scale must be contiguous [R] or [rows, R]");
+    const int64_t dims = row_scale->dim();
+    STD_TORCH_CHECK(row_scale->scalar_type() == ScalarType::Float && row_scale->is_contiguous() &&
+                        (dims == 1 || (dims == 2 && row_scale->size(0) == rows)) && row_scale->size(dims - 1) == rank,
+                    "row_scale must be contiguous float32 [R = ", rank, "] or [rows = ", rows, ", R]");
     branch.row_scale = row_scale->const_data_ptr<float>();
-    branch.row_scale_ld = row_scale->dim() == 2 ? rank : 0;
+    branch.row_scale_ld = dims == 2 ? rank : 0;
   }
   if (seed.has_value()) {
     STD_TORCH_CHECK(dropout > 0.0 && dropout < 1.0, "dropout must lie in (0, 1)");

@@ -1,5 +1,6 @@
 """Decoding by the fused stack gives what transformers' own forward gives, and only where it may."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -1098,6 +1099,30 @@ def test_the_operator_refuses_what_does_not_fit():
     ]:
         with pytest.raises(RuntimeError, match=words):
             forward(number, x, angle, angle, None, room, room, 3, *args)
+
+
+@pytest.mark.parametrize(
+    ("row_scale", "refused"),
+    [
+        (torch.ones(2, 4), False),
+        (torch.ones(2, 8)[:, ::2], True),
+        (torch.ones(1).expand(2, 4), True),
+        (torch.ones(2, 1, 4), True),
+        (torch.ones(2, 4).double(), True),
+    ],
+    ids=["groups", "strides", "expanded", "three_dimensions", "dtype"],
+)
+def test_the_operator_refuses_factors_of_groups_that_it_would_read_past(row_scale, refused):
+    ops, row = torch.ops.pyfastpeft, torch.ones(32)
+    stack = ops.new_decoder(row, [row, row], [], 2, 2, 16, 1e-6, 0.25)
+    for n, k in [(32, 32)] * 4 + [(48, 32)] * 2 + [(32, 48)]:
+        branch = torch.randn(4, k), torch.randn(n, 4)
+        ops.add_decoder_dense(stack, torch.randn(n, k), None, *branch, 1.0, row_scale)
+    angle, room = torch.zeros(1, 1, 16), [torch.zeros(4, 2, 1, 16)]
+    raises = pytest.raises(RuntimeError, match="row_scale must be contiguous float32")
+    with raises if refused else contextlib.nullcontext():
+        ops.decoder_forward(stack, torch.randn(4, 1, 32), angle, angle, None, room, room, 0, [], [], None, None)
+    ops.free_decoder(stack)
 
 
 def test_threads_change_nothing(served):

@@ -1084,6 +1084,8 @@ HOSTILE = [
     ("linear_4bit", 1, 11, lambda b: None),
     ("linear_4bit", 1, 12, lambda row_scale: row_scale[:-1]),
     ("linear_4bit", 1, 12, lambda row_scale: row_scale.double()),
+    ("linear_4bit", 1, 12, lambda row_scale: row_scale[:, None].repeat(1, 2, 1)),
+    ("linear_4bit", 1, 12, lambda row_scale: row_scale[0, 0]),
     ("linear_4bit", 1, 14, lambda seed: seed.int()),
     ("linear_4bit", 1, 14, lambda seed: seed[:0]),
     ("linear_4bit", 1, 15, lambda dropout: 1.0),
