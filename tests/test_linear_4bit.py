@@ -619,14 +619,29 @@ def test_nan_and_inf_stay_in_their_row_and_are_never_lost(device, dtype):
             dirty[row, column] = value
             y = linear_4bit(dirty, w, None, lora)
             expected = float64(dirty, w, None, lora)
-            if w.quant_type == "nf4" and lora is None:
+            if lora is None and (y.is_cpu or w.quant_type == "nf4"):
                 assert torch.equal(y[row].isnan(), expected[row].isnan())
                 infinite = expected[row].isinf()
                 assert torch.equal(y[row][infinite].double(), expected[row][infinite])
-            # INT4 sums code * scale and zero apart, so an infinity may meet its opposite and become NaN.
+            # A GPU sums INT4's code * scale and zero apart, so an infinity may meet its opposite and become NaN.
             assert not y[row][~expected[row].isfinite()].isfinite().any()
             others = torch.arange(m) != row
             assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_rows_are_right_where_only_their_sums_with_codes_overflow(isa, dtype):
+    n, k = 40, 256
+    w = fp.quantize_4bit(torch.randn(n, k) / 50, "int4", 64)
+    for m in (1, 4, 8, 16):
+        x = torch.randn(m, k).to(dtype)
+        large = torch.rand(m) < 0.5
+        large[int(torch.randint(m, ()))] = True
+        lora = pick([None, (*adapter(n, k, 3), torch.rand(m, 3) / 8)])
+        clean, x = linear_4bit(x, w, None, lora), torch.where(large[:, None], x * 2e37, x)
+        y, expected = linear_4bit(x, w, None, lora), float64(x, w, None, lora)
+        assert error(y[large], expected[large], lora and 3 * int(large.sum())) <= FORWARD[dtype]
+        assert torch.equal(y[~large], clean[~large])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

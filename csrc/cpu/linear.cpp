@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -344,19 +345,36 @@ void adapter_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& b
   times({st, rank, rows}, dy, {}, training.db, true);
 }
 
-void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
-                      void* y, int y_dtype, float* s, ParallelFor parallel) {
+// Whether x may be infinite, or become so in sums with codes and with zeros where it would not with the weight itself.
+bool is_too_large(const float* x, int64_t n) {
+  constexpr float kMost = 1e30f;
+  int large = 0;
+  for (int64_t i = 0; i < n; ++i) large |= std::fabs(x[i]) > kMost;
+  return large != 0;
+}
+
+// Returns the rows that may be wrong, a bit each: codes and zeros multiply x apart, and what is infinite of the one may
+// meet its opposite of the other.
+uint32_t few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const float* bias, const Branch& branch,
+                          void* y, int y_dtype, float* s, ParallelFor parallel) {
   const Arithmetic& arith = few_rows_arithmetic(k, x.dtype);
   const int64_t rank = branch.rank(), grain = grain_of(kTile * w.k * ((x.rows + 3) / 4));
   const FewRows few = few_rows(k, arith, x, (rank > 0 && !branch.a.packed) || w.zero != nullptr);
   GemvArgs args{w, few.x, x.dtype, few.ldx, x.rows, nullptr, bias, nullptr, branch.b, y, y_dtype};
+  uint32_t wrong = 0;
   if (w.zero != nullptr) {
     float* sums = static_cast<float*>(scratch(kSlotDropped, x.rows * w.segments() * sizeof(float)));
-    for (int64_t r = 0; r < x.rows; ++r)
-      k.segment_sums(few.xf + r * few.ldxf, w.segment, w.segments(), sums + r * w.segments());
+    for (int64_t r = 0; r < x.rows; ++r) {
+      const float* row = few.xf + r * few.ldxf;
+      k.segment_sums(row, w.segment, w.segments(), sums + r * w.segments());
+      wrong |= uint32_t{is_too_large(row, x.cols)} << r;
+    }
     args.xsum = sums;
   }
-  if (rank == 0) return run(parallel, w.tiles(), grain, [&](int64_t t0, int64_t t1) { arith.gemv(args, t0, t1); });
+  if (rank == 0) {
+    run(parallel, w.tiles(), grain, [&](int64_t t0, int64_t t1) { arith.gemv(args, t0, t1); });
+    return wrong;
+  }
   // One region for both: whoever comes to his tiles takes parts of s first.
   BranchSums sums(k, arith, few, x.rows, branch);
   const float* factor = branch_factor(branch, x.rows, rank);
@@ -373,6 +391,7 @@ void few_rows_forward(const Kernels& k, const Weight& w, const Matrix& x, const 
     arith.gemv(own, t0, t1);
   });
   if (s != nullptr) sums.store(s);
+  return wrong;
 }
 
 // x in 16-bit integers, where there are products of these that are faster than float32's.
@@ -408,18 +427,8 @@ class Words {
   uint8_t *data_ = nullptr, *left_out_ = nullptr;
 };
 
-}  // namespace
-
-int64_t thread_work() { return kThreadWork; }
-
-void linear_forward(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
-                    float* s, ParallelFor parallel) {
-  if (x.rows == 0 || w.n == 0) return;
-  const Kernels& k = *kernels();
-  const Arithmetic& arith = arithmetic_for(k, x.dtype);
-  const Words words(k, arith, w, x);
-  if (!words.any() && is_few(arith, w, x, branch))
-    return few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
+void many_rows_forward(const Arithmetic& arith, const Words& words, const Weight& w, const Matrix& x, const float* bias,
+                       const Branch& branch, void* y, int y_dtype, float* s, ParallelFor parallel) {
   const int64_t rank = branch.rank(), rows = x.rows;
   const bool late = w.zero == nullptr && rows <= arith.late_rows;
   GemmArgs args{w, late, {nullptr, rows, x.cols}, {}, branch.b, bias, y, y_dtype};
@@ -453,6 +462,30 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
     arith.gemm(own, t0, t1);
   });
   if (s != nullptr) sums.store(s);
+}
+
+}  // namespace
+
+int64_t thread_work() { return kThreadWork; }
+
+void linear_forward(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
+                    float* s, ParallelFor parallel) {
+  if (x.rows == 0 || w.n == 0) return;
+  const Kernels& k = *kernels();
+  const Arithmetic& arith = arithmetic_for(k, x.dtype);
+  const Words words(k, arith, w, x);
+  if (words.any() || !is_few(arith, w, x, branch))
+    return many_rows_forward(arith, words, w, x, bias, branch, y, y_dtype, s, parallel);
+  const uint32_t wrong = few_rows_forward(k, w, x, bias, branch, y, y_dtype, s, parallel);
+  for (int64_t r = 0; wrong >> r != 0; ++r) {
+    if ((wrong >> r & 1) == 0) continue;
+    const Matrix row{x.row(r), x.dtype, 1, x.cols, x.ld};
+    Branch own = branch;
+    own.row_scale += r * own.row_scale_ld;
+    many_rows_forward(arith, Words(k, arith, w, row), w, row, bias, own,
+                      static_cast<char*>(y) + r * w.n * dtype_size(y_dtype), y_dtype,
+                      s == nullptr ? nullptr : s + r * branch.rank(), parallel);
+  }
 }
 
 void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, void* y, float* s, ParallelFor parallel) {
