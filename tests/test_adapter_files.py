@@ -355,13 +355,16 @@ def test_the_values_of_a_state_dict_are_written_instead_of_the_models(tmp_path, 
     assert all(torch.equal(t, own[k]) for k, t in fp.get_peft_model_state_dict(model).items())
 
 
-def test_a_file_without_lora_alpha_has_pefts_default(tmp_path):
+def test_a_file_without_lora_alpha_has_pefts_default_and_one_with_null_is_refused(tmp_path):
     peft.get_peft_model(tiny.make("llama"), peft.LoraConfig(r=16, target_modules=["q_proj"])).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     del written["lora_alpha"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(written))
     model = fp.PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
     assert model.peft_config["default"].lora_alpha == 8
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"lora_alpha": None}))
+    with pytest.raises(ValueError, match=r"adapter_config\.json: lora_alpha is None; it must be a finite number"):
+        fp.PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
 
 
 def test_an_adapter_from_randomized_components_is_itself_again_when_it_is_loaded(tmp_path):

@@ -182,8 +182,7 @@ class LoraConfig(PeftConfig):
             check_count(f"rank_pattern[{key!r}]", rank)
         alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
         for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-                raise ValueError(f"{name} is {alpha!r}; it must be a finite number")
+            _check_alpha(name, alpha)
         check_dropout("lora_dropout", self.lora_dropout)
 
     def _check_targets(self) -> None:
@@ -231,7 +230,8 @@ class LoraConfig(PeftConfig):
 
     @classmethod
     def _from_file(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values.setdefault("lora_alpha", 8)  # PEFT's default
+        # PEFT's default; null would be ours, which an adapter that is trained already need not have had.
+        _check_alpha("lora_alpha", values.setdefault("lora_alpha", 8))
         if values.get("init_lora_weights") in ("eva", "orthogonal"):
             # Only the initial values differ, and those are about to be loaded.
             values |= {"init_lora_weights": True, "eva_config": None}
@@ -266,6 +266,11 @@ class LoraConfig(PeftConfig):
         if isinstance(init, str) and init.startswith("pissa"):
             return partial(pissa, iterations=int(init.rpartition("_")[2]) if init != "pissa" else None)
         return init
+
+
+def _check_alpha(name: str, alpha: Any) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"{name} is {alpha!r}; it must be a finite number")
 
 
 def _fits(pattern: str, path: str) -> bool:
