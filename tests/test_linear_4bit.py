@@ -795,6 +795,17 @@ def test_opcheck_passes_for_every_operator(name):
         torch.library.opcheck(getattr(torch.ops.pyfastpeft, name).default, args)
 
 
+@pytest.mark.parametrize("name", list(operator_arguments()))
+def test_a_tensor_on_the_meta_device_beside_others_is_refused(name):
+    """It brings the call to what computes nothing, and memory that nobody wrote would be the result."""
+    operator = getattr(torch.ops.pyfastpeft, name)
+    for arguments in operator_arguments()[name]:
+        tensors = [i for i, t in enumerate(arguments) if isinstance(t, torch.Tensor)]
+        for i in tensors if len(tensors) > 1 else []:
+            with pytest.raises(ValueError, match=r"is on (meta|cpu); it must be where \w+ is, on (meta|cpu)"):
+                operator(*replaced(arguments, i, arguments[i].to("meta")))
+
+
 def compiled_agrees(backend, dynamic=None):
     n, k, m = 24, 64, 6
     w = packed_weight(n, k, "nf4")

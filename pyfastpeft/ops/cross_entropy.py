@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, choose_plain
+from .library import fake_of
 
 IGNORED = -100
 """The label of what is not learned."""
@@ -67,12 +68,12 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, different
     return torch.ops.pyfastpeft.head_cross_entropy.default(hidden, weight, labels, differentiates)
 
 
-@torch.library.register_fake("pyfastpeft::head_cross_entropy")
+@fake_of("head_cross_entropy")
 def _(hidden: Tensor, weight: Tensor, labels: Tensor, differentiates: bool) -> tuple[Tensor, Tensor]:
     rows = len(hidden) if differentiates else 0
     return hidden.new_empty(labels.shape, dtype=torch.float32), hidden.new_empty((rows, hidden.shape[1]))
 
 
-@torch.library.register_fake("pyfastpeft::cross_entropy_")
+@fake_of("cross_entropy_")
 def _(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.new_empty(labels.shape, dtype=torch.float32)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
+from .library import fake_of
 from .tracing import forward_mode, traced
 
 FEW_ROWS = 16
@@ -83,11 +84,11 @@ class _ManyRows(torch.autograd.Function):
         return torch.ops.pyfastpeft.dense_linear_backward.default(dy, weight), None, None
 
 
-@torch.library.register_fake("pyfastpeft::dense_linear")
+@fake_of("dense_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@torch.library.register_fake("pyfastpeft::dense_linear_backward")
+@fake_of("dense_linear_backward")
 def _(dy: Tensor, weight: Tensor) -> Tensor:
     return dy.new_empty((dy.shape[0], weight.shape[1]))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import FLOATS, Backend, as_rows, check_floats, choose_plain
+from .library import fake_of
 from .once import once_differentiable
 from .tracing import recorded
 
@@ -210,26 +211,26 @@ class _Rope(torch.autograd.Function):
         return (*_heads(turned, ctx.shapes), None, None)
 
 
-@torch.library.register_fake("pyfastpeft::rms_norm")
+@fake_of("rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("pyfastpeft::rms_norm_backward")
+@fake_of("rms_norm_backward")
 def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float, need_weight: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((1 if need_weight else 0, x.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("pyfastpeft::swiglu")
+@fake_of("swiglu")
 def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.register_fake("pyfastpeft::swiglu_backward")
+@fake_of("swiglu_backward")
 def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-@torch.library.register_fake("pyfastpeft::rope")
+@fake_of("rope")
 def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     return tuple(x.new_empty((x.shape[0] * x.shape[2], x.shape[1] * x.shape[3])) for x in (q, k))

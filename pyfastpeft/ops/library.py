@@ -66,12 +66,36 @@ def split_weight(arguments: Sequence[Any]) -> tuple[Operands, Sequence[Any]]:
     return Operands(*arguments[:n]), arguments[n:]
 
 
+def fake_of(name: str) -> Callable[[_F], _F]:
+    """Decorator: what ``pyfastpeft::<name>`` returns to compilers and on the meta device, where it computes nothing.
+
+    One tensor on the meta device brings a call there, whatever the others hold: the result would be memory that nobody
+    wrote. So they must all be on one device.
+    """
+
+    def register(fake: _F) -> _F:
+        @functools.wraps(fake)
+        def on_one_device(*given: Any) -> Any:
+            if len({t.device for t in given if isinstance(t, Tensor)}) > 1:
+                arguments = getattr(torch.ops.pyfastpeft, name).default._schema.arguments
+                tensors = [(a.name, t.device) for a, t in zip(arguments, given, strict=True) if isinstance(t, Tensor)]
+                first, device = tensors[0]
+                other, elsewhere = next(t for t in tensors if t[1] != device)
+                raise ValueError(f"{other} is on {elsewhere}; it must be where {first} is, on {device}")
+            return fake(*given)
+
+        torch.library.register_fake(f"pyfastpeft::{name}", on_one_device)
+        return fake
+
+    return register
+
+
 def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Make ``function`` an operator of this library: to compilers one node, which ``fake`` gives the shapes of."""
     name = schema.partition("(")[0]
     _WRITTEN_IN_PYTHON.define(schema)
     _WRITTEN_IN_PYTHON.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyfastpeft::{name}", fake)
+    fake_of(name)(fake)
 
 
 def define_linear_4bit(
@@ -106,7 +130,7 @@ def define_linear_4bit(
     )
 
 
-@torch.library.register_fake("pyfastpeft::quantize_4bit")
+@fake_of("quantize_4bit")
 def _(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
     n = w.numel()
     blocks = -(-n // blocksize)
@@ -115,7 +139,7 @@ def _(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
     return w.new_empty(((n + 1) // 2, 1), dtype=torch.uint8), scale, scale.new_empty((zeros,))
 
 
-@torch.library.register_fake("pyfastpeft::dequantize_4bit")
+@fake_of("dequantize_4bit")
 def _(
     codes: Tensor, scale: Tensor, zero: Tensor | None, format: int, blocksize: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
@@ -123,43 +147,43 @@ def _(
 
 
 for _name in ("dequantize_rows", "linear_4bit_cuda", "pack_pairs", "large_pages"):
-    torch.library.register_fake(f"pyfastpeft::{_name}", lambda *_: None)
+    fake_of(_name)(lambda *_: None)
 
 
-@torch.library.register_fake("pyfastpeft::pack_tiles")
+@fake_of("pack_tiles")
 def _(codes: Tensor, n: int, k: int) -> Tensor:
     return codes.new_empty(((n + 15) // 16, 8 * k))
 
 
-@torch.library.register_fake("pyfastpeft::unpack_tiles")
+@fake_of("unpack_tiles")
 def _(codes: Tensor, n: int, k: int) -> Tensor:
     return codes.new_empty(((n * k + 1) // 2, 1))
 
 
-@torch.library.register_fake("pyfastpeft::pack_scales")
+@fake_of("pack_scales")
 def _(scale: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     return scale.new_empty(((n + 15) // 16, k // math.gcd(k, blocksize), 16))
 
 
-@torch.library.register_fake("pyfastpeft::unpack_scales")
+@fake_of("unpack_scales")
 def _(scale: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     return scale.new_empty((-(-n * k // blocksize),))
 
 
-@torch.library.register_fake("pyfastpeft::linear_4bit")
+@fake_of("linear_4bit")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     w, (_, a, b, *_, int8) = split_weight(rest)
     rank = 0 if a is None or int8 else a.shape[0] if a.dim() == 2 else 2 * b.shape[1]
     return x.new_empty((x.shape[0], w.n)), x.new_empty((x.shape[0], rank), dtype=torch.float32)
 
 
-@torch.library.register_fake("pyfastpeft::linear_4bit_backward")
+@fake_of("linear_4bit_backward")
 def _(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     w, (lora_a, *_, need_dx) = split_weight(rest)
     return _gradients(dy, x, w.codes.shape[1] // 8, lora_a, need_dx)
 
 
-@torch.library.register_fake("pyfastpeft::lora_backward")
+@fake_of("lora_backward")
 def _(dy: Tensor, x: Tensor | None, s: Tensor | None, lora_a: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_dx = rest
     return _gradients(dy, x, lora_a.shape[1], lora_a, need_dx)

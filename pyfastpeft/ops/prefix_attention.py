@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import Backend, choose_attention
+from .library import fake_of
 from .once import once_differentiable
 from .reference import HIDDEN
 from .tracing import recorded
@@ -222,7 +223,7 @@ class _PrefixAttention(torch.autograd.Function):
         return *(d.transpose(1, 2) for d in (dq, dk, dv)), *dprefix, *([None] * 6)
 
 
-@torch.library.register_fake("pyfastpeft::prefix_attention")
+@fake_of("prefix_attention")
 def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
     kv_heads, need_lse = k.shape[1], rest[-1]
@@ -230,7 +231,7 @@ def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((batch, tokens, heads, dim)), lse
 
 
-@torch.library.register_fake("pyfastpeft::prefix_attention_backward")
+@fake_of("prefix_attention_backward")
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     batch, heads, tokens, dim = q.shape
     kv_heads, keys = k.shape[1:3]
