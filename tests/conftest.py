@@ -65,9 +65,8 @@ def seed(request):
 
     The seed is printed, so pytest shows it beside a failure.
     """
-    base = int(os.environ.get("PYFASTPEFT_TEST_SEED", _RUN_SEED))
-    value = (base + zlib.crc32(request.node.nodeid.encode())) % 2**32
-    print(f"PYFASTPEFT_TEST_SEED={base} (seed of this test: {value})")
+    value = _seed_of(request.node.nodeid)
+    print(f"PYFASTPEFT_TEST_SEED={_RUN_SEED} (seed of this test: {value})")
     torch.manual_seed(value)
     with contextlib.suppress(ImportError):  # which torch does without
         import numpy as np
@@ -84,4 +83,28 @@ def fresh_compiler():
         sys.modules["torch._dynamo"].reset()
 
 
-_RUN_SEED = random.SystemRandom().randrange(2**31)
+@pytest.fixture(scope="module")
+def in_common():
+    """``in_common(make, *arguments)``: what ``make`` made of them when a test of the module first asked.
+
+    Its random numbers are fresh in every run of the suite. For references that take longer than the kernels of an
+    instruction set, which is all that the tests differ in.
+    """
+    made = {}
+
+    def get(make, *arguments):
+        key = make, arguments
+        if key not in made:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                torch.manual_seed(_seed_of(f"{make.__qualname__}{arguments}"))
+                made[key] = make(*arguments)
+        return made[key]
+
+    return get
+
+
+_RUN_SEED = int(os.environ.get("PYFASTPEFT_TEST_SEED", random.SystemRandom().randrange(2**31)))
+
+
+def _seed_of(name):
+    return (_RUN_SEED + zlib.crc32(name.encode())) % 2**32

@@ -126,21 +126,32 @@ def test_long_products_do_not_lose_accuracy(device, dtype):
         assert error(linear_4bit(x, w), float64(x, w)) <= FORWARD[dtype]
 
 
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_inputs_with_a_mean_lose_no_accuracy_in_either_direction(device, quant_type):
-    # Errors of a code table in bf16 that have a mean themselves would add up: to 3e-2 here, NF4's to the nearest. Rows
-    # of x are nearly alike, so that only as many roundings as outputs do not depend on each other.
+def products_of_inputs_with_a_mean(quant_type):
+    """Weights, and with each x, dy, y and dx in float64. Rows of x are nearly alike, so that only as many roundings as
+    outputs do not depend on each other."""
     n, k = 2048, 4096
+    made = []
     for dense in (torch.randn(n, k), torch.rand(n, k) - 0.5):
         for w in (fp.quantize_4bit(dense, quant_type), fp.quantize_4bit(dense.t().contiguous(), quant_type)):
-            exact = w.dequantize(torch.float64)
+            exact, products = w.dequantize(torch.float64), []
             for m in (1, 8, 40, 130):
-                x = torch.rand(m, w.shape[1]).bfloat16().requires_grad_()
-                dy = torch.rand(m, w.shape[0]).bfloat16()
-                y = linear_4bit(x, w)
-                y.backward(dy)
-                for got, expected in ((y, x.double() @ exact.t()), (x.grad, dy.double() @ exact)):
-                    assert error(got, expected) <= FORWARD[torch.bfloat16], f"M={m} {w}"
+                x, dy = torch.rand(m, w.shape[1]).bfloat16(), torch.rand(m, w.shape[0]).bfloat16()
+                products.append((x, dy, x.double() @ exact.t(), dy.double() @ exact))
+            made.append((w, products))
+    return made
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_inputs_with_a_mean_lose_no_accuracy_in_either_direction(device, quant_type, in_common):
+    # Errors of a code table in bf16 that have a mean themselves would add up: to 3e-2 here, NF4's to the nearest.
+    for w, products in in_common(products_of_inputs_with_a_mean, quant_type):
+        w = w.to(device, copy=True)  # and whatever is kept beside it
+        for x, dy, y_exact, dx_exact in products:
+            x = x.to(device, copy=True).requires_grad_()
+            y = linear_4bit(x, w)
+            y.backward(dy.to(device))
+            for got, expected in ((y, y_exact), (x.grad, dx_exact)):
+                assert error(got.cpu(), expected) <= FORWARD[torch.bfloat16], f"M={len(x)} {w}"
 
 
 def distributions(n, k):
