@@ -24,6 +24,11 @@ from pyfastpeft.ops import backends
 ISAS = list(torch.ops.pyfastpeft.available_isas())
 
 
+def pytest_collection_modifyitems(items):
+    """What takes long runs first: the short tests fill up whichever of pytest-xdist's processes is ahead at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @contextlib.contextmanager
 def instruction_set(name):
     chosen = torch.ops.pyfastpeft.isa()

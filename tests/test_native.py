@@ -11,6 +11,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "generic", "neon", "linear", "layout", "attention_forward")]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not installed")
 @pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"{EMULATOR} is not installed")
 def test_neon_kernels_agree_with_float64_and_their_formats_with_the_generic_ones(tmp_path):

@@ -12,7 +12,10 @@ import pytest
 CHECKS = Path(__file__).parent / "ptx_on_cpu"
 TARGETS = ["cuda:80", "cuda:90"]
 NVCC = shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")) or shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler is here")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler is here"),
+]
 
 
 @pytest.fixture(scope="session")

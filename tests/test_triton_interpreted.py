@@ -11,6 +11,7 @@ import pytest
 CHECKS = Path(__file__).parent / "interpreted"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("checks", sorted(p.stem for p in CHECKS.glob("*.py") if p.stem != "repair"))
 def test_kernels_compute_what_they_promise(checks):
