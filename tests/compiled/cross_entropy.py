@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from toolchain import empty, main
+from toolchain import empty
 
 from pyfastpeft.ops.triton_kernels import _kernels
 
@@ -12,10 +14,9 @@ def call(classes: int, dtype: torch.dtype) -> None:
     _kernels("cross_entropy").cross_entropy_(empty(512, classes, dtype=dtype), empty(512, dtype=torch.int64))
 
 
-if __name__ == "__main__":
-    main(
-        {
-            "128256 classes": lambda: call(128256, torch.bfloat16),
-            "49152 classes, float32": lambda: call(49152, torch.float32),
-        }
-    )
+def cases() -> dict[str, Callable]:
+    """Calls of the operators by name."""
+    return {
+        "128256 classes": lambda: call(128256, torch.bfloat16),
+        "49152 classes, float32": lambda: call(49152, torch.float32),
+    }

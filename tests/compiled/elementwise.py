@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from toolchain import empty, main
+from toolchain import empty
 
 from pyfastpeft.ops.triton_kernels import _kernels
 
@@ -39,7 +39,3 @@ def cases() -> dict[str, Callable]:
         "one row, float32": lambda: activation(1, 14336, torch.float32),
         "32 heads of 128 over 8": rotation,
     }
-
-
-if __name__ == "__main__":
-    main(cases())

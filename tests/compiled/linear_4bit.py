@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from toolchain import empty, main
+from toolchain import empty
 
 from pyfastpeft.formats import FORMATS
 from pyfastpeft.ops.triton_kernels import _kernels, _tables
 
 kernels = _kernels("linear_4bit")
+TOLD_APART_BY = ("q", "t", "seed", "slot_of", "order")
 
 
 def weight(quant_type: str, n: int, k: int, blocksize: int = 64, nested: bool = False) -> kernels.Weight:
@@ -59,7 +60,3 @@ def cases() -> dict[str, Callable]:
         "training": lambda: backward(4096, weight("nf4", n, k, nested=True), bf16, branch(16, n, k, 0.1)),
         "training, fp16, rank 64": lambda: backward(4096, weight("nf4", n, k), torch.float16, branch(64, n, k)),
     }
-
-
-if __name__ == "__main__":
-    main(cases(), ("q", "t", "seed", "slot_of", "order"))

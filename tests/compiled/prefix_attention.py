@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from toolchain import empty, main
+from toolchain import empty
 
 from pyfastpeft.ops.triton_kernels import prefix_attention, prefix_attention_backward
+
+TOLD_APART_BY = ("prefix_k",)
 
 
 def cases() -> dict[str, Callable]:
@@ -49,7 +51,3 @@ def cases() -> dict[str, Callable]:
         "float32, D 128": lambda: call(32, 8, 2048, 2048, 128, prefix=20, dtype=torch.float32),
         "float32, D 64": lambda: call(9, 3, 1024, 1024, 64, prefix=20, dtype=torch.float32),
     }
-
-
-if __name__ == "__main__":
-    main(cases(), ("prefix_k",))

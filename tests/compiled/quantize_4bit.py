@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from toolchain import empty, main
+from toolchain import empty
 
 from pyfastpeft.formats import FORMATS
 from pyfastpeft.ops.triton_kernels import _kernels, _tables
@@ -22,13 +24,12 @@ def dequantize(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
     kernels.dequantize(codes, scale, zero, empty(16), blocksize, [4096, 4096], dtype)
 
 
-if __name__ == "__main__":
-    main(
-        {
-            "nf4": lambda: quantize("nf4", 64, torch.bfloat16),
-            "fp4, blocks of 4096, float32": lambda: quantize("fp4", 4096, torch.float32),
-            "int4": lambda: quantize("int4", 32, torch.bfloat16),
-            "nf4 to bfloat16": lambda: dequantize("nf4", 64, torch.bfloat16),
-            "int4 to float32": lambda: dequantize("int4", 32, torch.float32),
-        }
-    )
+def cases() -> dict[str, Callable]:
+    """Calls of the operators by name."""
+    return {
+        "nf4": lambda: quantize("nf4", 64, torch.bfloat16),
+        "fp4, blocks of 4096, float32": lambda: quantize("fp4", 4096, torch.float32),
+        "int4": lambda: quantize("int4", 32, torch.bfloat16),
+        "nf4 to bfloat16": lambda: dequantize("nf4", 64, torch.bfloat16),
+        "int4 to float32": lambda: dequantize("int4", 32, torch.float32),
+    }

@@ -1,18 +1,22 @@
-"""Compiles the launches of an operator's Triton kernels for one target and says what came out: what the files beside
-this one share.
+"""Compiles the launches of operators' Triton kernels for one target and says what came out.
 
-The launches are the operator's own: its host code runs on tensors without data, before a GPU of which there is only the
-name, and each kernel is compiled and not run. Such a file is run by test_triton_compiled.py in its own process, which
-holds what it prints to the table of that name in budgets.json:
+The launches are the operators' own: their host code runs on tensors without data, before a GPU of which there is only
+the name, and each kernel is compiled and not run. The files beside this one have the calls, an operator a file.
+test_triton_compiled.py runs this in a process of its own, and holds what it prints to the operators' tables in
+budgets.json:
 
-    python linear_4bit.py cuda:90        (or hip:gfx942)
+    python toolchain.py cuda:90 linear_4bit quantize_4bit        (or hip:gfx942)
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
+import importlib
+import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -67,16 +71,33 @@ def run(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def sass_facts(cubin: bytes) -> dict:
-    """Registers and stack of a cubin, and how often each instruction stands in it."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = run(TOOLS / "cuobjdump", "-res-usage", file.name)
-        sass = run(TOOLS / "nvdisasm", "-c", file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
-    return {"registers": int(registers), "stack": int(stack), "instructions": collections.Counter(found)}
+def machine_code(cubin: bytes) -> bytes:
+    """What the executable sections of this ELF file hold."""
+    (start,), (count,) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<H", cubin, 60)
+    sections = [struct.unpack_from("<8xQ8xQQ", cubin, start + 64 * i) for i in range(count)]  # flags, offset, size
+    return b"".join(cubin[offset : offset + size] for flags, offset, size in sections if flags & 4)
+
+
+def sass_facts(cubins: list[bytes], chip: int) -> list[dict]:
+    """Registers and stack of each cubin, and how often each instruction stands in it.
+
+    All are disassembled at once: nvdisasm takes longer to start than for the code of dozens of kernels.
+    """
+    facts = []
+    with tempfile.NamedTemporaryFile() as file:
+        for cubin in cubins:
+            Path(file.name).write_bytes(cubin)
+            usage = run(TOOLS / "cuobjdump", "-res-usage", file.name)
+            registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+            facts.append({"registers": int(registers), "stack": int(stack), "instructions": collections.Counter()})
+        codes = [machine_code(cubin) for cubin in cubins]
+        Path(file.name).write_bytes(b"".join(codes))
+        sass = run(TOOLS / "nvdisasm", "-ndf", "--binary", f"SM{chip}{'a' if chip >= 90 else ''}", file.name)
+    ends = list(itertools.accumulate(len(code) for code in codes))
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    for place, instruction in found:
+        facts[bisect.bisect(ends, int(place, 16))]["instructions"][instruction] += 1
+    return facts
 
 
 def amdgcn_facts(text: str) -> dict:
@@ -91,8 +112,9 @@ def amdgcn_facts(text: str) -> dict:
     }
 
 
-def main(cases: dict[str, Callable], told_apart_by: tuple[str, ...] = ()) -> None:
-    """Prints the facts of every launch (see ``launches``) for the target on the command line, a line of JSON each."""
+def main() -> None:
+    """Prints the facts of every launch (see ``launches``) of the operators for the target, which the command line
+    names, a line of JSON each."""
     backend, chip = sys.argv[1].split(":")
     if backend == "hip":
         torch.version.hip = "stands in"
@@ -100,6 +122,19 @@ def main(cases: dict[str, Callable], told_apart_by: tuple[str, ...] = ()) -> Non
         torch.cuda.get_device_capability = lambda device=None: divmod(int(chip), 10)
     torch.cuda.is_available = lambda: True
     target = GPUTarget(backend, int(chip) if backend == "cuda" else chip, 32 if backend == "cuda" else 64)
-    for name, out in launches(target, cases, told_apart_by).items():
-        facts = sass_facts(out.asm["cubin"]) if backend == "cuda" else amdgcn_facts(out.asm["amdgcn"])
-        print(json.dumps({"name": name, "shared": out.metadata.shared} | facts), flush=True)
+    named, compiled = [], []
+    for operator in sys.argv[2:]:
+        module = importlib.import_module(operator)
+        found = launches(target, module.cases(), getattr(module, "TOLD_APART_BY", ()))
+        named += [{"operator": operator, "name": name} for name in found]
+        compiled += found.values()
+    if backend == "cuda":
+        facts = sass_facts([out.asm["cubin"] for out in compiled], int(chip))
+    else:
+        facts = [amdgcn_facts(out.asm["amdgcn"]) for out in compiled]
+    for names, out, known in zip(named, compiled, facts, strict=True):
+        print(json.dumps(names | {"shared": out.metadata.shared} | known))
+
+
+if __name__ == "__main__":
+    main()
