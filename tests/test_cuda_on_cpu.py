@@ -30,12 +30,12 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 # ---- building and running ------------------------------------------------------------------------------------------
 
 
-def build(folder: Path, flags: tuple[str, ...] = (), faults: dict[str, tuple[str, str, str]] | None = None) -> Path:
-    """The program of tests/cuda_on_cpu/main.cpp with every kernel, in ``folder``; see FAULTS."""
-    folder.mkdir()
+def build(folder: Path, *flags: str) -> Path:
+    """The program of tests/cuda_on_cpu/main.cpp with every kernel and every fault of SEEDED, in ``folder``."""
+    folder.mkdir(exist_ok=True)
     for source in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *SHIM.glob("*")]:
         text = source.read_text()
-        for number, (file, before, after) in enumerate((faults or {}).values(), 1):
+        for number, (file, before, after) in enumerate(SEEDED, 1):
             if file == source.name:
                 assert text.count(before) == 1, f"{before!r} is in {file} {text.count(before)} times"
                 text = text.replace(before, after.replace("FAULT", f"(emulator::settings.fault == {number})"))
@@ -91,16 +91,15 @@ def run(
     processors=4,
     shared_bytes=228 << 10,
     fault=None,
-    faults=None,
     capability=8,
 ):
-    """Runs the calls; each then has its results. ``fault``: one of ``faults``, or of FAULTS."""
+    """Runs the calls; each then has its results. ``fault``: one of SEEDED."""
     cases, results = program.parent / "cases", program.parent / "results"
     with cases.open("wb") as file:
         for call in calls:
             call.write(file)
             call.results.clear()
-    number = 0 if fault is None else 1 + list(faults or FAULTS).index(fault)
+    number = 0 if fault is None else 1 + SEEDED.index(fault)
     settings = map(str, (seed, resident, processors, shared_bytes, number, capability))
     ran = subprocess.run([program, cases, results, *settings], capture_output=True, text=True, timeout=300)
     if ran.returncode != 0:
@@ -114,9 +113,15 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((*shape, torch.empty(0, dtype=dtype).element_size()), 0xFF, dtype=torch.uint8).view(dtype)[..., 0]
 
 
+def built(tmp_path_factory) -> Path:
+    """The program of all files' tests that need no sanitizer; it has no fault but the one that ``run`` asks for."""
+    program = tmp_path_factory.getbasetemp() / "cuda_on_cpu" / "run"
+    return program if program.exists() else build(program.parent)
+
+
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp("cuda") / "plain")
+    return built(tmp_path_factory)
 
 
 # ---- operands --------------------------------------------------------------------------------------------------------
@@ -493,6 +498,32 @@ FAULTS = {
     "quantize: an element too many": (QUANTIZE, "if (c + i >= size) continue", "if (c + i >= size + FAULT) continue"),
     "quantize: lanes that are not asked": (QUANTIZE, "other < lanes;", "other < lanes / (1 + FAULT);"),
 }
+# Those of sm_90's kernel, of which test_cuda_sm90_on_cpu.py asks; None: nothing of the text's first statement.
+_HOPPER = {
+    "no wait for x": ("barrier_wait(&sh.x_full[step], panel % 2);", None),
+    "no wait for the codes": ("barrier_wait(&sh.codes_full[at], round_of<kPanels>(panel));", None),
+    "no wait before x is overwritten": ("barrier_wait(&sh.x_empty[at], round_of<kSteps>(step) ^ 1);", None),
+    "codes given back too early": ("(step == kSteps - 1) release", "(step == (FAULT ? 0 : kSteps - 1)) release"),
+    "registers written while a product reads them": ("wgmma_wait<1>();", None),
+    "sums read before they are done": ("wgmma_wait<0>();\n  release_x", None),
+    "no fence before a product": ("wgmma_fence();\n#pragma unroll\n      for (int i = 0; i < 4; ++i)\n#pragma unroll\n"
+                                  "        for (int c = 0; c < kCount; ++c)\n          wgmma<T>", None),
+    "no barrier before sums overwrite x": ("named_sync(1, kConsumers);\n  float (*part)", None),
+    "no wait for S": ("wait_for_previous_grid();", None),
+    "a phase of long ago": ("gone.\n  named_sync(2, ", "gone.\n  if (!FAULT) named_sync(2, "),
+    "the half of a pair twice": ("half = task.rank % 2", "half = (FAULT ? 0 : task.rank % 2)"),
+    "blocks that do not wait for one another": ("cluster_sync();\n    store", None),
+    "the byte of another lane": ("turn = (8 * (threadIdx.x % 4)", "turn = (8 * ((threadIdx.x + FAULT) % 4)"),
+    "registers in another order": ("[i + j % 2 * 2]", "[FAULT ? i * 2 + j % 2 : i + j % 2 * 2]"),
+    "the adapter of another slot": ("== slot) sums[", "== slot + FAULT) sums["),
+    "a split left out": ("i < g.splits; ++i) {\n    ", "i < g.splits - FAULT; ++i) {\n    "),
+    "scales of another segment": (">> segment_shift", ">> (segment_shift + FAULT)"),
+    "half a pair of registers of the branch": ("rank / 4 ^ r % 8", "rank / 4 ^ (r + FAULT) % 8"),
+}  # fmt: skip
+HOPPER_FAULTS = {
+    name: ("linear_4bit_sm90.cu", before, after or "if (!FAULT) " + before) for name, (before, after) in _HOPPER.items()
+}
+SEEDED = [*FAULTS.values(), *HOPPER_FAULTS.values()]
 ONLY_A_RACE = "no barrier before a split arrives"  # hardly ever a wrong sum: ThreadSanitizer sees it
 RACES = [name for name in FAULTS if name.startswith("no barrier")]
 
@@ -503,7 +534,7 @@ def sanitizer(tmp_path_factory, name: str, *flags: str) -> Path:
     probe = subprocess.run([COMPILER, *flags, folder / "empty.cpp", "-o", folder / "probe"], capture_output=True)
     if probe.returncode != 0 or subprocess.run([folder / "probe"], capture_output=True).returncode != 0:
         pytest.skip(f"{COMPILER} has no working {name}")
-    return build(folder / "faulty", ("-g1", *flags), FAULTS)
+    return build(folder / "faulty", "-g1", *flags)
 
 
 @pytest.fixture(scope="session")
@@ -515,11 +546,6 @@ def address(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def threads(tmp_path_factory) -> Path:
     return sanitizer(tmp_path_factory, "ThreadSanitizer", "-fsanitize=thread", "-DPF_THREADS")
-
-
-@pytest.fixture(scope="session")
-def faulty(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp("cuda") / "faulty", faults=FAULTS)
 
 
 def small_calls() -> list[Call]:
@@ -573,11 +599,11 @@ def test_no_thread_reads_what_another_is_writing(threads):
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != ONLY_A_RACE])
-def test_each_seeded_fault_is_found(faulty, fault):
+def test_each_seeded_fault_is_found(plain, fault):
     calls = small_calls()
     for seed in range(4):
         try:
-            run(faulty, calls, seed=seed, resident=2 + 2 * seed, fault=fault)
+            run(plain, calls, seed=seed, resident=2 + 2 * seed, fault=FAULTS[fault])
             check(calls)
         except (AssertionError, RuntimeError) as found:
             print(f"found with seed {seed}: {found}")
@@ -590,4 +616,4 @@ def test_missing_barriers_are_races(threads, fault):
     """ThreadSanitizer follows 256 threads at once, fewer than two blocks have: it sees one race of six or so."""
     with pytest.raises(RuntimeError, match="data race"):
         for _ in range(80):
-            run(threads, [linear(Weight(64, 1152), 16)], fault=fault, resident=3)
+            run(threads, [linear(Weight(64, 1152), 16)], fault=FAULTS[fault], resident=3)

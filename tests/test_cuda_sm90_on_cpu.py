@@ -6,19 +6,19 @@ import itertools
 
 import pytest
 import torch
-from test_cuda_on_cpu import COMPILER, Call, Lora, Weight, build, check_linear, linear
+from test_cuda_on_cpu import COMPILER, HOPPER_FAULTS, Call, Lora, Weight, built, check_linear, linear
 from test_cuda_on_cpu import run as run_on
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
 
 def run(program, calls: list[Call], **settings) -> None:
-    run_on(program, calls, capability=9, faults=FAULTS, **settings)
+    run_on(program, calls, capability=9, **settings)
 
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("sm90") / "plain", faults=FAULTS)
+    return built(tmp_path_factory)
 
 
 def test_every_format_block_size_and_dtype_agrees_with_float64(plain):
@@ -114,32 +114,6 @@ def test_nan_and_inf_stay_in_their_rows_and_adapters(plain):
 
 # ---- seeded faults, and the sanitizers -------------------------------------------------------------------------------
 
-KERNEL = "linear_4bit_sm90.cu"
-# What: a text that is there once, and what stands there instead (None: nothing of its first statement), FAULT being 1
-# while the fault is asked for.
-SEEDED = {
-    "no wait for x": ("barrier_wait(&sh.x_full[step], panel % 2);", None),
-    "no wait for the codes": ("barrier_wait(&sh.codes_full[at], round_of<kPanels>(panel));", None),
-    "no wait before x is overwritten": ("barrier_wait(&sh.x_empty[at], round_of<kSteps>(step) ^ 1);", None),
-    "codes given back too early": ("(step == kSteps - 1) release", "(step == (FAULT ? 0 : kSteps - 1)) release"),
-    "registers written while a product reads them": ("wgmma_wait<1>();", None),
-    "sums read before they are done": ("wgmma_wait<0>();\n  release_x", None),
-    "no fence before a product": ("wgmma_fence();\n#pragma unroll\n      for (int i = 0; i < 4; ++i)\n#pragma unroll\n"
-                                  "        for (int c = 0; c < kCount; ++c)\n          wgmma<T>", None),
-    "no barrier before sums overwrite x": ("named_sync(1, kConsumers);\n  float (*part)", None),
-    "no wait for S": ("wait_for_previous_grid();", None),
-    "a phase of long ago": ("gone.\n  named_sync(2, ", "gone.\n  if (!FAULT) named_sync(2, "),
-    "the half of a pair twice": ("half = task.rank % 2", "half = (FAULT ? 0 : task.rank % 2)"),
-    "blocks that do not wait for one another": ("cluster_sync();\n    store", None),
-    "the byte of another lane": ("turn = (8 * (threadIdx.x % 4)", "turn = (8 * ((threadIdx.x + FAULT) % 4)"),
-    "registers in another order": ("[i + j % 2 * 2]", "[FAULT ? i * 2 + j % 2 : i + j % 2 * 2]"),
-    "the adapter of another slot": ("== slot) sums[", "== slot + FAULT) sums["),
-    "a split left out": ("i < g.splits; ++i) {\n    ", "i < g.splits - FAULT; ++i) {\n    "),
-    "scales of another segment": (">> segment_shift", ">> (segment_shift + FAULT)"),
-    "half a pair of registers of the branch": ("rank / 4 ^ r % 8", "rank / 4 ^ (r + FAULT) % 8"),
-}  # fmt: skip
-FAULTS = {name: (KERNEL, before, after or "if (!FAULT) " + before) for name, (before, after) in SEEDED.items()}
-
 
 def small_calls() -> list[Call]:
     """One of each kind, with the ends that faults like."""
@@ -150,12 +124,12 @@ def small_calls() -> list[Call]:
     ]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", HOPPER_FAULTS)
 def test_each_seeded_fault_is_found(plain, fault):
     calls = small_calls()
     for seed in range(4):
         try:
-            run(plain, calls, seed=seed, processors=1 + 8 * (seed % 2), fault=fault)
+            run(plain, calls, seed=seed, processors=1 + 8 * (seed % 2), fault=HOPPER_FAULTS[fault])
             check_linear(calls)
         except (AssertionError, RuntimeError) as found:
             print(f"found with seed {seed}: {found}")
