@@ -631,10 +631,16 @@ def test_a_model_that_works_on_its_masks_is_left_alone():
         "pixel_attention_mask": padding.long(),
         "spatial_shapes": torch.tensor([[4, 4], [4, 3]]),
     }
+    sizes |= {"image_size": 16, "patch_size": 4}
+    beit = tf.BeitModel(tf.BeitConfig(**sizes, use_relative_position_bias=True)).eval()
+    shared = tf.BeitModel(tf.BeitConfig(**sizes, use_shared_relative_position_bias=True)).eval()
+    image = {"pixel_values": torch.randn(2, 3, 16, 16)}
     with torch.no_grad():
         for plain, inputs, output in (
             (lasr, {"input_features": sound}, "logits"),
             (siglip2, images, "pooler_output"),
+            (beit, image, "pooler_output"),
+            (shared, image, "pooler_output"),
         ):
             ours = fp.accelerate(copy.deepcopy(plain))
             assert near(ours(**inputs)[output], plain(**inputs)[output])

@@ -472,8 +472,10 @@ def _gains(model: PreTrainedModel) -> bool:
 
 @functools.cache
 def _reads_masks(kind: type[PreTrainedModel]) -> bool:
-    """Whether a model does more with masks than to hand them on: it insists on whole ones, or something beside its
-    attention reads them, as convolutions do in LASR, which asks first whether they are bool.
+    """Whether a model does more with masks than to hand them on: it insists on whole ones, adds them to a position bias
+    of its own, as BEiT does, or something beside its attention reads them, as convolutions do in LASR, which asks first
+    whether they are bool.
     """
     source = inspect.getsource(sys.modules[kind.__module__])
-    return "allow_is_causal_skip" in source or "attention_mask.dtype == torch.bool" in source
+    signs = "allow_is_causal_skip", "bias + attention_mask", "attention_mask.dtype == torch.bool"
+    return any(sign in source for sign in signs)
