@@ -11,6 +11,7 @@ import random
 import re
 import types
 import warnings
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -23,6 +24,7 @@ from architectures import relative
 from torch import nn
 from torch.nn.utils import prune
 from transformers import GenerationConfig
+from transformers.models.maskformer.modeling_maskformer import MaskformerMLPPredictionHead
 from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
@@ -296,6 +298,11 @@ def test_torchs_encoder_computes_in_evaluation_what_it_trained(config, padded):
     assert torch.equal(model.unload()(x, padding), plain)  # with zeros where the padding is
 
 
+def mask_head():
+    parts = {"0": MaskformerMLPPredictionHead(8, 8, 8, num_layers=2), "head": nn.Linear(8, 8)}
+    return nn.Sequential(OrderedDict(parts))
+
+
 @pytest.mark.parametrize("config", [fp.LoraConfig, fp.BottleneckConfig], ids=["lora", "bottleneck"])
 def test_a_layer_that_torchs_attention_never_calls_is_no_target(config):
     with pytest.raises(ValueError, match=r"layers.0.self_attn.out_proj', whose weight MultiheadAttention reads"):
@@ -305,6 +312,28 @@ def test_a_layer_that_torchs_attention_never_calls_is_no_target(config):
 def test_all_linear_leaves_out_what_torchs_attention_never_calls():
     model = fp.get_peft_model(Encoder(), fp.LoraConfig(target_modules="all-linear"))
     assert {path.rpartition(".")[2] for path in model.base_model.bank.layers} == {"linear1", "linear2", "head"}
+
+
+@pytest.mark.parametrize("config", [fp.LoraConfig, fp.BottleneckConfig], ids=["lora", "bottleneck"])
+def test_a_layer_that_its_module_calls_from_a_list_is_no_target(config):
+    with pytest.raises(ValueError, match=r"0.0.0', whose weight PredictionBlock reads without calling the layer"):
+        fp.get_peft_model(mask_head(), config(target_modules=["0.0.0", "head"]))
+
+
+@torch.no_grad()
+def test_nor_does_all_linear_take_it_and_pefts_file_may_hold_it(tmp_path):
+    base, x = mask_head(), torch.randn(2, 8)
+    model = fp.get_peft_model(copy.deepcopy(base), fp.LoraConfig(target_modules="all-linear"))
+    assert set(model.base_model.bank.layers) == {"head"}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["0.0.0", "0.1.0", "head"]))
+    tiny.randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"'0.0.0', '0.1.0'\], .* no effect, and is left out of merges"):
+        model = fp.PeftModel.from_pretrained(base, tmp_path)
+    with pytest.warns(UserWarning, match="no effect"):  # whatever stands around it already
+        model.load_adapter(tmp_path, "again")
+    torch.testing.assert_close(model(x), theirs.eval()(x))
+    torch.testing.assert_close(model.merge_and_unload()(x), theirs(x))
 
 
 def test_all_linear_takes_a_layer_whose_path_another_module_s_ends_with():

@@ -286,6 +286,26 @@ def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_full_precision
             assert relative(model(**given).logits, dequantized(model)(**given).logits) < 1e-4
 
 
+def test_a_layer_that_a_module_calls_from_a_list_stays_in_full_precision(tmp_path):
+    sizes = {"conv_dim": 64, "mask_dim": 64, "hidden_dim": 64, "encoder_feedforward_dim": 64, "dim_feedforward": 64}
+    sizes |= {"encoder_layers": 1, "decoder_layers": 2, "query_dec_layers": 1, "num_attention_heads": 4}
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    swin = {"image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1] * 4, "out_features": stages}
+    config = transformers.OneFormerConfig(
+        backbone_config=transformers.SwinConfig(**swin), **sizes, num_queries=5, task_seq_len=8
+    )
+    cls, given = transformers.OneFormerModel, (torch.randn(1, 3, 32, 32), torch.randint(0, 30, (1, 8)).float())
+    cls(config).save_pretrained(tmp_path / "full")
+    theirs = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    cls.from_pretrained(tmp_path / "full", quantization_config=theirs).save_pretrained(tmp_path / "bnb")
+    for folder in ("full", "bnb"):
+        model = cls.from_pretrained(tmp_path / folder, quantization_config=fp.FastPeftConfig()).eval()
+        assert layers_4bit(model) and not any("task_mlp" in path for path in layers_4bit(model))
+        with torch.no_grad():
+            got, expected = (m(*given).transformer_decoder_mask_predictions for m in (model, dequantized(model)))
+            assert relative(got, expected) < 1e-4
+
+
 @pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
 @pytest.mark.parametrize("family", ["Bert", "XLMRoberta"])  # the second has its head before its layers
 def test_heads_stay_in_full_precision_wherever_a_model_has_them(tmp_path, family, task):

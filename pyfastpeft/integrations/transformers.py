@@ -48,7 +48,8 @@ class FastPeftConfig(QuantizationConfigMixin):
         compute_dtype: dtype the products run in, default the input's.
         modules_to_not_convert: names (or patterns) of linear layers to leave in full precision. Default: the output
             embedding, the heads of classes and answers (``classifier``, ``score``, ``qa_outputs``) and the last layer.
-            Layers whose weight is tied to another, or read by the module around them, are always left.
+            Layers whose weight is tied to another, or read by the module around them, are always left, and so are those
+            that it calls from a list of its own.
         compute: ``"int8"`` for faster inference on CPUs with activations rounded to 8 bits (relative error of a layer
             up to 7e-3); training is exact all the same.
 
@@ -134,6 +135,7 @@ class FastPeftQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FastPeftConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._originals: dict[str, nn.Module] = {}
+        self._read: set[str] = set()
 
     @property
     def quantized_element_size(self) -> float:
@@ -179,7 +181,9 @@ class FastPeftQuantizer(HfQuantizer):
         config = self.quantization_config
         # Which layers are in 4 bits a checkpoint itself says, whatever class opens it: the others are left.
         skipped = [] if self.pre_quantized else config.modules_to_not_convert
-        for name, module in layers_to_convert(model, skipped, read=self.pre_quantized).items():
+        layers = layers_to_convert(model, skipped, read=self.pre_quantized)
+        self._read = {name for name in layers if _is_read(model, name)}
+        for name, module in layers.items():
             shape = module.weight.shape
             rows, columns = reversed(shape) if isinstance(module, Conv1D) else shape
             layer = Linear4bit(
@@ -208,7 +212,7 @@ class FastPeftQuantizer(HfQuantizer):
             # Not in the checkpoint: transformers has initialized it (and said so).
             if layer.packed is None and not self.pre_quantized:
                 layer.set_packed(self.quantized(layer.weight))
-            elif layer.packed is None or _is_read(model, name):
+            elif layer.packed is None or name in self._read:
                 if layer.packed is None and not layer.weight.is_floating_point():
                     raise ValueError(
                         f"{name}.weight is stored as {layer.weight.dtype} without the tensors that say how; "
@@ -370,7 +374,7 @@ def layers_to_convert(model: PreTrainedModel, chosen: list[str] | None, read: bo
 
 
 def _is_read(model: nn.Module, name: str) -> bool:
-    """Whether the module around the layer ``name`` reads its weight, which must then be in full precision."""
+    """Whether the layer ``name`` must be in full precision for the module around it (:func:`needs_full_precision`)."""
     parent, _, layer = name.rpartition(".")
     return needs_full_precision(model.get_submodule(parent), layer)
 

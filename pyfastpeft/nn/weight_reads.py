@@ -1,4 +1,5 @@
-"""Layers of transformers' and torch's models whose weight the module around them reads, past the layer."""
+"""Layers whose weight the module around them reads, past the layer, in transformers' and torch's models; and those that
+it has in a list of its own and calls there, past what is put in their place."""
 
 from __future__ import annotations
 
@@ -38,9 +39,20 @@ _READ_BY = {
 RWKV divides them, the others take their dtype."""
 
 
+def _has_in_a_list(parent: nn.Module, name: str) -> bool:
+    """Whether a plain list of ``parent`` holds its layer ``name`` too, as in MaskFormer's blocks of predictions."""
+    layer = getattr(parent, name)
+    while hasattr(layer, "base_layer"):  # of an adapter
+        layer = layer.base_layer
+    lists = (value for value in vars(parent).values() if isinstance(value, (list, tuple)))
+    return any(entry is layer for held in lists for entry in held)
+
+
 def never_calls(parent: nn.Module, name: str) -> bool:
-    """Whether ``parent`` takes the weight of its layer ``name`` and nowhere calls the layer: what is put around it has
-    no effect. (Mamba's mixers call ``dt_proj`` where the model is quantized.)"""
+    """Whether ``parent`` takes the weight of its layer ``name``, or that layer from a list, and never calls what is in
+    its place: what is put around it has no effect. (Mamba's mixers call ``dt_proj`` where the model is quantized.)"""
+    if _has_in_a_list(parent, name):
+        return True
     if isinstance(parent, nn.MultiheadAttention):
         return name == "out_proj"
     kind = type(parent).__name__
@@ -59,7 +71,8 @@ def passes_by(parent: nn.Module, name: str) -> bool:
 
 
 def needs_full_precision(parent: nn.Module, name: str) -> bool:
-    """Whether ``parent`` reads the weight of its layer ``name`` wherever it runs, so that 4 bits do not do. (Mamba's
-    fused kernel, which reads that of ``out_proj``, trains on GPUs alone.)"""
+    """Whether ``parent`` reads the weight of its layer ``name`` wherever it runs, or has the layer in a list, so that 4
+    bits do not do. (Mamba's fused kernel, which reads that of ``out_proj``, trains on GPUs alone.)"""
     kind = type(parent).__name__
-    return name in _READ or name in _UNCALLED.get(kind, ()) or name in _READ_BY.get(kind, ())
+    read = name in _READ or name in _UNCALLED.get(kind, ()) or name in _READ_BY.get(kind, ())
+    return read or _has_in_a_list(parent, name)

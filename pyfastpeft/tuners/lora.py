@@ -483,8 +483,8 @@ class LoraTuner(Tuner):
             said = f"target_modules match {hidden}, which modules_to_save of another adapter holds; they are left out"
             warnings.warn(said, stacklevel=4)
         if uncalled := [path for path in targets if is_never_called(self.model, path)]:
-            said = f"target_modules match {uncalled}, whose weights are read without calling the layers"
-            warnings.warn(f"{said}: LoRA there has no effect, and is left out of merges", stacklevel=4)
+            said = f"target_modules match {uncalled}, whose weights are read without calling the layers in their places"
+            warnings.warn(f"{said}: LoRA has no effect, and is left out of merges", stacklevel=4)
         for field_name in ("rank_pattern", "alpha_pattern"):
             unused = [key for key in getattr(config, field_name) if not any(_fits(key, path) for path in targets)]
             if unused:

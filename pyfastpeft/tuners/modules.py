@@ -245,8 +245,8 @@ def check_called(model: nn.Module, targets: Iterable[str], advice: str) -> None:
         if is_passed_by(model, path):
             holder = type(model.get_submodule(path.rpartition(".")[0])).__name__
             raise ValueError(
-                f"target_modules matches {path!r}, whose weight {holder} reads without calling the layer, so that an "
-                f"adapter there has no effect; {advice}"
+                f"target_modules matches {path!r}, whose weight {holder} reads without calling the layer in its place, "
+                f"so that an adapter there has no effect; {advice}"
             )
 
 
