@@ -401,6 +401,14 @@ def test_compute_dtype_decides_the_products_and_the_result_returns_in_the_inputs
     assert y.dtype == torch.float32 and torch.equal(y, module(x.bfloat16()).float())
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_refused_whatever_the_compute_dtype(compute_dtype, dtype):
+    module = fp.nn.Linear4bit(64, 32, compute_dtype=compute_dtype)
+    with pytest.raises(TypeError, match=f"x has dtype {dtype}; it must be a tensor of float32, bfloat16 or float16"):
+        module(torch.ones(3, 64, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, "bfloat16"])
 def test_a_compute_dtype_that_no_product_has_is_refused_at_once(dtype):
     with pytest.raises(ValueError, match=r"compute_dtype is .*float32, bfloat16 or float16"):

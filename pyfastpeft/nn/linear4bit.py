@@ -134,7 +134,8 @@ class Linear4bit(OneDevice, nn.Linear):
         compute = self.compute
         if compute is not None and needs_grad(x, self.bias, lora):
             compute = None
-        if self.compute_dtype is None or self.compute_dtype == x.dtype:
+        # Whole numbers, which a conversion there and back would hide, are the product's to refuse.
+        if self.compute_dtype in (None, x.dtype) or not x.is_floating_point():
             return linear_4bit(x, packed, self.bias, lora, compute)
         return linear_4bit(x.to(self.compute_dtype), packed, self.bias, lora, compute).to(x.dtype)
 
