@@ -286,6 +286,35 @@ def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_full_precision
             assert relative(model(**given).logits, dequantized(model)(**given).logits) < 1e-4
 
 
+_POCKET = {"audio_prompt_token_id": 10, "audio_latent_token_id": 11, "audio_bos_token_id": 4, "latent_dim": 64}
+_POCKET |= {"flow_head_config": {"condition_dim": 64, "hidden_size": 64, "num_hidden_layers": 1, "latent_dim": 64}}
+LATENTS = {"audio_prompt_latents": torch.ones(1, 2, 64) / 2, "audio_latents": torch.ones(1, 2, 64) / 3}
+# class: (arguments of its configuration, inputs beside the ids or in their place, the output that is compared)
+DTYPE_TAKEN = {
+    "MambaForCausalLM": ({"state_size": 4, "tie_word_embeddings": False}, {}, "logits"),
+    "Wav2Vec2ForPreTraining": (
+        _WAVLM,
+        {"input_values": torch.ones(2, 400).cumsum(1).sin()},
+        "projected_quantized_states",
+    ),
+    "PocketTTSModel": (_POCKET | {"audio_prompt_bos_token_id": 12}, LATENTS, "last_hidden_state"),
+}
+
+
+@pytest.mark.parametrize("name", DTYPE_TAKEN)
+def test_what_a_layer_is_called_with_is_never_brought_to_the_dtype_of_codes(tmp_path, name):
+    arguments, given, output = DTYPE_TAKEN[name]
+    cls = getattr(transformers, name)
+    cls(cls.config_class(**(SIZES | arguments))).save_pretrained(tmp_path)
+    given = given if "input_values" in given else given | {"input_ids": torch.tensor([[10, 10, 7, 8, 4, 11, 11]])}
+    for compute_dtype in (None, torch.float32):
+        config = fp.FastPeftConfig(compute_dtype=compute_dtype, modules_to_not_convert=[])
+        model = cls.from_pretrained(tmp_path, quantization_config=config).eval()
+        with torch.no_grad():
+            got, expected = (m(**given)[output] for m in (model, dequantized(model)))
+        assert got.is_floating_point() and relative(got, expected) < 1e-4
+
+
 def test_a_layer_that_a_module_calls_from_a_list_stays_in_full_precision(tmp_path):
     sizes = {"conv_dim": 64, "mask_dim": 64, "hidden_dim": 64, "encoder_feedforward_dim": 64, "dim_feedforward": 64}
     sizes |= {"encoder_layers": 1, "decoder_layers": 2, "query_dec_layers": 1, "num_attention_heads": 4}

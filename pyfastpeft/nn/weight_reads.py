@@ -21,22 +21,46 @@ _UNCALLED = {
 _MIXER = re.compile("Mamba|Bamba|FalconH1")
 """In the names of the classes of Mamba's mixers, which multiply by the weight of ``dt_proj``, and in their fused kernel
 by that of ``out_proj``."""
-_READ = ("dt_proj", "wo", "patch_embedding", "weights_proj")
-"""Layers of Mamba's mixers; and of T5's relatives, SigLIP 2 and the indexers of sparse attention, which bring what they
-call these with to the dtype of their weight."""
+_READ = (
+    *("dt_proj", "wo", "patch_embedding", "weights_proj"),
+    *("project_q", "embedding_proj_layer", "audio_prompt_proj", "audio_latent_proj"),
+)
+"""Layers of Mamba's mixers; and of T5's relatives, SigLIP 2, the indexers of sparse attention, Wav2Vec2's pretraining,
+and the relatives of ColPali and Pocket TTS, which bring what they call these with to the dtype of their weight."""
 _READ_BY = {
     "Blip2ForImageTextRetrieval": ("vision_projection", "text_projection", "itm_head"),
     "Blip2TextModelWithProjection": ("text_projection",),
     "Blip2VisionModelWithProjection": ("vision_projection",),
     "Ernie4_5_VLMoePatchEmbed": ("proj",),
+    "EsmFold2AtomEncoder": ("atom_linear",),
+    "EsmFold2ConfidenceHead": ("pae_head",),
+    "EsmFold2DiffusionConditioning": ("pair_proj", "noise_proj"),
+    "EsmFold2DiffusionModule": ("coords_linear",),
+    "EsmFold2InputEmbedder": ("token_bonds",),
+    "EsmFold2LanguageModelEncoder": ("pair_proj",),
+    "EsmFold2MSAEncoder": ("embed",),
+    "EsmFold2Model": ("distogram_head",),
+    "EsmFold2RelativePositionEncoding": ("embed",),
+    "FalconMambaForCausalLM": ("lm_head",),
+    "Gemma4AssistantForCausalLM": ("lm_head",),
+    "Gemma4UnifiedAssistantForCausalLM": ("lm_head",),
     "Gemma3nTextAltUp": ("prediction_coefs", "correction_coefs"),
     "GraniteSpeech5Encoder": ("input_linear",),
+    "HYV4ForCausalLM": ("lm_head",),
+    "HYV4VLForConditionalGeneration": ("lm_head",),
     "Inkling2LoopMessageGate": ("down_proj",),
+    "JevForDecision": ("proj",),
+    "LSHSelfAttention": ("query_key", "value"),
+    "Mamba2ForCausalLM": ("lm_head",),
+    "MambaForCausalLM": ("lm_head",),
+    "NeoMMEMultiVectorHead": ("proj",),
     "RwkvSelfAttention": ("output",),
     "RwkvFeedForward": ("value",),
+    "xLSTMForCausalLM": ("lm_head",),
 }
 """Class of the module around them → layers that it calls, and reads the weights of or writes them: Gemma 3n clips them,
-RWKV divides them, the others take their dtype."""
+RWKV divides them, Reformer multiplies by them where it generates, Gemma 4's assistants where they order their tokens,
+and the others take their dtype."""
 
 
 def _has_in_a_list(parent: nn.Module, name: str) -> bool:
