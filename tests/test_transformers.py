@@ -315,6 +315,26 @@ def test_what_a_layer_is_called_with_is_never_brought_to_the_dtype_of_codes(tmp_
         assert got.is_floating_point() and relative(got, expected) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["Swinv2Model", "Swin2SRModel"])
+def test_tables_of_positions_are_not_brought_to_the_dtype_of_codes(tmp_path, name):
+    cls = getattr(transformers, name)
+    config = cls.config_class(image_size=32, patch_size=4, embed_dim=64, depths=[1], num_heads=[2], window_size=4)
+    original = cls(config)
+    original.save_pretrained(tmp_path / "full")
+    theirs = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[])
+    cls.from_pretrained(tmp_path / "full", quantization_config=theirs).save_pretrained(tmp_path / "bnb")
+    tables = [path for path, _ in original.named_buffers() if path.endswith("relative_coords_table")]
+    for folder, chosen in (("full", None), ("full", []), ("bnb", None)):
+        model = cls.from_pretrained(
+            tmp_path / folder, quantization_config=fp.FastPeftConfig(modules_to_not_convert=chosen)
+        )
+        assert tables and all(torch.equal(model.get_buffer(path), original.get_buffer(path)) for path in tables)
+        assert {path.rpartition(".")[2] for path in layers_4bit(model)} == {"query", "key", "value", "dense"}
+        model.save_pretrained(tmp_path / "again")
+        again = cls.from_pretrained(tmp_path / "again")
+        assert all(torch.equal(again.get_buffer(path), original.get_buffer(path)) for path in tables)
+
+
 def test_a_layer_that_a_module_calls_from_a_list_stays_in_full_precision(tmp_path):
     sizes = {"conv_dim": 64, "mask_dim": 64, "hidden_dim": 64, "encoder_feedforward_dim": 64, "dim_feedforward": 64}
     sizes |= {"encoder_layers": 1, "decoder_layers": 2, "query_dec_layers": 1, "num_attention_heads": 4}

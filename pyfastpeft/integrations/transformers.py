@@ -135,7 +135,7 @@ class FastPeftQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FastPeftConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._originals: dict[str, nn.Module] = {}
-        self._read: set[str] = set()
+        self._read: set[str] = set()  # of the originals
 
     @property
     def quantized_element_size(self) -> float:
@@ -177,12 +177,16 @@ class FastPeftQuantizer(HfQuantizer):
         model.set_submodule(name, original.requires_grad_())
         return original
 
+    def is_read(self, name: str) -> bool:
+        """Whether the layer ``name``, though the checkpoint has it in 4 bits, must be in full precision."""
+        return name in self._read
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         # Which layers are in 4 bits a checkpoint itself says, whatever class opens it: the others are left.
         skipped = [] if self.pre_quantized else config.modules_to_not_convert
         layers = layers_to_convert(model, skipped, read=self.pre_quantized)
-        self._read = {name for name in layers if _is_read(model, name)}
+        self._read = {name for name in layers if needs_full_precision(model, name)}
         for name, module in layers.items():
             shape = module.weight.shape
             rows, columns = reversed(shape) if isinstance(module, Conv1D) else shape
@@ -212,15 +216,13 @@ class FastPeftQuantizer(HfQuantizer):
             # Not in the checkpoint: transformers has initialized it (and said so).
             if layer.packed is None and not self.pre_quantized:
                 layer.set_packed(self.quantized(layer.weight))
-            elif layer.packed is None or name in self._read:
-                if layer.packed is None and not layer.weight.is_floating_point():
+            elif layer.packed is None:
+                if not layer.weight.is_floating_point():
                     raise ValueError(
                         f"{name}.weight is stored as {layer.weight.dtype} without the tensors that say how; "
                         "it must be in floating point or have those of a 4-bit weight beside it"
                     )
-                dtype = self.original(name).weight.dtype
-                weight = layer.weight.detach() if layer.packed is None else layer.dequantize(dtype)
-                self._put_original(model, name, layer, weight)
+                self._put_original(model, name, layer, layer.weight.detach())
                 self._originals.pop(name).requires_grad_()
         in_4_bits = [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
         conversions = getattr(model, "_weight_conversions", None) or []
@@ -317,21 +319,27 @@ class _Deserialize(_Op):
         self, input_dict: dict[str, Any], *, model: PreTrainedModel, full_layer_name: str, target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Tensor]:  # fmt: skip
-        key = target_patterns[0]
+        key, name = target_patterns[0], full_layer_name.removesuffix(".weight")
         state = {name: t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
         layer, _ = get_module_from_name(model, full_layer_name)
         if state.keys() == {key} and state[key].is_floating_point():
             # A layer that the checkpoint left in full precision stays so here.
             if isinstance(layer, Linear4bit):
-                layer = self.hf_quantizer.leave(model, full_layer_name.removesuffix(".weight"), layer)
+                layer = self.hf_quantizer.leave(model, name, layer)
             return {key: state[key].to(layer.weight.dtype)}
         if not isinstance(layer, Linear4bit):
             raise ValueError(f"{full_layer_name} is stored in 4 bits, but its layer is one that is not converted")
         packed = packed_from_state(state, key)
-        layer.set_packed(packed.to(packed.device, copy=True))
+        if self.hf_quantizer.is_read(name):  # while loading already, where buffers are made
+            layer = self.hf_quantizer.leave(model, name, layer)
+            weight = packed.dequantize(layer.weight.dtype)
+            weight = weight.t().contiguous() if isinstance(layer, Conv1D) else weight
+        else:
+            layer.set_packed(packed.to(packed.device, copy=True))
+            weight = layer.weight
         for tensor in state.values():
             _let_go(tensor)
-        return {key: layer.weight}
+        return {key: weight}
 
 
 def _only_reads(conversion: WeightTransform, in_4_bits: list[str]) -> bool:
@@ -370,13 +378,7 @@ def layers_to_convert(model: PreTrainedModel, chosen: list[str] | None, read: bo
     """
     skip = [*_left_in_full_precision(model, chosen), *(model._keep_in_fp32_modules or ())]
     layers = {name: module for name, module in linear_layers(model).items() if should_convert_module(name, skip)}
-    return {name: module for name, module in layers.items() if read or not _is_read(model, name)}
-
-
-def _is_read(model: nn.Module, name: str) -> bool:
-    """Whether the layer ``name`` must be in full precision for the module around it (:func:`needs_full_precision`)."""
-    parent, _, layer = name.rpartition(".")
-    return needs_full_precision(model.get_submodule(parent), layer)
+    return {name: module for name, module in layers.items() if read or not needs_full_precision(model, name)}
 
 
 def nothing_to_convert(model: PreTrainedModel, config: FastPeftConfig) -> ValueError:

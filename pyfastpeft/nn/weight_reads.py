@@ -62,6 +62,9 @@ _READ_BY = {
 RWKV divides them, Reformer multiplies by them where it generates, Gemma 4's assistants where they order their tokens,
 and the others take their dtype."""
 
+_READ_WITHIN = {"continuous_position_bias_mlp"}
+"""Modules to the dtype of whose first layer's weight the one around them brings what it calls them with: Swin v2's."""
+
 
 def _has_in_a_list(parent: nn.Module, name: str) -> bool:
     """Whether a plain list of ``parent`` holds its layer ``name`` too, as in MaskFormer's blocks of predictions."""
@@ -94,9 +97,11 @@ def passes_by(parent: nn.Module, name: str) -> bool:
     return never_calls(parent, name) or (name in ("dt_proj", "out_proj") and _MIXER.search(kind) is not None)
 
 
-def needs_full_precision(parent: nn.Module, name: str) -> bool:
-    """Whether ``parent`` reads the weight of its layer ``name`` wherever it runs, or has the layer in a list, so that 4
-    bits do not do. (Mamba's fused kernel, which reads that of ``out_proj``, trains on GPUs alone.)"""
+def needs_full_precision(model: nn.Module, path: str) -> bool:
+    """Whether what is around the layer at ``path`` reads its weight wherever it runs, or has the layer in a list, so
+    that 4 bits do not do. (Mamba's fused kernel, which reads that of ``out_proj``, trains on GPUs alone.)"""
+    *around, name = path.split(".")
+    parent = model.get_submodule(".".join(around))
     kind = type(parent).__name__
     read = name in _READ or name in _UNCALLED.get(kind, ()) or name in _READ_BY.get(kind, ())
-    return read or _has_in_a_list(parent, name)
+    return read or not _READ_WITHIN.isdisjoint(around) or _has_in_a_list(parent, name)
