@@ -590,10 +590,12 @@ class TestBadInput:
                 vision_config=part | {"image_size": 16, "patch_size": 8},
             )
         )
+        bark = {"input_vocab_size": 8, "output_vocab_size": 8, "num_layers": 1, "num_heads": 2, "hidden_size": 32}
         for model, match in (
             (around, r"get_decoder\(\) returned a T5ForConditionalGeneration, which has an encoder of its own"),
             (mixing, "a FNetModel has no attention"),
             (tf.IBertModel(tf.IBertConfig(**_BERT)), "the embedding of a IBertModel returns scales beside its vectors"),
+            (tf.BarkFineModel(tf.BarkFineConfig(**bark)), "a BarkFineModel has no single input embedding"),
             (old, r"FSMTForConditionalGeneration\.get_decoder\(\) returned a FSMTDecoder, which has no config"),
         ):
             with pytest.raises(ValueError, match=match):
@@ -829,6 +831,18 @@ def test_a_decoder_behind_a_prefix_can_be_given_vectors(kind):
     vectors = base.get_decoder().get_input_embeddings()(own)
     given = model(input_ids=ids, decoder_inputs_embeds=vectors).logits
     torch.testing.assert_close(given, model(input_ids=ids, decoder_input_ids=own).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_prefix_starts_from_a_text_where_ids_say_the_positions():
+    sizes = _BART | {"decoder_layers": 1, "num_conv_layers": 1, "conv_kernel_sizes": [3], "conv_channels": 32}
+    base = tf.Speech2TextForConditionalGeneration(tf.Speech2TextConfig(**sizes, input_feat_per_channel=8)).eval()
+    sound, text, own = torch.randn(2, 12, 8), torch.randint(3, 60, (N,)), torch.randint(3, 60, (2, 5))
+    initial = {"prefix_init_text": "said", "tokenizer_name_or_path": lambda _: {"input_ids": text.tolist()}}
+    asked = fp.PrefixTuningConfig(num_virtual_tokens=N, task_type="SEQ_2_SEQ_LM", **initial)
+    model = fp.get_peft_model(copy.deepcopy(base), asked).eval()
+    expected = base(sound, decoder_input_ids=torch.cat([text.expand(2, -1), own], 1)).logits[:, N:]
+    torch.testing.assert_close(model(input_features=sound, decoder_input_ids=own).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_gradient_checkpointing_of_a_decoders_vectors():

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ...adapters import AdapterBank, Rows
+from ...adapters import NO_ROWS, AdapterBank, Rows
 from ...nn.prompt_encoder import Form
 from .. import attention
 from ..forwards import NamedForward
@@ -314,12 +314,20 @@ class BidirectionalPrefixes(Prefixes):
         return length, run.shift.squeeze(1)
 
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
+        return self._made_of(rows, layer_inputs, inputs_embeds=embeddings.unsqueeze(0))
+
+    @torch.no_grad()
+    def _of_tokens(self, ids: Tensor) -> list[Tensor]:
+        """As ids: Speech2Text counts its positions by them."""
+        return self._made_of(NO_ROWS, (), input_ids=ids.unsqueeze(0)).tensors
+
+    def _made_of(self, rows: Rows | None, layer_inputs: Sequence[Tensor], **inputs: Tensor) -> Values:
         stack = self.decoder if self.seq2seq else self.model.base_model
         attention_before = self._set_attention()
         _recorder.held = held = {}
         try:
             with self._bare(rows, layer_inputs):
-                output = stack(inputs_embeds=embeddings.unsqueeze(0), use_cache=False)
+                output = stack(**inputs, use_cache=False)
         finally:
             _recorder.held = None
             self._set_attention(attention_before)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import put_bounded
+from ...nn.ends import input_embedding
 from ...nn.modes import evaluating
 from ...nn.prompt_encoder import Form
 from ...ops.tracing import is_compiling, traced
@@ -116,6 +117,8 @@ class Prefixes(ABC):
         self.seq2seq = bool(model.config.is_encoder_decoder)
         self.sources: dict[str, Source] = {}
         self._find()
+        if not isinstance(getattr(input_embedding(model), "weight", None), Tensor):  # but several, as in Bark
+            raise ValueError(f"a {type(model).__name__} has no single input embedding, which soft prompts need")
         self._kept = KeptPrompts(model, self.decoder, bank)
         self._checkpointing = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles: list[Any] = []
