@@ -352,6 +352,8 @@ _GEMMA_3N = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 64
 _GEMMA_3N |= {"altup_num_inputs": 2, "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2}
 _GEMMA_3N |= {"activation_sparsity_pattern": None}
 _MOBILE = {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 1}
+_LAYOUT = {"visual_embed": False, "coordinate_size": 4, "shape_size": 8, "max_position_embeddings": 64}
+_SLICED = {"n_head": 4, "pretraining_tp": 2, "slow_but_exact": True}
 # class: (arguments of its configuration, the layers that it reads the weights of)
 READ = {
     "MambaForCausalLM": ({"state_size": 4}, ["dt_proj", "out_proj"]),
@@ -362,6 +364,8 @@ READ = {
     "Wav2Vec2ForXVector": (_WAVLM | _TDNN, ["kernel"]),
     "LongcatFlashForCausalLM": (_LONGCAT, ["classifier"]),
     "Gemma3nForCausalLM": (_GEMMA_3N, ["correction_coefs"]),
+    "LayoutLMv3ForTokenClassification": (_LAYOUT, ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"]),
+    "BloomForCausalLM": (_SLICED, ["self_attention.dense", "dense_4h_to_h"]),
 }
 
 

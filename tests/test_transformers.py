@@ -261,6 +261,11 @@ READ = {
         "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj linear_left linear_right modality_router 0 "
         "per_layer_input_gate per_layer_projection per_layer_model_projection",
     ),
+    "LayoutLMv3ForTokenClassification": (
+        {"visual_embed": False, "coordinate_size": 8, "shape_size": 16},
+        "query key value dense",
+    ),
+    "BloomForCausalLM": ({"pretraining_tp": 2, "slow_but_exact": True}, "query_key_value dense_h_to_4h"),
 }
 
 

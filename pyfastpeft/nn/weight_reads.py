@@ -7,15 +7,20 @@ import re
 
 from torch import nn
 
+_RELATIVE = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
 _UNCALLED = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "MobileBertLMPredictionHead": ("dense",),
     "NeoMMEForMaskedLM": ("unembedding_projection",),
     "TDNNLayer": ("kernel",),
-    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "LayoutLMv2Encoder": _RELATIVE,
+    "LayoutLMv3Encoder": _RELATIVE,
+    "PPDocLayoutV2ReadingOrderEncoder": _RELATIVE,
     "DetrMHAttentionMap": ("k_proj",),
     "ConditionalDetrMHAttentionMap": ("k_proj",),
     "LongcatFlashTopkRouter": ("classifier",),
+    "BloomAttention": ("dense",),
+    "BloomMLP": ("dense_4h_to_h",),
 }
 """Class of the module around them → layers that it takes the weights of and never calls."""
 _MIXER = re.compile("Mamba|Bamba|FalconH1")
@@ -75,6 +80,13 @@ def _has_in_a_list(parent: nn.Module, name: str) -> bool:
     return any(entry is layer for held in lists for entry in held)
 
 
+def _uncalled(parent: nn.Module) -> tuple[str, ...]:
+    uncalled = _UNCALLED.get(type(parent).__name__, ())
+    if uncalled and hasattr(parent, "slow_but_exact"):  # BLOOM, which takes slices of the weights where asked to
+        return uncalled if parent.slow_but_exact and parent.pretraining_tp > 1 else ()
+    return uncalled
+
+
 def never_calls(parent: nn.Module, name: str) -> bool:
     """Whether ``parent`` takes the weight of its layer ``name``, or that layer from a list, and never calls what is in
     its place: what is put around it has no effect. (Mamba's mixers call ``dt_proj`` where the model is quantized.)"""
@@ -85,7 +97,7 @@ def never_calls(parent: nn.Module, name: str) -> bool:
     kind = type(parent).__name__
     if name == "dt_proj" and _MIXER.search(kind):
         return not hasattr(getattr(parent, "config", None), "_is_quantized")
-    return name in _UNCALLED.get(kind, ())
+    return name in _uncalled(parent)
 
 
 def passes_by(parent: nn.Module, name: str) -> bool:
@@ -102,6 +114,5 @@ def needs_full_precision(model: nn.Module, path: str) -> bool:
     that 4 bits do not do. (Mamba's fused kernel, which reads that of ``out_proj``, trains on GPUs alone.)"""
     *around, name = path.split(".")
     parent = model.get_submodule(".".join(around))
-    kind = type(parent).__name__
-    read = name in _READ or name in _UNCALLED.get(kind, ()) or name in _READ_BY.get(kind, ())
+    read = name in (*_READ, *_uncalled(parent), *_READ_BY.get(type(parent).__name__, ()))
     return read or not _READ_WITHIN.isdisjoint(around) or _has_in_a_list(parent, name)
