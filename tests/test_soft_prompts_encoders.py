@@ -905,3 +905,20 @@ def test_a_context_without_limit():
         a, state | {k: t for k, t in fp.get_peft_model_state_dict(a).items() if k not in state}
     )
     assert a(torch.randint(2, 60, (2, 9))).logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+@torch.no_grad()
+def test_a_head_that_reads_the_last_entry_reads_a_token_of_rows_padded_on_the_left(method):
+    sizes = {"vocab_size": tiny.VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
+    base = tf.XLNetForSequenceClassification(tf.XLNetConfig(**sizes, **_HEAD, pad_token_id=0)).eval()
+    for parameter in base.parameters():
+        parameter.mul_(3)
+    model = fp.get_peft_model(base, config(fp, "xlnet SEQ_CLS", method)).eval()
+    model.add_adapter("long", fp.PromptTuningConfig(num_virtual_tokens=5))
+    batch = batch_of("xlnet SEQ_CLS", "left")
+    for names in (["default", "default"], ["long", "default"], ["default", "long"], ["default", "__base__"]):
+        together = model(**batch, adapter_names=names).logits
+        for row in range(2):
+            alone = model(**lone(row, batch), adapter_names=names[row : row + 1]).logits
+            torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)

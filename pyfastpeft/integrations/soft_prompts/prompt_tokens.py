@@ -2,9 +2,9 @@
 
 There a prompt's hidden states depend on the row, so no keys and values can stand for it; its vectors run in front of
 each row's own tokens, as in PEFT. Two things are different. A row is laid out as its prompt, its tokens from the first
-visible one on, and then, hidden, what is left: so rows with prompts of different lengths, and rows padded on the left,
-come out as each would alone (in an encoder also where the prompt is all keys and values, and has no tokens). And
-outputs have one entry a real token, none for the prompt.
+visible one on, and then, hidden, what is left (in front of it all where a head reads the last entry): so rows with
+prompts of different lengths, and rows padded on the left, come out as each would alone (in an encoder also where the
+prompt is all keys and values, and has no tokens). And outputs have one entry a real token, none for the prompt.
 """
 
 from __future__ import annotations
@@ -60,9 +60,12 @@ class Layout:
         tokens: the prompts.
         batch, length: of the rows' own tokens.
         mask: [batch, length], nonzero where visible; None: all are.
+        hidden_first: what is hidden goes to the front, not to the end, so that each row's last entry is a token.
     """
 
-    def __init__(self, tokens: Tokens, batch: int, length: int, mask: Tensor | None) -> None:
+    def __init__(
+        self, tokens: Tokens, batch: int, length: int, mask: Tensor | None, hidden_first: bool = False
+    ) -> None:
         if mask is not None and mask.shape != (batch, length):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}; with a soft prompt it must be [batch, tokens], "
@@ -79,9 +82,9 @@ class Layout:
         mask = torch.ones(batch, length, dtype=torch.int64, device=device) if mask is None else mask
         prompt = torch.arange(self.room, device=device) < tokens.length_of_rows(batch).unsqueeze(1)
         own = torch.arange(length, device=device) >= first_visible(mask)
-        last = torch.cat([~prompt, ~own], 1)
-        # Everything keeps its order, but what is hidden at the front goes to the end.
-        self.take = last.to(torch.uint8).argsort(dim=1, stable=True)
+        shown = torch.cat([prompt, own], 1)
+        # Everything keeps its order, but what is hidden at the front goes to one end.
+        self.take = (shown == hidden_first).to(torch.uint8).argsort(dim=1, stable=True)
         self.place = self.take.argsort(dim=1)[:, self.room :]
         self.mask = torch.cat([prompt.to(mask.dtype), mask], 1).gather(1, self.take)
 
@@ -113,38 +116,41 @@ class _Prompted(NamedForward):
     def __init__(self, module: nn.Module, source: TokenSource) -> None:
         super().__init__(module)
         self.source = source
+        # Of padding too: XLNet's classifier, whose text is padded on the left.
+        self._reads_last = any(vars(m).get("summary_type") in ("last", "cls_index") for m in module.modules())
 
-
-def _with_prompt(module: nn.Module, source: TokenSource, named: dict[str, Any]) -> Layout | None:
-    """Put the prompts into the arguments ``named`` of ``module``; None where no row has one."""
-    embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
-    given = ids if embeds is None else embeds
-    if given is None:
-        return None
-    batch, length = given.shape[:2]
-    tokens = source(batch)
-    if tokens is None:
-        return None
-    mask, none = named.get("attention_mask"), tokens.vectors.shape[1] == 0
-    if none and (mask is None or mask.dim() != 2):
-        return None
-    layout = Layout(tokens, batch, length, mask)
-    if none and layout.plain:
-        return None
-    if none and embeds is None:  # some models do more with ids than to embed them
-        named["input_ids"] = layout.insert(ids[:, :0], ids)
-    else:
-        embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
-        named["input_ids"] = None
-        named["inputs_embeds"] = layout.insert(tokens.of_rows(batch).to(embeds.dtype), embeds)
-    named["attention_mask"] = layout.mask
-    if named.get("token_type_ids") is not None:
-        types = named["token_type_ids"].expand(batch, length)
-        named["token_type_ids"] = layout.insert(types.new_zeros(batch, layout.room), types)
-    if named.get("position_ids") is not None:
-        warnings.warn("position_ids are ignored: with a soft prompt in front, positions are counted anew", stacklevel=4)
-        named["position_ids"] = None
-    return layout
+    def with_prompt(self, named: dict[str, Any]) -> Layout | None:
+        """Put the prompts into the arguments ``named``; None where no row has one."""
+        embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
+        given = ids if embeds is None else embeds
+        if given is None:
+            return None
+        batch, length = given.shape[:2]
+        tokens = self.source(batch)
+        if tokens is None:
+            return None
+        mask, none = named.get("attention_mask"), tokens.vectors.shape[1] == 0
+        if none and (mask is None or mask.dim() != 2):
+            return None
+        layout = Layout(tokens, batch, length, mask, self._reads_last)
+        if none and layout.plain:
+            return None
+        if none and embeds is None:  # some models do more with ids than to embed them
+            named["input_ids"] = layout.insert(ids[:, :0], ids)
+        else:
+            embeds = self.module.get_input_embeddings()(ids) if embeds is None else embeds
+            named["input_ids"] = None
+            named["inputs_embeds"] = layout.insert(tokens.of_rows(batch).to(embeds.dtype), embeds)
+        named["attention_mask"] = layout.mask
+        if named.get("token_type_ids") is not None:
+            types = named["token_type_ids"].expand(batch, length)
+            named["token_type_ids"] = layout.insert(types.new_zeros(batch, layout.room), types)
+        if named.get("position_ids") is not None:
+            warnings.warn(
+                "position_ids are ignored: with a soft prompt in front, positions are counted anew", stacklevel=4
+            )
+            named["position_ids"] = None
+        return layout
 
 
 class EncoderModelForward(_Prompted):
@@ -156,7 +162,7 @@ class EncoderModelForward(_Prompted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = self.named(args, kwargs)
-        layout = _with_prompt(self.module, self.source, named)
+        layout = self.with_prompt(named)
         if layout is None:
             return self.own(*args, **kwargs)
         if named.get("use_cache") or any(named.get(name) is not None for name in ("cache", "past_key_values")):
@@ -199,7 +205,7 @@ class EncoderForward(_Prompted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = self.named(args, kwargs)
-        if _with_prompt(self.module, self.source, named) is None:
+        if self.with_prompt(named) is None:
             return self.own(*args, **kwargs)
         return self.own(**named)
 
