@@ -35,6 +35,7 @@ _BART = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
+_XLNET = {"vocab_size": tiny.VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
 _LLAMA, _GPT2 = tiny._LLAMA, tiny._GPT2
 _T5 = tiny._T5 | {"num_layers": 4, "num_decoder_layers": 4, "decoder_start_token_id": 0, "pad_token_id": 0}
 _HEAD = {"num_labels": 3}
@@ -896,7 +897,7 @@ def test_a_configuration_whose_text_has_one_of_its_own():
 
 
 def test_a_context_without_limit():
-    config = tf.XLNetConfig(vocab_size=tiny.VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=64)
+    config = tf.XLNetConfig(**_XLNET)
     base = tf.XLNetForSequenceClassification(config).eval()
     made = [library.PromptTuningConfig(num_virtual_tokens=N, task_type="SEQ_CLS") for library in (fp, peft)]
     a, b = fp.get_peft_model(copy.deepcopy(base), made[0]), peft.get_peft_model(copy.deepcopy(base), made[1])
@@ -910,8 +911,7 @@ def test_a_context_without_limit():
 @pytest.mark.parametrize("method", TOKEN_METHODS)
 @torch.no_grad()
 def test_a_head_that_reads_the_last_entry_reads_a_token_of_rows_padded_on_the_left(method):
-    sizes = {"vocab_size": tiny.VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
-    base = tf.XLNetForSequenceClassification(tf.XLNetConfig(**sizes, **_HEAD, pad_token_id=0)).eval()
+    base = tf.XLNetForSequenceClassification(tf.XLNetConfig(**_XLNET, **_HEAD, pad_token_id=0)).eval()
     for parameter in base.parameters():
         parameter.mul_(3)
     model = fp.get_peft_model(base, config(fp, "xlnet SEQ_CLS", method)).eval()
@@ -922,3 +922,29 @@ def test_a_head_that_reads_the_last_entry_reads_a_token_of_rows_padded_on_the_le
         for row in range(2):
             alone = model(**lone(row, batch), adapter_names=names[row : row + 1]).logits
             torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
+
+
+_XLM = {"vocab_size": tiny.VOCAB, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("SplinterForQuestionAnswering", _BERT),
+        ("SplinterForPreTraining", _BERT),
+        ("XLNetForQuestionAnswering", _XLNET),
+        ("XLMForQuestionAnswering", _XLM),
+        ("FlaubertForQuestionAnswering", _XLM),
+        ("TapasForQuestionAnswering", _BERT),
+        ("BrosSpadeEEForTokenClassification", _BERT),
+        ("BrosSpadeELForTokenClassification", _BERT),
+        ("LukeForEntitySpanClassification", _BERT | {"entity_vocab_size": 4, "entity_emb_size": 16}),
+    ],
+)
+def test_heads_with_positions_of_their_own_take_no_prompt_in_front(kind, sizes):
+    cls = getattr(tf, kind)
+    base = cls(cls.config_class(**sizes))
+    for asked in (fp.PromptTuningConfig(num_virtual_tokens=N), fp.PromptEncoderConfig(num_virtual_tokens=N)):
+        with pytest.raises(ValueError, match=f"a {kind} works with positions of tokens in a way of its own"):
+            fp.get_peft_model(base, asked)
+    assert all("forward" not in vars(m) for m in base.modules())

@@ -33,6 +33,19 @@ Room = Callable[[], "tuple[int, Tensor | None] | None"]
 """In the forward that is running: the length of the prefix, and int64 [batch] where a row has less of it than that;
 None: there is none."""
 
+_POSITIONS = (
+    "BrosSpadeEEForTokenClassification",
+    "BrosSpadeELForTokenClassification",
+    "FlaubertForQuestionAnswering",
+    "LukeForEntitySpanClassification",
+    "SplinterForPreTraining",
+    "SplinterForQuestionAnswering",
+    "TapasForQuestionAnswering",
+    "XLMForQuestionAnswering",
+    "XLNetForQuestionAnswering",
+)
+"""Classes that take, find or give out positions of tokens beside those of an answer's start and end."""
+
 
 def attentions_in(model: nn.Module) -> list[nn.Module]:
     """The attention modules of ``model``, which say of themselves whether they are causal."""
@@ -214,6 +227,11 @@ class BidirectionalPrefixes(Prefixes):
     def check(self, form: Form) -> None:
         if form is Form.EMBEDDINGS:
             self._check_embeds()
+            if type(self.model).__name__ in _POSITIONS:
+                raise ValueError(
+                    f"a {type(self.model).__name__} works with positions of tokens in a way of its own, so no soft "
+                    "prompt can go in front"
+                )
             return
         self._check_interface()
         kind = type(self.decoder).__name__
