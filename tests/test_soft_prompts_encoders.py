@@ -938,6 +938,9 @@ _XLM = {"vocab_size": tiny.VOCAB, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "m
         ("TapasForQuestionAnswering", _BERT),
         ("BrosSpadeEEForTokenClassification", _BERT),
         ("BrosSpadeELForTokenClassification", _BERT),
+        ("LongformerForSequenceClassification", _BERT | {"attention_window": 4}),
+        ("LongformerForQuestionAnswering", _BERT | {"attention_window": 4}),
+        ("LongformerForMultipleChoice", _BERT | {"attention_window": 4}),
         ("LukeForEntitySpanClassification", _BERT | {"entity_vocab_size": 4, "entity_emb_size": 16}),
     ],
 )
@@ -948,3 +951,67 @@ def test_heads_with_positions_of_their_own_take_no_prompt_in_front(kind, sizes):
         with pytest.raises(ValueError, match=f"a {kind} works with positions of tokens in a way of its own"):
             fp.get_peft_model(base, asked)
     assert all("forward" not in vars(m) for m in base.modules())
+
+
+_LAYOUT = {"coordinate_size": 4, "shape_size": 8, "visual_embed": False, "has_relative_attention_bias": False}
+_BOX = {"bbox": lambda *shape: torch.randint(0, 64, (*shape, 4)).cumsum(2)}
+# class → (of its configuration, argument that has an entry a token → a maker of it for [rows, tokens], what says none)
+ALONG = {
+    "LayoutLMForTokenClassification": (_BERT, _BOX, 0),
+    "LayoutLMv3ForTokenClassification": (_BERT | _LAYOUT, _BOX, 0),
+    "LiltForTokenClassification": (_BERT | {"hidden_size": 48, "channel_shrink_ratio": 4}, _BOX, 0),
+    "BrosForTokenClassification": (
+        _BERT | {"hidden_size": 64},
+        {"bbox": lambda *shape: torch.rand(*shape, 4).cumsum(2) / 4},
+        0,
+    ),
+    "MarkupLMForTokenClassification": (
+        _BERT,
+        {"xpath_tags_seq": lambda *shape: torch.randint(0, 200, (*shape, 50))},
+        216,
+    ),
+    "RoCBertForTokenClassification": (
+        _BERT,
+        {n: lambda *shape: torch.randint(1, 50, shape) for n in ("input_shape_ids", "input_pronunciation_ids")},
+        0,
+    ),
+    "XLMForTokenClassification": (_XLM | {"n_langs": 3}, {"langs": lambda *shape: torch.randint(1, 3, shape)}, 0),
+    "LongformerForTokenClassification": (
+        _BERT | {"attention_window": 4},
+        {"global_attention_mask": lambda *shape: torch.randint(0, 2, shape)},
+        0,
+    ),
+    "TapasModel": (_BERT, {"token_type_ids": lambda *shape: torch.randint(0, 2, (*shape, 7))}, 0),
+}
+
+
+@pytest.mark.parametrize("kind", ALONG)
+@torch.no_grad()
+def test_what_goes_along_with_the_tokens_is_laid_out_with_them(kind):
+    sizes, makers, none = ALONG[kind]
+    cls = getattr(tf, kind)
+    base = cls(cls.config_class(**sizes)).eval()
+    for parameter in base.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(5)  # so that attention attends
+    model = fp.get_peft_model(copy.deepcopy(base), fp.PromptTuningConfig(num_virtual_tokens=N)).eval()
+    ids, prompt = torch.randint(4, 60, (2, 8)), model.prompt_encoder["default"]()
+    mask = torch.ones_like(ids)
+    along = {name: make(2, 8) for name, make in makers.items()}
+    text = base.get_input_embeddings()(ids)
+    front = {name: values.new_full((2, N, *values.shape[2:]), none) for name, values in along.items()}
+    expected = base(
+        inputs_embeds=torch.cat([prompt.expand(2, -1, -1), text], 1),
+        attention_mask=torch.ones(2, N + 8, dtype=torch.int64),
+        **{name: torch.cat([front[name], values], 1) for name, values in along.items()},
+    )[0][:, N:]
+    own = model(input_ids=ids, attention_mask=mask, **along)[0]
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    other = model(input_ids=ids, attention_mask=mask, **{name: make(2, 8) for name, make in makers.items()})[0]
+    assert not torch.allclose(own, other, rtol=1e-4, atol=1e-5)
+    mask[1, :3] = 0
+    padded = model(input_ids=ids, attention_mask=mask, **along)[0]
+    alone = {name: values[1:, 3:] for name, values in along.items()}
+    alone = model(input_ids=ids[1:, 3:], attention_mask=mask[1:, 3:], **alone)[0]
+    torch.testing.assert_close(padded[:1], own[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded[1:, 3:], alone, rtol=1e-4, atol=1e-5)

@@ -21,6 +21,20 @@ from ...ops.reference import prefix_rows
 from ...ops.tracing import traced
 from ..forwards import NamedForward
 
+_ALONG = {
+    "bbox": None,
+    "bbox_first_token_mask": None,
+    "global_attention_mask": None,
+    "input_pronunciation_ids": None,
+    "input_shape_ids": None,
+    "langs": None,
+    "token_type_ids": None,
+    "xpath_subs_seq": "subs_pad_id",
+    "xpath_tags_seq": "tag_pad_id",
+}
+"""Arguments of models that have an entry a token, [batch, tokens, …] → what of the configuration stands for none; None:
+0 does."""
+
 
 class Tokens(NamedTuple):
     """What goes in front of the rows of a batch.
@@ -142,9 +156,11 @@ class _Prompted(NamedForward):
             named["input_ids"] = None
             named["inputs_embeds"] = layout.insert(tokens.of_rows(batch).to(embeds.dtype), embeds)
         named["attention_mask"] = layout.mask
-        if named.get("token_type_ids") is not None:
-            types = named["token_type_ids"].expand(batch, length)
-            named["token_type_ids"] = layout.insert(types.new_zeros(batch, layout.room), types)
+        for name, blank in _ALONG.items():
+            if named.get(name) is not None:
+                own = named[name].expand(batch, length, *named[name].shape[2:])
+                fill = 0 if blank is None else getattr(self.module.config, blank)
+                named[name] = layout.insert(own.new_full((batch, layout.room, *own.shape[2:]), fill), own)
         if named.get("position_ids") is not None:
             warnings.warn(
                 "position_ids are ignored: with a soft prompt in front, positions are counted anew", stacklevel=4
@@ -157,7 +173,8 @@ class EncoderModelForward(_Prompted):
     """Of a whole model that is an encoder, with or without a head.
 
     Labels and positions count the real tokens, as outputs do; attention weights alone count the prompt's as well. Token
-    types are 0 for the prompt and as given for the row (PEFT drops those of question answering and feature extraction).
+    types are 0 for the prompt and as given for the row (PEFT drops those of question answering and feature extraction),
+    and so is what else goes along with the tokens (``_ALONG``).
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
