@@ -597,6 +597,11 @@ class TestBadInput:
             (mixing, "a FNetModel has no attention"),
             (tf.IBertModel(tf.IBertConfig(**_BERT)), "the embedding of a IBertModel returns scales beside its vectors"),
             (tf.BarkFineModel(tf.BarkFineConfig(**bark)), "a BarkFineModel has no single input embedding"),
+            (tf.CanineModel(tf.CanineConfig(**_BERT)), "a CanineModel has no single input embedding"),
+            (
+                tf.EsmcForSequenceClassification(tf.EsmcConfig(**_BERT, num_key_value_heads=4)),
+                "a EsmcForSequenceClassification takes no inputs_embeds",
+            ),
             (old, r"FSMTForConditionalGeneration\.get_decoder\(\) returned a FSMTDecoder, which has no config"),
         ):
             with pytest.raises(ValueError, match=match):
@@ -1015,3 +1020,16 @@ def test_what_goes_along_with_the_tokens_is_laid_out_with_them(kind):
     alone = model(input_ids=ids[1:, 3:], attention_mask=mask[1:, 3:], **alone)[0]
     torch.testing.assert_close(padded[:1], own[:1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded[1:, 3:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_may_hand_vectors_down_without_naming_them():
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}
+    base, models = tf.ModernBertForQuestionAnswering(tf.ModernBertConfig(**_BERT, **special)).eval(), []
+    for library in (fp, peft):
+        torch.manual_seed(0)
+        asked = library.PromptTuningConfig(num_virtual_tokens=N, task_type="QUESTION_ANS")
+        models.append(library.get_peft_model(copy.deepcopy(base), asked).eval())
+    batch = batch_of("modernbert QUESTION_ANS")
+    a, b = models[0](**batch), models[1](**for_peft("modernbert QUESTION_ANS", "prompt", batch))
+    assert_same_outputs(a, b)
+    torch.testing.assert_close(a.loss, b.loss)

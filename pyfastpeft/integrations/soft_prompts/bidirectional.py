@@ -245,7 +245,11 @@ class BidirectionalPrefixes(Prefixes):
 
     def _check_embeds(self) -> None:
         for module in self._ends():
-            if "inputs_embeds" not in inspect.signature(type(module).forward).parameters:
+            parts = (module, getattr(module, "base_model", module))
+            around, inside = (inspect.signature(type(m).forward).parameters for m in parts)
+            # ModernBERT's question answering hands down what it does not name.
+            takes = "inputs_embeds" in around or any(p.kind is p.VAR_KEYWORD for p in around.values())
+            if not takes or "inputs_embeds" not in inside:
                 raise ValueError(f"a {type(module).__name__} takes no inputs_embeds, so no soft prompt can go in front")
         if type(self.model.get_input_embeddings()).__name__ == "QuantEmbedding":
             raise ValueError(
