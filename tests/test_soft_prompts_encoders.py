@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import architectures as tiny
@@ -1033,3 +1034,52 @@ def test_a_head_may_hand_vectors_down_without_naming_them():
     a, b = models[0](**batch), models[1](**for_peft("modernbert QUESTION_ANS", "prompt", batch))
     assert_same_outputs(a, b)
     torch.testing.assert_close(a.loss, b.loss)
+
+
+CHOOSING = {
+    "BertForMultipleChoice": _BERT,
+    "RobertaForMultipleChoice": _BERT | {"pad_token_id": 0},
+    "DistilBertForMultipleChoice": {"vocab_size": tiny.VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "ElectraForMultipleChoice": _BERT | {"embedding_size": 32},
+    "XLNetForMultipleChoice": _XLNET | {"pad_token_id": 0},
+}
+_CHOOSING = {
+    "prompt": fp.PromptTuningConfig(num_virtual_tokens=N),
+    "prefix": fp.PrefixTuningConfig(num_virtual_tokens=N),
+    "deep": fp.DeepPromptConfig(num_virtual_tokens=N),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(k, m) for k in CHOOSING for m in _CHOOSING if m == "prompt" or not k.startswith("XLNet")]
+)
+@torch.no_grad()
+def test_choices_are_rows_of_their_own(kind, method):
+    cls = getattr(tf, kind)
+    base = cls(cls.config_class(**CHOOSING[kind])).eval()
+    for parameter in base.parameters():
+        parameter.mul_(3)
+    model = fp.get_peft_model(copy.deepcopy(base), _CHOOSING[method]).eval()
+    ids = torch.randint(4, 60, (2, 3, 8))
+    mask = torch.ones_like(ids)
+    mask[1, 2, :3] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    for names in (None, ["default", "default"], ["default", "__base__"], ["__base__", "default"]):
+        together = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+        assert together.shape == (2, 3)
+        for row, choice in itertools.product(range(2), range(3)):
+            seen = mask[row, choice].bool()
+            one = {"input_ids": ids[row, choice, seen], "attention_mask": mask[row, choice, seen]}
+            one = {name: values.view(1, 1, -1) for name, values in one.items()}
+            alone = model(**one, adapter_names=names and names[row : row + 1]).logits
+            torch.testing.assert_close(together[row, choice], alone[0, 0], rtol=1e-4, atol=1e-5)
+    if method == "prompt":
+        ids, mask = ids[:1], mask[:1]
+        prompt = model.prompt_encoder["default"]().expand(1, 3, -1, -1)
+        vectors = torch.cat([prompt, base.get_input_embeddings()(ids)], 2)
+        given = base(inputs_embeds=vectors, attention_mask=torch.ones(1, 3, N + 8, dtype=torch.int64)).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, given, rtol=1e-4, atol=1e-5)
+        vectors = base.get_input_embeddings()(ids)
+        torch.testing.assert_close(model(inputs_embeds=vectors).logits, given, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 8\).*\(1, 3, 8\)"):
+            model(input_ids=ids, attention_mask=mask[:, 0])

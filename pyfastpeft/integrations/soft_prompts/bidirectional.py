@@ -9,6 +9,7 @@ covers the prefix.
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from .bare import tied
 from .decoders import KeyValueShape, block_of, config_of
 from .kept_prompts import Source, Values
 from .prefixes import OFF, Prefixes, distinct, goes_on, past_of
-from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens
+from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens, shape_of_tokens
 
 Room = Callable[[], "tuple[int, Tensor | None] | None"]
 """In the forward that is running: the length of the prefix, and int64 [batch] where a row has less of it than that;
@@ -320,7 +321,8 @@ class BidirectionalPrefixes(Prefixes):
         given = next((x for x in inputs if x is not None), None)
         if given is None:
             return None  # the decoder says so itself
-        self.bank.run = self.run_of(rows, len(given), goes_on(past_of(kwargs), given.shape[1]))
+        *lead, length = shape_of_tokens(given)
+        self.bank.run = self.run_of(rows, math.prod(lead), goes_on(past_of(kwargs), length))
         return args, kwargs | self._collect(self.bank.run, kwargs.get("inputs_embeds"))
 
     @torch.compiler.disable

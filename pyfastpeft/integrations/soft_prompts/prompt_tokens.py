@@ -9,8 +9,9 @@ prompt is all keys and values, and has no tokens). And outputs have one entry a 
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ _ALONG = {
     "xpath_subs_seq": "subs_pad_id",
     "xpath_tags_seq": "tag_pad_id",
 }
-"""Arguments of models that have an entry a token, [batch, tokens, …] → what of the configuration stands for none; None:
-0 does."""
+"""Arguments of models that have an entry a token, [batch, …, tokens, …] → what of the configuration stands for none;
+None: 0 does."""
 
 
 class Tokens(NamedTuple):
@@ -67,45 +68,51 @@ def first_visible(mask: Tensor) -> Tensor:
     return (mask != 0).int().argmax(1, keepdim=True)
 
 
+def shape_of_tokens(given: Tensor) -> torch.Size:
+    """[batch, tokens], or [batch, choices, tokens], of what a model is given: ids, or vectors in their place."""
+    return given.shape[:-1] if given.is_floating_point() else given.shape
+
+
 class Layout:
     """Where the prompt's and the row's own tokens go.
 
     Args:
         tokens: the prompts.
-        batch, length: of the rows' own tokens.
-        mask: [batch, length], nonzero where visible; None: all are.
+        shape: of the rows' own tokens: [batch, tokens], or [batch, choices, tokens] for a model that takes these as
+            batch · choices rows.
+        mask: of that shape, nonzero where visible; None: all are.
         hidden_first: what is hidden goes to the front, not to the end, so that each row's last entry is a token.
     """
 
-    def __init__(
-        self, tokens: Tokens, batch: int, length: int, mask: Tensor | None, hidden_first: bool = False
-    ) -> None:
-        if mask is not None and mask.shape != (batch, length):
+    def __init__(self, tokens: Tokens, shape: Sequence[int], mask: Tensor | None, hidden_first: bool = False) -> None:
+        if mask is not None and mask.shape != shape:
             raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}; with a soft prompt it must be [batch, tokens], "
-                f"{(batch, length)}"
+                f"attention_mask has shape {tuple(mask.shape)}; with a soft prompt it must be that of the tokens, "
+                f"{tuple(shape)}"
             )
-        self.room, self.length = tokens.vectors.shape[1], length
+        self.lead, self.length = shape[:-1], shape[-1]
+        self.room, batch, length = tokens.vectors.shape[1], math.prod(self.lead), self.length
         self.plain = tokens.index is None and tokens.lengths is None
-        hidden = mask is not None and (traced() or not bool(mask[:, :1].all()))
+        hidden = mask is not None and (traced() or not bool(mask[..., 0].all()))
         if self.plain and not hidden:
-            self.mask = None if mask is None else torch.cat([mask.new_ones(batch, self.room), mask], 1)
+            self.mask = None if mask is None else self.insert(mask.new_ones(batch, self.room), mask)
             return
         self.plain = False
         device = tokens.vectors.device
-        mask = torch.ones(batch, length, dtype=torch.int64, device=device) if mask is None else mask
+        mask = torch.ones(shape, dtype=torch.int64, device=device) if mask is None else mask
         prompt = torch.arange(self.room, device=device) < tokens.length_of_rows(batch).unsqueeze(1)
-        own = torch.arange(length, device=device) >= first_visible(mask)
+        own = torch.arange(length, device=device) >= first_visible(mask.reshape(batch, length))
         shown = torch.cat([prompt, own], 1)
         # Everything keeps its order, but what is hidden at the front goes to one end.
         self.take = (shown == hidden_first).to(torch.uint8).argsort(dim=1, stable=True)
         self.place = self.take.argsort(dim=1)[:, self.room :]
-        self.mask = torch.cat([prompt.to(mask.dtype), mask], 1).gather(1, self.take)
+        self.mask = self.insert(prompt.to(mask.dtype), mask)
 
     def insert(self, prompt: Tensor, own: Tensor) -> Tensor:
-        """[batch, prompt + own, …] from the two."""
-        both = torch.cat([prompt, own], 1)
-        return both if self.plain else both.gather(1, _like(self.take, both))
+        """[…, prompt + own, …] from ``prompt`` [rows, prompt, …] and ``own`` […, own, …]."""
+        both = torch.cat([prompt, own.flatten(0, len(self.lead) - 1)], 1)
+        both = both if self.plain else both.gather(1, _like(self.take, both))
+        return both.unflatten(0, self.lead)
 
     def own(self, both: Tensor) -> Tensor:
         """The entries of the rows' own tokens, in their order."""
@@ -139,28 +146,29 @@ class _Prompted(NamedForward):
         given = ids if embeds is None else embeds
         if given is None:
             return None
-        batch, length = given.shape[:2]
-        tokens = self.source(batch)
+        shape = shape_of_tokens(given)
+        rows = math.prod(shape[:-1])
+        tokens = self.source(rows)
         if tokens is None:
             return None
         mask, none = named.get("attention_mask"), tokens.vectors.shape[1] == 0
-        if none and (mask is None or mask.dim() != 2):
+        if none and (mask is None or mask.dim() != len(shape)):
             return None
-        layout = Layout(tokens, batch, length, mask, self._reads_last)
+        layout = Layout(tokens, shape, mask, self._reads_last)
         if none and layout.plain:
             return None
         if none and embeds is None:  # some models do more with ids than to embed them
-            named["input_ids"] = layout.insert(ids[:, :0], ids)
+            named["input_ids"] = layout.insert(ids.new_empty(rows, 0), ids)
         else:
             embeds = self.module.get_input_embeddings()(ids) if embeds is None else embeds
             named["input_ids"] = None
-            named["inputs_embeds"] = layout.insert(tokens.of_rows(batch).to(embeds.dtype), embeds)
+            named["inputs_embeds"] = layout.insert(tokens.of_rows(rows).to(embeds.dtype), embeds)
         named["attention_mask"] = layout.mask
         for name, blank in _ALONG.items():
             if named.get(name) is not None:
-                own = named[name].expand(batch, length, *named[name].shape[2:])
+                own = named[name].expand(*shape, *named[name].shape[len(shape) :])
                 fill = 0 if blank is None else getattr(self.module.config, blank)
-                named[name] = layout.insert(own.new_full((batch, layout.room, *own.shape[2:]), fill), own)
+                named[name] = layout.insert(own.new_full((rows, layout.room, *own.shape[len(shape) :]), fill), own)
         if named.get("position_ids") is not None:
             warnings.warn(
                 "position_ids are ignored: with a soft prompt in front, positions are counted anew", stacklevel=4
@@ -241,5 +249,5 @@ class DecoderForward(_Prompted):
             return self.own(*args, **kwargs)
         length = seen.shape[1] - tokens.vectors.shape[1]
         if mask is None or (mask.dim() == 2 and mask.shape[1] == length):
-            named["encoder_attention_mask"] = Layout(tokens, len(seen), length, mask).mask
+            named["encoder_attention_mask"] = Layout(tokens, (len(seen), length), mask).mask
         return self.own(**named)
