@@ -1083,3 +1083,97 @@ def test_choices_are_rows_of_their_own(kind, method):
         torch.testing.assert_close(model(inputs_embeds=vectors).logits, given, rtol=1e-4, atol=1e-5)
         with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 8\).*\(1, 3, 8\)"):
             model(input_ids=ids, attention_mask=mask[:, 0])
+
+
+_PART = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIGHT = _PART | {"image_size": 16, "patch_size": 8}
+IMAGE = 60  # the token
+
+
+def paligemma(text: type, **kwargs) -> nn.Module:
+    config = tf.PaliGemmaConfig(
+        text_config=text(**_LLAMA, head_dim=8, bos_token_id=None, eos_token_id=None, **kwargs),
+        vision_config=_SIGHT | {"model_type": "siglip_vision_model"},
+        image_token_index=IMAGE,
+        hidden_size=32,
+        projection_dim=32,
+    )
+    return tf.PaliGemmaForConditionalGeneration(config)
+
+
+SEEING = {
+    "paligemma": lambda: paligemma(tf.GemmaConfig),
+    "paligemma2": lambda: paligemma(tf.Gemma2Config, sliding_window=8, query_pre_attn_scalar=8),
+}
+
+
+def seeing(name: str) -> tuple[fp.PeftModel, list[dict[str, torch.Tensor]]]:
+    """A model that sees images, with prompts of two lengths, and rows of different lengths."""
+    base = SEEING[name]().eval()
+    for parameter in base.parameters():
+        parameter.data.add_(torch.randn_like(parameter) / 5)
+    model = fp.get_peft_model(base, fp.PromptTuningConfig(num_virtual_tokens=N, task_type="CAUSAL_LM"), "a")
+    model.add_adapter("long", fp.PromptTuningConfig(num_virtual_tokens=N + 2, task_type="CAUSAL_LM"))
+    rows = []
+    for length in (7, 9, 5):
+        ids = torch.randint(2, 50, (1, length))
+        ids[:, :4] = IMAGE
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        rows.append(row | {"pixel_values": torch.randn(1, 3, 16, 16)})
+    return model.eval(), rows
+
+
+def padded_left(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    length = max(row["input_ids"].shape[1] for row in rows)
+
+    def padded(t: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(t, (length - t.shape[1], 0)) if t.dim() == 2 else t
+
+    return {key: torch.cat([padded(row[key]) for row in rows]) for key in rows[0]}
+
+
+@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("names", [["a", "a", "a"], ["long", "a", "__base__"]])
+@torch.no_grad()
+def test_padded_rows_with_images_are_and_generate_as_each_alone(name, names):
+    model, rows = seeing(name)
+    batch = padded_left(rows)
+    options = {"use_cache": False, "max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True}
+    options |= {"return_dict_in_generate": True, "do_sample": False, "suppress_tokens": [IMAGE]}
+    got = model.generate(**batch, adapter_names=names, **options)
+    logits = model(**batch, adapter_names=names).logits
+    for i, row in enumerate(rows):
+        alone = model.generate(**row, adapter_names=names[i : i + 1], **options)
+        for a, b in zip(got.logits, alone.logits, strict=True):
+            torch.testing.assert_close(a[i], b[0], rtol=1e-4, atol=1e-4)
+        expected = model(**row, adapter_names=names[i : i + 1]).logits[0]
+        own = row["input_ids"].shape[1]
+        torch.testing.assert_close(logits[i, -own:], expected[-own:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("pad", [True, False])
+@torch.no_grad()
+def test_logits_to_keep_are_the_rows_own(name, pad):
+    model, rows = seeing(name)
+    batch = padded_left(rows if pad else rows[:1])
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    expected = model(**batch).logits
+    some = torch.tensor([0, 3, -1])
+    for keep, kept in (
+        (0, slice(0, None)),
+        (1, slice(-1, None)),
+        (2, slice(-2, None)),
+        (20, slice(0, None)),
+        (some, some),
+    ):
+        outputs = [
+            model(**batch, logits_to_keep=keep).logits,
+            model(**batch, logits_to_keep=keep, return_dict=False)[0],
+        ]
+        if pad:  # else the model itself cuts them, which it does before its loss
+            outputs.append(model(**batch, logits_to_keep=keep, labels=labels, return_dict=False)[1])
+        for logits in outputs:
+            torch.testing.assert_close(logits, expected[:, kept], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"logits_to_keep has shape \(\d, 2\)"):
+        model(**batch, logits_to_keep=torch.zeros(len(expected), 2, dtype=torch.int64))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...ops.cross_entropy import IGNORED
 from ...ops.tracing import traced
-from .prompt_tokens import first_visible
+from .prompt_tokens import first_visible, with_item
 
 FIRST = "pyfastpeft_first"
 """The argument by which a model tells its decoder where the texts begin [batch], if their first tokens have labels."""
@@ -58,7 +58,7 @@ def with_last(output: Any, last: Tensor, first: Tensor | None) -> Any:
     hidden = torch.cat([last.expand(len(hidden), -1, -1), hidden], 1)
     before_text = torch.arange(hidden.shape[1], device=hidden.device) == first.to(hidden.device).unsqueeze(1)
     hidden = torch.where(before_text.unsqueeze(2), last, hidden)
-    return _with_item(output, "last_hidden_state", 0, hidden)
+    return with_item(output, "last_hidden_state", 0, hidden)
 
 
 def without_last(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -68,12 +68,4 @@ def without_last(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     if not isinstance(output, tuple) and "logits" not in output:
         return None  # the head is TRL's: what it says of the text's first token counts in its loss, as with PEFT
     at = 1 if isinstance(output, tuple) else "logits"
-    return _with_item(output, "logits", 1, output[at][:, 1:])
-
-
-def _with_item(output: Any, name: str, index: int, value: Any) -> Any:
-    """A model's output, a tuple or an object, with one item exchanged."""
-    if isinstance(output, tuple):
-        return (*output[:index], value, *output[index + 1 :])
-    output[name] = value
-    return output
+    return with_item(output, "logits", 1, output[at][:, 1:])

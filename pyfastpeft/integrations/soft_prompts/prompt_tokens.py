@@ -73,6 +73,14 @@ def shape_of_tokens(given: Tensor) -> torch.Size:
     return given.shape[:-1] if given.is_floating_point() else given.shape
 
 
+def with_item(output: Any, name: str, index: int, value: Any) -> Any:
+    """A model's output, a tuple or an object, with one item exchanged."""
+    if isinstance(output, tuple):
+        return (*output[:index], value, *output[index + 1 :])
+    output[name] = value
+    return output
+
+
 class Layout:
     """Where the prompt's and the row's own tokens go.
 
@@ -196,7 +204,26 @@ class EncoderModelForward(_Prompted):
                 f"{type(self.module).__name__} see those that follow"
             )
         self._move_labels(named, layout)
-        return self._own_tokens(self.own(**named), layout)
+        kept = self._take_kept(named, layout)
+        output = self._own_tokens(self.own(**named), layout)
+        if kept is None:
+            return output
+        index = int(named.get("labels") is not None)  # behind the loss
+        logits = output[index if isinstance(output, tuple) else "logits"]
+        return with_item(output, "logits", index, logits[:, kept])
+
+    def _take_kept(self, named: dict[str, Any], layout: Layout) -> slice | Tensor | None:
+        """Which of the rows' own logits ``logits_to_keep``, which is taken out of ``named``, asks for; None where the
+        model itself finds them, or is not asked."""
+        keep = named.get("logits_to_keep", 0) if "logits_to_keep" in self.__signature__.parameters else 0
+        if isinstance(keep, int) and (not keep or (layout.plain and keep <= layout.length)):
+            return None
+        if isinstance(keep, Tensor) and keep.dim() != 1:
+            raise ValueError(
+                f"logits_to_keep has shape {tuple(keep.shape)}; with a soft prompt it must be a number or [positions]"
+            )
+        del named["logits_to_keep"]
+        return slice(-keep, None) if isinstance(keep, int) else keep
 
     def _move_labels(self, named: dict[str, Any], layout: Layout) -> None:
         labels = named.get("labels")
