@@ -1104,6 +1104,7 @@ def paligemma(text: type, **kwargs) -> nn.Module:
 SEEING = {
     "paligemma": lambda: paligemma(tf.GemmaConfig),
     "paligemma2": lambda: paligemma(tf.Gemma2Config, sliding_window=8, query_pre_attn_scalar=8),
+    "git": lambda: tf.GitForCausalLM(tf.GitConfig(**_BERT, vision_config=_SIGHT, bos_token_id=None, eos_token_id=None)),
 }
 
 
@@ -1117,9 +1118,11 @@ def seeing(name: str) -> tuple[fp.PeftModel, list[dict[str, torch.Tensor]]]:
     rows = []
     for length in (7, 9, 5):
         ids = torch.randint(2, 50, (1, length))
-        ids[:, :4] = IMAGE
-        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-        rows.append(row | {"pixel_values": torch.randn(1, 3, 16, 16)})
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 16, 16)}
+        if name != "git":  # which puts its images in front of the tokens
+            ids[:, :4] = IMAGE
+            row["token_type_ids"] = torch.zeros_like(ids)
+        rows.append(row)
     return model.eval(), rows
 
 
@@ -1141,14 +1144,21 @@ def test_padded_rows_with_images_are_and_generate_as_each_alone(name, names):
     options = {"use_cache": False, "max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True}
     options |= {"return_dict_in_generate": True, "do_sample": False, "suppress_tokens": [IMAGE]}
     got = model.generate(**batch, adapter_names=names, **options)
-    logits = model(**batch, adapter_names=names).logits
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    loss, logits = model(**batch, labels=labels, adapter_names=names, return_dict=False)[:2]
+    assert logits.shape == model(**batch, adapter_names=["__base__"] * len(rows)).logits.shape
+    losses, counts = [], []
     for i, row in enumerate(rows):
         alone = model.generate(**row, adapter_names=names[i : i + 1], **options)
         for a, b in zip(got.logits, alone.logits, strict=True):
             torch.testing.assert_close(a[i], b[0], rtol=1e-4, atol=1e-4)
-        expected = model(**row, adapter_names=names[i : i + 1]).logits[0]
+        expected = model(**row, labels=row["input_ids"], adapter_names=names[i : i + 1])
         own = row["input_ids"].shape[1]
-        torch.testing.assert_close(logits[i, -own:], expected[-own:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[i, -own:], expected.logits[0, -own:], rtol=1e-4, atol=1e-4)
+        losses.append(expected.loss)
+        counts.append(own - (names[i] == "__base__"))  # the first token is what a prompt says next
+    mean = torch.stack(losses) @ torch.tensor(counts, dtype=torch.float32) / sum(counts)
+    torch.testing.assert_close(loss, mean, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SEEING)

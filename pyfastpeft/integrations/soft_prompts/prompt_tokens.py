@@ -193,6 +193,10 @@ class EncoderModelForward(_Prompted):
     and so is what else goes along with the tokens (``_ALONG``).
     """
 
+    def __init__(self, module: nn.Module, source: TokenSource) -> None:
+        super().__init__(module, source)
+        self._images_first = module.config.model_type == "git"  # and no token of the text stands for an image
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = self.named(args, kwargs)
         layout = self.with_prompt(named)
@@ -239,9 +243,12 @@ class EncoderModelForward(_Prompted):
         """``output`` without the entries of the prompt."""
         if isinstance(output, Tensor):
             spans = "start_positions" in self.__signature__.parameters  # then the logits are [batch, tokens]
-            of_tokens = output.dim() == 3 or (spans and output.dim() == 2)
-            of_tokens = of_tokens and output.shape[1] == layout.room + layout.length
-            return layout.own(output) if of_tokens else output
+            if output.dim() != 3 and not (spans and output.dim() == 2):
+                return output
+            front = output.shape[1] - layout.room - layout.length
+            if front > 0 and self._images_first:
+                return torch.cat([output[:, :front], layout.own(output[:, front:])], 1)
+            return output if front else layout.own(output)
         if isinstance(output, Mapping):
             for name, value in output.items():
                 if value is not None:
