@@ -26,6 +26,7 @@ from .integrations.accelerate import fuse, take_over
 from .integrations.attention import use_fast_attention, with_sdpa
 from .integrations.forwards import remove
 from .integrations.on_import import when_imported
+from .integrations.packed_images import check_shares
 from .integrations.trainer import teach_trainer
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners.adapted import AdaptedModel
@@ -340,7 +341,10 @@ class PeftModel(PushToHubMixin, nn.Module):
         if batch is not None and len(adapter_names) != len(batch):
             raise ValueError(f"adapter_names has {len(adapter_names)} names; the batch has {len(batch)} rows")
         rows = Rows(adapter_names, tuple(self.peft_config))
-        return NO_ROWS if self.base_model.bank.held_back else rows
+        if self.base_model.bank.held_back:
+            return NO_ROWS
+        check_shares(self.base_model.model, rows, batch, kwargs)
+        return rows
 
     @contextmanager
     def _mode(self, mode: Rows | None) -> Iterator[None]:
