@@ -169,6 +169,14 @@ def llama() -> torch.nn.Module:
     return tiny.make("llama")
 
 
+def qwen2_audio() -> torch.nn.Module:
+    audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    audio |= {"model_type": "qwen2_audio_encoder", "num_mel_bins": 8, "max_source_positions": 8}
+    text = tiny._LLAMA | {"model_type": "qwen2"}
+    shape = tf.Qwen2AudioConfig(text_config=text, audio_config=audio, audio_token_index=63)
+    return tf.Qwen2AudioForConditionalGeneration(shape).eval()
+
+
 class TestAgainstPeft:
     @pytest.mark.parametrize("architecture", CAUSAL)
     @pytest.mark.parametrize("method", PEFT_HAS)
@@ -255,6 +263,25 @@ class TestAgainstPeft:
         close(a.loss, b.loss)
         assert b.logits.shape[:2] == x["input_ids"].shape
         assert own(**x, return_dict=False)[0].item() == pytest.approx(b.loss.item())
+
+    @pytest.mark.parametrize("method", ["prompt", "ptuning"])
+    @pytest.mark.parametrize("base", [qwen2_audio])
+    def test_a_loss_that_picks_its_logits_by_the_mask(self, base, method):
+        theirs, own = pair(base(), method)
+        x = {k: v.clamp(max=60) for k, v in tiny.inputs().items()}
+        x["attention_mask"] = torch.ones_like(x["input_ids"])
+        x["attention_mask"][0, 4:] = 0
+        assert_same(theirs, own, x)
+        x["labels"] = x["labels"].masked_fill(torch.arange(6) == 0, -100)
+        assert_same(theirs, own, x)
+        del x["attention_mask"]
+        x["labels"] = x["input_ids"]
+        assert_same(theirs, own, x)
+        x["attention_mask"] = torch.ones_like(x["input_ids"])
+        x["attention_mask"][0, :2] = 0
+        rows = [x["input_ids"][:1, 2:], x["input_ids"][1:]]
+        total = sum(row.numel() * own(row, labels=row).loss for row in rows)
+        close(own(**x).loss, total / sum(row.numel() for row in rows))
 
     @pytest.mark.parametrize("first", [-100, 3])
     def test_labels_on_a_device_are_not_looked_at(self, first):

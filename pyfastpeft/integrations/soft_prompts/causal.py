@@ -59,6 +59,7 @@ class CausalPrefixes(Prefixes):
         numbering = [getattr(self.decoder, name, None) for name in ("embeddings", "embed_positions")]
         numbering = [m for m in numbering if hasattr(m, "create_position_ids_from_inputs_embeds")]
         self._first = numbering[0].padding_idx + 1 if numbering else 0
+        self._masks_loss = self.model.config.model_type == "qwen2_audio"
 
     def check(self, form: Form) -> None:
         kind, config = type(self.model).__name__, self.decoder.config
@@ -103,6 +104,9 @@ class CausalPrefixes(Prefixes):
         inputs = kwargs.get("input_ids") if inputs is None else inputs
         if inputs is None:
             return None  # the decoder says so itself
+        mask = kwargs.get("attention_mask")
+        if self._masks_loss and FIRST in kwargs and mask is not None:
+            kwargs["attention_mask"] = mask[:, 1:]  # without the room that was for the loss
         past = past_of(kwargs)
         decoding = goes_on(past, inputs.shape[1])
         positions = self._positions(kwargs, inputs, past)
@@ -141,7 +145,8 @@ class CausalPrefixes(Prefixes):
         if self.bank.run is OFF or not rows or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
         forms = [[self.sources[n].form for n in names if n in self.sources] for names in rows]
-        found = with_first_label(kwargs, [of_row[-1:] == [Form.EMBEDDINGS] for of_row in forms])
+        ends = [of_row[-1:] == [Form.EMBEDDINGS] for of_row in forms]
+        found = with_first_label(kwargs, ends, self._masks_loss)
         return None if found is None else ((), found)
 
     def _positions(self, kwargs: dict[str, Any], inputs: Tensor, past: int | Tensor | None) -> Tensor:

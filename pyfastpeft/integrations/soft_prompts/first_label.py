@@ -21,11 +21,12 @@ FIRST = "pyfastpeft_first"
 """The argument by which a model tells its decoder where the texts begin [batch], if their first tokens have labels."""
 
 
-def with_first_label(kwargs: dict[str, Any], ends: Sequence[bool]) -> dict[str, Any] | None:
+def with_first_label(kwargs: dict[str, Any], ends: Sequence[bool], masks: bool) -> dict[str, Any] | None:
     """Arguments of a model, which have ``labels`` [batch, tokens], with :data:`FIRST` and room for that label in front.
 
     Args:
         ends: whether a row's prefix ends with a prompt at the embedding; several consecutive rows of the batch each.
+        masks: whether the loss picks its logits by ``attention_mask``, in which there is room then too.
 
     Returns:
         None where no first token has a label that is learned.
@@ -46,6 +47,8 @@ def with_first_label(kwargs: dict[str, Any], ends: Sequence[bool]) -> dict[str, 
         return None
     labels = F.pad(labels, (1, 0), value=IGNORED)
     labels[:, 1].masked_fill_(~ends, IGNORED)
+    if masks and isinstance(mask, Tensor):
+        kwargs = kwargs | {"attention_mask": F.pad(mask, (1, 0), value=1)}
     return kwargs | {"labels": labels, FIRST: first}
 
 
