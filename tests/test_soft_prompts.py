@@ -177,6 +177,31 @@ def qwen2_audio() -> torch.nn.Module:
     return tf.Qwen2AudioForConditionalGeneration(shape).eval()
 
 
+def got_ocr2() -> torch.nn.Module:
+    vision = {"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 16}
+    vision |= {"image_size": 32, "patch_size": 4, "window_size": 2, "global_attn_indexes": [1]}
+    text = tiny._LLAMA | {"model_type": "qwen2"}
+    shape = tf.GotOcr2Config(text_config=text, vision_config=vision, image_token_id=63)
+    return tiny.vary_vectors(tf.GotOcr2ForConditionalGeneration(shape)).eval()
+
+
+def granite_speech() -> torch.nn.Module:
+    encoder = {"input_dim": 8, "hidden_dim": 24, "num_layers": 1, "num_heads": 2, "dim_head": 8, "output_dim": 6}
+    encoder |= {"context_size": 10, "max_pos_emb": 16, "feedforward_mult": 2, "conv_kernel_size": 3}
+    projector = {"model_type": "blip_2_qformer", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    projector |= {"intermediate_size": 16, "encoder_hidden_size": 24}
+    shape = tf.GraniteSpeechConfig(
+        text_config=tiny._LLAMA | {"model_type": "granite", "embedding_multiplier": 3.0},
+        encoder_config=encoder,
+        projector_config=projector,
+        audio_token_index=63,
+        downsample_rate=5,
+        window_size=15,
+        has_lora_adapter=False,
+    )
+    return tiny.vary_vectors(tf.GraniteSpeechForConditionalGeneration(shape)).eval()
+
+
 class TestAgainstPeft:
     @pytest.mark.parametrize("architecture", CAUSAL)
     @pytest.mark.parametrize("method", PEFT_HAS)
@@ -265,7 +290,7 @@ class TestAgainstPeft:
         assert own(**x, return_dict=False)[0].item() == pytest.approx(b.loss.item())
 
     @pytest.mark.parametrize("method", ["prompt", "ptuning"])
-    @pytest.mark.parametrize("base", [qwen2_audio])
+    @pytest.mark.parametrize("base", [qwen2_audio, granite_speech])
     def test_a_loss_that_picks_its_logits_by_the_mask(self, base, method):
         theirs, own = pair(base(), method)
         x = {k: v.clamp(max=60) for k, v in tiny.inputs().items()}
@@ -818,6 +843,42 @@ class TestWherePeftFails:
         close(got, alone(inputs_embeds=seen[-1]).logits)
         with alone.disable_adapter():
             assert not torch.allclose(got, alone(inputs_embeds=seen[-1]).logits, atol=1e-3)
+
+    @pytest.mark.parametrize("base", [got_ocr2, granite_speech])
+    @pytest.mark.parametrize("method", ["prompt", "ptuning", "prefix", "deep"])
+    @torch.no_grad()
+    def test_a_decoder_whose_attention_goes_through_the_interface_alone(self, base, method):
+        """That of the images or sounds around it does not, and takes no prefix."""
+        base, seen = base(), []
+        own, alone = ours(base, method).eval(), ours(base.get_decoder(), method).eval()
+        for parameter in own.prompt_encoder.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+        alone.prompt_encoder.load_state_dict(own.prompt_encoder.state_dict())
+        inner = own.get_base_model().get_decoder()
+        inner.register_forward_pre_hook(lambda _, a, given: seen.append(given["inputs_embeds"]), with_kwargs=True)
+        ids = torch.cat([torch.randint(2, 60, (3, 6)), torch.full((3, 3), 63), torch.randint(2, 60, (3, 3))], 1)
+        mask = torch.ones_like(ids)
+        mask[1, :3] = mask[2, :5] = 0
+        if isinstance(base, tf.GotOcr2ForConditionalGeneration):
+            ids[:, 9] = 63
+            given = {"pixel_values": torch.randn(3, 3, 32, 32)}
+        else:
+            given = {"input_features": torch.randn(3, 15, 8), "input_features_mask": torch.ones(3, 3, dtype=torch.bool)}
+        out = own(input_ids=ids, attention_mask=mask, **given)
+        close(out.logits, base.get_output_embeddings()(alone(inputs_embeds=seen[-1], attention_mask=mask)[0]))
+        with own.disable_adapter():
+            assert not torch.allclose(own(input_ids=ids, attention_mask=mask, **given).logits, out.logits, atol=1e-3)
+        options = GREEDY | {"suppress_tokens": [63]}
+        got = own.generate(input_ids=ids, attention_mask=mask, **given, **options)
+        assert torch.equal(own.generate(input_ids=ids, attention_mask=mask, **given, **options, use_cache=False), got)
+        for i, start in enumerate((0, 3, 5)):
+            row = {"input_ids": ids[i : i + 1, start:], "attention_mask": mask[i : i + 1, start:]}
+            row |= {key: value[i : i + 1] for key, value in given.items()}
+            close(out.logits[i : i + 1, start:], own(**row).logits)
+            assert torch.equal(got[i, 12:], own.generate(**row, **options)[0, 12 - start :])
+        before = base.get_decoder().config._attn_implementation
+        own.delete_adapter("default")
+        assert inner.config._attn_implementation == before
 
     @pytest.mark.parametrize("method", METHODS)
     def test_training_on_left_padded_rows_equals_the_unpadded_ones(self, method):

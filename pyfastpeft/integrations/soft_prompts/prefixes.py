@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import put_bounded
@@ -161,8 +162,16 @@ class Prefixes(ABC):
     def keys_values(self, ids: Tensor) -> Tensor:
         """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
 
+    @property
+    def _attends(self) -> nn.Module:
+        """Whose attention is exchanged: the model's, or the decoder's alone where that of images or sounds, which takes
+        no prefix, does not go through transformers' interface."""
+        alone = isinstance(self.decoder, PreTrainedModel) and not self.model._can_set_attn_implementation()
+        return self.decoder if alone else self.model
+
     def _check_interface(self) -> None:
-        if self.model.config._attn_implementation != self.ATTENTION and not self.model._can_set_attn_implementation():
+        attends = self._attends
+        if attends.config._attn_implementation != self.ATTENTION and not attends._can_set_attn_implementation():
             raise ValueError(
                 f"the attention of a {type(self.model).__name__} cannot be exchanged through transformers' interface, "
                 "so it cannot take a prefix"
@@ -190,9 +199,10 @@ class Prefixes(ABC):
 
     def _set_attention(self, name: str | None = None) -> str:
         """Let the model use that attention (default: one that knows prefixes). Returns which it used before."""
-        name, before = name or self.ATTENTION, self.model.config._attn_implementation
+        name, attends = name or self.ATTENTION, self._attends
+        before = attends.config._attn_implementation
         if before != name:
-            set_attention(self.model, name)
+            set_attention(attends, name)
         return before
 
     def uninstall(self) -> None:
@@ -214,10 +224,9 @@ class Prefixes(ABC):
         return any(name in self.sources for names in rows for name in names)
 
     def _check_attention(self) -> None:
-        if self.model.config._attn_implementation != self.ATTENTION:
+        if (name := self._attends.config._attn_implementation) != self.ATTENTION:
             raise ValueError(
-                f"the attention was changed to {self.model.config._attn_implementation!r}, which knows no prefix; soft "
-                f"prompts need {self.ATTENTION!r}"
+                f"the attention was changed to {name!r}, which knows no prefix; soft prompts need {self.ATTENTION!r}"
             )
 
     def _clear_interrupted(self) -> None:
