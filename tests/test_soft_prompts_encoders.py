@@ -573,7 +573,9 @@ class TestBadInput:
             (shared, "AlbertModel has no attention of its own in each layer"),
             (own, "attention of a DebertaV2Model cannot be exchanged"),
             (unknown, "how a ModernBertModel counts its positions is not known"),
-            (seeing, "a GitModel has no attention of its own in each layer"),
+            (seeing, "a GitModel has attention among an image's patches beside that of its text"),
+            (SEEING["git"](), "a GitForCausalLM has attention among an image's patches beside that of its text"),
+            (SEEING["paligemma"](), "a PaliGemmaForConditionalGeneration has attention among an image's patches"),
         ):
             for asked in (fp.PrefixTuningConfig(num_virtual_tokens=2), fp.DeepPromptConfig(num_virtual_tokens=2)):
                 with pytest.raises(ValueError, match=match):

@@ -196,10 +196,9 @@ class BidirectionalPrefixes(Prefixes):
         # PEFT lays out an encoder–decoder's keys and values in fours, and uses the first two of each.
         step = 2 if self.seq2seq else 1
         self.slots = [step * i % self.shape.layers for i in range(len(self.attentions))]
-        of_text = all(
-            isinstance(getattr(m, "config", text), type(text)) for m in self.attentions
-        )  # not of GIT's images
-        self._whole = of_text and len(self.attentions) == layers
+        # GIT's and PaliGemma's images have some too.
+        self._of_text = all(isinstance(getattr(m, "config", text), type(text)) for m in self.attentions)
+        self._whole = len(self.attentions) == layers
         self._biased = [m for m in self.attentions if getattr(m, "has_relative_attention_bias", False)]
         # A mask of a sliding window that looks both ways says how far keys may lie from a query, but not where a prefix
         # lies: such a model's rotary positions are left alone, and `check` refuses it.
@@ -239,6 +238,11 @@ class BidirectionalPrefixes(Prefixes):
             return
         self._check_interface()
         kind = type(self.decoder).__name__
+        if not self._of_text:
+            raise ValueError(
+                f"a {kind} has attention among an image's patches beside that of its text, and which layers of the two "
+                "a prefix is for is not known; use Prompt Tuning or P-Tuning, whose prompt is in front of the text"
+            )
         if not self._whole:
             raise ValueError(f"a {kind} has no attention of its own in each layer that could be given a prefix")
         if not (self._biased or self._places):
