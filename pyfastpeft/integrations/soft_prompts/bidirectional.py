@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ...adapters import NO_ROWS, AdapterBank, Rows
+from ...nn.ends import input_embedding
 from ...nn.prompt_encoder import Form
 from .. import attention
 from ..forwards import NamedForward
@@ -256,7 +257,7 @@ class BidirectionalPrefixes(Prefixes):
             takes = "inputs_embeds" in around or any(p.kind is p.VAR_KEYWORD for p in around.values())
             if not takes or "inputs_embeds" not in inside:
                 raise ValueError(f"a {type(module).__name__} takes no inputs_embeds, so no soft prompt can go in front")
-        if type(self.model.get_input_embeddings()).__name__ == "QuantEmbedding":
+        if type(input_embedding(self.model)).__name__ == "QuantEmbedding":
             raise ValueError(
                 f"the embedding of a {type(self.model).__name__} returns scales beside its vectors, so no soft prompt "
                 "can go in front"
