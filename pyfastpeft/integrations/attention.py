@@ -477,5 +477,5 @@ def _reads_masks(kind: type[PreTrainedModel]) -> bool:
     whether they are bool.
     """
     source = inspect.getsource(sys.modules[kind.__module__])
-    signs = "allow_is_causal_skip", "bias + attention_mask", "attention_mask.dtype == torch.bool"
+    signs = "allow_is_causal_skip", "position_bias + attention_mask if", "attention_mask.dtype == torch.bool"
     return any(sign in source for sign in signs)
