@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,9 +39,9 @@ def check_shares(model: nn.Module, rows: Rows, ids: Any, kwargs: Mapping[str, An
     if alike or (given == ["pixel_values"] and _equal_shares(model.config, ids, kwargs.get("image_grid_thw"))):
         return
     raise ValueError(
-        f"adapter_names has different adapters for the {given[0]} of different rows; a {type(model).__name__} packs "
-        f"those of all rows into one sequence, so of the adapters in its layers for them, {sorted(held)}, all rows "
-        "must use the same, or have input_ids with equally many placeholders, for images alone"
+        f"adapter_names has different adapters for the {' and '.join(given)} of different rows; a "
+        f"{type(model).__name__} packs those of all rows into one sequence, so of the adapters in its layers for them, "
+        f"{sorted(held)}, all rows must use the same, or have images alone, with equally many tokens in input_ids"
     )
 
 
@@ -60,6 +61,7 @@ def _packs(kind: type[nn.Module]) -> bool:
     return not _PACKING.isdisjoint(inspect.signature(kind.forward).parameters)
 
 
+@torch.compiler.disable
 def _equal_shares(config: Any, ids: Any, grid: Tensor | None) -> bool:
     """Whether the images [images, time, height, width] of each row have equally many patches: those that stand in the
     text, each for as many, and no others."""
