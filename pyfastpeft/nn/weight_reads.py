@@ -68,7 +68,8 @@ RWKV divides them, Reformer multiplies by them where it generates, Gemma 4's ass
 and the others take their dtype."""
 
 _READ_WITHIN = {"continuous_position_bias_mlp"}
-"""Modules to the dtype of whose first layer's weight the one around them brings what it calls them with: Swin v2's."""
+"""Modules to the dtype of whose first layer's weight the one around them brings what it calls them with: Swin v2's. All
+their layers are kept."""
 
 
 def _has_in_a_list(parent: nn.Module, name: str) -> bool:

@@ -59,6 +59,7 @@ class CausalPrefixes(Prefixes):
         numbering = [getattr(self.decoder, name, None) for name in ("embeddings", "embed_positions")]
         numbering = [m for m in numbering if hasattr(m, "create_position_ids_from_inputs_embeds")]
         self._first = numbering[0].padding_idx + 1 if numbering else 0
+        # Its loss takes the mask as it is; Granite-Speech's, which picks logits by one too, shortens it to the labels.
         self._masks_loss = self.model.config.model_type == "qwen2_audio"
 
     def check(self, form: Form) -> None:

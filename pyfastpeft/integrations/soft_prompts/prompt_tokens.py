@@ -2,9 +2,10 @@
 
 There a prompt's hidden states depend on the row, so no keys and values can stand for it; its vectors run in front of
 each row's own tokens, as in PEFT. Two things are different. A row is laid out as its prompt, its tokens from the first
-visible one on, and then, hidden, what is left (in front of it all where a head reads the last entry): so rows with
-prompts of different lengths, and rows padded on the left, come out as each would alone (in an encoder also where the
-prompt is all keys and values, and has no tokens). And outputs have one entry a real token, none for the prompt.
+visible one on, and then, hidden, what was in front of that one (which stays in front of it all where a head reads the
+last entry): so rows with prompts of different lengths, and rows padded on the left, come out as each would alone (in an
+encoder also where the prompt is all keys and values, and has no tokens). And outputs have one entry a real token, none
+for the prompt.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Layout:
         shape: of the rows' own tokens: [batch, tokens], or [batch, choices, tokens] for a model that takes these as
             batch · choices rows.
         mask: of that shape, nonzero where visible; None: all are.
-        hidden_first: what is hidden goes to the front, not to the end, so that each row's last entry is a token.
+        hidden_first: what is hidden in front of a row's tokens stays in front and does not go to the end, so that a
+            row's last entry stays its last.
     """
 
     def __init__(self, tokens: Tokens, shape: Sequence[int], mask: Tensor | None, hidden_first: bool = False) -> None:
