@@ -932,6 +932,14 @@ def test_a_head_that_reads_the_last_entry_reads_a_token_of_rows_padded_on_the_le
             torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_rows_of_no_tokens_have_no_outputs():
+    model = fp.get_peft_model(tf.BertModel(tf.BertConfig(**_BERT)), fp.PromptTuningConfig(num_virtual_tokens=N)).eval()
+    ids = torch.zeros(2, 0, dtype=torch.int64)
+    for mask in (None, torch.zeros_like(ids)):
+        assert model(input_ids=ids, attention_mask=mask)[0].shape == (2, 0, 32)
+
+
 _XLM = {"vocab_size": tiny.VOCAB, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
 
 

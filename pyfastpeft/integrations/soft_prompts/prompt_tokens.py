@@ -103,7 +103,7 @@ class Layout:
         self.lead, self.length = shape[:-1], shape[-1]
         self.room, batch, length = tokens.vectors.shape[1], math.prod(self.lead), self.length
         self.plain = tokens.index is None and tokens.lengths is None
-        hidden = mask is not None and (traced() or not bool(mask[..., 0].all()))
+        hidden = mask is not None and (traced() or not bool(mask[..., :1].all()))
         if self.plain and not hidden:
             self.mask = None if mask is None else self.insert(mask.new_ones(batch, self.room), mask)
             return
