@@ -111,5 +111,5 @@ def test_shares_that_nothing_tells_are_refused():
     model = make("qwen2_vl", a="all-linear", b="all-linear")
     batch = batch_of([row((1, 4, 4)), row((1, 4, 4))])
     embeds = model.get_input_embeddings()(batch.pop("input_ids"))
-    with pytest.raises(ValueError, match="have images alone, with equally many tokens in input_ids"):
+    with pytest.raises(ValueError, match="bring images alone, with equally many tokens each in input_ids"):
         model(inputs_embeds=embeds, **batch, adapter_names=["a", "b"])

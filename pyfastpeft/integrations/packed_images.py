@@ -41,7 +41,7 @@ def check_shares(model: nn.Module, rows: Rows, ids: Any, kwargs: Mapping[str, An
     raise ValueError(
         f"adapter_names has different adapters for the {' and '.join(given)} of different rows; a "
         f"{type(model).__name__} packs those of all rows into one sequence, so of the adapters in its layers for them, "
-        f"{sorted(held)}, all rows must use the same, or have images alone, with equally many tokens in input_ids"
+        f"{sorted(held)}, all rows must use the same, or bring images alone, with equally many tokens each in input_ids"
     )
 
 
