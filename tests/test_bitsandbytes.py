@@ -65,7 +65,7 @@ def test_we_read_bitsandbytes_file_in_any_quant_storage(tmp_path, storage, quant
     save_file(layer.state_dict(), tmp_path / "l.safetensors")
     packed = packed_from_state(load_file(tmp_path / "l.safetensors"), "weight")
     expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    assert packed.dtype == expected.dtype and torch.equal(packed.dequantize(), expected)
+    assert packed.dtype == expected.dtype and torch.equal(packed.dequantize(packed.dtype), expected)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
@@ -111,7 +111,8 @@ def test_scales_that_an_eval_forward_transposed_before_the_save_are_put_back(tmp
     expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     layer(torch.randn(2, 128, dtype=torch.bfloat16))
     packed = packed_from_state({k: v for k, v in layer.state_dict().items() if k != "bias"}, "weight")
-    assert torch.equal(packed.dequantize(), expected)  # absmax of bfloat16 weights survives its rounding to bfloat16
+    # The absmax of bfloat16 weights survives its rounding to bfloat16.
+    assert torch.equal(packed.dequantize(packed.dtype), expected)
 
 
 def edited(encoded, **fields):

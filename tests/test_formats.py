@@ -178,7 +178,7 @@ def test_int4_refuses_a_span_that_float32_cannot_hold(device, dtype):
         fp.quantize_4bit(w, "int4", 32)
     assert fp.quantize_4bit(w, "nf4", 32).dequantize().isfinite().all()
     w[2, 5] = 0.0
-    assert torch.allclose(fp.quantize_4bit(w, "int4", 32).dequantize(), w)
+    assert torch.allclose(fp.quantize_4bit(w, "int4", 32).dequantize(dtype), w)
     w[2, 9] = -math.inf  # which is NaN afterwards, not refused
     assert not fp.quantize_4bit(w, "int4", 32).dequantize()[2].isfinite().all()
 
@@ -333,10 +333,14 @@ def test_fake_tensors_are_quantized_and_decoded(settings):
     assert (packed.codes.shape, packed.scale.shape) == (real.codes.shape, real.scale.shape)
 
 
-def test_dequantize_defaults_to_the_original_dtype():
+def test_dequantize_gives_float32_and_a_layer_its_own_dtype_where_no_other_is_asked_for():
     for dtype in DTYPES:
-        assert fp.quantize_4bit(torch.randn(4, 64).to(dtype)).dequantize().dtype == dtype
-    assert fp.quantize_4bit(torch.randn(4, 64)).dequantize(torch.float64).dtype == torch.float64
+        weight = torch.randn(4, 64).to(dtype)
+        packed = fp.quantize_4bit(weight)
+        assert_same_bits(packed.dequantize(), packed.dequantize(torch.float32))
+        assert packed.dequantize(torch.float64).dtype == torch.float64
+        layer = fp.nn.Linear4bit.from_linear(torch.nn.Linear(64, 4, dtype=dtype))
+        assert layer.dequantize().dtype == dtype
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -214,15 +214,14 @@ class Packed4bit:
         scale = self.rows().scale
         return scale if self.nested is None else dequantize_scales(scale, self.nested)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in full precision, ``shape`` and ``dtype`` (default: the original's).
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor in full precision, ``shape`` and ``dtype``.
 
-        Decoded in float32 and rounded once.
+        Decoded in float32, and rounded once to any other dtype.
 
         Raises:
             TypeError: ``dtype`` is no floating-point dtype.
         """
-        dtype = self.dtype if dtype is None else dtype
         if dtype in FLOATS:
             rows = self.rows()
             return torch.ops.pyfastpeft.dequantize_4bit.default(

@@ -112,7 +112,8 @@ class Linear4bit(OneDevice, nn.Linear):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features] in ``dtype`` (default: the original weight's)."""
-        return self._require_packed().dequantize(dtype)
+        packed = self._require_packed()
+        return packed.dequantize(packed.dtype if dtype is None else dtype)
 
     @property
     def W_q(self) -> Tensor:

@@ -531,7 +531,8 @@ class LoraLayer(nn.Module, ABC):
             added = sum(self._scaling[n] * self._bias_of(n).detach().float() for n in biases)
             bias = nn.Parameter((held.float() + added).to(held.dtype), requires_grad=False)
         if safe_merge:
-            check_finite(names, (weight.dequantize() if isinstance(weight, Packed4bit) else weight, bias), dtype)
+            values = weight.dequantize(weight.dtype) if isinstance(weight, Packed4bit) else weight
+            check_finite(names, (values, bias), dtype)
         self._unmerged, self.merged_adapters = (self.exchange(weight), held), list(names)
         self._square = None
         if biases:
