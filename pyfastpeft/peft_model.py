@@ -665,7 +665,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> PeftModel:
         """Attach the adapter of a PEFT folder or hub repository to ``model``, in place.
 
-        Called on PeftModel itself, it makes the class for the adapter's ``task_type``.
+        Called on PeftModel itself, it makes the class for the adapter's ``task_type``. LoRA of before transformers
+        moved or renamed the model's modules (LLaVA's, Gemma 3's, Qwen2-VL's, ViT's …) is brought up to today's paths
+        by the renamings with which transformers reads older checkpoints.
 
         Args:
             is_trainable: whether its parameters train.

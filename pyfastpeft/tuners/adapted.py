@@ -198,6 +198,7 @@ class AdaptedModel(OneDevice, nn.Module):
         """
         config = self.resolved(config)
         tuner = self.tuner(config)
+        config, tensors = tuner.at_todays_paths(config, tensors)
         tensors = tuner.without_duplicates(config, tensors)
         saved = self._to_save(config)
         expected = tuner.expected(config, tensors) | {key: tuple(t.shape) for key, t in saved.items()}
@@ -424,17 +425,18 @@ class AdaptedModel(OneDevice, nn.Module):
         nowhere = [key for key, value in values.items() if value.is_meta]
         if nowhere:
             raise ValueError(f"{source} has {nowhere} on the meta device, where there are no values")
-        held = self._embeddings(self.tuner_of(name), self.tensors(name))
+        tuner, given = self.tuner_of(name), values
+        new, values = tuner.at_todays_paths(None if config is None else self.resolved(config), values)
+        held = self._embeddings(tuner, self.tensors(name))
         embeddings = {key: t for key, t in held.items() if key in values}
         for key, tensor in embeddings.items():
             if not torch.equal(tensor, values[key].to(tensor)):
                 raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")
         if embeddings:
             values = {key: t for key, t in values.items() if key not in embeddings}
-            if self._swapped_alike(name, config, values):
-                return
-        new = None if config is None else self.resolved(config)
-        self.configs[name] = self.tuner_of(name).swap(name, old, new, self.tensors(name), values, source)
+        if values is not given and self._swapped_alike(name, new, values):
+            return
+        self.configs[name] = tuner.swap(name, old, new, self.tensors(name), values, source)
         self.bank.version += 1
 
     def _swapped_alike(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor]) -> bool:

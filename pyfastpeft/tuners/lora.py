@@ -407,6 +407,13 @@ class LoraTuner(Tuner):
             config.target_modules = _all_linear(self.model, config)
         return config
 
+    def at_todays_paths(
+        self, config: LoraConfig | None, values: Mapping[str, Tensor]
+    ) -> tuple[LoraConfig | None, Mapping[str, Tensor]]:
+        from .lora_moved import at_todays_paths
+
+        return at_todays_paths(config, values, self.model, self.PREFIX)
+
     def expected(self, config: LoraConfig, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         targets = find_targets(config, self.model, strict=False)
         shapes = {}

@@ -50,6 +50,13 @@ class Tuner(ABC):
         """
         return config
 
+    def at_todays_paths(
+        self, config: Any | None, values: Mapping[str, Tensor]
+    ) -> tuple[Any | None, Mapping[str, Tensor]]:
+        """``config``, resolved or None, and ``values`` of a file, with the module paths that this model has now where
+        they have those of an older version of it."""
+        return config, values
+
     @abstractmethod
     def expected(self, config: Any, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Key → shape of all that the files for a resolved ``config`` must hold; nothing is changed.
