@@ -331,6 +331,45 @@ def without_scales(data):
     return save_safetensors(tensors, {"format": "pt"})
 
 
+def of_a_method_nobody_knows(data):
+    return json.dumps(json.loads(data) | {"quantization_config": {"quant_method": "modelopt"}}).encode()
+
+
+def with_tensors(**tensors):
+    """A change that adds ``tensors`` to those of the second layer."""
+
+    def added(data):
+        more = {f"model.layers.1.{name}": tensor for name, tensor in tensors.items()}
+        return save_safetensors(load_safetensors(data) | more, {"format": "pt"})
+
+    return added
+
+
+@pytest.mark.parametrize("options", [[], ["--full-precision"]], ids=" ".join)
+def test_a_quantization_that_transformers_does_not_know_is_refused(capsys, tmp_path, model_folder, options):
+    model = damaged(model_folder, tmp_path, "config.json", of_a_method_nobody_knows)
+    code, _, err = run(capsys, "generate", "--model", model, "--prompt", "p", *options)
+    assert code == 1 and f"model {model!r} is quantized by the quant_method 'modelopt', which transformers does" in err
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj.weight_scale", "mlp.up_proj.weight.absmax", "self_attn.q_proj.bias"])
+@pytest.mark.parametrize("options", [[], ["--full-precision"]], ids=" ".join)
+def test_a_layer_that_does_not_read_all_of_its_tensors_is_refused(capsys, tmp_path, model_folder, name, options):
+    change = with_tensors(**{name: torch.ones(64)})
+    model = damaged(model_folder, tmp_path, "model.safetensors", change)
+    code, _, err = run(capsys, "generate", "--model", model, "--prompt", "p", *options)
+    says = f"has 1 tensors in layers of its LlamaForCausalLM that do not take them: model.layers.1.{name};"
+    assert code == 1 and f"model {model!r} {says}" in err
+
+
+def test_tensors_of_a_layer_that_the_model_does_not_have_are_said_to_be_left_out(capsys, tmp_path, model_folder):
+    change = with_tensors(**{"mtp.weight": torch.ones(64)})
+    model = damaged(model_folder, tmp_path, "model.safetensors", change)
+    code, _, err = run(capsys, "generate", "--model", model, "--prompt", "p", "--max-new-tokens", "1")
+    says = "has 1 tensors that its LlamaForCausalLM does not take: model.layers.1.mtp.weight; they are left out"
+    assert code == 0 and err == f"pyfastpeft generate: warning: model {model!r} {says}\n"
+
+
 @pytest.mark.parametrize("options", [[], ["--full-precision"]], ids=" ".join)
 def test_a_damaged_4_bit_model_says_what_is_wrong_with_which_weight(capsys, tmp_path, model_folder, options):
     small = str(tmp_path / "small")
@@ -450,7 +489,7 @@ def test_a_model_is_looked_for_on_the_hub_under_any_name_of_one(capsys, monkeypa
         asked.append(source)
         raise OSError("not there")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", load)
     for name in ("gpt2", "someone/gpt2"):
         code, _, err = run(capsys, "quantize", name, str(tmp_path / "out"))
         assert code == 1 and "not there" in err and asked.pop() == name

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import json
 import traceback
+import warnings
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from ..formats import FORMATS
 from .methods import flag
 
 if TYPE_CHECKING:  # transformers takes seconds to import: only a command that loads a model waits for it
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .. import FastPeftConfig
 
@@ -92,7 +94,7 @@ def _reported(error: Exception) -> str | None:
 def _load_hub(
     source: Path | str, args: argparse.Namespace, quantized: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from .. import FastPeftConfig
 
@@ -106,6 +108,7 @@ def _load_hub(
         for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
             if (source / pickle).is_file():
                 raise ValueError(f"{source / pickle} is a pickle, which is never loaded; convert it to safetensors")
+    _check_method(args, AutoConfig.from_pretrained(source))
     config = {}  # None would take away that of a model in 4 bits
     if quantized:
         config["quantization_config"] = FastPeftConfig(**_asked(args))
@@ -114,10 +117,46 @@ def _load_hub(
     if missing := sorted(found["missing_keys"]):  # transformers makes them up
         kind = type(model).__name__
         raise ValueError(f"model {args.model!r} lacks {len(missing)} weights of a {kind}, such as {missing[0]}")
+    _check_unread(args, model, found["unexpected_keys"])
     held = getattr(model.config, "quantization_config", None)
     if isinstance(held, FastPeftConfig):
         _check_format(args, held)
     return model, AutoTokenizer.from_pretrained(source)
+
+
+def _check_method(args: argparse.Namespace, config: PreTrainedConfig) -> None:
+    """Refuse a quantization that transformers does not know: it would take the codes for weights."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    # Where transformers looks for it.
+    held = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config(decoder=True)))
+    stored = next((settings for settings in held if settings is not None), None)
+    if stored is not None and not AutoHfQuantizer.supports_quant_method(stored):
+        raise ValueError(
+            f"model {args.model!r} is quantized by the quant_method {stored['quant_method']!r}, which transformers "
+            "does not know; name the one in full precision"
+        )
+
+
+def _check_unread(args: argparse.Namespace, model: PreTrainedModel, unread: Collection[str]) -> None:
+    """Refuse tensors that the model does not take where they are of a layer that it has, such as the scales of its
+    weight: that would compute something else. Those of other layers are only said to be left out."""
+    if not unread:
+        return
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    layers = names | {name.removesuffix(".weight") for name in names}
+    layers |= {name.removeprefix(f"{model.base_model_prefix}.") for name in layers}  # which a file may leave out
+    wrong = sorted(name for name in unread if name.rpartition(".")[0] in layers)
+    kind, such = type(model).__name__, ", ".join((wrong or sorted(unread))[:5])
+    if wrong:
+        raise ValueError(
+            f"model {args.model!r} has {len(wrong)} tensors in layers of its {kind} that do not take them: {such}; "
+            "without them those would compute something else"
+        )
+    warnings.warn(
+        f"model {args.model!r} has {len(unread)} tensors that its {kind} does not take: {such}; they are left out",
+        stacklevel=2,
+    )
 
 
 def in_4_bits(model: PreTrainedModel) -> bool:
