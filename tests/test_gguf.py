@@ -512,7 +512,11 @@ def info(shape=(32, 4), kind=2, offset=0, name=b"w"):
         (header(ARCHITECTURE, tensors=1, infos=info(kind=250)) + bytes(200), "250"),
         (header(ARCHITECTURE, tensors=1, infos=info((1,) * 5)) + bytes(200), "5 dimensions"),
         (header(ARCHITECTURE, tensors=1, infos=info((2**40, 2**40))) + bytes(200), "the file has"),
-        (header(ARCHITECTURE, tensors=1, infos=info(offset=2**63)) + bytes(200), "the file has"),
+        (header(ARCHITECTURE, tensors=1, infos=info(offset=2**63)) + bytes(200), "it must begin at"),
+        (header(ARCHITECTURE, tensors=1, infos=info(offset=32)) + bytes(400), "at byte 160; it must begin at 128"),
+        (header(ARCHITECTURE, tensors=2, infos=info() + info(name=b"v")) + bytes(400), "tensor v begins"),
+        (header(ARCHITECTURE, tensors=2, infos=info() + info(name=b"v", offset=72)) + bytes(400), "tensor v begins"),
+        (header(ARCHITECTURE, tensors=2, infos=info() + info(name=b"v", offset=128)) + bytes(400), "tensor v begins"),
         (header(ARCHITECTURE, tensors=1, infos=info(name=b"\xff")) + bytes(200), "utf-8"),
     ],
 )

@@ -112,6 +112,10 @@ class GgufFile:
             raise ValueError(f"{self.path}: {name} cannot be decoded: {error}") from error
 
 
+def _padded(at: int, alignment: int) -> int:
+    return -(-at // alignment) * alignment
+
+
 class _Header:
     """Reads a header, letting no count or offset in it reach beyond the file."""
 
@@ -147,11 +151,15 @@ class _Header:
         if alignment == 0:
             raise ValueError("its alignment is 0")
         table = [self.tensor() for _ in range(tensors)]
-        start = -(-self.at // alignment) * alignment
+        start = _padded(self.at, alignment)
         infos = {name: info._replace(start=start + info.start, stop=start + info.stop) for name, info in table}
         if len(infos) != tensors:
             raise ValueError("two of its tensors have one name")
+        free = start
         for name, info in infos.items():
+            if info.start != free:  # as llama.cpp demands: anywhere else lie the weights of other tensors
+                raise ValueError(f"tensor {name} begins at byte {info.start}; it must begin at {free}")
+            free = _padded(info.stop, alignment)
             if info.stop > len(self.data):
                 raise ValueError(f"tensor {name} ends at byte {info.stop}; the file has {len(self.data)}")
         return architecture, infos
