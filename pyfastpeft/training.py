@@ -41,6 +41,8 @@ from .ops.cross_entropy import IGNORED
 
 _SLOTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter: the number of its steps, and two tensors of its shape."""
+_SETTINGS = ("lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+"""Without the same of these a resumed run is not the uninterrupted one."""
 
 
 class Collator:
@@ -77,7 +79,8 @@ class AdapterTrainer(Trainer):
                 tensors, numbers = _split_tensors(self.optimizer.state_dict())
                 save_safetensors(tensors, aside / "optimizer.safetensors")
                 schedule = self.lr_scheduler.state_dict()
-                write_text(json.dumps({"optimizer": numbers, "scheduler": schedule}), aside / "optimizer.json")
+                saved = {"optimizer": numbers, "scheduler": schedule, "settings": _settings(self.args)}
+                write_text(json.dumps(saved), aside / "optimizer.json")
                 with atomic_write(aside / "trainer_state.json") as state:
                     self.state.save_to_json(str(state))
             tensors, numbers = _random_state()
@@ -102,8 +105,9 @@ class AdapterTrainer(Trainer):
         except ValueError as error:
             if not differ:
                 raise
-            said = "; ".join(f"{key} is {values}" for key, values in differ.items())
-            raise ValueError(f"{checkpoint} cannot be resumed with another adapter than its own: {said}") from error
+            raise ValueError(
+                f"{checkpoint} cannot be resumed with another adapter than its own: {_listed(differ)}"
+            ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -126,6 +130,10 @@ class AdapterTrainer(Trainer):
                 _check_numbers(saved["scheduler"], schedule, f"{settings}: scheduler")
                 self.optimizer.load_state_dict(_join_tensors(tensors, numbers))
                 self.lr_scheduler.load_state_dict(saved["scheduler"])
+                if differ := _compared(saved.get("settings", {}), _settings(self.args)):
+                    warnings.warn(
+                        f"{checkpoint} is resumed with other settings than its own: {_listed(differ)}", stacklevel=2
+                    )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -141,9 +149,21 @@ def _differences(model: nn.Module, checkpoint: str) -> dict[str, str]:
     differ = {}
     for name in model.active_adapters:
         saved = read_json(adapter_folder(checkpoint, name) / CONFIG_NAME)
-        here = json.loads(json.dumps(replace(model.peft_config[name], inference_mode=True).to_dict()))
-        differ |= {k: f"{saved[k]!r} there and {v!r} here" for k, v in here.items() if saved.get(k, v) != v}
+        differ |= _compared(saved, replace(model.peft_config[name], inference_mode=True).to_dict())
     return differ
+
+
+def _compared(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
+    here = json.loads(json.dumps(here))  # as it is saved: what was a tuple or an enumeration is none
+    return {k: f"{saved[k]!r} there and {v!r} here" for k, v in here.items() if saved.get(k, v) != v}
+
+
+def _listed(differ: dict[str, str]) -> str:
+    return "; ".join(f"{key} is {values}" for key, values in differ.items())
+
+
+def _settings(args: TrainingArguments) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _SETTINGS}
 
 
 def _remove_checkpoint(folder: Path) -> None:
@@ -179,8 +199,9 @@ def _of_checkpoint(checkpoint: str, *more: type[Exception]) -> Iterator[None]:
 def _check_numbers(saved: Any, known: Any, name: str) -> None:
     """Whether what is a number in ``known``, or numbers in lists and objects, is one in ``saved`` as well."""
     if isinstance(known, dict):
-        for key in known.keys() & saved.keys():
-            _check_numbers(saved[key], known[key], f"{name}.{key}")
+        for key, value in known.items():
+            if key in saved:
+                _check_numbers(saved[key], value, f"{name}.{key}")
     elif isinstance(known, (list, tuple)):
         for i, value in enumerate(known):
             _check_numbers(saved[i], value, f"{name}[{i}]")
@@ -267,7 +288,7 @@ def train_adapter(
         warmup_steps: a number of steps, or below 1 a share of all steps.
         save_steps: write ``output_dir/checkpoint-<step>`` every so many steps (the newest two are kept); 0: none.
         resume: go on from the newest checkpoint in ``output_dir``; where that has all steps behind it, nothing trains.
-            Warns where that was trained over another base model.
+            Warns where that was trained over another base model, or with another schedule, batch or seed.
 
     Raises:
         ValueError: ``resume`` without a checkpoint, or one that is damaged or of another adapter; checkpoints of an

@@ -447,6 +447,31 @@ def test_a_checkpoint_of_another_adapter_says_in_what_it_differs(tmp_path, other
         run(fp.get_peft_model(quantized_llama(), other), tmp_path, save_steps=2, resume=True)
 
 
+@pytest.mark.parametrize("schedules", list(itertools.permutations(["constant", "linear", "cosine"], 2)), ids=" ".join)
+def test_a_checkpoint_goes_on_with_another_schedule_and_it_is_said(tmp_path, schedules):
+    there, here = schedules
+    run(adapter(), tmp_path, save_steps=1, max_steps=1, lr_scheduler_type=there)
+    says = (
+        f"checkpoint-1 is resumed with other settings than its own: lr_scheduler_type is '{there}' there and '{here}'"
+    )
+    with pytest.warns(UserWarning, match=says):
+        output = run(adapter(), tmp_path, save_steps=1, max_steps=3, lr_scheduler_type=here, resume=True)
+    assert output.global_step == 3
+
+
+def test_a_checkpoint_that_goes_on_with_other_batches_or_another_seed_is_said(tmp_path):
+    def run(**kwargs):
+        train_adapter(adapter(), examples(), 0, tmp_path, save_steps=1, **kwargs)
+
+    run(max_steps=1, batch_size=4)
+    says = (
+        "per_device_train_batch_size is 4 there and 2 here; gradient_accumulation_steps is 1 there and 3 here; "
+        "seed is 0 there and 5 here$"
+    )
+    with pytest.warns(UserWarning, match=says):
+        run(max_steps=2, batch_size=2, gradient_accumulation_steps=3, seed=5, resume=True)
+
+
 def test_a_checkpoint_over_another_base_model_is_said(tmp_path):
     for number, name in enumerate(("one", "one", "two")):
         model = adapter()
