@@ -7,6 +7,7 @@ import json
 import math
 import re
 import struct
+import warnings
 from pathlib import Path
 
 import gguf
@@ -376,6 +377,17 @@ def test_quantizing_anew_is_done_when_asked_for(tmp_path, kind):
         expected = fp.quantize_4bit(reference.get_submodule(name).weight, "nf4", 128, double_quant=True)
         assert (layer.quant_type, layer.blocksize, layer.double_quant) == ("nf4", 128, True)
         assert torch.equal(layer.dequantize(), expected.dequantize())
+
+
+def test_weights_in_float32_are_quantized_without_a_warning(tmp_path):
+    path, before = write_llama(tmp_path / "m.gguf", Kind.F32), torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # it says so once a process
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            fp.from_gguf(path, "nf4")
+    finally:
+        torch.set_warn_always(before)
+    assert not [w for w in seen if "not writable" in str(w.message)]
 
 
 @pytest.mark.parametrize(("kind", "down"), [(Kind.Q8_0, None), (Kind.F16, Kind.Q4_0), (Kind.Q4_1, Kind.Q8_0)])

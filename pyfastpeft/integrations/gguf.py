@@ -200,7 +200,8 @@ class _Weights:
         weight, name_after = self._processed(name, self.file.dequantized(name))
         if name_after != name:
             return None
-        weight = torch.from_numpy(np.ascontiguousarray(weight.T if isinstance(layer, Conv1D) else weight))
+        # F32 is not decoded: it is the mapped file itself, and torch warns of what cannot be written.
+        weight = torch.from_numpy(np.require(weight.T if isinstance(layer, Conv1D) else weight, requirements="CW"))
         return quantize_4bit(weight, self.wanted.quant_type, self.wanted.blocksize, self.wanted.double_quant)
 
     def _full_precision(self, name: str, model: PreTrainedModel) -> None:
