@@ -22,8 +22,22 @@ _Row = TypeVar("_Row")
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
     """The id to pad with: any that ``model`` embeds will do where a mask says what counts."""
-    known, rows = (tokenizer.pad_token_id, tokenizer.eos_token_id), len(model.get_input_embeddings().weight)
+    known, rows = (tokenizer.pad_token_id, tokenizer.eos_token_id), embedded_tokens(model)
     return next((i for i in known if i is not None and i < rows), 0)
+
+
+def embedded_tokens(model: nn.Module) -> int:
+    """How many tokens ``model`` embeds."""
+    return len(model.get_input_embeddings().weight)
+
+
+def check_ids(what: str, ids: Sequence[int], rows: int) -> None:
+    """Whether a row's tokens are among the ``rows`` embedded ones; torch says "index out of range" where one is not."""
+    if (largest := max(ids, default=0)) >= rows:
+        raise ValueError(
+            f"{what} has the token {largest}; the model embeds 0 to {rows - 1}. Where the tokenizer got new tokens, "
+            "resize_token_embeddings makes room for them"
+        )
 
 
 def learned_positions(model: nn.Module) -> int | None:

@@ -12,7 +12,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .conversations import (
     Messages,
+    check_ids,
     check_positions,
+    embedded_tokens,
     end_ids,
     learned_positions,
     pad_id,
@@ -65,7 +67,7 @@ def prompts_of(
     Raises:
         ValueError: a conversation that cannot be asked; it names it as ``called`` does (default: by its number).
     """
-    positions = learned_positions(model)
+    rows, positions = embedded_tokens(model), learned_positions(model)
     prompts, room = [], []
     for number, messages in enumerate(conversations, 1):
         what = f"prompt {number}" if called is None else called[number - 1]
@@ -73,6 +75,7 @@ def prompts_of(
             ids = prompt_ids(messages, tokenizer)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
+        check_ids(what, ids, rows)
         left = math.inf
         if positions is not None:
             virtual = virtual_tokens(model, None if adapter_names is None else adapter_names[number - 1])

@@ -33,7 +33,16 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, sort_checkpoints
 
-from .conversations import Messages, check_positions, encode, learned_positions, pad_id, virtual_tokens
+from .conversations import (
+    Messages,
+    check_ids,
+    check_positions,
+    embedded_tokens,
+    encode,
+    learned_positions,
+    pad_id,
+    virtual_tokens,
+)
 from .hub.files import atomic_write, check_tensors, load_safetensors, read_json, save_safetensors, write_text
 from .hub.peft import CONFIG_NAME, adapter_folder
 from .nn.modes import evaluating
@@ -292,15 +301,16 @@ def train_adapter(
 
     Raises:
         ValueError: ``resume`` without a checkpoint, or one that is damaged or of another adapter; checkpoints of an
-            earlier run without ``resume``; ``save_steps`` below 0; a row that is longer than the positions a model has
-            learned.
+            earlier run without ``resume``; ``save_steps`` below 0; a row that has a token which the model does not
+            embed, or is longer than the positions it has learned.
     """
     if save_steps < 0:
         raise ValueError(f"save_steps is {save_steps}; it must be 0 (no checkpoints) or more")
     last = _last_checkpoint(output_dir, resume)
-    if (positions := learned_positions(model)) is not None:
-        virtual = virtual_tokens(model)
-        for number, example in enumerate(dataset, 1):
+    rows, positions, virtual = embedded_tokens(model), learned_positions(model), virtual_tokens(model)
+    for number, example in enumerate(dataset, 1):
+        check_ids(f"row {number}", example["input_ids"], rows)
+        if positions is not None:
             check_positions(f"row {number}", len(example["input_ids"]), virtual, positions)
     for left in Path(output_dir).glob(".checkpoint-*.partial"):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -349,14 +359,17 @@ def held_out_loss(
 ) -> float:
     """The model's mean cross-entropy, in nats, over all labels of ``rows``, which are cut as in training.
 
-    A row that could be asked but not learned (:func:`encode` refuses it) does not count; NaN if none does.
+    A row that could be asked but not learned (:func:`encode` refuses it, or the model does not embed all of its tokens)
+    does not count; NaN if none does.
     """
     if (positions := learned_positions(model)) is not None:
         max_length = min(max_length, positions - virtual_tokens(model))
-    examples = []
+    examples, embedded = [], embedded_tokens(model)
     for messages in rows:
         with suppress(ValueError):
-            examples.append(encode(messages, tokenizer, max_length))
+            example = encode(messages, tokenizer, max_length)
+            check_ids("the row", example["input_ids"], embedded)
+            examples.append(example)
     collate, device = Collator(pad_id(tokenizer, model)), next(model.parameters()).device
     total, count = 0.0, 0
     with evaluating(model):

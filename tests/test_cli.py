@@ -758,6 +758,35 @@ def of_200_positions(tmp_path):
     return model
 
 
+def test_a_token_that_the_model_does_not_embed_is_named(capsys, tmp_path, model_folder):
+    model = str(tmp_path / "model")
+    shutil.copytree(model_folder, model)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), 321)])
+    tokenizer.save_pretrained(model)
+    rows = {"plain": ("q", "a"), "asks": ("<320>", "a"), "answers": ("q", "<320>")}
+    data = {name: str(tmp_path / f"{name}.jsonl") for name in rows}
+    for name, row in rows.items():
+        both = (json.dumps({"prompt": q, "completion": a}) for q, a in (rows["plain"], row))
+        Path(data[name]).write_text("\n\n".join(both))
+
+    def train(data, test, output="out"):
+        output = str(tmp_path / output)
+        return ["train", "--model", model, "--data", data, "--test", test, "--output", output, "--max-steps", "1"]
+
+    cases = {
+        "prompt 1": ["generate", "--model", model, "--prompt", "What is <320>?"],
+        "row 2": train(data["answers"], data["plain"]),
+        f"{data['asks']}, line 3": train(data["plain"], data["asks"]),
+    }
+    for what, arguments in cases.items():
+        code, _, err = run(capsys, *arguments)
+        assert code == 1 and f"error: {what} has the token 320; the model embeds 0 to 319." in err, what
+    assert not (tmp_path / "out").exists()
+    plain, answers = (run_json(capsys, *train(data["plain"], data[name], name)) for name in ("plain", "answers"))
+    assert answers["test_loss"] == plain["test_loss"]  # what cannot be learned does not count
+
+
 def test_a_question_that_has_no_place_in_the_model_is_named_by_file_and_line(capsys, tmp_path, of_200_positions):
     data, test = tmp_path / "data.jsonl", tmp_path / "test.jsonl"
     short, long = (json.dumps({"prompt": text, "completion": "a"}) for text in ("q", 200 * "q"))
