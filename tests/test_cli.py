@@ -576,6 +576,21 @@ def test_quantize_writes_a_folder_that_transformers_loads(capsys, tmp_path, mode
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
 
 
+def test_quantize_takes_the_processor_of_images_along(capsys, tmp_path, model_folder):
+    model, output = tmp_path / "model", tmp_path / "small"
+    shutil.copytree(model_folder, model)
+    files = (
+        "processor_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "chat_template.json",
+    )
+    for name in files:
+        (model / name).write_text(json.dumps({"of": name}))
+    run_json(capsys, "quantize", str(model), str(output))
+    assert [json.loads((output / name).read_text()) for name in files] == [{"of": name} for name in files]
+
+
 @pytest.mark.parametrize(("options", "quant_types"), [([], {"nf4", "int4"}), (["--quant-type", "fp4"], {"fp4"})])
 def test_a_gguf_file_of_more_bits_is_quantized_too(capsys, tmp_path, options, quant_types):
     file = write_llama(tmp_path / "mixed.gguf", Kind.Q8_0, Kind.Q4_0)

