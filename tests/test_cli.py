@@ -492,7 +492,7 @@ def test_a_model_is_looked_for_on_the_hub_under_any_name_of_one(capsys, monkeypa
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", load)
     for name in ("gpt2", "someone/gpt2"):
         code, _, err = run(capsys, "quantize", name, str(tmp_path / "out"))
-        assert code == 1 and "not there" in err and asked.pop() == name
+        assert code == 1 and f"no folder {name!r}" in err and "not there" in err and asked.pop() == name
     for path in ("./gpt2", "a/b/gpt2", "~/gpt2", "gpt2/", "gpt2.gguf"):
         code, _, err = run(capsys, "quantize", path, str(tmp_path / "out"))
         assert code == 1 and "there is no such file or folder" in err and not asked

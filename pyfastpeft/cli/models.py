@@ -79,8 +79,12 @@ def load_model(args: argparse.Namespace, quantized: bool = True) -> tuple[PreTra
     _quiet_libraries()
     try:
         return (_load_gguf if isinstance(source, Path) and source.is_file() else _load_hub)(source, args, quantized)
+    except OSError as error:
+        if isinstance(source, Path):
+            raise
+        raise ValueError(f"there is no folder {args.model!r}, and nothing to load under that name: {error}") from error
     except Exception as error:  # the libraries trust a model's files: a wrong value in one can fail in any way
-        says_where = isinstance(error, (ValueError, OSError, ImportError, MemoryError))
+        says_where = isinstance(error, (ValueError, ImportError, MemoryError))
         if says_where and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
             raise
         problem = _reported(error) or f"{type(error).__name__}: {error}"
