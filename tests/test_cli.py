@@ -417,6 +417,13 @@ def test_an_error_that_nobody_expects_ends_in_one_line_too(capsys, model_folder,
     assert code == 1 and err.endswith(line) and "in broken" in err
 
 
+def test_an_error_of_torch_is_said_without_the_frames_below_it(capsys, tmp_path, model_folder, data_file):
+    train = ["train", "--model", model_folder, "--data", data_file, "--output", str(tmp_path / "out")]
+    code, _, err = run(capsys, *train, "--r", str(10**20))
+    line = err.strip().splitlines()[-1]
+    assert code == 1 and line.startswith("pyfastpeft train: error: ") and "frame" not in line and "Overflow" in line
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_needs_no_arguments(name):
     optimizer = torch.optim.SGD([torch.zeros(1)])

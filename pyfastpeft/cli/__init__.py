@@ -69,7 +69,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        message = " ".join(str(error).split())
+        said, _, _ = str(error).partition("\nException raised from ")  # below it, torch's own frames
+        message = " ".join(said.split())
         if not isinstance(error, _EXPECTED):
             message = f"{type(error).__name__}: {message} ({_TRACEBACK}=1 shows where)"
         if os.environ.get(_TRACEBACK):
