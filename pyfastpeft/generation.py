@@ -88,8 +88,13 @@ def prompts_of(
 
 def _eos_ids(model: nn.Module) -> set[int]:
     """The tokens that end a text by the model's own configuration."""
-    ids = model.generation_config.eos_token_id
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+    given = model.generation_config.eos_token_id
+    ids = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(
+            f"the generation_config's eos_token_id is {given!r}; it must be the number of a token, or a list"
+        )
+    return set(ids)
 
 
 def answer(
@@ -114,7 +119,7 @@ def answer(
         One text a conversation, without special tokens.
 
     Raises:
-        ValueError: as :func:`prompts_of`.
+        ValueError: as :func:`prompts_of`; a ``generation_config`` whose ``eos_token_id`` is no number of a token.
     """
     device = next(model.parameters()).device
     pad = pad_id(tokenizer, model)

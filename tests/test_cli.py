@@ -437,6 +437,15 @@ def test_a_model_in_4_bits_answers_so_where_no_quantization_is_asked_for(capsys,
     assert run_json(capsys, *arguments, "--full-precision") == run_json(capsys, *arguments)
 
 
+@pytest.mark.parametrize("end", ["a", [2, "a"]], ids=str)
+def test_an_end_of_text_that_is_no_token_is_named(capsys, tmp_path, model_folder, end):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    code, _, err = run(capsys, "generate", "--model", str(model), "--prompt", "p")
+    assert code == 1 and f"error: the generation_config's eos_token_id is {end!r}; it must be the number" in err
+
+
 def in_4_bits(model, folder):
     """As pyfastpeft and as bitsandbytes save it."""
     for name, config in (("ours", fp.FastPeftConfig()), ("theirs", BitsAndBytesConfig(load_in_4bit=True))):
