@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from transformers.utils import PushToHubMixin
 from .adapters import NO_ROWS, Names, Rows
 from .formats import floating_dtype
 from .hub.files import save_safetensors
-from .hub.peft import CARD_NAME, OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter
+from .hub.peft import OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter, write_card
 from .integrations.accelerate import fuse, take_over
 from .integrations.attention import use_fast_attention, with_sdpa
 from .integrations.forwards import remove
@@ -640,9 +639,12 @@ class PeftModel(PushToHubMixin, nn.Module):
         return self.adapter_state(adapter_name, False, None)[0][KEY].cpu()
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
-        """For transformers' Trainer: the card in ``output_dir``, which :meth:`save_pretrained` has written."""
-        if not (Path(output_dir) / CARD_NAME).is_file():
-            self.save_pretrained(output_dir)
+        """Write the README.md of :meth:`save_pretrained` alone, for transformers' Trainer: "default"'s, or the first's.
+
+        One that somebody else wrote or changed stays.
+        """
+        for name in sorted(self.peft_config, key="default".__ne__)[:1]:
+            write_card(output_dir, self._config_to_save(name), self.peft_config[name].IN_PEFT)
 
     def _config_to_save(self, name: str) -> dict[str, Any]:
         base = self.get_base_model()

@@ -679,8 +679,15 @@ def test_push_to_hub_uploads_the_adapter_alone(monkeypatch):
 
 def test_a_card_is_there_for_the_trainer(tmp_path):
     model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig())
-    model.create_or_update_model_card(tmp_path)
-    assert (tmp_path / "README.md").is_file() and (tmp_path / "adapter_config.json").is_file()
+    model.add_adapter("other", fp.BottleneckConfig())
+    model.create_or_update_model_card(tmp_path / "cards")
+    model.save_pretrained(tmp_path / "saved")
+    card = tmp_path / "cards" / "README.md"
+    assert [*(tmp_path / "cards").iterdir()] == [card]  # an adapter that lay there would stay
+    assert card.read_text() == (tmp_path / "saved" / "README.md").read_text()
+    card.write_text("mine")
+    model.create_or_update_model_card(tmp_path / "cards")
+    assert card.read_text() == "mine"
 
 
 def test_a_hub_repository_takes_the_arguments_that_peft_takes_for_loading(monkeypatch, tmp_path):

@@ -123,8 +123,6 @@ def write_adapter(
 ) -> None:
     """Write an adapter folder: each file is whole at every moment, and two processes' files do not get mixed.
 
-    A README that somebody else wrote or changed stays.
-
     Args:
         config: PEFT's keys, as :meth:`PeftConfig.to_dict` gives them.
         tensors: PEFT's keys; those that share memory are copied.
@@ -147,7 +145,12 @@ def write_adapter(
         for path in encoder:
             save_safetensors(own, path)
         save_safetensors(apart, weights)
-    card, text = folder / CARD_NAME, _card(config, in_peft)
+    write_card(folder, config, in_peft)
+
+
+def write_card(folder: str | os.PathLike, config: dict[str, Any], in_peft: bool) -> None:
+    """Write the README alone, as :func:`write_adapter` does; one that somebody else wrote or changed stays."""
+    card, text = Path(folder) / CARD_NAME, _card(config, in_peft)
     there = card.read_text(encoding="utf-8", errors="replace") if card.exists() else None
     if there is None or (there != text and _UNEDITED.fullmatch(there)):
         write_text(text, card)
