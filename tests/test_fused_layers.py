@@ -166,6 +166,18 @@ def test_a_frozen_layer_keeps_nothing_as_wide_as_its_mlp_or_over_4_bits_gate_and
     assert len(wide()) > 2 * layers
 
 
+def test_a_model_without_memory_tells_the_shapes():
+    """On the meta device, for which torch knows no autocast."""
+    inputs = {name: batch()[name].to("meta") for name in ("input_ids", "labels")}
+    with torch.device("meta"):
+        model = fp.accelerate(model_of(CONFIGS[0]).train())
+    rows = inputs["input_ids"].shape
+    assert model(**inputs).loss.is_meta
+    model = fp.get_peft_model(model, fp.LoraConfig(r=4))
+    assert model(**inputs).logits.shape == (*rows, model.config.vocab_size)
+    model(**inputs).loss.backward()
+
+
 def test_training_is_exact_whatever_the_layers_take_for_inference():
     """The int8 tier is for inference alone, inside the fused layers too."""
     model, losses = model_of(CONFIGS[0], torch.bfloat16).train(), []

@@ -817,6 +817,20 @@ def test_a_tensor_on_the_meta_device_beside_others_is_refused(name):
                 operator(*replaced(arguments, i, arguments[i].to("meta")))
 
 
+def test_tensors_on_the_meta_device_tell_the_shapes():
+    n, k, r = 24, 64, 4
+    x, bias, a, b = (torch.randn(*shape, device="meta") for shape in ((2, 3, k), (n,), (r, k), (n, r)))
+    rows, slots = torch.empty(6, dtype=torch.int64, device="meta"), torch.empty(2, device="meta")
+    bank = BankView(a.expand(2, r, k), b.expand(2, n, r), slots, rows)
+    for w in (fp.quantize_4bit(torch.empty(n, k, device="meta")), packed_weight(n, k).to("meta")):
+        for lora in (None, Lora(a, b, 2.0, 0.5), Lora(a, b, torch.empty(6, r, device="meta")), bank):
+            y = linear_4bit(x.bfloat16(), w, bias, lora)
+            assert y.is_meta and y.shape == (2, 3, n) and y.dtype == torch.bfloat16
+        needing = [t.detach().requires_grad_() for t in (x, bias, a, b)]
+        grads = torch.autograd.grad(linear_4bit(*needing[:1], w, needing[1], (*needing[2:], 1.0)).sum(), needing)
+        assert [g.shape for g in grads] == [t.shape for t in needing]
+
+
 def compiled_agrees(backend, dynamic=None):
     n, k, m = 24, 64, 6
     w = packed_weight(n, k, "nf4")

@@ -429,6 +429,13 @@ def test_the_compiled_operator_refuses_fewer_keys_than_causal_queries_have(isa):
             torch.ops.pyfastpeft.prefix_attention(q, k, v, *[None] * 5, True, 1.0, 0, need_lse)
 
 
+def test_tensors_on_the_meta_device_tell_the_shapes():
+    tensors = [t.to("meta").requires_grad_() for t in make(2, 4, 2, 9, None, 32, prefix=5)]
+    out = prefix_attention(*tensors, mask=torch.empty(2, 9, dtype=torch.bool, device="meta"), window=4)
+    assert out.is_meta and out.shape == (2, 4, 9, 32)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), tensors)] == [t.shape for t in tensors]
+
+
 @ONE_ISA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(device, dtype):

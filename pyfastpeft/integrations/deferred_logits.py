@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_map_only
 from ..nn.ends import output_head
 from ..nn.hooks import hooked, sharded
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
+from ..ops.autocast import autocast_of
 from ..ops.backends import FLOATS, choose_plain
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from ..ops.tracing import captured, traced
 from .dense_layers import DenseForward
-from .forwards import ModuleForward, autocast_of, install, remove, with_parameters
+from .forwards import ModuleForward, install, remove, with_parameters
 
 _CHUNK_LOGITS = 1 << 22
 _CPU_ROWS, _GPU_ROWS = 128, 512
@@ -321,13 +322,13 @@ def _cross_entropy(
     call = logits.form.call
     call.loss_taken = True
     keep, hidden = target != ignore_index, logits.form.arranged(call.hidden)
-    if captured():  # when no shape may depend on values
+    if captured() or target.is_meta:  # when no shape may depend on values
         loss = chunked_cross_entropy(hidden, target, call.project, call.head.out_features, ~keep)
     else:
         rows = hidden[keep], target[keep]
         loss = chunked_cross_entropy(*rows, call.project, call.head.out_features, weight=call.weight())
     loss = loss if reduction == "sum" else loss / keep.sum()
-    return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(logits.dtype)
+    return loss if autocast_of(loss)["enabled"] else loss.to(logits.dtype)
 
 
 def _check_observed(tensors: Sequence[Tensor]) -> None:

@@ -6,7 +6,6 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -58,13 +57,3 @@ def with_parameters(module: nn.Module, parameters: dict[str, Tensor | None]) -> 
     if isinstance(forward := state.get("forward"), ModuleForward):
         state["forward"] = type(forward)(other)
     return other
-
-
-def autocast_of(x: Tensor) -> dict[str, Any]:
-    """Arguments with which ``torch.autocast`` is as it is now for what is on x's device."""
-    device = x.device.type
-    return {
-        "device_type": device,
-        "dtype": torch.get_autocast_dtype(device),
-        "enabled": torch.is_autocast_enabled(device),
-    }

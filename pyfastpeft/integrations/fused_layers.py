@@ -26,10 +26,11 @@ from ..nn.hooks import hooked
 from ..nn.lora import LoraLinear
 from ..nn.modules_to_save import ModulesToSave
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
+from ..ops.autocast import autocast_of
 from ..ops.backends import FLOATS, Backend, choose_plain
 from ..ops.tracing import is_compiling, traced
 from .dense_layers import DenseForward, has_fast_forward
-from .forwards import ModuleForward, autocast_of, install, remove, with_parameters
+from .forwards import ModuleForward, install, remove, with_parameters
 
 SILUS = {nn.SiLU, type(ACT2FN["silu"])}  # transformers had a class of its own
 _ROPE = "apply_rotary_pos_emb"

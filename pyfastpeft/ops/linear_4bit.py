@@ -21,6 +21,7 @@ from ..formats.handles import BranchHandle
 from ..formats.packed import Operands
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
+from .autocast import autocast_dtype
 from .backends import FLOATS, Backend, as_rows, check_floats, choose, native
 from .memory import Arena
 from .tracing import followed, forward_mode, is_compiling, recorded, traced
@@ -199,8 +200,9 @@ def linear_4bit(
     n, k = _check(x, w, bias)
     if compute is not None:
         check_compute(compute)
-    if torch.is_autocast_enabled(w.device.type):
-        x = x.to(torch.get_autocast_dtype(w.device.type))
+    dtype = autocast_dtype(w.device)
+    if dtype is not None:
+        x = x.to(dtype)
     x2 = x if x.dim() == 2 else as_rows(x)
     if isinstance(lora, BankView):
         _check_bank(lora, x2, n, k)

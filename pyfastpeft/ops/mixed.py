@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
 from .tracing import followed
 
 
@@ -97,10 +98,8 @@ class _Projected(torch.autograd.Function):
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In autocast's dtype, where it is on."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+    dtype = autocast_dtype(tensors[0].device)
+    return tensors if dtype is None else tuple(t.to(dtype) for t in tensors)
 
 
 def projected(x: Tensor, a: Tensor) -> Tensor:

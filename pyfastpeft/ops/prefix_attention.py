@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .autocast import autocast_dtype
 from .backends import Backend, choose_attention
 from .library import fake_of
 from .once import once_differentiable
@@ -78,8 +79,8 @@ def prefix_attention(
             reads them.
     """
     _check_floating(q, k, v)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_tensors(q, k, v)
     batch, _, tokens, dim = q.shape
@@ -101,8 +102,7 @@ def prefix_attention(
     scale = dim**-0.5 if scale is None else float(scale)
     selection = (prefix_index, prefix_lengths, positions)
     if choose_attention(q) is Backend.REFERENCE:
-        with torch.autocast(q.device.type, enabled=False):  # q, k and v are in its dtype; the inside is in float32
-            return reference.attention(q, k, v, prefix_k, prefix_v, *selection, causal, scale, window)
+        return reference.attention(q, k, v, prefix_k, prefix_v, *selection, causal, scale, window)
     rest = (*selection, causal, scale, window or 0)
     if recorded(q, k, v, prefix_k, prefix_v):
         return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, *rest)

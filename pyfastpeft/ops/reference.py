@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import Packed4bit
+from .autocast import without_autocast
 from .tracing import followed
 
 _MASK32 = 0xFFFFFFFF
 HIDDEN = 2**30
 """Added to the position of a key that nobody sees."""
-
-
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose first argument is a tensor, in the dtypes that it says, whatever autocast would make them."""
-
-    @functools.wraps(function)
-    def run(first: Tensor, *rest: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *rest)
-
-    return run
 
 
 def _mix32(h: Tensor) -> Tensor:
@@ -195,6 +181,7 @@ def sees_prefix(length: int, lengths: Tensor, positions: Tensor, tokens: int, wi
     return seen & ((first - lengths)[:, None, None] + j > query - window)
 
 
+@without_autocast
 def attention(
     q: Tensor,
     k: Tensor,

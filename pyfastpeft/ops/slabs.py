@@ -19,9 +19,10 @@ from torch import Tensor
 from ..formats import Packed4bit
 from ..formats.double_quant import dequantize_scales
 from ..formats.packed import Operands
+from .autocast import without_autocast
 from .cuda_kernels import why_not as why_not_cuda
 from .library import define_linear_4bit, dynamic_map, split_weight
-from .reference import keep_mask, scaled, without_autocast
+from .reference import keep_mask, scaled
 
 _TILE = 128
 """Rows and columns of the blocks that a dense product is cut into, about."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...adapters import AdapterBank
 from ...caching import AdapterCache, registered, stamp_of
 from ...nn.prompt_encoder import Form, SoftPrompt
+from ...ops.autocast import autocast_of
 from ...ops.tracing import traced
-from ..forwards import autocast_of
 
 _BASE = "base parameters"
 _ADAPTERS = {
