@@ -1178,7 +1178,7 @@ def test_the_compiled_operators_refuse_what_would_read_past_a_buffer(name, case,
         ({"b": torch.ones(2, 24, 4, device="meta")}, "b of the bank is on meta; it must be on x's device, cpu"),
         ({"b": torch.ones(2, 24, 4).double()}, "a and b of the bank are torch.float32 and torch.float64 of rank 4"),
         ({"a": torch.ones(2, 0, 64), "b": torch.ones(2, 24, 0)}, "torch.float32 of rank 0; .*of rank 1 at least"),
-        ({"a": torch.ones(4, 64)}, r"a of the bank has shape \(4, 64\)"),
+        ({"a": torch.ones(4, 64)}, r"a of the bank has shape \(4, 64\); it must be \[slots, r, K\], K = 64"),
     ],
 )
 def test_a_bank_refuses_what_does_not_fit(change, message):

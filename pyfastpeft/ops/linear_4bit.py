@@ -324,7 +324,9 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
     for name, t in bank._asdict().items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} of the bank is a {type(t).__name__}; it must be a tensor")
-    slots, r = bank.a.shape[:2] if bank.a.dim() == 3 else (0, 0)
+    if bank.a.dim() != 3:
+        raise ValueError(f"a of the bank has shape {tuple(bank.a.shape)}; it must be [slots, r, K], K = {k}")
+    slots, r = bank.a.shape[:2]
     shapes = {"a": (slots, r, k), "b": (slots, n, r), "scaling": (slots,), "rows": (x.shape[0],)}
     for name, shape in shapes.items():
         t = getattr(bank, name)
