@@ -112,6 +112,24 @@ def test_no_tokens_and_keys_and_values_in_one_tensor():
         layer(x[0])
 
 
+@pytest.mark.parametrize(
+    "change, kind, message",
+    [
+        ({"x": None}, TypeError, "x is a NoneType; it must be a tensor"),
+        ({"x": torch.ones(1, 2, 47)}, ValueError, r"x has shape \(1, 2, 47\); .*hidden_size = 48"),
+        ({"x": torch.ones(1, 2, 48).double()}, TypeError, "x has dtype torch.float64; it must be .*torch.float32"),
+        ({"rotary": 3}, TypeError, "rotary is a int; it must be a pair of tensors, cos and sin"),
+        ({"rotary": torch.ones(3, 2, 8)}, TypeError, "rotary is a Tensor; it must be a pair of tensors, cos and sin"),
+        ({"rotary": (1, 2)}, TypeError, "cos is a int; it must be a tensor"),
+        ({"past": torch.tensor(1.0)}, TypeError, "past is a Tensor; it must be a pair of tensors, keys and values"),
+        ({"past": (1, 2)}, TypeError, "keys of past is a int; it must be a tensor"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(change, kind, message):
+    with pytest.raises(kind, match=message):
+        fp.nn.Attention(48, 6, 2)(**({"x": torch.ones(1, 2, 48)} | change))
+
+
 @pytest.mark.parametrize("shape", [(3, 2, 5, 7), (3, 1, 5, 8), (2, 2, 5, 8), (2, 5, 8)])
 def test_a_past_of_another_shape_is_named(shape):
     layer, x, right, wrong = (

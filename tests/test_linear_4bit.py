@@ -1084,6 +1084,7 @@ def test_float64_reference_agrees_with_torch_linear():
         ),
         ({"lora": Lora(torch.ones(4, 64), torch.ones(24, 4), 1.0, 1.5)}, ValueError, "dropout is 1.5"),
         ({"lora": Lora(torch.ones(4, 64), torch.ones(24, 4), 1.0, -0.1)}, ValueError, "dropout is -0.1"),
+        ({"lora": Lora(torch.ones(4, 64), torch.ones(24, 4), 1.0, None)}, TypeError, "dropout is a NoneType"),
         ({"lora": (torch.ones(4, 64), torch.ones(24, 4))}, (TypeError, ValueError), "lora"),
         ({"lora": "adapter"}, (TypeError, ValueError), "lora"),
         ({"lora": (None, torch.ones(24, 4), 1.0)}, TypeError, "lora A is a NoneType"),

@@ -410,6 +410,10 @@ BAD = {
     "mask is torch.float32 of shape (2, 7)": lambda a: a.update(mask=torch.ones(2, 7)),
     "mask is torch.int64 of shape (2, 1, 1, 7)": lambda a: a.update(mask=torch.ones(2, 1, 1, 7, dtype=torch.int64)),
     "window is 0": lambda a: a.update(window=0),
+    f"window is {2**70}; it must be None or a positive integer below 2**63": lambda a: a.update(window=2**70),
+    "scale is a str; it must be a number": lambda a: a.update(scale="a"),
+    "causal is 'no'; it must be True or False": lambda a: a.update(causal="no"),
+    "causal is None; it must be True or False": lambda a: a.update(causal=None),
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import prefix_attention, rope
+from ..ops.autocast import autocast_dtype
+from ..ops.checks import check_tensor
 
 if TYPE_CHECKING:
     from ..adapters import Prefix
@@ -55,7 +57,7 @@ class Attention(nn.Module):
             raise ValueError(f"num_kv_heads is {num_kv_heads}; it must divide num_heads, {num_heads}")
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"num_heads is {num_heads}; without a head_dim it must divide hidden_size, {hidden_size}")
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.causal, self.window = causal, window
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
@@ -89,18 +91,23 @@ class Attention(nn.Module):
         Raises:
             TypeError, ValueError: the argument at fault, what it was and what it must be.
         """
-        if x.dim() != 3:
-            raise ValueError(f"x has shape {tuple(x.shape)}; it must be [batch, tokens, hidden_size]")
+        check_tensor("x", x)
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            shape = f"[batch, tokens, hidden_size], hidden_size = {self.hidden_size}"
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be {shape}")
+        if type(self.q_proj) is nn.Linear and x.dtype != self.q_proj.weight.dtype and autocast_dtype(x.device) is None:
+            raise TypeError(f"x has dtype {x.dtype}; it must be that of the projections, {self.q_proj.weight.dtype}")
         q, k, v = (
             projection(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotary is not None:
-            q, k = rope(q, k, *rotary)
+            q, k = rope(q, k, *_pair("rotary", rotary, "cos and sin"))
         if past is not None:
-            past_k, past_v = past
+            past_k, past_v = _pair("past", past, "keys and values")
             batch, heads, _, size = k.shape
             for name, t in (("keys", past_k), ("values", past_v)):
+                check_tensor(f"{name} of past", t)
                 if t.dim() != 4 or (*t.shape[:2], t.shape[3]) != (batch, heads, size):
                     shape = f"[{batch}, {heads}, past, {size}]"
                     raise ValueError(f"past has {name} of shape {tuple(t.shape)}; it must be {shape}")
@@ -123,3 +130,12 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, causal={self.causal}{window}"
+
+
+def _pair(name: str, value: Any, what: str) -> tuple[Tensor, Tensor]:
+    """The two parts of the argument ``name``, which may be one tensor."""
+    try:
+        first, second = value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a pair of tensors, {what}") from None
+    return first, second

@@ -18,13 +18,6 @@ from .library import remembered
 from .triton_kernels import why_not as why_not_triton
 
 
-def check_floats(name: str, t: Tensor) -> None:
-    """Whether the argument ``name`` is a tensor of a dtype in ``FLOATS``."""
-    if not isinstance(t, Tensor) or t.dtype not in FLOATS:
-        what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
-        raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
-
-
 def is_plain(t: Tensor) -> bool:
     """Whether operators may read what is in the memory of ``t``: a dense tensor, and none that only says it has these
     values, as torchao's quantized weights do."""

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, as_rows, check_floats, choose_plain
+from .backends import FLOATS, Backend, as_rows, choose_plain
+from .checks import check_floats, check_number, check_tensor
 from .library import fake_of
 from .once import once_differentiable
 from .tracing import recorded
@@ -24,6 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Args:
         x: [..., H], float32, bfloat16 or float16.
         weight: [H], in x's dtype.
+        eps: a number.
 
     Returns:
         [..., H] in x's dtype. Differentiable in both.
@@ -33,6 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     _check("x", x, x)
     check_floats("weight", weight)
+    check_number("eps", eps)
     if (weight.dtype, weight.device) != (x.dtype, x.device) or x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}; it must be {x.dtype} on "
@@ -89,8 +92,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     Returns:
         q and k rotated, of the same shapes; in memory heads lie next to dim, as after a linear layer.
+
+    Raises:
+        TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
     for name, t in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        check_tensor(name, t)
         if t.dtype != q.dtype or t.dtype not in FLOATS or t.device != q.device:
             raise TypeError(
                 f"{name} is {t.dtype} on {t.device}; q, k, cos and sin must share a floating dtype and device"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,8 @@ from ..formats.packed import Operands
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
 from .autocast import autocast_dtype
-from .backends import FLOATS, Backend, as_rows, check_floats, choose, native
+from .backends import FLOATS, Backend, as_rows, choose, native
+from .checks import check_factor, check_floats, check_number, check_tensor
 from .memory import Arena
 from .tracing import followed, forward_mode, is_compiling, recorded, traced
 
@@ -158,7 +158,6 @@ class Branch(NamedTuple):
 
 
 _NO_BRANCH = Branch()
-_SCALINGS = (float, Tensor, Real, torch.SymFloat)
 AnyLora = Lora | PackedLora | BankView | tuple
 _HELD = torch.ops.pyfastpeft.linear_4bit_held.default
 # The longest block whose values 8 bits hold to the int8 tier's error: those of longer ones crowd around zero.
@@ -322,8 +321,7 @@ def _as_lora(lora: Lora | tuple) -> tuple[Tensor, Tensor, float | Tensor, float]
 
 def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
     for name, t in bank._asdict().items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} of the bank is a {type(t).__name__}; it must be a tensor")
+        check_tensor(f"{name} of the bank", t)
     if bank.a.dim() != 3:
         raise ValueError(f"a of the bank has shape {tuple(bank.a.shape)}; it must be [slots, r, K], K = {k}")
     slots, r = bank.a.shape[:2]
@@ -349,8 +347,7 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
 
 def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, n: int, k: int) -> None:
     for name, factor in (("A", a), ("B", b)):
-        if not isinstance(factor, Tensor):
-            raise TypeError(f"lora {name} is a {type(factor).__name__}; it must be a tensor")
+        check_tensor(f"lora {name}", factor)
     if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != k or a.dtype not in FLOATS:
         raise ValueError(f"lora A is {a.dtype} of shape {tuple(a.shape)}; it must be {_FLOATS} (r >= 1, K = {k})")
     r = a.shape[0]
@@ -358,8 +355,8 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
         raise ValueError(f"lora B is {b.dtype} of shape {tuple(b.shape)}; it must be {_FLOATS} (N = {n}, r = {r})")
     if a.device != x.device or b.device != x.device:
         raise ValueError(f"lora A is on {a.device}, B on {b.device}; both must be on x's device, {x.device}")
-    if not isinstance(scaling, _SCALINGS):
-        raise TypeError(f"lora scaling is a {type(scaling).__name__}; it must be a number or a tensor")
+    check_factor("lora scaling", scaling)
+    check_number("lora dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora dropout is {dropout}; it must lie in [0, 1)")
     # Chained: Dynamo answers `in` wrongly where sizes are symbolic.

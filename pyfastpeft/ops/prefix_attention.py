@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .autocast import autocast_dtype
 from .backends import Backend, choose_attention
+from .checks import check_factor, check_tensor
 from .library import fake_of
 from .once import once_differentiable
 from .reference import HIDDEN
@@ -85,8 +86,12 @@ def prefix_attention(
     _check_tensors(q, k, v)
     batch, _, tokens, dim = q.shape
     keys = k.shape[2]
-    if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"mask is a {type(mask).__name__}; it must be a tensor")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal is {causal!r}; it must be True or False")
+    if scale is not None:
+        check_factor("scale", scale)
+    if mask is not None:
+        check_tensor("mask", mask)
     if mask is not None and mask.device != q.device:
         raise ValueError(f"mask is on {mask.device}; it must be on q's device, {q.device}")
     if causal and keys < tokens and (mask is None or mask.dim() != 4):
@@ -96,8 +101,8 @@ def prefix_attention(
     elif prefix_index is not None or prefix_lengths is not None:
         name = "prefix_lengths" if prefix_index is None else "prefix_index"
         raise ValueError(f"{name} is given without prefix_k and prefix_v")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window is {window!r}; it must be None or a positive integer")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or not 1 <= window < 2**63):
+        raise ValueError(f"window is {window!r}; it must be None or a positive integer below 2**63")
     positions = None if mask is None else _positions(mask, batch, keys, tokens)
     scale = dim**-0.5 if scale is None else float(scale)
     selection = (prefix_index, prefix_lengths, positions)
@@ -163,8 +168,8 @@ def _check_prefix(
     if index is None and slots != 1:
         raise ValueError(f"prefix_index is None; of {slots} prefixes it must pick one a row")
     for name, t, n in (("prefix_index", index, q.shape[0]), ("prefix_lengths", lengths, slots)):
-        if t is not None and not isinstance(t, Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}; it must be a tensor")
+        if t is not None:
+            check_tensor(name, t)
         if t is not None and (t.dtype != torch.int64 or t.shape != (n,) or t.device != q.device):
             what = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
             raise ValueError(f"{name} is {what}; it must be int64 of shape ({n},) on {q.device}")

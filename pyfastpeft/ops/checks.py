@@ -1,0 +1,50 @@
+"""What arguments must be. Errors name the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import operator
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats.packed import FLOATS
+
+NUMBERS = (float, Real, torch.SymFloat)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Whether the argument ``name`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+
+
+def check_floats(name: str, t: Any) -> None:
+    """Whether the argument ``name`` is a tensor of a dtype in ``FLOATS``."""
+    if not isinstance(t, Tensor) or t.dtype not in FLOATS:
+        what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
+        raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Whether the argument ``name`` is a number."""
+    if not isinstance(value, NUMBERS):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
+
+
+def check_factor(name: str, value: Any) -> None:
+    """Whether the argument ``name`` is a number or a tensor of them."""
+    if not isinstance(value, (*NUMBERS, Tensor)):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a number or a tensor")
+
+
+def as_count(name: str, value: Any) -> int:
+    """The argument ``name``, a number of things, as a plain int, which JSON takes; numpy's integers are welcome."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+    return count
