@@ -168,6 +168,26 @@ def test_operands_that_do_not_fit_are_named():
         backward(base, None, None, a, b[:23], 1.0, None, 0.0, True)
 
 
+@pytest.mark.parametrize(
+    "change, kind, message",
+    [
+        ({"base": None}, TypeError, "base is a NoneType; it must be a tensor"),
+        ({"base": torch.ones(5, 1)}, ValueError, r"base has shape \(5, 1\); it must be \(5, 24\)"),
+        ({"x": "x"}, TypeError, "x is a str; it must be a tensor"),
+        ({"x": torch.ones(5, 63)}, ValueError, r"x has shape \(5, 63\); its last dimension must be K = 64"),
+        ({"a": torch.ones(64)}, ValueError, r"a has shape \(64,\); it must be \[R, K\]"),
+        ({"b": torch.ones(24)}, ValueError, r"b has shape \(24,\); it must be \[N, R\]"),
+        ({"b": torch.ones(24, 5)}, ValueError, r"b has shape \(24, 5\); it must be \[N, R\].* as a is \(4, 64\)"),
+        ({"scaling": "2"}, TypeError, "scaling is a str; it must be a number or a tensor"),
+        ({"dropout": 1.5}, ValueError, r"dropout is 1.5; it must lie in \[0, 1\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, kind, message):
+    arguments = {"base": torch.ones(5, 24), "x": torch.ones(5, 64), "a": torch.ones(4, 64), "b": torch.ones(24, 4)}
+    with pytest.raises(kind, match=message):
+        add_lora(**(arguments | {"scaling": 2.0} | change))
+
+
 def test_a_scaling_that_is_a_tensor_takes_factors_of_different_dtypes():
     base, x, (a, b) = torch.randn(5, 24).bfloat16(), torch.randn(5, 64).bfloat16(), adapter(24, 64, 4)
     for factors in ((a, b.bfloat16()), (a.bfloat16(), b), (a.double(), b)):

@@ -159,6 +159,21 @@ def test_a_heads_operands_are_checked():
             head_cross_entropy(*operands, True)
 
 
+def test_what_is_no_tensor_or_no_matrix_is_named():
+    hidden, weight, labels = torch.randn(3, 8), torch.randn(5, 8), torch.tensor([0, 1, 4])
+    for call, kind, words in (
+        (lambda: cross_entropy_(None, labels), TypeError, "logits is a NoneType; it must be a tensor"),
+        (lambda: cross_entropy_(hidden, [0, 1, 4]), TypeError, "labels is a list; it must be a tensor"),
+        (lambda: cross_entropy_(hidden[0], labels), ValueError, r"logits has shape \(8,\); it must be \[n, classes\]"),
+        (lambda: head_cross_entropy(hidden[0], weight, labels, True), ValueError, r"hidden has shape \(8,\)"),
+        (lambda: head_cross_entropy(hidden, weight[0], labels, True), ValueError, r"must be \[classes, H\]"),
+        (lambda: head_cross_entropy(hidden, None, labels, True), TypeError, "weight is a NoneType"),
+        (lambda: head_cross_entropy(hidden, weight, None, True), TypeError, "labels is a NoneType"),
+    ):
+        with pytest.raises(kind, match=words):
+            call()
+
+
 def test_the_heads_operator_passes_opcheck():
     for dtype, differentiates in itertools.product(DTYPES, (True, False)):
         operands = torch.randn(3, 8).to(dtype), torch.randn(40, 8).to(dtype), torch.tensor([1, 2, 39])

@@ -70,6 +70,16 @@ def test_what_is_not_finite_stays_in_its_row_and_column(isa):
     assert torch.equal(got[:, torch.arange(70) != 16], y[others][:, torch.arange(70) != 16])
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_no_product_of_rows_is_left_to_torch(grad):
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(dense_linear(x, weight), F.linear(x, weight))
+        for operands in ((torch.tensor(1.0), weight[None]), (None, weight[None]), (x, None), ("x", weight[None])):
+            with pytest.raises((TypeError, RuntimeError), match="linear"):
+                dense_linear(*operands)
+
+
 @pytest.mark.parametrize(
     "x, weight, match",
     [

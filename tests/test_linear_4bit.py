@@ -1170,6 +1170,19 @@ def test_the_compiled_operators_refuse_what_would_read_past_a_buffer(name, case,
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, torch.ones(24, 4)), "lora a is a NoneType; it must be a tensor"),
+        ((torch.ones(4, 64), "b"), "lora b is a str; it must be a tensor"),
+        ((torch.ones(4, 64), torch.ones(24, 4), "abc"), "lora scaling is a str; it must be a number or a tensor"),
+    ],
+)
+def test_an_adapter_is_packed_of_tensors_and_a_number(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        pack_lora(*arguments)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"rows": torch.tensor([0, 1, 2])}, r"rows of the bank lie in \[0, 2\]; they must lie in \[-1, 1\]"),

@@ -426,6 +426,20 @@ def test_bad_arguments_are_named(message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((None, 0), TypeError, "mask is a NoneType; it must be a tensor"),
+        ((torch.ones(7), 0), ValueError, r"mask has shape \(7,\); it must be \[B, S\]"),
+        ((torch.ones(2, 7), 10**12), ValueError, r"first_query is 1000000000000; it must lie between S - 2\*\*29 and"),
+        ((torch.ones(2, 7), -(10**12)), ValueError, "first_query is -1000000000000"),
+    ],
+)
+def test_positions_are_of_a_mask_and_fit_their_dtype(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        key_positions(*arguments)
+
+
 def test_the_compiled_operator_refuses_fewer_keys_than_causal_queries_have(isa):
     q, k, v = make(1, 2, 1, 4, 2, 32)[:3]
     for need_lse in (False, True):

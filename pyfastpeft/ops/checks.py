@@ -20,6 +20,13 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
 
 
+def check_matrix(name: str, value: Any, shape: str) -> None:
+    """Whether the argument ``name`` is a tensor of two dimensions, which ``shape`` names."""
+    check_tensor(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
+
+
 def check_floats(name: str, t: Any) -> None:
     """Whether the argument ``name`` is a tensor of a dtype in ``FLOATS``."""
     if not isinstance(t, Tensor) or t.dtype not in FLOATS:

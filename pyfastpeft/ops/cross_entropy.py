@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, choose_plain
+from .checks import check_matrix, check_tensor
 from .library import fake_of
 
 IGNORED = -100
@@ -25,7 +26,14 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Losses, float32 [n], in which the arithmetic is done. Loss and gradient of a row whose label is no class are
         NaN; on a CPU that is an error instead.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: ``logits`` is no matrix, or ``labels`` are on another device.
+        RuntimeError: what the operator finds: a dtype, a size or a label.
     """
+    check_matrix("logits", logits, "[n, classes]")
+    check_tensor("labels", labels)
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}; they must be where logits are, on {logits.device}")
     if choose_plain(logits.device) is not Backend.REFERENCE:
@@ -59,8 +67,13 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, different
         Losses, float32 [n], and the gradient of their sum in ``hidden`` ([0, H] unless it ``differentiates``).
 
     Raises:
-        ValueError: ``weight`` is elsewhere, as where it was offloaded.
+        TypeError: no tensor.
+        ValueError: ``hidden`` or ``weight`` is no matrix, or ``weight`` is elsewhere, as where it was offloaded.
+        RuntimeError: what the operator finds: a dtype, a size or a label.
     """
+    check_matrix("hidden", hidden, "[n, H]")
+    check_matrix("weight", weight, "[classes, H]")
+    check_tensor("labels", labels)
     if weight.device != hidden.device:
         raise ValueError(f"weight is on {weight.device}; it must be where hidden is, on {hidden.device}")
     if labels.device != hidden.device:

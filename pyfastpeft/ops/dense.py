@@ -31,8 +31,12 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
     Args:
         x: [..., K].   weight: [N, K].   bias: [N] or None.
+
+    Raises:
+        TypeError, RuntimeError: as ``F.linear``.
     """
-    if traced() or not x.is_cpu:
+    rows = isinstance(x, Tensor) and x.dim() > 0 and isinstance(weight, Tensor) and weight.dim() == 2
+    if not rows or traced() or not x.is_cpu:  # without rows: torch says what is wrong, if anything is
         return F.linear(x, weight, bias)
     if many_rows_pay(x, weight, bias):
         return many_rows_linear(x, weight, bias)

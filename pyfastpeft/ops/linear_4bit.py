@@ -76,8 +76,14 @@ def pack_lora(a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> PackedLora
 
     Args:
         a: [R, K].   b: [N, R].   scaling: as in :class:`Lora`.
+
+    Raises:
+        TypeError: ``a`` or ``b`` is no tensor, ``scaling`` neither a number nor a tensor.
+        ValueError: ``a`` or ``b`` of another shape or dtype, or not on the CPU.
     """
+    check_factor("lora scaling", scaling)
     for name, t in (("a", a), ("b", b)):
+        check_tensor(f"lora {name}", t)
         if t.dim() != 2 or t.dtype not in FLOATS or t.device.type != "cpu":
             what = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
             raise ValueError(f"lora {name} is {what}; it must be a floating-point matrix on the CPU")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
+from .checks import check_factor, check_matrix, check_number, check_tensor
 from .tracing import is_compiling, recorded
 
 
@@ -28,9 +29,18 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
         [..., N] in the dtype of ``base``. Differentiable in ``base``, ``x``, ``a`` and ``b``.
 
     Raises:
-        ValueError: ``a`` or ``b`` on another device than ``x``; torch would compute with whatever is in memory where
-            one is on the meta device (offloaded).
+        TypeError: no tensor, or no number.
+        ValueError: a shape or dtype that does not fit; ``a`` or ``b`` on another device than ``x``; torch would compute
+            with whatever is in memory where one is on the meta device (offloaded).
     """
+    try:
+        return _added(base, x, a, b, scaling, dropout)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        _check(base, x, a, b, scaling, dropout)  # only now: this is the path of every token
+        raise
+
+
+def _added(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
     if not _served(base, x, a, b) or isinstance(scaling, Tensor):
         if not a.device == b.device == x.device:
             raise ValueError(f"a is on {a.device} and b on {b.device}; they must be where x is, on {x.device}")
@@ -43,6 +53,26 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Ten
     else:
         y = torch.ops.pyfastpeft.lora_forward.default(*rows, a, b, scaling, seed, dropout)[0]
     return y.view(base.shape)
+
+
+def _check(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> None:
+    for name, t in (("base", base), ("x", x), ("a", a), ("b", b)):
+        check_tensor(name, t)
+        if not t.is_floating_point():
+            raise ValueError(f"{name} has dtype {t.dtype}; it must be floating")
+    check_matrix("a", a, "[R, K]")
+    check_matrix("b", b, "[N, R]")
+    (r, k), n = a.shape, len(b)
+    if r < 1 or b.shape[1] != r:
+        raise ValueError(f"b has shape {tuple(b.shape)}; it must be [N, R], R >= 1, as a is {tuple(a.shape)}")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {k}, as a is {tuple(a.shape)}")
+    if base.shape != (*x.shape[:-1], n):
+        raise ValueError(f"base has shape {tuple(base.shape)}; it must be {(*x.shape[:-1], n)}, as x and b have it")
+    check_factor("scaling", scaling)
+    check_number("dropout", dropout)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}; it must lie in [0, 1)")
 
 
 def _served(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .autocast import autocast_dtype
 from .backends import Backend, choose_attention
-from .checks import check_factor, check_tensor
+from .checks import check_factor, check_matrix, check_tensor
 from .library import fake_of
 from .once import once_differentiable
 from .reference import HIDDEN
@@ -34,7 +34,14 @@ def key_positions(mask: Tensor, first_query: int) -> Tensor:
 
     Returns:
         int32 [B, 1, 1, S]: the key's place counted from the first query's, plus ``HIDDEN`` where the mask is 0.
+
+    Raises:
+        TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
+    check_matrix("mask", mask, "[B, S]")
+    most = HIDDEN // 2  # places beyond would be taken for those of hidden keys
+    if not mask.shape[1] - most < first_query < most:
+        raise ValueError(f"first_query is {first_query}; it must lie between S - 2**29 and 2**29")
     places = torch.arange(-first_query, mask.shape[1] - first_query, dtype=torch.int32, device=mask.device)
     return torch.where(mask != 0, places, places + HIDDEN)[:, None, None, :]
 
