@@ -92,9 +92,10 @@ def test_projections_may_be_4_bit():
     [
         ((32, 4, 3), "num_kv_heads is 3; it must divide num_heads, 4"),
         ((30, 4), "num_heads is 4; without a head_dim it must divide hidden_size, 30"),
-        ((32, 0), "num_heads is 0; it must be positive"),
-        ((32, 4, 2, 0), "head_dim is 0; it must be positive"),
-        ((32, 4, 2, 8, False, True, 0), "window is 0; it must be positive"),
+        ((32, 0), "num_heads is 0; it must be an integer of at least 1"),
+        ((32, 4, 2, 0), "head_dim is 0; it must be an integer of at least 1"),
+        ((32, 4, 2, 8, False, True, 0), "window is 0; it must be an integer of at least 1"),
+        ((32, 4, 2, 8, False, True, 1.5), "window is 1.5; it must be an integer of at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, message):

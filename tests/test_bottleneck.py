@@ -62,6 +62,12 @@ def test_a_new_bottleneck_is_the_identity_and_learns_from_the_first_step():
     assert module.up.weight.grad.abs().sum() > 0 and module.down.weight.abs().sum() > 0
 
 
+@pytest.mark.parametrize("sizes", [(8, 0), (8, 1.5), (0, 8), (True, 8)])
+def test_sizes_are_integers_of_at_least_1(sizes):
+    with pytest.raises(ValueError, match=r"(size|features) is .*; it must be an integer of at least 1"):
+        fp.nn.Bottleneck(*sizes)
+
+
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="activation is 'swish'; it must be one of gelu, relu, silu, tanh"):
         fp.nn.Bottleneck(12, 5, "swish")

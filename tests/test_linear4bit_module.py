@@ -420,6 +420,13 @@ def test_settings_that_do_not_go_together_are_refused_before_there_is_a_weight()
         fp.nn.Linear4bit(64, 64, quant_type="int4", double_quant=True, device="meta")
 
 
+@pytest.mark.parametrize("name", ["in_features", "out_features"])
+def test_sizes_are_integers_of_at_least_0(name):
+    for size in (-1, 1.5, None):
+        with pytest.raises(ValueError, match=f"{name} is {size}; it must be an integer of at least 0"):
+            fp.nn.Linear4bit(**({"in_features": 4, "out_features": 4} | {name: size}))
+
+
 def test_it_is_a_linear_by_class_and_by_name():
     assert isinstance(layer(), torch.nn.Linear) and type(layer()).__name__ == "Linear4bit"
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import architectures as tiny
+import numpy as np
 import peft
 import pytest
 import torch
@@ -1167,7 +1168,9 @@ class TestSeveralAdapters:
             ),
             (["a", "b"], "ties", "x", "majority_sign_method is 'x'", {"density": 1, "majority_sign_method": "x"}),
             (["a", "b"], "ties", "x", "svd_rank is 2", {"density": 1, "svd_rank": 2}),
-            (["a", "b"], "svd", "x", "svd_rank is 0; it must be at least 1", {"svd_rank": 0}),
+            (["a", "b"], "svd", "x", "svd_rank is 0; it must be an integer of at least 1", {"svd_rank": 0}),
+            (["a", "b"], "svd", "x", "svd_rank is 1.5; it must be an integer", {"svd_rank": 1.5}),
+            (["a", "b"], "svd", "x", "svd_rank is '4'; it must be an integer", {"svd_rank": "4"}),
         ):
             with pytest.raises(ValueError, match=message):
                 model.add_weighted_adapter(names, [1.0, 1.0], new, combination_type=kind, **kwargs)
@@ -1744,6 +1747,23 @@ class TestBadArguments:
         ranks.clear(), targets.clear()
         assert (config.rank_of("q_proj"), config.rank_of("v_proj"), config.alpha_pattern) == (2, 8, {})
         assert config.target_modules == ["k_proj", "o_proj", "q_proj", "v_proj"]  # whatever order the set had
+
+    def test_ranks_may_be_of_any_integer_type_and_are_saved_as_numbers(self, tmp_path):
+        config = fp.LoraConfig(r=np.int64(4), rank_pattern={"v_proj": np.int32(2)})
+        assert config == fp.LoraConfig(r=4, rank_pattern={"v_proj": 2})
+        config.save_pretrained(tmp_path)
+        assert fp.LoraConfig.from_pretrained(tmp_path) == config
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"loftq_bits": 8}, "loftq_bits is 8; it must be 4"),
+            ({"loftq_iter": 0}, "loftq_iter is 0; it must be an integer of at least 1"),
+        ],
+    )
+    def test_what_loftq_does_not_have_is_refused_at_once(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            fp.LoftQConfig(**kwargs)
 
     def test_patterns_that_match_no_target_are_said(self):
         config = fp.LoraConfig(rank_pattern={"q_prj": 2, "0.*": 4}, alpha_pattern={"layers.9.*": 3})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import prefix_attention, rope
 from ..ops.autocast import autocast_dtype
-from ..ops.checks import check_tensor
+from ..ops.checks import as_count, check_tensor
 
 if TYPE_CHECKING:
     from ..adapters import Prefix
@@ -31,7 +31,7 @@ class Attention(nn.Module):
         window: of these, the nearest ``window`` only. Default: all.
 
     Raises:
-        ValueError: head counts or sizes that do not divide, or are not positive.
+        ValueError: head counts or sizes that do not divide, or are no integers of at least 1.
     """
 
     def __init__(
@@ -48,11 +48,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        counts = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        optional = {"head_dim": head_dim, "window": window}
-        for name, value in (counts | {n: v for n, v in optional.items() if v is not None}).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be positive")
+        hidden_size, num_heads = as_count("hidden_size", hidden_size), as_count("num_heads", num_heads)
+        num_kv_heads = as_count("num_kv_heads", num_kv_heads)
+        head_dim = None if head_dim is None else as_count("head_dim", head_dim)
+        window = None if window is None else as_count("window", window)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}; it must divide num_heads, {num_heads}")
         if head_dim is None and hidden_size % num_heads:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Parts, Rows
 from ..ops import mixed
+from ..ops.checks import as_count
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -43,6 +44,7 @@ class Bottleneck(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
         self.activation = activation
+        features, size = as_count("features", features), as_count("size", size)
         self.down = nn.Linear(features, size, device=device, dtype=dtype)
         self.up = nn.Linear(size, features, device=device, dtype=dtype)
         nn.init.zeros_(self.down.bias)

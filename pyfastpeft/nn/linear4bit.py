@@ -13,6 +13,7 @@ from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_settings
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_bnb, packed_from_state, packed_to_state
 from ..ops import Lora, linear_4bit
+from ..ops.checks import as_count
 from ..ops.linear_4bit import check_compute, check_compute_dtype, needs_grad
 from .one_device import OneDevice
 
@@ -63,6 +64,8 @@ class Linear4bit(OneDevice, nn.Linear):
         compute: str | None = None,
     ) -> None:
         _, blocksize = check_settings(quant_type, blocksize, double_quant)
+        in_features = as_count("in_features", in_features, least=0)
+        out_features = as_count("out_features", out_features, least=0)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype, self.compute = check_compute_dtype(compute_dtype), check_compute(compute)

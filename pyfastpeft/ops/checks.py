@@ -46,12 +46,12 @@ def check_factor(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number or a tensor")
 
 
-def as_count(name: str, value: Any) -> int:
+def as_count(name: str, value: Any, least: int = 1) -> int:
     """The argument ``name``, a number of things, as a plain int, which JSON takes; numpy's integers are welcome."""
     try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
+        count = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        count = 0
-    if count < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        count = None
+    if count is None or count < least:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
     return count

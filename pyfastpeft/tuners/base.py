@@ -83,12 +83,6 @@ def names_or_pattern(name: str, value: Any) -> list[str] | str | None:
     return value
 
 
-def check_count(name: str, value: Any) -> None:
-    """Whether the argument ``name`` is a number of things."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
-
-
 def check_dropout(name: str, value: float) -> None:
     """Whether the argument ``name`` is a share that can be dropped."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:

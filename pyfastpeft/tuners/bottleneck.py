@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import is_linear, matrix_shape
+from ..ops.checks import as_count
 from .adapted import adapter_dtype
-from .base import PeftConfig, PeftType, check_count, names_or_pattern, register_method
+from .base import PeftConfig, PeftType, names_or_pattern, register_method
 from .modules import (
     base_of,
     check_called,
@@ -78,7 +79,7 @@ class BottleneckConfig(PeftConfig):
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
             raise ValueError(f"reduction_factor is {factor!r}; it must be a number above 0")
         if self.bottleneck_size is not None:
-            check_count("bottleneck_size", self.bottleneck_size)
+            self.bottleneck_size = as_count("bottleneck_size", self.bottleneck_size)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
         self.target_modules = names_or_pattern("target_modules", self.target_modules)

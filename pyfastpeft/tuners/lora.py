@@ -20,13 +20,13 @@ from ..nn.lora import LoraConv1D, expected_tensors, is_linear, layer_class
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.lora_layer import LoraLayer, scaling_of
 from ..nn.trainable_tokens import TrainableTokens
+from ..ops.checks import as_count
 from .adapted import adapter_dtype
 from .base import (
     PeftConfig,
     PeftType,
     TaskType,
     as_list,
-    check_count,
     check_dropout,
     check_pattern,
     names_or_pattern,
@@ -84,6 +84,11 @@ class LoftQConfig:
 
     loftq_bits: int = 4
     loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits != 4:
+            raise ValueError(f"loftq_bits is {self.loftq_bits!r}; it must be 4")
+        self.loftq_iter = as_count("loftq_iter", self.loftq_iter)
 
 
 @register_method
@@ -169,7 +174,7 @@ class LoraConfig(PeftConfig):
         self._check_init()
 
     def _check_numbers(self) -> None:
-        check_count("r", self.r)
+        self.r = as_count("r", self.r)
         self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name) or {}
@@ -179,7 +184,7 @@ class LoraConfig(PeftConfig):
                 check_pattern(f"a key of {name}", key)
             setattr(self, name, dict(value))
         for key, rank in self.rank_pattern.items():
-            check_count(f"rank_pattern[{key!r}]", rank)
+            self.rank_pattern[key] = as_count(f"rank_pattern[{key!r}]", rank)
         alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
         for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
             _check_alpha(name, alpha)
@@ -221,12 +226,7 @@ class LoraConfig(PeftConfig):
             raise ValueError("lora_bias is True; it goes with init_lora_weights True or False, and without use_dora")
         given = self.loftq_config or {}
         loftq_config = dict(given if isinstance(given, Mapping) else vars(given))
-        if init == "loftq":
-            loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | loftq_config
-            if loftq_config["loftq_bits"] != 4:
-                raise ValueError(f"loftq_config['loftq_bits'] is {loftq_config['loftq_bits']!r}; it must be 4")
-            check_count("loftq_config['loftq_iter']", loftq_config["loftq_iter"])
-        self.loftq_config = loftq_config
+        self.loftq_config = vars(LoftQConfig(**loftq_config)) if init == "loftq" else loftq_config
 
     @classmethod
     def _from_file(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.lora_layer import LoraLayer
+from ..ops.checks import as_count
 from .adapted import AdaptedModel
 from .base import PeftConfig
 from .lora import LoraConfig
@@ -38,6 +39,7 @@ def combine(
         ValueError: as :meth:`PeftModel.add_weighted_adapter`.
     """
     configs = {name: model.configs[name] for name in names}
+    svd_rank = None if svd_rank is None else as_count("svd_rank", svd_rank)
     _check(configs, names, weights, combination_type, svd_rank)
     kind = _SVD.get(combination_type, "linear" if combination_type == "cat" else combination_type)
     check_pruning(combination_type, kind, density, majority_sign_method)
@@ -97,8 +99,8 @@ def _check(
         for what in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
             if getattr(config, what):
                 raise ValueError(f"adapter {name!r} has {what}, which cannot be combined")
-    if svd_rank is not None and (combination_type not in _SVD or svd_rank < 1):
-        raise ValueError(f"svd_rank is {svd_rank!r}; it must be at least 1, and goes with {', '.join(_SVD)} only")
+    if svd_rank is not None and combination_type not in _SVD:
+        raise ValueError(f"svd_rank is {svd_rank!r}; it goes with {', '.join(_SVD)} only")
 
 
 Held = list[tuple[str, float]]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from ..nn.prompt_encoder import Form, LstmEncoder, MlpEncoder, SoftPrompt
-from .base import PeftType, as_member, check_count, check_dropout, register_method
+from ..ops.checks import as_count
+from .base import PeftType, as_member, check_dropout, register_method
 from .soft_prompt import SoftPromptConfig
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class PromptEncoderConfig(SoftPromptConfig):
         super().__post_init__()
         name = "encoder_reparameterization_type"
         self.encoder_reparameterization_type = as_member(PromptEncoderReparameterizationType, name, getattr(self, name))
-        check_count("encoder_num_layers", self.encoder_num_layers)
+        self.encoder_num_layers = as_count("encoder_num_layers", self.encoder_num_layers)
         if self.encoder_hidden_size is not None:
-            check_count("encoder_hidden_size", self.encoder_hidden_size)
+            self.encoder_hidden_size = as_count("encoder_hidden_size", self.encoder_hidden_size)
         check_dropout("encoder_dropout", self.encoder_dropout)
 
     @property

@@ -16,7 +16,8 @@ from ..adapters import AdapterBank
 from ..hub.files import check_tensors, check_text
 from ..nn.modes import evaluating
 from ..nn.prompt_encoder import Form, SoftPrompt
-from .base import PeftConfig, TaskType, check_count
+from ..ops.checks import as_count
+from .base import PeftConfig, TaskType
 from .tuner import Tuner
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ class SoftPromptConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_virtual_tokens", self.num_virtual_tokens)
+        self.num_virtual_tokens = as_count("num_virtual_tokens", self.num_virtual_tokens)
         for name in ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+                setattr(self, name, as_count(name, getattr(self, name)))
 
     def __deepcopy__(self, memo: dict) -> SoftPromptConfig:
         return copy.copy(self)  # the tokenizer that it may hold is large, and nothing in it is changed in place
