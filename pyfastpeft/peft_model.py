@@ -482,7 +482,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name is {adapter_name!r}, which this model has already")
         config, tensors = combine(
-            self.base_model, names, list(weights), combination_type, svd_rank, density, majority_sign_method
+            self.base_model, names, weights, combination_type, svd_rank, density, majority_sign_method
         )
         self.install_adapter(adapter_name, config, tensors, f"adapter {adapter_name!r}", True)
 

@@ -1174,6 +1174,15 @@ class TestSeveralAdapters:
         ):
             with pytest.raises(ValueError, match=message):
                 model.add_weighted_adapter(names, [1.0, 1.0], new, combination_type=kind, **kwargs)
+        for weights, message in (
+            (None, "weights is None; it must be a list of numbers"),
+            (["1", "x"], r"weights is \['1', 'x'\]; it must be a list of numbers"),
+            ([math.nan, 1.0], r"weights is \[nan, 1.0\]; each must be finite"),
+            ([1.0, -math.inf], r"weights is \[1.0, -inf\]; each must be finite"),
+        ):
+            for kind in ("linear", "svd", "cat"):
+                with pytest.raises(ValueError, match=message):
+                    model.add_weighted_adapter(["a", "b"], weights, "x", combination_type=kind)
         assert list(model.peft_config) == ["a", "b", "c", "d", "e"]
 
     def test_cat_is_exact(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +27,7 @@ _SVD = {"svd": "linear"} | {f"{kind}_svd": kind for kind in KINDS if kind != "li
 def combine(
     model: AdaptedModel,
     names: tuple[str, ...],
-    weights: Sequence[float],
+    weights: Iterable[float],
     combination_type: str,
     svd_rank: int | None,
     density: float | None,
@@ -40,6 +40,7 @@ def combine(
     """
     configs = {name: model.configs[name] for name in names}
     svd_rank = None if svd_rank is None else as_count("svd_rank", svd_rank)
+    weights = _as_weights(weights)
     _check(configs, names, weights, combination_type, svd_rank)
     kind = _SVD.get(combination_type, "linear" if combination_type == "cat" else combination_type)
     check_pruning(combination_type, kind, density, majority_sign_method)
@@ -76,6 +77,16 @@ def combine(
         a_key, b_key = (f"{Tuner.PREFIX}{path}.{key}" for key in layer.KEYS)
         tensors[a_key], tensors[b_key] = F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))
     return config, tensors
+
+
+def _as_weights(weights: Iterable[float]) -> list[float]:
+    try:
+        numbers = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        raise ValueError(f"weights is {weights!r}; it must be a list of numbers") from None
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"weights is {weights!r}; each must be finite")
+    return numbers
 
 
 def _check(
