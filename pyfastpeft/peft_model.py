@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from .integrations.on_import import when_imported
 from .integrations.packed_images import check_shares
 from .integrations.trainer import teach_trainer
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from .tuners.adapted import AdaptedModel
+from .tuners.adapted import AdaptedModel, check_name
 from .tuners.base import PeftConfig, PeftType, TaskType
 from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
@@ -331,7 +331,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             return self.base_model.model.generate_batch(*args, **kwargs)
 
     def _rows(self, adapter_names: Sequence[Names], args: tuple, kwargs: dict) -> Rows:
-        if isinstance(adapter_names, str):
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Collection):
             raise ValueError(
                 f"adapter_names is {adapter_names!r}; it must be a list, one name for each row of the batch"
             )
@@ -479,6 +479,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 combined.
         """
         names = self.base_model.known(adapters)
+        check_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name is {adapter_name!r}, which this model has already")
         config, tensors = combine(
@@ -719,6 +720,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Returns:
             As :func:`set_peft_model_state_dict`.
         """
+        check_name(adapter_name)
         config = PeftConfig.from_pretrained(model_id, **hub) if config is None else PeftConfig.from_peft(config)
         tensors, path = read_tensors(model_id, **hub)
         source = str(path)

@@ -460,6 +460,8 @@ def test_a_bottleneck_cannot_be_merged(merge):
     ("kwargs", "message"),
     [
         ({"placement": "both"}, "placement is 'both'; it must be one of houlsby, pfeiffer"),
+        ({"placement": ["houlsby"]}, r"placement is \['houlsby'\]; it must be one of houlsby, pfeiffer"),
+        ({"activation": ["gelu"]}, r"activation is \['gelu'\]; it must be one of gelu, relu"),
         ({"reduction_factor": 0}, "reduction_factor is 0; it must be a number above 0"),
         ({"reduction_factor": True}, "reduction_factor is True; it must be a number above 0"),
         ({"reduction_factor": "8"}, "reduction_factor is '8'; it must be a number above 0"),

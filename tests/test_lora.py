@@ -1899,6 +1899,19 @@ class TestBadArguments:
         with pytest.raises(ValueError, match="no adapter 'other'"):
             model.merge_adapter("other")
 
+    def test_what_is_no_name_of_an_adapter_is_named(self, tmp_path):
+        model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+        model.save_pretrained(tmp_path)
+        for call, message in (
+            (lambda: model.delete_adapter(["default"]), r"no adapter \['default'\]; this model has \['default'\]"),
+            (lambda: model.load_adapter(tmp_path, ["new"]), r"adapter_name is \['new'\]; it must be a word"),
+            (lambda: model.add_weighted_adapter(["default"], [1.0], ["new"]), r"adapter_name is \['new'\]; it must be"),
+            (lambda: model(**tiny.inputs(), adapter_names=3), "adapter_names is 3; it must be a list"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        assert list(model.peft_config) == ["default"]
+
     def test_a_target_that_cannot_carry_lora_is_named(self):
         with pytest.raises(ValueError, match=r"input_layernorm.*Linear, Conv1D or Embedding"):
             fp.get_peft_model(tiny.make(), fp.LoraConfig(target_modules=["input_layernorm"]))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Parts, Rows
 from ..ops import mixed
-from ..ops.checks import as_count
+from ..ops.checks import as_count, check_choice
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -41,8 +41,7 @@ class Bottleneck(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+        check_choice("activation", activation, ACTIVATIONS)
         self.activation = activation
         features, size = as_count("features", features), as_count("size", size)
         self.down = nn.Linear(features, size, device=device, dtype=dtype)

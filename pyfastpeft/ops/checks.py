@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -44,6 +45,12 @@ def check_factor(name: str, value: Any) -> None:
     """Whether the argument ``name`` is a number or a tensor of them."""
     if not isinstance(value, (*NUMBERS, Tensor)):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number or a tensor")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Whether the argument ``name`` is one of ``choices``."""
+    if value not in (choices := list(choices)):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 def as_count(name: str, value: Any, least: int = 1) -> int:

@@ -159,7 +159,7 @@ class AdaptedModel(OneDevice, nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Attach an adapter as :meth:`Tuner.attach` says; on any error the model is as it was."""
-        _check_name(name, self.configs)
+        _check_new(name, self.configs)
         tuner = self.tuner(config)
         unmatched = unmatched_saved(config, self.model)
         if strict and unmatched:
@@ -250,7 +250,7 @@ class AdaptedModel(OneDevice, nn.Module):
         if not isinstance(names, Collection):
             raise ValueError(f"the adapter is {names!r}; it must be among {list(self.configs)}, or several of them")
         names = (names,) if isinstance(names, str) else tuple(names)
-        unknown = [n for n in names if n not in self.configs]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self.configs]
         if unknown:
             raise ValueError(f"there is no adapter {unknown[0]!r}; this model has {list(self.configs)}")
         return names
@@ -527,7 +527,8 @@ def _check_kept(name: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:
+def check_name(name: Any) -> None:
+    """Whether an adapter can be called ``name``."""
     if (
         not isinstance(name, str)
         or not re.fullmatch(r"[^./\\\s]+", name)
@@ -538,6 +539,10 @@ def _check_name(name: str, taken: Mapping[str, PeftConfig]) -> None:
             f"adapter_name is {name!r}; it must be a word without dots, slashes or spaces, and not {BASE!r} or "
             "the name of an attribute of torch.nn.ModuleDict or ParameterDict"
         )
+
+
+def _check_new(name: Any, taken: Mapping[str, PeftConfig]) -> None:
+    check_name(name)
     if name in taken:
         raise ValueError(f"adapter_name is {name!r}, which this model has already; delete it first or choose another")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import is_linear, matrix_shape
-from ..ops.checks import as_count
+from ..ops.checks import as_count, check_choice
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, names_or_pattern, register_method
 from .modules import (
@@ -73,15 +73,13 @@ class BottleneckConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f"placement is {self.placement!r}; it must be one of {', '.join(PLACEMENTS)}")
+        check_choice("placement", self.placement, PLACEMENTS)
         factor = self.reduction_factor
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
             raise ValueError(f"reduction_factor is {factor!r}; it must be a number above 0")
         if self.bottleneck_size is not None:
             self.bottleneck_size = as_count("bottleneck_size", self.bottleneck_size)
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+        check_choice("activation", self.activation, ACTIVATIONS)
         self.target_modules = names_or_pattern("target_modules", self.target_modules)
 
     def size_for(self, features: int) -> int:
