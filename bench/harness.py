@@ -318,35 +318,38 @@ def parser(doc: str, out: str, rounds: int, threads: int | None = None) -> argpa
     return made
 
 
+def _numbers(parts: list[str], least: int, problem: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = [least - 1]
+    if min(numbers) < least:
+        raise argparse.ArgumentTypeError(problem)
+    return numbers
+
+
 def ints(text: str) -> list[int]:
-    """``"1,4,16"`` to a list, for argparse."""
-    return [int(part) for part in text.split(",")]
+    """``"0,4,16"`` to a list, for argparse."""
+    return _numbers(text.split(","), 0, f"{text} must be whole numbers of at least 0, comma-separated")
 
 
 def count(text: str) -> int:
     """A number above 0."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number above 0")
+    (number,) = _numbers([text], 1, f"{text} must be a whole number above 0")
     return number
 
 
 def counts(text: str) -> list[int]:
     """The same of numbers above 0."""
-    numbers = ints(text)
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be whole numbers above 0, comma-separated")
-    return numbers
+    return _numbers(text.split(","), 1, f"{text} must be whole numbers above 0, comma-separated")
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
     """``"4096x4096,576x1536"`` to (K, N) pairs, for argparse."""
-    pairs = [tuple(map(int, part.split("x"))) for part in text.split(",")]
-    if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
-        raise argparse.ArgumentTypeError(f"{text} must be pairs of numbers above 0, such as 4096x4096,576x1536")
+    problem = f"{text} must be pairs of numbers above 0, such as 4096x4096,576x1536"
+    pairs = [tuple(_numbers(part.split("x"), 1, problem)) for part in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(problem)
     return pairs
 
 

@@ -412,7 +412,9 @@ def test_results_lie_in_a_source_tree_or_where_one_works(setup, expected, tmp_pa
     [
         (["--shapes", "64"], "64 must be pairs of numbers above 0"),
         (["--shapes", "0x64"], "0x64 must be pairs"),  # a peer ends the process with a division by zero
+        (["--shapes", "4x"], "4x must be pairs of numbers above 0"),
         (["--M", "4,0"], "4,0 must be whole numbers above 0"),
+        (["--threads", "x"], "x must be whole numbers above 0"),
         (["--threads", "0"], "0 must be whole numbers above 0"),
         (["--only", "ours_nf4,our_nf4"], "our_nf4 must be among ours_nf4, "),
         (["--only", ""], "nothing must be among ours_nf4, "),

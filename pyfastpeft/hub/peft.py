@@ -61,7 +61,7 @@ def locate(model_id: str | os.PathLike, filename: str, subfolder: str | None = N
         return Path(hf_hub_download(str(model_id), filename, subfolder=subfolder, **hub))
     except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"there is no folder {folder} with a {filename}, and no hub repository {str(model_id)!r} gives one: {error}"
+            f"there is no {filename} in a folder {folder}, and no hub repository {str(model_id)!r} gives one: {error}"
         ) from error
 
 
