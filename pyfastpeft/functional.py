@@ -107,8 +107,12 @@ def set_peft_model_state_dict(
         As PEFT's, ``missing_keys`` and ``unexpected_keys``, which are empty: such tensors are refused.
 
     Raises:
+        TypeError: ``peft_model_state_dict`` is no mapping.
         ValueError: a key is missing or too many, or a shape differs; nothing has changed then.
     """
+    if not isinstance(peft_model_state_dict, Mapping):
+        kind = type(peft_model_state_dict).__name__
+        raise TypeError(f"peft_model_state_dict is a {kind}; it must be a mapping of names to tensors")
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes is True; it must be False: an adapter is filled as a whole or not")
     held, prefix = _adapters_and_prefix(model)

@@ -135,7 +135,12 @@ def prepare_model_for_kbit_training(
     Args:
         gradient_checkpointing_kwargs: for the model's ``gradient_checkpointing_enable``; default: its own.
         auto_clear_cache: accepted for PEFT's sake: nothing is converted that would leave memory behind.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if use_gradient_checkpointing:

@@ -547,6 +547,23 @@ def test_a_readme_is_of_the_last_adapter_unless_somebody_changed_it(tmp_path):
         card.write_text(written)
 
 
+def test_a_base_model_may_be_named_by_its_path(tmp_path):
+    model = fp.get_peft_model(tiny.make(), fp.LoraConfig(base_model_name_or_path=tmp_path / "base"))
+    model.save_pretrained(tmp_path / "it")
+    assert fp.PeftConfig.from_pretrained(tmp_path / "it").base_model_name_or_path == str(tmp_path / "base")
+
+
+def test_none_in_the_place_of_a_model_or_a_mapping_is_named():
+    model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig())
+    for call, message in (
+        (lambda: fp.get_peft_config(None), "config_dict is a NoneType; it must be a dict"),
+        (lambda: fp.prepare_model_for_kbit_training(None), "model is a NoneType; it must be a torch.nn.Module"),
+        (lambda: fp.set_peft_model_state_dict(model, None), "peft_model_state_dict is a NoneType; it must be"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
 def test_config_makes_the_round_trip_and_unknown_keys_are_dropped_with_a_warning(tmp_path):
     config = fp.LoraConfig(r=3, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
     config.save_pretrained(tmp_path)

@@ -151,6 +151,8 @@ class PeftConfig(ABC):
     def __post_init__(self) -> None:
         if self.task_type is not None:
             self.task_type = as_member(TaskType, "task_type", self.task_type)
+        if isinstance(self.base_model_name_or_path, os.PathLike):
+            self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)  # for JSON
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "bool" and value is not None and not isinstance(value, bool):
@@ -276,4 +278,6 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     Raises:
         ValueError, TypeError: as the configuration's class.
     """
+    if not isinstance(config_dict, Mapping):
+        raise TypeError(f"config_dict is a {type(config_dict).__name__}; it must be a dict of PEFT's keys")
     return PeftConfig._class_of(config_dict)(**config_dict)
