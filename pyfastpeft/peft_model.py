@@ -587,7 +587,11 @@ class PeftModel(PushToHubMixin, nn.Module):
             save_embedding_layers: also the base embeddings: "auto": those LoRA targets, and all where the vocabulary
                 has another size than the base model's folder says; True: all; False: none.
             state_dict: values to write instead of the model's own, under the names of :meth:`state_dict`.
-            kwargs: accepted for transformers' sake; ignored.
+            kwargs: accepted for transformers' sake; ignored, but for ``path_initial_model_for_weight_conversion``,
+                which must be None.
+
+        Raises:
+            ValueError: the argument at fault, or a ``save_directory`` that is a file.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization is False; adapters are written as safetensors only")
@@ -681,7 +685,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             is_trainable: whether its parameters train.
             config: instead of the folder's adapter_config.json.
             low_cpu_mem_usage: accepted for PEFT's sake: nothing is made twice.
-            hub: ``subfolder``, and what ``hf_hub_download`` takes (revision, token, cache_dir, …).
+            hub: ``subfolder``, and what ``hf_hub_download`` takes (revision, token, cache_dir, …). PEFT's
+                ``key_mapping`` must be None.
 
         Raises:
             FileNotFoundError: there is no such folder or file.

@@ -30,6 +30,9 @@ class Bottleneck(nn.Module):
         activation: "gelu", "relu", "silu" or "tanh".
 
     The parameters may be in another dtype than y: the products are in y's.
+
+    Raises:
+        ValueError: a size that is no integer of at least 1, or an unknown ``activation``.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Bottleneck(nn.Module):
         return ACTIVATIONS[self.activation](x)
 
     def forward(self, y: Tensor) -> Tensor:
+        """``y`` [..., features] and the update, of y's shape and dtype."""
         up = self.up
         return y + _linear(self.inner(y), up.weight, up.bias)
 

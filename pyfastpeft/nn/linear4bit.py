@@ -45,6 +45,9 @@ class Linear4bit(OneDevice, nn.Linear):
         device, dtype: of the bias, and the dtype that ``dequantize`` defaults to.
         compute: None, or ``"int8"``: see :func:`pyfastpeft.ops.linear_4bit`. Whatever needs a gradient is computed
             exactly all the same.
+
+    Raises:
+        ValueError: the argument at fault, what it was and what it must be.
     """
 
     # The class's, not the parameter's, whose attributes neither pickling nor sharding would keep.
@@ -134,6 +137,15 @@ class Linear4bit(OneDevice, nn.Linear):
         return self.packed
 
     def forward(self, x: Tensor, lora: Lora | tuple | None = None) -> Tensor:
+        """The product of ``x`` [..., in_features], [..., out_features] in x's dtype.
+
+        Args:
+            lora: a branch in the same pass, as :func:`pyfastpeft.ops.linear_4bit` takes it.
+
+        Raises:
+            RuntimeError: there is no weight yet.
+            TypeError, ValueError: as ``linear_4bit``.
+        """
         packed = self.packed if self.packed is not None else self._require_packed()
         compute = self.compute
         if compute is not None and needs_grad(x, self.bias, lora):
@@ -153,7 +165,12 @@ class Linear4bit(OneDevice, nn.Linear):
         compute_dtype: torch.dtype | None = None,
         compute: str | None = None,
     ) -> Linear4bit:
-        """Quantize ``linear``'s weight; the bias is shared with it."""
+        """Quantize ``linear``'s weight; the bias is shared with it.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``, or a Linear4bit already.
+            ValueError: a setting that :class:`Linear4bit` does not take.
+        """
         if isinstance(linear, Linear4bit):
             raise TypeError("linear is already a Linear4bit")
         if not isinstance(linear, nn.Linear):
@@ -200,6 +217,9 @@ class Linear4bit(OneDevice, nn.Linear):
         """Take over a ``bitsandbytes.nn.Linear4bit`` in whatever state; see :func:`hub.bitsandbytes.packed_from_bnb`.
 
         Codes and scales are kept bit for bit, the bias is shared.
+
+        Raises:
+            TypeError, ValueError: as ``packed_from_bnb``.
         """
         self = cls.from_packed(packed_from_bnb(bnb_linear), bnb_linear.bias, bnb_linear.compute_dtype)
         return self.train(bnb_linear.training)

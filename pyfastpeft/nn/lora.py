@@ -47,6 +47,7 @@ class LoraLinear(LoraLayer):
         return isinstance(self._modules["base_layer"], Linear4bit)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output for ``x`` [..., K], [..., N] in its dtype, and the updates of the adapters in use."""
         mode = self.bank.mode
         if mode is not None:
             names = self.present(mode)
@@ -262,6 +263,7 @@ class LoraEmbedding(LoraLayer):
         return {"weight": a}, {"weight": b}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's rows for the tokens ``x``, [..., embedding_dim], and the updates of the adapters in use."""
         mode, plan = self.bank.mode, self._plan
         y = self.base_layer(x, *args, **kwargs)
         dtype = y.dtype
