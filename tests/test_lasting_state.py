@@ -96,6 +96,38 @@ class TestAfterOptimizerSteps:
             layer.base_layer.weight = nn.Parameter(torch.full((32, 32), value), requires_grad=False)
             assert torch.allclose(layer.norm("default"), torch.tensor(value * 32**0.5))
 
+    @pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+    def test_a_call_under_autocast_leaves_doras_norm_in_float32(self, target):
+        ids = tiny.inputs()["input_ids"]
+        model = adapted(fp.LoraConfig(use_dora=True, target_modules=[target], **LORA))
+        model.set_adapter("default", inference_mode=True)
+        fresh = copied(model.eval())
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids)
+        assert torch.equal(logits(model, ids), logits(fresh, ids))
+
+    def test_what_is_merged_or_computed_from_weights_under_autocast_is_in_float32(self):
+        ids = tiny.inputs()["input_ids"]
+        for kwargs in ({}, {"use_dora": True}):
+            model = adapted(fp.LoraConfig(**LORA, **kwargs)).eval()
+            expected = logits(model, ids)
+            with torch.autocast("cpu", torch.bfloat16):
+                merged = model.merge_and_unload()
+            assert relative(logits(merged, ids), expected) < 1e-5
+        for init in ("pissa", "pissa_niter_4", "olora"):
+            expected = logits(base := tiny.make(), ids)
+            with torch.autocast("cpu", torch.bfloat16):
+                model = adapted(fp.LoraConfig(init_lora_weights=init), base=base).eval()
+            assert relative(logits(model, ids), expected) < 1e-5
+
+    def test_doras_norm_compiled_under_autocast_is_in_float32(self):
+        model = adapted(fp.LoraConfig(use_dora=True, target_modules=["q_proj"], **LORA))
+        layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        expected = layer.norm("default")
+        norm = torch.compile(lambda: layer.norm("default"), fullgraph=True, backend="eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(norm(), expected)
+
 
 class TestWhatTrains:
     @staticmethod

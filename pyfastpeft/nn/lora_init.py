@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import quantize_4bit
+from ..ops.autocast import without_autocast
 
 
 def _check(weight: Tensor, r: int, scaling: float, name: str) -> None:
@@ -26,6 +27,7 @@ def _check(weight: Tensor, r: int, scaling: float, name: str) -> None:
         )
 
 
+@without_autocast
 def pissa(weight: Tensor, r: int, scaling: float, iterations: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The r principal components (PiSSA, Meng et al. 2024); ``iterations``: of the randomized SVD, None: exact."""
     _check(weight, r, scaling, "pissa")
@@ -45,6 +47,7 @@ def pissa(weight: Tensor, r: int, scaling: float, iterations: int | None = None)
     return a, b, weight - scaling * (b @ a)
 
 
+@without_autocast
 def olora(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     """The first r columns of the QR decomposition (OLoRA, Büyükakyüz 2024)."""
     _check(weight, r, scaling, "olora")
@@ -53,6 +56,7 @@ def olora(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor, Tenso
     return a, b, weight - scaling * (b @ a)
 
 
+@without_autocast
 def loftq(weight: Tensor, r: int, scaling: float, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Alternate quantizing to NF4 and fitting what is lost by rank r (LoftQ, Li et al. 2023).
 

@@ -16,6 +16,7 @@ from ..adapters import NO_ROWS, AdapterBank, Parts, Rows
 from ..caching import AdapterCache, stamp_of
 from ..formats.packed import Packed4bit
 from ..ops import Lora, PackedLora, mixed
+from ..ops.autocast import autocast_off
 from ..ops.linear_4bit import repack_lora
 from ..ops.tracing import captured, is_compiling, is_repeated, traced
 
@@ -443,8 +444,9 @@ class LoraLayer(nn.Module, ABC):
     def _norm(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         """From ||M||² and products with A, never building the sum."""
         a32, b32, s = a.float(), b.float(), scale[0]
-        square = self._matrix_square() + 2 * s * (self.times(a) * b32).sum(1)
-        square = square + s * s * ((b32 @ (a32 @ a32.t())) * b32).sum(1)
+        with autocast_off(a.device):  # it may be kept for what runs without
+            square = self._matrix_square() + 2 * s * (self.times(a) * b32).sum(1)
+            square = square + s * s * ((b32 @ (a32 @ a32.t())) * b32).sum(1)
         return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def _matrix_square(self) -> Tensor:
@@ -485,7 +487,8 @@ class LoraLayer(nn.Module, ABC):
     def delta(self, name: str) -> Tensor:
         """scaling · B A, float32 [out, in]."""
         a, b = self.factors(name)
-        return self._scaling[name] * (b.float() @ a.float())
+        with autocast_off(a.device):
+            return self._scaling[name] * (b.float() @ a.float())
 
     @torch.no_grad()
     def merged_matrix(self, names: tuple[str, ...]) -> Tensor:

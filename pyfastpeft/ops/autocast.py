@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,14 +25,20 @@ def autocast_of(x: Tensor) -> dict[str, Any]:
     return {"device_type": device, "dtype": dtype, "enabled": dtype is not None}
 
 
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it what is computed on ``device`` is in the dtypes that are written, whatever autocast would make them."""
+    # Not entered where there is none: an exported graph would have a part of its own for what is within.
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose first argument is a tensor, in the dtypes that it says, whatever autocast would make them."""
+    """``function``, whose first argument is a tensor, within :func:`autocast_off`."""
 
     @functools.wraps(function)
-    def run(first: Tensor, *rest: Any) -> Any:
-        if first.is_meta:
-            return function(first, *rest)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *rest)
+    def run(first: Tensor, *rest: Any, **options: Any) -> Any:
+        with autocast_off(first.device):
+            return function(first, *rest, **options)
 
     return run
