@@ -1586,6 +1586,10 @@ class TestBadInput:
                 "a RwkvForCausalLM carries a state from token to token, so it cannot take a prefix",
             ),
             (
+                lambda: tf.DoryForCausalLM(tf.DoryConfig(**_WINDOW, head_dim=8, layer_types=["full_attention"] * 2)),
+                "a DoryForCausalLM runs its layers several times, so it cannot take a prefix",
+            ),
+            (
                 lambda: tf.ModernBertDecoderForCausalLM(
                     tf.ModernBertDecoderConfig(
                         vocab_size=tiny.VOCAB, hidden_size=36, num_hidden_layers=2, pad_token_id=0

@@ -67,6 +67,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
             f"a {kind} has layers of other kinds than full, sliding or chunked attention ({others}), so it cannot take "
             "a prefix"
         )
+    if getattr(config, "n_recurrent_loops", 1) > 1:
+        raise ValueError(f"a {kind} runs its layers several times, so it cannot take a prefix")
     if not layer_types and model._is_stateful:
         raise ValueError(f"a {kind} carries a state from token to token, so it cannot take a prefix")
     return decoder
