@@ -820,6 +820,24 @@ class TestWherePeftFails:
             assert torch.equal(got[i, 9:], own.generate(**row, **GREEDY)[0, 9 - start :])
 
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
+    def test_layers_may_have_different_numbers_of_query_heads(self, method):
+        text = _WINDOW | {"head_dim": 8, "num_sliding_attention_heads": 8, "moe_intermediate_size": 16}
+        vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+        whole = tf.Step3p7Config(
+            text_config=text | {"layer_types": ["full_attention", "sliding_attention"]},
+            vision_config=vision,
+            image_token_id=tiny.VOCAB - 1,
+        )
+        base, tokens, ids = tf.Step3p7ForConditionalGeneration(whole).eval(), torch.arange(P), torch.arange(4, 13)[None]
+        own = ours(base, method)
+        prefixes = own.base_model.tuner_of("default").prefixes
+        made = {"prompt": base.get_input_embeddings(), "prefix": prefixes.keys_values, "deep": prefixes.layer_inputs}
+        with torch.no_grad():
+            own.prompt_encoder["default"].embedding.weight.copy_(made[method](tokens))
+            expected = base(torch.cat([tokens[None], ids], 1)).logits[:, P:]
+        close(own(ids).logits, expected)
+
+    @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
     def test_a_model_around_opt_reaches_the_decoder_in_it(self, method):
         """BLIP-2's decoder is an OPT with its head, which does not call the model in it but the decoder in that."""
         part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}

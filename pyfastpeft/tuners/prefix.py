@@ -11,7 +11,7 @@ from torch import nn
 from ..nn.prompt_encoder import Form, PrefixEncoder, SoftPrompt
 from ..ops.checks import as_count
 from .base import PeftType, register_method
-from .soft_prompt import SoftPromptConfig, random_ids, text_ids
+from .soft_prompt import SoftPromptConfig, first_layer_config, random_ids, text_ids
 
 if TYPE_CHECKING:
     from ..integrations.soft_prompts.prefixes import Prefixes
@@ -101,7 +101,7 @@ class PrefixTuningConfig(InitialTextConfig):
 
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
         layers, heads, dim = prefixes.shape
-        own = model.config.get_text_config(decoder=True)
+        own = first_layer_config(model)
         if (self.token_dim, self.num_attention_heads) == (own.hidden_size, own.num_attention_heads):
             self.token_dim = self.num_attention_heads = None  # the queries' shape, as PEFT lets it be given
         self._expect(num_layers=layers, num_attention_heads=heads, token_dim=heads * dim)

@@ -92,7 +92,7 @@ class SoftPromptConfig(PeftConfig):
 
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
         """Fill in and check what depends on the model."""
-        own = model.config.get_text_config(decoder=True)
+        own = first_layer_config(model)
         layers, heads = prefixes.shape.layers, own.num_attention_heads
         width = model.get_input_embeddings().weight.shape[1] if self.at_embedding else own.hidden_size
         self._expect(num_layers=layers, num_attention_heads=heads, token_dim=width)
@@ -141,6 +141,13 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
             f"{type(model).__name__} has {known}"
         )
     return torch.tensor(ids, device="cpu")
+
+
+def first_layer_config(model: nn.Module) -> Any:
+    """The configuration of the text's first layer: others may have other numbers of query heads (Step 3.7)."""
+    from ..integrations.soft_prompts.decoders import layer_configs
+
+    return layer_configs(model.config.get_text_config(decoder=True))[0]
 
 
 def random_ids(model: nn.Module, count: int) -> Tensor:

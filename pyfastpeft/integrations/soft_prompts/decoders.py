@@ -42,12 +42,15 @@ class KeyValueShape(NamedTuple):
         Raises:
             ValueError: they differ.
         """
-        config = decoder.config
-        layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)
-        shapes = set(map(KeyValueShape.of, layers))
+        shapes = set(map(KeyValueShape.of, layer_configs(decoder.config)))
         if len(shapes) > 1:
             raise ValueError(f"the layers of a {kind} have heads of different sizes or numbers; soft prompts need one")
         return shapes.pop()
+
+
+def layer_configs(config: Any) -> Sequence[Any]:
+    """The configuration of each layer, or the one of all: where layers differ, ``config`` does not say in what."""
+    return config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
