@@ -1624,12 +1624,21 @@ class TestBadInput:
             fp.get_peft_model(base, config(fp, method))
         assert all(p.requires_grad for p in base.parameters())
 
-    def test_values_of_another_size_than_keys_are_not_learned_but_computed(self):
+    @pytest.mark.parametrize(
+        ("size", "match"),
+        [
+            (16, "keys of a MiMoV2FlashForCausalLM have 8 .* and its values 16"),
+            (8, "layers of a MiMoV2FlashForCausalLM have different numbers of key/value heads"),
+        ],
+    )
+    def test_keys_and_values_of_different_sizes_are_not_learned_but_computed(self, size, match):
+        kwargs = {"layer_types": ["full_attention", "sliding_attention"], "n_routed_experts": 2}
         base = tf.MiMoV2FlashForCausalLM(
-            tf.MiMoV2FlashConfig(**_WINDOW, head_dim=8, v_head_dim=16, n_routed_experts=2, num_experts_per_tok=1)
+            tf.MiMoV2FlashConfig(**_WINDOW, **kwargs, head_dim=8, v_head_dim=size, num_experts_per_tok=1)
         )
-        with pytest.raises(ValueError, match=r"keys of a MiMoV2FlashForCausalLM have 8 .* and its values 16"):
-            fp.get_peft_model(base, fp.PrefixTuningConfig(**_SHARED))
+        for made in (fp.PrefixTuningConfig(**_SHARED), fp.DeepPromptConfig(**_SHARED, prefix=True)):
+            with pytest.raises(ValueError, match=match):
+                fp.get_peft_model(base, made)
         own, ids = ours(base.eval(), "deep"), tiny.inputs(length=9)["input_ids"]
         with torch.no_grad():
             assert (own(ids).logits - base(ids).logits).abs().max() > 1e-4

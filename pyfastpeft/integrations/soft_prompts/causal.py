@@ -64,17 +64,25 @@ class CausalPrefixes(Prefixes):
 
     def check(self, form: Form) -> None:
         kind, config = type(self.model).__name__, self.decoder.config
-        of_values = getattr(config, "v_head_dim", None) or self.shape.dim
-        if form is Form.KEYS_VALUES and of_values != self.shape.dim:
+        if form is Form.KEYS_VALUES and (differ := self._differing_sizes(kind)):
             raise ValueError(
-                f"the keys of a {kind} have {self.shape.dim} numbers a head and its values {of_values}; use a prompt "
-                "at the embedding or in the layers' inputs, as keys and values that are learned must be of one size"
+                f"{differ}; use a prompt at the embedding or in the layers' inputs, as keys and values that are "
+                "learned must be of one size"
             )
         if form is Form.LAYER_INPUTS and hasattr(config, "altup_num_inputs"):
             raise ValueError(
                 f"the layers of a {kind} have several inputs each; use prefix=True, which learns "
                 "keys and values themselves"
             )
+
+    def _differing_sizes(self, kind: str) -> str | None:
+        """In what the keys and values of a ``kind`` are not all of one size, if so."""
+        of_values = getattr(self.decoder.config, "v_head_dim", None) or self.shape.dim
+        if of_values != self.shape.dim:
+            return f"the keys of a {kind} have {self.shape.dim} numbers a head and its values {of_values}"
+        # MiMo-V2-Flash's layers with a window have twice the heads that its configuration says.
+        made = {getattr(getattr(m, "k_proj", None), "out_features", None) for m in self.attentions}
+        return f"the layers of a {kind} have different numbers of key/value heads" if len(made - {None}) > 1 else None
 
     def _install(self) -> None:
         super()._install()
