@@ -429,7 +429,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         ``adapter_names``.
 
         Args:
-            inference_mode: whether the active ones are frozen as well. Default: as each adapter was loaded.
+            inference_mode: whether the active ones are frozen as well, and are for inference until it is given again.
+                Default: as it was last given for each adapter, else as that was loaded (PEFT's is False).
         """
         self.base_model.set_adapter(adapter_name, inference_mode)
 

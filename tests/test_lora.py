@@ -1247,6 +1247,15 @@ class TestSeveralAdapters:
         model.set_adapter("a", inference_mode=True)
         assert not any(p.requires_grad for p in model.parameters())
 
+    def test_an_adapter_is_for_inference_until_another_mode_is_given(self):
+        model = block("a", "b")
+        for mode in (True, False):
+            model.set_adapter("a", inference_mode=mode)
+            for name in ("a", "b", "a"):
+                model.set_adapter(name)
+                assert any(p.requires_grad for p in model.parameters()) == (name == "b" or not mode)
+            assert model.peft_config["a"].inference_mode == mode
+
     @pytest.mark.parametrize("of_base_model", [False, True])
     def test_what_trains_may_be_set_by_adapter_as_in_peft(self, of_base_model):
         models, found = pair(tiny.make("llama"), 0, modules_to_save=["lm_head"]), []
