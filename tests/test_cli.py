@@ -587,7 +587,7 @@ def test_quantize_writes_a_folder_that_transformers_loads(capsys, tmp_path, mode
     layer = model.model.layers[1].mlp.up_proj
     assert isinstance(layer, fp.nn.Linear4bit) and layer.quant_type == quant_type
     original = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).model.layers[1].mlp.up_proj
-    assert torch.equal(layer.dequantize(), fp.quantize_4bit(original.weight, quant_type).dequantize())
+    assert torch.equal(layer.dequantize(), fp.quantize_4bit(original.weight, quant_type).dequantize(torch.bfloat16))
     assert AutoTokenizer.from_pretrained(output).chat_template
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
 
