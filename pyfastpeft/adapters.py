@@ -7,7 +7,7 @@ exchanging the active adapter writes one reference a layer, builds nothing, and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -109,6 +109,11 @@ class Rows:
                 f"adapter_names has {len(self.of_row)} names; it must have one a row, and a layer saw an input of "
                 f"shape {tuple(x.shape)}, which does not begin with rows of the batch: all must use the same adapters"
             )
+
+    def differing(self, names: Collection[str]) -> list[str]:
+        """Those of the adapters ``names`` that some rows use and others do not."""
+        use = {name: [name in row for row in self.of_row] for name in self.names if name in names}
+        return [name for name, rows in use.items() if any(rows) and not all(rows)]
 
 
 NO_ROWS = Rows((), ())

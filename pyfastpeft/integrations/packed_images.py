@@ -35,8 +35,9 @@ def check_shares(model: nn.Module, rows: Rows, ids: Any, kwargs: Mapping[str, An
     if not given or len(set(rows.of_row)) < 2:
         return
     held = _adapters_there(model)
-    alike = len({frozenset(held.intersection(names)) for names in rows.of_row}) == 1
-    if alike or (given == ["pixel_values"] and _equal_shares(model.config, ids, kwargs.get("image_grid_thw"))):
+    if not rows.differing(held):
+        return
+    if given == ["pixel_values"] and _equal_shares(model.config, ids, kwargs.get("image_grid_thw")):
         return
     raise ValueError(
         f"adapter_names has different adapters for the {' and '.join(given)} of different rows; a "

@@ -6,15 +6,18 @@ import copy
 import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..adapters import Parts
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.ends import HEADS, input_embedding, output_head
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
+from ..nn.rows_elsewhere import dims_elsewhere
 from ..nn.trainable_tokens import TrainableTokens
 from ..nn.weight_reads import never_calls, passes_by
 from .base import PeftConfig
@@ -96,6 +99,8 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     holder = model.get_submodule(parent)
     if isinstance(holder, nn.TransformerEncoderLayer) and isinstance(module, WRAPPERS):
         module.register_forward_pre_hook(_is_called)
+    if isinstance(module, WRAPPERS) and (dims := dims_elsewhere(model, path)) is not None:
+        module.register_forward_pre_hook(partial(_check_rows, path=path, dims=dims))
     if isinstance(getattr(holder, attribute), BottleneckLayer):
         holder, attribute = getattr(holder, attribute), "base_layer"
     setattr(holder, attribute, module)
@@ -104,6 +109,27 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def _is_called(module: nn.Module, args: tuple) -> None:
     """Does nothing: torch's encoder layers, which in evaluation read weights past modules, call those with hooks."""
+
+
+def _check_rows(wrapper: nn.Module, args: tuple, path: str, dims: int) -> None:
+    """Check that all rows use the same adapters in ``wrapper``, where what it is called with does not begin with rows
+    (:func:`dims_elsewhere`)."""
+    mode = wrapper.bank.mode
+    if mode is None or (dims and not (args and args[0].dim() == dims)):
+        return
+    if differing := mode.differing(_adapters_in(wrapper)):
+        raise ValueError(
+            f"adapter_names has {differing} for some rows and not for others; {path!r} is called with what does not "
+            "begin with the rows of the batch, so of the adapters there all rows must use the same; give the whole "
+            "batch one with set_adapter"
+        )
+
+
+def _adapters_in(wrapper: nn.Module) -> set[str]:
+    """The adapters that have something in ``wrapper``."""
+    if isinstance(wrapper, TrainableTokens):
+        return set(wrapper.rows.indices)
+    return {name for part in wrapper.children() if isinstance(part, Parts) for name in part}
 
 
 _PACKS = "_packs_without_adapters"

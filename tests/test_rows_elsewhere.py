@@ -1,0 +1,212 @@
+"""Rows that choose adapters where a layer's input begins with something else: an error, however much of it there is."""
+
+from __future__ import annotations
+
+import architectures as tiny
+import pytest
+import torch
+import transformers as tf
+from transformers.models.mask2former import modeling_mask2former
+
+import pyfastpeft as fp
+
+_SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
+_TEXT = {
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+_IMAGES = _TEXT | {"image_size": 32, "patch_size": 8}
+_DETR = {"encoder_layers": 1, "decoder_layers": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 6}
+_DETR |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 3}
+
+
+def _resnet():
+    return tf.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 32, 64],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+
+
+def _dino():
+    return tf.Dinov2Config(**_IMAGES, out_features=["stage1", "stage2"], reshape_hidden_states=False)
+
+
+def _mask2former():
+    return tf.Mask2FormerForUniversalSegmentation(
+        tf.Mask2FormerConfig(
+            backbone_config=_resnet(),
+            **{"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32},
+            **{"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "dim_feedforward": 32},
+            num_queries=6,
+        )
+    )
+
+
+def _depth_pro():
+    return tf.DepthProForDepthEstimation(
+        tf.DepthProConfig(
+            **{f"{part}_model_config": _dino() for part in ("image", "patch", "fov")},
+            **{"patch_size": 32, "fusion_hidden_size": 8, "intermediate_hook_ids": [1, 0]},
+            **{"intermediate_feature_dims": [8, 8], "scaled_images_feature_dims": [8, 8, 8]},
+            scaled_images_ratios=[0.25, 0.5, 1],
+        )
+    )
+
+
+MODELS = {
+    "longformer": lambda: tf.LongformerModel(tf.LongformerConfig(**_TEXT, attention_window=4)),
+    "led": lambda: tf.LEDModel(tf.LEDConfig(vocab_size=tiny.VOCAB, **_SEQ2SEQ, attention_window=4)),
+    "xlnet": lambda: tf.XLNetModel(tf.XLNetConfig(vocab_size=tiny.VOCAB, d_model=32, n_layer=2, n_head=2, d_inner=32)),
+    "fsmt": lambda: tf.FSMTModel(
+        tf.FSMTConfig(langs=["en", "de"], src_vocab_size=tiny.VOCAB, tgt_vocab_size=tiny.VOCAB, **_SEQ2SEQ)
+    ),
+    "bros": lambda: tf.BrosModel(tf.BrosConfig(**_TEXT | {"hidden_size": 64})),
+    "mlcd": lambda: tf.MLCDVisionModel(tf.MLCDVisionConfig(**_IMAGES)),
+    "mask2former": _mask2former,
+    "depth_pro": _depth_pro,
+    "dab_detr": lambda: tf.DabDetrForObjectDetection(
+        tf.DabDetrConfig(**_DETR, hidden_size=32, backbone_config=_resnet())
+    ),
+    "detr": lambda: tf.DetrForObjectDetection(
+        tf.DetrConfig(**_DETR, d_model=32, backbone_config=_resnet(), auxiliary_loss=True)
+    ),
+    "t5": lambda: tf.T5Model(
+        tf.T5Config(vocab_size=tiny.VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
+    ),
+}
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """A model with LoRAs a and b on the layers of ``target_modules``."""
+    # It asks for scipy, for the sake of its loss.
+    monkeypatch.setattr(modeling_mask2former, "requires_backends", lambda *_: None)
+
+    def with_adapters(name, target_modules, **kwargs):
+        config = fp.LoraConfig(r=2, target_modules=target_modules, init_lora_weights=False, **kwargs)
+        model = fp.get_peft_model(tiny.vary_vectors(MODELS[name]()), config, "a")
+        model.add_adapter("b", config)
+        return model.eval()
+
+    return with_adapters
+
+
+def batch_for(name):
+    """Four rows, of as many positions as may be a multiple of that."""
+    if name == "depth_pro":
+        return {"pixel_values": torch.randn(4, 3, 128, 128)}
+    if "detr" in name or name in ("mask2former", "mlcd"):
+        return {"pixel_values": torch.randn(4, 3, 64, 64) if name != "mlcd" else torch.randn(4, 3, 32, 32)}
+    ids = torch.randint(3, tiny.VOCAB, (4, 8))
+    batch = {"input_ids": ids}
+    if name in ("led", "fsmt", "t5"):
+        batch["decoder_input_ids"] = ids
+    return batch | ({"bbox": torch.rand(4, 8, 4)} if name == "bros" else {})
+
+
+def output(model, batch, **kwargs):
+    """The output's first tensor."""
+    return next(iter(model(**batch, **kwargs).values()))
+
+
+def assert_each_as_alone(model, batch):
+    names = ["a", "b", "b", "a"]
+    got = output(model, batch, adapter_names=names)
+    for name in "ab":
+        model.set_adapter(name)
+        alone = output(model, batch)
+        mine = [i for i, n in enumerate(names) if n == name]
+        assert tiny.relative(got[mine], alone[mine]) < 1e-5
+
+
+def assert_refused(model, batch, path, **kwargs):
+    said = rf"has \['a', 'b'\] for some rows and not for others; '.*{path}' is called with what does not begin with the"
+    with pytest.raises(ValueError, match=said):
+        model(**batch, adapter_names=["a", "b", "b", "a"], **kwargs)
+    alike = output(model, batch, adapter_names=["b"] * 4)
+    model.set_adapter("b")
+    assert tiny.relative(alike, output(model, batch)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("longformer", "query"),
+        ("led", "longformer_self_attn.value"),
+        ("xlnet", "word_embedding"),
+        ("xlnet", "layer_1"),
+        ("fsmt", "fc1"),
+        ("bros", "bbox_projection"),
+        ("mlcd", "out_proj"),
+        ("mask2former", "decoder.layers.0.fc1"),
+        ("depth_pro", "patch_encoder.model.encoder.layer.0.attention.q_proj"),
+        ("dab_detr", "bbox_predictor.layers.0"),
+        ("t5", "relative_attention_bias"),
+    ],
+)
+@torch.no_grad()
+def test_rows_do_not_choose_where_something_else_comes_first(make, name, target):
+    assert_refused(make(name, [target]), batch_for(name), target)
+
+
+@torch.no_grad()
+def test_rows_do_not_choose_there_in_a_bottleneck_a_trained_copy_or_trained_tokens(make):
+    batch, base = batch_for("xlnet"), tiny.vary_vectors(MODELS["xlnet"]())
+    kinds = {
+        "layer.0.ff.layer_2": fp.BottleneckConfig(target_modules=["layer_2"]),
+        "layer.0.ff.layer_1": fp.LoraConfig(target_modules=["layer_2"], modules_to_save=["layer_1"]),
+        "word_embedding": fp.LoraConfig(target_modules=["layer_2"], trainable_token_indices={"word_embedding": [5, 6]}),
+    }
+    for path, config in kinds.items():
+        model = fp.get_peft_model(base, config, "a")
+        model.add_adapter("b", config)
+        assert_refused(model.eval(), batch, path)
+        model.unload()
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("longformer", r".*(intermediate|output)\.dense"),
+        ("fsmt", ["embed_tokens"]),
+        ("mlcd", ["q_proj", "fc1"]),
+        ("mask2former", ["q_proj", "v_proj"]),
+        ("depth_pro", r".*image_encoder.*q_proj"),
+        ("detr", ["q_proj", "class_labels_classifier"]),
+    ],
+)
+@torch.no_grad()
+def test_rows_choose_in_the_layers_beside_them(make, name, target):
+    assert_each_as_alone(make(name, target), batch_for(name))
+
+
+def test_rows_do_not_choose_in_a_head_that_sees_several_decoder_layers(make, monkeypatch):
+    model, batch = make("detr", ["class_labels_classifier"]), batch_for("detr")
+    monkeypatch.setattr(model.get_base_model(), "loss_function", lambda *_: (torch.zeros(()), {}, []))
+    model(**batch, labels=[], adapter_names=["a"] * 4)
+    with pytest.raises(ValueError, match="'class_labels_classifier' is called with what does not begin with the rows"):
+        model(**batch, labels=[], adapter_names=["a", "b", "b", "a"])
+
+
+@torch.no_grad()
+def test_rows_that_choose_among_adapters_elsewhere_are_served(make):
+    model, batch = make("longformer", ["query"]), batch_for("longformer")
+    model.add_adapter("c", fp.LoraConfig(r=2, target_modules=["intermediate.dense"], init_lora_weights=False))
+    got = output(model, batch, adapter_names=[["a", "c"], "a", "a", "a"])
+    model.set_adapter("a")
+    alone = output(model, batch)
+    assert tiny.relative(got[1:], alone[1:]) < 1e-5 and tiny.relative(got[0], alone[0]) > 1e-3
