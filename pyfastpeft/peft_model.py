@@ -24,6 +24,7 @@ from .hub.peft import OWN_NAME, adapter_folder, read_own, read_tensors, write_ad
 from .integrations.accelerate import fuse, take_over
 from .integrations.attention import use_fast_attention, with_sdpa
 from .integrations.forwards import remove
+from .integrations.guidance import check_guided
 from .integrations.on_import import when_imported
 from .integrations.packed_images import check_shares
 from .integrations.trainer import teach_trainer
@@ -317,7 +318,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         """The base model's generate; ``adapter_names`` as in :meth:`forward` (a row's beams use its adapter)."""
         if adapter_names is None:
             return self.base_model.model.generate(*args, **kwargs)
-        with self._mode(self._rows(adapter_names, args, kwargs)):
+        rows = self._rows(adapter_names, args, kwargs)
+        check_guided(self.base_model.model, rows, args, kwargs)
+        with self._mode(rows):
             return self.base_model.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

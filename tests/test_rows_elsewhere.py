@@ -210,3 +210,101 @@ def test_rows_that_choose_among_adapters_elsewhere_are_served(make):
     model.set_adapter("a")
     alone = output(model, batch)
     assert tiny.relative(got[1:], alone[1:]) < 1e-5 and tiny.relative(got[0], alone[0]) > 1e-3
+
+
+_SPEECH = _TEXT | {"num_key_value_heads": 2, "head_dim": 16}
+_CODES = {"vocab_size": tiny.VOCAB + 2, "num_channels": 2, "bos_token_id": 63, "eos_token_id": 64, "pad_token_id": 65}
+_CROSS = {"cross_num_attention_heads": 2, "cross_num_key_value_heads": 2, "cross_head_dim": 16, "cross_hidden_size": 32}
+
+
+def _musicgen(kind="Musicgen", **kwargs):
+    decoder = {"vocab_size": 32, "num_hidden_layers": 1, "ffn_dim": 32, "num_attention_heads": 2, "hidden_size": 32}
+    audio = {"hidden_size": 8, "num_filters": 4, "upsampling_ratios": [4, 2], "codebook_size": 32}
+    config = getattr(tf, f"{kind}Config")(
+        text_encoder=tf.T5Config(vocab_size=tiny.VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2),
+        audio_encoder=tf.EncodecConfig(**audio, target_bandwidths=[12.0], sampling_rate=1000),
+        decoder=decoder | {"pad_token_id": 32, "bos_token_id": 32, "max_position_embeddings": 64},
+        **kwargs,
+    )
+    return getattr(tf, f"{kind}ForConditionalGeneration")(config)
+
+
+def _dia():
+    decoder = _SPEECH | _CODES | _CROSS
+    config = tf.DiaConfig(encoder_config=_SPEECH, decoder_config=decoder, delay_pattern=[0, 1])
+    return tf.DiaForConditionalGeneration(config)
+
+
+GUIDED = {
+    "musicgen": _musicgen,
+    "musicgen_melody": lambda: _musicgen("MusicgenMelody", num_chroma=4),
+    "dia": _dia,
+}
+
+
+def with_two(base):
+    """``base`` with LoRAs a and b."""
+    config = fp.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = fp.get_peft_model(tiny.vary_vectors(base), config, "a")
+    model.add_adapter("b", config)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", GUIDED)
+@torch.no_grad()
+def test_rows_do_not_choose_where_guidance_runs_them_twice_in_one_batch(name):
+    model, ids = with_two(GUIDED[name]()), torch.randint(3, 60, (2, 6))
+    options = {"max_new_tokens": 3, "do_sample": False}
+    model.generation_config.guidance_scale = 1.0
+    for call in (
+        lambda **kwargs: model.generate(ids, guidance_scale=3.0, **options, **kwargs),
+        lambda **kwargs: model.generate(ids, tf.GenerationConfig(guidance_scale=3.0, **options), **kwargs),
+    ):
+        with pytest.raises(ValueError, match=r"\['a', 'b'\] for some rows and not for others, and guidance_scale is 3"):
+            call(adapter_names=["a", "b"])
+    model.generation_config.guidance_scale = 3.0
+    with pytest.raises(ValueError, match=r"guidance_scale is 3\.0"):
+        model.generate(ids, adapter_names=["a", "b"], **options)
+    alike = model.generate(ids, adapter_names=["b", "b"], **options)
+    model.set_adapter("b")
+    torch.testing.assert_close(alike, model.generate(ids, **options))
+    mixed = model.generate(ids, adapter_names=["a", "b"], guidance_scale=1.0, **options)
+    torch.testing.assert_close(mixed[1], model.generate(ids, guidance_scale=1.0, **options)[1])
+
+
+@torch.no_grad()
+def test_rows_do_not_choose_for_images_that_janus_generates():
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    codes = {
+        "embed_dim": 8,
+        "num_embeddings": 32,
+        "latent_channels": 8,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+    }
+    config = tf.JanusConfig(
+        text_config=tf.LlamaConfig(**_TEXT),
+        vision_config=vision | {"projection_dim": 32, "num_image_tokens": 4},
+        vq_config=codes | {"num_res_blocks": 1, "projection_dim": 32, "image_token_embed_dim": 32, "num_patches": 2},
+        image_token_id=60,
+    )
+    model, ids = with_two(tf.JanusForConditionalGeneration(config)), torch.randint(3, 60, (2, 6))
+    options = {"max_new_tokens": 3, "do_sample": False}
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] for some rows .* generation_mode is 'image'"):
+        model.generate(ids, generation_mode="image", adapter_names=["a", "b"], **options)
+    mixed = model.generate(ids, adapter_names=["a", "b"], guidance_scale=3.0, **options)
+    model.set_adapter("b")
+    assert torch.equal(mixed[1], model.generate(ids, **options)[1])
+
+
+@torch.no_grad()
+def test_rows_choose_where_a_text_model_generates_with_guidance():
+    model, ids = with_two(tiny.make()), torch.randint(3, 60, (2, 6))
+    options = {"max_new_tokens": 4, "do_sample": False, "guidance_scale": 2.0}
+    options |= {"output_logits": True, "output_scores": True, "return_dict_in_generate": True}
+    mixed = model.generate(ids, adapter_names=["a", "b"], **options)
+    for row, name in enumerate("ab"):
+        model.set_adapter(name)
+        alone = model.generate(ids, **options)
+        for got, expected in zip(mixed.scores, alone.scores, strict=True):
+            assert tiny.relative(got[row], expected[row]) < 1e-5
