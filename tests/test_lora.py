@@ -434,6 +434,20 @@ class TestDefaults:
         model = fp.get_peft_model(tiny.make(architecture), fp.LoraConfig())
         assert {path.rpartition(".")[2] for path in model.base_model.bank.layers} == names
 
+    @pytest.mark.parametrize("layer", [None, 1])
+    def test_default_targets_are_the_layers_in_what_has_their_names(self, layer, tmp_path):
+        def attention(*around):
+            made = {name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")}
+            return nn.ModuleDict(made | {name: nn.ModuleDict({"linear": made[name]}) for name in around})
+
+        model = nn.ModuleDict({"layers": nn.ModuleList([attention(), attention("q_proj", "v_proj")])})
+        model = fp.get_peft_model(model, fp.LoraConfig(layers_to_transform=layer))
+        held = [f"layers.1.{name}.linear" for name in ("q_proj", "v_proj")]
+        expected = held if layer else ["layers.0.q_proj", "layers.0.v_proj", *held]
+        assert sorted(model.base_model.bank.layers) == expected
+        model.save_pretrained(tmp_path)
+        assert sorted(fp.LoraConfig.from_pretrained(tmp_path).target_modules) == expected
+
     def test_default_rank_is_8_and_alpha_twice_the_rank(self):
         assert (fp.LoraConfig().r, fp.LoraConfig().lora_alpha) == (8, 16)
         assert fp.LoraConfig(r=5).lora_alpha == 10

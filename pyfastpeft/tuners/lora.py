@@ -395,7 +395,8 @@ class LoraTuner(Tuner):
     def resolved(self, config: LoraConfig) -> LoraConfig:
         """Targets as names or one expression."""
         if config.target_modules is None:
-            names = {path.rpartition(".")[2] for path in _layers_of(self.model)}
+            layers = _layers_of(self.model)
+            names = {path.rpartition(".")[2] for path in layers}
             found = next((list(t) for t in _DEFAULT_TARGETS if names.issuperset(t)), None)
             if found is None:
                 raise ValueError(
@@ -403,6 +404,10 @@ class LoraTuner(Tuner):
                     f"W_V; name some of its layers: {', '.join(sorted(names))}"
                 )
             config.target_modules = found
+            chosen = {path for path, _ in modules_of(self.model) if matches(config, path)}
+            held = [path for path in layers if path.rpartition(".")[0] in chosen]
+            if held:  # some of that name are no layers but have one, as in Kyutai's decoder and Gemma 4's encoders
+                config.target_modules = names_of(held + [path for path in layers if path in chosen], self.model)
         elif config.target_modules == ALL_LINEAR:
             config.target_modules = _all_linear(self.model, config)
         return config
