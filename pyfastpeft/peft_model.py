@@ -541,13 +541,15 @@ class PeftModel(PushToHubMixin, nn.Module):
                 model without ``model.dtype`` the one each layer was quantized from.
 
         Raises:
-            ValueError: an adapter that cannot be merged, or ``dtype`` alone, or that is no floating-point dtype; the
-                model is then as it was.
+            ValueError: an adapter that cannot be merged, or two that each have a copy of one module; or ``dtype``
+                alone, or that is no floating-point dtype; the model is then as it was.
         """
         if dtype is not None and not dequantize:
             raise ValueError(f"dtype is {dtype}; it is for dequantize=True")
         dtype = None if dtype is None else floating_dtype(dtype)
-        names = self.base_model.merge(adapter_names, safe_merge, dequantize, dtype)
+        names = self.base_model.mergeable(adapter_names)
+        self.base_model.bank.prepare(names)  # what cannot stay together is refused before anything changes
+        self.base_model.merge(names, safe_merge, dequantize, dtype)
         remove(self.get_base_model())
         model = self._unloaded(names)
         if dequantize:

@@ -886,6 +886,20 @@ class TestMerging:
         assert model.state_dict().keys() == before.keys()
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
+    def test_adapters_that_each_have_a_head_do_not_leave_together_but_one_named_twice_does(self):
+        config = fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+        model = fp.get_peft_model(tiny.make(), config, "a")
+        model.add_adapter("b", config)
+        tiny.randomize(model)
+        batch = tiny.inputs()
+        expected, paths = model(**batch).logits, [path for path, _ in model.named_modules()]
+        with pytest.raises(ValueError, match="only one can be active"):
+            model.merge_and_unload(adapter_names=["a", "b"])
+        assert torch.equal(model(**batch).logits, expected)
+        assert [path for path, _ in model.named_modules()] == paths
+        merged = model.merge_and_unload(adapter_names=["a", "a"])
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
     def test_a_layer_merges_and_unmerges_by_itself_as_in_peft(self):
         base, ids = tiny.make(), tiny.inputs()["input_ids"]
         for library in (fp, peft):

@@ -298,17 +298,14 @@ class AdaptedModel(OneDevice, nn.Module):
         safe_merge: bool,
         dequantize: bool = False,
         dtype: torch.dtype | None = None,
-    ) -> tuple[str, ...]:
+    ) -> None:
         """Add adapters (None: the active ones) into the base weights; after an error all is merged that was before.
 
         Args:
             safe_merge: refuse a result that is not finite in the dtype it will have.
             dequantize: exchange the 4-bit layers under LoRA for layers in ``dtype`` (None: :func:`dense_dtype`).
-
-        Returns:
-            The adapters' names.
         """
-        names, before = self._mergeable(adapter_names), self._merged()
+        names, before = self.mergeable(adapter_names), self._merged()
         dense = dense_dtype(self.model) if dtype is None else dtype
         try:
             for layer in self.bank.mergeable:
@@ -321,10 +318,10 @@ class AdaptedModel(OneDevice, nn.Module):
                 layer.unmerge()
                 layer.merge(False, before.get(layer, ()))
             raise
-        return names
 
-    def _mergeable(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
-        names = self.known(self.bank.chosen if adapter_names is None else adapter_names)
+    def mergeable(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
+        """The names, each once, of adapters (None: the active ones) that can all be merged into weights."""
+        names = tuple(dict.fromkeys(self.known(self.bank.chosen if adapter_names is None else adapter_names)))
         for name in names:
             if not self.tuner_of(name).merges:
                 kind = self.configs[name].peft_type
