@@ -16,6 +16,7 @@ from torch import nn
 
 import pyfastpeft as fp
 from pyfastpeft.caching import registered
+from pyfastpeft.nn.lora import LoraLinear
 
 SOFT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 LORA = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
@@ -194,6 +195,35 @@ class TestMerged:
         weight = model.get_input_embeddings().weight
         assert weight.dtype == torch.bfloat16
         assert logits(model, ids).isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_biases_go_on_to_train_after_a_move_while_merged(self, dtype):
+        batch = tiny.inputs("phi")
+        model = adapted(fp.LoraConfig(target_modules=["q_proj"], bias="lora_only", **LORA), base=tiny.make("phi"))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e3)
+        held = set(map(id, optimizer.param_groups[0]["params"]))
+        model.merge_adapter()
+        model.to(dtype)
+        model.unmerge_adapter()
+        assert {id(p) for p in model.parameters() if p.requires_grad} == held
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+        before = [layer.bias.detach().clone() for layer in layers]
+        model(**batch).loss.backward()
+        optimizer.step()
+        assert layers and not any(torch.equal(layer.bias, old) for layer, old in zip(layers, before, strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("config", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": [1, 5]}])
+    def test_a_tied_head_is_tied_after_a_move_while_merged(self, config, dtype):
+        base = tiny.make("qwen2")
+        weight = base.lm_head.weight
+        model = adapted(fp.LoraConfig(**config, **LORA), base=base)
+        model.merge_adapter()
+        model.to(dtype)
+        model.unmerge_adapter()
+        assert model.unload() is base
+        assert base.lm_head.weight is base.model.embed_tokens.weight is weight and weight.dtype == dtype
+        assert base.config.tie_word_embeddings
 
     def test_base_embeddings_are_written_and_read_without_what_is_merged(self, tmp_path):
         ids = tiny.inputs()["input_ids"]

@@ -117,10 +117,13 @@ def _weight_of(part: nn.Linear) -> Tensor:
     return part.weight
 
 
-def _applied(held: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """The weight or bias that a layer keeps for :meth:`LoraLayer.unmerge`, changed as ``nn.Module._apply`` does."""
+def applied(held: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """The weight or bias that is kept for :meth:`LoraLayer.unmerge`, changed as ``nn.Module._apply`` does: a parameter,
+    which an optimizer or a tied layer may hold, stays the same object where it would in a module."""
     if isinstance(held, nn.Parameter):
-        return nn.Parameter(fn(held.data), requires_grad=held.requires_grad)
+        holder = nn.Module()
+        holder.held = held
+        return holder._apply(fn).held
     return held.to(fn(held.codes[:0]).device) if isinstance(held, Packed4bit) else held
 
 
@@ -591,6 +594,6 @@ class LoraLayer(nn.Module, ABC):
         super()._apply(fn, recurse)
         if self._unmerged is not None:
             weight, bias = self._unmerged
-            self._unmerged = _applied(weight, fn), _applied(bias, fn)
+            self._unmerged = applied(weight, fn), applied(bias, fn)
         self._changed()  # not cast: scalings stay in float32
         return self

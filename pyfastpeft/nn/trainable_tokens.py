@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank, Rows
 from ..ops import mixed
 from .lora import as_output
-from .lora_layer import check_finite
+from .lora_layer import applied, check_finite
 
 
 class TokenRows:
@@ -60,13 +60,12 @@ class TokenRows:
     def follow(self) -> None:
         """Go to the weight's device, with the weight of before merging, which takes its dtype too. Not to the meta
         device, where the values would be lost."""
-        weight, before = self.weight, self._unmerged
+        weight = self.weight
         if weight.is_meta:
             return
         for held in (self.indices, self.slots):
             held.update({name: t.to(weight.device) for name, t in held.items()})
-        if before is not None and (before.dtype, before.device) != (weight.dtype, weight.device):
-            self._unmerged = nn.Parameter(before.detach().to(weight), requires_grad=before.requires_grad)
+        self._unmerged = applied(self._unmerged, lambda t: t.to(weight))
 
     def plan(self, active: tuple[str, ...]) -> tuple[str, ...]:
         """The adapters whose rows are in use while ``active`` are the adapters."""
