@@ -269,6 +269,30 @@ class TestMerged:
             model.set_adapter("other")
         assert relative(logits(model, ids), expected) < 1e-6
 
+    @pytest.mark.parametrize("config", [{"target_modules": ["q_proj"]}, {"trainable_token_indices": [1, 5]}])
+    @pytest.mark.parametrize("unload", [fp.PeftModel.unload, fp.PeftModel.merge_and_unload])
+    def test_a_model_that_was_unloaded_inside_disable_adapter_stays_as_it_was_handed_out(self, config, unload):
+        ids, model = tiny.inputs()["input_ids"], adapted(fp.LoraConfig(**config, **LORA)).eval()
+        tiny.randomize(model)
+        model.merge_adapter()
+        with model.disable_adapter():
+            base = unload(model)
+            expected = logits(base, ids)
+        assert torch.equal(logits(base, ids), expected)
+
+    def test_an_interrupt_while_disable_adapter_unmerges_leaves_all_merged(self, monkeypatch):
+        def interrupt():
+            raise KeyboardInterrupt
+
+        ids, model = tiny.inputs()["input_ids"], adapted(fp.LoraConfig(**LORA)).eval()
+        model.merge_adapter()
+        expected = logits(model, ids)
+        monkeypatch.setattr(model.base_model.bank.mergeable[1], "unmerge", interrupt)
+        with pytest.raises(KeyboardInterrupt), model.disable_adapter():
+            pass
+        assert model.get_model_status().merged_adapters == ["default"]
+        assert torch.equal(logits(model, ids), expected)
+
 
 class TestFilesBesideOtherAdapters:
     @pytest.mark.parametrize("other", [{"target_modules": ["v_proj"]}, {"modules_to_save": ["lm_head"]}])

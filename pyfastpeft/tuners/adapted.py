@@ -334,16 +334,16 @@ class AdaptedModel(OneDevice, nn.Module):
 
     @contextmanager
     def without_merged(self) -> Iterator[None]:
-        """What is merged is not, inside, and is merged again afterwards, unless others were made active."""
+        """What is merged is not, inside, and is merged again afterwards, unless others were made active, into the
+        layers that are still in the model."""
         merged, chosen = self._merged(), self.bank.chosen
-        for layer in merged:
-            layer.unmerge()
         try:
+            self.unmerge()
             yield
         finally:
             if self.bank.chosen == chosen:  # else set_adapter would have unmerged them
-                for layer, names in merged.items():
-                    layer.merge(False, names)
+                for layer in self.bank.mergeable:
+                    layer.merge(False, merged.get(layer, ()))
 
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit."""
