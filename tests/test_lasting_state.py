@@ -280,6 +280,37 @@ class TestMerged:
             expected = logits(base, ids)
         assert torch.equal(logits(base, ids), expected)
 
+    @pytest.mark.parametrize(
+        "merge",
+        [
+            fp.PeftModel.merge_adapter,
+            fp.PeftModel.merge_and_unload,
+            lambda model: model.merge_and_unload(dequantize=True, dtype=torch.float64),
+        ],
+        ids=["merge_adapter", "merge_and_unload", "dequantize"],
+    )
+    @pytest.mark.parametrize("four_bits", [False, True])
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"target_modules": ["q_proj", "lm_head"]},
+            {"target_modules": ["q_proj"], "lora_bias": True, "trainable_token_indices": [1, 5]},
+        ],
+    )
+    def test_what_was_merged_in_inference_mode_can_be_trained_over(self, merge, four_bits, config):
+        base = tiny.make("qwen2")
+        base = tiny.quantized(base) if four_bits else base
+        model = adapted(fp.LoraConfig(**config, **LORA), base=base)
+        tiny.randomize(model)
+        with torch.inference_mode():
+            merge(model)
+            with model.disable_adapter():
+                pass
+        assert not any(t.is_inference() for t in (*base.parameters(), *base.buffers()))
+        x = torch.randn(2, 3, base.config.hidden_size, dtype=base.dtype, requires_grad=True)
+        base(inputs_embeds=x).logits.sum().backward()
+        assert x.grad.isfinite().all()
+
     def test_an_interrupt_while_disable_adapter_unmerges_leaves_all_merged(self, monkeypatch):
         def interrupt():
             raise KeyboardInterrupt

@@ -175,6 +175,8 @@ class LoraLinear(LoraLayer):
             held = super().exchange(stored)
         return held
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge_dense(self, names: tuple[str, ...], safe: bool, dtype: torch.dtype | None) -> None:
         """:meth:`merge`, with the 4-bit base layer exchanged for one in ``dtype`` (default: the one it was quantized
         from), rounded once."""

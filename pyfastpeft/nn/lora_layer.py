@@ -506,6 +506,8 @@ class LoraLayer(nn.Module, ABC):
             out = out + (delta * gains[name][:, None] if name in gains else delta)
         return out
 
+    @torch.inference_mode(False)  # what is merged may be trained over later
+    @torch.no_grad()
     def merge(
         self,
         safe_merge: bool = False,

@@ -97,6 +97,7 @@ class TokenRows:
             weight = weight.index_copy(0, self.indices[name].to(weight.device), self.values[name].to(weight))
         return weight
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, safe_merge: bool, adapter_names: Sequence[str], dtype: torch.dtype | None = None) -> None:
         """Put rows into the weight, beside those that are merged already; :meth:`LoraLayer.merge` has the rest."""

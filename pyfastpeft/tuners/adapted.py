@@ -505,6 +505,7 @@ def _ties(model: nn.Module) -> dict[str, str]:
     return {name: of for name, of in declared.items() if name in tensors and tensors[name] is tensors.get(of)}
 
 
+@torch.inference_mode(False)
 def _untie(model: nn.Module, names: set[str]) -> None:
     """Give each of the parameters ``names`` a tensor that no other of them has."""
     seen = set()

@@ -329,6 +329,8 @@ def dense_dtype(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in parameters if p.is_floating_point()), None)
 
 
+@torch.inference_mode(False)  # what comes out may be trained later
+@torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Replace every :class:`Linear4bit` of ``model`` by its layer in full precision and forget the quantization.
 
