@@ -21,9 +21,8 @@ from .adapters import NO_ROWS, Names, Rows
 from .formats import floating_dtype
 from .hub.files import save_safetensors
 from .hub.peft import OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter, write_card
-from .integrations.accelerate import fuse, take_over
-from .integrations.attention import use_fast_attention, with_sdpa
-from .integrations.forwards import remove
+from .integrations.accelerate import fuse, is_fused, take_over, unfuse
+from .integrations.attention import with_sdpa
 from .integrations.guidance import check_guided
 from .integrations.on_import import when_imported
 from .integrations.packed_images import check_shares
@@ -192,6 +191,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             self.set_adapter(adapter_name)
 
     def _wrap(self, model: nn.Module) -> None:
+        self._came_fused = is_fused(model)
         self.base_model = AdaptedModel(model)
         vars(model)[_CARRIED] = self.base_model.configs  # empty as long as no adapter is attached
         self.prompt_encoder = self.base_model.bank.prompts
@@ -530,13 +530,14 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> nn.Module:
         """The base model with the adapters (default: the active ones) in its weights, and no adapter layers.
 
-        What is merged already stays so.
+        What is merged already stays so, and so does what :func:`accelerate` or loading in 4 bits had done to the model.
 
         Args:
             progressbar: accepted for PEFT's sake; there is none.
             safe_merge: refuse a result that is not finite in the dtype it will have.
-            dequantize: over a 4-bit base: the whole model in ``dtype``, the merged weights rounded once. Default:
-                merged weights are quantized again, in the same format.
+            dequantize: over a 4-bit base: the whole model in ``dtype``, the merged weights rounded once, with all else
+                as transformers has it (:func:`accelerate` makes it fast again). Default: merged weights are quantized
+                again, in the same format.
             dtype: with ``dequantize``, a floating-point dtype or its name; default: the dtype the model has now; of a
                 model without ``model.dtype`` the one each layer was quantized from.
 
@@ -550,27 +551,25 @@ class PeftModel(PushToHubMixin, nn.Module):
         names = self.base_model.mergeable(adapter_names)
         self.base_model.bank.prepare(names)  # what cannot stay together is refused before anything changes
         self.base_model.merge(names, safe_merge, dequantize, dtype)
-        remove(self.get_base_model())
-        model = self._unloaded(names)
+        model = self._unloaded(names, self._came_fused and not dequantize)
         if dequantize:
             dequantize_model(model, dtype)
         return model
 
     def unload(self) -> nn.Module:
-        """The base model as it was, without adapters: what is merged is taken out, with a warning.
+        """The base model as it was, accelerated or not, without adapters: what is merged is taken out, with a warning.
 
         (PEFT leaves it in the weights; here :meth:`merge_and_unload` does.) Biases that were trained stay as trained,
         and weights that PiSSA, OLoRA or LoftQ started from without what these took, with a warning.
         """
         self._warn_of_changes(stacklevel=3)
         self.base_model.give_way("by unload(); merge_and_unload() keeps them")
-        remove(self.get_base_model())
-        return self._unloaded(())
+        return self._unloaded((), self._came_fused)
 
-    def _unloaded(self, names: tuple[str, ...]) -> nn.Module:
+    def _unloaded(self, names: tuple[str, ...], fused: bool) -> nn.Module:
         model = self.base_model.unwrapped(names)
         vars(model).pop(_CARRIED, None)
-        use_fast_attention(model, False)
+        (fuse if fused else unfuse)(model)
         return model
 
     # Files.

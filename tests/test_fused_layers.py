@@ -332,6 +332,27 @@ def test_accelerate_and_adapters_fuse_and_unloading_undoes_it():
     assert not fused_modules(adapted.unload())
 
 
+@pytest.mark.parametrize(
+    "config", [fp.LoraConfig(), fp.PrefixTuningConfig(num_virtual_tokens=2)], ids=["lora", "prefix"]
+)
+@pytest.mark.parametrize("kept", ["itself", "a copy", "pickled"])
+def test_what_was_accelerated_stays_so_when_adapters_leave(config, kept):
+    def state(model):
+        return {path for path, m in model.named_modules() if "forward" in vars(m)}, model.config._attn_implementation
+
+    base = fp.accelerate(copy.deepcopy(model_of(CONFIGS[0])))
+    before = state(base)
+    model = fp.get_peft_model(base, config)
+    model.add_adapter("head", fp.LoraConfig(target_modules=["q_proj", "lm_head"]))
+    if kept != "itself":
+        model = copy.deepcopy(model) if kept == "a copy" else pickle.loads(pickle.dumps(model))
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["head"])
+    assert len(fused_modules(model.unload())) == 13 and before[1] == "pyfastpeft"
+    assert state(merged) == state(model.get_base_model()) == before
+    saved = fp.get_peft_model(merged, fp.LoraConfig(modules_to_save=["lm_head", "norm"]))
+    assert state(saved.merge_and_unload(dequantize=True)) == (set(), "sdpa")
+
+
 def test_a_copied_or_pickled_model_runs_its_own_modules():
     model, inputs = model_of(CONFIGS[0]).eval(), batch()
     fuse_layers(model)

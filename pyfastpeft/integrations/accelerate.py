@@ -6,8 +6,9 @@ from torch import nn
 
 from ..nn import Linear4bit
 from ..nn.lora_layer import LoraLayer
-from .attention import use_fast_attention
+from .attention import has_fast_attention, use_fast_attention
 from .deferred_logits import defer_logits
+from .forwards import ModuleForward, remove
 from .fused_decoder import fuse_decoder
 from .fused_layers import fuse_layers
 from .on_import import when_imported
@@ -67,6 +68,18 @@ def fuse(model: nn.Module) -> None:
     fuse_layers(model)
     defer_logits(model)
     fuse_decoder(model)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo :func:`fuse`."""
+    remove(model)
+    use_fast_attention(model, False)
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether there is something for :func:`unfuse` to undo."""
+    forwards = (vars(module).get("forward") for module in model.modules())
+    return has_fast_attention(model) or any(isinstance(forward, ModuleForward) for forward in forwards)
 
 
 def _is_bnb(module: nn.Module) -> bool:

@@ -444,6 +444,11 @@ def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
             vars(part)[_SWITCHED] = True
 
 
+def has_fast_attention(model: nn.Module) -> bool:
+    """Whether :func:`use_fast_attention` has given it to a model inside ``model``."""
+    return any(_SWITCHED in vars(module) for module in model.modules())
+
+
 @contextmanager
 def with_sdpa(model: PreTrainedModel) -> Iterator[None]:
     """Let ``model`` use sdpa instead of this attention, for what knows transformers' own alone."""

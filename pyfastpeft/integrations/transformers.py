@@ -28,7 +28,6 @@ from ..nn import Linear4bit
 from ..nn.ends import HEADS, output_head
 from ..nn.weight_reads import needs_full_precision
 from ..ops.linear_4bit import check_compute, check_compute_dtype
-from .forwards import remove
 
 METHOD = "pyfastpeft"
 
@@ -268,10 +267,9 @@ class FastPeftQuantizer(HfQuantizer):
         return super().dequantize(model, model.dtype if dtype is None else floating_dtype(dtype))
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from .attention import use_fast_attention  # not while transformers is still importing itself
+        from .accelerate import unfuse  # not while transformers is still importing itself
 
-        remove(model)
-        use_fast_attention(model, False)
+        unfuse(model)
         for name, layer in list(model.named_modules()):
             if not isinstance(layer, Linear4bit):
                 continue
