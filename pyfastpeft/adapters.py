@@ -302,7 +302,9 @@ class AdapterBank:
         self._undecided.add(name)
 
     def release(self, name: str) -> None:
-        """Undo :meth:`hold`; the parameters are frozen."""
+        """Undo :meth:`hold`, if that was done; the parameters are frozen."""
+        if name not in self._find:
+            return
         for parameter in self.parameters(name):
             parameter.requires_grad_(False)
         del self._find[name], self._trainable[name]

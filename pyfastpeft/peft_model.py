@@ -457,9 +457,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         self.base_model.known([adapter_name])
         self.base_model.bank.check_unmerged(adapter_name)
-        self.base_model.remove(adapter_name)
         active = tuple(n for n in self.base_model.bank.chosen if n != adapter_name)
-        self.base_model.activate(active or tuple(self.peft_config)[:1])
+        try:
+            self.base_model.remove(adapter_name)
+        finally:
+            self.base_model.activate(active or tuple(self.peft_config)[:1])
 
     def add_weighted_adapter(
         self,

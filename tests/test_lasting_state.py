@@ -325,6 +325,58 @@ class TestMerged:
         assert torch.equal(logits(model, ids), expected)
 
 
+METHODS = [
+    fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[1], **LORA),
+    fp.BottleneckConfig(task_type="CAUSAL_LM"),
+    fp.PrefixTuningConfig(**SOFT),
+]
+"""Of each way into a model."""
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """``interrupted(owner, name)``: at the end of its first call there this function is interrupted, as by Ctrl-C."""
+
+    def patch(owner, name):
+        function, calls = getattr(owner, name), []
+
+        def run(*args, **kwargs):
+            result = function(*args, **kwargs)
+            calls.append(name)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(owner, name, run)
+
+    return patch
+
+
+def structure(model):
+    return [
+        (path, type(m), "forward" in vars(m)) for path, m in model.named_modules()
+    ], model.config._attn_implementation
+
+
+class TestErrorsAndInterrupts:
+    @pytest.mark.parametrize("active", ["default", "other"])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_an_adapter_whose_deletion_is_interrupted_is_out(self, method, active, interrupted):
+        model, ids = adapted(fp.LoraConfig(target_modules=["v_proj"], **LORA)).eval(), tiny.inputs()["input_ids"]
+        before, expected = structure(model), logits(model, ids)
+        model.add_adapter("other", method)
+        model.set_adapter(active)
+        interrupted(method.tuner(), "remove")
+        with pytest.raises(KeyboardInterrupt):
+            model.delete_adapter("other")
+        assert structure(model) == before and torch.equal(logits(model, ids), expected)
+        assert list(model.peft_config) == model.active_adapters == ["default"]
+        with pytest.raises(ValueError, match="no adapter 'other'"):
+            model.set_adapter("other")
+        model.add_adapter("other", method)
+        model.set_adapter("other")
+
+
 class TestFilesBesideOtherAdapters:
     @pytest.mark.parametrize("other", [{"target_modules": ["v_proj"]}, {"modules_to_save": ["lm_head"]}])
     def test_biases_have_the_keys_of_their_adapter_alone(self, other, tmp_path):

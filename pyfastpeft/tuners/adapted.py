@@ -368,10 +368,19 @@ class AdaptedModel(OneDevice, nn.Module):
 
     def remove(self, name: str) -> None:
         """Take an adapter out; where it was the last on a module, the plain module stands there again."""
+        tuner = self.tuner_of(name)
+        try:
+            self._take_out(name, tuner)
+        except BaseException:  # an interrupt: half an adapter must not stay
+            self._take_out(name, tuner)
+            raise
+
+    def _take_out(self, name: str, tuner: Tuner) -> None:
+        """:meth:`remove`, also of one of which only some is here."""
         self.bank.release(name)
-        self.tuner_of(name).remove(name)
+        self.configs.pop(name, None)
+        tuner.remove(name)
         self._drop_saved(name)
-        del self.configs[name]
         self._let_inputs_require_grads()
 
     def tensors(self, name: str) -> dict[str, Tensor]:
