@@ -3,8 +3,10 @@ other adapters' coming and going, casts and a user's own changes."""
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
+from functools import partial
 
 import architectures as tiny
 import peft
@@ -375,6 +377,19 @@ class TestErrorsAndInterrupts:
             model.set_adapter("other")
         model.add_adapter("other", method)
         model.set_adapter("other")
+
+    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.filterwarnings("error")
+    def test_a_warning_that_is_an_error_leaves_nothing_of_the_adapter(self, first, tmp_path):
+        adapted(fp.LoraConfig(**LORA)).save_pretrained(tmp_path)
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": ["nowhere"]}))
+        model = tiny.make() if first else adapted(fp.LoraConfig(target_modules=["v_proj"], **LORA))
+        load = partial(fp.PeftModel.from_pretrained, model) if first else partial(model.load_adapter, adapter_name="b")
+        before = structure(model)
+        with pytest.raises(UserWarning, match="match no module"):
+            load(tmp_path)
+        assert structure(model) == before
 
 
 class TestFilesBesideOtherAdapters:

@@ -161,27 +161,22 @@ class AdaptedModel(OneDevice, nn.Module):
         """Attach an adapter as :meth:`Tuner.attach` says; on any error the model is as it was."""
         _check_new(name, self.configs)
         tuner = self.tuner(config)
-        unmatched = unmatched_saved(config, self.model)
-        if strict and unmatched:
-            raise ValueError(unmatched)
+        if unmatched := unmatched_saved(config, self.model):
+            if strict:
+                raise ValueError(unmatched)
+            warnings.warn(unmatched, stacklevel=3)
         saved = self._whole(config)
         try:
             for path, module in saved.items():
                 self._keep(name, path, module)
             tuner.attach(name, config, strict=strict, values=values, autocast_adapter_dtype=autocast_adapter_dtype)
-        except BaseException:
-            self._drop_saved(name)
-            raise
-        if unmatched:
-            warnings.warn(unmatched, stacklevel=3)
-        self.configs[name] = config
-        self.bank.hold(name, partial(self._trained, name))
-        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):  # of accelerate, which may offload
-            try:
+            self.configs[name] = config
+            self.bank.hold(name, partial(self._trained, name))
+            if any(hasattr(module, "_hf_hook") for module in self.model.modules()):  # of accelerate, which may offload
                 _check_kept(name, self.tensors(name))
-            except ValueError:
-                self.remove(name)
-                raise
+        except BaseException:
+            self._take_out(name, tuner)
+            raise
 
     def install(
         self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
