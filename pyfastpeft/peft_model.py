@@ -187,8 +187,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         config = PeftConfig.from_peft(peft_config)
         with _attaching(model):
             self._wrap(model)
-            self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
-            self.set_adapter(adapter_name)
+            with self._beginning():
+                self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+                self.set_adapter(adapter_name)
 
     def _wrap(self, model: nn.Module) -> None:
         self._came_fused = is_fused(model)
@@ -197,6 +198,16 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.prompt_encoder = self.base_model.bank.prompts
         self.train(model.training)
         self._complete()
+
+    @contextmanager
+    def _beginning(self) -> Iterator[None]:
+        """Inside, this model gets its first adapter; after an error, with which this object is lost, the base model has
+        nothing of it."""
+        try:
+            yield
+        except BaseException:
+            self._unloaded((), self._came_fused)
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -421,7 +432,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         config = self.base_model.resolved(PeftConfig.from_peft(peft_config))
         self.base_model.add(adapter_name, config, strict=True, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._prepare()
+        self._prepare(adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool | None = None) -> None:
         """Make one adapter (or several at once) the active one.
@@ -442,12 +453,18 @@ class PeftModel(PushToHubMixin, nn.Module):
         for name in self.base_model.known(adapter_names):
             self.base_model.bank.let_train(name, requires_grad)
 
-    def _prepare(self) -> None:
-        """Work out now what switching to each adapter needs, so that no request waits for it."""
-        fuse(self.get_base_model())
-        for name in self.peft_config:
-            self.base_model.bank.prepare((name,))
-        self.base_model.activate(self.base_model.bank.chosen)
+    def _prepare(self, new: str | None) -> None:
+        """Work out now what switching to each adapter needs, so that no request waits for it; after an error the
+        adapter ``new`` is out again."""
+        try:
+            fuse(self.get_base_model())
+            for name in self.peft_config:
+                self.base_model.bank.prepare((name,))
+            self.base_model.activate(self.base_model.bank.chosen)
+        except BaseException:
+            if new is not None:
+                self.base_model.remove(new)
+            raise
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, the first one left becomes active.
@@ -703,15 +720,16 @@ class PeftModel(PushToHubMixin, nn.Module):
         with _attaching(model):
             config = PeftConfig.from_pretrained(model_id, **hub) if config is None else PeftConfig.from_peft(config)
             self = (_class_for(config) if cls is PeftModel else cls)(model)
-            self.load_adapter(
-                model_id,
-                adapter_name,
-                is_trainable,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                config=config,
-                **hub,
-            )
-            self.set_adapter(adapter_name)
+            with self._beginning():
+                self.load_adapter(
+                    model_id,
+                    adapter_name,
+                    is_trainable,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    config=config,
+                    **hub,
+                )
+                self.set_adapter(adapter_name)
         return self
 
     def load_adapter(
@@ -756,8 +774,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         self, name: str, config: PeftConfig, tensors: Mapping[str, Tensor], source: str, autocast_adapter_dtype: bool
     ) -> IncompatibleKeys:
         """Fill an adapter, new or there already, from ``tensors``; all is checked before anything changes."""
+        new = None if name in self.peft_config else name
         self.base_model.install(name, config, tensors, source, autocast_adapter_dtype)
-        self._prepare()
+        self._prepare(new)
         return IncompatibleKeys([], [])
 
     def export_prefix(self, path: str | os.PathLike, adapter_name: str | Sequence[str] | None = None) -> None:

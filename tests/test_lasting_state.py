@@ -17,8 +17,11 @@ from architectures import relative
 from torch import nn
 
 import pyfastpeft as fp
+from pyfastpeft import peft_model
+from pyfastpeft.adapters import AdapterBank
 from pyfastpeft.caching import registered
 from pyfastpeft.nn.lora import LoraLinear
+from pyfastpeft.tuners.adapted import AdaptedModel
 
 SOFT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 LORA = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
@@ -361,6 +364,39 @@ def structure(model):
 
 
 class TestErrorsAndInterrupts:
+    @pytest.mark.parametrize("where", [(peft_model, "fuse"), (AdaptedModel, "add"), (AdaptedModel, "activate")])
+    @pytest.mark.parametrize("way", ["made", "loaded"])
+    @pytest.mark.parametrize("accelerated", [False, True])
+    @pytest.mark.parametrize("config", METHODS)
+    def test_a_first_adapter_that_is_interrupted_leaves_the_base_model(
+        self, config, accelerated, way, where, tmp_path, interrupted
+    ):
+        base, ids = tiny.make(), tiny.inputs()["input_ids"]
+        base = fp.accelerate(base) if accelerated else base
+        adapted(config).save_pretrained(tmp_path)
+        before, expected = structure(base), logits(base.eval(), ids)
+        interrupted(*where)
+        with pytest.raises(KeyboardInterrupt):
+            adapted(config, base=base) if way == "made" else fp.PeftModel.from_pretrained(base, tmp_path)
+        assert structure(base) == before and torch.equal(logits(base, ids), expected)
+        assert all(p.requires_grad for p in base.parameters())
+        assert adapted(config, base=base).active_adapters == ["default"]
+
+    @pytest.mark.parametrize("where", [(peft_model, "fuse"), (AdapterBank, "hold"), (AdaptedModel, "activate")])
+    @pytest.mark.parametrize("way", ["made", "loaded"])
+    @pytest.mark.parametrize("config", METHODS)
+    def test_another_adapter_that_is_interrupted_is_out_again(self, config, way, where, tmp_path, interrupted):
+        model, ids = adapted(fp.LoraConfig(target_modules=["v_proj"], **LORA)).eval(), tiny.inputs()["input_ids"]
+        adapted(config).save_pretrained(tmp_path)
+        before, expected = structure(model), logits(model, ids)
+        interrupted(*where)
+        with pytest.raises(KeyboardInterrupt):
+            model.add_adapter("other", config) if way == "made" else model.load_adapter(tmp_path, "other")
+        assert structure(model) == before and torch.equal(logits(model, ids), expected)
+        assert list(model.peft_config) == model.active_adapters == ["default"]
+        model.load_adapter(tmp_path, "other")
+        assert list(model.peft_config) == ["default", "other"]
+
     @pytest.mark.parametrize("active", ["default", "other"])
     @pytest.mark.parametrize("method", METHODS)
     def test_an_adapter_whose_deletion_is_interrupted_is_out(self, method, active, interrupted):
