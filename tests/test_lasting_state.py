@@ -427,6 +427,15 @@ class TestErrorsAndInterrupts:
             load(tmp_path)
         assert structure(model) == before
 
+    @pytest.mark.filterwarnings("error")
+    def test_adapters_that_could_not_give_way_leave_the_others_configuration(self):
+        model = adapted(fp.LoraConfig(**LORA))
+        model.add_adapter("other", fp.LoraConfig(**LORA))
+        model.merge_adapter()
+        with pytest.raises(UserWarning, match="are merged"):
+            model.set_adapter("other", inference_mode=True)
+        assert model.active_adapters == ["default"] and not model.peft_config["other"].inference_mode
+
 
 class TestFilesBesideOtherAdapters:
     @pytest.mark.parametrize("other", [{"target_modules": ["v_proj"]}, {"modules_to_save": ["lm_head"]}])

@@ -256,10 +256,10 @@ class AdaptedModel(OneDevice, nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"adapter_name is {adapter_name!r}; each adapter can be named once")
         self.bank.prepare(names)  # what cannot be active together is refused before anything changes
+        self.give_way(f"to make {list(names)} active")
         if inference_mode is not None:
             for name in names:
                 self.configs[name].inference_mode = inference_mode
-        self.give_way(f"to make {list(names)} active")
         self.bank.decide()
         self.activate(names)
 
