@@ -284,10 +284,16 @@ def test_elsewhere_layers_are_left_alone(monkeypatch):
 
 
 def test_a_model_with_adapters_uses_it_but_in_what_adapters_exchange(pays):
-    model = fp.accelerate(tiny_llama())
-    model = fp.get_peft_model(model, fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["k_proj", "lm_head"]))
-    fast = {name for name, m in model.named_modules() if isinstance(vars(m).get("forward"), DenseForward)}
+    def fast_in(model):
+        return {name for name, m in model.named_modules() if isinstance(vars(m).get("forward"), DenseForward)}
+
+    plain, base = tiny_llama(), fp.accelerate(tiny_llama())
+    before = fast_in(base)
+    config = fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["k_proj", "lm_head"])
+    model = fp.get_peft_model(base, config)
+    fast = fast_in(model)
     assert any(name.endswith("q_proj.base_layer") for name in fast) and any(name.endswith("v_proj") for name in fast)
     assert not any("k_proj" in name or "lm_head" in name for name in fast)
-    model.unload()
-    assert not any(isinstance(vars(m).get("forward"), DenseForward) for m in model.modules())
+    assert before and fast_in(model.unload()) == before
+    model = fp.get_peft_model(plain, config)
+    assert fast_in(model) and not fast_in(model.unload())
