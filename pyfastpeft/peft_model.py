@@ -549,7 +549,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> nn.Module:
         """The base model with the adapters (default: the active ones) in its weights, and no adapter layers.
 
-        What is merged already stays so, and so does what :func:`accelerate` or loading in 4 bits had done to the model.
+        What is merged already stays so, and so does what :func:`accelerate` or loading in 4 bits had done to the model
+        before it had adapters.
 
         Args:
             progressbar: accepted for PEFT's sake; there is none.
@@ -568,9 +569,10 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise ValueError(f"dtype is {dtype}; it is for dequantize=True")
         dtype = None if dtype is None else floating_dtype(dtype)
         names = self.base_model.mergeable(adapter_names)
-        self.base_model.bank.prepare(names)  # what cannot stay together is refused before anything changes
+        kept = tuple(dict.fromkeys((*self.base_model.merged(), *names)))
+        self.base_model.bank.prepare(kept)  # what cannot stay together is refused before anything changes
         self.base_model.merge(names, safe_merge, dequantize, dtype)
-        model = self._unloaded(names, self._came_fused and not dequantize)
+        model = self._unloaded(kept, self._came_fused and not dequantize)
         if dequantize:
             dequantize_model(model, dtype)
         return model

@@ -900,6 +900,22 @@ class TestMerging:
         merged = model.merge_and_unload(adapter_names=["a", "a"])
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
+    def test_the_head_of_what_is_merged_already_stays_with_it(self):
+        lora = {"target_modules": ["q_proj"], "init_lora_weights": False}
+        config = fp.LoraConfig(**lora, modules_to_save=["lm_head"])
+        model = fp.get_peft_model(tiny.make(), config, "a")
+        model.add_adapter("b", fp.LoraConfig(**lora))
+        model.add_adapter("c", config)
+        tiny.randomize(model)
+        batch = tiny.inputs()
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="only one can be active"):
+            model.merge_and_unload(adapter_names=["c"])
+        both = copy.deepcopy(model)
+        both.set_adapter(["a", "b"])
+        merged = model.merge_and_unload(adapter_names=["b"])
+        torch.testing.assert_close(merged(**batch).logits, both(**batch).logits, rtol=1e-4, atol=1e-4)
+
     def test_a_layer_merges_and_unmerges_by_itself_as_in_peft(self):
         base, ids = tiny.make(), tiny.inputs()["input_ids"]
         for library in (fp, peft):

@@ -323,6 +323,10 @@ class AdaptedModel(OneDevice, nn.Module):
                 raise ValueError(f"adapter {name!r} is {kind}, which cannot be merged into weights; merge others alone")
         return names
 
+    def merged(self) -> tuple[str, ...]:
+        """The names of what is merged."""
+        return tuple(dict.fromkeys(name for names in self._merged().values() for name in names))
+
     def _merged(self) -> dict[LoraLayer | TokenRows, tuple[str, ...]]:
         """What is merged, in the layers where something is."""
         return {layer: tuple(layer.merged_adapters) for layer in self.bank.mergeable if layer.merged}
