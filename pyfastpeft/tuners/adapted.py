@@ -337,11 +337,12 @@ class AdaptedModel(OneDevice, nn.Module):
         layers that are still in the model."""
         merged, chosen = self._merged(), self.bank.chosen
         try:
-            self.unmerge()
+            if merged:
+                self.unmerge()
             yield
         finally:
             if self.bank.chosen == chosen:  # else set_adapter would have unmerged them
-                for layer in self.bank.mergeable:
+                for layer in self.bank.mergeable if merged else ():
                     layer.merge(False, merged.get(layer, ()))
 
     def unmerge(self) -> None:
