@@ -515,6 +515,7 @@ def _ties(model: nn.Module) -> dict[str, str]:
 
 
 @torch.inference_mode(False)
+@torch.no_grad()
 def _untie(model: nn.Module, names: set[str]) -> None:
     """Give each of the parameters ``names`` a tensor that no other of them has."""
     seen = set()
