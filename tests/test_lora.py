@@ -1826,6 +1826,8 @@ class TestBadArguments:
     def test_what_loftq_does_not_have_is_refused_at_once(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             fp.LoftQConfig(**kwargs)
+        with pytest.raises(ValueError, match="loftq_config has bits; it takes loftq_bits, loftq_iter"):
+            fp.LoraConfig(init_lora_weights="loftq", loftq_config={"bits": 4})
 
     def test_patterns_that_match_no_target_are_said(self):
         config = fp.LoraConfig(rank_pattern={"q_prj": 2, "0.*": 4}, alpha_pattern={"layers.9.*": 3})

@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -226,7 +226,12 @@ class LoraConfig(PeftConfig):
             raise ValueError("lora_bias is True; it goes with init_lora_weights True or False, and without use_dora")
         given = self.loftq_config or {}
         loftq_config = dict(given if isinstance(given, Mapping) else vars(given))
-        self.loftq_config = vars(LoftQConfig(**loftq_config)) if init == "loftq" else loftq_config
+        if init == "loftq":
+            known = [held.name for held in fields(LoftQConfig)]
+            if unknown := sorted(loftq_config.keys() - known):
+                raise ValueError(f"loftq_config has {', '.join(unknown)}; it takes {', '.join(known)}")
+            loftq_config = vars(LoftQConfig(**loftq_config))
+        self.loftq_config = loftq_config
 
     @classmethod
     def _from_file(cls, values: dict[str, Any]) -> dict[str, Any]:
