@@ -101,6 +101,8 @@ def test_projections_may_be_4_bit():
 def test_sizes_that_do_not_fit(sizes, message):
     with pytest.raises(ValueError, match=message):
         fp.nn.Attention(*sizes)
+    with pytest.raises(TypeError, match="causal is None; it must be True or False"):
+        fp.nn.Attention(32, 4, causal=None)
 
 
 def test_no_tokens_and_keys_and_values_in_one_tensor():

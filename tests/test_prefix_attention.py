@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -431,6 +432,7 @@ def test_bad_arguments_are_named(message):
     [
         ((None, 0), TypeError, "mask is a NoneType; it must be a tensor"),
         ((torch.ones(7), 0), ValueError, r"mask has shape \(7,\); it must be \[B, S\]"),
+        ((torch.ones(2, 7), "0"), TypeError, "first_query is a str; it must be an integer"),
         ((torch.ones(2, 7), 10**12), ValueError, r"first_query is 1000000000000; it must lie between S - 2\*\*29 and"),
         ((torch.ones(2, 7), -(10**12)), ValueError, "first_query is -1000000000000"),
     ],
@@ -438,6 +440,26 @@ def test_bad_arguments_are_named(message):
 def test_positions_are_of_a_mask_and_fit_their_dtype(arguments, kind, message):
     with pytest.raises(kind, match=message):
         key_positions(*arguments)
+
+
+def test_positions_export_with_sizes_that_nobody_knows():
+    class Positions(torch.nn.Module):
+        def forward(self, mask, first):
+            return key_positions(mask, first.item())
+
+    mask = torch.rand(2, 9) < 0.5
+    shapes = {"mask": {0: torch.export.Dim("rows"), 1: torch.export.Dim("keys")}, "first": None}
+    exported = torch.export.export(Positions(), (mask, torch.tensor(3)), dynamic_shapes=shapes).module()
+    mask = torch.rand(3, 12) < 0.5
+    assert torch.equal(exported(mask, torch.tensor(8)), key_positions(mask, 8))
+
+
+def test_flags_of_numpy_are_flags():
+    tensors = make(1, 2, 1, 4, 4, 32)
+    for causal in (True, False):
+        assert torch.equal(
+            prefix_attention(*tensors, causal=np.bool_(causal)), prefix_attention(*tensors, causal=causal)
+        )
 
 
 def test_the_compiled_operator_refuses_fewer_keys_than_causal_queries_have(isa):

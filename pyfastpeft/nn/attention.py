@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import prefix_attention, rope
 from ..ops.autocast import autocast_dtype
-from ..ops.checks import as_count, check_tensor
+from ..ops.checks import as_count, check_flag, check_tensor
 
 if TYPE_CHECKING:
     from ..adapters import Prefix
@@ -31,6 +31,7 @@ class Attention(nn.Module):
         window: of these, the nearest ``window`` only. Default: all.
 
     Raises:
+        TypeError: ``causal`` is neither true nor false.
         ValueError: head counts or sizes that do not divide, or are no integers of at least 1.
     """
 
@@ -52,6 +53,7 @@ class Attention(nn.Module):
         num_kv_heads = as_count("num_kv_heads", num_kv_heads)
         head_dim = None if head_dim is None else as_count("head_dim", head_dim)
         window = None if window is None else as_count("window", window)
+        check_flag("causal", causal)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}; it must divide num_heads, {num_heads}")
         if head_dim is None and hidden_size % num_heads:

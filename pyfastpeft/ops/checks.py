@@ -13,6 +13,7 @@ from torch import Tensor
 from ..formats.packed import FLOATS
 
 NUMBERS = (float, Real, torch.SymFloat)
+_FACTORS = (float, Tensor, Real, torch.SymFloat)  # in the order of their cost
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -43,8 +44,14 @@ def check_number(name: str, value: Any) -> None:
 
 def check_factor(name: str, value: Any) -> None:
     """Whether the argument ``name`` is a number or a tensor of them."""
-    if not isinstance(value, (*NUMBERS, Tensor)):
+    if not isinstance(value, _FACTORS):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number or a tensor")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Whether the argument ``name`` is true or false, be it in numpy's way."""
+    if value not in (True, False):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 from . import reference
 from .autocast import autocast_dtype
 from .backends import Backend, choose_attention
-from .checks import check_factor, check_matrix, check_tensor
+from .checks import check_factor, check_flag, check_matrix, check_tensor
 from .library import fake_of
 from .once import once_differentiable
 from .reference import HIDDEN
-from .tracing import recorded
+from .tracing import recorded, traced
 
 # Up to here the CPU's kernel holds all keys at once in the backward pass, and does without the result.
 _FEW_KEYS = 96
@@ -39,9 +39,16 @@ def key_positions(mask: Tensor, first_query: int) -> Tensor:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
     check_matrix("mask", mask, "[B, S]")
-    most = HIDDEN // 2  # places beyond would be taken for those of hidden keys
-    if not mask.shape[1] - most < first_query < most:
-        raise ValueError(f"first_query is {first_query}; it must lie between S - 2**29 and 2**29")
+    if not traced():  # a compiler would make limits of what it need not know
+        if not isinstance(first_query, int):
+            raise TypeError(f"first_query is a {type(first_query).__name__}; it must be an integer")
+        most = HIDDEN // 2  # places beyond would be taken for those of hidden keys
+        if not mask.shape[1] - most < first_query < most:
+            raise ValueError(f"first_query is {first_query}; it must lie between S - 2**29 and 2**29")
+    return _counted_from(mask, first_query)
+
+
+def _counted_from(mask: Tensor, first_query: int) -> Tensor:
     places = torch.arange(-first_query, mask.shape[1] - first_query, dtype=torch.int32, device=mask.device)
     return torch.where(mask != 0, places, places + HIDDEN)[:, None, None, :]
 
@@ -93,8 +100,7 @@ def prefix_attention(
     _check_tensors(q, k, v)
     batch, _, tokens, dim = q.shape
     keys = k.shape[2]
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal is {causal!r}; it must be True or False")
+    check_flag("causal", causal)
     if scale is not None:
         check_factor("scale", scale)
     if mask is not None:
@@ -197,7 +203,7 @@ def _positions(mask: Tensor, batch: int, keys: int, tokens: int) -> Tensor:
             f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool or integer of shape {(batch, keys)}, "
             f"nonzero where a key is visible, or int32 key positions of shape {(batch, 1, 1, keys)}"
         )
-    return key_positions(mask, keys - tokens)[:, 0, 0]
+    return _counted_from(mask, keys - tokens)[:, 0, 0]
 
 
 def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
