@@ -35,8 +35,14 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         TypeError, RuntimeError: as ``F.linear``.
     """
-    rows = isinstance(x, Tensor) and x.dim() > 0 and isinstance(weight, Tensor) and weight.dim() == 2
-    if not rows or traced() or not x.is_cpu:  # without rows: torch says what is wrong, if anything is
+    try:
+        return _dense_linear(x, weight, bias)
+    except AttributeError:
+        return F.linear(x, weight, bias)  # which says what is no tensor
+
+
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if traced() or not x.is_cpu or weight.dim() != 2 or x.dim() == 0:
         return F.linear(x, weight, bias)
     if many_rows_pay(x, weight, bias):
         return many_rows_linear(x, weight, bias)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import FLOATS, Backend, as_rows, choose_plain
-from .checks import check_floats, check_number, check_tensor
+from .checks import check_factor, check_floats, check_tensor
 from .library import fake_of
 from .once import once_differentiable
 from .tracing import recorded
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     _check("x", x, x)
     check_floats("weight", weight)
-    check_number("eps", eps)
+    check_factor("eps", eps)
     if (weight.dtype, weight.device) != (x.dtype, x.device) or x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}; it must be {x.dtype} on "

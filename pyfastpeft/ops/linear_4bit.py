@@ -164,6 +164,7 @@ class Branch(NamedTuple):
 
 
 _NO_BRANCH = Branch()
+_OF_BANK = tuple(f"{name} of the bank" for name in BankView._fields)
 AnyLora = Lora | PackedLora | BankView | tuple
 _HELD = torch.ops.pyfastpeft.linear_4bit_held.default
 # The longest block whose values 8 bits hold to the int8 tier's error: those of longer ones crowd around zero.
@@ -326,8 +327,8 @@ def _as_lora(lora: Lora | tuple) -> tuple[Tensor, Tensor, float | Tensor, float]
 
 
 def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
-    for name, t in bank._asdict().items():
-        check_tensor(f"{name} of the bank", t)
+    for name, t in zip(_OF_BANK, bank, strict=True):
+        check_tensor(name, t)
     if bank.a.dim() != 3:
         raise ValueError(f"a of the bank has shape {tuple(bank.a.shape)}; it must be [slots, r, K], K = {k}")
     slots, r = bank.a.shape[:2]
@@ -352,8 +353,8 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
 
 
 def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, n: int, k: int) -> None:
-    for name, factor in (("A", a), ("B", b)):
-        check_tensor(f"lora {name}", factor)
+    check_tensor("lora A", a)
+    check_tensor("lora B", b)
     if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != k or a.dtype not in FLOATS:
         raise ValueError(f"lora A is {a.dtype} of shape {tuple(a.shape)}; it must be {_FLOATS} (r >= 1, K = {k})")
     r = a.shape[0]
