@@ -50,8 +50,11 @@ from .ops.cross_entropy import IGNORED
 
 _SLOTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter: the number of its steps, and two tensors of its shape."""
-_SETTINGS = ("lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-"""Without the same of these a resumed run is not the uninterrupted one."""
+_SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+)
+"""Without the same of these a resumed run is not the uninterrupted one. (Another number of steps is asked for.)"""
 
 
 class Collator:
@@ -297,7 +300,8 @@ def train_adapter(
         warmup_steps: a number of steps, or below 1 a share of all steps.
         save_steps: write ``output_dir/checkpoint-<step>`` every so many steps (the newest two are kept); 0: none.
         resume: go on from the newest checkpoint in ``output_dir``; where that has all steps behind it, nothing trains.
-            Warns where that was trained over another base model, or with another schedule, batch or seed.
+            Warns where that was trained over another base model, or with another learning rate, schedule, batch or
+            seed.
 
     Raises:
         ValueError: ``resume`` without a checkpoint, or one that is damaged or of another adapter; checkpoints of an
