@@ -42,4 +42,4 @@ def _asks_for_guidance(model: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     given = kwargs.get("generation_config") or next((a for a in args if isinstance(a, GenerationConfig)), None)
     held = [getattr(config, "guidance_scale", None) for config in (given, model.generation_config)]
     scale = next((scale for scale in (kwargs.get("guidance_scale"), *held) if scale is not None), 1)
-    return None if scale == 1 else f"guidance_scale is {scale}"
+    return f"guidance_scale is {scale}" if scale > 1 else None
