@@ -113,3 +113,81 @@ def test_shares_that_nothing_tells_are_refused():
     embeds = model.get_input_embeddings()(batch.pop("input_ids"))
     with pytest.raises(ValueError, match="bring images alone, with equally many tokens each in input_ids"):
         model(inputs_embeds=embeds, **batch, adapter_names=["a", "b"])
+
+
+_STRIPPED = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 16}
+_STRIPPED |= {"intermediate_size": 32, "num_hidden_layers": 2, "patch_size": 4}
+STRIPPING = {
+    "gemma4": lambda: tf.Gemma4ForConditionalGeneration(
+        tf.Gemma4Config(
+            text_config=tiny._LLAMA | {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0},
+            vision_config=_STRIPPED | {"pooling_kernel_size": 2, "position_embedding_size": 16},
+            audio_config=None,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            **dict.fromkeys(("audio_token_id", "boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_index"), 62),
+        )
+    ),
+    "molmo2": lambda: tf.Molmo2ForConditionalGeneration(
+        tf.Molmo2Config(
+            text_config=tiny._LLAMA | {"head_dim": 8, "additional_vocab_size": 16},
+            vision_config=_STRIPPED | {"image_size": [16, 16], "num_position_embeddings": 16},
+            adapter_config=_STRIPPED | {"text_hidden_size": 32, "vision_feature_layer": [-1]},
+            image_patch_id=IMAGE,
+        )
+    ),
+}
+"""Models whose encoders see an image a row; the tokens of all images are one sequence behind them."""
+
+
+def stripped_row(name: str, *heights: int, text: int = 12) -> dict[str, torch.Tensor]:
+    """One row of ``text`` tokens beside images of 4 patches' width and these heights, each in a frame of 16 patches."""
+    blocks = [torch.tensor([62, *[IMAGE] * height, 63]) for height in heights]  # a token is 4 patches
+    ids = torch.cat([torch.randint(2, 50, (text,)), *blocks])[None]
+    given = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int(), "attention_mask": torch.ones_like(ids)}
+    given["pixel_values"] = torch.rand(len(heights), 16, 48)
+    if name == "gemma4":
+        at = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(16, 2)
+        places = [torch.where(torch.arange(16)[:, None] < 4 * height, at, -1) for height in heights]
+        return given | {"image_position_ids": torch.stack(places)}
+    pooled = torch.tensor([[0, 1, 4, 5], [2, 3, 6, -1], [8, 9, 12, 13], [10, 11, 14, 15]])
+    pooled = [pooled[:height] + 16 * i * (pooled[:height] >= 0) for i, height in enumerate(heights)]
+    grids = torch.tensor([[height, 1, 0, 0] for height in heights])
+    return given | {"image_token_pooling": torch.cat(pooled), "image_grids": grids}
+
+
+def stripped_batch(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    crops, batch = 0, batch_of([{k: v for k, v in one.items() if not k.startswith("image_")} for one in rows])
+    others = {k: [one[k] for one in rows] for k in rows[0] if k.startswith("image_")}
+    for i, pooled in enumerate(others.get("image_token_pooling", ())):
+        others["image_token_pooling"][i] = pooled + 16 * crops * (pooled >= 0)
+        crops += len(rows[i]["pixel_values"])
+    return batch | {k: torch.cat(v) for k, v in others.items()}
+
+
+@pytest.mark.parametrize("name", STRIPPING)
+@torch.no_grad()
+def test_rows_whose_image_tokens_are_packed_without_padding_get_their_own_adapters_or_an_error(name, monkeypatch):
+    monkeypatch.setitem(MODELS, name, STRIPPING[name])
+    model = make(name, a="all-linear", b="all-linear", text=r".*language_model.*(q_proj|down_proj)")
+
+    def check(rows, names):
+        together = model(**stripped_batch(rows), adapter_names=names).logits
+        for one, adapter, got in zip(rows, names, together, strict=True):
+            alone = model(**one, adapter_names=[adapter]).logits[0]
+            torch.testing.assert_close(got[-len(alone) :], alone, rtol=1e-4, atol=1e-4)
+
+    def make_row(*heights, text=12):
+        return stripped_row(name, *heights, text=text)
+
+    check([make_row(4), make_row(4, text=9)], ["a", "b"])
+    check([make_row(2, 4), make_row(4, 2, text=9)], ["b", "__base__"])
+    # Unequally many tokens, or images.
+    for rows in ([make_row(4), make_row(2)], [make_row(4, 4), make_row(2, 2, 2, 2)]):
+        for call in (model, model.generate):
+            with pytest.raises(
+                ValueError, match=r"adapter_names has different adapters for the pixel_values .*'a', 'b'"
+            ):
+                call(**stripped_batch(rows), adapter_names=["a", "b"])
+        for names in (["a", "a"], ["text", "__base__"]):
+            check(rows, names)

@@ -1,4 +1,4 @@
-"""Rows that choose their adapters, where a model sees the images of a whole batch as one sequence of patches.
+"""Rows that choose their adapters, where a model sees the images of a whole batch as one sequence of patches or tokens.
 
 A layer counts equally many of its rows to each row of the batch. In such a sequence a row's share is as long as its
 images are large.
@@ -17,8 +17,14 @@ from transformers import PreTrainedModel
 
 from ..adapters import Parts, Rows
 
-_PACKING = {"cu_seqlens", "image_sizes"}
-"""Arguments that say where in such a sequence an image ends."""
+_PACKING = {
+    "cu_seqlens": ("pixel_values", "input_features"),
+    "image_sizes": ("pixel_values", "input_features"),
+    "pixel_position_ids": ("pixel_values",),
+    "pooled_patches_idx": ("pixel_values",),
+}
+"""Arguments that say where in such a sequence an image ends, or which tokens of an image go into one → how the model's
+arguments begin of which it is made."""
 
 
 def check_shares(model: nn.Module, rows: Rows, ids: Any, kwargs: Mapping[str, Any]) -> None:
@@ -32,12 +38,16 @@ def check_shares(model: nn.Module, rows: Rows, ids: Any, kwargs: Mapping[str, An
         ValueError: rows choose different adapters there, and their shares are not known to be equal.
     """
     given = [n for n in kwargs if n.startswith(("pixel_values", "input_features")) and kwargs[n] is not None]
-    if not given or len(set(rows.of_row)) < 2:
+    if not given or len(set(rows.of_row)) < 2 or not isinstance(model, PreTrainedModel):
         return
-    held = _adapters_there(model)
-    if not rows.differing(held):
+    text = set(model.get_decoder().modules())
+    others = [m for m in model.base_model.modules() if m is not model.base_model and m not in text]
+    packed = {start for m in others for start in _packed_by(type(m))}
+    given = [n for n in given if n.startswith(tuple(packed))]
+    held = {name for m in others if isinstance(m, Parts) for name in m}
+    if not given or not rows.differing(held):
         return
-    if given == ["pixel_values"] and _equal_shares(model.config, ids, kwargs.get("image_grid_thw")):
+    if given == ["pixel_values"] and _equal_shares(model.config, ids, kwargs):
         return
     raise ValueError(
         f"adapter_names has different adapters for the {' and '.join(given)} of different rows; a "
@@ -46,29 +56,36 @@ def check_shares(model: nn.Module, rows: Rows, ids: Any, kwargs: Mapping[str, An
     )
 
 
-def _adapters_there(model: nn.Module) -> set[str]:
-    """The adapters in layers for images or sounds, if these are packed."""
-    if not isinstance(model, PreTrainedModel):
-        return set()
-    text = set(model.get_decoder().modules())
-    others = [m for m in model.base_model.modules() if m is not model.base_model and m not in text]
-    if not any(_packs(type(m)) for m in others):
-        return set()
-    return {name for m in others if isinstance(m, Parts) for name in m}
-
-
 @cache
-def _packs(kind: type[nn.Module]) -> bool:
-    return not _PACKING.isdisjoint(inspect.signature(kind.forward).parameters)
+def _packed_by(kind: type[nn.Module]) -> tuple[str, ...]:
+    names = inspect.signature(kind.forward).parameters
+    return tuple(start for name, starts in _PACKING.items() if name in names for start in starts)
 
 
 @torch.compiler.disable
-def _equal_shares(config: Any, ids: Any, grid: Tensor | None) -> bool:
-    """Whether the images [images, time, height, width] of each row have equally many patches: those that stand in the
-    text, each for as many, and no others."""
-    token = getattr(config, "image_token_id", None)
-    merged = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
-    if grid is None or token is None or merged is None or not isinstance(ids, Tensor) or ids.is_floating_point():
+def _equal_shares(config: Any, ids: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the images of each row are equally much of all that the layers for them see: those that stand in the
+    text, each for as many tokens, and no others."""
+    token, vision = getattr(config, "image_token_id", None), getattr(config, "vision_config", None)
+    if token is None or not isinstance(ids, Tensor) or ids.is_floating_point():
         return False
     counts = (ids == token).sum(1)
-    return len(counts.unique()) == 1 and int(counts.sum()) * merged**2 == int(grid.prod(1).sum())
+    rows, share = len(counts), int(counts[0])
+    if not share or bool((counts != share).any()):
+        return False
+    grid, merged = kwargs.get("image_grid_thw"), getattr(vision, "spatial_merge_size", None)
+    if grid is not None and merged is not None:  # [images, time, height, width] in patches
+        return rows * share * merged**2 == int(grid.prod(1).sum())
+    # Elsewhere only tokens are packed, and the encoder in front sees images or crops: both must be shared equally.
+    if len(kwargs["pixel_values"]) % rows:
+        return False
+    positions, pooled = kwargs.get("image_position_ids"), getattr(vision, "pooling_kernel_size", None)
+    if positions is not None and pooled is not None:  # [images, patches, 2], padding is (-1, -1)
+        patches = (positions != -1).all(-1).sum(1).view(rows, -1).sum(1)
+        return bool((patches == share * pooled**2).all())
+    patches = kwargs.get("image_token_pooling")  # [tokens, patches], numbered through all crops, padding is -1
+    if patches is None or len(patches) != rows * share:
+        return False
+    of_row = kwargs["pixel_values"].shape[:-1].numel() // rows
+    row = torch.arange(rows, device=patches.device).repeat_interleave(share).unsqueeze(1)
+    return bool(((patches // of_row == row) | (patches < 0)).all())
