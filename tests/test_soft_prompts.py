@@ -185,6 +185,17 @@ def got_ocr2() -> torch.nn.Module:
     return tiny.vary_vectors(tf.GotOcr2ForConditionalGeneration(shape)).eval()
 
 
+def hunyuan_vl(sections: tuple[int, ...] = (1, 1, 1, 1)) -> torch.nn.Module:
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 4, "out_hidden_size": 32, "text_hidden_size": 32}
+    vision |= {"spatial_merge_size": 2, "max_image_size": 16, "min_image_size": 16, "img_max_token_num": 16}
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": list(sections)}
+    text = tiny._LLAMA | {"head_dim": 2 * sum(sections), "rope_parameters": rope}
+    ids = {"image_token_id": 63, "im_start_id": 60, "im_end_id": 61, "im_newline_id": 62}
+    shape = tf.HunYuanVLConfig(text_config=text, vision_config=vision, **ids)
+    return tiny.vary_vectors(tf.HunYuanVLForConditionalGeneration(shape)).eval()
+
+
 def granite_speech() -> torch.nn.Module:
     encoder = {"input_dim": 8, "hidden_dim": 24, "num_layers": 1, "num_heads": 2, "dim_head": 8, "output_dim": 6}
     encoder |= {"context_size": 10, "max_pos_emb": 16, "feedforward_mult": 2, "conv_kernel_size": 3}
@@ -897,6 +908,25 @@ class TestWherePeftFails:
         before = base.get_decoder().config._attn_implementation
         own.delete_adapter("default")
         assert inner.config._attn_implementation == before
+
+    @torch.no_grad()
+    def test_images_whose_tokens_are_numbered_within_them(self):
+        """HunYuan-VL's: the prompt is what the same vectors are as tokens in front of the text."""
+        base, row = hunyuan_vl(), torch.cat([torch.randint(2, 60, (2,)), torch.full((8,), 63), torch.tensor([5, 9, 7])])
+        own = ours(base, "prompt").eval()
+        given = {"pixel_values": torch.randn(16, 48), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        given["input_ids"] = torch.nn.functional.pad(row, (2, 0))[None]
+        given["attention_mask"] = torch.tensor([[0] * 2 + [1] * len(row)])
+        given["mm_token_type_ids"] = (given["input_ids"] == 63).int()
+        tokens = torch.randint(2, 60, (P,))
+        own.prompt_encoder["default"].embedding.weight.copy_(base.get_input_embeddings()(tokens))
+        front = given | {"input_ids": torch.cat([tokens, row])[None]}
+        front |= {"attention_mask": torch.ones_like(front["input_ids"])}
+        front["mm_token_type_ids"] = (front["input_ids"] == 63).int()
+        close(own(**given).logits[:, 2:], base(**front).logits[:, P:])
+        options = GREEDY | {"suppress_tokens": [63]}
+        got = own.generate(**given, **options)
+        assert torch.equal(got[:, -6:], base.generate(**front, **options)[:, -6:])
 
     @pytest.mark.parametrize("method", METHODS)
     def test_training_on_left_padded_rows_equals_the_unpadded_ones(self, method):
@@ -1649,6 +1679,12 @@ class TestBadInput:
             ValueError, match="layers of a Gemma3nForCausalLM have several inputs each; use prefix=True"
         ):
             ours(OTHERS["keys of other layers"](), "deep")
+
+    def test_numbers_within_images_that_no_axis_of_the_text_stands_beside(self):
+        with pytest.raises(
+            ValueError, match=r"mrope_section'\] of a HunYuanVLFor.* is \[2, 1, 1\]; a soft prompt needs"
+        ):
+            ours(hunyuan_vl((2, 1, 1)), "prompt")
 
     def test_a_text_in_the_tokens_of_another_model(self):
         text = {"num_virtual_tokens": P, "tokenizer_name_or_path": tiny_tokenizer()}

@@ -59,6 +59,13 @@ class CausalPrefixes(Prefixes):
         numbering = [getattr(self.decoder, name, None) for name in ("embeddings", "embed_positions")]
         numbering = [m for m in numbering if hasattr(m, "create_position_ids_from_inputs_embeds")]
         self._first = numbering[0].padding_idx + 1 if numbering else 0
+        # Of HunYuan-VL's positions the last three number an image's tokens within it, whatever stands before.
+        self._axes_in_images = 3 if config.model_type == "hunyuan_vl_text" else 0
+        if self._axes_in_images and len(rope.get("mrope_section") or ()) == self._axes_in_images:
+            raise ValueError(
+                f"rope_parameters['mrope_section'] of a {kind} is {rope['mrope_section']}; a soft prompt needs a "
+                "fourth axis, of the text, by which tokens of images are told from others"
+            )
         # Its loss takes the mask as it is; Granite-Speech's, which picks logits by one too, shortens it to the labels.
         self._masks_loss = self.model.config.model_type == "qwen2_audio"
 
@@ -125,7 +132,7 @@ class CausalPrefixes(Prefixes):
             kwargs[attention.HANDED_DOWN] = run
         else:
             self.bank.run = run
-        kwargs["position_ids"] = positions + beside(positions, run.shift)
+        kwargs["position_ids"] = self._behind(positions, beside(positions, run.shift))
         if follows and self._reaches_part and past is None and kwargs.get("attention_mask") is None:
             # Without one, transformers takes positions that were given for those of packed sequences.
             kwargs["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
@@ -185,6 +192,16 @@ class CausalPrefixes(Prefixes):
                 return torch.where(given == new + self._first, counted, given) if shared else counted
         # Those that number by themselves may want the positions of every row.
         return new.expand(inputs.shape[0] if self._first else 1, -1) + self._first if given is None else given
+
+    def _behind(self, positions: Tensor, shift: int | Tensor) -> Tensor:
+        """``positions`` of the text behind a prefix of the length ``shift``."""
+        shifted = positions + shift
+        if not self._axes_in_images or positions.dim() != 3:
+            return shifted
+        # Of the text all axes are alike, and of no token of an image, as one that starts it stands before the first.
+        text = (positions == positions[:1]).all(0)
+        axes = self._axes_in_images
+        return torch.cat([shifted[:-axes], torch.where(text, shifted[-axes:], positions[-axes:])])
 
     def _reach(self, rows: Sequence[tuple[str, ...]], positions: Tensor) -> int:
         """See ``bank.reach``."""
