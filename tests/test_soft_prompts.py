@@ -1680,6 +1680,20 @@ class TestBadInput:
         ):
             ours(OTHERS["keys of other layers"](), "deep")
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_model_that_looks_up_the_ids_of_its_vectors_takes_keys_and_values_alone(self, method):
+        sizes = {"head_dim": 8, "global_head_dim": 8, "num_kv_shared_layers": 0}
+        sizes |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": tiny.VOCAB}
+        base = tf.Gemma4ForCausalLM(tf.Gemma4TextConfig(**_WINDOW, **sizes)).eval()
+        if "prefix" not in method:
+            with pytest.raises(
+                ValueError, match="a Gemma4ForCausalLM looks up the token ids of the vectors that it gets"
+            ):
+                ours(base, method)
+            return
+        ids = tiny.inputs()["input_ids"]
+        assert not torch.allclose(ours(base, method)(ids).logits, base(ids).logits, atol=1e-4)
+
     def test_numbers_within_images_that_no_axis_of_the_text_stands_beside(self):
         with pytest.raises(
             ValueError, match=r"mrope_section'\] of a HunYuanVLFor.* is \[2, 1, 1\]; a soft prompt needs"

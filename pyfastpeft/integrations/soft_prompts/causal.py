@@ -76,6 +76,11 @@ class CausalPrefixes(Prefixes):
                 f"{differ}; use a prompt at the embedding or in the layers' inputs, as keys and values that are "
                 "learned must be of one size"
             )
+        if form is not Form.KEYS_VALUES and _looks_up_ids(self.decoder):
+            raise ValueError(
+                f"a {kind} looks up the token ids of the vectors that it gets, and a prompt's have none; use Prefix "
+                "Tuning, or P-Tuning v2 with prefix=True, which learn keys and values themselves"
+            )
         if form is Form.LAYER_INPUTS and hasattr(config, "altup_num_inputs"):
             raise ValueError(
                 f"the layers of a {kind} have several inputs each; use prefix=True, which learns "
@@ -232,3 +237,11 @@ class CausalPrefixes(Prefixes):
 
     def keys_values(self, ids: Tensor) -> Tensor:
         return torch.cat([t.to(ids.device) for t in self._of_tokens(ids)]).permute(2, 0, 1, 3).flatten(1)
+
+
+def _looks_up_ids(decoder: nn.Module) -> bool:
+    """Whether it wants each vector to be a token's: Gemma 4 does, for its embeddings a layer; Gemma 3n does not."""
+    of_ids = getattr(decoder, "get_per_layer_inputs", None)
+    if of_ids is None or not decoder.config.hidden_size_per_layer_input:
+        return False
+    return "inputs_embeds" in inspect.signature(of_ids).parameters
