@@ -96,6 +96,24 @@ def test_adapters_stand_at_the_ends_of_the_sublayers(architecture):
     assert all(path.endswith(attention) for path in rest)
 
 
+def test_adapters_stand_at_the_layer_in_what_ends_a_sublayer(tmp_path):
+    def layer(held):
+        made = [nn.Linear(8, 8) for _ in range(2)]
+        o_proj, down_proj = [nn.ModuleDict({"linear": module}) for module in made] if held else made
+        return nn.ModuleDict(
+            {"self_attn": nn.ModuleDict({"o_proj": o_proj}), "mlp": nn.ModuleDict({"down_proj": down_proj})}
+        )
+
+    model = fp.get_peft_model(nn.ModuleDict({"layers": nn.ModuleList([layer(False), layer(True)])}), config())
+    ends = ["layers.0.mlp.down_proj", "layers.0.self_attn.o_proj"]
+    ends += ["layers.1.mlp.down_proj.linear", "layers.1.self_attn.o_proj.linear"]
+    assert model.peft_config["default"].target_modules == ends
+    model.add_adapter("b", config())
+    assert model.peft_config["b"].target_modules == ends
+    model.save_pretrained(tmp_path)
+    assert fp.BottleneckConfig.from_pretrained(tmp_path).target_modules == ends
+
+
 def config(**kwargs):
     return fp.BottleneckConfig(**{"reduction_factor": 4} | kwargs)
 

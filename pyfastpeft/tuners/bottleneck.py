@@ -6,6 +6,7 @@ PEFT has no such method: the folders have its layout, with a ``peft_type`` of th
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -101,7 +102,13 @@ def ends_of_sublayers(model: nn.Module, placement: str) -> list[str]:
             f"target_modules is None, and where the attention and feed-forward sublayers of a {type(model).__name__} "
             "end is not known; name the projections that end them"
         )
-    return sorted(path for kind in found for path in kind if not is_passed_by(model, path))
+    layers_in = defaultdict(list)
+    for path, module in modules_of(model):
+        if is_linear(base_of(module)):
+            layers_in[path.rpartition(".")[0]].append(path)
+    # Some are no layers but have one, as in Gemma 4's encoders.
+    ends = [layers_in[path][0] if len(layers_in[path]) == 1 else path for kind in found for path in kind]
+    return sorted(path for path in ends if not is_passed_by(model, path))
 
 
 class BottleneckTuner(Tuner):
