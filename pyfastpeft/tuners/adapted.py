@@ -161,15 +161,16 @@ class AdaptedModel(OneDevice, nn.Module):
         """Attach an adapter as :meth:`Tuner.attach` says; on any error the model is as it was."""
         _check_new(name, self.configs)
         tuner = self.tuner(config)
-        if unmatched := unmatched_saved(config, self.model):
-            if strict:
-                raise ValueError(unmatched)
-            warnings.warn(unmatched, stacklevel=3)
+        unmatched = unmatched_saved(config, self.model)
+        if strict and unmatched:
+            raise ValueError(unmatched)
         saved = self._whole(config)
         try:
             for path, module in saved.items():
                 self._keep(name, path, module)
             tuner.attach(name, config, strict=strict, values=values, autocast_adapter_dtype=autocast_adapter_dtype)
+            if unmatched:
+                warnings.warn(unmatched, stacklevel=3)  # which may be an error
             self.configs[name] = config
             self.bank.hold(name, partial(self._trained, name))
             if any(hasattr(module, "_hf_hook") for module in self.model.modules()):  # of accelerate, which may offload
