@@ -46,7 +46,7 @@ FUSED["nanochat"] = 2  # of its own are the norms, the MLP, and the way that it 
 
 
 def model_of(config, dtype=torch.float32):
-    return vary_vectors(tf.AutoModelForCausalLM.from_config(config)).to(dtype)
+    return vary_vectors(tf.AutoModelForCausalLM.from_config(copy.deepcopy(config))).to(dtype)
 
 
 def fused_modules(model):
