@@ -1711,6 +1711,12 @@ class TestBadInput:
                 fp.get_peft_model(llama(), made)
         with pytest.raises(ValueError, match="initial text is '', which has no tokens"):
             fp.get_peft_model(llama(), fp.PrefixTuningConfig(**text, prefix_init_text=""))
+        with pytest.raises(TypeError, match="the initial text is 3; it must be a string"):
+            fp.get_peft_model(llama(), fp.PrefixTuningConfig(**text, prefix_init_text=3))
+        with pytest.raises(TypeError, match="tokenizer_name_or_path is 3; it must be a tokenizer, or the name or path"):
+            fp.get_peft_model(
+                llama(), fp.DeepPromptConfig(**text | {"tokenizer_name_or_path": 3}, prefix_init_text="z")
+            )
 
     def test_continuous_batching(self):
         """transformers has no attention with a prefix for it: refused where it is called; LoRA alone is served."""
@@ -1749,6 +1755,12 @@ class TestBadInput:
                 "tokenizer_name_or_path is None; prompt_tuning_init 'TEXT' needs it",
             ),
             (fp.PromptTuningConfig, {"tokenizer_kwargs": {"a": 1}}, "tokenizer_kwargs is given"),
+            (
+                fp.PromptTuningConfig,
+                {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a"}
+                | {"tokenizer_name_or_path": "b", "tokenizer_kwargs": 3},
+                "tokenizer_kwargs is 3; it must be a dict or None",
+            ),
             (fp.PromptTuningConfig, {"token_dim": 0}, "token_dim is 0"),
             (fp.PromptTuningConfig, {"num_transformer_submodules": "1"}, "num_transformer_submodules is '1'"),
             (fp.PromptTuningConfig, {"num_attention_heads": True}, "num_attention_heads is True"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,6 +56,8 @@ class PromptTuningConfig(SoftPromptConfig):
                     raise ValueError(f"{name} is None; prompt_tuning_init 'TEXT' needs it")
         elif self.tokenizer_kwargs:
             raise ValueError("tokenizer_kwargs is given; it goes with prompt_tuning_init 'TEXT' only")
+        if not isinstance(self.tokenizer_kwargs, Mapping | None):
+            raise ValueError(f"tokenizer_kwargs is {self.tokenizer_kwargs!r}; it must be a dict or None")
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

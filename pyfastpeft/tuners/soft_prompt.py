@@ -125,6 +125,10 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
     Args:
         tokenizer: a tokenizer, or the name or path of one (``kwargs`` go to ``AutoTokenizer``).
     """
+    if not isinstance(text, str):
+        raise TypeError(f"the initial text is {text!r}; it must be a string")
+    if not isinstance(tokenizer, (str, os.PathLike)) and not callable(tokenizer):
+        raise TypeError(f"tokenizer_name_or_path is {tokenizer!r}; it must be a tokenizer, or the name or path of one")
     check_text(text)
     if isinstance(tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer
