@@ -4,7 +4,6 @@ import math
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -455,6 +454,7 @@ def test_positions_export_with_sizes_that_nobody_knows():
 
 
 def test_flags_of_numpy_are_flags():
+    np = pytest.importorskip("numpy")  # which the GPU's report runs without
     tensors = make(1, 2, 1, 4, 4, 32)
     for causal in (True, False):
         assert torch.equal(
