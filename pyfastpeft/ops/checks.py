@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..formats.packed import FLOATS
 
-NUMBERS = (float, Real, torch.SymFloat)
+_NUMBERS = (float, Real, torch.SymFloat)
 _FACTORS = (float, Tensor, Real, torch.SymFloat)  # in the order of their cost
 
 
@@ -36,10 +36,12 @@ def check_floats(name: str, t: Any) -> None:
         raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Whether the argument ``name`` is a number."""
-    if not isinstance(value, NUMBERS):
+def check_dropout(name: str, value: Any) -> None:
+    """Whether the argument ``name`` is a share that can be left out."""
+    if not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} is {value}; it must lie in [0, 1)")
 
 
 def check_factor(name: str, value: Any) -> None:

@@ -22,7 +22,7 @@ from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
 from .autocast import autocast_dtype
 from .backends import FLOATS, Backend, as_rows, choose, native
-from .checks import check_factor, check_floats, check_number, check_tensor
+from .checks import check_dropout, check_factor, check_floats, check_tensor
 from .memory import Arena
 from .tracing import followed, forward_mode, is_compiling, recorded, traced
 
@@ -363,9 +363,7 @@ def _check_lora(x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropou
     if a.device != x.device or b.device != x.device:
         raise ValueError(f"lora A is on {a.device}, B on {b.device}; both must be on x's device, {x.device}")
     check_factor("lora scaling", scaling)
-    check_number("lora dropout", dropout)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"lora dropout is {dropout}; it must lie in [0, 1)")
+    check_dropout("lora dropout", dropout)
     # Chained: Dynamo answers `in` wrongly where sizes are symbolic.
     if isinstance(scaling, Tensor) and scaling.dim() and scaling.shape != (r,) and scaling.shape != (x.shape[0], r):
         raise ValueError(

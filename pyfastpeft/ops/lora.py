@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
-from .checks import check_factor, check_matrix, check_number, check_tensor
+from .checks import check_dropout, check_factor, check_matrix, check_tensor
 from .tracing import is_compiling, recorded
 
 
@@ -70,9 +70,7 @@ def _check(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tenso
     if base.shape != (*x.shape[:-1], n):
         raise ValueError(f"base has shape {tuple(base.shape)}; it must be {(*x.shape[:-1], n)}, as x and b have it")
     check_factor("scaling", scaling)
-    check_number("dropout", dropout)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}; it must lie in [0, 1)")
+    check_dropout("dropout", dropout)
 
 
 def _served(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
