@@ -84,9 +84,12 @@ def test_labels_are_checked():
     for labels in (torch.tensor([0, 5]), torch.tensor([-1, 0])):
         with pytest.raises(RuntimeError, match="must lie in"):
             losses_and_gradient(logits, labels)
-    for labels in (torch.tensor([0]), torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]])):
-        with pytest.raises(RuntimeError, match="labels must be int64"):
-            losses_and_gradient(logits, labels)
+
+
+def test_labels_must_be_one_a_row(device):
+    for labels in (torch.tensor([0]), torch.tensor([0, 1, 2]), torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]])):
+        with pytest.raises(ValueError, match=r"labels are torch.*; they must be int64 of shape \(2,\)"):
+            losses_and_gradient(torch.randn(2, 5), labels)
 
 
 def test_the_operator_passes_opcheck():

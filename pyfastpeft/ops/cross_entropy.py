@@ -29,11 +29,14 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         TypeError: no tensor.
-        ValueError: ``logits`` is no matrix, or ``labels`` are on another device.
-        RuntimeError: what the operator finds: a dtype, a size or a label.
+        ValueError: ``logits`` is no matrix, or ``labels`` are of another size or dtype, or on another device.
+        RuntimeError: what the operator finds: a dtype or a label.
     """
     check_matrix("logits", logits, "[n, classes]")
     check_tensor("labels", labels)
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        what = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ValueError(f"labels are {what}; they must be int64 of shape ({len(logits)},)")
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}; they must be where logits are, on {logits.device}")
     if choose_plain(logits.device) is not Backend.REFERENCE:

@@ -10,6 +10,7 @@ import torch
 from test_cross_entropy import (  # noqa: F401
     losses_and_gradient,
     test_columns_may_not,
+    test_labels_must_be_one_a_row,
     test_large_logits_and_large_differences,
     test_losses_and_gradients,
     test_rows_may_lie_apart,
