@@ -184,6 +184,7 @@ def test_a_damaged_state_is_refused_by_key_and_rule(key, value, message):
         ({"nested_offset": "x"}, "nested_offset is 'x'"),
         ({"nested_blocksize": 0}, "nested_blocksize is 0"),
         ({"nested_blocksize": "256"}, "nested_blocksize is '256'"),
+        ({"nested_blocksize": 10**30}, "nested_blocksize is 1000"),
     ],
 )
 def test_a_hostile_field_is_refused_by_name(fields, message):

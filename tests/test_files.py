@@ -195,7 +195,7 @@ def test_a_reader_sees_the_old_file_or_the_new_one_and_nothing_between(tmp_path)
     assert path.read_text() == "9" * 100_000
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'"text"', b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'"text"', b"[" * 100_000, b"1" * 5_000])
 def test_damaged_json_is_refused_by_name(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json"):

@@ -195,8 +195,8 @@ class _Info:
             offset, blocksize = fields["nested_offset"], fields.get("nested_blocksize")
             if type(offset) is not float:
                 raise ValueError(f"{key}: nested_offset is {offset!r}; it must be a float")
-            if type(blocksize) is not int or blocksize < 1:
-                raise ValueError(f"{key}: nested_blocksize is {blocksize!r}; it must be a positive integer")
+            if type(blocksize) is not int or not 0 < blocksize < 2**48:
+                raise ValueError(f"{key}: nested_blocksize is {blocksize!r}; it must be a positive integer below 2**48")
             # Always float32: in a half-precision default dtype the scales would lose digits, or turn into NaN.
             self.nested_offset = torch.tensor(offset, dtype=torch.float32)
             self.nested_blocksize = blocksize
