@@ -39,6 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layouts import with_contiguous_columns
+
 _SHOWN = tl.constexpr(2**29)
 """The place of a key that nobody sees is at or beyond this."""
 _LEAST = tl.constexpr(-3e38)
@@ -738,8 +740,7 @@ class Call(NamedTuple):
 def _view(t: Tensor | None) -> View | None:
     if t is None:
         return None
-    if t.stride(3) != 1 and t.shape[3] > 1:
-        t = t.contiguous()
+    t = with_contiguous_columns(t)
     return View(t, *t.stride()[:3])
 
 
