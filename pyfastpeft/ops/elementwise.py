@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
-    _check("x", x, x)
+    check_floats("x", x)
     check_floats("weight", weight)
     check_factor("eps", eps)
     if (weight.dtype, weight.device) != (x.dtype, x.device) or x.dim() == 0 or weight.shape != x.shape[-1:]:
@@ -57,8 +57,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Returns:
         The same shape and dtype. Differentiable in both.
     """
-    _check("gate", gate, gate)
-    _check("up", up, gate)
+    check_floats("gate", gate)
+    check_floats("up", up)
+    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
+        raise ValueError(
+            f"up is {up.dtype} of shape {tuple(up.shape)} on {up.device}; it must be {gate.dtype} of shape "
+            f"{tuple(gate.shape)} on {gate.device}"
+        )
     if choose_plain(gate.device) is Backend.REFERENCE:
         return F.silu(gate) * up
     product = _SwiGlu.apply if recorded(gate, up) else _swiglu
@@ -115,15 +120,6 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         return q * cos + _half_turn(q) * sin, k * cos + _half_turn(k) * sin
     turn = _Rope.apply if recorded(q, k) else _rope
     return _heads(turn(q, k, cos, sin), (q.shape, k.shape))
-
-
-def _check(name: str, t: Tensor, like: Tensor) -> None:
-    check_floats(name, t)
-    if t.shape != like.shape or t.dtype != like.dtype or t.device != like.device:
-        raise ValueError(
-            f"{name} is {t.dtype} of shape {tuple(t.shape)} on {t.device}; it must be {like.dtype} of shape "
-            f"{tuple(like.shape)} on {like.device}"
-        )
 
 
 def _half_turn(x: Tensor) -> Tensor:
