@@ -155,11 +155,7 @@ def choose_attention(q: Tensor) -> Backend:
     return chosen if q.dtype in FLOATS and q.shape[-1] <= _MOST_HEAD_SIZE else Backend.REFERENCE
 
 
-def triton_devices() -> list[str]:
-    """The types of device whose operators are Triton kernels: GPUs, and the CPU where it is forced."""
-    return ["cuda", "cpu"] if _FORCED is Backend.TRITON else ["cuda"]
-
-
+_TRITON_DEVICES = ["cuda", "cpu"] if _FORCED is Backend.TRITON else ["cuda"]
 # The names of the compiled operators, where they are not compiled: to torch.compile one node, whatever serves it.
 _COMPILED = (
     "rms_norm",
@@ -172,7 +168,7 @@ _COMPILED = (
     "prefix_attention_backward",
 )
 for _name in _COMPILED:
-    torch.library.register_kernel(f"pyfastpeft::{_name}", triton_devices(), getattr(triton_kernels, _name))
+    torch.library.register_kernel(f"pyfastpeft::{_name}", _TRITON_DEVICES, getattr(triton_kernels, _name))
 
 
 def choose_quantizer(device: torch.device) -> Backend:
