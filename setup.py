@@ -36,7 +36,7 @@ ISA_FLAGS = {
     },
     "aarch64": {"neon.cpp": []},
 }
-MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+MACHINE = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
 FLAGS = {str(CPU / name): flags for name, flags in ISA_FLAGS.get(MACHINE, {}).items()}
 KERNELS = [*FLAGS, str(CPU / "generic.cpp"), str(CPU / "dispatch.cpp")]
 OPERATORS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -13,11 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
 
 
 @contextmanager
@@ -65,7 +61,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold off other writers, where the system can. A lock that is held for more than a second is not a writer's."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        for _ in range(100 if fcntl else 0):
+        for _ in range(100):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
