@@ -188,6 +188,12 @@ def test_bad_arguments_are_named(change, kind, message):
         add_lora(**(arguments | {"scaling": 2.0} | change))
 
 
+def test_a_base_of_another_shape_is_named_where_torch_would_spread_it():
+    for base in (torch.ones(1, 24), torch.ones(5, 1), torch.ones(24)):
+        with pytest.raises(ValueError, match=r"base has shape .*; it must be \(5, 24\)"):
+            add_lora(base, torch.ones(5, 64), torch.ones(4, 64), torch.ones(24, 4), torch.tensor(2.0))
+
+
 def test_a_scaling_that_is_a_tensor_takes_factors_of_different_dtypes():
     base, x, (a, b) = torch.randn(5, 24).bfloat16(), torch.randn(5, 64).bfloat16(), adapter(24, 64, 4)
     for factors in ((a, b.bfloat16()), (a.bfloat16(), b), (a.double(), b)):

@@ -45,7 +45,10 @@ def _added(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tenso
         if not a.device == b.device == x.device:
             raise ValueError(f"a is on {a.device} and b on {b.device}; they must be where x is, on {x.device}")
         x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
-        return (base + F.linear(F.linear(x, a), b.to(a.dtype)) * scaling).to(base.dtype)
+        update = F.linear(F.linear(x, a), b.to(a.dtype))
+        if update.shape != base.shape:  # torch would spread one over the other
+            _check(base, x, a, b, scaling, dropout)
+        return (base + update * scaling).to(base.dtype)
     seed = reference.new_seed(x.device) if dropout else None
     rows = as_rows(base), as_rows(x)
     if recorded(base, x, a, b):
