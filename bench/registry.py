@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
@@ -179,17 +178,6 @@ def contender(name: str, package: str, **what: object) -> Callable[[Callable[...
 
     def register(prepare: Callable[[Problem], Layer]) -> Callable[[Problem], Layer]:
         REGISTRY[name] = Contender(prepare, package, **what)
-        return prepare
-
-    return register
-
-
-def variants(name: str, package: str, options: Iterable[dict], **what: object) -> Callable:
-    """Register one function several times: ``name`` is formatted with each of ``options``, which it is called with."""
-
-    def register(prepare: Callable[..., Layer]) -> Callable[..., Layer]:
-        for chosen in options:
-            contender(name.format(**chosen), package, **what)(functools.partial(prepare, **chosen))
         return prepare
 
     return register

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..registry import Layer, Problem, Unavailable, variants
+from ..registry import Layer, Problem, Unavailable, contender
 
 F32 = 0
 
@@ -148,5 +148,6 @@ def _layer(p: Problem, kind: str, tiled: bool) -> Layer:
 
 
 _WHAT = {"requires": ("llama_cpp",), "dtypes": ("fp32",), "tier": "int8"}
-variants("ggml_{kind}", "ggml", [{"kind": k, "tiled": False} for k in ("q4_0", "q4_K", "iq4_nl")], **_WHAT)(_layer)
-variants("ggml_{kind}_tiled", "ggml", [{"kind": "q4_K", "tiled": True}], **_WHAT)(_layer)
+for _kind in ("q4_0", "q4_K", "iq4_nl"):
+    contender(f"ggml_{_kind}", "ggml", **_WHAT)(functools.partial(_layer, kind=_kind, tiled=False))
+contender("ggml_q4_K_tiled", "ggml", **_WHAT)(functools.partial(_layer, kind="q4_K", tiled=True))

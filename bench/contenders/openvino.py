@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 import pyfastpeft as fp
 from pyfastpeft.formats.codes import unpack_nibbles
 
-from ..registry import Layer, Problem, variants
+from ..registry import Layer, Problem, contender
 
 BLOCK = 64
 
@@ -87,7 +88,7 @@ def _nf4(p: Problem, dynamic: bool) -> Layer:
 
 
 _WHAT = {"requires": ("openvino",), "dtypes": ("bf16", "fp32")}
-variants("ov_u4", "openvino", [{"dynamic": False}], **_WHAT)(_u4)
-variants("ov_u4_dq64", "openvino", [{"dynamic": True}], tier="int8", **_WHAT)(_u4)
-variants("ov_nf4", "openvino", [{"dynamic": False}], **_WHAT)(_nf4)
-variants("ov_nf4_dq64", "openvino", [{"dynamic": True}], **_WHAT)(_nf4)  # asked to, it stays exact
+contender("ov_u4", "openvino", **_WHAT)(partial(_u4, dynamic=False))
+contender("ov_u4_dq64", "openvino", tier="int8", **_WHAT)(partial(_u4, dynamic=True))
+contender("ov_nf4", "openvino", **_WHAT)(partial(_nf4, dynamic=False))
+contender("ov_nf4_dq64", "openvino", **_WHAT)(partial(_nf4, dynamic=True))  # asked to, it stays exact

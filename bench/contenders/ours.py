@@ -9,7 +9,7 @@ from torch import Tensor
 
 import pyfastpeft as fp
 
-from ..registry import Layer, Problem, Unavailable, contender, variants
+from ..registry import Layer, Problem, Unavailable, contender
 
 
 def _packed(p: Problem, quant_type: str, double_quant: bool = False) -> fp.Packed4bit:
@@ -69,9 +69,8 @@ def _layer(
     return Layer(call, packed.nbytes, lambda: p.adapted(packed.dequantize(torch.float64)), trained)
 
 
-variants("ours_{quant_type}", "ours", [{"quant_type": q} for q in ("nf4", "fp4", "int4")], lora=True, trains=True)(
-    _layer
-)
+for _quant_type in ("nf4", "fp4", "int4"):
+    contender(f"ours_{_quant_type}", "ours", lora=True, trains=True)(functools.partial(_layer, quant_type=_quant_type))
 contender("ours_nf4_dq", "ours", lora=True, trains=True)(functools.partial(_layer, quant_type="nf4", double_quant=True))
 contender("ours_nf4_bf16_adapter", "ours", lora=True, over="ours_nf4", trains=True)(
     functools.partial(_layer, quant_type="nf4", adapter=torch.bfloat16)
@@ -96,9 +95,10 @@ def _serving(p: Problem, quant_type: str, **how: str) -> Layer:
 
 
 contender("ours_nf4_packed", "ours", lora=True, over="ours_nf4")(functools.partial(_serving, quant_type="nf4"))
-variants("ours_{quant_type}_int8", "ours", [{"quant_type": q} for q in ("nf4", "int4")], tier="int8", lora=True)(
-    functools.partial(_serving, compute="int8")
-)
+for _quant_type in ("nf4", "int4"):
+    contender(f"ours_{_quant_type}_int8", "ours", tier="int8", lora=True)(
+        functools.partial(_serving, quant_type=_quant_type, compute="int8")
+    )
 
 
 @contender("ours_nf4_module", "ours")
