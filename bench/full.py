@@ -41,7 +41,7 @@ class Part:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every shape, rank and model: hours instead of two minutes")
     parser.add_argument("--out", default="pyfastpeft-bench", help="folder for report.json and report.html")
-    parser.add_argument("--only", type=harness.among(REGISTRY), help="contenders: names, or prefixes with *")
+    parser.add_argument("--only", type=harness.among(REGISTRY), help="contenders: names, or patterns with *")
     parser.add_argument("--threads", type=harness.counts, help="default: 1 and 2")
     parser.add_argument(
         "--dtypes", type=harness.among(DTYPES), default="bf16,fp32", help="of the inputs: bf16,fp32,fp16"
@@ -95,12 +95,16 @@ def run(args: argparse.Namespace, console: Console) -> dict:
             payload = write()
     if args.full:
         torch.set_num_threads(max(threads))
-        step = argparse.Namespace(model="135m", batch=4, length=256, threads=max(threads), rounds=5, only=["*"])
+        step = argparse.Namespace(
+            model="135m", batch=4, length=256, threads=max(threads), rounds=5, only=[*qlora_step.CONTENDERS]
+        )
         more["qlora_step"] = qlora_step.measure(step, console)
         payload = write()
         more["decode"] = []
         for model in ("smollm2", "1.1b"):
-            tokens = argparse.Namespace(model=model, tokens=64, threads=max(threads), rounds=3, only=["*"])
+            tokens = argparse.Namespace(
+                model=model, tokens=64, threads=max(threads), rounds=3, only=[*decode.CONTENDERS]
+            )
             more["decode"].append(decode.measure(tokens, console))
             payload = write()
     console.print(f"written: {folder / 'report.json'}, {folder / 'report.html'}", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import gc
 import importlib.metadata
 import importlib.util
@@ -353,23 +354,14 @@ def shapes(text: str) -> list[tuple[int, int]]:
     return pairs
 
 
-def split(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
-
-
 def among(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """For argparse: those of ``known`` that are named, comma-separated, by themselves or by a prefix with ``*``."""
+    """For argparse: those of ``known`` that are named, comma-separated, by themselves or by patterns with ``*``."""
 
     def parse(text: str) -> list[str]:
-        patterns = split(text)
-        unknown = [p for p in patterns if not any(matches(name, [p]) for name in known)]
-        if unknown or not patterns:
+        meant = {pattern: fnmatch.filter(known, pattern) for pattern in text.split(",") if pattern}
+        unknown = [pattern for pattern, names in meant.items() if not names]
+        if unknown or not meant:
             raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'} must be among {', '.join(known)}")
-        return [name for name in known if matches(name, patterns)]
+        return [name for name in known if any(name in names for names in meant.values())]
 
     return parse
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether ``name`` equals a pattern, or begins with one that ends in ``*``."""
-    return any(name == p or (p.endswith("*") and name.startswith(p[:-1])) for p in patterns)

@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--dtypes", type=harness.among(DTYPES), default="bf16,fp32", help="bf16,fp32,fp16")
     parser.add_argument("--ranks", type=harness.ints, default="0", help="of the LoRA branch; 0 is none")
     parser.add_argument("--adapters", type=harness.counts, default="1", help="mixed in one batch")
-    parser.add_argument("--only", type=harness.among(REGISTRY), default="*", help="names, or prefixes with *")
+    parser.add_argument("--only", type=harness.among(REGISTRY), default="*", help="names, or patterns with *")
     parser.add_argument("--skip", type=harness.among(REGISTRY), default=[])
     parser.add_argument("--train", action="store_true", help="forward and backward")
     parser.add_argument("--list", action="store_true", help="print the contenders and stop")

@@ -105,9 +105,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
     calls = {}
     with models.checkpoint(args.model) as folder:
         prefix = _prefix_of(models.load_dense(folder), args.prefix)
-        for name, (shared, load) in CONTENDERS.items():
-            if not harness.matches(name, args.only):
-                continue
+        for name in args.only:
+            shared, load = CONTENDERS[name]
             model = load(folder)
             more = dict if shared else _repeat(model, prefix, args.rows)
             if shared:

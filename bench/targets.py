@@ -301,7 +301,7 @@ def step(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 def _decoding(model: str, tokens: int, over_peft: float) -> Callable:
     def section(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-        options = argparse.Namespace(model=model, tokens=tokens, threads=2, rounds=3, only=["*"])
+        options = argparse.Namespace(model=model, tokens=tokens, threads=2, rounds=3, only=[*decode.CONTENDERS])
         result = decode.measure(options, Console(quiet=True))
         keep.append(result)
         found = result["contenders"]
@@ -319,7 +319,7 @@ def _decoding(model: str, tokens: int, over_peft: float) -> Callable:
 def _prefix_decoding(model: str, tokens: int) -> Callable:
     def section(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
         options = argparse.Namespace(
-            model=model, tokens=tokens, rows=8, prefix=512, threads=2, rounds=3, only=["*"]
+            model=model, tokens=tokens, rows=8, prefix=512, threads=2, rounds=3, only=[*prefix_decode.CONTENDERS]
         )  # fmt: skip
         result = prefix_decode.measure(options, Console(quiet=True))
         keep.append(result)
