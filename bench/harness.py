@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -214,20 +213,13 @@ def missing(*packages: str) -> str:
     return f"{', '.join(absent)} absent" if absent else ""
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
 def machine() -> dict[str, object]:
     """Processor, instruction sets and versions, for the head of a results file."""
     cpuinfo = Path("/proc/cpuinfo")
     model = platform.processor()
     if cpuinfo.exists():
         model = next((s.split(":")[1].strip() for s in cpuinfo.read_text().splitlines() if "model name" in s), model)
-    import pyfastpeft  # noqa: F401  (registers the operators)
+    from pyfastpeft.cli.info import version_of
 
     return {
         "cpu": model,
@@ -237,7 +229,7 @@ def machine() -> dict[str, object]:
         "isa": list(torch.ops.pyfastpeft.available_isas()),
         "isa_used": torch.ops.pyfastpeft.isa(),
         "python": platform.python_version(),
-        "versions": {p: _version(p) for p in ("torch", "transformers", "numpy", *PEERS)},
+        "versions": {p: version_of(p) or "absent" for p in ("torch", "transformers", "numpy", *PEERS)},
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
