@@ -1,6 +1,7 @@
 """The benchmarks run, and say what they measured and what they did not; no test looks at a time."""
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -30,7 +31,14 @@ RECORD = {
     "threads": int, "train": bool, "us": float, "us_best": float, "spread": float, "rounds": int, "gb_s": float,
     "gflop_s": float, "error": float, "nbytes": int, "other_load_cores": float, "samples_us": list, "part": int,
 }  # fmt: skip
+LIMITS = functools.cache(linear.harness.limits)
 PEERS = {"bitsandbytes", "peft", "torchao", "onnxruntime", "onnx", "openvino", "llama_cpp"}
+
+
+@pytest.fixture(autouse=True)
+def limits_measured_once(monkeypatch):
+    """They take longer than what these tests measure."""
+    monkeypatch.setattr(linear.harness, "limits", LIMITS)
 
 
 class Page(HTMLParser):
