@@ -41,6 +41,13 @@ def limits_measured_once(monkeypatch):
     monkeypatch.setattr(linear.harness, "limits", LIMITS)
 
 
+@pytest.fixture(autouse=True)
+def threads_of_the_tests_that_follow():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 class Page(HTMLParser):
     """Checks that tags nest, and gathers the text and what the page would load."""
 
@@ -65,26 +72,26 @@ class Page(HTMLParser):
         self.text += data
 
 
-def run_bench(module, tmp_path, *args, beside=""):
-    out = tmp_path / "out.json"
-    command = [sys.executable, "-m", f"{BENCH}.{module}", *args, "--out", str(out)]
-    package = Path(sys.modules["pyfastpeft"].__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(beside), str(package)) if beside else (str(package),))}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    payload = json.loads(out.read_text())
-    assert payload["machine"]["isa"][-1] == "generic"
-    return payload
+@pytest.fixture
+def run_bench(tmp_path, monkeypatch):
+    """``run_bench(module, *args)``: what a benchmark writes, run as by ``python -m``."""
+
+    def run(module, *args):
+        out = tmp_path / "out.json"
+        monkeypatch.setattr(sys, "argv", [module, *args, "--out", str(out)])
+        monkeypatch.delitem(sys.modules, f"{BENCH}.{module}", raising=False)
+        runpy.run_module(f"{BENCH}.{module}", run_name="__main__", alter_sys=True)
+        payload = json.loads(out.read_text())
+        assert payload["machine"]["isa"][-1] == "generic"
+        return payload
+
+    return run
 
 
 def small(names, threads=1, rows=(1, 20), dtypes=("bf16", "fp32"), ranks=(0,), adapters=(1,), train=False, rotate=0):
     torch.manual_seed(0)
     chosen = registry.select(names, dtypes, ranks, adapters, train)
-    before = torch.get_num_threads()
-    try:
-        return linear.measure(registry.Weight(512, 96), rows, chosen.cases, threads, 1, train, rotate=rotate)
-    finally:
-        torch.set_num_threads(before)
+    return linear.measure(registry.Weight(512, 96), rows, chosen.cases, threads, 1, train, rotate=rotate)
 
 
 def page_of(*results):
@@ -297,7 +304,7 @@ def test_the_targets_name_a_peer_that_whole_benchmarks_do_without(monkeypatch, t
     monkeypatch.setitem(sizes, "135m", sizes["tiny"])
     monkeypatch.setattr(targets.soft_prompts, "BASES", ("nf4",))
     monkeypatch.setattr(targets.soft_prompts, "METHODS", ("prompt",))
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of the tests that follow
+    monkeypatch.setattr(targets.quantize, "_measure", lambda *args: [])  # of a weight of 4096²
     options = ["--only", "quantize,swap,soft_prompts", "--rounds", "1", "--out", str(tmp_path / "out.json")]
     monkeypatch.setattr(sys, "argv", ["targets", *options])
     targets.main()
@@ -462,56 +469,54 @@ def test_each_benchmark_names_the_option_that_is_wrong(module, args, message, ca
     assert f"argument {args[0]}: {message}" in capsys.readouterr().err
 
 
-def test_linear_writes_its_records(tmp_path):
+def test_linear_writes_its_records(run_bench):
     args = ["--shapes", "64x96", "--M", "1,20", "--threads", "1", "--rounds", "1", "--only", "ours_nf4,torch_dense"]
-    payload = run_bench("linear", tmp_path, *args, "--dtypes", "bf16")
+    payload = run_bench("linear", *args, "--dtypes", "bf16")
     assert {(r["name"], r["m"]) for r in payload["records"]} == {(n, m) for n in args[-1].split(",") for m in (1, 20)}
 
 
-def test_quantize_reports_both_directions(tmp_path):
-    payload = run_bench("quantize", tmp_path, "--threads", "1", "--shape", "256x256", "--rounds", "1")
+def test_quantize_reports_both_directions(run_bench):
+    payload = run_bench("quantize", "--threads", "1", "--shape", "256x256", "--rounds", "1")
     assert {"ours.quantize", "ours.dequantize"} <= {r["name"] for r in payload["result"]["records"]}
 
 
-def test_qlora_step_trains_every_contender_to_the_same_loss(tmp_path):
+def test_qlora_step_trains_every_contender_to_the_same_loss(run_bench):
     args = ["--model", "tiny", "--batch", "2", "--length", "16", "--rounds", "1", "--threads", "1"]
-    contenders = run_bench("qlora_step", tmp_path, *args)["result"]["contenders"]
+    contenders = run_bench("qlora_step", *args)["result"]["contenders"]
     first = [row["first_losses"][0] for row in contenders.values()]
     assert max(first) - min(first) < 2e-2
     assert all(row["peak_mb"] > 0 for row in contenders.values())
 
 
-def test_soft_prompts_are_timed_beside_peft_and_switched(tmp_path):
+def test_soft_prompts_are_timed_beside_peft_and_switched(run_bench):
     options = ["--model", "tiny", "--bases", "nf4", "--methods", "ptuning,ptuning-v2", "--batch", "2", "--length", "8"]
-    result = run_bench("soft_prompts", tmp_path, *options, "--rounds", "1", "--threads", "1")["result"]
+    result = run_bench("soft_prompts", *options, "--rounds", "1", "--threads", "1")["result"]
     assert [(r["base"], r["method"]) for r in result["steps"]] == [("nf4", "ptuning"), ("nf4", "ptuning-v2")]
     assert all(r["ours"]["us"] > 0 and r["peft"]["peak_mb"] > 0 and r["speedup"] > 0 for r in result["steps"])
     assert [r["method"] for r in result["switches"]] == ["ptuning", "ptuning-v2"]
 
 
-def test_hotswap_reports_every_way_to_exchange_an_adapter(tmp_path):
-    rows = run_bench("hotswap", tmp_path, "--model", "tiny", "--rounds", "1")["result"]["rows"]
+def test_hotswap_reports_every_way_to_exchange_an_adapter(run_bench):
+    rows = run_bench("hotswap", "--model", "tiny", "--rounds", "1")["result"]["rows"]
     assert {"ours: set_adapter, r = 8 on q, v", "ours: hotswap from memory, r = 16 on all"} <= set(rows)
 
 
-def test_attention_is_timed_beside_torch_and_its_floor(tmp_path):
+def test_attention_is_timed_beside_torch_and_its_floor(run_bench):
     options = ("--shapes", "2x16", "--dtypes", "fp32", "--rounds", "1", "--threads", "1")
-    rows = run_bench("attention", tmp_path, *options)["result"]["rows"]
+    rows = run_bench("attention", *options)["result"]["rows"]
     assert [(r["prefix"], r["passes"]) for r in rows] == [(p, d) for p in (0, 20) for d in ("forward", "both")]
     assert all(r["speedup"] > 0 and r["over_floor"] > 0 for r in rows)
 
 
-def test_prefix_decode_counts_tokens_beside_a_copy_a_row(tmp_path):
+def test_prefix_decode_counts_tokens_beside_a_copy_a_row(run_bench):
     sizes = ("--model", "tiny", "--rows", "3", "--prefix", "8", "--tokens", "2", "--rounds", "1", "--threads", "1")
-    contenders = run_bench("prefix_decode", tmp_path, *sizes)["result"]["contenders"]
+    contenders = run_bench("prefix_decode", *sizes)["result"]["contenders"]
     assert set(contenders) == {"ours_nf4", "ours_nf4_repeated", "ours_bf16", "bf16_repeated"}
     assert all(row["tokens_per_s"] > 0 for row in contenders.values())
 
 
-def test_decode_counts_tokens_or_names_who_is_absent(tmp_path):
-    result = run_bench("decode", tmp_path, "--model", "tiny", "--tokens", "3", "--rounds", "1", "--threads", "1")[
-        "result"
-    ]
+def test_decode_counts_tokens_or_names_who_is_absent(run_bench):
+    result = run_bench("decode", "--model", "tiny", "--tokens", "3", "--rounds", "1", "--threads", "1")["result"]
     assert {"ours_nf4", "ours_nf4_lora", "ours_bf16_lora", "bf16"} <= set(result["contenders"])
     assert len(result["contenders"]) + len(result["absent"]) == 8
     assert all(row["tokens_per_s"] > 0 for row in result["contenders"].values())
@@ -543,26 +548,31 @@ def broken(tmp_path, *packages):
     return tmp_path / "broken"
 
 
-@pytest.mark.parametrize(
-    ("module", "args", "names"),
-    [
-        ("decode", ["--model=tiny", "--tokens=2", "--only=ours_nf4,llama_cpp_q4_0"], ["llama_cpp_q4_0"]),
-        ("qlora_step", ["--model=tiny", "--batch=1", "--length=8", "--only=ours,peft_bf16"], ["peft_bf16"]),
-        ("quantize", ["--shape=256x256"], ["bnb"]),
-        ("hotswap", ["--model=tiny"], ["peft (r = 8 on q, v)", "peft (r = 16 on all)"]),
-        (
-            "soft_prompts",
+def test_a_package_that_does_not_work_is_named_and_costs_no_other_result(tmp_path):
+    cases = {
+        "decode": (["--model=tiny", "--tokens=2", "--only=ours_nf4,llama_cpp_q4_0"], ["llama_cpp_q4_0"]),
+        "qlora_step": (["--model=tiny", "--batch=1", "--length=8", "--only=ours,peft_bf16"], ["peft_bf16"]),
+        "quantize": (["--shape=256x256"], ["bnb"]),
+        "hotswap": (["--model=tiny"], ["peft (r = 8 on q, v)", "peft (r = 16 on all)"]),
+        "soft_prompts": (
             ["--model=tiny", "--bases=bf16", "--methods=prompt", "--batch=1", "--length=8"],
             ["peft (prompt over bf16)"],
         ),
-    ],
-)
-def test_a_package_that_does_not_work_is_named_and_costs_no_other_result(module, args, names, tmp_path):
+    }
+    lines = ["import importlib, sys"]
+    for module, (args, _) in cases.items():
+        args = [module, *args, "--rounds=1", "--threads=1", f"--out={tmp_path / module}.json"]
+        lines += [f"sys.argv = {args}", f"importlib.import_module('{BENCH}.{module}').main()"]
     beside = broken(tmp_path, "llama_cpp", "peft", "bitsandbytes")
-    result = run_bench(module, tmp_path, *args, "--rounds=1", "--threads=1", beside=beside)["result"]
-    assert list(result["absent"]) == names
-    assert all("ImportError: libfoo.so.1 is not there" in reason for reason in result["absent"].values())
-    assert next(result[key] for key in ("contenders", "records", "rows", "steps") if key in result)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(beside), str(Path(fp.__file__).parent.parent)])}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for module, (_, names) in cases.items():
+        result = json.loads((tmp_path / f"{module}.json").read_text())["result"]
+        assert list(result["absent"]) == names
+        assert all("ImportError: libfoo.so.1 is not there" in reason for reason in result["absent"].values())
+        assert next(result[key] for key in ("contenders", "records", "rows", "steps") if key in result)
 
 
 def test_a_peer_that_fails_at_its_first_exchange_is_named_and_costs_no_other_result(monkeypatch):
