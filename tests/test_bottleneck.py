@@ -455,16 +455,6 @@ def test_a_bottleneck_that_is_put_in_anothers_place_computes():
     assert not torch.equal(model(**batch).logits, before)
 
 
-def test_it_compiles_as_one_graph_and_switches():
-    peft_model, batch = adapted(make(), "a"), {"input_ids": inputs()["input_ids"], "use_cache": False}
-    peft_model.add_adapter("b", config())
-    randomize(peft_model)
-    compiled = torch.compile(peft_model.eval(), fullgraph=True, backend="aot_eager")
-    for name in ("a", "b", "a"):
-        peft_model.set_adapter(name)
-        torch.testing.assert_close(logits(compiled, **batch), logits(peft_model, **batch), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_a_bottleneck_cannot_be_merged(merge):
     peft_model, batch = adapted(make()), inputs()
