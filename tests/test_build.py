@@ -1,5 +1,6 @@
 """What the build decides about CUDA, and what the operators find of it when they run."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -119,6 +120,7 @@ def test_architectures_whose_ptx_is_compiled_once_have_the_same(build, tmp_path)
     if (nvcc := build.find_nvcc()) is None:
         pytest.skip("nvcc is in neither CUDA_HOME, /usr/local/cuda nor PATH")
 
+    @functools.cache
     def ptx(architecture):
         target = tmp_path / architecture
         virtual = f"compute_{architecture.replace('.', '')}"
