@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -318,11 +319,10 @@ def adapted(kind):
 @pytest.mark.parametrize("kind", ["default", "drugs", *SOFT_PROMPTS])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, kind):
     whole = adapted(kind)
-    run(whole, tmp_path / "whole", save_steps=2)
-    run(adapted(kind), tmp_path / "cut", save_steps=2)
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    run(whole, tmp_path, save_steps=2)
+    shutil.rmtree(tmp_path / "checkpoint-6")
     resumed = adapted(kind)
-    run(resumed, tmp_path / "cut", save_steps=2, resume=True)
+    run(resumed, tmp_path, save_steps=2, resume=True)
     expected = weights(whole)
     for key, value in weights(resumed).items():
         assert torch.equal(value, expected[key]), key
@@ -377,6 +377,20 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_those_of_another(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.fixture(scope="module")
+def run_of_four_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run(adapter(), folder, save_steps=2)
+    shutil.rmtree(folder / "checkpoint-6")  # the last: nothing would be left to do after it
+    return folder
+
+
+@pytest.fixture
+def interrupted(run_of_four_steps, tmp_path):
+    """A folder as a run leaves it that ends after its fourth step of six."""
+    return Path(shutil.copytree(run_of_four_steps, tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("name", "before", "after", "says"),
     [
@@ -390,14 +404,12 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_those_of_another(tmp_path):
         ("optimizer.json", r'"params": \[0, ', '"params": [', "another number of parameters"),
     ],
 )
-def test_a_damaged_checkpoint_is_named(tmp_path, name, before, after, says):
-    run(adapter(), tmp_path, save_steps=2)
-    shutil.rmtree(tmp_path / "checkpoint-6")  # the last: nothing would be left to do after it
-    file = tmp_path / "checkpoint-4" / name
+def test_a_damaged_checkpoint_is_named(interrupted, name, before, after, says):
+    file = interrupted / "checkpoint-4" / name
     file.write_text(re.sub(before, after, file.read_text(), count=1, flags=re.DOTALL))
     with pytest.raises(ValueError, match=says) as error:
-        run(adapter(), tmp_path, save_steps=2, resume=True)
-    assert str(tmp_path / "checkpoint-4") in str(error.value)
+        run(adapter(), interrupted, save_steps=2, resume=True)
+    assert str(interrupted / "checkpoint-4") in str(error.value)
 
 
 def one_number(tensors):
@@ -421,15 +433,13 @@ def without_a_parameter(tensors):
         (without_a_parameter, "missing: 1.step, 1.exp_avg, 1.exp_avg_sq"),
     ],
 )
-def test_an_optimizer_of_other_shapes_is_refused_before_a_step(tmp_path, change, says):
-    run(adapter(), tmp_path, save_steps=2)
-    shutil.rmtree(tmp_path / "checkpoint-6")
-    file = tmp_path / "checkpoint-4" / "optimizer.safetensors"
+def test_an_optimizer_of_other_shapes_is_refused_before_a_step(interrupted, change, says):
+    file = interrupted / "checkpoint-4" / "optimizer.safetensors"
     tensors = load_safetensors(file)
     change(tensors)
     save_safetensors(tensors, file)
     with pytest.raises(ValueError, match=says) as error:
-        run(adapter(), tmp_path, save_steps=2, resume=True)
+        run(adapter(), interrupted, save_steps=2, resume=True)
     assert str(file) in str(error.value)
 
 
