@@ -200,10 +200,9 @@ def lora(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
             for name, rank, m in ((name, rank, m) for name in names for rank in (16, 64) for m in rows):
                 base = result.record(REGISTRY[name].over or name, m, "bf16")
                 value = _ratio(result.record(name, m, "bf16", rank), base)
-                if value is not None or m == rows[0]:
-                    tier = ", int8" if REGISTRY[name].tier == "int8" else ""
-                    what = f"LoRA r = {rank} over base{tier}, {k}×{n}, M = {m}, {threads} thread(s)"
-                    yield Row(what, value, "≤", {16: 1.04, 64: 1.12}[rank], "×", "" if value else "not in this build")
+                tier = ", int8" if REGISTRY[name].tier == "int8" else ""
+                what = f"LoRA r = {rank} over base{tier}, {k}×{n}, M = {m}, {threads} thread(s)"
+                yield Row(what, value, "≤", {16: 1.04, 64: 1.12}[rank], "×")
 
 
 def adapters(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
