@@ -278,7 +278,7 @@ def model_rows(name: str) -> dict:
 
 def promises(result: dict) -> Iterator[tuple[str, float, str, float | None]]:
     """(what, measured, relation, the target on an H100, or None)."""
-    for row in result.get("products", []):
+    for row in result["products"]:
         n, k, m = row["n"], row["k"], row["m"]
         speed, cost = row["dense_s"] / row["ours_s"], row["lora_s"] / row["ours_s"]
         target = None
@@ -294,15 +294,15 @@ def promises(result: dict) -> Iterator[tuple[str, float, str, float | None]]:
         yield f"{what}: error", max(row["error"], row["lora_error"]), "<=", 4e-3
         if "bnb_s" in row:
             yield f"{what}: speed over bitsandbytes", row["bnb_s"] / row["ours_s"], ">=", None
-    for row in result.get("trainings", []):
+    for row in result["trainings"]:
         what, large = f"{row['n']} x {row['k']}, {row['m']} rows, both directions ({row['backend']})", row["m"] >= 2048
         yield f"{what}: speed over cuBLAS", row["dense_s"] / row["ours_s"], ">=", 0.95 if large else None
         yield f"{what}: LoRA over base, time", row["lora_s"] / row["ours_s"], "<=", 1.05 if large else None
         yield f"{what}: error of dx", row["error"], "<=", 6e-3
-    ceiling = result.get("ceilings", {}).get("copy_gb_s")
-    for name, rate in result.get("whole_tensors", {}).items() if ceiling else ():
+    ceiling = result["ceilings"].get("copy_gb_s")
+    for name, rate in result["whole_tensors"].items() if ceiling else ():
         yield f"{name.removesuffix('_gb_s')}, part of copying's speed", rate / ceiling, ">=", None
-    for name, kinds in result.get("models", {}).items():
+    for name, kinds in result["models"].items():
         for what in ("step_s", "peak_mb") if "bnb" in kinds else ():
             ratio = kinds["bnb"][what] / kinds["ours"][what]
             yield f"Llama {name}: {what} of peft + bitsandbytes over ours", ratio, ">=", None
