@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     def ask(prompt: str, adapters: list[str]) -> list[str]:
         rows = None
-        if names and adapters[0] in names and len(adapters) == 1:
+        if len(adapters) == 1 and adapters[0] in names:
             model.set_adapter(adapters[0])
         elif names:
             rows = [BASE if name == _BASE else name for name in adapters]

@@ -21,8 +21,6 @@ from rich.table import Table
 from ..ops.cuda_kernels import why_not
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "triton", "gguf", "peft", "bitsandbytes")
-
-
 _ANY_GPU = (99, 0)  # a compute capability that is not what is missing
 
 
