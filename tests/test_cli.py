@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,9 @@ from pyfastpeft.data import drug_qa
 from pyfastpeft.hub.peft import read_own
 
 TRAIN = ("train", "--model", "m", "--data", "d", "--output", "o")
+CLI = [sys.executable, "-m", "pyfastpeft.cli"]
+# In the repository's root Python would take the source tree for the installed package.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent)}
 COMMANDS = ("info", "quantize", "train", "generate", "compare", "demo")
 
 
@@ -515,46 +519,37 @@ def test_a_model_is_looked_for_on_the_hub_under_any_name_of_one(capsys, monkeypa
 
 
 def test_the_process_exits_with_the_code(tmp_path):
-    command = [sys.executable, "-m", "pyfastpeft.cli", "quantize", "./no-such-model", "out"]
-    # In the repository's root Python would take the source tree for the installed package.
-    path = Path(fp.__file__).parent.parent
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(path)}
-    )
+    command = [*CLI, "quantize", "./no-such-model", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip().endswith("there is no such file or folder")
 
 
 def test_a_reader_that_has_enough_is_no_error_to_speak_of(tmp_path):
-    path = Path(fp.__file__).parent.parent
-    command = f"{sys.executable} -m pyfastpeft.cli info --json | true; exit ${{PIPESTATUS[0]}}"
-    env = os.environ | {"PYTHONPATH": str(path)}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env)
+    command = f"{shlex.join(CLI)} info --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 1 and "rror" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_full_disk_behind_stdout_costs_the_text_and_not_the_adapter(tmp_path, model_folder, data_file):
     train = ["train", "--model", model_folder, "--data", data_file, "--max-steps", "1", "--output", "out"]
-    env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent)}
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "pyfastpeft.cli", *train]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
+        streams = {"stdout": full, "stderr": subprocess.PIPE}
+        done = subprocess.run([*CLI, *train], **streams, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 1 and "No space left" in done.stderr
     fp.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "out")
 
 
 def test_a_stdout_that_was_closed_from_the_start_is_no_error(tmp_path):
-    path = Path(fp.__file__).parent.parent
-    command = f"{sys.executable} -m pyfastpeft.cli info --json >&-"
-    env = os.environ | {"PYTHONPATH": str(path)}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env)
+    command = f"{shlex.join(CLI)} info --json >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 0 and "rror" not in done.stderr
 
 
 def test_what_the_encoding_of_stdout_lacks_is_escaped_and_costs_no_work(tmp_path, model_folder, data_file):
     compare = ["compare", "--model", model_folder, "--data", data_file, "--test", data_file, "--max-steps", "1"]
-    env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent), "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "pyfastpeft.cli", *compare, "--methods", "qlora", "--output", "é"]
+    env = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
+    command = [*CLI, *compare, "--methods", "qlora", "--output", "é"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0 and "saved in \\xe9/qlora" in done.stdout and "adapter in \\xe9/qlora" in done.stdout
     assert (tmp_path / "é" / "qlora" / "adapter_model.safetensors").is_file()
@@ -563,11 +558,10 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped_and_costs_no_work(tmp_path
 def test_progress_that_cannot_be_written_costs_no_result(tmp_path, model_folder, data_file):
     compare = ["compare", "--model", model_folder, "--data", data_file, "--test", data_file, "--max-steps", "1"]
     compare += ["--max-length", "90"]  # of which a warning says how many rows it cuts
-    env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent)}
-    command = [sys.executable, "-m", "pyfastpeft.cli", *compare, "--methods", "qlora", "--output", "out", "--json"]
+    command = [*CLI, *compare, "--methods", "qlora", "--output", "out", "--json"]
     reader, stderr = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, cwd=tmp_path, env=env)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, cwd=tmp_path, env=ENVIRONMENT)
     os.close(stderr)
     assert done.returncode == 0 and json.loads(done.stdout)["methods"][0]["steps"] == 1
 
@@ -850,13 +844,12 @@ def test_compare_puts_the_method_first_that_answers_best_and_goes_on_after_one_t
 @pytest.fixture
 def comparing(tmp_path, model_folder, data_file):
     """A ``compare`` that would train for hours, and the process of its method, which starts; stderr is in ``err``."""
-    command = [sys.executable, "-m", "pyfastpeft.cli", "compare", "--model", model_folder, "--data", data_file]
+    command = [*CLI, "compare", "--model", model_folder, "--data", data_file]
     command += ["--test", data_file, "--output", "out", "--methods", "qlora", "--max-steps", "1000000"]
-    env = os.environ | {"PYTHONPATH": str(Path(fp.__file__).parent.parent)}
     streams = {"stdout": subprocess.DEVNULL, "stderr": (tmp_path / "err").open("w")}
     # What runs the tests may ignore Ctrl-C.
     interruptible = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    parent = subprocess.Popen(command, cwd=tmp_path, env=env, **streams, **interruptible)
+    parent = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **streams, **interruptible)
     children = []
     while not children and parent.poll() is None:
         time.sleep(0.1)
