@@ -197,16 +197,7 @@ class Linear4bit(OneDevice, nn.Linear):
     ) -> Linear4bit:
         """A layer around an existing packed matrix (N, K)."""
         n, k = packed.shape
-        self = cls(
-            k,
-            n,
-            False,
-            packed.quant_type,
-            packed.blocksize,
-            compute_dtype=compute_dtype,
-            device="meta",
-            compute=compute,
-        )
+        self = cls(k, n, bias=False, compute_dtype=compute_dtype, device="meta", compute=compute)
         self.set_packed(packed)
         if bias is not None:
             self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
