@@ -88,9 +88,15 @@ def _uncalled(parent: nn.Module) -> tuple[str, ...]:
     return uncalled
 
 
-def never_calls(parent: nn.Module, name: str) -> bool:
-    """Whether ``parent`` takes the weight of its layer ``name``, or that layer from a list, and never calls what is in
-    its place: what is put around it has no effect. (Mamba's mixers call ``dt_proj`` where the model is quantized.)"""
+def _parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    around, _, name = path.rpartition(".")
+    return model.get_submodule(around), name
+
+
+def never_calls(model: nn.Module, path: str) -> bool:
+    """Whether what is around the layer at ``path`` takes its weight, or the layer from a list, and never calls what is
+    in its place: what is put around it has no effect. (Mamba's mixers call ``dt_proj`` of a quantized model.)"""
+    parent, name = _parent_of(model, path)
     if _has_in_a_list(parent, name):
         return True
     if isinstance(parent, nn.MultiheadAttention):
@@ -101,19 +107,19 @@ def never_calls(parent: nn.Module, name: str) -> bool:
     return name in _uncalled(parent)
 
 
-def passes_by(parent: nn.Module, name: str) -> bool:
+def passes_by(model: nn.Module, path: str) -> bool:
     """Whether that is so on some paths at least, as in training of the ``out_proj`` of Mamba's mixers and Gemma 3n's
     ``correction_coefs``: what is put around the layer does not learn there."""
+    parent, name = _parent_of(model, path)
     kind = type(parent).__name__
     if kind == "Gemma3nTextAltUp":
         return name == "correction_coefs"
-    return never_calls(parent, name) or (name in ("dt_proj", "out_proj") and _MIXER.search(kind) is not None)
+    return never_calls(model, path) or (name in ("dt_proj", "out_proj") and _MIXER.search(kind) is not None)
 
 
 def needs_full_precision(model: nn.Module, path: str) -> bool:
     """Whether what is around the layer at ``path`` reads its weight wherever it runs, or has the layer in a list, so
     that 4 bits do not do. (Mamba's fused kernel, which reads that of ``out_proj``, trains on GPUs alone.)"""
-    *around, name = path.split(".")
-    parent = model.get_submodule(".".join(around))
+    parent, name = _parent_of(model, path)
     read = name in (*_READ, *_uncalled(parent), *_READ_BY.get(type(parent).__name__, ()))
-    return read or not _READ_WITHIN.isdisjoint(around) or _has_in_a_list(parent, name)
+    return read or not _READ_WITHIN.isdisjoint(path.split(".")[:-1]) or _has_in_a_list(parent, name)

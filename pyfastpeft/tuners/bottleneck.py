@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import is_linear, matrix_shape
+from ..nn.weight_reads import passes_by
 from ..ops.checks import as_count, check_choice
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, names_or_pattern, register_method
@@ -23,7 +24,6 @@ from .modules import (
     base_of,
     check_called,
     is_named,
-    is_passed_by,
     modules_of,
     no_target,
     put,
@@ -108,7 +108,7 @@ def ends_of_sublayers(model: nn.Module, placement: str) -> list[str]:
             layers_in[path.rpartition(".")[0]].append(path)
     # Some are no layers but have one, as in Gemma 4's encoders.
     ends = [layers_in[path][0] if len(layers_in[path]) == 1 else path for kind in found for path in kind]
-    return sorted(path for path in ends if not is_passed_by(model, path))
+    return sorted(path for path in ends if not passes_by(model, path))
 
 
 class BottleneckTuner(Tuner):

@@ -20,6 +20,7 @@ from ..nn.lora import LoraConv1D, expected_tensors, is_linear, layer_class
 from ..nn.lora_init import loftq, olora, pissa
 from ..nn.lora_layer import LoraLayer, scaling_of
 from ..nn.trainable_tokens import TrainableTokens
+from ..nn.weight_reads import never_calls, passes_by
 from ..ops.checks import as_count
 from .adapted import adapter_dtype
 from .base import (
@@ -43,8 +44,6 @@ from .modules import (
     inside_of,
     inside_saved,
     is_named,
-    is_never_called,
-    is_passed_by,
     modules_of,
     names_of,
     no_target,
@@ -316,7 +315,7 @@ def _all_linear(model: nn.Module, config: LoraConfig) -> list[str] | str:
     kept = {m for saved in find_saved(config, model).values() for m in saved.modules()}
     for path, module in modules_of(model):
         if is_linear(base_of(module)) and module is not head:
-            linear += [] if module in kept or is_passed_by(model, path) else [path]
+            linear += [] if module in kept or passes_by(model, path) else [path]
         if path.endswith("experts"):
             fused += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
     if fused:
@@ -499,7 +498,7 @@ class LoraTuner(Tuner):
         if hidden := [path for path in inside_saved(self.model) if matches(config, path)]:
             said = f"target_modules match {hidden}, which modules_to_save of another adapter holds; they are left out"
             warnings.warn(said, stacklevel=4)
-        if uncalled := [path for path in targets if is_never_called(self.model, path)]:
+        if uncalled := [path for path in targets if never_calls(self.model, path)]:
             said = f"target_modules match {uncalled}, whose weights are read without calling the layers in their places"
             warnings.warn(f"{said}: LoRA has no effect, and is left out of merges", stacklevel=4)
         for field_name in ("rank_pattern", "alpha_pattern"):
@@ -551,7 +550,7 @@ class LoraTuner(Tuner):
         if isinstance(module, LoraLayer):
             return module
         layer = layer_class(module)(module, self.bank).train(module.training)
-        layer.called = not is_never_called(self.model, path)
+        layer.called = not never_calls(self.model, path)
         put(self.model, path, layer)
         self.bank.layers[path] = layer
         self.bank.forget()

@@ -19,7 +19,7 @@ from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.rows_elsewhere import dims_elsewhere
 from ..nn.trainable_tokens import TrainableTokens
-from ..nn.weight_reads import never_calls, passes_by
+from ..nn.weight_reads import passes_by
 from .base import PeftConfig
 
 WRAPPERS = (LoraLayer, ModulesToSave, TrainableTokens, BottleneckLayer)
@@ -249,26 +249,14 @@ def no_target(asked: list[str] | str, model: nn.Module, paths: Iterable[str]) ->
     return ValueError(f"{said}. {hint(asked, model, paths)}")
 
 
-def is_never_called(model: nn.Module, path: str) -> bool:
-    """Whether what stands around the layer at ``path`` reads its weight and does not call it (:func:`never_calls`)."""
-    parent, _, name = path.rpartition(".")
-    return never_calls(model.get_submodule(parent), name)
-
-
-def is_passed_by(model: nn.Module, path: str) -> bool:
-    """Whether that is so on some paths at least (:func:`passes_by`)."""
-    parent, _, name = path.rpartition(".")
-    return passes_by(model.get_submodule(parent), name)
-
-
 def check_called(model: nn.Module, targets: Iterable[str], advice: str) -> None:
     """Whether the layers at ``targets`` are all called, so that what is put around them has an effect.
 
     Raises:
-        ValueError: one is not (:func:`is_passed_by`); ``advice`` says what to do.
+        ValueError: one is not (:func:`passes_by`); ``advice`` says what to do.
     """
     for path in targets:
-        if is_passed_by(model, path):
+        if passes_by(model, path):
             holder = type(model.get_submodule(path.rpartition(".")[0])).__name__
             raise ValueError(
                 f"target_modules matches {path!r}, whose weight {holder} reads without calling the layer in its place, "
