@@ -447,12 +447,6 @@ class AdaptedModel(OneDevice, nn.Module):
         self.bank.version += 1
 
     def _swapped_alike(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor]) -> bool:
-        done = self._swap_alike(name, config, values)
-        if done and config is not None:
-            self.configs[name] = config.in_place_of(self.configs[name])
-        return done
-
-    def _swap_alike(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor]) -> bool:
         """The common case at full speed: the same keys, shapes and form. False: another case, nothing is done."""
         tuner, old, layouts = self.tuner_of(name), self.configs[name], self.bank.layouts
         if name not in layouts:
@@ -469,6 +463,8 @@ class AdaptedModel(OneDevice, nn.Module):
             if [v.shape for v in new] != shapes or not kinds or any(v.is_meta for v in new):
                 return False
             copy_tensors(targets, new)
+        if config is not None:
+            self.configs[name] = config.in_place_of(old)
         self.bank.version += 1
         return True
 
