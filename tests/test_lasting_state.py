@@ -436,6 +436,13 @@ class TestErrorsAndInterrupts:
             model.set_adapter("other", inference_mode=True)
         assert model.active_adapters == ["default"] and not model.peft_config["other"].inference_mode
 
+    def test_the_warning_names_all_that_is_unmerged(self):
+        model = adapted(fp.LoraConfig(target_modules=["q_proj"], **LORA))
+        model.add_adapter("other", fp.LoraConfig(target_modules=["v_proj"], **LORA))
+        model.merge_adapter(["default", "other"])
+        with pytest.warns(UserWarning, match=r"\['default', 'other'\] are merged, and are unmerged"):
+            model.set_adapter("other")
+
 
 class TestFilesBesideOtherAdapters:
     @pytest.mark.parametrize("other", [{"target_modules": ["v_proj"]}, {"modules_to_save": ["lm_head"]}])

@@ -353,9 +353,8 @@ class AdaptedModel(OneDevice, nn.Module):
 
     def give_way(self, why: str) -> None:
         """Unmerge what is merged, with a warning that says ``why``."""
-        merged = next((layer for layer in self.bank.mergeable if layer.merged_adapters), None)
-        if merged is not None:
-            warnings.warn(f"{merged.merged_adapters} are merged, and are unmerged {why}", stacklevel=3)
+        if merged := self.merged():
+            warnings.warn(f"{list(merged)} are merged, and are unmerged {why}", stacklevel=3)
             self.unmerge()
 
     def _trained(self, name: str) -> list[nn.Parameter]:
