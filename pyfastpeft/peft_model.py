@@ -474,11 +474,12 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         self.base_model.known([adapter_name])
         self.base_model.bank.check_unmerged(adapter_name)
-        active = tuple(n for n in self.base_model.bank.chosen if n != adapter_name)
+        chosen = self.base_model.bank.chosen
         try:
             self.base_model.remove(adapter_name)
         finally:
-            self.base_model.activate(active or tuple(self.peft_config)[:1])
+            left = tuple(n for n in chosen if n != adapter_name)
+            self.base_model.activate(tuple(self.peft_config)[:1] if chosen == (adapter_name,) else left)
 
     def add_weighted_adapter(
         self,

@@ -1282,6 +1282,12 @@ class TestSeveralAdapters:
         assert not any("lora" in n for n, _ in model.named_modules())
         assert model(ids).shape == (2, 3, 24)
 
+    def test_deleting_another_adapter_activates_none_where_none_is(self):
+        model = block("a", "b")
+        model.set_adapter([])
+        model.delete_adapter("b")
+        assert model.active_adapters == []
+
     def test_only_the_active_adapter_trains(self):
         model = block("a", "b")
         for name in ("a", "b", "a"):
