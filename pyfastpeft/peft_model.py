@@ -28,7 +28,7 @@ from .integrations.on_import import when_imported
 from .integrations.packed_images import check_shares
 from .integrations.trainer import teach_trainer
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from .tuners.adapted import AdaptedModel, check_name
+from .tuners.adapted import AdaptedModel, check_name, check_new
 from .tuners.base import PeftConfig, PeftType, TaskType
 from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
@@ -508,9 +508,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 combined.
         """
         names = self.base_model.known(adapters)
-        check_name(adapter_name)
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name is {adapter_name!r}, which this model has already")
+        check_new(adapter_name, self.peft_config)
         config, tensors = combine(
             self.base_model, names, weights, combination_type, svd_rank, density, majority_sign_method
         )

@@ -159,7 +159,7 @@ class AdaptedModel(OneDevice, nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Attach an adapter as :meth:`Tuner.attach` says; on any error the model is as it was."""
-        _check_new(name, self.configs)
+        check_new(name, self.configs)
         tuner = self.tuner(config)
         unmatched = unmatched_saved(config, self.model)
         if strict and unmatched:
@@ -545,7 +545,8 @@ def check_name(name: Any) -> None:
         )
 
 
-def _check_new(name: Any, taken: Mapping[str, PeftConfig]) -> None:
+def check_new(name: Any, taken: Mapping[str, PeftConfig]) -> None:
+    """Whether an adapter beside those ``taken`` can be called ``name``."""
     check_name(name)
     if name in taken:
         raise ValueError(f"adapter_name is {name!r}, which this model has already; delete it first or choose another")
