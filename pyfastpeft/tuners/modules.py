@@ -300,11 +300,7 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
             if child.bias is not None:
                 state[f"{prefix}bias"] = child.bias
         else:
-            own = {k: t for k, t in child._parameters.items() if t is not None}
-            own |= {
-                k: t for k, t in child._buffers.items() if t is not None and k not in child._non_persistent_buffers_set
-            }
-            state |= {prefix + k: t for k, t in own.items()}
+            child._save_to_state_dict(state, prefix, keep_vars=True)
     return state
 
 
