@@ -89,8 +89,7 @@ class PrefixTuningConfig(InitialTextConfig):
         if self.init_weights == "zero" and self.prefix_init not in (None, "zero"):
             raise ValueError(f"prefix_init is {self.prefix_init!r}, and init_weights is 'zero'; give one of them")
         if self.prefix_init is None:
-            given = "zero" if self.init_weights == "zero" else None
-            self.prefix_init = given or ("random" if self.prefix_projection else "text")
+            self.prefix_init = self.init_weights or ("random" if self.prefix_projection else "text")
         self._check_initial()
         if self.prefix_projection and self.prefix_init == "text":
             raise ValueError("prefix_init is 'text'; with prefix_projection it must be 'random' or 'zero'")
