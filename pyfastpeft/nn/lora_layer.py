@@ -7,6 +7,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -100,13 +101,6 @@ def check_finite(names: Sequence[str], values: Iterable[Tensor | None], dtype: t
 
 Factor = nn.Linear | Tensor
 """A or B: a linear layer, or, beside an embedding, the values themselves."""
-
-
-def _pair(n_in: int, r: int, n_out: int, bias: bool, initialize: bool) -> tuple[nn.Linear, nn.Linear]:
-    if initialize:
-        return nn.Linear(n_in, r, bias=False), nn.Linear(r, n_out, bias=bias)
-    make = nn.utils.skip_init
-    return make(nn.Linear, n_in, r, bias=False), make(nn.Linear, r, n_out, bias=bias)
 
 
 def _weight_of(part: nn.Linear) -> Tensor:
@@ -305,11 +299,11 @@ class LoraLayer(nn.Module, ABC):
         if use_dora:
             norm = self.weight.new_empty((self.out_features,), dtype=dtype) if empty else self.norm(name).to(dtype)
             self.lora_magnitude_vector[name] = Magnitude(norm)
-            self.lora_magnitude_vector[name].to(device)
 
     def _draw(self, r: int, lora_bias: bool, initial: Any, empty: bool) -> tuple[Factor, Factor]:
         """A and B for :meth:`_hold`, drawn before they are placed: a seed's values are the same wherever they go."""
-        a, b = _pair(self.in_features, r, self.out_features, lora_bias, not empty)
+        make = partial(nn.utils.skip_init, nn.Linear) if empty else nn.Linear
+        a, b = make(self.in_features, r, bias=False), make(r, self.out_features, bias=lora_bias)
         if not (empty or initial is False or callable(initial)):
             if initial == "gaussian":
                 nn.init.normal_(a.weight, std=1 / r)
