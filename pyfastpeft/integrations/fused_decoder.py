@@ -354,10 +354,9 @@ class _Stack:
         for name in names:
             self._factors(*module._holders(name))
         self._copied += module.parts(names)
-        a, b, scale = module.stacked(names)
         if mode is not None and not module.all_finite(names, dtype):
             raise _Unsupported  # a zero of the factor leaves out what is finite; see ops/mixed.py
-        factor = module.column_scale(names, scale, mode, 0 if mode is None else len(mode.of_row))
+        a, b, factor = module.stacked(names, mode, 0 if mode is None else len(mode.of_row))
         branch = module.branch(dtype, names, a, b, factor, 0.0)
         if isinstance(branch, PackedLora):
             a, b, factor = branch.a_pairs, branch.b_pairs, F.pad(factor, (0, factor.shape[-1] % 2))

@@ -102,16 +102,14 @@ class LoraLinear(LoraLayer):
             groups[dropout] = (*groups.get(dropout, ()), name)
 
         if self._fused and len(groups) == 1 and not gains and not hooked(self.base_layer):
-            a, b, scale = self.stacked(names)
-            scale = self.column_scale(names, scale, mode, rows)
+            a, b, scale = self.stacked(names, mode, rows)
             y = self.base_layer(x, self.branch(x.dtype, names, a, b, scale, next(iter(groups))))
             dtype = y.dtype
         else:
             y = self.base_layer(x, *args, **kwargs)
             dtype, bare = y.dtype, y if self.bias is None or not gains else y - self.bias
             for dropout, group in groups.items():
-                a, b, scale = self.stacked(group)
-                scale = self.column_scale(group, scale, mode, rows)
+                a, b, scale = self.stacked(group, mode, rows)
                 h = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
                 if scaled := {n: gains[n] for n in group if n in gains}:
                     b = torch.cat([self._gained(n, gains) for n in group], dim=1)
@@ -288,8 +286,7 @@ class LoraEmbedding(LoraLayer):
             mode.check_lead(x, 2)
         rows, lead = x.numel(), x.shape
         gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
-        a, b, scale = self.stacked(names)
-        scale = self.column_scale(names, scale, mode, rows)
+        a, b, scale = self.stacked(names, mode, rows)
         if gains:
             factor = self._base_gain(gains, mode, x, rows)
             y = y * (factor if mode is None else factor.view(*lead, -1))

@@ -397,16 +397,19 @@ class LoraLayer(nn.Module, ABC):
             self._cache.put(names, key, held)
         return held[1]
 
-    def stacked(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """A's one below the other [R, in], B's side by side [out, R], the scaling of each column [R]."""
-        if len(names) == 1:
-            return (*self.factors(names[0]), self._scale[names[0]])
+    def stacked(self, names: tuple[str, ...], mode: Rows | None, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A's one below the other [R, in], B's side by side [out, R], the factor of each column [R], or, where ``rows``
+        choose, of each row's columns [rows, R]."""
         tensors = self.parts(names)
 
         def stack(_: Any) -> tuple[Tensor, Tensor, Tensor]:
             return torch.cat(tensors[::3]), torch.cat(tensors[1::3], dim=1), torch.cat(tensors[2::3])
 
-        return self._cached(names, names, tensors, stack)
+        a, b, scale = tensors if len(names) == 1 else self._cached(names, names, tensors, stack)
+        if mode is None:
+            return a, b, scale
+        ranks = tuple(self.capacity(n) for n in names)
+        return a, b, mixed.zero_unless(mode.mask(names, rows, scale.device, ranks) > 0, scale)
 
     def parts(self, names: tuple[str, ...]) -> list[Tensor]:
         """What :meth:`stacked` puts together: A, B and the scaling of each."""
@@ -422,13 +425,6 @@ class LoraLayer(nn.Module, ABC):
         tensors = [t for name in names for t in self.factors(name)]
         packed = self._cached(names, ("packed", names), tensors, lambda before: repack_lora(before, a, b))
         return PackedLora(a, b, scaling, *packed[3:])
-
-    def column_scale(self, names: tuple[str, ...], scale: Tensor, mode: Rows | None, rows: int) -> Tensor:
-        """The factor of each column [R], or of each row's columns [rows, R], from the ``scale`` of :meth:`stacked`."""
-        if mode is None:
-            return scale
-        ranks = tuple(self.capacity(n) for n in names)
-        return mixed.zero_unless(mode.mask(names, rows, scale.device, ranks) > 0, scale)
 
     def norm(self, name: str) -> Tensor:
         """Float32 [out]: ||M + scaling · B A|| a row; no gradient flows into it."""
