@@ -484,6 +484,19 @@ def test_an_adapter_added_again_under_its_name_takes_the_values():
     assert all(torch.equal(t, new[k]) for k, t in tensors_of(model, "default").items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (partial(fp.LoraConfig, target_modules=["q_proj"]), "lora_dropout"),
+        (partial(fp.DeepPromptConfig, num_virtual_tokens=3, prefix=True), "prefix_dropout"),
+    ],
+)
+def test_the_configuration_says_the_dropout_that_is_in_place(kind, field):
+    model = fp.get_peft_model(tiny.make(), kind(**{field: 0.5}))
+    model.hotswap_adapter(tensors_of(model, "default"), config=kind())
+    assert getattr(model.peft_config["default"], field) == 0.5
+
+
 class TestRefused:
     KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
 

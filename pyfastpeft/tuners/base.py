@@ -137,6 +137,9 @@ class PeftConfig(ABC):
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset()
     """Fields that PEFT does not know and that mean nothing to who loads the adapter."""
 
+    IN_PLACE: ClassVar[tuple[str, ...]] = ("inference_mode",)
+    """Fields that belong to an adapter's place in the model: a hot-swap, which brings other values, leaves them."""
+
     task_type: TaskType | str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -162,7 +165,7 @@ class PeftConfig(ABC):
 
     def in_place_of(self, old: PeftConfig) -> PeftConfig:
         """This configuration for the adapter ``old``, which takes the values that belong to it."""
-        return replace(self, inference_mode=old.inference_mode)
+        return replace(self, **{name: getattr(old, name) for name in self.IN_PLACE})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration under PEFT's keys, sorted, ready for JSON."""

@@ -37,6 +37,7 @@ class DeepPromptConfig(InitialTextConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.DEEP_PROMPT_TUNING
     IN_PEFT: ClassVar[bool] = False
+    IN_PLACE: ClassVar[tuple[str, ...]] = (*InitialTextConfig.IN_PLACE, "prefix_dropout")
 
     prefix: bool = False
     prefix_dropout: float = 0.0

@@ -121,6 +121,7 @@ class LoraConfig(PeftConfig):
     """
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
+    IN_PLACE: ClassVar[tuple[str, ...]] = (*PeftConfig.IN_PLACE, "lora_dropout")
     ABSENT: ClassVar[dict[str, Any]] = {
         "alora_invocation_tokens": None,
         "arrow_config": None,

@@ -40,6 +40,7 @@ class SoftPromptConfig(PeftConfig):
     """
 
     NOT_SAVED: ClassVar[frozenset[str]] = frozenset(("without_encoder",))
+    IN_PLACE: ClassVar[tuple[str, ...]] = (*PeftConfig.IN_PLACE, "without_encoder")
     is_prompt_learning: ClassVar[bool] = True
     form: ClassVar[Form]
     """What the virtual tokens are to the model."""
@@ -64,9 +65,6 @@ class SoftPromptConfig(PeftConfig):
 
     def __deepcopy__(self, memo: dict) -> SoftPromptConfig:
         return copy.copy(self)  # the tokenizer that it may hold is large, and nothing in it is changed in place
-
-    def in_place_of(self, old: SoftPromptConfig) -> SoftPromptConfig:
-        return replace(super().in_place_of(old), without_encoder=old.without_encoder)
 
     @property
     def rows(self) -> int:
