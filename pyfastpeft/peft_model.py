@@ -334,12 +334,18 @@ class PeftModel(PushToHubMixin, nn.Module):
         with self._mode(rows):
             return self.base_model.model.generate(*args, **kwargs)
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def generate_batch(self, *args: Any, adapter_names: None = None, **kwargs: Any) -> Any:
         """The base model's: transformers' continuous batching, by an attention of transformers.
 
         Raises:
-            ValueError: a soft prompt is active, which these attentions know nothing of.
+            ValueError: a soft prompt is active, which these attentions know nothing of, or ``adapter_names`` are given:
+                continuous batching packs the rows into one.
         """
+        if adapter_names is not None:
+            raise ValueError(
+                f"adapter_names is {adapter_names!r}; continuous batching has one choice of adapters for all rows, "
+                "which set_adapter makes: leave it out, or call generate"
+            )
         bank = self.base_model.bank
         prompts = [name for name in bank.active if self.peft_config[name].is_prompt_learning]
         if bank.enabled and prompts:

@@ -1725,6 +1725,8 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"adapters \['default'\] are soft prompts; continuous batching"):
             model.generate_batch([[5, 6, 7]])
         model.set_adapter("lora")
+        with pytest.raises(ValueError, match=r"adapter_names is \['lora'\]; continuous batching has one choice"):
+            model.generate_batch([[5, 6, 7]], adapter_names=["lora"])
         assert model.config._attn_implementation == "pyfastpeft"
         config = tf.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
         (found,) = model.generate_batch([[5, 6, 7]], generation_config=config, progress_bar=False).values()
