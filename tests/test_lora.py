@@ -2028,6 +2028,25 @@ class TestBadArguments:
         with pytest.raises(ValueError, match="has 4 names; it must have one a row, and a layer saw 6 rows"):
             model(ids=torch.randint(0, 20, (2, 3)), adapter_names=["a"] * 4)
 
+    @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+    @pytest.mark.parametrize(
+        "compute",
+        [
+            lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.4),
+            nn.utils.weight_norm,
+            nn.utils.parametrizations.weight_norm,
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+    def test_a_weight_that_is_computed_is_not_merged_into(self, compute, merge):
+        base, ids = tiny.make(), tiny.inputs()["input_ids"]
+        compute(base.model.layers[1].mlp.down_proj)
+        model = fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+        expected = model(ids).logits
+        with pytest.raises(ValueError, match=r"the weight of a .*Linear of shape \(32, 64\) is computed"):
+            getattr(model, merge)()
+        assert torch.equal(model(ids).logits, expected)
+
     def test_an_adapter_that_starts_from_the_base_is_refused_while_others_are_merged(self):
         model = block("a")
         model.merge_adapter()

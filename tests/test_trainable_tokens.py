@@ -107,6 +107,17 @@ def test_rows_merge_come_out_again_and_leave_with_the_adapter(architecture, toke
     assert all(torch.equal(t, base.state_dict()[key]) for key, t in plain.state_dict().items())
 
 
+def test_rows_are_not_merged_into_a_weight_that_is_computed():
+    base, rows = tiny.make(), tiny.inputs(length=16)
+    torch.nn.utils.prune.l1_unstructured(base.model.embed_tokens, "weight", 0.4)
+    model = fp.get_peft_model(base, config(fp, [1, 3], "llama")).eval()
+    tiny.randomize(model)
+    expected = logits(model, rows)
+    with pytest.raises(ValueError, match=r"the weight of a Embedding of shape .* is computed"):
+        model.merge_adapter()
+    assert torch.equal(logits(model, rows), expected)
+
+
 @pytest.mark.parametrize(
     ("dtype", "value", "options"),
     [

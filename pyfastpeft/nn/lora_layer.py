@@ -103,6 +103,20 @@ Factor = nn.Linear | Tensor
 """A or B: a linear layer, or, beside an embedding, the values themselves."""
 
 
+def check_own_weight(layer: nn.Module) -> None:
+    """Whether the weight is a parameter, in whose place a merged one can stand.
+
+    Raises:
+        ValueError: it is computed from others, which a merge would not reach.
+    """
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            f"the weight of a {type(layer).__name__} of shape {tuple(layer.weight.shape)} is computed, by a "
+            "parametrization, prune or weight_norm; to be merged into it must be a parameter again: "
+            "parametrize.remove_parametrizations, prune.remove or remove_weight_norm"
+        )
+
+
 def _weight_of(part: nn.Linear) -> Tensor:
     """A or B, which may be computed: by a parametrization, or (``prune``, the old ``weight_norm``) before a forward."""
     if "weight" not in part._parameters:
@@ -170,6 +184,7 @@ class LoraLayer(nn.Module, ABC):
 
     def stored(self, matrix: Tensor) -> nn.Parameter | Packed4bit:
         """``matrix`` [out, in] as the base layer holds it, in its own precision."""
+        check_own_weight(self.base_layer)
         weight = self.base_layer.weight
         # A new parameter, so that a tied one elsewhere keeps its values.
         stored = self.as_stored(matrix).to(weight.dtype).contiguous()
@@ -513,8 +528,8 @@ class LoraLayer(nn.Module, ABC):
             dtype: what the caller will cast the result to, where it must be finite too.
 
         Raises:
-            ValueError: ``safe_merge`` and the result is not finite, or an adapter has a bias and the base layer none;
-                nothing is merged then.
+            ValueError: ``safe_merge`` and the result is not finite, an adapter has a bias and the base layer none, or
+                that one's weight is computed; nothing is merged then.
         """
         held, asked = self.merged_adapters, self.active_adapters if adapter_names is None else adapter_names
         names = tuple(dict.fromkeys((*held, *(n for n in asked if n in self.r))))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank, Rows
 from ..ops import mixed
 from .lora import as_output
-from .lora_layer import applied, check_finite
+from .lora_layer import applied, check_finite, check_own_weight
 
 
 class TokenRows:
@@ -106,6 +106,8 @@ class TokenRows:
         if len(names) == len(held):
             return
         self.unmerge()
+        for layer in self.layers.values():
+            check_own_weight(layer)
         if safe_merge:
             check_finite(names, (self.values[n].to(self.weight) for n in names), dtype)
         self._unmerged, self.merged_adapters = self.weight, list(names)
