@@ -849,6 +849,24 @@ class TestWherePeftFails:
         close(own(ids).logits, expected)
 
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
+    def test_a_decoder_may_have_fewer_layers_than_an_encoder_that_its_configuration_counts(self, method):
+        """As distilled Whispers, of whose keys and values PEFT's files have those for the encoder's number."""
+        sizes = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4}
+        sizes |= {"decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "pad_token_id": 0}
+        base = tf.WhisperForCausalLM(tf.WhisperConfig(vocab_size=tiny.VOCAB, max_source_positions=6, **sizes)).eval()
+        tokens, ids = torch.arange(P), torch.arange(4, 13)[None]
+        own = ours(base, method)
+        prefixes = own.base_model.tuner_of("default").prefixes
+        made = {"prompt": base.get_input_embeddings(), "prefix": prefixes.keys_values, "deep": prefixes.layer_inputs}
+        with torch.no_grad():
+            own.prompt_encoder["default"].embedding.weight.copy_(made[method](tokens))
+            expected = base(torch.cat([tokens[None], ids], 1)).logits[:, P:]
+        close(own(ids).logits, expected)
+        if method == "prefix":
+            theirs, own = pair(base, method)
+            close(own(ids).logits, theirs(input_ids=ids).logits)
+
+    @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
     def test_a_model_around_opt_reaches_the_decoder_in_it(self, method):
         """BLIP-2's decoder is an OPT with its head, which does not call the model in it but the decoder in that."""
         part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}

@@ -91,9 +91,10 @@ class SoftPromptConfig(PeftConfig):
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
         """Fill in and check what depends on the model."""
         own = first_layer_config(model)
-        layers, heads = prefixes.shape.layers, own.num_attention_heads
-        width = model.get_input_embeddings().weight.shape[1] if self.at_embedding else own.hidden_size
-        self._expect(num_layers=layers, num_attention_heads=heads, token_dim=width)
+        layers, width = len(prefixes.attentions), own.hidden_size
+        if self.at_embedding:
+            layers, width = prefixes.shape.layers, model.get_input_embeddings().weight.shape[1]
+        self._expect(num_layers=layers, num_attention_heads=own.num_attention_heads, token_dim=width)
 
     def _expect(self, **values: int) -> None:
         """Fill in ``values`` where nothing is given.

@@ -374,10 +374,3 @@ class BidirectionalPrefixes(Prefixes):
                 "keys and values depend on the text; there is no prefix to export"
             )
         return super().export(names)
-
-    def keys_values(self, ids: Tensor) -> Tensor:
-        made, slots = self._of_tokens(ids), self.slots
-        # What no layer reads is as of the layer of that number.
-        readers = [slots.index(i) if i in slots else min(i, len(slots) - 1) for i in range(self.shape.layers)]
-        made = [made[2 * r + i].to(ids.device) for r in readers for i in (0, 1)]
-        return torch.cat(made).permute(2, 0, 1, 3).flatten(1)

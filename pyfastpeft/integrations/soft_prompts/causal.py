@@ -235,9 +235,6 @@ class CausalPrefixes(Prefixes):
         held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         return Values(self._in_layers(tied(held, output[0], self._blocks[-1])), output[0][:, -1])
 
-    def keys_values(self, ids: Tensor) -> Tensor:
-        return torch.cat([t.to(ids.device) for t in self._of_tokens(ids)]).permute(2, 0, 1, 3).flatten(1)
-
 
 def _looks_up_ids(decoder: nn.Module) -> bool:
     """Whether it wants each vector to be a token's: Gemma 4 does, for its embeddings a layer; Gemma 3n does not."""

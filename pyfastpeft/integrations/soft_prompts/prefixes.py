@@ -158,10 +158,6 @@ class Prefixes(ABC):
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
 
-    @abstractmethod
-    def keys_values(self, ids: Tensor) -> Tensor:
-        """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
-
     @property
     def _attends(self) -> nn.Module:
         """Whose attention is exchanged: the model's, or the decoder's alone where that of images or sounds, which takes
@@ -362,6 +358,14 @@ class Prefixes(ABC):
         """Keys and values, layer by layer in turn, each [heads, length, dim], of a row that uses ``names``."""
         with evaluating(self.decoder), self.bank.using(Rows((names,), names)):
             return [t[0].clone() for t in self._of_row(names, False).tensors]  # layers may read the same ones
+
+    def keys_values(self, ids: Tensor) -> Tensor:
+        """What the base model makes of the tokens ``ids`` [P]: [P, L · 2 · heads · dim], as Prefix Tuning keeps it."""
+        made, slots = self._of_tokens(ids), self.slots
+        # What no layer reads is as of the layer of that number.
+        readers = [slots.index(i) if i in slots else min(i, len(slots) - 1) for i in range(self.shape.layers)]
+        made = [made[2 * r + i].to(ids.device) for r in readers for i in (0, 1)]
+        return torch.cat(made).permute(2, 0, 1, 3).flatten(1)
 
     def layer_inputs(self, ids: Tensor) -> Tensor:
         """What the base model puts into its layers for the tokens ``ids`` [P]: [P, L · hidden]."""
