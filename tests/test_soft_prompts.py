@@ -1563,6 +1563,18 @@ class TestBadInput:
         with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
             ours(llama(), "prefix")(attention_mask=torch.ones(2, 3))
 
+    def test_a_prompt_at_the_embedding_beside_something_else_that_is_attended_to(self):
+        sizes = {"vocab_size": tiny.VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "add_cross_attention": True}
+        base, ids = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes)).eval(), tiny.inputs()["input_ids"]
+        other = {"encoder_hidden_states": torch.randn(len(ids), 6, 32)}
+        own = ours(base, "prompt").eval()
+        with pytest.raises(ValueError, match=r"encoder_hidden_states is given, on which adapters \['default'\]"):
+            own(ids, **other)
+        with own.disable_adapter():
+            close(own(ids, **other).logits, base(ids, **other).logits)
+        theirs, own = pair(base, "prefix")
+        close(own.eval()(ids, **other).logits, theirs.eval()(input_ids=ids, **other).logits)
+
     def test_a_model_that_is_no_transformers_model(self):
         with pytest.raises(ValueError, match="no model of transformers"):
             fp.get_peft_model(torch.nn.Linear(2, 2), config(fp, "prefix"))

@@ -121,6 +121,8 @@ class CausalPrefixes(Prefixes):
             return (args, kwargs | {attention.HANDED_DOWN: NOTHING}) if follows else None
         self._check_attention()
         kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        if kwargs.get("encoder_hidden_states") is not None:
+            self._check_apart(rows)
         inputs = kwargs.get("inputs_embeds")
         inputs = kwargs.get("input_ids") if inputs is None else inputs
         if inputs is None:
@@ -169,6 +171,15 @@ class CausalPrefixes(Prefixes):
         ends = [of_row[-1:] == [Form.EMBEDDINGS] for of_row in forms]
         found = with_first_label(kwargs, ends, self._masks_loss)
         return None if found is None else ((), found)
+
+    def _check_apart(self, rows: Sequence[tuple[str, ...]]) -> None:
+        """Of rows beside which the decoder attends to something else: a prompt that runs through it alone does not."""
+        prompts = {name for names in rows for name in names if name in self.sources}
+        if at_embedding := sorted(name for name in prompts if self.sources[name].form is Form.EMBEDDINGS):
+            raise ValueError(
+                f"encoder_hidden_states is given, on which adapters {at_embedding}, prompts at the embedding that run "
+                "through the model without it, would depend; use Prefix Tuning or P-Tuning v2, which do not"
+            )
 
     def _positions(self, kwargs: dict[str, Any], inputs: Tensor, past: int | Tensor | None) -> Tensor:
         """Of the text, from the model's first on."""
