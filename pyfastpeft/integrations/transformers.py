@@ -131,15 +131,20 @@ def _names(value: Any) -> list[str] | None:
 
 @register_quantizer(METHOD)
 class FastPeftQuantizer(HfQuantizer):
-    """Puts :class:`Linear4bit` in place of linear layers (``nn.Linear`` and GPT-2's ``Conv1D``) and fills them."""
+    """Puts :class:`Linear4bit` in place of linear layers (``nn.Linear`` and GPT-2's ``Conv1D``) and fills them.
+
+    Attributes:
+        originals: name → the full-precision layer, without weights, that stood there.
+        read: those of them that must be in full precision, though the checkpoint has them in 4 bits.
+    """
 
     quantization_config: FastPeftConfig
     requires_calibration = False
 
     def __init__(self, quantization_config: FastPeftConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._originals: dict[str, nn.Module] = {}
-        self._read: set[str] = set()  # of the originals
+        self.originals: dict[str, nn.Module] = {}
+        self.read: set[str] = set()
 
     @property
     def quantized_element_size(self) -> float:
@@ -170,27 +175,19 @@ class FastPeftQuantizer(HfQuantizer):
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, Linear4bit) and name == "weight"
 
-    def original(self, name: str) -> nn.Module:
-        """The full-precision layer, without weights, that stood at ``name``."""
-        return self._originals[name]
-
     def leave(self, model: PreTrainedModel, name: str, layer: Linear4bit) -> nn.Module:
         """Let that layer stand there again, with the bias of ``layer`` and a weight that is still to come."""
-        original = self._originals.pop(name)
+        original = self.originals.pop(name)
         original.bias = layer.bias
         model.set_submodule(name, original.requires_grad_())
         return original
-
-    def is_read(self, name: str) -> bool:
-        """Whether the layer ``name``, though the checkpoint has it in 4 bits, must be in full precision."""
-        return name in self._read
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         # Which layers are in 4 bits a checkpoint itself says, whatever class opens it: the others are left.
         skipped = [] if self.pre_quantized else config.modules_to_not_convert
         layers = layers_to_convert(model, skipped, read=self.pre_quantized)
-        self._read = {name for name in layers if needs_full_precision(model, name)}
+        self.read = {name for name in layers if needs_full_precision(model, name)}
         for name, module in layers.items():
             shape = module.weight.shape
             rows, columns = reversed(shape) if isinstance(module, Conv1D) else shape
@@ -207,8 +204,8 @@ class FastPeftQuantizer(HfQuantizer):
                 compute=config.compute,
             )
             model.set_submodule(name, layer.requires_grad_(False))
-            self._originals[name] = module
-        if not self._originals:
+            self.originals[name] = module
+        if not self.originals:
             raise nothing_to_convert(model, config)
         if not self.pre_quantized:
             _warn_of_other_weights(model)
@@ -227,7 +224,7 @@ class FastPeftQuantizer(HfQuantizer):
                         "it must be in floating point or have those of a 4-bit weight beside it"
                     )
                 self._put_original(model, name, layer, layer.weight.detach())
-                self._originals.pop(name).requires_grad_()
+                self.originals.pop(name).requires_grad_()
         in_4_bits = [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not _only_reads(c, in_4_bits)]
@@ -252,7 +249,7 @@ class FastPeftQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return []
         # By the layers' own names, so that other weights load the ordinary way.
-        leaves = dict.fromkeys(name.rpartition(".")[2] for name in self._originals)
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in self.originals)
         # The bare name last: older transformers take the first pattern that matches.
         suffixes = (*(f".{suffix}" for suffix in STATE_SUFFIXES), "")
         return [
@@ -278,14 +275,14 @@ class FastPeftQuantizer(HfQuantizer):
 
     def transpose_back(self, model: nn.Module) -> None:
         """Let ``Conv1D`` stand again where adapters left a linear layer in full precision."""
-        for name, original in self._originals.items():
+        for name, original in self.originals.items():
             layer = model.get_submodule(name)
             if isinstance(original, Conv1D) and type(layer) is nn.Linear:
                 self._put_original(model, name, layer, layer.weight.detach())
 
     def _put_original(self, model: nn.Module, name: str, layer: nn.Linear, weight: Tensor) -> None:
         """Let what stood at ``name`` stand there again, with ``weight`` [out, in] and the rest of ``layer``."""
-        original = self.original(name)
+        original = self.originals[name]
         weight = weight.t().contiguous() if isinstance(original, Conv1D) else weight
         original.weight, original.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         model.set_submodule(name, original.train(layer.training))
@@ -308,7 +305,7 @@ class _Quantize(_Op):
         for key, weight in input_dict.items():
             weight = weight[0] if isinstance(weight, list) else weight
             layer, _ = get_module_from_name(model, key)
-            transposed = isinstance(self.hf_quantizer.original(key.removesuffix(".weight")), Conv1D)
+            transposed = isinstance(self.hf_quantizer.originals[key.removesuffix(".weight")], Conv1D)
             layer.set_packed(self.hf_quantizer.quantized(weight.t() if transposed else weight))
             _let_go(weight)
             result[key] = layer.weight
@@ -333,7 +330,7 @@ class _Deserialize(_Op):
         if not isinstance(layer, Linear4bit):
             raise ValueError(f"{full_layer_name} is stored in 4 bits, but its layer is one that is not converted")
         packed = packed_from_state(state, key)
-        if self.hf_quantizer.is_read(name):  # while loading already, where buffers are made
+        if name in self.hf_quantizer.read:  # while loading already, where buffers are made
             layer = self.hf_quantizer.leave(model, name, layer)
             weight = packed.dequantize(layer.weight.dtype)
             weight = weight.t().contiguous() if isinstance(layer, Conv1D) else weight
