@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 BASE = "__base__"
 """In ``adapter_names``: no adapter."""
+CARRIED = "_pyfastpeft_adapters"
+"""The attribute of a base model that holds the configurations of the adapters it carries."""
 
 
 class Prefix(NamedTuple):

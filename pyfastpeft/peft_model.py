@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.utils import PushToHubMixin
 
-from .adapters import NO_ROWS, Names, Rows
+from .adapters import CARRIED, NO_ROWS, Names, Rows
 from .formats import floating_dtype
 from .hub.files import save_safetensors
 from .hub.peft import OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter, write_card
@@ -72,10 +72,6 @@ def get_peft_model(
     return _class_for(config)(model, config, adapter_name, autocast_adapter_dtype)
 
 
-_CARRIED = "_pyfastpeft_adapters"
-"""The attribute of a base model that holds its adapters' configurations, so that it is not wrapped a second time."""
-
-
 @contextmanager
 def _attaching(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` gets its first adapter; what goes wrong leaves it as it was."""
@@ -83,7 +79,7 @@ def _attaching(model: nn.Module) -> Iterator[None]:
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
     for path, module in model.named_modules():
         carrier = f"model is a {type(model).__name__} {f'whose {path!r}' if path else 'that'} carries"
-        held = vars(module).get(_CARRIED)
+        held = vars(module).get(CARRIED)
         if held or isinstance(module, WRAPPERS):  # the latter: inside of what carries them
             adapters = f"the adapters {list(held)}" if held else "adapters"
             raise ValueError(
@@ -194,7 +190,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def _wrap(self, model: nn.Module) -> None:
         self._came_fused = is_fused(model)
         self.base_model = AdaptedModel(model)
-        vars(model)[_CARRIED] = self.base_model.configs  # empty as long as no adapter is attached
+        vars(model)[CARRIED] = self.base_model.configs  # empty as long as no adapter is attached
         self.prompt_encoder = self.base_model.bank.prompts
         self.train(model.training)
         self._complete()
@@ -594,7 +590,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def _unloaded(self, names: tuple[str, ...], fused: bool) -> nn.Module:
         model = self.base_model.unwrapped(names)
-        vars(model).pop(_CARRIED, None)
+        vars(model).pop(CARRIED, None)
         (fuse if fused else unfuse)(model)
         return model
 

@@ -433,6 +433,24 @@ def test_dequantize_gives_back_an_ordinary_model(tmp_path, ids):
         assert torch.equal(output(auto.from_pretrained(tmp_path / "plain"), ids), output(plain, ids))
 
 
+@pytest.mark.parametrize("adapter", ["lora", "prompt", "peft"])
+def test_a_model_that_carries_adapters_is_not_dequantized_around_them(tmp_path, ids, adapter):
+    name = "bert" if adapter == "prompt" else "llama"
+    _, auto = saved(tmp_path, name)
+    model = auto.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig()).eval()
+    library = peft if adapter == "peft" else fp
+    lora = library.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    config = fp.PromptTuningConfig(num_virtual_tokens=3) if adapter == "prompt" else lora
+    adapted = library.get_peft_model(model, config).eval()
+    expected = output(adapted, ids)
+    with pytest.raises(
+        ValueError, match=r"carries adapters, and dequantize\(\) is of a model without; call unload\(\)"
+    ):
+        model.dequantize()
+    assert torch.equal(output(adapted, ids), expected)
+    assert not layers_4bit(adapted.unload().dequantize())
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_merged_into_full_precision_it_is_an_ordinary_model(tmp_path, ids, name):
     original, auto = saved(tmp_path / "full", name)

@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..adapters import CARRIED
 from ..formats import Packed4bit, floating_dtype, quantize_4bit
 from ..formats.codes import check_settings, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
@@ -260,16 +261,26 @@ class FastPeftQuantizer(HfQuantizer):
         ]
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        """transformers', by default in the dtype the model has now; there it is that of its loading."""
+        """transformers', by default in the dtype the model has now; there it is that of its loading.
+
+        Raises:
+            ValueError: the model carries a soft prompt, or a 4-bit layer other adapters; or ``dtype`` is no
+                floating-point dtype. Nothing has changed then.
+        """
         return super().dequantize(model, model.dtype if dtype is None else floating_dtype(dtype))
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from .accelerate import unfuse  # not while transformers is still importing itself
 
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+        prompts = any(config.is_prompt_learning for config in vars(model).get(CARRIED, {}).values())
+        if prompts or not layers.keys() <= self.originals.keys():  # the latter: something is around them
+            raise ValueError(
+                f"this {type(model).__name__} carries adapters, and dequantize() is of a model without; call unload() "
+                "first, or a PeftModel's merge_and_unload(dequantize=True) instead"
+            )
         unfuse(model)
-        for name, layer in list(model.named_modules()):
-            if not isinstance(layer, Linear4bit):
-                continue
+        for name, layer in layers.items():
             self._put_original(model, name, layer, layer.dequantize(dtype))
         return model
 
