@@ -186,20 +186,17 @@ class BidirectionalPrefixes(Prefixes):
         kind = type(self.model).__name__
         config = config_of(self.decoder, kind)
         text = config.get_text_config(decoder=True)
-        layers, queries = text.num_hidden_layers, getattr(text, "num_attention_heads", None)
-        if queries is None:
+        if getattr(text, "num_attention_heads", None) is None:
             raise ValueError(f"a {kind} has no attention, so it cannot take a soft prompt")
-        heads = getattr(text, "num_key_value_heads", None) or queries
-        width = getattr(text, "true_hidden_size", text.hidden_size)  # MobileBERT's layers are narrower inside
-        dim = getattr(config, "d_kv", None) or getattr(text, "head_dim", None) or width // queries
+        shape = KeyValueShape.of(text)
         # Of an encoder–decoder PEFT counts the encoder's layers.
-        self.shape = KeyValueShape(getattr(self.model.config, "num_hidden_layers", layers), heads, dim)
+        self.shape = shape._replace(layers=getattr(self.model.config, "num_hidden_layers", shape.layers))
         # PEFT lays out an encoder–decoder's keys and values in fours, and uses the first two of each.
         step = 2 if self.seq2seq else 1
         self.slots = [step * i % self.shape.layers for i in range(len(self.attentions))]
         # GIT's and PaliGemma's images have some too.
         self._of_text = all(isinstance(getattr(m, "config", text), type(text)) for m in self.attentions)
-        self._whole = len(self.attentions) == layers
+        self._whole = len(self.attentions) == shape.layers
         self._biased = [m for m in self.attentions if getattr(m, "has_relative_attention_bias", False)]
         # A mask of a sliding window that looks both ways says how far keys may lie from a query, but not where a prefix
         # lies: such a model's rotary positions are left alone, and `check` refuses it.

@@ -31,9 +31,10 @@ class KeyValueShape(NamedTuple):
 
     @staticmethod
     def of(config: Any) -> KeyValueShape:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return KeyValueShape(config.num_hidden_layers, heads, dim)
+        queries = config.num_attention_heads
+        width = getattr(config, "true_hidden_size", config.hidden_size)  # MobileBERT's layers are narrower inside
+        dim = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or width // queries
+        return KeyValueShape(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or queries, dim)
 
     @staticmethod
     def of_decoder(decoder: nn.Module, kind: str) -> KeyValueShape:
