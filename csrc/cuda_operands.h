@@ -150,7 +150,7 @@ struct Operators {
       STD_TORCH_CHECK(bias->numel() == n, "bias must be [N]");
     }
     if (m == 0 || n == 0) return;
-    x = with_contiguous_columns(x);
+    make_columns_contiguous(x);
     std::optional<LoraArguments> lora;
     if (lora_a.has_value()) lora.emplace(codes, w, m, lora_a, lora_b, scaling, slots, factor);
     const PfLora* branch = lora.has_value() ? &lora->lora : nullptr;

@@ -204,10 +204,10 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
         continue;
       }
       // Unlike a packed weight it may have been cast or replaced since.
-      const Tensor& weight = dense.emplace_back(with_contiguous_columns(*held.dense));
-      STD_TORCH_CHECK(weight.size(0) == held.n && weight.size(1) == held.k && dtype_of(weight, "weight") == d.dtype,
-                      "weight must be [", held.n, ", ", held.k, "] in the dtype of x");
-      layer.linear[p].dense = matrix(weight, "weight");
+      Tensor& weight = dense.emplace_back(*held.dense);
+      const pf::Matrix w = layer.linear[p].dense = matrix(weight, "weight");
+      STD_TORCH_CHECK(w.rows == held.n && w.cols == held.k && w.dtype == d.dtype, "weight must be [", held.n, ", ",
+                      held.k, "] in the dtype of x");
     }
   }
   const pf::DecoderInput in{.x = x.const_data_ptr(),

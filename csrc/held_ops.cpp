@@ -36,7 +36,7 @@ struct Rows {
     STD_TORCH_CHECK(dims > 0 && x.size(dims - 1) == w.k, "x must be [.., K = ", w.k, "]");
     const int dtype = dtype_of(x, "x");
     if (dims == 2)
-      x = with_contiguous_columns(x);
+      make_columns_contiguous(x);
     else if (!x.is_contiguous())
       x = torch::stable::contiguous(x);
     std::vector<int64_t> sizes(dims);

@@ -12,7 +12,7 @@ using namespace pf::tensors;
 int64_t row_grain(int64_t cols) { return pf::thread_work() / 32 / (cols + 1) + 1; }
 
 // `t` as a matrix of the dtype and shape of `like`.
-pf::Matrix matching(const Tensor& t, const pf::Matrix& like, const char* name) {
+pf::Matrix matching(Tensor& t, const pf::Matrix& like, const char* name) {
   const pf::Matrix m = matrix(t, name);
   STD_TORCH_CHECK(m.dtype == like.dtype && m.rows == like.rows && m.cols == like.cols, name,
                   " must have the dtype of the other matrix and its shape, (", like.rows, ", ", like.cols, ")");
@@ -28,7 +28,6 @@ const void* norm_weight(Tensor& weight, const pf::Matrix& x) {
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   const pf::Kernels& k = kernels();
-  x = with_contiguous_columns(x);
   pf::RmsNormArgs args{.x = matrix(x, "x"), .eps = static_cast<float>(eps)};
   args.weight = norm_weight(weight, args.x);
   Tensor y = new_matrix(args.x.rows, args.x.cols, args.x.dtype);
@@ -39,8 +38,6 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
 
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight, double eps, bool need_weight) {
   const pf::Kernels& k = kernels();
-  x = with_contiguous_columns(x);
-  dy = with_contiguous_columns(dy);
   const pf::Matrix xm = matrix(x, "x");
   Tensor dx = new_matrix(xm.rows, xm.cols, xm.dtype);
   Tensor inverse = new_matrix(1, xm.rows, pf::kFloat32);
@@ -64,8 +61,6 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight,
 
 Tensor swiglu(Tensor gate, Tensor up) {
   const pf::Kernels& k = kernels();
-  gate = with_contiguous_columns(gate);
-  up = with_contiguous_columns(up);
   const pf::Matrix g = matrix(gate, "gate"), u = matching(up, g, "up");
   Tensor y = new_matrix(g.rows, g.cols, g.dtype);
   void* out = y.mutable_data_ptr();
@@ -75,9 +70,6 @@ Tensor swiglu(Tensor gate, Tensor up) {
 
 std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up) {
   const pf::Kernels& k = kernels();
-  dy = with_contiguous_columns(dy);
-  gate = with_contiguous_columns(gate);
-  up = with_contiguous_columns(up);
   const pf::Matrix g = matrix(gate, "gate"), u = matching(up, g, "up"), d = matching(dy, g, "dy");
   Tensor dgate = new_matrix(g.rows, g.cols, g.dtype), dup = new_matrix(g.rows, g.cols, g.dtype);
   void *dg = dgate.mutable_data_ptr(), *du = dup.mutable_data_ptr();
@@ -129,8 +121,9 @@ const int64_t* labels_of(Tensor& labels, int64_t rows, int64_t classes) {
 
 Tensor cross_entropy_(Tensor logits, Tensor labels) {
   const pf::Kernels& k = kernels();
+  const void* given = logits.const_data_ptr();
   const pf::Matrix x = matrix(logits, "logits");
-  STD_TORCH_CHECK((x.cols <= 1 || logits.stride(1) == 1) && x.ld >= x.cols,
+  STD_TORCH_CHECK(x.data == given && x.ld >= x.cols,
                   "logits must have contiguous columns and rows that do not overlap: they become the gradient");
   const int64_t* label = labels_of(labels, x.rows, x.cols);
   Tensor losses = torch::stable::new_empty(logits, {x.rows}, ScalarType::Float);
@@ -148,8 +141,6 @@ Tensor cross_entropy_(Tensor logits, Tensor labels) {
 // The losses [rows], and the gradient of their sum in hidden (empty where it is not wanted).
 std::tuple<Tensor, Tensor> head_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, bool differentiates) {
   kernels();
-  hidden = with_contiguous_columns(hidden);
-  weight = with_contiguous_columns(weight);
   pf::HeadLoss g{matrix(weight, "weight"), matrix(hidden, "hidden")};
   STD_TORCH_CHECK(g.w.cols == g.hidden.cols && g.w.dtype == g.hidden.dtype, "weight must be [classes, ", g.hidden.cols,
                   "] in the dtype of hidden");
@@ -168,8 +159,6 @@ std::tuple<Tensor, Tensor> head_cross_entropy(Tensor hidden, Tensor weight, Tens
 // x W^T + bias, summed in float32.
 Tensor dense_linear(Tensor x, Tensor weight, OptTensor bias) {
   kernels();
-  x = with_contiguous_columns(x);
-  weight = with_contiguous_columns(weight);
   const pf::Matrix xm = matrix(x, "x"), w = matrix(weight, "weight");
   STD_TORCH_CHECK(xm.cols == w.cols && xm.dtype == w.dtype, "weight must be [N, ", xm.cols, "] in the dtype of x");
   const Bias added(bias, w.rows);
@@ -183,8 +172,6 @@ Tensor dense_linear(Tensor x, Tensor weight, OptTensor bias) {
 // dy W.
 Tensor dense_linear_backward(Tensor dy, Tensor weight) {
   kernels();
-  dy = with_contiguous_columns(dy);
-  weight = with_contiguous_columns(weight);
   const pf::Matrix dym = matrix(dy, "dy"), w = matrix(weight, "weight");
   STD_TORCH_CHECK(dym.cols == w.rows && dym.dtype == w.dtype, "weight must be [", dym.cols, ", K] in the dtype of dy");
   Tensor dx = new_matrix(dym.rows, w.cols, dym.dtype);

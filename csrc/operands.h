@@ -157,15 +157,13 @@ struct BranchTensors {
                 int64_t rows, const OptTensor& seed, double dropout, int64_t n, int64_t k) {
     if (!lora_a.has_value()) return;
     STD_TORCH_CHECK(lora_b.has_value(), "lora A needs lora B");
-    if (lora_a->dim() == 4) {
-      a = *lora_a;
-      b = *lora_b;
+    a = *lora_a;
+    b = *lora_b;
+    if (a.dim() == 4) {
       const int64_t rank = b.dim() == 4 ? b.size(1) * 2 : 0;
       branch.a = packed_matrix(a, rank, k);
       branch.b = packed_matrix(b, n, rank);
     } else {
-      a = with_contiguous_columns(*lora_a);
-      b = with_contiguous_columns(*lora_b);
       branch.a = matrix(a, "lora A");
       branch.b = matrix(b, "lora B");
     }

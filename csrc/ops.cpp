@@ -14,7 +14,6 @@ namespace {
 using namespace pf::tensors;
 
 pf::Matrix input_of(Tensor& x, const pf::Weight& w) {
-  x = with_contiguous_columns(x);
   const pf::Matrix m = matrix(x, "x");
   STD_TORCH_CHECK(m.cols == w.k, "x has ", m.cols, " columns; it must have K = ", w.k);
   return m;
@@ -47,7 +46,6 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
 std::tuple<Tensor, Tensor, Tensor> gradients(const pf::Weight& w, Tensor dy, OptTensor x, OptTensor s, OptTensor lora_a,
                                              OptTensor lora_b, OptTensor row_scale, double scaling, OptTensor seed,
                                              double dropout, bool need_dx) {
-  dy = with_contiguous_columns(dy);
   const pf::Matrix dym = matrix(dy, "dy");
   const int64_t rows = dym.rows, n = dym.cols;
   const BranchTensors lora(lora_a, lora_b, row_scale, scaling, rows, seed, dropout, n, w.k);
@@ -57,7 +55,6 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const pf::Weight& w, Tensor dy, Opt
   STD_TORCH_CHECK(trains == s.has_value() && (!trains || rank > 0), "x, s, lora A and lora B belong together");
   pf::BranchTraining training{};
   if (trains) {
-    x = with_contiguous_columns(*x);
     training.x = matrix(*x, "x");
     training.s = matrix(*s, "s");
     STD_TORCH_CHECK(training.x.rows == rows && training.x.cols == w.k, "x must be [rows of dy, K]");
@@ -95,8 +92,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_4bit_backward(Tensor dy, OptTensor x, 
 std::tuple<Tensor, Tensor> lora_forward(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, double scaling,
                                         OptTensor seed, double dropout) {
   kernels();
-  base = with_contiguous_columns(base);
-  x = with_contiguous_columns(x);
   const pf::Matrix bm = matrix(base, "base"), xm = matrix(x, "x");
   STD_TORCH_CHECK(bm.rows == xm.rows && bm.dtype == xm.dtype, "base must have the rows of x and its dtype");
   const BranchTensors lora(lora_a, lora_b, std::nullopt, scaling, xm.rows, seed, dropout, bm.cols, xm.cols);
@@ -123,7 +118,6 @@ constexpr int64_t kMostElements = int64_t{1} << 58;  // of a tensor: sizes in by
 // A factor of an adapter in bf16, in the order in which the forward kernels read it: see Matrix in weight.h.
 void pack_pairs(Tensor m, Tensor out) {
   const pf::Kernels& k = kernels();
-  m = with_contiguous_columns(m);
   const pf::Matrix src = matrix(m, "m");
   packed_matrix(out, src.rows, src.cols + src.cols % 2);
   uint16_t* dst = static_cast<uint16_t*>(out.mutable_data_ptr());

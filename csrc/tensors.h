@@ -41,9 +41,9 @@ inline int dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// `t` itself where its columns are contiguous, else a copy.
-inline Tensor with_contiguous_columns(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+// A copy takes the place of a matrix whose columns are not contiguous.
+inline void make_columns_contiguous(Tensor& t) {
+  if (t.size(1) > 1 && t.stride(1) != 1) t = torch::stable::contiguous(t);
 }
 
 // A new contiguous tensor on the CPU, straight from the allocator: the dispatcher's way takes three times as long,
@@ -65,8 +65,9 @@ inline Tensor new_matrix(int64_t rows, int64_t cols, int dtype) {
   return new_dense(sizes, 2, dtype);
 }
 
-inline pf::Matrix matrix(const Tensor& t, const char* name) {
+inline pf::Matrix matrix(Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix");
+  make_columns_contiguous(t);
   return {t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), t.size(0) > 1 ? t.stride(0) : t.size(1)};
 }
 

@@ -92,6 +92,13 @@ def test_the_operator_names_what_is_wrong(x, weight, match):
         torch.ops.pyfastpeft.dense_linear_backward(x, weight)
 
 
+def test_operators_of_matrices_say_what_is_none():
+    ops, vector = torch.ops.pyfastpeft, torch.zeros(8)
+    for operator, arguments in ((ops.dense_linear, (torch.zeros(3, 8), None)), (ops.swiglu, (vector,))):
+        with pytest.raises(RuntimeError, match="must be a matrix"):
+            operator(vector, *arguments)
+
+
 def test_gradients_once_and_twice(pays):
     layer, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(3, 9, 24, requires_grad=True)
     dy = torch.randn(3, 9, 40, requires_grad=True)
