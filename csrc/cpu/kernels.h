@@ -189,11 +189,10 @@ struct Arithmetic {
   bool tiles;                 // gemm has instructions that multiply tiles of rows
   int64_t (*packed_rows_bytes)(int64_t rows, int64_t cols);
   int64_t (*panels_bytes)(int64_t lanes, int64_t contraction);
-  // Rows [row0, row1) of `src` into PackedRows of `src.rows` rows, times `factor` [rows or 1, cols] when not null.
-  void (*pack_rows)(const Matrix& src, const float* factor, int64_t factor_ld, const Dropout&, void* dst, int64_t row0,
-                    int64_t row1);
+  // Rows [row0, row1) of `src` into PackedRows of `src.rows` rows.
+  void (*pack_rows)(const Matrix& src, const Dropout&, void* dst, int64_t row0, int64_t row1);
   // The transpose of `src` into PackedRows: its columns become rows.
-  void (*pack_rows_t)(const Matrix& src, const float* factor, int64_t factor_ld, void* dst);
+  void (*pack_rows_t)(const Matrix& src, void* dst);
   // Vector-side operand with lanes = rows of `src` (contraction contiguous): lane groups [group0, group1).
   void (*pack_panels_t)(const Matrix& src, void* dst, int64_t group0, int64_t group1);
   // The same with lanes = columns of `src` (contraction along the rows).

@@ -45,7 +45,7 @@ const Arithmetic& few_rows_arithmetic(const Kernels& k, int dtype) {
 }
 
 // scaling * row_scale, as [R] (ld 0) or [rows, R] (ld R).
-float* branch_factor(const Branch& branch, int64_t rows, int64_t rank) {
+const float* branch_factor(const Branch& branch, int64_t rows, int64_t rank) {
   const int64_t count = branch.row_scale_ld == 0 ? rank : rows * rank;
   float* factor = static_cast<float*>(scratch(kSlotFactor, std::max<int64_t>(count, 1) * sizeof(float)));
   for (int64_t i = 0; i < count; ++i)
@@ -66,11 +66,11 @@ void times_factor(const float* s, const float* factor, const Branch& branch, int
     for (int64_t i = 0; i < rank; ++i) out[r * rank + i] = scaled_by(s[r * rank + i], factor[r * ld + i], branch);
 }
 
-PackedRows pack_rows(const Arithmetic& arith, const Matrix& m, const float* factor, int64_t factor_ld,
-                     const Dropout& dropout, Slot slot, ParallelFor parallel) {
+PackedRows pack_rows(const Arithmetic& arith, const Matrix& m, const Dropout& dropout, Slot slot,
+                     ParallelFor parallel) {
   void* out = scratch(slot, arith.packed_rows_bytes(m.rows, m.cols));
   run(parallel, m.rows, grain_of(m.cols * kPacking),
-      [&](int64_t r0, int64_t r1) { arith.pack_rows(m, factor, factor_ld, dropout, out, r0, r1); });
+      [&](int64_t r0, int64_t r1) { arith.pack_rows(m, dropout, out, r0, r1); });
   return {out, m.rows, m.cols};
 }
 
@@ -215,7 +215,7 @@ class BranchSums {
 PackedRows pack_dropped(const Arithmetic& arith, const Matrix& x, const PackedRows& packed, const Dropout& dropout,
                         ParallelFor parallel) {
   if (dropout.threshold == 0) return packed;
-  return pack_rows(arith, x, nullptr, 0, mask_only(dropout), kSlotDropped, parallel);
+  return pack_rows(arith, x, mask_only(dropout), kSlotDropped, parallel);
 }
 
 // Whether a packed A takes x as it lies: packing x for it alone takes as long as multiplying by 16 ranks.
@@ -229,15 +229,6 @@ bool is_few(const Arithmetic& arith, const Weight& w, const Matrix& x, const Bra
   return x.rows <= (w.zero == nullptr ? arith.few_rows : arith.few_rows_of_zeros) && branch.dropout.threshold == 0;
 }
 
-// Rows [r0, r1) of s * factor, packed among `rows`. Where rows choose, factor becomes the product.
-void pack_scaled(const Arithmetic& arith, const float* s, float* factor, const Branch& branch, int64_t rows,
-                 void* packed, int64_t r0, int64_t r1) {
-  const int64_t rank = branch.rank();
-  if (branch.row_scale_ld == 0) return arith.pack_rows({s, kFloat32, rows, rank, rank}, factor, 0, {}, packed, r0, r1);
-  times_factor(s, factor, branch, r0, r1, factor);
-  arith.pack_rows({factor, kFloat32, rows, rank, rank}, nullptr, 0, {}, packed, r0, r1);
-}
-
 // s [rows, R] = dropout(x) A^T of more rows than share their columns, and s * factor packed. A thread does everything
 // for its rows, `of_rows(r0, r1)` first, which packs them where s needs that: waking it takes as long as some of it.
 // s may be null.
@@ -247,7 +238,8 @@ PackedRows pack_many_sums(const Arithmetic& arith, const Matrix& x, const Packed
   constexpr int64_t kTogether = 12;  // which rows meet in a kernel must not depend on the number of threads
   const int64_t rows = x.rows, rank = branch.rank();
   if (s == nullptr) s = static_cast<float*>(scratch(kSlotDs, rows * rank * sizeof(float)));
-  float* factor = branch_factor(branch, rows, rank);
+  const float* factor = branch_factor(branch, rows, rank);
+  float* scaled = static_cast<float*>(scratch(kSlotDy, rows * rank * sizeof(float)));
   void* packed = scratch(kSlotS, arith.packed_rows_bytes(rows, rank));
   run_units(parallel, rows, kTogether, x.cols * (rank + 4), [&](int64_t r0, int64_t r1) {
     of_rows(r0, r1);
@@ -262,7 +254,8 @@ PackedRows pack_many_sums(const Arithmetic& arith, const Matrix& x, const Packed
       if (branch.dropout.threshold != 0)
         for (int64_t i = r0 * rank; i < r1 * rank; ++i) s[i] *= branch.dropout.scale;
     }
-    pack_scaled(arith, s, factor, branch, rows, packed, r0, r1);
+    times_factor(s, factor, branch, r0, r1, scaled);
+    arith.pack_rows({scaled, kFloat32, rows, rank, rank}, {}, packed, r0, r1);
   });
   return {packed, rows, rank};
 }
@@ -275,28 +268,26 @@ PackedRows pack_sums(const Arithmetic& arith, const BranchSums& sums, const floa
   void* packed = scratch(kSlotS, arith.packed_rows_bytes(rows, rank));
   sums.store(scaled);
   times_factor(scaled, factor, branch, 0, rows, scaled);
-  arith.pack_rows({scaled, kFloat32, rows, rank, rank}, nullptr, 0, {}, packed, 0, rows);
+  arith.pack_rows({scaled, kFloat32, rows, rank, rank}, {}, packed, 0, rows);
   return {packed, rows, rank};
 }
 
 // s [rows, R] = dropout(x) A^T for any rows, by all threads, and s * factor packed.
 PackedRows branch_sums(const Kernels& k, const Arithmetic& arith, const Matrix& x, const Branch& branch, float* s,
                        ParallelFor parallel) {
-  const int64_t rows = x.rows, rank = branch.rank();
+  const int64_t rows = x.rows;
   const auto all = [&](BranchSums&& sums) {
     sums.finish(parallel);
     sums.store(s);
-    void* packed = scratch(kSlotS, arith.packed_rows_bytes(rows, rank));
-    pack_scaled(arith, s, branch_factor(branch, rows, rank), branch, rows, packed, 0, rows);
-    return PackedRows{packed, rows, rank};
+    return pack_sums(arith, sums, branch_factor(branch, rows, branch.rank()), branch, rows);
   };
   if (rows <= arith.few_rows && branch.dropout.threshold == 0)
     return all(BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), rows, branch));
   if (rows <= kMostSplitRows)
-    return all(BranchSums(arith, pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel), branch));
+    return all(BranchSums(arith, pack_rows(arith, x, mask_only(branch.dropout), kSlotX, parallel), branch));
   void* dropped = scratch(kSlotX, arith.packed_rows_bytes(rows, x.cols));
   return pack_many_sums(arith, x, {dropped, rows, x.cols}, branch, s, parallel, [&](int64_t r0, int64_t r1) {
-    arith.pack_rows(x, nullptr, 0, mask_only(branch.dropout), dropped, r0, r1);
+    arith.pack_rows(x, mask_only(branch.dropout), dropped, r0, r1);
   });
 }
 
@@ -307,7 +298,7 @@ float* branch_gradient(const Arithmetic& arith, const Matrix& dy, const void* pa
   float* ds = static_cast<float*>(scratch(kSlotDs, rank * rows * sizeof(float)));
   void* bt = scratch(kSlotX, arith.packed_rows_bytes(rank, dy.cols));
   const float* factor = branch_factor(branch, rows, rank);
-  arith.pack_rows_t(branch.b, nullptr, 0, bt);
+  arith.pack_rows_t(branch.b, bt);
   run(parallel, ceil_div(rows, group), grain_of(group * dy.cols * rank), [&](int64_t g0, int64_t g1) {
     arith.rows_times_panels({bt, rank, dy.cols}, panels, rows, ds, g0, g1);
     for (int64_t i = 0; i < rank; ++i)
@@ -336,12 +327,14 @@ void adapter_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& b
     run_units(parallel, right.cols, arith.group_lanes, rows * (rank + 4),
               [&](int64_t c0, int64_t c1) { arith.rows_times(left, right, dropout, out, transposed, c0, c1); });
   };
-  const PackedRows dst = pack_rows(arith, {ds, kFloat32, rank, rows, rows}, nullptr, 0, {}, kSlotDropped, parallel);
+  const PackedRows dst = pack_rows(arith, {ds, kFloat32, rank, rows, rows}, {}, kSlotDropped, parallel);
   times(dst, training.x, mask_only(branch.dropout), training.da, false);
   if (branch.dropout.threshold != 0)
     for (int64_t i = 0; i < rank * training.x.cols; ++i) training.da[i] *= branch.dropout.scale;
+  float* scaled = static_cast<float*>(scratch(kSlotX, rows * rank * sizeof(float)));
   void* st = scratch(kSlotS, arith.packed_rows_bytes(rank, rows));
-  arith.pack_rows_t(training.s, branch_factor(branch, rows, rank), branch.row_scale_ld, st);
+  times_factor(static_cast<const float*>(training.s.data), branch_factor(branch, rows, rank), branch, 0, rows, scaled);
+  arith.pack_rows_t({scaled, kFloat32, rows, rank, rank}, st);
   times({st, rank, rows}, dy, {}, training.db, true);
 }
 
@@ -439,8 +432,8 @@ void many_rows_forward(const Arithmetic& arith, const Words& words, const Weight
     void *own = room(kSlotX), *dropped = branch.dropout.threshold == 0 ? own : room(kSlotDropped);
     args.x = {own, rows, x.cols};
     args.s = pack_many_sums(arith, x, {dropped, rows, x.cols}, branch, s, parallel, [&](int64_t r0, int64_t r1) {
-      arith.pack_rows(x, nullptr, 0, {}, own, r0, r1);
-      if (dropped != own) arith.pack_rows(x, nullptr, 0, mask_only(branch.dropout), dropped, r0, r1);
+      arith.pack_rows(x, {}, own, r0, r1);
+      if (dropped != own) arith.pack_rows(x, mask_only(branch.dropout), dropped, r0, r1);
       words.pack(r0, r1);
     });
     args.words = words.rows();
@@ -448,8 +441,7 @@ void many_rows_forward(const Arithmetic& arith, const Words& words, const Weight
   }
   words.pack(parallel);
   args.words = words.rows();
-  if (rank > 0 || !words.any() || args.words.left_out != nullptr)
-    args.x = pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel);
+  if (rank > 0 || !words.any() || args.words.left_out != nullptr) args.x = pack_rows(arith, x, {}, kSlotX, parallel);
   if (rank == 0) return of_tiles(product);
   const PackedRows dropped = pack_dropped(arith, x, args.x, branch.dropout, parallel);
   // One region for both, as with few rows.
@@ -510,7 +502,7 @@ void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y,
   // A branch alone, with x for its s.
   const Arithmetic& arith = arithmetic_for(*kernels(), x.dtype);
   GemmArgs args{.x = {nullptr, x.rows, 0},
-                .s = pack_rows(arith, x, nullptr, 0, {}, kSlotX, parallel),
+                .s = pack_rows(arith, x, {}, kSlotX, parallel),
                 .lora_b = w,
                 .bias = bias,
                 .y = y,
@@ -578,7 +570,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
     void* dropped = plain ? nullptr : scratch(kSlotX, arith.packed_rows_bytes(rows, x.cols));
     args.s = pack_many_sums(arith, x, {dropped, rows, x.cols}, branch, nullptr, parallel, [&](int64_t r0, int64_t r1) {
       k.int8.quantize(x, w, shift, bytes, r0, r1);
-      if (!plain) arith.pack_rows(x, nullptr, 0, mask_only(branch.dropout), dropped, r0, r1);
+      if (!plain) arith.pack_rows(x, mask_only(branch.dropout), dropped, r0, r1);
     });
     return of_tiles(product);
   }
@@ -586,8 +578,7 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
       [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, shift, bytes, r0, r1); });
   if (rank == 0) return of_tiles(product);
   const bool few = is_few(arith, w, x, branch) || plain;
-  const PackedRows dropped =
-      few ? PackedRows{} : pack_rows(arith, x, nullptr, 0, mask_only(branch.dropout), kSlotX, parallel);
+  const PackedRows dropped = few ? PackedRows{} : pack_rows(arith, x, mask_only(branch.dropout), kSlotX, parallel);
   // One region for both, as in linear_forward.
   BranchSums sums = few ? BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), rows, branch)
                         : BranchSums(arith, dropped, branch);

@@ -294,7 +294,7 @@ struct ManyRows : Product<A> {
           Matrix shifted = part;  // its columns k0.. become rows 0..
           shifted.data = static_cast<const char*>(part.data) + k0 * dtype_size(part.dtype);
           shifted.cols = cols;
-          pack_rows_t(shifted, nullptr, 0, wt);
+          pack_rows_t(shifted, wt);
           accumulate(g.ds, r / kBlock, n, cols);
           if (g.dropout.threshold == 0 && (r + n) % kSummands == 0) add_up();
         }
@@ -399,7 +399,7 @@ struct ManyRows : Product<A> {
     for (int64_t n0 = row0; n0 < row1; n0 += kLogits) {
       const int64_t n = min64(kLogits, row1 - n0), block = n0 / kBlock;
       const Matrix part{w.row(n0), w.dtype, n, w.cols, w.ld};
-      pack_rows(part, nullptr, 0, {}, packed, 0, n);
+      pack_rows(part, {}, packed, 0, n);
       for (int64_t g = 0; g < groups; ++g) {
         prefetch_share(w, n0 + n, min64(row1, n0 + n + kLogits), 0, w.cols, g, groups);
         __builtin_memset(c, 0, sizeof(c));

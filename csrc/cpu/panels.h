@@ -44,9 +44,8 @@ struct Panels {
     }
   }
 
-  static void pack_rows(const Matrix& src, const float* factor, int64_t factor_ld, const Dropout& d, void* out,
-                        int64_t row0, int64_t row1) {
-    const bool same = src.dtype == kElement && factor == nullptr && d.threshold == 0;
+  static void pack_rows(const Matrix& src, const Dropout& d, void* out, int64_t row0, int64_t row1) {
+    const bool same = src.dtype == kElement && d.threshold == 0;
     alignas(64) float values[kBlock];
     for (int64_t r = row0; r < row1; ++r)
       for (int64_t block = 0; block * kBlock < src.cols; ++block) {
@@ -59,14 +58,12 @@ struct Panels {
           continue;
         }
         to_float(from, src.dtype, values, n);
-        if (factor != nullptr)
-          for (int64_t i = 0; i < n; ++i) values[i] *= factor[r * factor_ld + col0 + i];
         apply_dropout(d, r, col0, n, values);
         store_packed_row(values, n, dst);
       }
   }
 
-  static void pack_rows_t(const Matrix& src, const float* factor, int64_t factor_ld, void* out) {
+  static void pack_rows_t(const Matrix& src, void* out) {
     alignas(64) float square[16 * 16];
     for (int64_t r = 0; r < src.rows; r += 16) {
       const int64_t nr = min64(16, src.rows - r), block = r / kBlock;
@@ -74,8 +71,6 @@ struct Panels {
         const int64_t nc = min64(16, src.cols - c);
         load_transposed(src, r, nr, c, nc, square);
         for (int64_t i = 0; i < nc; ++i) {
-          if (factor != nullptr)
-            for (int64_t j = 0; j < nr; ++j) square[i * 16 + j] *= factor[(r + j) * factor_ld + c + i];
           E* dst = static_cast<E*>(out) + (block * src.cols + c + i) * kStride + r % kBlock;
           for (int v = 0; v < kTileVecs; ++v) A::store_row(dst + v * kLanes, V::load(square + i * 16 + v * kLanes));
         }
