@@ -11,6 +11,7 @@
 // Scales lie as [tile][segment][16], one a row and segment of `segment` columns; rows past N are codes 0 with scale 0.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 // Shared helpers are inlined in each instruction set's file: a shared copy could be the one a newer CPU needs.
 #define PF_INLINE inline __attribute__((always_inline))
@@ -66,15 +67,9 @@ struct Weight {
 
 // Compile-time lists of integers.
 template <int... I>
-struct IntList {};
-template <int N, int... I>
-struct MakeIntsImpl : MakeIntsImpl<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeIntsImpl<0, I...> {
-  using type = IntList<I...>;
-};
+using IntList = std::integer_sequence<int, I...>;
 template <int N>
-using MakeInts = typename MakeIntsImpl<N>::type;
+using MakeInts = std::make_integer_sequence<int, N>;
 
 // Code tables, in dispatch.cpp.
 extern const float kTables[3][16];
