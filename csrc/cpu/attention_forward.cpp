@@ -27,17 +27,17 @@ OtherKeys attend_prefix(const AttentionArgs& g, ParallelFor parallel) {
   // A shared one in two halves, that two threads have equal parts.
   const int64_t pieces = shared && g.prefix_length % 2 == 0 && g.prefix_length >= 128 ? 2 : 1;
   const int64_t rows = queries(g), result = g.batch * g.tokens * g.heads * g.dim;
-  const int64_t bytes = pieces * result * dtype_size(g.dtype);
-  char* memory = static_cast<char*>(
-      scratch(kSlotAttend, (bytes + 63) / 64 * 64 + pieces * g.batch * g.kv_heads * rows * sizeof(float)));
-  float* lse = reinterpret_cast<float*>(memory + (bytes + 63) / 64 * 64);
+  const int64_t bytes = pieces * result * dtype_size(g.dtype), logs = pieces * g.batch * g.kv_heads * rows;
+  Memory memory(kSlotAttend, bytes + logs * sizeof(float) + 64);
+  char* out = memory.take<char>(bytes);
+  float* lse = memory.take<float>(logs);
   AttentionArgs a = g;
   a.k = a.v = nullptr;
   a.length = 0;
   a.positions = nullptr;
   a.causal = false;
   a.window = 0;
-  a.out = memory;
+  a.out = out;
   a.lse = lse;
   if (shared) {
     a.batch = pieces;
@@ -60,7 +60,7 @@ OtherKeys attend_prefix(const AttentionArgs& g, ParallelFor parallel) {
   else
     attend_many(a, parallel);
   return {pieces,
-          memory,
+          out,
           result,
           lse,
           {shared ? rows : g.kv_heads * rows, shared ? g.batch * rows : rows, g.batch * g.kv_heads * rows}};

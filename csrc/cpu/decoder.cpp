@@ -9,17 +9,6 @@
 namespace pf {
 namespace {
 
-// The buffers of one call, side by side in the thread's scratch.
-struct Buffers {
-  char* next;
-  char* take(int64_t bytes) {
-    char* taken = next;
-    next += aligned(bytes);
-    return taken;
-  }
-  static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-};
-
 void append(const char* rows, const DecoderInput& in, const Decoder& d, void* cache, const int64_t* strides) {
   const int64_t size = dtype_size(d.dtype);
   for (int64_t b = 0; b < in.batch; ++b)
@@ -70,20 +59,16 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   const Kernels& k = *kernels();
   const int64_t m = in.batch * in.tokens, size = dtype_size(d.dtype);
   const int64_t q_width = d.heads * d.dim, kv_width = d.kv_heads * d.dim;
-  const int64_t widths[] = {d.hidden, d.hidden, d.hidden,       q_width,       q_width,
-                            kv_width, kv_width, d.intermediate, d.intermediate};
-  int64_t bytes = 0;
-  for (int64_t width : widths) bytes += Buffers::aligned(m * width * size);
   const int64_t places = in.mask == nullptr ? 0 : in.batch * (in.past + in.tokens);
-  bytes += Buffers::aligned(places * sizeof(int32_t));
-  Buffers buffers{static_cast<char*>(scratch(kSlotDecoder, bytes))};
-  const auto take = [&](int64_t width) { return buffers.take(m * width * size); };
+  const int64_t widths = 3 * d.hidden + 2 * (q_width + kv_width + d.intermediate);
+  Memory memory(kSlotDecoder, m * widths * size + places * sizeof(int32_t) + 1024);
+  const auto take = [&](int64_t width) { return memory.take<char>(m * width * size); };
   char *stream = take(d.hidden), *normed = take(d.hidden), *added = take(d.hidden);
   char *q = take(q_width), *attended = take(q_width), *key = take(kv_width), *value = take(kv_width);
   char *gate = take(d.intermediate), *up = take(d.intermediate);
   int32_t* positions = nullptr;
   if (in.mask != nullptr) {
-    positions = reinterpret_cast<int32_t*>(buffers.take(places * sizeof(int32_t)));
+    positions = memory.take<int32_t>(places);
     for (int64_t i = 0; i < places; ++i)
       positions[i] = static_cast<int32_t>(i % (in.past + in.tokens) - in.past) + (in.mask[i] == 0 ? kHiddenKey : 0);
   }

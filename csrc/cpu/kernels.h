@@ -281,4 +281,17 @@ enum Slot {
   kSlots
 };
 
+// Hands out aligned parts of a scratch, which must have room for 63 bytes more a part.
+struct Memory {
+  char* next;
+
+  PF_INLINE Memory(int slot, int64_t bytes) : next(static_cast<char*>(scratch(slot, bytes))) {}
+  template <class T>
+  PF_INLINE T* take(int64_t n) {
+    T* taken = reinterpret_cast<T*>(next);
+    next += (n * sizeof(T) + 63) / 64 * 64;
+    return taken;
+  }
+};
+
 }  // namespace pf

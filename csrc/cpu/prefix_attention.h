@@ -52,17 +52,6 @@ struct Attention {
 
   static int64_t padded(int64_t dim) { return ceil_div(dim, kGroupLanes) * kGroupLanes; }
 
-  // Hands out parts of the thread's scratch.
-  struct Memory {
-    char* next;
-    template <class T>
-    T* take(int64_t n) {
-      T* taken = reinterpret_cast<T*>(next);
-      next += (n * sizeof(T) + 63) / 64 * 64;
-      return taken;
-    }
-  };
-
   // ---- packing ----
 
   // n rows as elements of the arithmetic, zeros up to padded(dim); at(r) is null for a row of zeros.
@@ -350,18 +339,17 @@ struct Attention {
     const int64_t tall = ceil_div(g.dim, 16) * 16;  // of [dim][lane], which are transposed by sixteens
     const int64_t panel = wide * kGroupLanes, steps = ceil_div(g.dim, kStep);
     constexpr int64_t kMost = kQueryRows / kGroupLanes;
-    Memory m{static_cast<char*>(scratch(0, kMost * panel * sizeof(E) + kMost * tall * kGroupLanes * 4 +
-                                               kMost * kGroupLanes * 16 +
-                                               (kTileKeys * (kRow + wide) + columns_size(g.dim)) * sizeof(E) +
-                                               kTileKeys * kGroupLanes * (4 + sizeof(E)) + 4096))};
-    E* q = m.template take<E>(kMost * panel);
-    float* out = m.template take<float>(kMost * tall * kGroupLanes);
-    float *most = m.template take<float>(kMost * kGroupLanes), *sum = m.template take<float>(kMost * kGroupLanes);
-    float *upper = m.template take<float>(kMost * kGroupLanes), *lower = m.template take<float>(kMost * kGroupLanes);
-    E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(columns_size(g.dim));
-    E* rows = m.template take<E>(kTileKeys * wide);
-    float* scores = m.template take<float>(kTileKeys * kGroupLanes);
-    E* weights = m.template take<E>(kTileKeys * kGroupLanes);
+    Memory m(0, kMost * panel * sizeof(E) + kMost * tall * kGroupLanes * 4 + kMost * kGroupLanes * 16 +
+                    (kTileKeys * (kRow + wide) + columns_size(g.dim)) * sizeof(E) +
+                    kTileKeys * kGroupLanes * (4 + sizeof(E)) + 4096);
+    E* q = m.take<E>(kMost * panel);
+    float* out = m.take<float>(kMost * tall * kGroupLanes);
+    float *most = m.take<float>(kMost * kGroupLanes), *sum = m.take<float>(kMost * kGroupLanes);
+    float *upper = m.take<float>(kMost * kGroupLanes), *lower = m.take<float>(kMost * kGroupLanes);
+    E *keys = m.take<E>(kTileKeys * kRow), *values = m.take<E>(columns_size(g.dim));
+    E* rows = m.take<E>(kTileKeys * wide);
+    float* scores = m.take<float>(kTileKeys * kGroupLanes);
+    E* weights = m.take<E>(kTileKeys * kGroupLanes);
     Bounds bounds[kMost], all;
     all.set(u, row0, row1 - row0);
 
@@ -537,29 +525,29 @@ struct Attention {
     const int64_t lanes = groups * kGroupLanes, side = groups * panel;
     const int64_t tiles = ceil_div(u.keys, kTileKeys);
     const int64_t tile0 = tiles * chunk / a.chunks, tile1 = tiles * (chunk + 1) / a.chunks;
-    Memory m{static_cast<char*>(scratch(
+    Memory m(
         0,
         (4 * side + kTileKeys * (4 * kRow + wide + kGroupLanes) + columns_size(g.dim)) * sizeof(E) +
             (lanes * 4 + (a.chunks > 1 ? 0 : groups * tall * kGroupLanes) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 +
-            8192))};
-    const Queries queries{.q = m.template take<E>(side),
-                          .dout = m.template take<E>(side),
-                          .q_steps = m.template take<E>(side),
-                          .dout_steps = m.template take<E>(side),
-                          .lse = m.template take<float>(lanes),
-                          .delta = m.template take<float>(lanes),
-                          .upper = m.template take<float>(lanes),
-                          .lower = m.template take<float>(lanes)};
-    E* rows = m.template take<E>(kTileKeys * wide);
-    E *keys = m.template take<E>(kTileKeys * kRow), *values = m.template take<E>(kTileKeys * kRow);
-    E* key_columns = m.template take<E>(columns_size(g.dim));
-    E *weights = m.template take<E>(kTileKeys * kRow), *dscores = m.template take<E>(kTileKeys * kRow);
-    E* dscore_steps = m.template take<E>(kTileKeys * kGroupLanes);
-    float* scores = m.template take<float>(kTileKeys * kGroupLanes);
-    float* dweights = m.template take<float>(kTileKeys * kGroupLanes);
-    float *dk = m.template take<float>(kTileKeys * wide), *dv = m.template take<float>(kTileKeys * wide);
+            8192);
+    const Queries queries{.q = m.take<E>(side),
+                          .dout = m.take<E>(side),
+                          .q_steps = m.take<E>(side),
+                          .dout_steps = m.take<E>(side),
+                          .lse = m.take<float>(lanes),
+                          .delta = m.take<float>(lanes),
+                          .upper = m.take<float>(lanes),
+                          .lower = m.take<float>(lanes)};
+    E* rows = m.take<E>(kTileKeys * wide);
+    E *keys = m.take<E>(kTileKeys * kRow), *values = m.take<E>(kTileKeys * kRow);
+    E* key_columns = m.take<E>(columns_size(g.dim));
+    E *weights = m.take<E>(kTileKeys * kRow), *dscores = m.take<E>(kTileKeys * kRow);
+    E* dscore_steps = m.take<E>(kTileKeys * kGroupLanes);
+    float* scores = m.take<float>(kTileKeys * kGroupLanes);
+    float* dweights = m.take<float>(kTileKeys * kGroupLanes);
+    float *dk = m.take<float>(kTileKeys * wide), *dv = m.take<float>(kTileKeys * wide);
     const int64_t dq_size = groups * tall * kGroupLanes;
-    float* dq = a.chunks > 1 ? a.dq_parts + (chunk * heads + head) * dq_size : m.template take<float>(dq_size);
+    float* dq = a.chunks > 1 ? a.dq_parts + (chunk * heads + head) * dq_size : m.take<float>(dq_size);
     __builtin_memset(dq, 0, dq_size * sizeof(float));
 
     pack_queries(a, u, rows, queries);
