@@ -51,12 +51,11 @@ struct Call {
   Tensor q, k, v;
   OptTensor prefix_k, prefix_v, index, lengths, positions;
   pf::AttentionArgs args{};
-  const pf::AttentionKernels* kernel;
 
   Call(Tensor q_, Tensor k_, Tensor v_, OptTensor pk, OptTensor pv, OptTensor index_, OptTensor lengths_,
        OptTensor positions_, bool causal, double scale, int64_t window)
       : q(q_), k(k_), v(v_), prefix_k(pk), prefix_v(pv), index(index_), lengths(lengths_), positions(positions_) {
-    const pf::Kernels& kernels = pf::tensors::kernels();
+    kernels();
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [batch, heads, tokens, head size]");
     args.dtype = dtype_of(q, "q");
     args.batch = q.size(0);
@@ -96,7 +95,6 @@ struct Call {
     args.causal = causal;
     args.window = window;
     args.scale = static_cast<float>(scale);
-    kernel = &kernels.attention(args.dtype);
   }
 };
 
@@ -119,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, OptTensor prefix_k, OptTensor prefix_v, OptTensor index,
     OptTensor lengths, OptTensor positions, bool causal, double scale, int64_t window, OptTensor out, Tensor lse) {
   Call call(q, k, v, prefix_k, prefix_v, index, lengths, positions, causal, scale, window);
-  const pf::AttentionKernels& kernel = *call.kernel;
   pf::AttentionBackwardArgs a{};
   pf::AttentionArgs& g = a.forward = call.args;
+  const pf::AttentionKernels& kernel = kernels().attention(g.dtype);
   check_shape(dout, g.batch, g.heads, g.tokens, g.dim, g.dtype, "dout");
   STD_TORCH_CHECK(out.has_value() || kernel.most_chunks(g) <= 1, "out must be the forward's where keys are many");
   if (out.has_value()) check_shape(*out, g.batch, g.tokens, g.heads, g.dim, g.dtype, "out");

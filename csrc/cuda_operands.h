@@ -144,10 +144,9 @@ struct Operators {
                     aligned ? "" : ", as the codes do not begin at a multiple of 16 bytes");
     check_dense(y, codes, x.scalar_type(), m * n, "y", "[M, N] in x's dtype");
     if (bias.has_value()) {
-      STD_TORCH_CHECK(bias->dim() == 1, "bias must be [N]");
+      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias must be [N]");
       check_device(*bias, codes, "bias");
       bias = torch::stable::contiguous(*bias);
-      STD_TORCH_CHECK(bias->numel() == n, "bias must be [N]");
     }
     if (m == 0 || n == 0) return;
     make_columns_contiguous(x);

@@ -78,14 +78,13 @@ const Libraries& usable_libraries() {
 
 // Makes the device of a tensor the current one while it lives.
 struct Place {
-  const Libraries& found;
   const Kernels& kernels;
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
 
   explicit Place(const Tensor& t) : Place(t.get_device_index()) {}
-  explicit Place(int32_t device) : found(usable_libraries()), kernels(found.kernels), guard(device) {
-    TORCH_ERROR_CODE_CHECK(found.current_stream(device, &stream));
+  explicit Place(int32_t device) : kernels(usable_libraries().kernels), guard(device) {
+    TORCH_ERROR_CODE_CHECK(libraries().current_stream(device, &stream));
   }
 };
 
