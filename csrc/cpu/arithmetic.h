@@ -150,4 +150,11 @@ PF_INLINE void each(IntList<I...>, const Body& body) {
   (body.template operator()<I>(), ...);
 }
 
+// That for `n` of the functions that Of::operator()<1>(), <2>(), .. return.
+template <class Of, int... I>
+PF_INLINE auto pick(int n, Of, IntList<I...>) {
+  static constexpr decltype(Of{}.template operator()<1>()) kFunctions[] = {Of{}.template operator()<I + 1>()...};
+  return kFunctions[n - 1];
+}
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -308,12 +308,6 @@ struct FewRows : Product<A> {
         });
   }
 
-  template <class D, int... M>
-  static auto pick_gemv(int rows, IntList<M...>) {
-    static constexpr void (*kRows[])(const GemvArgs&, const GemvTile<D>&, int64_t) = {gemv_rows<D, M + 1>...};
-    return kRows[rows - 1];
-  }
-
   template <class D>
   static void gemv_with(const GemvArgs& g, const FewColumns<typename D::Elem>& x, int64_t tile0, int64_t tile1) {
     const int64_t segments = g.w.segments();
@@ -339,7 +333,10 @@ struct FewRows : Product<A> {
         pack_lanes_t(g.lora_b, t.tile * kTile, 0, rank, made, 0, kTileVecs);
         if (t.tile + kFewTilesAhead < tile1) prefetch_b(g.lora_b, t.tile + kFewTilesAhead);
       }
-      row_blocks(g.rows, [&](int64_t m, int n) { pick_gemv<D>(n, MakeInts<D::kMostRows>{})(g, t, m); }, D::kMostRows);
+      const auto rows = [&](int64_t m, int n) {
+        pick(n, []<int R>() { return &gemv_rows<D, R>; }, MakeInts<D::kMostRows>{})(g, t, m);
+      };
+      row_blocks(g.rows, rows, D::kMostRows);
     }
   }
 
@@ -443,13 +440,12 @@ struct FewRows : Product<A> {
     for (int64_t i = 0; i < lanes; i += kTile) {
       Matrix x = g.x, w = g.w;
       for (int64_t m = 0; m < g.x.rows;) {
-        using Dots = void (*)(const Matrix&, const Matrix&, int64_t, bool, F(*)[kTile]);
-        static constexpr Dots kFirst[] = {pair_dots<1, false>, pair_dots<2, false>, pair_dots<3, false>,
-                                          pair_dots<4, false>};
-        static constexpr Dots kAgain[] = {pair_dots<1, true>, pair_dots<2, true>, pair_dots<3, true>,
-                                          pair_dots<4, true>};
+        constexpr auto first = []<int M>() { return &pair_dots<M, false>; };
+        constexpr auto again = []<int M>() { return &pair_dots<M, true>; };
         const int64_t left = g.x.rows - m, n = left >= 8 ? 8 : min64(left, 4);
-        const Dots dots = n == 8 ? pair_dots<8, false> : (m == 0 ? kFirst : kAgain)[n - 1];
+        const auto dots = n == 8   ? &pair_dots<8, false>
+                          : m == 0 ? pick(n, first, MakeInts<4>{})
+                                   : pick(n, again, MakeInts<4>{});
         // Of so many columns that eight rows of x stay in the first-level cache.
         const int64_t cols = n == 8 ? 1024 : g.w.cols;
         int64_t col0 = 0;

@@ -260,14 +260,6 @@ inline void outer(const float* s, int64_t lds, const float* b, int64_t rank, int
   for (; r < rows; ++r) outer_rows<1>(s + r * lds, lds, b, rank, shift, c + r * kByteLanes);
 }
 
-template <class Source>
-using ByteMicro = void (*)(const ByteRow*, Source, Ahead, const float* const*, int, int64_t, int64_t, float*);
-template <class Source, int... R>
-ByteMicro<Source> pick_byte(int rows, IntList<R...>) {
-  static constexpr ByteMicro<Source> kMicros[] = {byte_micro<R + 1, Source>...};
-  return kMicros[rows - 1];
-}
-
 // Rows in even blocks of at most kMicroRows: the first from the codes, the others from the panel that it makes.
 inline void byte_rows(const ByteRow* x, int64_t rows, const Codes& codes, uint8_t* panel, Ahead ahead,
                       const float* const* scales, int shift, int64_t unit, int64_t units, float* c) {
@@ -277,8 +269,9 @@ inline void byte_rows(const ByteRow* x, int64_t rows, const Codes& codes, uint8_
     const int64_t r0 = rows * i / blocks, r1 = rows * (i + 1) / blocks;
     ahead.x = reinterpret_cast<const char*>(x + r1);
     const auto add = [&]<class Source>(const Source& source) {
-      pick_byte<Source>(static_cast<int>(r1 - r0), MakeInts<B::kMicroRows>{})(x + r0, source, ahead, scales, shift,
-                                                                              unit, units, c + r0 * kByteLanes);
+      pick(
+          static_cast<int>(r1 - r0), []<int R>() { return &byte_micro<R, Source>; }, MakeInts<B::kMicroRows>{})(
+          x + r0, source, ahead, scales, shift, unit, units, c + r0 * kByteLanes);
     };
     if (blocks == 1)
       add(codes);
@@ -324,12 +317,6 @@ void branch_micro(const typename A::Elem* s, const typename A::Elem* const* pane
   each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { V::store(c + R * kByteLanes + U * kLanes, sums[R][U]); }); });
 }
 
-template <class A, int... R>
-auto pick_branch(int rows, IntList<R...>) {
-  static constexpr decltype(&branch_micro<A, 1>) kMicros[] = {branch_micro<A, R + 1>...};
-  return kMicros[rows - 1];
-}
-
 // Adds the branch, in the arithmetic A that made g.s. `made` has room for a block of B of one group. Where there are
 // instructions on tiles, the caller holds them.
 template <class A>
@@ -352,8 +339,9 @@ void add_branch(const Part& part, void* made) {
         Exact::row_blocks(
             part.rows,
             [&](int64_t r, int rows) {
-              pick_branch<A>(rows, MakeInts<B::kMicroRows>{})(s + r * Exact::kStride, panels, ceil_div(n, A::kStep),
-                                                              part.sums(i) + r * kByteLanes);
+              pick(
+                  rows, []<int R>() { return &branch_micro<A, R>; }, MakeInts<B::kMicroRows>{})(
+                  s + r * Exact::kStride, panels, ceil_div(n, A::kStep), part.sums(i) + r * kByteLanes);
             },
             B::kMicroRows);
       }

@@ -162,13 +162,6 @@ struct Attention {
         V::store(c + r * ldc + v * kLanes, kNew ? V::mul(acc[r][v], V::set1(*factor)) : acc[r][v]);
   }
 
-  using Micro = void (*)(const E*, int64_t, const E*, int64_t, float*, int64_t, const float*);
-  template <int64_t kStride, bool kNew, int... R>
-  static Micro pick(int rows, IntList<R...>) {
-    static constexpr Micro kMicros[] = {micro<R + 1, kStride, kNew>...};
-    return kMicros[rows - 1];
-  }
-
   template <int64_t kStride, bool kNew>
   static void multiply(const E* x, int64_t x_step, int64_t rows, const E* panel, int64_t steps, float* c, int64_t ldc,
                        const float* factor) {
@@ -186,8 +179,9 @@ struct Attention {
       if (kNew && *factor != 1.0f) times([&](int) { return V::set1(*factor); });
     } else {
       Product<A>::row_blocks(rows, [&](int64_t r0, int n) {
-        pick<kStride, kNew>(n, MakeInts<V::kMicroRows>{})(x + r0 * kStride, x_step, panel, steps, c + r0 * ldc, ldc,
-                                                          factor);
+        pick(
+            n, []<int R>() { return &micro<R, kStride, kNew>; }, MakeInts<V::kMicroRows>{})(
+            x + r0 * kStride, x_step, panel, steps, c + r0 * ldc, ldc, factor);
       });
     }
   }

@@ -213,27 +213,9 @@ struct Product : Panels<A> {
     each(rows, PF_BODY(int R) { each(vecs, PF_BODY(int U) { V::store(c + R * ldc + U * kLanes, acc[R][U]); }); });
   }
 
-  using Micro = void (*)(const E*, const E*, int64_t, float*, int64_t);
-  template <class Source>
-  using MicroLate = void (*)(const E*, Source, int64_t, int64_t, const float*, const float*, int64_t, float*, int64_t);
-  template <int NV, int... R>
-  static Micro pick(int rows, IntList<R...>) {
-    static constexpr Micro kMicros[] = {micro<R + 1, NV>...};
-    return kMicros[rows - 1];
-  }
   template <int NV>
-  static Micro pick(int rows) {
-    return pick<NV>(rows, MakeInts<V::kMicroRows>{});
-  }
-  template <int NV, class Source, int... R>
-  static MicroLate<Source> pick_late(int rows, IntList<R...>) {
-    static constexpr MicroLate<Source> kMicros[] = {micro_late<R + 1, NV, Source>...};
-    return kMicros[rows - 1];
-  }
-  template <int NV, bool kHasZero, int... R>
-  static auto pick_decoding(int rows, IntList<R...>) {
-    static constexpr decltype(&micro_decoding<1, NV, kHasZero>) kMicros[] = {micro_decoding<R + 1, NV, kHasZero>...};
-    return kMicros[rows - 1];
+  static auto pick_micro(int rows) {
+    return pick(rows, []<int R>() { return &micro<R, NV>; }, MakeInts<V::kMicroRows>{});
   }
   static constexpr int kLateMicroRows = V::kMicroRows > 1 ? V::kMicroRows / 2 : 1;
 
@@ -264,7 +246,7 @@ struct Product : Panels<A> {
     const int64_t steps = ceil_div(contraction, kStep);
     for (int64_t t = 0; t < tiles; t += kGroupTiles, panels += kGroupPanel, c += rows * ldc)
       row_blocks(rows, [&](int64_t r0, int n) {
-        const Micro kernel = tiles - t >= kGroupTiles ? pick<V::kGroupVecs>(n) : pick<kTileVecs>(n);
+        const auto kernel = tiles - t >= kGroupTiles ? pick_micro<V::kGroupVecs>(n) : pick_micro<kTileVecs>(n);
         kernel(x + r0 * kStride, panels, steps, c + r0 * ldc, ldc);
         ahead.next_rows(r0, n);
       });
@@ -320,19 +302,21 @@ struct Product : Panels<A> {
     } else {
       const auto with = [&]<int NV>() {
         constexpr int64_t kPanelGroup = NV * kLanes * kGroupColumns;
-        constexpr MakeInts<kLateMicroRows> sizes{};
         const int64_t groups = n / kGroupColumns / scales.segments;
         Codes codes{A::table(w), {}, panel - kPanelGroup, ahead, {}};
         for (int64_t i = 0; i < tiles; ++i) codes.codes[i] = w.codes + ((tile + i) * w.k + col0) * (kTile / 2);
         const auto body = [&](int64_t r, int m) {
           const E* from = x + r * kStride;
           float* to = c + r * ldc;
+          const auto add = [&]<class Source>(const Source& source) {
+            pick(
+                m, []<int R>() { return &micro_late<R, NV, Source>; }, MakeInts<kLateMicroRows>{})(
+                from, source, groups, scales.segments, scales.of, scales.zeros, scales.stride, to, ldc);
+          };
           if (r == 0)
-            pick_late<NV, Codes>(m, sizes)(from, codes, groups, scales.segments, scales.of, scales.zeros, scales.stride,
-                                           to, ldc);
+            add(codes);
           else
-            pick_late<NV, Panel>(m, sizes)(from, Panel{panel - kPanelGroup}, groups, scales.segments, scales.of,
-                                           scales.zeros, scales.stride, to, ldc);
+            add(Panel{panel - kPanelGroup});
           ahead.next_rows(r, m);
         };
         row_blocks(rows, body, kLateMicroRows);
@@ -350,12 +334,13 @@ struct Product : Panels<A> {
                               int64_t ldc) {
     const auto with = [&]<int NV, bool kHasZero>() {
       const int first = static_cast<int>(min64(rows, kDecodingRows));
-      const auto decoding = pick_decoding<NV, kHasZero>(first, MakeInts<kDecodingRows>{});
+      const auto decoding =
+          pick(first, []<int R>() { return &micro_decoding<R, NV, kHasZero>; }, MakeInts<kDecodingRows>{});
       decoding(x, w, tile, col0, n, panel, scales, tile_stride, ahead, c, ldc);
       ahead.next_rows(0, first);
       row_blocks(rows - first, [&](int64_t r, int m) {
         r += first;
-        pick<NV>(m)(x + r * kStride, panel, n / kStep, c + r * ldc, ldc);
+        pick_micro<NV>(m)(x + r * kStride, panel, n / kStep, c + r * ldc, ldc);
         ahead.next_rows(r, m);
       });
     };
