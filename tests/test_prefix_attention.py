@@ -194,6 +194,17 @@ def test_a_sliding_window_and_a_prefix_that_slides_out_of_it(device, dtype):
             check(tensors, causal=causal, window=window, mask=mask)
 
 
+def test_a_window_wider_than_all_keys_hides_none(device):
+    for tokens, keys in ((8, 2), (3, 40), (40, 40), (40, 3)):
+        q, k, v, pk, pv = make(2, 2, 1, tokens, keys, 32, prefix=4)
+        for causal in {False, keys >= tokens}:
+            for mask in (None, torch.rand(2, keys) > 0.2):
+                expected = prefix_attention(q, k, v, pk, pv, causal, mask=mask)
+                for window in (2**31, 2**63 - 1):
+                    got = prefix_attention(q, k, v, pk, pv, causal, mask=mask, window=window)
+                    assert error(got, expected.double()) <= 1e-6
+
+
 def test_a_window_over_a_prefix_is_that_over_as_many_tokens(device):
     q, k, v, pk, pv = make(2, 2, 2, 30, None, 32, prefix=6)
     joined = [torch.cat((p.expand(2, -1, -1, -1), t), 2) for p, t in ((pk, k), (pv, v))]
