@@ -30,9 +30,10 @@ inline void check_zero(const OptTensor& zero, int64_t format) {
 
 inline pf::Weight weight(const Tensor& codes, const Tensor& scale, const OptTensor& zero, const OptTensor& absmax2,
                          const OptTensor& offset, int64_t format, int64_t n, int64_t blocksize) {
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() &&
-                      codes.size(0) == pf::ceil_div(n, pf::kTile) && codes.size(1) % (8 * 32) == 0,
-                  "codes must be contiguous uint8 [ceil(N / 16), 8 K] in the tiles layout");
+  STD_TORCH_CHECK(
+      codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() &&
+          codes.size(0) == pf::ceil_div(n, pf::kTile) && codes.size(1) > 0 && codes.size(1) % (8 * 32) == 0,
+      "codes must be contiguous uint8 [ceil(N / 16), 8 K] in the tiles layout, K a positive multiple of 32");
   check_format(format, blocksize);
   pf::Weight w{};
   w.codes = codes.const_data_ptr<uint8_t>();

@@ -219,6 +219,30 @@ class TestInference:
         arguments = (x, *w.prepared().operands, torch.randn(48), a, b, None, 2.0, None, 0.0, True)
         torch.library.opcheck(torch.ops.pyfastpeft.linear_4bit.default, arguments)
 
+    def test_the_operator_refuses_a_weight_without_columns(self):
+        codes, scale = torch.empty(3, 0, dtype=torch.uint8), torch.empty(3, 0, 16)
+        for int8 in (False, True):
+            with pytest.raises(RuntimeError, match=r"codes must be .* K a positive multiple of 32"):
+                torch.ops.pyfastpeft.linear_4bit(
+                    torch.empty(4, 0),
+                    codes,
+                    scale,
+                    None,
+                    None,
+                    None,
+                    0,
+                    48,
+                    64,
+                    None,
+                    None,
+                    None,
+                    None,
+                    1.0,
+                    None,
+                    0.0,
+                    int8,
+                )
+
 
 class TestModule:
     def test_inference_rounds_and_training_does_not(self):
