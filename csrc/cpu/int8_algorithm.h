@@ -111,7 +111,8 @@ void quantize_row(const float* values, int64_t units, float step, float shift, B
     V::store(row.sum + u, V::mul(scale, total));
     V::store(start + u, V::fma(total, V::set1(-B::kOffset), V::mul(rounded, V::set1(-1.0f))));
   });
-  for (int u = 0; u < kByteUnits; ++u) row.start[u] = static_cast<int32_t>(start[u]);
+  // By way of 64 bits: beside an infinity it is large, and means nothing.
+  for (int u = 0; u < kByteUnits; ++u) row.start[u] = static_cast<int32_t>(static_cast<int64_t>(start[u]));
 }
 
 inline void quantize_bytes(const Matrix& x, const Weight& w, float shift, ByteRow* out, int64_t row0, int64_t row1) {
