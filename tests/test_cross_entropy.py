@@ -67,6 +67,14 @@ def test_rows_may_lie_apart(device):
     assert same(losses, expected[0]) and same(wide[:, 1], expected[1]) and same(wide[:, 0], before[:, 0])
 
 
+def test_autograd_learns_that_logits_have_changed(device):
+    logits = torch.randn(3, 7, requires_grad=True) * 2
+    squares, labels = logits.square().sum(), torch.tensor([1, 2, 3])
+    cross_entropy_(logits.detach(), labels)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
 def test_columns_may_not(device):
     with pytest.raises((RuntimeError, ValueError), match="logits must have contiguous columns"):
         cross_entropy_(torch.randn(50, 6).t(), torch.zeros(6).long())

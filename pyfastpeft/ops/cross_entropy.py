@@ -8,6 +8,7 @@ from torch import Tensor
 from .backends import Backend, choose_plain
 from .checks import check_matrix, check_tensor
 from .library import fake_of
+from .tracing import is_compiling
 
 IGNORED = -100
 """The label of what is not learned."""
@@ -40,7 +41,10 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}; they must be where logits are, on {logits.device}")
     if choose_plain(logits.device) is not Backend.REFERENCE:
-        return torch.ops.pyfastpeft.cross_entropy_.default(logits, labels)
+        losses = torch.ops.pyfastpeft.cross_entropy_.default(logits, labels)
+        if not is_compiling():  # whose graphs count what they write
+            torch.autograd.graph.increment_version(logits)
+        return losses
     parts = zip(logits.split(_REFERENCE_ROWS), labels.split(_REFERENCE_ROWS), strict=True)
     return torch.cat([_reference(*part) for part in parts])
 
