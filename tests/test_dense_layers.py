@@ -200,6 +200,17 @@ def test_a_bias_that_was_offloaded_is_an_error(pays, rows):
         dense_linear(torch.randn(rows, 24), torch.randn(8, 24), torch.empty(8, device="meta"))
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 8)], ids=str)
+def test_a_bias_that_torch_spreads_is_left_to_it(pays, rows, shape):
+    layer, x = nn.Linear(24, 8).requires_grad_(False), torch.randn(rows, 24)
+    layer.bias = nn.Parameter(torch.randn(shape), requires_grad=False)
+    expected = layer(x)
+    fuse_layers(nn.ModuleList([layer]))
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected) and torch.equal(dense_linear(x, layer.weight, layer.bias), expected)
+
+
 def test_without_columns_there_is_the_bias():
     bias = torch.randn(8)
     with torch.no_grad():

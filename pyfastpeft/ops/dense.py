@@ -75,6 +75,8 @@ def many_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.is_autocast_enabled("cpu") or forward_mode() or x.dtype not in FLOATS:
         return False
+    if bias is not None and bias.shape != weight.shape[:1]:  # torch spreads it
+        return False
     operands = (x, weight) if bias is None else (x, weight, bias)
     alike = all(is_plain(t) and t.dtype == x.dtype and t.device == x.device for t in operands)
     return alike and choose_plain(x.device) is Backend.NATIVE
