@@ -194,6 +194,12 @@ def test_a_base_of_another_shape_is_named_where_torch_would_spread_it():
             add_lora(base, torch.ones(5, 64), torch.ones(4, 64), torch.ones(24, 4), torch.tensor(2.0))
 
 
+def test_a_base_of_as_many_rows_in_another_shape_is_named():
+    for scaling in (2.0, torch.tensor(2.0)):
+        with pytest.raises(ValueError, match=r"base has shape \(2, 3, 24\); it must be \(3, 2, 24\)"):
+            add_lora(torch.ones(2, 3, 24), torch.ones(3, 2, 64), torch.ones(4, 64), torch.ones(24, 4), scaling)
+
+
 def test_a_scaling_that_is_a_tensor_takes_factors_of_different_dtypes():
     base, x, (a, b) = torch.randn(5, 24).bfloat16(), torch.randn(5, 64).bfloat16(), adapter(24, 64, 4)
     for factors in ((a, b.bfloat16()), (a.bfloat16(), b), (a.double(), b)):

@@ -49,6 +49,8 @@ def _added(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tenso
         if update.shape != base.shape:  # torch would spread one over the other
             _check(base, x, a, b, scaling, dropout)
         return (base + update * scaling).to(base.dtype)
+    if base.shape[:-1] != x.shape[:-1]:  # of as many rows, in another order
+        _check(base, x, a, b, scaling, dropout)
     seed = reference.new_seed(x.device) if dropout else None
     rows = as_rows(base), as_rows(x)
     if recorded(base, x, a, b):
