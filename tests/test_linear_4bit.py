@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -1332,6 +1333,10 @@ def test_an_arena_keeps_every_value_in_every_mode():
         assert own.data_ptr() % 64 == 0
     with torch.device("meta"):
         assert Arena().empty((3,), torch.float32).is_cpu
+    arena = Arena()
+    with FakeTensorMode():
+        assert is_fake(arena.empty((3,), torch.float32))
+    assert not is_fake(arena.empty((3,), torch.float32))
     kept[2].zero_()
     assert all(torch.equal(t, own) for i, (t, own) in enumerate(zip(given, kept, strict=True)) if i != 2)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import is_plain
+from .tracing import traced
 
 
 @torch.no_grad()  # the dispatcher looks at every tensor for autograd otherwise, which takes half as long as the copy
@@ -60,6 +61,8 @@ class Arena:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the CPU, for all modes. A part of the arena lives as long as a tensor in it."""
+        if traced():  # a mode's tensors may have no memory, which others would be given a part of
+            return torch.empty(shape, dtype=dtype, device="cpu")
         nbytes = math.prod(shape) * dtype.itemsize
         size = math.ceil(nbytes / self._ALIGNMENT) * self._ALIGNMENT
         with self._lock, torch.inference_mode(False), torch.no_grad():
