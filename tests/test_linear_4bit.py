@@ -1194,6 +1194,7 @@ def test_an_adapter_is_packed_of_tensors_and_a_number(arguments, message):
         ({"b": torch.ones(2, 24, 4).double()}, "a and b of the bank are torch.float32 and torch.float64 of rank 4"),
         ({"a": torch.ones(2, 0, 64), "b": torch.ones(2, 24, 0)}, "torch.float32 of rank 0; .*of rank 1 at least"),
         ({"a": torch.ones(4, 64)}, r"a of the bank has shape \(4, 64\); it must be \[slots, r, K\], K = 64"),
+        ({"a": torch.ones(0, 4, 64)}, r"a of the bank has shape \(0, 4, 64\); it must be .* with a slot at least"),
     ],
 )
 def test_a_bank_refuses_what_does_not_fit(change, message):

@@ -332,6 +332,10 @@ def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
     if bank.a.dim() != 3:
         raise ValueError(f"a of the bank has shape {tuple(bank.a.shape)}; it must be [slots, r, K], K = {k}")
     slots, r = bank.a.shape[:2]
+    if slots < 1:
+        raise ValueError(
+            f"a of the bank has shape {tuple(bank.a.shape)}; it must be [slots, r, K] with a slot at least"
+        )
     shapes = {"a": (slots, r, k), "b": (slots, n, r), "scaling": (slots,), "rows": (x.shape[0],)}
     for name, shape in shapes.items():
         t = getattr(bank, name)
