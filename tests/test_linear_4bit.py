@@ -308,6 +308,23 @@ def test_a_packed_adapter_is_the_adapter_in_bf16(isa):
                 assert error(got, float64(x, w, None, (a, b, scaling)), roundings) <= FORWARD[torch.bfloat16]
 
 
+@pytest.mark.parametrize("r", [3, 4])
+def test_a_packed_adapter_goes_the_short_way_with_factors_of_any_rank(monkeypatch, r):
+    w, x, packed = packed_weight(40, 96), torch.randn(2, 96).bfloat16(), pack_lora(*adapter(40, 96, r))
+    monkeypatch.setattr(sys.modules[linear_4bit.__module__], "_check", lambda *_: pytest.fail("it went the long way"))
+    with torch.no_grad():
+        for scaling in (torch.rand(r), torch.rand(2, r)):
+            got = linear_4bit(x, w, None, packed._replace(scaling=scaling))
+            assert error(got, float64(x, w, None, (*packed[:2], scaling)), 2 * r) <= FORWARD[torch.bfloat16]
+
+
+def test_factors_of_another_rank_than_a_packed_adapters_are_refused():
+    w, x, packed = packed_weight(40, 96), torch.randn(2, 96).bfloat16(), pack_lora(*adapter(40, 96, 3))
+    for shape in ((4,), (2, 4), (2,)):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"lora scaling has shape .* must be a number, \(3,\)"):
+            linear_4bit(x, w, None, packed._replace(scaling=torch.ones(shape)))
+
+
 def test_a_packed_adapter_takes_other_values_of_its_shapes_into_its_memory(isa):
     for n, k in [(40, 96), (17, 32), (129, 544)]:
         w, x = packed_weight(n, k), torch.randn(3, k).bfloat16()

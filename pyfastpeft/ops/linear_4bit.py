@@ -113,6 +113,11 @@ def _pairs_shape(t: Tensor) -> tuple[int, int, int, int]:
     return (rows + 15) // 16, (columns + 1) // 2, 16, 2
 
 
+def _of_pairs(row_scale: Tensor, rank: int) -> Tensor:
+    """The factors [..., R] of A and B in pairs, whose rank is made even."""
+    return pad(row_scale, (0, 1)) if rank % 2 else row_scale
+
+
 def _in_pairs(t: Tensor, out: Tensor) -> Tensor:
     torch.ops.pyfastpeft.pack_pairs.default(t.detach(), out)
     return out
@@ -265,7 +270,7 @@ def _inference(
         if isinstance(scaling, Tensor):
             if scaling.device != x.device or scaling.dim() == 0:
                 return None
-            row_scale, scaling = scaling.float().contiguous(), 1.0
+            row_scale, scaling = _of_pairs(scaling.float().contiguous(), len(lora.a)), 1.0
     if not native(w):
         return None
     int8 = compute is not None and takes_int8(w, compute)
@@ -449,10 +454,8 @@ def _product(
     if backend in _OPERATORS:
         return _OPERATORS[backend][0](x, *weight, bias, *branch)
     if pairs is not None:
-        _, _, row_scale, *rest = branch
-        if row_scale is not None and row_scale.shape[-1] % 2:
-            row_scale = pad(row_scale, (0, 1))  # as the rank is, to whole pairs
-        branch = (*pairs, row_scale, *rest)
+        a, _, row_scale, *rest = branch
+        branch = (*pairs, None if row_scale is None else _of_pairs(row_scale, len(a)), *rest)
     return torch.ops.pyfastpeft.linear_4bit.default(x, *weight, bias, *branch, int8)
 
 
