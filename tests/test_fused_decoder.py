@@ -541,6 +541,16 @@ def test_a_dense_weight_counts_as_it_is_now(served):
     assert served.count(True) == 6
 
 
+def test_a_bias_that_torch_spreads_goes_the_ordinary_way(served):
+    for shape in ((), (1,), (1, 32)):
+        models, bias, ids = pair(dense=True), torch.randn(shape), torch.randint(1, VOCAB, (2, 6))
+        for model in models:
+            model.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(bias)
+        expected, got = (logits_along(model, ids, [2, 1, 3]) for model in models)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not any(served)
+
+
 def test_a_model_whose_parts_have_another_dtype_goes_the_ordinary_way(served):
     ids = torch.randint(1, VOCAB, (2, 6))
     plain, fused = pair(dtype=torch.bfloat16)

@@ -294,6 +294,8 @@ class _Stack:
             weight = look.get(module._parameters, "weight")
             if not is_plain(weight) or choose_plain(weight.device) is not Backend.NATIVE:
                 raise _Unsupported
+            if bias is not None and bias.shape != weight.shape[:1]:  # torch spreads it
+                raise _Unsupported
             return torch.ops.pyfastpeft.add_decoder_dense.default, weight, bias, *branch
         if type(module) is not Linear4bit or module.compute_dtype not in (None, dtype):
             raise _Unsupported
