@@ -234,6 +234,30 @@ def test_an_adapter_that_exists_takes_no_values_that_would_mean_something_else(t
     assert model.peft_config["a"] is config
 
 
+@pytest.mark.parametrize(
+    ("held", "read"), [(True, "pissa"), ("pissa", True), ("pissa", "olora"), ("pissa", "pissa_niter_4")]
+)
+def test_an_adapter_that_exists_takes_no_values_for_other_base_weights(tmp_path, held, read):
+    fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights=read)).save_pretrained(tmp_path)
+    model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights=held))
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"init_lora_weights {held!r}, .* with {read!r} are for other base"):
+        model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
+def test_new_values_load_into_an_adapter_that_changed_base_weights_alike(tmp_path, init):
+    model = trained(fp.get_peft_model, tiny.make(), fp.LoraConfig(init_lora_weights=init))
+    batch = tiny.inputs()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        tiny.randomize(model)
+        model.load_adapter(tmp_path, "default")
+        assert torch.equal(model(**batch).logits, expected)
+
+
 def test_new_values_load_into_an_adapter_that_exists(tmp_path):
     model = trained(fp.get_peft_model, tiny.make(), fp.LoraConfig())
     expected = {k: t.clone() for k, t in fp.get_peft_model_state_dict(model).items()}

@@ -248,6 +248,11 @@ class LoraConfig(PeftConfig):
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
 
     @property
+    def taken_from_base(self) -> tuple | None:
+        """What says which part of the base weights attaching this adapter takes out of them; None: nothing is."""
+        return (self.init_lora_weights, self.loftq_config) if self.changes_base else None
+
+    @property
     def layer_patterns(self) -> list[str]:
         """``layers_pattern`` as a list; none is any name."""
         patterns = self.layers_pattern or [r"[^.]*"]
@@ -642,6 +647,11 @@ class LoraTuner(Tuner):
 
     def check_same_layout(self, name: str, old: LoraConfig, new: LoraConfig, live: dict, expected: dict) -> None:
         self.check_parameters(name)
+        if old.taken_from_base != new.taken_from_base:
+            raise ValueError(
+                f"adapter {name!r} has init_lora_weights {old.init_lora_weights!r}, and the values of one with "
+                f"{new.init_lora_weights!r} are for other base weights; load these into a base model of their own"
+            )
         for path, layer in self.layers(name).items():
             scaling = scaling_of(new.alpha_of(path), new.rank_of(path), new.use_rslora)
             if not math.isclose(scaling, layer.scaling[name]):
