@@ -414,18 +414,19 @@ class TestErrorsAndInterrupts:
         model.add_adapter("other", method)
         model.set_adapter("other")
 
-    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.parametrize(("first", "init"), [(False, False), (True, False), (True, "pissa")])
     @pytest.mark.filterwarnings("error")
-    def test_a_warning_that_is_an_error_leaves_nothing_of_the_adapter(self, first, tmp_path):
-        adapted(fp.LoraConfig(**LORA)).save_pretrained(tmp_path)
+    def test_a_warning_that_is_an_error_leaves_nothing_of_the_adapter(self, first, init, tmp_path):
+        adapted(fp.LoraConfig(**LORA | {"init_lora_weights": init})).save_pretrained(tmp_path)
         file = tmp_path / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": ["nowhere"]}))
         model = tiny.make() if first else adapted(fp.LoraConfig(target_modules=["v_proj"], **LORA))
         load = partial(fp.PeftModel.from_pretrained, model) if first else partial(model.load_adapter, adapter_name="b")
-        before = structure(model)
+        before, values = structure(model), {name: t.clone() for name, t in model.state_dict().items()}
         with pytest.raises(UserWarning, match="match no module"):
             load(tmp_path)
         assert structure(model) == before
+        assert all(torch.equal(t, values[name]) for name, t in model.state_dict().items())
 
     @pytest.mark.filterwarnings("error")
     def test_adapters_that_could_not_give_way_leave_the_others_configuration(self):

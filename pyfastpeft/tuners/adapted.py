@@ -165,12 +165,12 @@ class AdaptedModel(OneDevice, nn.Module):
         if strict and unmatched:
             raise ValueError(unmatched)
         saved = self._whole(config)
+        if unmatched:
+            warnings.warn(unmatched, stacklevel=3)  # which may be an error: before anything changes
         try:
             for path, module in saved.items():
                 self._keep(name, path, module)
             tuner.attach(name, config, strict=strict, values=values, autocast_adapter_dtype=autocast_adapter_dtype)
-            if unmatched:
-                warnings.warn(unmatched, stacklevel=3)  # which may be an error
             self.configs[name] = config
             self.bank.hold(name, partial(self._trained, name))
             if any(hasattr(module, "_hf_hook") for module in self.model.modules()):  # of accelerate, which may offload
