@@ -258,6 +258,18 @@ def test_new_values_load_into_an_adapter_that_changed_base_weights_alike(tmp_pat
         assert torch.equal(model(**batch).logits, expected)
 
 
+def test_new_values_load_into_an_adapter_whose_scaling_a_user_has_changed(tmp_path):
+    model, batch = trained(fp.get_peft_model, tiny.make(), fp.LoraConfig()), tiny.inputs()
+    for layer in model.base_model.bank.layers.values():
+        layer.set_scale("default", 0.5)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        tiny.randomize(model)
+        model.load_adapter(tmp_path, "default")
+        assert torch.equal(model(**batch).logits, expected)
+
+
 def test_new_values_load_into_an_adapter_that_exists(tmp_path):
     model = trained(fp.get_peft_model, tiny.make(), fp.LoraConfig())
     expected = {k: t.clone() for k, t in fp.get_peft_model_state_dict(model).items()}

@@ -244,6 +244,10 @@ class LoraLayer(nn.Module, ABC):
         for name in self.active_adapters:
             self.scaling[name] = self._own_scaling[name] if scale is None else self.scaling[name] / scale
 
+    def own_scaling(self, adapter: str) -> float:
+        """An adapter's scaling without what :meth:`set_scale` and the like made of it."""
+        return self._own_scaling[adapter]
+
     def is_rescaled(self, adapter: str) -> bool:
         """Whether an adapter's scaling is another than its own."""
         return self._scaling[adapter] != self._own_scaling[adapter]

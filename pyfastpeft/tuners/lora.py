@@ -654,7 +654,7 @@ class LoraTuner(Tuner):
             )
         for path, layer in self.layers(name).items():
             scaling = scaling_of(new.alpha_of(path), new.rank_of(path), new.use_rslora)
-            if not math.isclose(scaling, layer.scaling[name]):
+            if not math.isclose(scaling, layer.own_scaling(name)):
                 raise ValueError(f"adapter {name!r} has another scaling; use hotswap_adapter, or delete it first")
         swapped = any(layer.r[name] != new.rank_of(path) for path, layer in self.layers(name).items())
         if swapped or live != expected:  # after a hot-swap the tensors may have more room than the adapter has
