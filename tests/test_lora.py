@@ -2095,3 +2095,34 @@ class TestBadArguments:
         assert model.get_base_model().linear.scaling["default"] == 1.5
         model = block(r=4, lora_alpha=6, use_rslora=True)
         assert model.get_base_model().linear.scaling["default"] == 6 / math.sqrt(4)
+
+
+def test_rows_choose_among_copies_of_a_module_that_returns_an_output_of_transformers():
+    base, batch = tiny.make("bert"), tiny.inputs()
+    model = fp.get_peft_model(base, fp.LoraConfig(target_modules=["pooler.dense"], modules_to_save=["encoder"])).eval()
+    tiny.randomize(model)
+    names = ["default", "__base__", "default"]
+    with torch.no_grad():
+        mine = model(batch["input_ids"]).logits
+        with model.disable_adapter():
+            theirs = model(batch["input_ids"]).logits
+        out = model(batch["input_ids"], adapter_names=names).logits
+    expected = torch.stack([(mine if name == "default" else theirs)[i] for i, name in enumerate(names)])
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rows_that_choose_copies_of_a_module_that_writes_into_the_cache_do_without_it(kind):
+    block = {"llama": "layers.1", "gpt2": "h.1"}[kind]
+    model = fp.get_peft_model(tiny.make(kind), fp.LoraConfig(modules_to_save=[block])).eval()
+    tiny.randomize(model)
+    prompt = {"input_ids": tiny.inputs()["input_ids"], "max_new_tokens": 5, "do_sample": False, "use_cache": False}
+    names = ["default", "__base__", "default"]
+    mine = model.generate(**prompt)
+    with model.disable_adapter():
+        theirs = model.generate(**prompt)
+    out = model.generate(**prompt, adapter_names=names)
+    assert all(torch.equal(out[i], (mine if name == "default" else theirs)[i]) for i, name in enumerate(names))
+    with pytest.raises(ValueError, match=r"adapter_names has \['default'\].*writes into the cache.*use_cache=False"):
+        model.generate(**prompt | {"use_cache": True}, adapter_names=names)
+    assert torch.equal(model.generate(**prompt | {"use_cache": True}), mine)

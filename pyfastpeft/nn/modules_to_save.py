@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,10 +51,16 @@ class ModulesToSave(nn.Module):
             return self.module_in_use()(*args, **kwargs)
         used = {n for row in mode.of_row for n in self._with_a_copy(row)}
         names = tuple(n for n in mode.names if n in used)
+        if names and any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+            kind = type(self.original_module).__name__
+            raise ValueError(
+                f"adapter_names has {list(names)}, whose modules_to_save hold a {kind} that writes into the cache, to "
+                "which each copy would add keys and values of its own: give use_cache=False, or choose by set_adapter"
+            )
         y = self.original_module(*args, **kwargs)
         # Each adapter's copy is another weight, so it runs by itself; shapes do not depend on who asked for what.
         for i, name in enumerate(names):
-            first = y[0] if isinstance(y, tuple) else y
+            first = y if isinstance(y, Tensor) else y[0]
             chosen = mode.mask(names, first.shape[0], first.device)[:, i].bool()
             # The other rows are zero in its input: where they are inf or NaN, a zero gradient times them would be NaN.
             mine, named = _own_rows(chosen, args, kwargs)
@@ -85,6 +92,8 @@ def _where(chosen: Tensor, own: Any, others: Any) -> Any:
     """``own`` in the rows ``chosen``, else ``others``; of a module that gives several things in each of them."""
     if isinstance(others, tuple):
         return tuple(_where(chosen, a, b) for a, b in zip(own, others, strict=True))
+    if isinstance(others, Mapping):  # an output of transformers
+        return type(others)(**{key: _where(chosen, own[key], value) for key, value in others.items()})
     if not isinstance(others, Tensor):
         return others
     return torch.where(chosen.view(-1, *[1] * (others.dim() - 1)), own, others)
