@@ -192,7 +192,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.base_model = AdaptedModel(model)
         vars(model)[CARRIED] = self.base_model.configs  # empty as long as no adapter is attached
         self.prompt_encoder = self.base_model.bank.prompts
-        self.train(model.training)
+        for module in (self, self.base_model, self.prompt_encoder):  # not what is in the model: some may be frozen
+            module.training = model.training
         self._complete()
 
     @contextmanager

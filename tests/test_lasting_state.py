@@ -363,6 +363,32 @@ def structure(model):
     ], model.config._attn_implementation
 
 
+class TestModes:
+    """Modules of a model in training that a user has put into evaluation mode, as frozen norms, stay there."""
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            fp.LoraConfig(**LORA),
+            fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], **LORA),
+            fp.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+            fp.BottleneckConfig(task_type="CAUSAL_LM"),
+        ],
+    )
+    def test_adapters_and_export_leave_each_module_in_its_mode(self, config, tmp_path):
+        base = tiny.make().train()
+        frozen = [base.model.norm, base.model.layers[1].mlp.act_fn]
+        for module in frozen:
+            module.eval()
+        expected = {path: module.training for path, module in base.named_modules()}
+        model = fp.get_peft_model(base, config)
+        assert model.training and not any(module.training for module in frozen)
+        if config.is_prompt_learning:
+            model.export_prefix(tmp_path / "prefix")
+        base = model.unload()
+        assert {path: module.training for path, module in base.named_modules()} == expected
+
+
 class TestErrorsAndInterrupts:
     @pytest.mark.parametrize("where", [(peft_model, "fuse"), (AdaptedModel, "add"), (AdaptedModel, "activate")])
     @pytest.mark.parametrize("way", ["made", "loaded"])

@@ -10,10 +10,11 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """``module`` is in evaluation mode while this lasts, and then in the mode that it was in."""
-    training = module.training
+    """``module`` is in evaluation mode while this lasts, and then it, and each module in it, in the one it was in."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training

@@ -404,7 +404,8 @@ class AdaptedModel(OneDevice, nn.Module):
     def _keep(self, name: str, path: str, module: nn.Module) -> None:
         wrapper = module
         if not isinstance(module, ModulesToSave):
-            wrapper = ModulesToSave(module, self.bank).train(module.training)
+            wrapper = ModulesToSave(module, self.bank)
+            wrapper.training = module.training  # what is in it has its own mode
             put(self.model, path, wrapper)
             self.bank.wrappers[path] = wrapper
             self.bank.forget()
