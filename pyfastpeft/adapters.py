@@ -314,6 +314,14 @@ class AdapterBank:
         self._undecided.discard(name)
         self._deleted.add(name)
 
+    def vacate(self) -> None:
+        """Forget all adapters, whose layers are out of the model; what trains of it goes on to."""
+        self._deleted.update(self._find)
+        for held in (self._find, self._trainable, self._training, self._undecided, self._let):
+            held.clear()
+        self.chosen = ()
+        self.forget()
+
     def let_train(self, name: str, trains: bool) -> None:
         """Let the parameters of ``name`` train, or not, whether it is active or not, until :meth:`decide`."""
         for parameter in self.parameters(name):

@@ -619,7 +619,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 which must be None.
 
         Raises:
-            ValueError: the argument at fault, or a ``save_directory`` that is a file.
+            ValueError: the argument at fault, a ``save_directory`` that is a file, or there is no adapter.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization is False; adapters are written as safetensors only")
@@ -629,6 +629,8 @@ class PeftModel(PushToHubMixin, nn.Module):
                 "(pissa, olora, loftq) is written as it is, for that base"
             )
         names = self.base_model.known(self.peft_config if selected_adapters is None else selected_adapters)
+        if not (names or selected_adapters):
+            raise ValueError("there is no adapter to save: none was added, or they were deleted or unloaded")
         if not is_main_process:
             return
         for name in names:

@@ -363,6 +363,26 @@ def structure(model):
     ], model.config._attn_implementation
 
 
+class TestWithoutAdaptersAgain:
+    @pytest.mark.parametrize("unload", [fp.PeftModel.unload, fp.PeftModel.merge_and_unload])
+    def test_an_unloaded_model_has_no_adapters_and_overwrites_none(self, unload, tmp_path):
+        ids, model = tiny.inputs()["input_ids"], adapted(fp.LoraConfig(**LORA)).eval()
+        tiny.randomize(model)
+        expected = logits(model, ids)
+        model.save_pretrained(tmp_path)
+        state = fp.load_peft_weights(tmp_path)
+        base = unload(model)
+        assert not model.peft_config and not model.active_adapters and unload(model) is base
+        for use in (model.set_adapter, model.delete_adapter, lambda name: model.save_pretrained(tmp_path)):
+            with pytest.raises(ValueError, match="there is no adapter"):
+                use("default")
+        assert fp.load_peft_weights(tmp_path).keys() == state.keys()
+        if unload is fp.PeftModel.unload:
+            model.load_adapter(tmp_path, "default")
+            model.set_adapter("default")
+            assert torch.equal(logits(model, ids), expected)
+
+
 class TestModes:
     """Modules of a model in training that a user has put into evaluation mode, as frozen norms, stay there."""
 

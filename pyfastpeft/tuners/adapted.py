@@ -471,13 +471,16 @@ class AdaptedModel(OneDevice, nn.Module):
     # Without adapters again.
 
     def unwrapped(self, names: tuple[str, ...]) -> nn.Module:
-        """The base model without any wrapper; modules kept by ``names`` stand in the place of the originals."""
+        """The base model without any wrapper; modules kept by ``names`` stand in the place of the originals. There are
+        no adapters any more."""
         for tuner in self._tuners.values():
             tuner.unload()
         for path, wrapper in self.bank.wrappers.items():
             kept = wrapper.plan(names)
             put_back(self.model, path, wrapper, wrapper.original_module if kept is None else kept)
         self.bank.wrappers.clear()
+        self.bank.vacate()
+        self.configs.clear()
         if self._tied and not _tied(self.model) and self.model.config.model_type not in _SCALED_WHERE_TIED:
             for config in (self.model.config, self.model.config.get_text_config()):
                 config.tie_word_embeddings = False
