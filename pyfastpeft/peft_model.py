@@ -403,13 +403,13 @@ class PeftModel(PushToHubMixin, nn.Module):
         In this thread, whatever ``adapter_names`` say, and, unless these say otherwise, in those that first meet the
         model inside. Others go on as they were, but for what was merged: they see the active adapters in its place.
         """
-        self._warn_of_changes(stacklevel=4)
+        self._warn_of_changes(self.peft_config, stacklevel=4)
         with self.base_model.without_merged(), self.base_model.bank.disabling(), self._mode(NO_ROWS):
             yield
 
-    def _warn_of_changes(self, stacklevel: int) -> None:
-        """Say what the base model without adapters has of them nevertheless."""
-        configs = [c for c in self.peft_config.values() if isinstance(c, LoraConfig)]
+    def _warn_of_changes(self, names: Collection[str], stacklevel: int) -> None:
+        """Say what the base model without the adapters ``names`` has of them nevertheless."""
+        configs = [c for n, c in self.peft_config.items() if n in names and isinstance(c, LoraConfig)]
         if any(c.bias != "none" for c in configs):
             said = "biases of the base model were trained (bias is not 'none'); they stay as trained"
             warnings.warn(said, stacklevel=stacklevel)
@@ -473,10 +473,12 @@ class PeftModel(PushToHubMixin, nn.Module):
         """Remove an adapter; if it was active, the first one left becomes active.
 
         A CUDA graph captured around any soft prompt must be captured again. With the last soft prompt the model has its
-        own attention again, at once: delete that one while no other thread is in a forward.
+        own attention again, at once: delete that one while no other thread is in a forward. What an adapter changed of
+        the base model stays as :meth:`unload` says, with a warning.
         """
         self.base_model.known([adapter_name])
         self.base_model.bank.check_unmerged(adapter_name)
+        self._warn_of_changes([adapter_name], stacklevel=3)
         chosen = self.base_model.bank.chosen
         try:
             self.base_model.remove(adapter_name)
@@ -585,7 +587,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         (PEFT leaves it in the weights; here :meth:`merge_and_unload` does.) Biases that were trained stay as trained,
         and weights that PiSSA, OLoRA or LoftQ started from without what these took, with a warning.
         """
-        self._warn_of_changes(stacklevel=3)
+        self._warn_of_changes(self.peft_config, stacklevel=3)
         self.base_model.give_way("by unload(); merge_and_unload() keeps them")
         return self._unloaded((), self._came_fused)
 

@@ -382,6 +382,19 @@ class TestWithoutAdaptersAgain:
             model.set_adapter("default")
             assert torch.equal(logits(model, ids), expected)
 
+    @pytest.mark.parametrize(
+        ("config", "said"),
+        [({"bias": "all"}, "biases of the base model"), ({"init_lora_weights": "pissa"}, "what init_lora_weights")],
+    )
+    def test_what_a_deleted_adapter_leaves_in_the_base_model_is_spoken_of(self, config, said, recwarn):
+        model = adapted(fp.LoraConfig(**LORA | config), base=tiny.make("opt"))
+        model.add_adapter("other", fp.LoraConfig(**LORA))
+        recwarn.clear()
+        model.delete_adapter("other")
+        assert not [w for w in recwarn if said in str(w.message)]
+        with pytest.warns(UserWarning, match=said):
+            model.delete_adapter("default")
+
 
 class TestModes:
     """Modules of a model in training that a user has put into evaluation mode, as frozen norms, stay there."""
