@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .options import FUSED
+
 _COLUMNS = 8192
 """Of a step: few enough to leave a thread's registers, enough to make the sums across threads rare."""
 
@@ -73,5 +75,6 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
             stride=logits.stride(0),
             COLUMNS=columns,
             num_warps=min(max(columns // 512, 4), 16),
+            **FUSED,
         )
     return losses

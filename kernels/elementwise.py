@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layouts import with_contiguous_columns
+from .options import FUSED
 
 _ELEMENTS = 4096
 """Of a program's tile: 16 bytes a thread, several times over."""
@@ -272,6 +273,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             ROWS=rows,
             COLUMNS=columns,
             num_warps=warps,
+            **FUSED,
         )
     return y
 
@@ -302,6 +304,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, need_we
             ROWS=rows,
             COLUMNS=columns,
             num_warps=warps,
+            **FUSED,
         )
     return dx, dweight.sum(0, keepdim=True) if need_weight else dweight
 
@@ -367,6 +370,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tu
             HEADS=heads,
             HALF=triton.next_power_of_2(dim // 2),
             num_warps=4,
+            **FUSED,
             **strides,
         )
     return tuple(out)
@@ -383,7 +387,7 @@ def _whole_rows(h: int) -> tuple[int, int, int]:
 def _tile(m: int, h: int) -> dict:
     columns = min(triton.next_power_of_2(h), 1024)
     rows = min(triton.next_power_of_2(m), _ELEMENTS // columns)
-    return {"M": m, "H": h, "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+    return {"M": m, "H": h, "ROWS": rows, "COLUMNS": columns, "num_warps": 4} | FUSED
 
 
 def _grid(m: int, h: int) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .graphs import constant_on
 from .layouts import with_contiguous_columns
+from .options import FUSED
 
 _SWEEP_RANK = 32
 """The largest rank whose S fits into registers beside the accumulator of the forward sweep."""
@@ -822,6 +823,7 @@ def forward_slots(x: Tensor, w: Weight, bias: Tensor | None, lora: Slots) -> Ten
             RANK=rank,
             PRECISION=_precision(x.dtype),
             num_warps=4,
+            **FUSED,
             num_stages=3,
         )
     return _product(
@@ -871,6 +873,7 @@ def _product(
             PRECISION=_precision(x.dtype),
             STAGES=cut.stages,
             num_warps=cut.warps,
+            **FUSED,
             num_stages=cut.stages,
             **{"BK": cut.depth} | w.arguments(cut.depth, x.dtype) | w.words(cut, x.dtype),
             **lora,
@@ -939,6 +942,7 @@ def _dx(dy: Tensor, w: Weight, branch: Branch | None, ds: Tensor | None, cut: Ti
         RANK=_rank_block(arguments["R"]),
         PRECISION=_precision(dy.dtype),
         num_warps=cut.warps,
+        **FUSED,
         num_stages=cut.stages,
         **w.arguments(cut.columns, dy.dtype),
         **arguments,
@@ -1001,6 +1005,7 @@ def _projected(
             RANK=rank,
             PRECISION=_precision(p.dtype),
             num_warps=4,
+            **FUSED,
             num_stages=3,
         )
         found.append(_summed(pq))

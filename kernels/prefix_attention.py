@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layouts import with_contiguous_columns
+from .options import FUSED
 
 _SHOWN = tl.constexpr(2**29)
 """The place of a key that nobody sees is at or beyond this."""
@@ -706,7 +707,7 @@ class Call(NamedTuple):
         batch, keys = self.positions.shape
         starts = self.positions.new_empty((batch,))
         if batch > 0:
-            _starts[(batch,)](positions=self.positions, starts=starts, S=keys, num_warps=4)
+            _starts[(batch,)](positions=self.positions, starts=starts, S=keys, num_warps=4, **FUSED)
         return starts
 
     def arguments(self) -> dict:
@@ -747,7 +748,7 @@ def _view(t: Tensor | None) -> View | None:
 def _cut(cut: Tiles, full: bool) -> dict:
     """``full``: the sums fill the registers."""
     move = "mov.b32 $0, $1;" if full and torch.version.hip is None else None
-    return {"BM": cut.rows, "BN": cut.keys, "MOVE": move, "num_warps": cut.warps, "num_stages": cut.stages}
+    return {"BM": cut.rows, "BN": cut.keys, "MOVE": move, "num_warps": cut.warps, "num_stages": cut.stages} | FUSED
 
 
 class _Pass(NamedTuple):
@@ -816,6 +817,7 @@ def forward(call: Call, need_lse: bool) -> tuple[Tensor, Tensor]:
             D=dim,
             WIDTH=call.width,
             num_warps=2,
+            **FUSED,
         )
     return out, lse
 
@@ -862,6 +864,6 @@ def _summed(parts: Tensor, index: Tensor | None, slots: int) -> Tensor:
     if out.numel() > 0:
         n = out[0].numel()
         _prefix_sum[(triton.cdiv(n, _BLOCK), slots)](
-            parts=parts, index=index, out=out, B=len(parts), N=n, BLOCK=_BLOCK, num_warps=4
+            parts=parts, index=index, out=out, B=len(parts), N=n, BLOCK=_BLOCK, num_warps=4, **FUSED
         )
     return out
