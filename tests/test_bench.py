@@ -624,7 +624,10 @@ def test_what_llama_cpp_reads_is_the_same_model(tmp_path):
     assert correlation > 0.97
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, which takes minutes to measure")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, which takes minutes to measure")
+
+
+@without_gpu
 def test_the_gpus_report_runs_without_one_and_says_what_it_skips(tmp_path):
     out = tmp_path / "report.json"
     environment = {**os.environ, "BUILD": "0", "PYTHON": sys.executable}
@@ -639,6 +642,23 @@ def test_the_gpus_report_runs_without_one_and_says_what_it_skips(tmp_path):
     assert all(row["error"] < 4e-3 and row["lora_error"] < 4e-3 for row in result["products"])
     assert result["trainings"] and result["models"]["tiny"]["ours"]["step_s"] > 0
     assert all(promise["met"] is None for promise in result["promises"])
+
+
+@without_gpu
+def test_a_model_that_fails_costs_the_gpus_report_no_other(tmp_path):
+    lines = (
+        "import sys, bench.gpu_report as report",
+        "whole, report.SHAPES = report.llama, []",
+        "report.llama = lambda name, kind: {}[name] if kind == 'dense' else whole(name, kind)",
+        f"sys.argv = ['', '--out', {str(tmp_path / 'out')!r}]",
+        "report.main()",
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out").read_text())
+    assert result["models"]["tiny"]["ours"]["step_s"] > 0 and list(result["models"]["tiny"]) == ["ours"]
+    assert "KeyError" in result["skipped"]["Llama tiny, dense"]
 
 
 def test_the_gpus_report_needs_torch_alone(tmp_path):
