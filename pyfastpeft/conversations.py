@@ -17,6 +17,8 @@ from .hub.files import check_text
 from .ops.cross_entropy import IGNORED
 
 Messages = list[dict[str, str]]
+Rows = dict[int, Messages]
+"""Conversations by the numbers of their lines in a file."""
 _Row = TypeVar("_Row")
 
 
@@ -90,7 +92,7 @@ def read_rows(path: str | os.PathLike) -> list[Messages]:
     return list(numbered_rows(path).values())
 
 
-def numbered_rows(path: str | os.PathLike) -> dict[int, Messages]:
+def numbered_rows(path: str | os.PathLike) -> Rows:
     """:func:`read_rows`, by their lines' numbers."""
     return _read(path, _messages)
 
@@ -252,7 +254,7 @@ def load_dataset(
 
 
 def encode_rows(
-    path: str | os.PathLike, rows: dict[int, Messages], tokenizer: PreTrainedTokenizerBase, max_length: int
+    path: str | os.PathLike, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, list[int]]]:
     """:func:`load_dataset` of what :func:`numbered_rows` has read from ``path``, which may be a pipe."""
     examples = []

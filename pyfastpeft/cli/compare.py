@@ -19,7 +19,7 @@ import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +29,9 @@ from . import train
 from .methods import METHODS
 from .models import FORMAT
 from .output import check_place, opened_console
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from ..conversations import Rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train every method, then one table, the best first."""
-    from ..conversations import read_rows
-
     check_place(Path(args.output))
-    for path in (args.data, args.test):  # a fault in one would show in every process
-        read_rows(path)
-    rows = [_row(args, name, console) for name in dict.fromkeys(args.methods)]
+    read = train.rows_of(args)  # once: a pipe has nothing for the second process, and a fault would show in each
+    rows = [_row(args, name, read, console) for name in dict.fromkeys(args.methods)]
     rows.sort(key=_order)
     best = rows[0]
     if "error" in best:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"best": best["method"], "methods": rows}
 
 
-def _row(args: argparse.Namespace, method: str, console: Console) -> dict[str, Any]:
+def _row(args: argparse.Namespace, method: str, read: tuple[Rows, Rows], console: Console) -> dict[str, Any]:
     console.print(f"[bold]{method}[/bold]: {METHODS[method].about}")
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
@@ -73,26 +73,27 @@ def _row(args: argparse.Namespace, method: str, console: Console) -> dict[str, A
     vars(asked).update((name, value) for name, value in vars(args).items() if name in asked and name != "output")
     if METHODS[method].quantized is False:  # the format is that of the other methods
         vars(asked).update(dict.fromkeys(FORMAT))
-    result = _in_a_process(asked, console)
+    result = _in_a_process(asked, read, console)
     if "error" in result:
         console.print(f"{method} failed: {escape(result['error'])}")
         return {"method": method, **result}
     return {"method": method, **result, "adapter_bytes": sum(f.stat().st_size for f in output.glob("*.safetensors"))}
 
 
-def _in_a_process(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def _in_a_process(args: argparse.Namespace, read: tuple[Rows, Rows], console: Console) -> dict[str, Any]:
     """The result of ``train``, or what its ``error`` was; in a process of its own, as peak memory is a process's."""
     spawn = multiprocessing.get_context("spawn")
-    results, sent = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_train, args=(args, console.stderr, sent), daemon=True)
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=_train, args=(args, console.stderr, there), daemon=True)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the process inherits it: Ctrl-C is for this one alone
     process.start()
     signal.signal(signal.SIGINT, handler)
-    sent.close()
+    there.close()
     result = None
     try:
-        with suppress(EOFError):  # it ended without a word
-            result = results.recv()
+        with suppress(EOFError, ConnectionError):  # it ended without a word
+            here.send(read)
+            result = here.recv()
         process.join()
     finally:
         process.kill()
@@ -108,14 +109,14 @@ def _end(code: int) -> str:
     return f"was ended by signal {-code} ({signal.strsignal(-code)}){memory}"
 
 
-def _train(args: argparse.Namespace, stderr: bool, results: Connection) -> None:
+def _train(args: argparse.Namespace, stderr: bool, parent: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with opened_console("compare", stderr) as console:
         try:
-            result = train.run(args, console)
+            result = train.run(args, console, parent.recv())
         except Exception as error:
             result = {"error": " ".join(str(error).split()) or type(error).__name__}
-    results.send(result)
+    parent.send(result)
 
 
 def _end_with_parent() -> None:

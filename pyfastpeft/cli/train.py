@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .. import PeftModel
-    from ..conversations import Messages
+    from ..conversations import Messages, Rows
 
 SCHEDULES = (
     "linear",
@@ -90,12 +90,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantization_arguments(parser)
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Train, save, report."""
+def rows_of(args: argparse.Namespace) -> tuple[Rows, Rows]:
+    """The rows of ``--data`` and of ``--test``. Either may be a pipe, which can be read once."""
+    from ..conversations import numbered_rows
+
+    return numbered_rows(args.data), numbered_rows(args.test) if args.test else {}
+
+
+def run(args: argparse.Namespace, console: Console, read: tuple[Rows, Rows] | None = None) -> dict[str, Any]:
+    """Train, save, report; ``read`` is what :func:`rows_of` gave, where that was asked before."""
     from transformers import set_seed
 
     from .. import get_peft_model
-    from ..conversations import encode_rows, numbered_rows
+    from ..conversations import encode_rows
     from ..generation import prompts_of
 
     method, options, quantized = chosen(args)
@@ -103,8 +110,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         refuse_format(args, "--full-precision" if args.full_precision else f"--method {args.method}")
     # What is wrong with these shows before the model is loaded.
     _check_output(args.output)
-    rows = numbered_rows(args.data)
-    tests = numbered_rows(args.test) if args.test else {}
+    rows, tests = read or rows_of(args)
     questions, lines = list(tests.values()), [f"{args.test}, line {number}" for number in tests]
     base, tokenizer = _load(args, method, quantized)
     dataset = encode_rows(args.data, rows, tokenizer, args.max_length)
