@@ -188,12 +188,26 @@ def prompt_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[i
     return ids
 
 
+_ANSWER = "An answer."
+
+
+def _around_answer(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What the chat template writes before an answer to ``messages``, that answer if it is there, and what follows."""
+    text = _template([*messages, {"role": "assistant", "content": _ANSWER}], tokenizer, False)
+    return text.rpartition(_ANSWER)
+
+
+def opening(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What begins every answer as :func:`encode` teaches it, and is the template's: Qwen3's empty thought."""
+    before, _, _ = _around_answer(messages, tokenizer)
+    asked = _template(messages, tokenizer, True)
+    return before[len(asked) :] if before.startswith(asked) else ""
+
+
 def end_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end an answer to ``messages`` as :func:`encode` teaches it: the tokenizer's end of a text, and
     the first special token that stands behind an answer."""
-    answer = "An answer."
-    text = _template([*messages, {"role": "assistant", "content": answer}], tokenizer, False)
-    _, found, behind = text.rpartition(answer)
+    _, found, behind = _around_answer(messages, tokenizer)
     known = tokenizer.added_tokens_decoder
     ends = (i for i in _ids(behind, tokenizer) if i in known and known[i].special)
     return {i for i in (tokenizer.eos_token_id, next(ends, None) if found else None) if i is not None}

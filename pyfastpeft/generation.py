@@ -17,6 +17,7 @@ from .conversations import (
     embedded_tokens,
     end_ids,
     learned_positions,
+    opening,
     pad_id,
     prompt_ids,
     virtual_tokens,
@@ -116,7 +117,7 @@ def answer(
         on_batch: called after each batch with the number of conversations answered in it.
 
     Returns:
-        One text a conversation, without special tokens.
+        One text a conversation, without special tokens and what the chat template begins each answer with.
 
     Raises:
         ValueError: as :func:`prompts_of`; a ``generation_config`` whose ``eos_token_id`` is no number of a token.
@@ -144,7 +145,9 @@ def answer(
             )
             rows = out[:, length:].tolist()
             said = [row[: next((n for n, i in enumerate(row) if i in ends), None)] for row in rows]
-            answers += tokenizer.batch_decode(said, skip_special_tokens=True)
+            begun = tokenizer(opening(conversations[start], tokenizer), add_special_tokens=False)["input_ids"]
+            begin, *texts = (t.strip() for t in tokenizer.batch_decode([begun, *said], skip_special_tokens=True))
+            answers += [text.removeprefix(begin).strip() for text in texts]
             if on_batch is not None:
                 on_batch(len(batch))
-    return [text.strip() for text in answers]
+    return answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import inputs, make, quantized, randomize
+from rich.console import Console
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -36,6 +38,7 @@ from transformers import (
 )
 
 import pyfastpeft as fp
+from pyfastpeft.cli.examine import examine
 from pyfastpeft.conversations import (
     IGNORED,
     encode,
@@ -758,6 +761,19 @@ def test_an_answer_is_what_is_likeliest_whatever_the_model_is_set_to(settings, a
         before = model.generation_config.to_dict()
         assert answer(model, tiny_tokenizer(), [TALK[:1]] * 2, 5) == [said.removesuffix("<|end|>")] * 2
         assert model.generation_config.to_dict() == before
+
+
+def test_what_the_template_begins_each_answer_with_is_no_part_of_it():
+    tokenizer, thought = tiny_tokenizer(), "[123456789]"
+    begins = "{% if loop.last and m['role'] == 'assistant' %}" + thought + "{% endif %}"  # as Qwen3's empty thought
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", begins + "{{ m['content'] }}")
+    row = [*TALK[:1], {"role": "assistant", "content": "Is no"}]
+    labels = [i for i in encode(row, tokenizer, 99)["labels"] if i != IGNORED]
+    assert tokenizer.decode(labels) == f"{thought}Is no<|end|>"
+    taught, other = chain(f"<|assistant|>{thought}Is no<|end|>"), chain("<|assistant|>Is no<|end|>")
+    for model in (taught, other):
+        assert answer(model, tokenizer, [TALK[:1]] * 2, 20) == ["Is no"] * 2
+        assert examine(Console(file=io.StringIO()), "asked", model, tokenizer, [row] * 2) == (1, 1, 1)
 
 
 def test_what_follows_the_end_of_a_shorter_answer_is_no_part_of_it():
