@@ -927,6 +927,41 @@ class TestWherePeftFails:
         own.delete_adapter("default")
         assert inner.config._attn_implementation == before
 
+    @pytest.mark.parametrize("method", ["prompt", "prefix"])
+    @torch.no_grad()
+    def test_parts_beside_the_decoder_keep_the_attention_that_was_chosen_for_them(self, method):
+        """Gemma 4's encoder of sounds, which cuts masks in a way of its own, has no other than its eager one."""
+        layers = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        heads = {"num_key_value_heads": 2, "head_dim": 8}
+        text = layers | heads | {"global_head_dim": 8, "hidden_size_per_layer_input": 0, "vocab_size": tiny.VOCAB}
+        sound = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}
+        kinds = ("image", "video", "audio", "boi", "eoi", "boa")
+        whole = tf.Gemma4Config(
+            text_config=text,
+            vision_config=layers | heads,
+            audio_config=sound,
+            eoa_token_index=57,
+            **{f"{kind}_token_id": 63 - i for i, kind in enumerate(kinds)},
+        )
+        base = tf.Gemma4ForConditionalGeneration(whole).eval()
+        parts = [m for m in base.modules() if isinstance(m, tf.PreTrainedModel)]
+        before = [part.config._attn_implementation for part in parts]
+        assert {"sdpa", "eager"} == set(before)
+        ids = torch.tensor([[2, 3, *[61] * 8, 4, 5]])
+        given = {"input_ids": ids, "input_features": torch.randn(1, 32, 128)}
+        given["input_features_mask"] = torch.ones(1, 32, dtype=torch.bool)
+        plain, heard = base(**given).logits, []
+        base.model.audio_tower.register_forward_hook(lambda *called: heard.append(called[2].last_hidden_state))
+        own = ours(base, method).eval()
+        assert not torch.allclose(own(**given).logits, plain, atol=1e-3)
+        with own.disable_adapter():
+            close(own(**given).logits, plain)
+        assert torch.equal(*heard)
+        own.delete_adapter("default")
+        assert [part.config._attn_implementation for part in parts] == before
+        close(own.unload()(**given).logits, plain)
+        assert [part.config._attn_implementation for part in parts] == before
+
     @torch.no_grad()
     def test_images_whose_tokens_are_numbered_within_them(self):
         """HunYuan-VL's: the prompt is what the same vectors are as tokens in front of the text."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import put_bounded
@@ -23,7 +23,6 @@ from ...nn.ends import input_embedding
 from ...nn.modes import evaluating
 from ...nn.prompt_encoder import Form
 from ...ops.tracing import is_compiling, traced
-from ..attention import set_attention
 from .bare import fed, without_checkpointing
 from .checkpointing import collected, reentrant
 from .kept_prompts import KeptPrompts, Source, Values
@@ -124,7 +123,7 @@ class Prefixes(ABC):
         self._checkpointing = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles: list[Any] = []
         self._collecting: Any = None
-        self._attention_before: str = ""
+        self._attention_before: list[tuple[PreTrainedConfig, str]] = []
         self.number = number_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -193,13 +192,29 @@ class Prefixes(ABC):
             self.decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
-    def _set_attention(self, name: str | None = None) -> str:
-        """Let the model use that attention (default: one that knows prefixes). Returns which it used before."""
-        name, attends = name or self.ATTENTION, self._attends
-        before = attends.config._attn_implementation
-        if before != name:
-            set_attention(attends, name)
-        return before
+    def _set_attention(self) -> list[tuple[PreTrainedConfig, str]]:
+        """Let the model use an attention that knows prefixes: what a prefix is for, and what uses sdpa beside that.
+
+        Other parts keep theirs: what Gemma 4 does with the masks of sounds only its eager attention can.
+
+        Returns:
+            Each configuration that this changed, layers' own among them, and what it said before.
+        """
+        layers, before = set(self.attentions), {}
+        for module in self._attends.modules():
+            config = vars(module).get("config")
+            if isinstance(config, PreTrainedConfig) and (
+                config._attn_implementation == "sdpa" or not layers.isdisjoint(module.modules())
+            ):
+                before[id(config)] = config, config._attn_implementation
+        said = list(before.values())
+        self._say_attention((config, self.ATTENTION) for config, _ in said)
+        return said
+
+    @staticmethod
+    def _say_attention(said: Iterable[tuple[PreTrainedConfig, str]]) -> None:
+        for config, name in said:
+            config._attn_implementation_internal = name  # the property would say it for every part within
 
     def uninstall(self) -> None:
         """Leave the model as it was."""
@@ -213,7 +228,7 @@ class Prefixes(ABC):
         self._handles = []
         for module in self.attentions:
             vars(module).pop("_prefix", None)
-        self._set_attention(self._attention_before)
+        self._say_attention(self._attention_before)
 
     def uses(self, rows: Sequence[tuple[str, ...]]) -> bool:
         """Whether rows that use the adapters ``rows`` have a soft prompt."""
