@@ -71,9 +71,9 @@ class Call:
                 file.write(np.array([-1, 0], np.int64).tobytes())
                 continue
             # The storage from the start, so that a view begins where it would begin on a device.
-            storage = bytes(buffer.untyped_storage())
+            storage = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
             file.write(np.array([len(storage), buffer.storage_offset() * buffer.element_size()], np.int64).tobytes())
-            file.write(storage)
+            file.write(storage.numpy().tobytes())
 
     def read(self, file) -> None:
         status, self.kept, self.zeroed = np.frombuffer(file.read(24), np.int64).tolist()
