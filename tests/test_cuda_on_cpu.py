@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -94,7 +96,7 @@ def run(
     capability=8,
 ):
     """Runs the calls; each then has its results. ``fault``: one of SEEDED."""
-    cases, results = program.parent / "cases", program.parent / "results"
+    cases, results = (program.parent / f"{name}_{os.getpid()}" for name in ("cases", "results"))
     with cases.open("wb") as file:
         for call in calls:
             call.write(file)
@@ -115,8 +117,13 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def built(tmp_path_factory) -> Path:
     """The program of all files' tests that need no sanitizer; it has no fault but the one that ``run`` asks for."""
-    program = tmp_path_factory.getbasetemp() / "cuda_on_cpu" / "run"
-    return program if program.exists() else build(program.parent)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes of this run
+    program = folder / "cuda_on_cpu" / "run"
+    with (folder / "cuda_on_cpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return program if program.exists() else build(program.parent)
 
 
 @pytest.fixture(scope="session")
