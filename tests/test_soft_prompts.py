@@ -957,6 +957,10 @@ class TestWherePeftFails:
         with own.disable_adapter():
             close(own(**given).logits, plain)
         assert torch.equal(*heard)
+        held = [part.config._attn_implementation for part in parts]
+        with attention.with_sdpa(base):  # for continuous batching
+            assert [part.config._attn_implementation for part in parts] == before
+        assert [part.config._attn_implementation for part in parts] == held
         own.delete_adapter("default")
         assert [part.config._attn_implementation for part in parts] == before
         close(own.unload()(**given).logits, plain)

@@ -449,17 +449,36 @@ def has_fast_attention(model: nn.Module) -> bool:
     return any(_SWITCHED in vars(module) for module in model.modules())
 
 
+Said = list[tuple[PreTrainedConfig, str]]
+"""Configurations, layers' own among them, and the attention that each names."""
+
+
+def exchange_attention(model: nn.Module, name: str, where: Callable[[nn.Module, PreTrainedConfig], bool]) -> Said:
+    """Let those configurations of modules name ``name`` for which ``where`` holds; returns what they said before."""
+    before = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and where(module, config):
+            before[id(config)] = config, config._attn_implementation
+    said = list(before.values())
+    say_attention([(config, name) for config, _ in said])
+    return said
+
+
+def say_attention(said: Said) -> None:
+    """Let each configuration name that attention, and none of those within it."""
+    for config, name in said:
+        config._attn_implementation_internal = name  # the property would say it for every part within
+
+
 @contextmanager
 def with_sdpa(model: PreTrainedModel) -> Iterator[None]:
     """Let ``model`` use sdpa instead of this attention, for what knows transformers' own alone."""
-    ours = model.config._attn_implementation == NAME
-    if ours:
-        set_attention(model, "sdpa")
+    said = exchange_attention(model, "sdpa", lambda _, config: config._attn_implementation == NAME)
     try:
         yield
     finally:
-        if ours:
-            set_attention(model, NAME)
+        say_attention(said)
 
 
 _SWITCHED = "_uses_fast_attention"

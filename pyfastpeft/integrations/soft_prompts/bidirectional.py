@@ -359,7 +359,7 @@ class BidirectionalPrefixes(Prefixes):
                 output = stack(**inputs, use_cache=False)
         finally:
             _recorder.held = None
-            self._say_attention(attention_before)
+            attention.say_attention(attention_before)
         tensors = [t for module in self.attentions for t in held[module]]
         return Values(tied(tensors, output[0], self._blocks[-1]), None)
 

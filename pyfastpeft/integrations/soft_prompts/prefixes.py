@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import put_bounded
@@ -23,6 +23,7 @@ from ...nn.ends import input_embedding
 from ...nn.modes import evaluating
 from ...nn.prompt_encoder import Form
 from ...ops.tracing import is_compiling, traced
+from ..attention import Said, exchange_attention, say_attention
 from .bare import fed, without_checkpointing
 from .checkpointing import collected, reentrant
 from .kept_prompts import KeptPrompts, Source, Values
@@ -123,7 +124,7 @@ class Prefixes(ABC):
         self._checkpointing = [m for m in self.decoder.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles: list[Any] = []
         self._collecting: Any = None
-        self._attention_before: list[tuple[PreTrainedConfig, str]] = []
+        self._attention_before: Said = []
         self.number = number_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -192,29 +193,17 @@ class Prefixes(ABC):
             self.decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
-    def _set_attention(self) -> list[tuple[PreTrainedConfig, str]]:
+    def _set_attention(self) -> Said:
         """Let the model use an attention that knows prefixes: what a prefix is for, and what uses sdpa beside that.
 
         Other parts keep theirs: what Gemma 4 does with the masks of sounds only its eager attention can.
-
-        Returns:
-            Each configuration that this changed, layers' own among them, and what it said before.
         """
-        layers, before = set(self.attentions), {}
-        for module in self._attends.modules():
-            config = vars(module).get("config")
-            if isinstance(config, PreTrainedConfig) and (
-                config._attn_implementation == "sdpa" or not layers.isdisjoint(module.modules())
-            ):
-                before[id(config)] = config, config._attn_implementation
-        said = list(before.values())
-        self._say_attention((config, self.ATTENTION) for config, _ in said)
-        return said
-
-    @staticmethod
-    def _say_attention(said: Iterable[tuple[PreTrainedConfig, str]]) -> None:
-        for config, name in said:
-            config._attn_implementation_internal = name  # the property would say it for every part within
+        layers = set(self.attentions)
+        return exchange_attention(
+            self._attends,
+            self.ATTENTION,
+            lambda module, config: config._attn_implementation == "sdpa" or not layers.isdisjoint(module.modules()),
+        )
 
     def uninstall(self) -> None:
         """Leave the model as it was."""
@@ -228,7 +217,7 @@ class Prefixes(ABC):
         self._handles = []
         for module in self.attentions:
             vars(module).pop("_prefix", None)
-        self._say_attention(self._attention_before)
+        say_attention(self._attention_before)
 
     def uses(self, rows: Sequence[tuple[str, ...]]) -> bool:
         """Whether rows that use the adapters ``rows`` have a soft prompt."""
