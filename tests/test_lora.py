@@ -2111,6 +2111,35 @@ def test_rows_choose_among_copies_of_a_module_that_returns_an_output_of_transfor
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [list, tuple, lambda parts: dict(zip("ab", parts, strict=True))])
+def test_rows_choose_among_copies_of_a_module_that_returns_several_things(kind):
+    class Neck(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 6)
+
+        def forward(self, x):
+            return kind(self.linear(x).chunk(2, -1))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.neck = nn.Linear(4, 4), Neck()
+
+        def forward(self, x):
+            parts = self.neck(self.first(x))
+            return torch.cat([*(parts.values() if isinstance(parts, dict) else parts)], -1)
+
+    model = fp.get_peft_model(Model(), fp.LoraConfig(target_modules=["first"], modules_to_save=["neck"])).eval()
+    tiny.randomize(model)
+    x = torch.randn(2, 4)
+    mine, out = model(x), model(x, adapter_names=["default", "__base__"])
+    with model.disable_adapter():
+        theirs = model(x)
+    assert not torch.allclose(mine, theirs, atol=1e-3)
+    torch.testing.assert_close(out, torch.stack([mine[0], theirs[1]]))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_rows_that_choose_copies_of_a_module_that_writes_into_the_cache_do_without_it(kind):
     block = {"llama": "layers.1", "gpt2": "h.1"}[kind]

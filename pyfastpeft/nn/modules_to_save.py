@@ -54,13 +54,13 @@ class ModulesToSave(nn.Module):
         if names and any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
             kind = type(self.original_module).__name__
             raise ValueError(
-                f"adapter_names has {list(names)}, whose modules_to_save hold a {kind} that writes into the cache, to "
-                "which each copy would add keys and values of its own: give use_cache=False, or choose by set_adapter"
+                f"adapter_names has {list(names)}, whose modules_to_save hold a {kind} that writes into the cache, "
+                "which each copy would do too: give use_cache=False, or choose by set_adapter"
             )
         y = self.original_module(*args, **kwargs)
         # Each adapter's copy is another weight, so it runs by itself; shapes do not depend on who asked for what.
         for i, name in enumerate(names):
-            first = y if isinstance(y, Tensor) else y[0]
+            first = y if isinstance(y, Tensor) else next(iter(y.values() if isinstance(y, Mapping) else y))
             chosen = mode.mask(names, first.shape[0], first.device)[:, i].bool()
             # The other rows are zero in its input: where they are inf or NaN, a zero gradient times them would be NaN.
             mine, named = _own_rows(chosen, args, kwargs)
@@ -90,8 +90,9 @@ def _own_rows(chosen: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
 
 def _where(chosen: Tensor, own: Any, others: Any) -> Any:
     """``own`` in the rows ``chosen``, else ``others``; of a module that gives several things in each of them."""
-    if isinstance(others, tuple):
-        return tuple(_where(chosen, a, b) for a, b in zip(own, others, strict=True))
+    if isinstance(others, (tuple, list)):
+        rows = [_where(chosen, a, b) for a, b in zip(own, others, strict=True)]
+        return rows if isinstance(others, list) else tuple(rows)
     if isinstance(others, Mapping):  # an output of transformers
         return type(others)(**{key: _where(chosen, own[key], value) for key, value in others.items()})
     if not isinstance(others, Tensor):
