@@ -190,7 +190,6 @@ class PeftModel(PushToHubMixin, nn.Module):
     def _wrap(self, model: nn.Module) -> None:
         self._came_fused = is_fused(model)
         self.base_model = AdaptedModel(model)
-        vars(model)[CARRIED] = self.base_model.configs  # empty as long as no adapter is attached
         self.prompt_encoder = self.base_model.bank.prompts
         for module in (self, self.base_model, self.prompt_encoder):  # not what is in the model: some may be frozen
             module.training = model.training

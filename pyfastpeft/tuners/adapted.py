@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import BASE, AdapterBank
+from ..adapters import BASE, CARRIED, AdapterBank
 from ..hub.files import check_tensors
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.ends import HEADS
@@ -172,6 +172,7 @@ class AdaptedModel(OneDevice, nn.Module):
                 self._keep(name, path, module)
             tuner.attach(name, config, strict=strict, values=values, autocast_adapter_dtype=autocast_adapter_dtype)
             self.configs[name] = config
+            vars(self.model)[CARRIED] = self.configs
             self.bank.hold(name, partial(self._trained, name))
             if any(hasattr(module, "_hf_hook") for module in self.model.modules()):  # of accelerate, which may offload
                 _check_kept(name, self.tensors(name))
