@@ -21,6 +21,7 @@ from pyfastpeft import peft_model
 from pyfastpeft.adapters import AdapterBank
 from pyfastpeft.caching import registered
 from pyfastpeft.nn.lora import LoraLinear
+from pyfastpeft.nn.modes import evaluating
 from pyfastpeft.tuners.adapted import AdaptedModel
 
 SOFT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
@@ -381,6 +382,9 @@ class TestWithoutAdaptersAgain:
             model.load_adapter(tmp_path, "default")
             model.set_adapter("default")
             assert torch.equal(logits(model, ids), expected)
+        model.add_adapter("other", fp.LoraConfig(**LORA))
+        with pytest.raises(ValueError, match=r"carries the adapters \[.*'other'\]"):
+            fp.get_peft_model(base, fp.LoraConfig(**LORA))
 
     @pytest.mark.parametrize(
         ("config", "said"),
@@ -420,6 +424,17 @@ class TestModes:
             model.export_prefix(tmp_path / "prefix")
         base = model.unload()
         assert {path: module.training for path, module in base.named_modules()} == expected
+
+    def test_evaluation_for_a_while_ends_in_what_a_module_does_where_it_trains_again(self):
+        class Layer(torch.nn.Linear):
+            def train(self, mode=True):
+                self.modes = [*getattr(self, "modes", ()), mode]
+                return super().train(mode)
+
+        model = torch.nn.Sequential(Layer(2, 2), torch.nn.Dropout().eval())
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+        assert model[0].modes == [False, True] and not model[1].training
 
 
 class TestErrorsAndInterrupts:

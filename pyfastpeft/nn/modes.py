@@ -11,10 +11,11 @@ from torch import nn
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """``module`` is in evaluation mode while this lasts, and then it, and each module in it, in the one it was in."""
-    modes = [(part, part.training) for part in module.modules()]
+    training, modes = module.training, [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        module.train(training)  # some do more then than to set their mode
+        for part, mode in modes:
+            part.training = mode
