@@ -9,6 +9,7 @@ import repair  # noqa: F401
 import torch
 from test_cross_entropy import (  # noqa: F401
     losses_and_gradient,
+    test_autograd_learns_that_logits_have_changed,
     test_columns_may_not,
     test_labels_must_be_one_a_row,
     test_large_logits_and_large_differences,

@@ -7,13 +7,24 @@ import math
 import pytest
 import repair  # noqa: F401
 import torch
-from test_prefix_attention import DTYPES, check, check_not_finite, make
+from test_prefix_attention import (  # noqa: F401
+    DTYPES,
+    check,
+    check_not_finite,
+    make,
+    test_a_window_wider_than_all_keys_hides_none,
+)
 
 from pyfastpeft.ops import key_positions, prefix_attention
 from pyfastpeft.ops.backends import Backend, choose_attention
 from pyfastpeft.ops.triton_kernels import _kernels
 
 kernels = _kernels("prefix_attention")
+
+
+@pytest.fixture
+def device():
+    """Of the operator's tests: no instruction set."""
 
 
 def test_the_kernels_serve_here():
