@@ -112,7 +112,7 @@ def check_own_weight(layer: nn.Module) -> None:
     if "weight" not in layer._parameters:
         raise ValueError(
             f"the weight of a {type(layer).__name__} of shape {tuple(layer.weight.shape)} is computed, by a "
-            "parametrization, prune or weight_norm; to be merged into it must be a parameter again: "
+            "parametrization, prune or weight_norm; to take other values it must be a parameter again: "
             "parametrize.remove_parametrizations, prune.remove or remove_weight_norm"
         )
 
