@@ -18,7 +18,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
@@ -37,7 +36,7 @@ from ..nn.lora import LoraLinear
 from ..ops import PackedLora
 from ..ops.backends import Backend, choose_attention, choose_plain, is_plain, native
 from ..ops.dense import FEW_ROWS
-from ..ops.linear_4bit import takes_int8
+from ..ops.linear_4bit import of_pairs, takes_int8
 from ..ops.tracing import forward_mode, traced
 from .attention import NAME as ATTENTION
 from .attention import attention_forward, attention_mask
@@ -361,7 +360,7 @@ class _Stack:
         a, b, factor = module.stacked(names, mode, 0 if mode is None else len(mode.of_row))
         branch = module.branch(dtype, names, a, b, factor, 0.0)
         if isinstance(branch, PackedLora):
-            a, b, factor = branch.a_pairs, branch.b_pairs, F.pad(factor, (0, factor.shape[-1] % 2))
+            a, b, factor = branch.a_pairs, branch.b_pairs, of_pairs(factor, len(a))
         return a, b, 1.0, factor.contiguous()
 
     def _peft_branch(self, module: nn.Module) -> tuple:

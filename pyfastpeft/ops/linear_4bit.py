@@ -113,7 +113,7 @@ def _pairs_shape(t: Tensor) -> tuple[int, int, int, int]:
     return (rows + 15) // 16, (columns + 1) // 2, 16, 2
 
 
-def _of_pairs(row_scale: Tensor, rank: int) -> Tensor:
+def of_pairs(row_scale: Tensor, rank: int) -> Tensor:
     """The factors [..., R] of A and B in pairs, whose rank is made even."""
     return pad(row_scale, (0, 1)) if rank % 2 else row_scale
 
@@ -270,7 +270,7 @@ def _inference(
         if isinstance(scaling, Tensor):
             if scaling.device != x.device or scaling.dim() == 0:
                 return None
-            row_scale, scaling = _of_pairs(scaling.float().contiguous(), len(lora.a)), 1.0
+            row_scale, scaling = of_pairs(scaling.float().contiguous(), len(lora.a)), 1.0
     if not native(w):
         return None
     int8 = compute is not None and takes_int8(w, compute)
@@ -334,13 +334,11 @@ def _as_lora(lora: Lora | tuple) -> tuple[Tensor, Tensor, float | Tensor, float]
 def _check_bank(bank: BankView, x: Tensor, n: int, k: int) -> None:
     for name, t in zip(_OF_BANK, bank, strict=True):
         check_tensor(name, t)
-    if bank.a.dim() != 3:
-        raise ValueError(f"a of the bank has shape {tuple(bank.a.shape)}; it must be [slots, r, K], K = {k}")
-    slots, r = bank.a.shape[:2]
-    if slots < 1:
+    if bank.a.dim() != 3 or len(bank.a) < 1:
         raise ValueError(
-            f"a of the bank has shape {tuple(bank.a.shape)}; it must be [slots, r, K] with a slot at least"
+            f"a of the bank has shape {tuple(bank.a.shape)}; it must be [slots, r, K], K = {k}, with a slot at least"
         )
+    slots, r = bank.a.shape[:2]
     shapes = {"a": (slots, r, k), "b": (slots, n, r), "scaling": (slots,), "rows": (x.shape[0],)}
     for name, shape in shapes.items():
         t = getattr(bank, name)
@@ -455,7 +453,7 @@ def _product(
         return _OPERATORS[backend][0](x, *weight, bias, *branch)
     if pairs is not None:
         a, _, row_scale, *rest = branch
-        branch = (*pairs, None if row_scale is None else _of_pairs(row_scale, len(a)), *rest)
+        branch = (*pairs, None if row_scale is None else of_pairs(row_scale, len(a)), *rest)
     return torch.ops.pyfastpeft.linear_4bit.default(x, *weight, bias, *branch, int8)
 
 
