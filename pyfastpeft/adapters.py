@@ -315,7 +315,7 @@ class AdapterBank:
         self._deleted.add(name)
 
     def vacate(self) -> None:
-        """Forget all adapters, whose layers are out of the model; what trains of it goes on to."""
+        """Forget all adapters, whose layers are out of the model. Copies of modules that stay in it go on training."""
         self._deleted.update(self._find)
         for held in (self._find, self._trainable, self._training, self._undecided, self._let):
             held.clear()
