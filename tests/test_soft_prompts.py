@@ -213,6 +213,18 @@ def granite_speech() -> torch.nn.Module:
     return tiny.vary_vectors(tf.GraniteSpeechForConditionalGeneration(shape)).eval()
 
 
+def is_what_tokens_make(base, method):
+    """A soft prompt with what the model makes of some tokens is these tokens in front of the text."""
+    tokens, ids = torch.arange(P), torch.arange(4, 13)[None]
+    own = ours(base, method)
+    prefixes = own.base_model.tuner_of("default").prefixes
+    made = {"prompt": base.get_input_embeddings(), "prefix": prefixes.keys_values, "deep": prefixes.layer_inputs}
+    with torch.no_grad():
+        own.prompt_encoder["default"].embedding.weight.copy_(made[method](tokens))
+        expected = base(torch.cat([tokens[None], ids], 1)).logits[:, P:]
+    close(own(ids).logits, expected)
+
+
 class TestAgainstPeft:
     @pytest.mark.parametrize("architecture", CAUSAL)
     @pytest.mark.parametrize("method", PEFT_HAS)
@@ -839,14 +851,7 @@ class TestWherePeftFails:
             vision_config=vision,
             image_token_id=tiny.VOCAB - 1,
         )
-        base, tokens, ids = tf.Step3p7ForConditionalGeneration(whole).eval(), torch.arange(P), torch.arange(4, 13)[None]
-        own = ours(base, method)
-        prefixes = own.base_model.tuner_of("default").prefixes
-        made = {"prompt": base.get_input_embeddings(), "prefix": prefixes.keys_values, "deep": prefixes.layer_inputs}
-        with torch.no_grad():
-            own.prompt_encoder["default"].embedding.weight.copy_(made[method](tokens))
-            expected = base(torch.cat([tokens[None], ids], 1)).logits[:, P:]
-        close(own(ids).logits, expected)
+        is_what_tokens_make(tf.Step3p7ForConditionalGeneration(whole).eval(), method)
 
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
     def test_a_decoder_may_have_fewer_layers_than_an_encoder_that_its_configuration_counts(self, method):
@@ -854,16 +859,10 @@ class TestWherePeftFails:
         sizes = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4}
         sizes |= {"decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "pad_token_id": 0}
         base = tf.WhisperForCausalLM(tf.WhisperConfig(vocab_size=tiny.VOCAB, max_source_positions=6, **sizes)).eval()
-        tokens, ids = torch.arange(P), torch.arange(4, 13)[None]
-        own = ours(base, method)
-        prefixes = own.base_model.tuner_of("default").prefixes
-        made = {"prompt": base.get_input_embeddings(), "prefix": prefixes.keys_values, "deep": prefixes.layer_inputs}
-        with torch.no_grad():
-            own.prompt_encoder["default"].embedding.weight.copy_(made[method](tokens))
-            expected = base(torch.cat([tokens[None], ids], 1)).logits[:, P:]
-        close(own(ids).logits, expected)
+        is_what_tokens_make(base, method)
         if method == "prefix":
             theirs, own = pair(base, method)
+            ids = torch.arange(4, 13)[None]
             close(own(ids).logits, theirs(input_ids=ids).logits)
 
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
