@@ -254,7 +254,7 @@ def with_two(base):
 @torch.no_grad()
 def test_rows_do_not_choose_where_guidance_runs_them_twice_in_one_batch(name):
     model, ids = with_two(GUIDED[name]()), torch.randint(3, 60, (2, 6))
-    options = {"max_new_tokens": 3, "do_sample": False}
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
     model.generation_config.guidance_scale = 1.0
     for call in (
         lambda **kwargs: model.generate(ids, guidance_scale=3.0, **options, **kwargs),
@@ -289,7 +289,7 @@ def test_rows_do_not_choose_for_images_that_janus_generates():
         image_token_id=60,
     )
     model, ids = with_two(tf.JanusForConditionalGeneration(config)), torch.randint(3, 60, (2, 6))
-    options = {"max_new_tokens": 3, "do_sample": False}
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
     with pytest.raises(ValueError, match=r"\['a', 'b'\] for some rows .* generation_mode is 'image'"):
         model.generate(ids, generation_mode="image", adapter_names=["a", "b"], **options)
     mixed = model.generate(ids, adapter_names=["a", "b"], guidance_scale=3.0, **options)
@@ -300,7 +300,7 @@ def test_rows_do_not_choose_for_images_that_janus_generates():
 @torch.no_grad()
 def test_rows_choose_where_a_text_model_generates_with_guidance():
     model, ids = with_two(tiny.make()), torch.randint(3, 60, (2, 6))
-    options = {"max_new_tokens": 4, "do_sample": False, "guidance_scale": 2.0}
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "guidance_scale": 2.0}
     options |= {"output_logits": True, "output_scores": True, "return_dict_in_generate": True}
     mixed = model.generate(ids, adapter_names=["a", "b"], **options)
     for row, name in enumerate("ab"):
