@@ -56,6 +56,28 @@ VARIANTS = {
 }
 
 
+class Coded(nn.Linear):
+    """Multiplies by its codes times a scale, as transformers' FP8Linear and bitsandbytes' Linear8bitLt do."""
+
+    scale = 1 / 64
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def coded(dtype):
+    """A tiny model with codes in all query projections, and the same in full precision."""
+    plain = tiny.make()
+    for layer in plain.model.layers:
+        layer.self_attn.q_proj.weight.data = torch.randint(-8, 9, (32, 32)) * Coded.scale
+    held = copy.deepcopy(plain)
+    for layer in held.model.layers:
+        codes = layer.self_attn.q_proj.weight.detach() / Coded.scale
+        layer.self_attn.q_proj = Coded(32, 32, bias=False, device="meta")
+        layer.self_attn.q_proj.weight = nn.Parameter(codes.to(dtype), requires_grad=False)
+    return held, plain
+
+
 def pair(base, seed, **kwargs):
     """The same new adapter, here and in peft, from the same random state."""
     kwargs = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], **kwargs}
@@ -201,6 +223,36 @@ class TestLikePeft:
     def test_autocast_adapter_dtype_false_keeps_the_dtype_of_the_base(self):
         model = fp.get_peft_model(tiny.make(dtype=torch.bfloat16), fp.LoraConfig(), autocast_adapter_dtype=False)
         assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+    @pytest.mark.parametrize("config", [fp.LoraConfig(), fp.BottleneckConfig()], ids=["lora", "bottleneck"])
+    def test_adapters_over_codes_train_as_over_the_values_that_these_stand_for(self, dtype, config, seed):
+        held, plain = (fp.get_peft_model(base, config) for base in coded(dtype))
+        trained = [[p for p in model.parameters() if p.requires_grad] for model in (held, plain)]
+        assert {p.dtype for p in trained[0]} == {torch.float32}
+        with torch.no_grad():
+            for mine, other in zip(*trained, strict=True):
+                other.copy_(mine.add_(torch.randn_like(mine), alpha=0.1))
+        batch = tiny.inputs()
+        losses = [model(**batch).loss for model in (held, plain)]
+        torch.testing.assert_close(*losses)
+        grads = [torch.autograd.grad(loss, own) for loss, own in zip(losses, trained, strict=True)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+    def test_codes_are_not_taken_for_the_values_that_they_stand_for(self, dtype):
+        base, _ = coded(dtype)
+        before = {key: t.clone() for key, t in base.state_dict().items()}
+        for settings in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}):
+            with pytest.raises(TypeError, match=r"a Coded whose weight is .* need it in full precision"):
+                fp.get_peft_model(base, fp.LoraConfig(**settings))
+        with pytest.raises(ValueError, match=r"holds 'model.layers.0.self_attn.q_proj', but .* is a Coded"):
+            fp.get_peft_model(base, fp.LoraConfig(target_modules=["v_proj"], modules_to_save=["q_proj"]))
+        model = fp.get_peft_model(base, fp.LoraConfig())
+        with pytest.raises(TypeError, match=r"a Coded whose weight is .* need it in full precision"):
+            model.merge_adapter()
+        after = model.unload().state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
     def test_autocast_gives_the_outputs_of_peft(self, seed):
         ours, theirs = pair(tiny.make(), seed)

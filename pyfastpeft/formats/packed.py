@@ -39,6 +39,11 @@ def floating_dtype(given: torch.dtype | str) -> torch.dtype:
     return dtype
 
 
+def is_full_precision(dtype: torch.dtype) -> bool:
+    """Whether a weight in ``dtype`` is what a layer multiplies by: integers and float8 are codes with scales beside."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 class Operands(NamedTuple):
     """A matrix [N, K] as the operators take it, in the order of their schemas.
 

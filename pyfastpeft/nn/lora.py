@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Rows
-from ..formats import Packed4bit, quantize_4bit
+from ..formats import Packed4bit, is_full_precision, quantize_4bit
 from ..ops import add_lora, linear_4bit, mixed
 from ..ops.tracing import is_compiling, is_repeated
 from .hooks import hooked
@@ -148,11 +148,11 @@ class LoraLinear(LoraLayer):
 
     def _dense_weight(self) -> Tensor:
         weight = self.base_layer.weight
-        if not weight.is_floating_point() or weight.shape != (self.out_features, self.in_features):
+        if not is_full_precision(weight.dtype) or weight.shape != (self.out_features, self.in_features):
             raise TypeError(
                 f"the base layer is a {type(self.base_layer).__name__} whose weight is {weight.dtype} of shape "
-                f"{tuple(weight.shape)}; merging, DoRA and initial values from the weight need a dense one or this "
-                "library's Linear4bit"
+                f"{tuple(weight.shape)}; merging, DoRA and initial values from the weight need it in full "
+                "precision or this library's Linear4bit"
             )
         return weight
 

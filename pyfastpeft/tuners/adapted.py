@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import BASE, CARRIED, AdapterBank
+from ..formats import is_full_precision
 from ..hub.files import check_tensors
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.ends import HEADS
@@ -132,7 +133,7 @@ class AdaptedModel(OneDevice, nn.Module):
 
         Raises:
             ValueError: one only holds modules, which the model takes out of it; or layers of another adapter are inside
-                one, which would not train the copies.
+                one, which would not train the copies; or codes that are not ours to decode, which cannot train.
         """
         saved = find_saved(config, self.model)
         for path, module in saved.items():
@@ -142,10 +143,16 @@ class AdaptedModel(OneDevice, nn.Module):
                     "is in it"
                 )
             for inner, carrier in _original(module).named_modules():
+                at = f"{path}.{inner}".removesuffix(".")
+                codes = [p.dtype for p in carrier.parameters(recurse=False) if not is_full_precision(p.dtype)]
+                if codes and not isinstance(carrier, Linear4bit):
+                    raise ValueError(
+                        f"modules_to_save holds {path!r}, but {at!r} is a {type(carrier).__name__} with {codes[0]}, "
+                        "which cannot train; load the model with it in full precision"
+                    )
                 if isinstance(carrier, WRAPPERS):
                     kinds = {ModulesToSave: "modules_to_save", BottleneckLayer: "a bottleneck"}
                     kind = kinds.get(type(carrier), "LoRA or tokens")
-                    at = f"{path}.{inner}".removesuffix(".")
                     raise ValueError(f"modules_to_save holds {path!r}, but {at!r} carries {kind} of another adapter")
         return saved
 
@@ -560,6 +567,6 @@ def check_new(name: Any, taken: Mapping[str, PeftConfig]) -> None:
 def adapter_dtype(base: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
     """The dtype of an adapter's parameters over the layer ``base``."""
     dtype = base.original_dtype if isinstance(base, Linear4bit) else base.weight.dtype
-    if not dtype.is_floating_point:
+    if not is_full_precision(dtype):
         return torch.float32
     return torch.float32 if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else dtype

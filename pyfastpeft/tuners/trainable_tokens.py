@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank
+from ..formats import is_full_precision
 from ..nn.ends import input_embedding
 from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
@@ -105,7 +106,7 @@ def _held(module: nn.Module) -> nn.Module:
 def _weight_of(path: str, module: nn.Module) -> Tensor:
     base = base_of(module)
     weight = getattr(base, "weight", None)
-    if not isinstance(base, (nn.Embedding, nn.Linear)) or not weight.is_floating_point():
+    if not isinstance(base, (nn.Embedding, nn.Linear)) or not is_full_precision(weight.dtype):
         raise ValueError(
             f"trainable_token_indices means {path!r}, a {type(base).__name__}; it must be an Embedding or a Linear in "
             "full precision, and not be in modules_to_save"
