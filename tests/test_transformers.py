@@ -685,6 +685,27 @@ class TestBitsandbytesCheckpoint:
         assert output(model, ids).isfinite().all()
 
 
+def test_what_a_checkpoint_says_of_its_text_model_counts_as_what_it_says_of_itself(tmp_path, ids):
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 16, "patch_size": 8, "projection_dim": 32, "model_type": "clip_vision_model"}
+    text = GROUPED | {"model_type": "llama"}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=127)
+    auto = transformers.AutoModelForImageTextToText
+    auto.from_config(config).save_pretrained(tmp_path / "full")
+    model = auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig())
+    model.save_pretrained(tmp_path / "ours")
+    held = json.loads((tmp_path / "ours" / "config.json").read_text())
+    ours = held.pop("quantization_config")
+    for settings in (ours, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}):
+        held["text_config"]["quantization_config"] = settings
+        (tmp_path / "ours" / "config.json").write_text(json.dumps(held))
+        again = auto.from_pretrained(tmp_path / "ours", quantization_config=fp.FastPeftConfig(compute="int8"))
+        assert {layer.compute for layer in layers_4bit(again).values()} == {"int8"} and same_state(model, again)
+        again.save_pretrained(tmp_path / "again")
+        once_more = auto.from_pretrained(tmp_path / "again")
+        assert same_state(model, once_more) and torch.equal(output(once_more, ids), output(again, ids))
+
+
 def bnb_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
 

@@ -140,13 +140,13 @@ def _check_method(args: argparse.Namespace, config: PreTrainedConfig) -> None:
     """Refuse a quantization that transformers does not know: it would take the codes for weights."""
     from transformers.quantizers import AutoHfQuantizer
 
-    # Where transformers looks for it.
-    held = (getattr(c, "quantization_config", None) for c in (config, config.get_text_config(decoder=True)))
-    stored = next((settings for settings in held if settings is not None), None)
-    if stored is not None and not AutoHfQuantizer.supports_quant_method(stored):
+    from ..integrations.transformers import quantized_config
+
+    holder = quantized_config(config)
+    if holder is not None and not AutoHfQuantizer.supports_quant_method(holder.quantization_config):
         raise ValueError(
-            f"model {args.model!r} is quantized by the quant_method {stored['quant_method']!r}, which transformers "
-            "does not know; name the one in full precision"
+            f"model {args.model!r} is quantized by the quant_method {holder.quantization_config['quant_method']!r}, "
+            "which transformers does not know; name the one in full precision"
         )
 
 

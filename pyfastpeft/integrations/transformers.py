@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers.modeling_utils
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -428,6 +428,13 @@ def _left_in_full_precision(model: PreTrainedModel, chosen: list[str] | None) ->
     return tied | {last.rpartition(".")[0]} | {n for n, m in model.named_modules() if any(m is head for head in heads)}
 
 
+def quantized_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """That of a checkpoint or of the text model in it, whichever has the ``quantization_config``, as transformers looks
+    for it; None where neither has."""
+    both = config, config.get_text_config(decoder=True)
+    return next((held for held in both if getattr(held, "quantization_config", None) is not None), None)
+
+
 def _read_checkpoints_of_others() -> None:
     """Let ``FastPeftConfig`` open checkpoints that name another method.
 
@@ -445,9 +452,10 @@ def _read_checkpoints_of_others() -> None:
                     "pyfastpeft.from_gguf(path, quantization_config=...) loads a GGUF file and keeps its Q4_0 and Q4_1 "
                     "weights as they are"
                 )
-            stored = getattr(config, "quantization_config", None)
-            translated = None if stored is None else quantization_config.for_checkpoint(stored)
+            holder = quantized_config(config)
+            translated = None if holder is None else quantization_config.for_checkpoint(holder.quantization_config)
             if translated is not None:
+                del holder.quantization_config
                 config.quantization_config, quantization_config = translated.to_dict(), None
         return wrapped(config, quantization_config, *args, **kwargs)
 
