@@ -451,11 +451,20 @@ def test_a_model_that_carries_adapters_is_not_dequantized_around_them(tmp_path, 
     assert not layers_4bit(adapted.unload().dequantize())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_merged_into_full_precision_it_is_an_ordinary_model(tmp_path, ids, name):
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama", fp.FastPeftConfig()),
+        ("gpt2", fp.FastPeftConfig()),
+        ("llama", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+    ],
+    ids=["llama", "gpt2", "bitsandbytes"],
+)
+def test_merged_into_full_precision_it_is_an_ordinary_model(tmp_path, ids, name, config):
     original, auto = saved(tmp_path / "full", name)
-    model = auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig())
-    names = [n for n in layers_4bit(model) if ".0." in n]
+    model = auto.from_pretrained(tmp_path / "full", quantization_config=config)
+    linear = (torch.nn.Linear, Conv1D)
+    names = [n for n, module in model.named_modules() if ".0." in n and isinstance(module, linear)]
     model = fp.get_peft_model(model, fp.LoraConfig(target_modules=names, init_lora_weights=False))
     expected = output(model, ids)
     plain = model.merge_and_unload(dequantize=True)
@@ -463,6 +472,7 @@ def test_merged_into_full_precision_it_is_an_ordinary_model(tmp_path, ids, name)
     assert (output(plain, ids) - expected).norm() <= 1e-5 * expected.norm()
     plain.save_pretrained(tmp_path / "plain")
     assert torch.equal(output(auto.from_pretrained(tmp_path / "plain"), ids), output(plain, ids))
+    assert {p.dtype for p in plain.to(torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("way", ["opened", "cast"])

@@ -333,5 +333,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None) -> None:
             model.hf_quantizer.transpose_back(model)
         model.hf_quantizer = None
         model.is_quantized = False
+        for name in ("quantization_method", "is_loaded_in_4bit"):  # a model of bitsandbytes' takes no other dtype
+            vars(model).pop(name, None)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
