@@ -571,6 +571,18 @@ def test_a_model_whose_parts_have_another_dtype_goes_the_ordinary_way(served):
     assert torch.equal(generate(fused.float(), ids), generate(plain.float(), ids))
 
 
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_a_model_that_was_cast_is_served_in_its_new_dtype(first, served):
+    plain, fused = pair(dense=True)
+    ids = torch.randint(1, VOCAB, (2, 6))
+    for dtype in (first, torch.bfloat16, torch.float32):
+        served.clear()
+        got = logits_along(fused.to(dtype), ids, (4, 1, 1))
+        assert all(served) is (dtype is not torch.float64)
+    expected = logits_along(plain.to(torch.bfloat16).to(torch.float32), ids, (4, 1, 1))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_sliding_windows_and_other_families_are_left_alone(served):
     for model in (
         quantized(family("mistral", sliding_window=3)),

@@ -65,6 +65,7 @@ _NO_BRANCH = None, None, 1.0, None  # A, B, scaling, and the factors of the colu
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _version_of = operator.attrgetter("_version")
 _forward_of = operator.attrgetter("forward")
+_dtype_of = operator.attrgetter("dtype")
 _STACKS_KEPT = 4  # switching between this many sets of adapters builds nothing
 
 
@@ -92,6 +93,8 @@ class _Lookups:
         self.containers: list[dict] = []
         self.keys: list[str] = []
         self.found: list[Any] = []
+        self.parameters: list[nn.Parameter] = []
+        self.dtypes: list[torch.dtype] = []  # which a model that is cast changes in place
         self.modules: list[nn.Module] = []
         self.forwards: list[Any] = []  # of their classes
         self.hooks: list[Any] = [*GLOBAL_HOOKS]  # and whatever else must be empty
@@ -101,6 +104,9 @@ class _Lookups:
         self.containers.append(container)
         self.keys.append(key)
         self.found.append(found)
+        if isinstance(found, nn.Parameter):
+            self.parameters.append(found)
+            self.dtypes.append(found.dtype)
         return found
 
     def module(self, parent: nn.Module, name: str) -> nn.Module:
@@ -123,7 +129,11 @@ class _Lookups:
     def hold(self) -> bool:
         found = map(dict.get, self.containers, self.keys)
         forwards = map(_forward_of, map(type, self.modules))
-        return all(map(operator.is_, found, self.found)) and all(map(operator.is_, forwards, self.forwards))
+        return (
+            all(map(operator.is_, found, self.found))
+            and all(map(operator.is_, forwards, self.forwards))
+            and all(map(operator.is_, map(_dtype_of, self.parameters), self.dtypes))
+        )
 
 
 class _Stack:
