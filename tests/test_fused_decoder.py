@@ -427,6 +427,19 @@ def test_rows_that_choose_see_what_changes_and_nothing_of_each_other(served):
         generate(model, ids, adapter_names=["odd", "short", "odd"])
 
 
+@pytest.mark.parametrize("active", [["default"], ["default", "odd"]])
+def test_what_is_swapped_into_inference_tensors_takes_effect(active):
+    with torch.inference_mode():
+        _, model = three_adapters(torch.bfloat16)
+        model.set_adapter(active, inference_mode=True)
+        ids = torch.randint(1, VOCAB, (2, 6))
+        before = logits_along(model, ids, (4, 1, 1))
+        tensors = model.base_model.tensors("default")
+        model.hotswap_adapter({key: 0.1 * torch.randn_like(t) for key, t in tensors.items()}, "default")
+        after, expected = logits_along(model, ids, (4, 1, 1)), model(input_ids=ids, use_cache=False).logits
+    assert (after - expected).abs().max() < 0.1 * (after - before).abs().max()
+
+
 @pytest.mark.parametrize("active", [["odd"], ["default", "odd"]])
 def test_factors_that_are_computed_from_other_parameters_go_the_ordinary_way(active, served):
     plain, model = three_adapters()

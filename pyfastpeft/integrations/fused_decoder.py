@@ -161,7 +161,7 @@ class _Stack:
         self._stamp = stamp_of(self._copied)
         self._versions = 0 if self._stamp is None else sum(map(_version_of, self._copied))
         self._hooked = self.lookups.hooked()
-        if self._hooked:
+        if self._hooked or self._stamp is None:  # of inference tensors nobody can tell that they were written to
             self.held = None
 
     def holds(self, cache: Any) -> bool:
@@ -186,7 +186,7 @@ class _Stack:
 
     def _copies_hold(self) -> bool:
         """Whether nobody has written to what the stack holds copies of; versions only grow."""
-        return self._stamp is None or sum(map(_version_of, self._copied)) == self._versions
+        return sum(map(_version_of, self._copied)) == self._versions
 
     def prefix(self, batch: int) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None] | None:
         """What the operator takes of the layers' prefixes; None where they are not of one kind."""
