@@ -197,7 +197,7 @@ class AdapterBank:
             embeddings that change with the length); else 0. Each thread has its own.
         kept: what soft prompts keep from one forward to the next; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
-        thaws: grows whenever an adapter ceases to be for inference, so that copies of it may become old.
+        thaws: grows whenever an adapter ceases to be for inference, or to be, so that copies of it may become old.
     """
 
     def __init__(self) -> None:
@@ -309,6 +309,7 @@ class AdapterBank:
             return
         for parameter in self.parameters(name):
             parameter.requires_grad_(False)
+        self.thaws += 1  # another may have its name afterwards
         del self._find[name], self._trainable[name]
         self._training.discard(name)
         self._undecided.discard(name)

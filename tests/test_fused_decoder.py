@@ -6,6 +6,7 @@ import functools
 import gc
 import io
 import pickle
+import weakref
 
 import accelerate
 import pytest
@@ -427,6 +428,57 @@ def test_rows_that_choose_see_what_changes_and_nothing_of_each_other(served):
         generate(model, ids, adapter_names=["odd", "short", "odd"])
 
 
+def built(monkeypatch):
+    """The stacks that are built from now on, by the models they are of."""
+    models, build = [], fused_decoder._Stack._build
+
+    def spy(self, model):
+        models.append(model)
+        build(self, model)
+
+    monkeypatch.setattr(fused_decoder._Stack, "_build", spy)
+    return models
+
+
+def test_requests_in_turn_build_a_stack_for_each_choice_of_rows(served, monkeypatch):
+    plain, model = three_adapters()
+    choices = [["default"], ["odd"], ["short"], ["__base__"], ["default", "odd"], ["odd", "default"], ["short", "odd"]]
+    ids = [torch.randint(1, VOCAB, (len(names), 8)) for names in choices]
+    built_for = built(monkeypatch)
+
+    def in_turn(m):
+        caches, last = [[tf.DynamicCache(config=m.config) for _ in range(2)] for _ in choices], []
+        for at in range(8):
+            for names, rows, requests in zip(choices, ids, caches, strict=True):
+                for cache in requests:
+                    held = {fused_decoder._CACHE: cache}
+                    with torch.no_grad():
+                        last.append(m(input_ids=rows[:, at : at + 1], adapter_names=names, **held).logits)
+        return last[-2 * len(choices) :]
+
+    torch.testing.assert_close(in_turn(model), in_turn(plain), rtol=1e-4, atol=1e-4)
+    assert all(served) and len(built_for) == len(choices)
+
+
+def test_rows_choose_the_adapter_that_has_the_name_now(served):
+    """Also where no layer has another plan, as none is active."""
+    model = adapted(quantized(family("llama")), inference_mode=True)
+    model.set_adapter([])
+    ids = torch.randint(1, VOCAB, (2, 6))
+
+    def logits(**kwargs):
+        with torch.no_grad():
+            return model(input_ids=ids, adapter_names=["other", "__base__"], **kwargs).logits
+
+    for targets in (["v_proj"], ["v_proj"], ["v_proj", "up_proj"]):
+        model.add_adapter("other", fp.LoraConfig(r=4, target_modules=targets, inference_mode=True))
+        randomize(model, std=0.1)
+        expected, got = logits(use_cache=False), logits(**{fused_decoder._CACHE: tf.DynamicCache(config=model.config)})
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert served[-2:] == [False, True]
+        model.delete_adapter("other")
+
+
 @pytest.mark.parametrize("active", [["default"], ["default", "odd"]])
 def test_what_is_swapped_into_inference_tensors_takes_effect(active):
     with torch.inference_mode():
@@ -438,6 +490,30 @@ def test_what_is_swapped_into_inference_tensors_takes_effect(active):
         model.hotswap_adapter({key: 0.1 * torch.randn_like(t) for key, t in tensors.items()}, "default")
         after, expected = logits_along(model, ids, (4, 1, 1)), model(input_ids=ids, use_cache=False).logits
     assert (after - expected).abs().max() < 0.1 * (after - before).abs().max()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_weights_that_are_out_of_the_model_leave_memory_with_the_next_token(dense, served):
+    model = family("llama")
+    model = adapted(fp.accelerate(model if dense else quantized(model)))
+    ids = torch.randint(1, VOCAB, (1, 5))
+
+    def weights():
+        generate(model, ids, n=2)
+        layers = [module.base_layer for module in model.modules() if isinstance(module, fp.nn.LoraLinear)]
+        return [weakref.ref(layer.weight if dense else layer.packed) for layer in layers]
+
+    own = weights()
+    model.merge_adapter()
+    merged = weights()
+    model.unmerge_adapter()
+    weights()
+    gc.collect()
+    assert not any(ref() for ref in merged)
+    model = model.merge_and_unload()
+    weights()
+    gc.collect()
+    assert all(served) and len(own) > 7 and not any(ref() for ref in own)
 
 
 @pytest.mark.parametrize("active", [["odd"], ["default", "odd"]])

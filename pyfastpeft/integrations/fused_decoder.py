@@ -66,7 +66,7 @@ _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else
 _version_of = operator.attrgetter("_version")
 _forward_of = operator.attrgetter("forward")
 _dtype_of = operator.attrgetter("dtype")
-_STACKS_KEPT = 4  # switching between this many sets of adapters builds nothing
+_STACKS_KEPT = 32  # switching between this many sets of adapters, and choices of rows, builds nothing
 
 
 def fuse_decoder(model: nn.Module) -> None:
@@ -147,6 +147,7 @@ class _Stack:
 
     def __init__(self, model: nn.Module) -> None:
         self.lookups = _Lookups()
+        self.plans = _Lookups()  # what switching adapters exchanges, to and fro
         self.held: DecoderHandle | None = None
         self.banks: set[AdapterBank] = set()
         self._attentions: list[dict] = []  # what each layer's attention holds, a prefix among it
@@ -154,7 +155,7 @@ class _Stack:
         self._model = weakref.ref(model)
         self._watched = True  # peft's layers change without notice
         self._noticed: tuple | None = None
-        self._cache: Any = None
+        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()  # over which all was looked up since
         with suppress(_Unsupported, AttributeError):  # a module that lacks something is not a known one
             self._build(model)
         self._modes, self._thaws = self._modes_now(), self._thaws_now()
@@ -166,23 +167,22 @@ class _Stack:
 
     def holds(self, cache: Any) -> bool:
         """Whether the model is still what this was built from."""
-        noticed = (
-            RemovableHandle.next_id,
-            registered(),
-            self._model().training,
-            *((bank.version, bank.mode) for bank in self.banks),
-        )
-        if self._watched and noticed == self._noticed and self._cache() is cache and self._copies_hold():
+        if self._modes_now() != self._modes:  # first: the rows of each request may choose others
+            return False
+        noticed = RemovableHandle.next_id, registered(), self._model().training, *(b.version for b in self.banks)
+        if self._watched and noticed == self._noticed and cache in self._caches and self._copies_hold():
             return True
-        if self.lookups.hooked() is not self._hooked or not self.lookups.hold():
-            return False
-        if self._modes_now() != self._modes or self._thaws_now() != self._thaws:
-            return False
-        if stamp_of(self._copied) != self._stamp:
+        if not self.plans.hold() or self.lookups.hooked() is not self._hooked or not self.may_hold():
             return False
         if self.held is not None:
-            self._noticed, self._cache = noticed, weakref.ref(cache)
+            if noticed != self._noticed:
+                self._caches, self._noticed = weakref.WeakSet(), noticed
+            self._caches.add(cache)
         return True
+
+    def may_hold(self) -> bool:
+        """Whether the model is what this was built from, but for the adapters in use and hooks, which come back."""
+        return self.lookups.hold() and self._thaws_now() == self._thaws and stamp_of(self._copied) == self._stamp
 
     def _copies_hold(self) -> bool:
         """Whether nobody has written to what the stack holds copies of; versions only grow."""
@@ -207,10 +207,11 @@ class _Stack:
 
     def serves(self, rows: int) -> bool:
         """Whether the rows that chose, where they did, stand for as many each."""
-        return all(mode is None or not mode.names or rows % len(mode.of_row) == 0 for mode in self._modes)
+        return all(of_row is None or not any(of_row) or rows % len(of_row) == 0 for of_row in self._modes)
 
-    def _modes_now(self) -> list:
-        return [bank.mode for bank in self.banks]
+    def _modes_now(self) -> list[tuple | None]:
+        """What the rows choose, where they do: requests for the same have each a mode of their own."""
+        return [bank.mode and bank.mode.of_row for bank in self.banks]
 
     def _thaws_now(self) -> list[int]:
         return [bank.thaws for bank in self.banks]
@@ -315,7 +316,7 @@ class _Stack:
         return torch.ops.pyfastpeft.add_decoder_linear.default, *packed.operands, bias, *branch, int8
 
     def _without_bottleneck(self, module: BottleneckLayer) -> nn.Module:
-        plan = self.lookups.get(vars(module), "_plan")
+        plan = self.plans.get(vars(module), "_plan")
         self.banks.add(module.bank)
         mode = module.bank.mode
         if plan if mode is None else any(name in module.bottleneck for name in mode.names):
@@ -325,7 +326,7 @@ class _Stack:
     def _own_branch(self, module: LoraLinear, dtype: torch.dtype) -> tuple:
         look = self.lookups
         self.banks.add(module.bank)
-        mode, plan = module.bank.mode, look.get(vars(module), "_plan")
+        mode, plan = module.bank.mode, self.plans.get(vars(module), "_plan")
         if mode is not None:
             names = module.present(mode)
             return self._stacked_branch(module, names, mode, dtype) if names else _NO_BRANCH
@@ -381,7 +382,7 @@ class _Stack:
         active = look.get(state, "_active_adapter")
         factors = [look.get(module._modules, name) for name in ("lora_A", "lora_B")]
         names = [name for name in ([active] if isinstance(active, str) else active) if name in factors[0]]
-        if look.get(state, "_disable_adapters") or not names:
+        if self.plans.get(state, "_disable_adapters") or not names:
             return _NO_BRANCH
         name = names[0]
         dropout = look.module(module.lora_dropout, name)
@@ -594,5 +595,9 @@ class _FewRows(ModuleForward):
                 return stack
         stack = _Stack(self.module)
         self._stacks.insert(0, stack)
+        for other in self._stacks[1:]:
+            if not other.may_hold():  # it would keep what the model does not have any more in memory
+                with suppress(ValueError):  # another thread has taken it out
+                    self._stacks.remove(other)
         del self._stacks[_STACKS_KEPT:]
         return stack  # and not the first: another thread may have put its own before it
