@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .ops.tracing import captured, is_compiling
+from .ops.tracing import captured
 
 
 def stamp_of(tensors: list[Tensor]) -> tuple | None:
@@ -96,14 +96,14 @@ def registered() -> int:
 def _watch() -> None:
     torch_module.register_module_module_registration_hook(_note_registration)
     torch_module.register_module_parameter_registration_hook(_note_registration)
-    register_optimizer_step_post_hook(_note_step)
+    # Compiled steps too leave the versions as they are, and in a graph raising them would do nothing.
+    register_optimizer_step_post_hook(torch.compiler.disable(_note_step))
 
 
 def _note_step(optimizer: Optimizer, *_: Any) -> None:
     """Fused optimizers write parameters without raising ``_version``; stamps rely on it, so it is raised here."""
-    if not is_compiling():
-        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch.autograd.graph.increment_version([p for p in stepped if not p.is_inference()])
+    stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch.autograd.graph.increment_version([p for p in stepped if not p.is_inference()])
 
 
 def _note_registration(module: nn.Module, *_: Any) -> None:

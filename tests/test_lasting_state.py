@@ -45,7 +45,10 @@ def copied(model, dtype=torch.float32):
 
 
 class TestAfterOptimizerSteps:
-    @pytest.mark.parametrize(("optimizer", "rate"), [(torch.optim.AdamW, 0.1), (torch.optim.SGD, 3.0)])
+    @pytest.mark.parametrize(
+        ("optimizer", "rate", "compiled"),
+        [(torch.optim.AdamW, 0.1, False), (torch.optim.SGD, 3.0, False), (torch.optim.AdamW, 0.1, True)],
+    )
     @pytest.mark.parametrize(
         "config",
         [
@@ -54,16 +57,17 @@ class TestAfterOptimizerSteps:
             fp.LoraConfig(r=4, use_dora=True, **LORA),
         ],
     )
-    def test_an_evaluation_sees_what_a_fused_optimizer_wrote(self, config, optimizer, rate):
+    def test_an_evaluation_sees_what_a_fused_optimizer_wrote(self, config, optimizer, rate, compiled):
         ids = tiny.inputs()["input_ids"]
         model = adapted(config)
         model.set_adapter("default", inference_mode=True)
         before = logits(model.eval(), ids)
         model.set_requires_grad("default")  # which a user may do to one that was loaded for inference
         steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
+        step = torch.compile(lambda: steps.step(), backend="eager") if compiled else steps.step
         for _ in range(3):
             model(ids, labels=ids).loss.backward()
-            steps.step()
+            step()
             steps.zero_grad()
         after = logits(model, ids)
         assert relative(after, before) > 1e-3
