@@ -1146,6 +1146,14 @@ class TestCalls:
         close(model(ids, mask, labels=labels).loss, expected)
         close(model(ids, mask, None, None, None, labels).loss, expected)
 
+    def test_a_tuple_whose_logits_stand_behind_two_losses(self):
+        base = tf.MixtralForCausalLM(tf.MixtralConfig(**tiny._LLAMA, num_local_experts=2)).eval()
+        model, x = ours(base, "prompt"), tiny.inputs() | {"output_router_logits": True}
+        expected = model(**x)
+        loss, aux_loss, logits = model(**x, return_dict=False)[:3]
+        assert loss == expected.loss and aux_loss == expected.aux_loss
+        assert torch.equal(logits, expected.logits)
+
     @pytest.mark.parametrize("method", ["prompt", "prefix"])
     def test_hidden_tokens_inside_a_text_have_positions_as_in_peft(self, method):
         theirs, own = pair(llama(), method)

@@ -70,5 +70,6 @@ def without_last(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
         return None
     if not isinstance(output, tuple) and "logits" not in output:
         return None  # the head is TRL's: what it says of the text's first token counts in its loss, as with PEFT
-    at = 1 if isinstance(output, tuple) else "logits"
-    return with_item(output, "logits", 1, output[at][:, 1:])
+    # In a tuple they stand behind the losses, of which models with experts may return two.
+    at = next(i for i, t in enumerate(output) if t.dim()) if isinstance(output, tuple) else "logits"
+    return with_item(output, "logits", at, output[at][:, 1:])
