@@ -831,6 +831,17 @@ def test_the_tokens_of_an_encoder_stand_behind_its_prefix(kind):
     torch.testing.assert_close(together[:1], expected.last_hidden_state[:1], rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_row_without_a_prompt_has_nothing_of_anothers_behind_it():
+    """Of MobileBERT, which puts the vectors of a token's neighbours beside its own, hidden or not."""
+    base, ids = _TURNING["narrower inside"]().eval(), torch.randint(4, 60, (2, 8))
+    made = fp.PromptTuningConfig(num_virtual_tokens=N, task_type="FEATURE_EXTRACTION")
+    names, model = ["default", "__base__"], fp.get_peft_model(base, made).eval()
+    together = model(ids, adapter_names=names).last_hidden_state
+    alone = [model(ids[i : i + 1], adapter_names=names[i : i + 1]).last_hidden_state for i in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["Bart", "M2M100"])
 @torch.no_grad()
 def test_a_decoder_behind_a_prefix_can_be_given_vectors(kind):

@@ -50,10 +50,10 @@ class Tokens(NamedTuple):
     lengths: Tensor | None = None
 
     def of_rows(self, batch: int) -> Tensor:
-        """[batch, length, dim]."""
+        """[batch, length, dim]; zeros where there is nothing, as padding mostly is: convolutions see what is hidden."""
         if self.index is None:
             return self.vectors[:1].expand(batch, -1, -1)
-        return self.vectors[self.index.clamp(min=0)]
+        return self.vectors[self.index.clamp(min=0)].masked_fill((self.index < 0)[:, None, None], 0)
 
     def length_of_rows(self, batch: int) -> Tensor:
         """[batch] int64."""
