@@ -361,6 +361,15 @@ class TestAgainstPeft:
             own.prompt_encoder["default"].embedding.weight, theirs.prompt_encoder["default"].embedding.weight
         )
 
+    def test_a_prompt_starts_from_the_base_models_embeddings(self):
+        lora = fp.LoraConfig(target_modules=["embed_tokens"], lora_dropout=0.5, init_lora_weights=False)
+        base, init = llama(), {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a"}
+        init |= {"tokenizer_name_or_path": lambda _: {"input_ids": list(range(3, 3 + P))}}
+        model = fp.get_peft_model(base, lora, "lora").train()
+        model.add_adapter("prompt", config(fp, "prompt", **init))
+        embedding = base.get_input_embeddings().base_layer
+        assert torch.equal(model.prompt_encoder["prompt"].embedding.weight, embedding.weight[3 : 3 + P])
+
     @pytest.mark.parametrize("projection", [False, True])
     def test_a_zero_prefix(self, projection):
         theirs, own = (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from ..adapters import NO_ROWS
 from ..nn.prompt_encoder import Form, SoftPrompt
 from .base import PeftType, as_member, register_method
 from .soft_prompt import SoftPromptConfig, random_ids, text_ids
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PromptTuningInit(str, enum.Enum):
-    """First values: standard normal, the embeddings of a text, or of tokens drawn from the vocabulary."""
+    """First values: standard normal, the base model's embeddings of a text, or of tokens drawn from the vocabulary."""
 
     RANDOM = "RANDOM"
     TEXT = "TEXT"
@@ -83,4 +84,5 @@ class PromptTuningConfig(SoftPromptConfig):
         else:
             ids = random_ids(model, self.rows)
         embedding = model.get_input_embeddings()
-        module.embedding.weight.copy_(embedding(ids.to(embedding.weight.device)))
+        with prefixes.bank.using(NO_ROWS):
+            module.embedding.weight.copy_(embedding(ids.to(embedding.weight.device)))
