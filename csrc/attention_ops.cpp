@@ -121,12 +121,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   pf::AttentionArgs& g = a.forward = call.args;
   const pf::AttentionKernels& kernel = kernels().attention(g.dtype);
   check_shape(dout, g.batch, g.heads, g.tokens, g.dim, g.dtype, "dout");
-  STD_TORCH_CHECK(out.has_value() || kernel.most_chunks(g) <= 1, "out must be the forward's where keys are many");
+  const bool many = kernel.most_chunks(g) > 1;  // with few, out is not read: gradients are the same with and without it
+  STD_TORCH_CHECK(out.has_value() || !many, "out must be the forward's where keys are many");
   if (out.has_value()) check_shape(*out, g.batch, g.tokens, g.heads, g.dim, g.dtype, "out");
   STD_TORCH_CHECK((!out.has_value() || out->is_contiguous()) && lse.is_contiguous() &&
                       lse.scalar_type() == ScalarType::Float && lse.numel() == g.batch * g.heads * g.tokens,
                   "out and lse must be the forward's");
-  g.out = out.has_value() ? const_cast<void*>(out->const_data_ptr()) : nullptr;
+  g.out = many ? const_cast<void*>(out->const_data_ptr()) : nullptr;
   g.lse = const_cast<float*>(lse.const_data_ptr<float>());
   set_transposed(g, g.heads, g.tokens, g.out_strides);
   a.dout = rows_of(dout, a.dout_strides);

@@ -520,6 +520,16 @@ def test_torch_compile_takes_the_whole_graph(device, backend, dynamic):
             assert error(g, e.double()) <= 1e-5
 
 
+def test_one_graph_trains_over_few_keys_and_many_as_plain_code_does():
+    compiled = torch.compile(lambda *tensors: prefix_attention(*tensors), backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (12, 130, 15):
+            tensors = [t.requires_grad_() for t in make(2, 4, 2, tokens, None, 32, prefix=4, dtype=torch.bfloat16)]
+            into = torch.randn(tensors[0].shape).bfloat16()
+            mine, right = (torch.autograd.grad(f(*tensors), tensors, into) for f in (compiled, prefix_attention))
+            assert all(map(torch.equal, mine, right))
+
+
 def test_sums_over_many_keys_keep_their_last_bits(isa):
     """What the weights' sum lacks is the same for all keys: a mean of the values or of the gradient magnifies it."""
     q, k, v = make(1, 2, 2, tokens=16, keys=8192, dim=64)

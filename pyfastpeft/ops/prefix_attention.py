@@ -1,8 +1,9 @@
 """``prefix_attention``: softmax attention with a prefix of keys and values that all queries see, one operator.
 
 The prefix has no batch dimension, or each row picks one: it is never repeated or concatenated, and its gradient is
-summed over the batch inside. Forward saves its inputs, one float a query and, but for few keys on a CPU, the result;
-nothing of size [queries, keys] exists at any time (the reference, which serves other devices and dtypes, excepted).
+summed over the batch inside. Forward saves its inputs, one float a query and the result, but for few keys on a CPU in
+code that nobody compiles; nothing of size [queries, keys] exists at any time (the reference, which serves other devices
+and dtypes, excepted).
 """
 
 from __future__ import annotations
@@ -223,7 +224,8 @@ class _PrefixAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, prefix_k, prefix_v, index, lengths, positions, causal, scale, window):  # noqa: ANN001
         rest = (index, lengths, positions, causal, scale, window)
         out, lse = _forward(q, k, v, prefix_k, prefix_v, rest, True)
-        few = k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2]) <= _FEW_KEYS
+        # Compilers would make a limit of the number.
+        few = not traced() and k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2]) <= _FEW_KEYS
         kept = None if few and choose_attention(q) is Backend.NATIVE else out
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, index, lengths, positions, kept, lse)
         ctx.rest = rest[3:]
