@@ -602,6 +602,16 @@ def test_an_attention_that_was_chosen_stays(chosen):
     assert peft_model.unload().config._attn_implementation == before
 
 
+@pytest.mark.parametrize("chosen", ["sdpa", "eager"])
+def test_an_attention_that_was_chosen_since_stays_until_the_model_is_accelerated(chosen):
+    model = fp.get_peft_model(model_of("llama"), fp.LoraConfig())
+    model.set_attn_implementation(chosen)
+    model.add_adapter("other", fp.LoraConfig())
+    assert model.config._attn_implementation == chosen
+    fp.accelerate(model)
+    assert model.config._attn_implementation == ("pyfastpeft" if chosen == "sdpa" else chosen)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])
 def test_a_prefix_in_compiled_code(name):
     plain, ours = pair(name)

@@ -62,9 +62,13 @@ def take_over(model: nn.Module, device: str | None = None) -> list[tuple[nn.Modu
     return taken
 
 
-def fuse(model: nn.Module) -> None:
-    """Everything that is faster here and not a linear layer's; what is there already stays."""
-    use_fast_attention(model)
+def fuse(model: nn.Module, anew: bool = True) -> None:
+    """Everything that is faster here and not a linear layer's; what is there already stays.
+
+    Without ``anew``, so does the attention that somebody chose since a model was given the fast one.
+    """
+    if anew or not has_fast_attention(model):
+        use_fast_attention(model)
     fuse_layers(model)
     defer_logits(model)
     fuse_decoder(model)
