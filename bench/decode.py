@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
 def main() -> None:
     parser = harness.parser(__doc__, "decode", rounds=5, threads=2)
     parser.add_argument("--model", choices=models.NAMES, default="smollm2")
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=harness.count, default=64)
     parser.add_argument("--only", type=harness.among(CONTENDERS), default="*")
     args = parser.parse_args()
     harness.run(measure, args)

@@ -64,8 +64,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
 def main() -> None:
     parser = harness.parser(__doc__, "qlora_step", rounds=7, threads=2)
     parser.add_argument("--model", choices=models.SIZES, default="135m")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=harness.count, default=4)
+    parser.add_argument("--length", type=harness.count, default=256)
     parser.add_argument("--only", type=harness.among(CONTENDERS), default="*")
     training.add_child_arguments(parser, CONTENDERS)
     args = parser.parse_args()

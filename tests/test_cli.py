@@ -181,6 +181,7 @@ def test_info_serves_a_build_without_native_and_says_so(capsys, monkeypatch):
         ["generate", "--model", "m", "--adapter", "base=somewhere"],
         ["generate", "--model", "m", "--adapter", "a=x", "--adapter", "a=y", "--prompt", "p"],
         ["generate", "--model", "m", "--json"],
+        ["generate", "--model", "m", "--prompt", "p", "--max-new-tokens", "0"],
         ["generate", "--model", "m", "--prompt", "p", "--full-precision", "--double-quant"],
     ],
     ids=" ".join,

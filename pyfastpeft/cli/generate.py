@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..adapters import BASE
+from .methods import above_zero
 from .models import MODEL_HELP, add_quantization_arguments, load_model, on_gpu, refuse_format
 from .output import print_answer
 
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", action="append", type=_adapter, default=[], metavar="NAME=PATH", help="a PEFT folder; repeatable"
     )
     parser.add_argument("--prompt", help="answer this and end (default: ask at an interactive prompt)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=above_zero(int), default=128, help="longest answer (default: %(default)s)"
+    )
     parser.add_argument("--full-precision", action="store_true", help="do not quantize the model to 4 bits")
     add_quantization_arguments(parser)
 
