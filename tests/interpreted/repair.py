@@ -6,6 +6,7 @@ converts float32, loses denormals, and before 3.9 has no constants of it. Import
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -122,6 +123,17 @@ def patch_tensor(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+# A kernel patches triton.language for its time. What functions patch beside it (triton.language.core, for Triton's own)
+# stays so, and was sought anew at every call, for a third of the time.
+patch_for = functools.cache(interpreter._patch_lang)
+
+
+def call(self, *args, **kwargs):
+    patch_for(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+interpreter.InterpretedFunction.__call__ = call
 interpreter._patch_lang_tensor = patch_tensor
 Builder.create_dot, Builder.cast_impl, Builder.binary_op = dot, cast, binary
 Builder.create_inline_asm, Builder.get_bf16 = inline_asm, constant
