@@ -104,6 +104,22 @@ def test_encoders_and_encoder_decoders(name):
         assert near(got, expected)
 
 
+def test_no_layer_gets_a_mask_that_hides_nothing(monkeypatch):
+    def spy(*args, **kwargs):
+        masks.append(args[4])
+        return sdpa(*args, **kwargs)
+
+    _, ours = pair("t5")
+    ids, padding = ids_and_mask(side="right")
+    sdpa = attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
+    for given, hides in ((None, False), (torch.ones_like(padding), False), (padding, True)):
+        masks = []
+        with torch.no_grad():
+            ours.encoder(input_ids=ids, attention_mask=given)
+        assert [mask is not None for mask in masks] == [hides] * 2
+
+
 STRATEGIES = {
     "greedy": {},
     "beams": {"num_beams": 3},

@@ -345,7 +345,8 @@ def _dense(
     causal: bool,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values with the prefix in front, and the mask [batch or 1, 1, queries, keys] of all of them."""
+    """Keys and values with the prefix in front, and the mask [batch or 1, 1, queries, keys] of all of them; None: each
+    query sees every key."""
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     window, places = None, getattr(mask, "_places", mask)
     positions = torch.arange(queries - keys, queries, device=key.device).unsqueeze(0)  # the last keys are the queries'
@@ -361,7 +362,7 @@ def _dense(
             "with a prefix it must be [batch, keys], with one sequence a row"
         )
     if prefix is None:
-        return key, value, mask
+        return key, value, None if getattr(mask, "_shows_all", False) else mask
     count = prefix.k.shape[2]
     bias = kwargs.get("position_bias")
     if bias is not None and bias.shape[3] != count + keys:
@@ -402,6 +403,8 @@ def _spread(places: Tensor, queries: int) -> Tensor:
         spread = sees_keys(positions[:, 0, 0], queries, True, window).unsqueeze(1)
         if not is_compiling():
             places._spread = spread
+        if spread.is_cpu and not traced():  # else each layer adds nothing to its position bias
+            spread._shows_all = bool(spread.all())
     return spread
 
 
