@@ -1107,6 +1107,21 @@ class TestSeveralAdapters:
         with model.disable_adapter():
             torch.testing.assert_close(mixed[2:], model(ids[2:]), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("names", ["a", "dora", "narrow", ["a", "b"], ["b", "dora", "narrow"], ["narrow", "wide"]])
+    def test_rows_that_choose_alike_go_the_way_of_active_adapters(self, names, monkeypatch):
+        targets = ["conv", "linear", "packed"]
+        model = block("a", "b", target_modules=targets)
+        model.add_adapter("dora", fp.LoraConfig(use_dora=True, target_modules=targets))
+        for name, factor in (("narrow", 8), ("wide", 4)):
+            model.add_adapter(name, fp.BottleneckConfig(reduction_factor=factor, target_modules=["conv", "linear"]))
+        tiny.randomize(model)
+        ids = torch.randint(0, 20, (3, 4))
+        model.set_adapter(names)
+        expected = model(ids)
+        model.set_adapter("b" if names == "a" else "a")
+        monkeypatch.setattr("pyfastpeft.ops.mixed.added", lambda *_: pytest.fail("mixes rows"))
+        assert torch.equal(model(ids, adapter_names=[names] * 3), expected)
+
     def test_a_mixed_batch_trains_each_adapter_on_its_own_rows(self):
         model = block("a", "b")
         for parameter in model.parameters():

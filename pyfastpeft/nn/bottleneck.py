@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank, Parts, Rows
 from ..ops import mixed
 from ..ops.checks import as_count, check_choice
+from ..ops.tracing import is_repeated
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -110,12 +111,13 @@ class BottleneckLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = self._modules["base_layer"](*args, **kwargs)
-        mode = self.bank.mode
-        if mode is None:
-            plan = self._plan
-            return plan[0](y) if len(plan) == 1 else self._several(y, plan) if plan else y
-        names = tuple(n for n in mode.names if n in self.bottleneck)
-        return self._by_row(y, names, mode) if names else y
+        mode, plan = self.bank.mode, self._plan
+        if mode is not None:
+            names = tuple(n for n in mode.names if n in self.bottleneck)
+            if names and (is_repeated() or not mode.alike):
+                return self._by_row(y, names, mode)
+            plan = self.plan(names)  # as if they were active
+        return plan[0](y) if len(plan) == 1 else self._several(y, plan) if plan else y
 
     @staticmethod
     def _several(y: Tensor, adapters: tuple[Bottleneck, ...]) -> Tensor:

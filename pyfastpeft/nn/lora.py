@@ -48,11 +48,12 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output for ``x`` [..., K], [..., N] in its dtype, and the updates of the adapters in use."""
-        mode = self.bank.mode
+        mode, plan = self.bank.mode, self._plan
         if mode is not None:
             names = self.present(mode)
-            return self._general(x, names, mode, args, kwargs) if names else self.base_layer(x, *args, **kwargs)
-        plan = self._plan
+            if names and (is_repeated() or not mode.alike):
+                return self._general(x, names, mode, args, kwargs)
+            plan = self.plan(names)  # as if they were active
         if plan is None:
             return self.base_layer(x, *args, **kwargs)
         if not plan.simple:
