@@ -277,12 +277,16 @@ def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_full_precision
     original.save_pretrained(tmp_path / "full")
     given = {"input_values": torch.randn(2, 400)} if name.startswith("Wav") else {"input_ids": ids}
     given |= {"decoder_input_ids": ids} if original.config.is_encoder_decoder else {}
-    skipped = ["lm_head", "head", "classifier"]
+    skipped = ["lm_head", "head", "classifier", "predictions.decoder"]
     theirs = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
-    cls.from_pretrained(tmp_path / "full", quantization_config=theirs).save_pretrained(tmp_path / "bnb")
-    for folder, chosen in (("full", None), ("full", skipped), ("bnb", None)):
-        config = fp.FastPeftConfig(modules_to_not_convert=chosen)
-        model = cls.from_pretrained(tmp_path / folder, quantization_config=config).eval()
+    live = cls.from_pretrained(tmp_path / "full", quantization_config=theirs).eval()
+    live.save_pretrained(tmp_path / "bnb")
+    configs = [fp.FastPeftConfig(), fp.FastPeftConfig(modules_to_not_convert=skipped), fp.FastPeftConfig()]
+    loaded = [
+        cls.from_pretrained(tmp_path / folder, quantization_config=config).eval()
+        for folder, config in zip(("full", "full", "bnb"), configs, strict=True)
+    ]
+    for model in (*loaded, fp.accelerate(live)):
         assert {path.rpartition(".")[2] for path in layers_4bit(model)} == set(names.split())
         assert "cls.predictions.dense" not in layers_4bit(model)
         for path, layer in layers_4bit(model).items():

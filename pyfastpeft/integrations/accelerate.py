@@ -6,6 +6,7 @@ from torch import nn
 
 from ..nn import Linear4bit
 from ..nn.lora_layer import LoraLayer
+from ..nn.weight_reads import needs_full_precision
 from .attention import has_fast_attention, use_fast_attention
 from .deferred_logits import defer_logits
 from .forwards import ModuleForward, remove
@@ -19,12 +20,13 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Put :class:`Linear4bit` in place of every ``bitsandbytes.nn.Linear4bit`` in ``model``.
 
     Codes, scales and biases are kept, and so are the keys of the state dict; a layer used in several places stays one
-    layer. Under a peft LoRA layer it is the base layer that is replaced: forward, training and saving the adapter go on
-    as before, but peft cannot merge into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that).
-    Forward hooks of a replaced layer move to the new one. What is between the linear layers is fused as well
-    (:mod:`.fused_layers`), attention goes through this library's operator (:mod:`.attention`), in training the head's
-    logits are computed when something reads them (:mod:`.deferred_logits`), and in generation all layers run as one
-    operator (:mod:`.fused_decoder`).
+    layer. One whose weight the module around it reads (:func:`needs_full_precision`), which bitsandbytes converts all
+    the same, comes in full precision; it is saved so, and bitsandbytes does not open that. Under a peft LoRA layer it
+    is the base layer that is replaced: forward, training and saving the adapter go on as before, but peft cannot merge
+    into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that). Forward hooks of a replaced layer move
+    to the new one. What is between the linear layers is fused as well (:mod:`.fused_layers`), attention goes through
+    this library's operator (:mod:`.attention`), in training the head's logits are computed when something reads them
+    (:mod:`.deferred_logits`), and in generation all layers run as one operator (:mod:`.fused_decoder`).
 
     Returns:
         ``model`` itself, unless it is such a layer.
@@ -49,12 +51,13 @@ def take_over(model: nn.Module, device: str | None = None) -> list[tuple[nn.Modu
     """
     replaced: dict[nn.Module, nn.Module] = {}
     taken = []
-    for parent in list(model.modules()):
+    for around, parent in list(model.named_modules()):
         ours = isinstance(parent, LoraLayer)
         for name, child in parent._modules.items():
             if child is not None and _is_bnb(child) and device in (None, child.weight.device.type):
                 if child not in replaced:
-                    replaced[child] = _replacement(child)
+                    path = f"{around}.{name}".removeprefix(".").removesuffix(".base_layer")
+                    replaced[child] = _replacement(child, full=needs_full_precision(model, path))
                 parent._modules[name] = replaced[child]
                 taken.append((parent, name, child))
                 if ours:
@@ -91,8 +94,9 @@ def _is_bnb(module: nn.Module) -> bool:
     return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes.") for c in type(module).__mro__)
 
 
-def _replacement(layer: nn.Module) -> Linear4bit:
+def _replacement(layer: nn.Module, full: bool = False) -> nn.Linear:
     new = Linear4bit.from_bnb(layer)
+    new = new.to_linear() if full else new
     for name, held in vars(layer).items():
         if name.startswith(("_forward_hooks", "_forward_pre_hooks")):  # and which of them take keywords
             vars(new)[name] = held
