@@ -115,6 +115,22 @@ def test_shares_that_nothing_tells_are_refused():
         model(inputs_embeds=embeds, **batch, adapter_names=["a", "b"])
 
 
+@torch.no_grad()
+def test_no_equal_shares_are_asked_for_where_they_do_not_help(monkeypatch):
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 16, "patch_size": 4}
+    choices = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1, "image_token_id": IMAGE}
+    text = tiny._LLAMA | {"model_type": "mistral"}
+    config = tf.LlavaConfig(text_config=text, vision_config=vision, **choices)
+    monkeypatch.setitem(MODELS, "pixtral", lambda: tf.LlavaForConditionalGeneration(config))
+    model = make("pixtral", a="all-linear", b="all-linear")
+    ids = torch.tensor([[3] + [IMAGE] * 16 + [4, 5]] * 2)
+    images = {"pixel_values": torch.randn(2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * 2)}
+    model(ids, **images, adapter_names=["a", "a"])
+    with pytest.raises(ValueError, match=r"\['a', 'b'\], all rows must use the same$"):
+        model(ids, **images, adapter_names=["a", "b"])
+
+
 _STRIPPED = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 16}
 _STRIPPED |= {"intermediate_size": 32, "num_hidden_layers": 2, "patch_size": 4}
 STRIPPING = {

@@ -26,6 +26,9 @@ _PACKING = {
 """Arguments that say where in such a sequence an image ends, or which tokens of an image go into one → how the model's
 arguments begin of which it is made."""
 
+_SHARES = ("image_grid_thw", "image_position_ids", "image_token_pooling")
+"""Arguments from which :func:`_equal_shares` tells how much of it is a row's. (Pixtral has none of them.)"""
+
 
 def check_shares(model: nn.Module, rows: Rows, ids: Any, kwargs: Mapping[str, Any]) -> None:
     """Check that each layer that sees packed images finds its ``rows`` in them.
@@ -49,10 +52,12 @@ def check_shares(model: nn.Module, rows: Rows, ids: Any, kwargs: Mapping[str, An
         return
     if given == ["pixel_values"] and _equal_shares(model.config, ids, kwargs):
         return
+    tells = any(kwargs.get(name) is not None for name in _SHARES)
     raise ValueError(
         f"adapter_names has different adapters for the {' and '.join(given)} of different rows; a "
         f"{type(model).__name__} packs those of all rows into one sequence, so of the adapters in its layers for them, "
-        f"{sorted(held)}, all rows must use the same, or bring images alone, with equally many tokens each in input_ids"
+        f"{sorted(held)}, all rows must use the same"
+        + (", or bring images alone, with equally many tokens each in input_ids" if tells else "")
     )
 
 
