@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import nn, ops
 from .formats import Packed4bit, quantize_4bit
 from .integrations.on_import import when_any_imported, when_imported
-from .integrations.peft import teach_peft
+from .integrations.peft import TAUGHT, teach_peft
 from .integrations.trl import teach_trl
 from .tuners import (
     BottleneckConfig,
@@ -161,7 +161,8 @@ def _register(_: Any) -> None:
 
 # A model that this package quantized, or that asks for its attention, loads with nothing but `import pyfastpeft`.
 when_imported("transformers.modeling_utils", _register)
-# TRL and others read the adapters of a model, and fill them, with PEFT's functions.
-when_imported("peft.utils.save_and_load", teach_peft)
+# TRL and others read the adapters of a model, fill and rescale them, with PEFT's functions.
+for _home in TAUGHT:
+    when_imported(_home, teach_peft)
 # TRL's trainers are given a configuration before there is a model of ours.
 when_any_imported("trl", teach_trl)

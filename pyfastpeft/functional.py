@@ -119,3 +119,19 @@ def set_peft_model_state_dict(
     held.base_model.known([adapter_name])
     tensors = {prefix + key: t for key, t in without_duplicates(peft_model_state_dict).items()}
     return held.install_adapter(adapter_name, held.peft_config[adapter_name], tensors, "peft_model_state_dict", True)
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike,
+    adapter_name: str,
+    torch_device: str | torch.device | None = None,
+    **hub: Any,
+) -> None:
+    """:meth:`PeftModel.hotswap_adapter` as PEFT's function has it.
+
+    Args:
+        model: as :func:`get_peft_model_state_dict`.
+        torch_device: accepted for PEFT's sake: an adapter is where its layers are.
+    """
+    adapters_of(model).hotswap_adapter(model_name_or_path, adapter_name, **hub)

@@ -17,6 +17,8 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from peft import helpers, optimizers
+from peft.utils import hotswap
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
@@ -484,6 +486,49 @@ def test_pefts_own_functions_take_our_models(kwargs, injected):
     named = {key: t * 2 for key, t in ours.state_dict().items()}
     given = peft.get_peft_model_state_dict(ours, named, "one")
     assert all(torch.equal(given[key], t * 2) for key, t in expected.items())
+
+
+def test_pefts_hotswap_takes_effect_in_what_serves(tmp_path):
+    base, ids, outputs = tiny.make(dtype=torch.bfloat16), tiny.inputs()["input_ids"], []
+    quantized = tiny.quantized(copy.deepcopy(base))
+    for name in ("first", "second"):
+        saved = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        tiny.randomize(saved)
+        saved.save_pretrained(tmp_path / name)
+        model = fp.PeftModel.from_pretrained(copy.deepcopy(quantized), tmp_path / name).eval()
+        outputs.append(model(ids).logits.detach())
+    assert not torch.equal(*outputs)
+    for name, expected in zip(("first", "second"), outputs, strict=True):
+        hotswap.hotswap_adapter(model, str(tmp_path / name), "default", torch_device="cpu")
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_pefts_helper_rescales_our_layers():
+    base, ids, given, state = tiny.make(), tiny.inputs()["input_ids"], [], {}
+    for library in (peft, fp):
+        config = library.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "embed_tokens"])
+        model = library.get_peft_model(copy.deepcopy(base), config).eval()
+        if not state:
+            tiny.randomize(model)
+            state = peft.get_peft_model_state_dict(model)
+        library.set_peft_model_state_dict(model, state)
+        before = model(ids).logits
+        with helpers.rescale_adapter_scale(model, 0.5):
+            inside = model(ids).logits
+        assert torch.equal(model(ids).logits, before)
+        given.append(inside)
+    torch.testing.assert_close(*given, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_plus_gives_embeddings_their_own_rate():
+    groups = []
+    for library in (fp, peft):
+        model = library.get_peft_model(tiny.make(), library.LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+        names = {id(p): name for name, p in model.named_parameters()}
+        held = optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4.0)
+        groups.append([(sorted(names[id(p)] for p in g["params"]), g["lr"]) for g in held.param_groups])
+    assert groups[0] == groups[1]
+    assert any("embed_tokens" in name for name in groups[0][1][0])
 
 
 class TestInjected:

@@ -1,7 +1,8 @@
-"""PEFT's functions that read an adapter out of a model, and fill one, take this library's models as they take PEFT's.
+"""PEFT's functions that are given a model take this library's as they take PEFT's.
 
 Others call them on a model that they were given (TRL for a teacher that follows what trains, accelerate for
-checkpoints), and find them where they are needed. Of a model that is not PEFT's own they would read nothing.
+checkpoints, scripts that exchange adapters), and find them where they are needed. Of a model that is not PEFT's own
+they would read nothing.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from ..nn.lora import LoraEmbedding
+from ..nn.lora_layer import LoraLayer
+
 
 def teach_peft(home: ModuleType) -> None:
-    """Widen the functions of ``home``, peft.utils.save_and_load, in all of PEFT's modules that have them by now."""
-    for name in ("get_peft_model_state_dict", "set_peft_model_state_dict"):
+    """Widen the functions of ``home``, in all of PEFT's modules that have them by now, and the classes that it asks
+    layers for."""
+    for name in _FUNCTIONS.get(home.__name__, ()):
         theirs = getattr(home, name)
         either = _either(theirs)
         for path, module in tuple(sys.modules.items()):
             if path.partition(".")[0] == "peft" and vars(module).get(name) is theirs:
                 setattr(module, name, either)
+    for name, widen in _CLASSES.get(home.__name__, {}).items():
+        setattr(home, name, widen(getattr(home, name)))
 
 
 def _either(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,3 +43,31 @@ def _either(theirs: Callable[..., Any]) -> Callable[..., Any]:
         return getattr(functional, theirs.__name__)(model, *args, **kwargs)
 
     return either
+
+
+def either_class(ours: Callable[[Any], bool]) -> Callable[[type], type]:
+    """For a class of PEFT's: a subclass that ``isinstance`` finds all that is ``ours`` to be of as well."""
+
+    @functools.cache
+    def widen(theirs: type) -> type:
+        class Either(type(theirs)):
+            def __instancecheck__(cls, instance: Any) -> bool:
+                return isinstance(instance, theirs) or ours(instance)
+
+        return Either(theirs.__name__, (theirs,), {"__module__": __name__})
+
+    return widen
+
+
+_FUNCTIONS = {
+    "peft.utils.save_and_load": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "peft.utils.hotswap": ("hotswap_adapter",),  # theirs writes through .data, which nothing here would notice
+}
+_CLASSES = {
+    # rescale_adapter_scale
+    "peft.helpers": {"LoraLayer": either_class(lambda module: isinstance(module, LoraLayer))},
+    # which have a rate of their own
+    "peft.optimizers.loraplus": {"Embedding": either_class(lambda module: isinstance(module, LoraEmbedding))},
+}
+TAUGHT = (*_FUNCTIONS, *_CLASSES)
+"""The modules for :func:`teach_peft`."""

@@ -6,12 +6,12 @@ ours as well. (``LoraConfig`` and ``PrefixTuningConfig`` are there for what some
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from ..nn.lora_layer import LoraLayer
+from .peft import either_class
 
 
 def teach_trl(module: ModuleType) -> None:
@@ -32,20 +32,6 @@ def _is_our_config(config: Any) -> bool:
     from ..tuners import PeftConfig
 
     return isinstance(config, PeftConfig)
-
-
-def _either(ours: Callable[[Any], bool]) -> Callable[[type], type]:
-    """For a class of PEFT's: a subclass that ``isinstance`` finds all that is ``ours`` to be of as well."""
-
-    @functools.cache
-    def widen(theirs: type) -> type:
-        class Either(type(theirs)):
-            def __instancecheck__(cls, instance: Any) -> bool:
-                return isinstance(instance, theirs) or ours(instance)
-
-        return Either(theirs.__name__, (theirs,), {"__module__": __name__})
-
-    return widen
 
 
 def _get_peft_model(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,10 +60,10 @@ def _is_peft_model(theirs: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _WIDENED: dict[str, Callable[[Any], Any]] = {
-    "BaseTunerLayer": _either(lambda module: isinstance(module, LoraLayer)),
-    "PeftConfig": _either(_is_our_config),
-    "PeftModel": _either(_is_ours),
-    "PromptLearningConfig": _either(lambda config: _is_our_config(config) and config.is_prompt_learning),
+    "BaseTunerLayer": either_class(lambda module: isinstance(module, LoraLayer)),
+    "PeftConfig": either_class(_is_our_config),
+    "PeftModel": either_class(_is_ours),
+    "PromptLearningConfig": either_class(lambda config: _is_our_config(config) and config.is_prompt_learning),
     "get_peft_model": _get_peft_model,
     "is_peft_model": _is_peft_model,
 }

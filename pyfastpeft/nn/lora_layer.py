@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -91,6 +91,9 @@ class _Scaling(MutableMapping[str, float]):
 
     def __repr__(self) -> str:
         return repr(self._layer._scaling)
+
+    def copy(self) -> dict[str, float]:
+        return dict(self)
 
 
 def check_finite(names: Sequence[str], values: Iterable[Tensor | None], dtype: torch.dtype | None) -> None:
@@ -226,8 +229,12 @@ class LoraLayer(nn.Module, ABC):
 
     @property
     def scaling(self) -> MutableMapping[str, float]:
-        """Scaling of each adapter; may be written."""
+        """Scaling of each adapter; may be written, one or several at once."""
         return _Scaling(self)
+
+    @scaling.setter
+    def scaling(self, scaling: Mapping[str, float]) -> None:
+        self.scaling.update(scaling)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make an adapter's scaling ``scale`` times its own, alpha / r (or alpha / √r)."""
