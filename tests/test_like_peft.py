@@ -260,6 +260,15 @@ class TestModels:
         assert pickle.loads(pickle.dumps(model)).base_model.active_adapters == ["a"]
         assert torch.equal(model.base_model.unload()(ids).logits, base(ids).logits)
 
+    def test_the_layers_with_lora_are_named_as_in_peft(self):
+        named = []
+        for library in (fp, peft):
+            model = library.get_peft_model(tiny.make(), library.LoraConfig(target_modules=["v_proj", "embed_tokens"]))
+            model.add_adapter("b", library.LoraConfig(target_modules=r".*\.1\..*\.(q|v)_proj"))
+            named.append(model.targeted_module_names)
+            assert model.base_model.targeted_module_names == named[-1]
+        assert named[0] == named[1] and len(named[0]) == 4
+
     @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "LoraConfig"])
     def test_the_embeddings_of_a_soft_prompt_are_given_as_in_peft(self, name, seed):
         base, given = tiny.make(), []

@@ -111,6 +111,11 @@ class AdaptedModel(OneDevice, nn.Module):
     def tuner_of(self, name: str) -> Tuner:
         return self.tuner(self.configs[name])
 
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the layers that have LoRA."""
+        return list(self.bank.layers)
+
     def resolved(self, config: PeftConfig) -> PeftConfig:
         """A copy of ``config`` for this model (:meth:`Tuner.resolved`), the task's head in ``modules_to_save``."""
         config = copy.deepcopy(config)
