@@ -347,7 +347,7 @@ def _forward(
         )  # fmt: skip
     if k is not None:
         shift = T - S
-        begin, end = tl.maximum(part * span - P, 0), tl.minimum(part * span + span - P, S)
+        begin, end = tl.maximum(part * span - P, 0), tl.minimum(tl.maximum(part * span + span - P, 0), S)
         begin, end = _in_sight(positions, begin, end, shift, first, last, window, CAUSAL)
         if positions is None and window is None:
             seen_by_all = (tl.minimum(end, first - shift + 1) if CAUSAL else end) - begin

@@ -103,6 +103,9 @@ def test_decoding_with_keys_in_parts(dtype):
     how = {"prefix_index": torch.tensor([1, -1, 0]), "prefix_lengths": torch.tensor([300, 20]), "mask": mask}
     check(slots, gradients=False, **how)
     check(slots, gradients=False, window=400, **how)
+    # Parts that see the prefix alone, beside keys that have places.
+    tensors = make(2, 4, 2, 1, 300, 32, prefix=600, slots=2, dtype=dtype)
+    check(tensors, gradients=False, prefix_index=torch.tensor([1, 0]), mask=key_positions(torch.ones(2, 300), 299))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
