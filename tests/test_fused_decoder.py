@@ -672,7 +672,48 @@ def test_a_model_that_was_cast_is_served_in_its_new_dtype(first, served):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_sliding_windows_and_other_families_are_left_alone(served):
+WINDOWS = {
+    "mistral": {},
+    "qwen2": {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "qwen3": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("prompt", [None, "prefix", "prompt"])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_what_a_sliding_window_shows_whole_is_served(name, own, prompt, served):
+    """Over a cache that lets go of what lies before the window, its ``own``, and over one that does not."""
+    plain, virtual = quantized(family(name, sliding_window=12, **WINDOWS[name])), 0
+    if prompt is not None:
+        config = {"prefix": fp.PrefixTuningConfig, "prompt": fp.PromptTuningConfig}[prompt]
+        plain, virtual = fp.get_peft_model(plain, config(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval(), 3
+        randomize(plain, std=0.3)
+    fused = copy.deepcopy(plain)
+    if prompt is not None:
+        remove(plain)
+    fp.accelerate(fused)
+    ids, chunks = torch.randint(1, VOCAB, (2, 19)), (4, 1, 2, 1, 3, 1, *[1] * 7)
+    caches = [tf.DynamicCache(config=m.config) if own else tf.DynamicCache() for m in (plain, fused)]
+    start = 0
+    for length in chunks:
+        end = start + length
+        with torch.no_grad():
+            expected, got = (
+                m(input_ids=ids[:, start:end], **{fused_decoder._CACHE: cache}).logits
+                for m, cache in zip((plain, fused), caches, strict=True)
+            )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        shown = end + virtual <= 12 and not (own and end + (virtual if prompt == "prompt" else 0) == 12)
+        assert served[-1] is (shown and (own or start > 0))  # without one, the cache has layers when they are filled
+        start = end
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        theirs, ours = layers
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_short_windows_and_other_families_are_left_alone(served):
     for model in (
         quantized(family("mistral", sliding_window=3)),
         quantized(family("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)),

@@ -10,6 +10,7 @@ adapter, a merged weight, a hook) is noticed at the next call.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import sys
 import weakref
@@ -20,7 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -149,6 +156,7 @@ class _Stack:
         self.lookups = _Lookups()
         self.plans = _Lookups()  # what switching adapters exchanges, to and fro
         self.held: DecoderHandle | None = None
+        self.window = math.inf  # up to so many keys, a prefix among them, each layer sees all
         self.banks: set[AdapterBank] = set()
         self._attentions: list[dict] = []  # what each layer's attention holds, a prefix among it
         self._copied: list[Tensor] = []  # of these the stack holds copies
@@ -258,17 +266,19 @@ class _Stack:
         for i in range(look.get(vars(config), "num_hidden_layers")):  # fewer where a generation exits early
             layer = look.module(layers, str(i))
             attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
+            state = vars(attention)
+            size = look.get(state, "sliding_window") if "sliding_window" in state else window
+            self.window = min(self.window, math.inf if size is None else size)
             if (
                 not (of_family(layer, "DecoderLayer") and of_family(attention, "Attention") and of_family(mlp, "MLP"))
                 or type(look.module(mlp, "act_fn")) not in SILUS
-                or getattr(attention, "sliding_window", window) is not None
-                or look.get(vars(attention), "layer_idx") != i  # its place in the cache
-                or look.get(vars(attention), "scaling") != scaling
+                or look.get(state, "layer_idx") != i  # its place in the cache
+                or look.get(state, "scaling") != scaling
             ):
                 raise _Unsupported
-            if attention.attention_dropout and look.get(vars(attention), "training"):
+            if attention.attention_dropout and look.get(state, "training"):
                 raise _Unsupported
-            self._attentions.append(vars(attention))
+            self._attentions.append(state)
             norms += (norm(layer, "input_layernorm"), norm(layer, "post_attention_layernorm"))
             if family == "Qwen3":
                 head_norms += (norm(attention, "q_norm"), norm(attention, "k_norm"))
@@ -398,6 +408,9 @@ class _Stack:
         return a, b, look.get(module.scaling, name), None
 
 
+_LAYERS = {DynamicCache: (DynamicLayer, DynamicSlidingWindowLayer), StaticCache: (StaticLayer,)}
+
+
 class _Growing:
     """Keys and values of a :class:`DynamicCache` with room behind them, so that a token is written, not concatenated.
 
@@ -434,6 +447,8 @@ class _Growing:
             if not layer.is_initialized:
                 layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
+            if type(layer) is DynamicSlidingWindowLayer:
+                layer.cumulative_length = length
 
 
 class _Static:
@@ -457,13 +472,10 @@ class _Static:
                 layer.cumulative_length.fill_(length)
 
 
-def _patched(cache: DynamicCache | StaticCache, kind: type[DynamicLayer | StaticLayer]) -> bool:
-    """Whether somebody else's function takes up what is computed, for ``cache`` or its layers of this kind."""
-    return (
-        "update" in vars(cache)
-        or written_in_transformers(type(cache).update) is None
-        or written_in_transformers(kind.update) is None
-    )
+def _patched(cache: DynamicCache | StaticCache) -> bool:
+    """Whether somebody else's function takes up what is computed, for ``cache`` or its layers."""
+    kinds = type(cache), *_LAYERS[type(cache)]
+    return "update" in vars(cache) or any(written_in_transformers(kind.update) is None for kind in kinds)
 
 
 def _asks_for_more(config: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
@@ -525,23 +537,26 @@ class _FewRows(ModuleForward):
         kwargs.pop("cache_position", None)  # of older versions: the positions after those in the cache
         if input_ids is None or not input_ids.is_cpu or input_ids.numel() > FEW_ROWS:
             return None  # before anything is asked that a GPU would be waited for
-        if type(cache) not in (DynamicCache, StaticCache):
+        kinds = _LAYERS.get(type(cache))
+        if kinds is None:
             return None
         if _asks_for_more(config, use_cache, kwargs):
             return None
         layers = cache.layers
         count = config.num_hidden_layers
-        kind = DynamicLayer if type(cache) is DynamicCache else StaticLayer
-        if len(layers) != count or getattr(cache, "offloading", False) or _patched(cache, kind):
+        if len(layers) != count or getattr(cache, "offloading", False) or _patched(cache):
             return None
         begun = layers[0].is_initialized
-        if not all(type(layer) is kind and layer.is_initialized is begun for layer in layers):
+        if not all(type(layer) in kinds and layer.is_initialized is begun for layer in layers):
             return None
         batch, tokens = input_ids.shape
         past = int(layers[0].get_seq_length())
         length = past + tokens
-        if kind is StaticLayer and length > layers[0].max_cache_len:
+        if type(cache) is StaticCache and length > layers[0].max_cache_len:
             return None  # the cache says so itself
+        if any(type(layer) is DynamicSlidingWindowLayer and length >= layer.sliding_window for layer in layers):
+            self._caches.pop(cache, None)
+            return None  # it keeps fewer from here on
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length)
         ):
@@ -555,7 +570,7 @@ class _FewRows(ModuleForward):
         if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
             return None
         prefix = stack.prefix(batch)
-        if prefix is None:
+        if prefix is None or length + (prefix[0][0].shape[2] if prefix[0] else 0) > stack.window:
             return None
         if position_ids is None:
             position_ids = torch.arange(past, length, device=x.device).unsqueeze(0)
