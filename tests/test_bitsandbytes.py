@@ -264,3 +264,9 @@ class TestFromBnb:
         layer.quant_state = None
         with pytest.raises(ValueError, match=r"weight is torch\.uint8, yet it has no quantization state"):
             fp.nn.Linear4bit.from_bnb(layer)
+
+    def test_a_layer_that_has_the_embeddings_weight_is_refused(self):
+        layer = bnb.nn.Linear4bit(64, 32, bias=False)
+        layer.weight = torch.nn.Embedding(32, 64).weight
+        with pytest.raises(ValueError, match=r"weight is a Parameter in torch\.float32; it must be a .*Params4bit"):
+            fp.nn.Linear4bit.from_bnb(layer)

@@ -143,6 +143,11 @@ def packed_from_bnb(linear: nn.Module) -> Packed4bit:
     if state is None:
         if not weight.is_floating_point():
             raise ValueError(f"the layer's weight is {weight.dtype}, yet it has no quantization state")
+        if not hasattr(weight, "quant_type"):
+            raise ValueError(
+                f"the layer's weight is a {type(weight).__name__} in {weight.dtype}; it must be a "
+                "bitsandbytes.nn.Params4bit (a head that is tied to the embedding belongs into llm_int8_skip_modules)"
+            )
         return quantize_4bit(weight.data, weight.quant_type, weight.blocksize, weight.compress_statistics)
     codes = weight.data.as_subclass(Tensor)
     repacked = getattr(state, "packing_format_for_cpu", False)
