@@ -693,6 +693,7 @@ def test_what_a_sliding_window_shows_whole_is_served(name, own, prompt, served):
     if prompt is not None:
         remove(plain)
     fp.accelerate(fused)
+    decoder = (fused if prompt is None else fused.get_base_model()).model
     ids, chunks = torch.randint(1, VOCAB, (2, 19)), (4, 1, 2, 1, 3, 1, *[1] * 7)
     caches = [tf.DynamicCache(config=m.config) if own else tf.DynamicCache() for m in (plain, fused)]
     start = 0
@@ -706,6 +707,7 @@ def test_what_a_sliding_window_shows_whole_is_served(name, own, prompt, served):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         shown = end + virtual <= 12 and not (own and end + (virtual if prompt == "prompt" else 0) == 12)
         assert served[-1] is (shown and (own or start > 0))  # without one, the cache has layers when they are filled
+        assert (caches[1] in decoder.forward._caches) is served[-1]  # else its room is given back
         start = end
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         theirs, ours = layers

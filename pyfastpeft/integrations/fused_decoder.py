@@ -520,6 +520,8 @@ class _FewRows(ModuleForward):
         if not traced():  # what is compiled must not depend on how many there are
             for stack in self._stacks:
                 stack.look_again()
+            if type(cache := kwargs.get(_CACHE)) is DynamicCache:
+                self._caches.pop(cache, None)  # it holds other tensors afterwards, and the room is for these alone
         return self.own(*args, **kwargs)
 
     def _few_rows(
@@ -555,7 +557,6 @@ class _FewRows(ModuleForward):
         if type(cache) is StaticCache and length > layers[0].max_cache_len:
             return None  # the cache says so itself
         if any(type(layer) is DynamicSlidingWindowLayer and length >= layer.sliding_window for layer in layers):
-            self._caches.pop(cache, None)
             return None  # it keeps fewer from here on
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length)
