@@ -817,6 +817,21 @@ class TestAccelerate:
             fp.get_peft_model(model, fp.LoraConfig(target_modules=["no_such"]))
         assert bnb_layers(model) == held and len(held) == 14
 
+    def test_a_layer_whose_weight_is_read_comes_in_full_precision_under_adapters_of_ours(self, tmp_path, monkeypatch):
+        cls = transformers.LongT5ForConditionalGeneration
+        sizes = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+        cls(cls.config_class(**sizes)).save_pretrained(tmp_path)
+        config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"])
+        model = cls.from_pretrained(tmp_path, quantization_config=config)
+        assert {n.rpartition(".")[2] for n in bnb_layers(model)} == {"q", "k", "v", "o", "wi", "wo"}
+        with monkeypatch.context() as context:  # as on a GPU, where get_peft_model leaves them
+            context.setattr("pyfastpeft.peft_model.take_over", lambda *_: [])
+            tuned = fp.get_peft_model(model, fp.LoraConfig(target_modules=["wi", "wo"]))
+        tuned.add_adapter("bottleneck", fp.BottleneckConfig(target_modules=["wi", "wo"]))
+        fp.accelerate(tuned)
+        held = {n.split(".")[-3]: type(m) for n, m in tuned.named_modules() if n.endswith(".base_layer.base_layer")}
+        assert held == {"wi": fp.nn.Linear4bit, "wo": torch.nn.Linear}
+
     def test_adapters_of_ours_merge_into_layers_that_were_replaced_under_them(self, model, ids, monkeypatch):
         with monkeypatch.context() as context:  # as on a GPU, where get_peft_model leaves them
             context.setattr("pyfastpeft.peft_model.take_over", lambda *_: [])

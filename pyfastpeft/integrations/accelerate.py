@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from ..nn import Linear4bit
@@ -56,7 +58,7 @@ def take_over(model: nn.Module, device: str | None = None) -> list[tuple[nn.Modu
         for name, child in parent._modules.items():
             if child is not None and _is_bnb(child) and device in (None, child.weight.device.type):
                 if child not in replaced:
-                    path = f"{around}.{name}".removeprefix(".").removesuffix(".base_layer")
+                    path = re.sub(r"(\.base_layer)+$", "", f"{around}.{name}").removeprefix(".")
                     replaced[child] = _replacement(child, full=needs_full_precision(model, path))
                 parent._modules[name] = replaced[child]
                 taken.append((parent, name, child))
