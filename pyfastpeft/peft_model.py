@@ -459,7 +459,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """Work out now what switching to each adapter needs, so that no request waits for it; after an error the
         adapter ``new`` is out again."""
         try:
-            fuse(self.get_base_model(), anew=False)
+            fuse(self.get_base_model(), attention=[*self.peft_config] == [new])
             for name in self.peft_config:
                 self.base_model.bank.prepare((name,))
             self.base_model.activate(self.base_model.bank.chosen)

@@ -618,9 +618,12 @@ def test_an_attention_that_was_chosen_stays(chosen):
     assert peft_model.unload().config._attn_implementation == before
 
 
+@pytest.mark.parametrize("before", ["sdpa", "eager"])
 @pytest.mark.parametrize("chosen", ["sdpa", "eager"])
-def test_an_attention_that_was_chosen_since_stays_until_the_model_is_accelerated(chosen):
-    model = fp.get_peft_model(model_of("llama"), fp.LoraConfig())
+def test_an_attention_that_was_chosen_since_stays_until_the_model_is_accelerated(chosen, before):
+    model = model_of("llama")
+    model.set_attn_implementation(before)
+    model = fp.get_peft_model(model, fp.LoraConfig())
     model.set_attn_implementation(chosen)
     model.add_adapter("other", fp.LoraConfig())
     assert model.config._attn_implementation == chosen

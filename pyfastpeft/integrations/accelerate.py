@@ -67,12 +67,12 @@ def take_over(model: nn.Module, device: str | None = None) -> list[tuple[nn.Modu
     return taken
 
 
-def fuse(model: nn.Module, anew: bool = True) -> None:
+def fuse(model: nn.Module, attention: bool = True) -> None:
     """Everything that is faster here and not a linear layer's; what is there already stays.
 
-    Without ``anew``, so does the attention that somebody chose since a model was given the fast one.
+    Without ``attention``, so does the one that the model has, which somebody may have chosen.
     """
-    if anew or not has_fast_attention(model):
+    if attention:
         use_fast_attention(model)
     fuse_layers(model)
     defer_logits(model)
