@@ -27,7 +27,8 @@ def teach_peft(home: ModuleType) -> None:
             if path.partition(".")[0] == "peft" and vars(module).get(name) is theirs:
                 setattr(module, name, either)
     for name, widen in _CLASSES.get(home.__name__, {}).items():
-        setattr(home, name, widen(getattr(home, name)))
+        if name in vars(home):  # which is no part of PEFT's interface: another version may ask for another class
+            setattr(home, name, widen(vars(home)[name]))
 
 
 def _either(theirs: Callable[..., Any]) -> Callable[..., Any]:
