@@ -34,7 +34,7 @@ def test_the_stated_error_holds_for_every_format_and_blocksize(isa):
 def test_the_weights_rounding_cancels_out_where_x_has_a_mean(isa, double_quant):
     """As after an activation: what is off in each product to the same side adds up with the length of the rows."""
     x = torch.randn(32, 4096)
-    for weight in distributions(160, 4096):
+    for weight in distributions(640, 4096):  # of fewer columns, few large weights of Student's t are most of an error
         w = fp.quantize_4bit(weight, "nf4", 64, double_quant)
         spread = error(linear_4bit(x, w, compute="int8"), float64(x, w))
         for aside in (x.relu(), x + 1, -x.relu()):
