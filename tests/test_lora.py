@@ -2099,7 +2099,7 @@ class TestBadArguments:
     @pytest.mark.parametrize(
         "compute",
         [
-            lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.4),
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.4),
             nn.utils.weight_norm,
             nn.utils.parametrizations.weight_norm,
         ],

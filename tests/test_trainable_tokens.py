@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from torch.nn.utils import prune
 
 import pyfastpeft as fp
 
@@ -109,7 +110,7 @@ def test_rows_merge_come_out_again_and_leave_with_the_adapter(architecture, toke
 
 def test_rows_are_not_merged_into_a_weight_that_is_computed():
     base, rows = tiny.make(), tiny.inputs(length=16)
-    torch.nn.utils.prune.l1_unstructured(base.model.embed_tokens, "weight", 0.4)
+    prune.l1_unstructured(base.model.embed_tokens, "weight", 0.4)
     model = fp.get_peft_model(base, config(fp, [1, 3], "llama")).eval()
     tiny.randomize(model)
     expected = logits(model, rows)
