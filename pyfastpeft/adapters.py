@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .caching import registered
-from .ops.tracing import is_compiling
+from .ops.tracing import is_compiling, is_repeated
 
 if TYPE_CHECKING:
     from .nn.lora_layer import LoraLayer
@@ -58,7 +58,6 @@ class Rows:
     Attributes:
         of_row: for each row its adapters, in the order given: several soft prompts lie in it.
         names: all adapters in use, in the order of ``known``.
-        alike: every row uses the same.
 
     Raises:
         ValueError: an unknown name.
@@ -71,10 +70,18 @@ class Rows:
         if unknown:
             raise ValueError(f"adapter_names holds {unknown}; the adapters of this model are {list(known)}")
         self.of_row = tuple(tuple(dict.fromkeys(n for n in row if n != BASE)) for row in wanted)
-        self.alike = len(set(map(frozenset, self.of_row))) == 1
+        self._alike = len(set(map(frozenset, self.of_row))) == 1
         self.names = tuple(n for n in known if n in used)
         self._uses = torch.tensor([[n in row for n in self.names] for row in wanted], dtype=torch.bool, device="cpu")
         self._masks: dict[tuple, Tensor] = {}
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a layer keeps the rows apart; else it does what it does while their adapters are active.
+
+        What is recorded does so always: it serves any choice.
+        """
+        return is_repeated() or not self._alike
 
     def mask(
         self, names: tuple[str, ...], rows: int, device: torch.device, ranks: tuple[int, ...] | None = None
@@ -107,7 +114,7 @@ class Rows:
         Raises:
             ValueError: it counts something else, and which row of the batch uses it is not known.
         """
-        if not self.alike and x.dim() >= dims and x.shape[0] % len(self.of_row):
+        if not self._alike and x.dim() >= dims and x.shape[0] % len(self.of_row):
             raise ValueError(
                 f"adapter_names has {len(self.of_row)} names; it must have one a row, and a layer saw an input of "
                 f"shape {tuple(x.shape)}, which does not begin with rows of the batch: all must use the same adapters"

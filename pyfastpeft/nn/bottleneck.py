@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank, Parts, Rows
 from ..ops import mixed
 from ..ops.checks import as_count, check_choice
-from ..ops.tracing import is_repeated
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -114,7 +113,7 @@ class BottleneckLayer(nn.Module):
         mode, plan = self.bank.mode, self._plan
         if mode is not None:
             names = tuple(n for n in mode.names if n in self.bottleneck)
-            if names and (is_repeated() or not mode.alike):
+            if names and mode.mixes:
                 return self._by_row(y, names, mode)
             plan = self.plan(names)  # as if they were active
         return plan[0](y) if len(plan) == 1 else self._several(y, plan) if plan else y

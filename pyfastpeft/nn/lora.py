@@ -51,7 +51,7 @@ class LoraLinear(LoraLayer):
         mode, plan = self.bank.mode, self._plan
         if mode is not None:
             names = self.present(mode)
-            if names and (is_repeated() or not mode.alike):
+            if names and mode.mixes:
                 return self._general(x, names, mode, args, kwargs)
             plan = self.plan(names)  # as if they were active
         if plan is None:
