@@ -78,17 +78,17 @@ def _equal_shares(config: Any, ids: Any, kwargs: Mapping[str, Any]) -> bool:
     rows, share = len(counts), int(counts[0])
     if not share or bool((counts != share).any()):
         return False
-    grid, merged = kwargs.get("image_grid_thw"), getattr(vision, "spatial_merge_size", None)
+    grid, positions, patches = map(kwargs.get, _SHARES)
+    merged, pooled = (getattr(vision, name, None) for name in ("spatial_merge_size", "pooling_kernel_size"))
     if grid is not None and merged is not None:  # [images, time, height, width] in patches
         return rows * share * merged**2 == int(grid.prod(1).sum())
     # Elsewhere only tokens are packed, and the encoder in front sees images or crops: both must be shared equally.
     if len(kwargs["pixel_values"]) % rows:
         return False
-    positions, pooled = kwargs.get("image_position_ids"), getattr(vision, "pooling_kernel_size", None)
     if positions is not None and pooled is not None:  # [images, patches, 2], padding is (-1, -1)
-        patches = (positions != -1).all(-1).sum(1).view(rows, -1).sum(1)
-        return bool((patches == share * pooled**2).all())
-    patches = kwargs.get("image_token_pooling")  # [tokens, patches], numbered through all crops, padding is -1
+        shown = (positions != -1).all(-1).sum(1).view(rows, -1).sum(1)
+        return bool((shown == share * pooled**2).all())
+    # [tokens, patches], numbered through all crops, padding is -1
     if patches is None or len(patches) != rows * share:
         return False
     of_row = kwargs["pixel_values"].shape[:-1].numel() // rows
