@@ -138,6 +138,26 @@ def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, dtype, inference, 
     assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "voxtral"])
+def test_a_model_of_several_modalities_decodes_from_embeddings(name, served):
+    config = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    part = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = (
+        {"audio_config": part}
+        if name == "voxtral"
+        else {"vision_config": {"model_type": "siglip_vision_model", **part}}
+    )
+    config = tf.AutoConfig.for_model(name, text_config=config, **sizes)
+    plain = quantized(tf.AutoModelForMultimodalLM.from_config(config).eval())
+    fused = fp.accelerate(copy.deepcopy(plain))
+    ids = torch.randint(1, VOCAB, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    expected, got = (generate(model, ids, mask, eos_token_id=-1) for model in (plain, fused))
+    assert torch.equal(got, expected) and served == [True] * 8
+
+
 def test_layers_of_the_int8_tier_stay_in_it(isa, served):
     def set_compute(tier):
         for model in (plain, fused):

@@ -60,7 +60,8 @@ _PROJECTIONS = (
     ("mlp", "up_proj"),
     ("mlp", "down_proj"),
 )
-_MORE_OUTPUTS = {"output_attentions", "output_hidden_states"}  # of other keywords False may ask for something
+# What asks for nothing more; of other keywords any value may.
+_NOTHING_MORE = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 # The function and its mask function that are registered; "eager" is the function of the model's module.
 _ATTENTIONS = {
     "sdpa": (sdpa_attention_forward, sdpa_mask),
@@ -483,7 +484,7 @@ def _asks_for_more(config: Any, use_cache: bool | None, kwargs: dict[str, Any]) 
     attention = config._attn_implementation
     functions = ALL_ATTENTION_FUNCTIONS.get(attention), ALL_MASK_ATTENTION_FUNCTIONS.get(attention)
     return (
-        any(value is not False or name not in _MORE_OUTPUTS for name, value in kwargs.items())
+        any(value is not _NOTHING_MORE.get(name) for name, value in kwargs.items())
         or not (config.use_cache if use_cache is None else use_cache)
         or config.output_attentions
         or config.output_hidden_states
@@ -529,6 +530,7 @@ class _FewRows(ModuleForward):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | None:
@@ -537,7 +539,12 @@ class _FewRows(ModuleForward):
         config = model.config
         cache = kwargs.pop(_CACHE, None)
         kwargs.pop("cache_position", None)  # of older versions: the positions after those in the cache
-        if input_ids is None or not input_ids.is_cpu or input_ids.numel() > FEW_ROWS:
+        kwargs.pop("logits_to_keep", None)  # the head's: models around this one hand on what they were given
+        if (input_ids is None) is (inputs_embeds is None):
+            return None
+        given = inputs_embeds if input_ids is None else input_ids
+        batch, tokens = given.shape[:2]
+        if not given.is_cpu or batch * tokens > FEW_ROWS:
             return None  # before anything is asked that a GPU would be waited for
         kinds = _LAYERS.get(type(cache))
         if kinds is None:
@@ -551,7 +558,6 @@ class _FewRows(ModuleForward):
         begun = layers[0].is_initialized
         if not all(type(layer) in kinds and layer.is_initialized is begun for layer in layers):
             return None
-        batch, tokens = input_ids.shape
         past = int(layers[0].get_seq_length())
         length = past + tokens
         if type(cache) is StaticCache and length > layers[0].max_cache_len:
@@ -565,7 +571,7 @@ class _FewRows(ModuleForward):
         stack = self._stack(cache)
         if stack.held is None or not stack.serves(batch):
             return None
-        x = model.embed_tokens(input_ids)
+        x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.contiguous()
         if not x.is_cpu or x.dtype != stack.dtype:
             return None
         if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
