@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor> linear_4bit(Tensor x, Tensor codes, Tensor scale, Opt
   return {y, s};
 }
 
-// (dx, dA, dB) of a linear layer; w may have no rows: of the branch alone. x and s are there where A or B trains. What
-// is not wanted is empty.
+// (dx, dA, dB) of a linear layer; w may have no rows: of the branch alone. x is there where A trains, s where B does.
+// What is not wanted is empty.
 std::tuple<Tensor, Tensor, Tensor> gradients(const pf::Weight& w, Tensor dy, OptTensor x, OptTensor s, OptTensor lora_a,
                                              OptTensor lora_b, OptTensor row_scale, double scaling, OptTensor seed,
                                              double dropout, bool need_dx) {
@@ -51,28 +51,29 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const pf::Weight& w, Tensor dy, Opt
   const BranchTensors lora(lora_a, lora_b, row_scale, scaling, rows, seed, dropout, n, w.k);
   const int64_t rank = lora.branch.rank();
   STD_TORCH_CHECK(!lora.branch.a.packed && !lora.branch.b.packed, "lora A and lora B must be matrices");
-  const bool trains = x.has_value();
-  STD_TORCH_CHECK(trains == s.has_value() && (!trains || rank > 0), "x, s, lora A and lora B belong together");
+  STD_TORCH_CHECK(rank > 0 || !(x.has_value() || s.has_value()), "x and s belong to lora A and lora B");
   pf::BranchTraining training{};
-  if (trains) {
+  if (x.has_value()) {
     training.x = matrix(*x, "x");
-    training.s = matrix(*s, "s");
     STD_TORCH_CHECK(training.x.rows == rows && training.x.cols == w.k, "x must be [rows of dy, K]");
+  }
+  if (s.has_value()) {
+    training.s = matrix(*s, "s");
     STD_TORCH_CHECK(
         training.s.dtype == pf::kFloat32 && s->is_contiguous() && training.s.rows == rows && training.s.cols == rank,
         "s must be contiguous float32 [rows of dy, R]");
   }
   Tensor dx = new_matrix(need_dx ? rows : 0, w.k, dym.dtype);
-  Tensor da = new_matrix(trains ? rank : 0, w.k, pf::kFloat32), db = new_matrix(trains ? n : 0, rank, pf::kFloat32);
-  training.da = static_cast<float*>(da.mutable_data_ptr());
-  training.db = static_cast<float*>(db.mutable_data_ptr());
+  Tensor da = new_matrix(x.has_value() ? rank : 0, w.k, pf::kFloat32);
+  Tensor db = new_matrix(s.has_value() ? n : 0, rank, pf::kFloat32);
+  if (x.has_value()) training.da = static_cast<float*>(da.mutable_data_ptr());
+  if (s.has_value()) training.db = static_cast<float*>(db.mutable_data_ptr());
   if (rows == 0 || n == 0) {
     for (Tensor* t : {&dx, &da, &db}) torch::stable::zero_(*t);
     return {dx, da, db};
   }
   pf::with_threads_for(rows, w.k * (w.n + rank), [&](pf::ParallelFor threads) {
-    pf::linear_backward(w, dym, lora.branch, trains ? &training : nullptr, need_dx ? dx.mutable_data_ptr() : nullptr,
-                        threads);
+    pf::linear_backward(w, dym, lora.branch, training, need_dx ? dx.mutable_data_ptr() : nullptr, threads);
   });
   return {dx, da, db};
 }

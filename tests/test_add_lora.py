@@ -109,15 +109,16 @@ def test_only_what_needs_a_gradient_gets_one(isa):
             assert not wanted or torch.allclose(got.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [None, 2, 3], ids=["all", "A frozen", "B frozen"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_second_derivatives_match_float64(isa, dropout):
+def test_second_derivatives_match_float64(isa, dropout, frozen):
     leaves = [torch.randn(5, 33), torch.randn(5, 33), *adapter(33, 33, 4)]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
+    trained = [leaf.requires_grad_() for i, leaf in enumerate(leaves) if i != frozen]
 
     def seconds(y):
-        first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
-        slope = torch.autograd.grad(y.sum(), leaves[1:], create_graph=True)
-        return torch.autograd.grad(sum(t.square().sum() for t in (*first, *slope)), leaves)
+        first = torch.autograd.grad(y.pow(3).sum(), trained, create_graph=True)
+        slope = torch.autograd.grad(y.sum(), trained[1:], create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in (*first, *slope)), trained)
 
     with torch.random.fork_rng():
         got = seconds(add_lora(*leaves, 2.0, dropout))

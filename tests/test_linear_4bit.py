@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyfastpeft as fp
-from pyfastpeft.ops import BankView, Lora, backends, linear_4bit, mixed, pack_lora
+from pyfastpeft.ops import BankView, Lora, add_lora, backends, linear_4bit, mixed, pack_lora
 from pyfastpeft.ops.linear_4bit import repack_lora
 from pyfastpeft.ops.reference import keep_mask
 
@@ -809,10 +809,12 @@ def operator_arguments():
         "linear_4bit_backward": [
             (dy, None, None, *nested, None, None, None, 1.0, None, 0.0, True),
             (dy, x, torch.randn(m, r), *plain, a, b, torch.rand(m, r), 1.0, seed, 0.5, True),
+            (dy, None, torch.randn(m, r), *plain, a, b, None, 2.0, None, 0.0, True),
             (dy, None, None, *plain, a, b, None, 2.0, None, 0.0, False),
         ],
         "lora_backward": [
             (dy, x, torch.randn(m, r), a, b, 2.0, seed, 0.5, True),
+            (dy, x, None, a, b, 2.0, None, 0.0, True),
             (dy, None, None, a, b, 2.0, None, 0.0, True),
         ],
     }
@@ -1160,7 +1162,7 @@ HOSTILE = [
     ("linear_4bit", 1, 14, lambda seed: seed[:0]),
     ("linear_4bit", 1, 15, lambda dropout: 1.0),
     ("linear_4bit_backward", 1, 0, lambda dy: dy[:, :-1]),
-    ("linear_4bit_backward", 1, 1, lambda x: None),
+    ("linear_4bit_backward", 0, 1, lambda x: torch.ones(5, 64)),
     ("linear_4bit_backward", 1, 2, lambda s: s[:-1]),
     ("linear_4bit_backward", 1, 12, lambda b: b[:-1]),
     ("lora_backward", 0, 0, lambda dy: dy[:-1]),
@@ -1359,20 +1361,37 @@ def test_an_arena_keeps_every_value_in_every_mode():
     assert all(torch.equal(t, own) for i, (t, own) in enumerate(zip(given, kept, strict=True)) if i != 2)
 
 
+@pytest.mark.parametrize("layer", ["4 bits", "full precision"])
+@pytest.mark.parametrize("trains", ["ab", "a", "b", ""])
+def test_training_keeps_x_for_a_and_the_projection_for_b(layer, trains):
+    """With A frozen, as LoRA-FA has it, x would be most of what a layer keeps."""
+    x, (a, b), kept = torch.randn(5, 64, requires_grad=True), adapter(48, 64, 4), []
+    a.requires_grad_("a" in trains), b.requires_grad_("b" in trains)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        if layer == "4 bits":
+            linear_4bit(x, packed_weight(48, 64), lora=(a, b, 2.0))
+        else:
+            add_lora(torch.randn(5, 48), x, a, b, 2.0)
+    assert (x.shape in kept, (5, 4) in kept) == ("a" in trains, "b" in trains)
+
+
+@pytest.mark.parametrize("factors", [(6, 4), (4,)], ids=["of rows", "of all"])
+@pytest.mark.parametrize("trains", ["ab", "a", "b"])
 @pytest.mark.parametrize("k", [64, 49])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_second_derivatives_match_float64(device, k, dropout):
+def test_second_derivatives_match_float64(device, k, dropout, trains, factors):
     """Past a residual too, whose gradient alone would be half the truth."""
     m, n, w = 6, k, packed_weight(k, k)
-    (a, b), x = (t.requires_grad_() for t in adapter(n, k, 4)), torch.randn(m, k, requires_grad=True)
+    (a, b), x = adapter(n, k, 4), torch.randn(m, k, requires_grad=True)
+    trained = [t.requires_grad_() for name, t in (("a", a), ("b", b)) if name in trains]
 
     def seconds(f):
         (first,) = torch.autograd.grad((x + f(x)).pow(3).sum(), x, create_graph=True)
-        slope = torch.autograd.grad(f(x).sum(), (x, a), create_graph=True)
-        return torch.autograd.grad(first.square().sum() + sum(t.square().sum() for t in slope), (x, a, b))
+        slope = torch.autograd.grad(f(x).sum(), (x, *trained), create_graph=True)
+        return torch.autograd.grad(first.square().sum() + sum(t.square().sum() for t in slope), (x, *trained))
 
     numbers = torch.cuda if device.type == "cuda" else torch  # what the operator draws its seed from
-    lora, state = Lora(a, b, torch.rand(m, 4), dropout), numbers.get_rng_state()
+    lora, state = Lora(a, b, torch.rand(factors), dropout), numbers.get_rng_state()
     keep = keep_mask(m, k, torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64), dropout) if dropout else None
 
     def mine(x):

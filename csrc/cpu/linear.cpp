@@ -327,10 +327,13 @@ void adapter_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& b
     run_units(parallel, right.cols, arith.group_lanes, rows * (rank + 4),
               [&](int64_t c0, int64_t c1) { arith.rows_times(left, right, dropout, out, transposed, c0, c1); });
   };
-  const PackedRows dst = pack_rows(arith, {ds, kFloat32, rank, rows, rows}, {}, kSlotDropped, parallel);
-  times(dst, training.x, mask_only(branch.dropout), training.da, false);
-  if (branch.dropout.threshold != 0)
-    for (int64_t i = 0; i < rank * training.x.cols; ++i) training.da[i] *= branch.dropout.scale;
+  if (training.da != nullptr) {
+    const PackedRows dst = pack_rows(arith, {ds, kFloat32, rank, rows, rows}, {}, kSlotDropped, parallel);
+    times(dst, training.x, mask_only(branch.dropout), training.da, false);
+    if (branch.dropout.threshold != 0)
+      for (int64_t i = 0; i < rank * training.x.cols; ++i) training.da[i] *= branch.dropout.scale;
+  }
+  if (training.db == nullptr) return;
   float* scaled = static_cast<float*>(scratch(kSlotX, rows * rank * sizeof(float)));
   void* st = scratch(kSlotS, arith.packed_rows_bytes(rank, rows));
   times_factor(static_cast<const float*>(training.s.data), branch_factor(branch, rows, rank), branch, 0, rows, scaled);
@@ -592,13 +595,13 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   });
 }
 
-void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, const BranchTraining* training, void* dx,
+void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, const BranchTraining& training, void* dx,
                      ParallelFor parallel) {
   const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
   const void* panels = pack_panels(arith, dy, true, kSlotDy, parallel);
   const float* ds = branch.rank() > 0 ? branch_gradient(arith, dy, panels, branch, parallel) : nullptr;
   if (dx != nullptr) input_gradient(arith, w, panels, dy, branch, ds, dx, parallel);
-  if (training != nullptr) adapter_gradient(arith, dy, branch, ds, *training, parallel);
+  adapter_gradient(arith, dy, branch, ds, training, parallel);
 }
 
 namespace {

@@ -44,16 +44,16 @@ void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor par
 // y [x.rows, N] = base + the branch, in base's dtype; s [x.rows, R] as above.
 void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, void* y, float* s, ParallelFor parallel);
 
-// Of a branch that trains: what the forward pass had, and the gradients that it gets, float32.
+// Of a branch that trains: what the forward pass had, and the gradients that it gets, float32; null where not wanted.
 struct BranchTraining {
   Matrix x, s;
   float* da;  // [R, K] = ds^T dropout(x), ds = (dy B) * factor
   float* db;  // [N, R] = dy^T (s * factor)
 };
 
-// dx [rows, K] in dy's dtype, and the gradients of the branch; either may be null, neither rows nor columns of dy none.
-// w may have no rows: of the branch alone.
-void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, const BranchTraining* training, void* dx,
+// dx [rows, K] in dy's dtype, null where not wanted, and the gradients of the branch; neither rows nor columns of dy
+// none. w may have no rows: of the branch alone.
+void linear_backward(const Weight& w, const Matrix& dy, const Branch& branch, const BranchTraining& training, void* dx,
                      ParallelFor parallel);
 
 // The cross-entropies of an output head's logits hidden w^T, of which a chunk of rows is in memory at a time.

@@ -180,22 +180,22 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @fake_of("linear_4bit_backward")
 def _(dy: Tensor, x: Tensor | None, s: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     w, (lora_a, *_, need_dx) = split_weight(rest)
-    return _gradients(dy, x, w.codes.shape[1] // 8, lora_a, need_dx)
+    return _gradients(dy, x, s, w.codes.shape[1] // 8, lora_a, need_dx)
 
 
 @fake_of("lora_backward")
 def _(dy: Tensor, x: Tensor | None, s: Tensor | None, lora_a: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_dx = rest
-    return _gradients(dy, x, lora_a.shape[1], lora_a, need_dx)
+    return _gradients(dy, x, s, lora_a.shape[1], lora_a, need_dx)
 
 
 def _gradients(
-    dy: Tensor, x: Tensor | None, k: int, lora_a: Tensor | None, need_dx: bool
+    dy: Tensor, x: Tensor | None, s: Tensor | None, k: int, lora_a: Tensor | None, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, n = dy.shape
     r = 0 if lora_a is None else lora_a.shape[0]
     return (
         dy.new_empty((rows if need_dx else 0, k)),
         dy.new_empty((0 if x is None else r, k), dtype=torch.float32),
-        dy.new_empty((0 if x is None else n, r), dtype=torch.float32),
+        dy.new_empty((0 if s is None else n, r), dtype=torch.float32),
     )

@@ -1,7 +1,7 @@
 """``linear_4bit``: y = x · dequant(W)ᵀ + bias + ((dropout(x) · Aᵀ) ∘ scale) · Bᵀ, W packed in 4 bits, one operator.
 
-Forward saves x (only when A or B train) and S = dropout(x) · Aᵀ [M, R] in float32; the dropout mask is a hash of a seed
-and the element's position, recomputed where it is needed.
+Forward saves x where A trains and S = dropout(x) · Aᵀ [M, R] in float32 where B does; the dropout mask is a hash of a
+seed and the element's position, recomputed where it is needed.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def linear_4bit(
     if records:
         if compute is not None:
             raise ValueError(f"compute is {compute!r}, for inference only; x, bias or lora requires a gradient here")
-        y = _Linear4bit.apply(x2, bias, a, b, row_scale, scaling, seed, dropout, backend, packed, *weight)
+        y = _Linear4bit.apply(x2, bias, a, b, row_scale, scaling, seed, dropout, backend, packed, *weight)[0]
     else:
         branch = _NO_BRANCH if lora is None else Branch(a, b, row_scale, scaling, seed, dropout)
         in_pairs = backend is Backend.NATIVE and type(lora) is PackedLora and x.dtype is torch.bfloat16
@@ -458,31 +458,40 @@ def _product(
 
 
 class _Linear4bit(torch.autograd.Function):
+    """(y, S): S is an output so that what is saved of it has a gradient itself, without x."""
+
     @staticmethod
     def forward(ctx, x, bias, a, b, row_scale, scaling, seed, dropout, backend, packed, *weight):  # noqa: ANN001
-        y, s = _forward(x, Branch(a, b, row_scale, scaling, seed, dropout), None, backend, weight, packed, bias)
-        trains_lora = a is not None and (a.requires_grad or b.requires_grad)
-        kept = (x, s) if trains_lora else (None, None)
+        branch = Branch(a, b, row_scale, scaling, seed, dropout)
+        y, s = _forward(x, branch, None, backend, weight, packed, bias)
+        # Where rows choose, x also says which of them are not finite.
+        trains_a, trains_b = (a is not None and t.requires_grad for t in (a, b))
+        kept = x if trains_a or (trains_b and _mixes(branch)) else None, s if trains_b else None
         codes, scale, zero, absmax2, offset, *numbers = weight
         ctx.save_for_backward(*kept, a, b, row_scale, seed, codes, scale, zero, absmax2, offset)
         bias_dtype = None if bias is None else bias.dtype
         ctx.rest = (scaling, dropout, backend, packed, numbers, x.shape[1], x.dtype, bias_dtype)
-        return y
+        if not is_compiling():
+            ctx.set_materialize_grads(False)
+        return y, s
 
     @staticmethod
-    def backward(ctx, dy):  # noqa: ANN001
+    def backward(ctx, dy, ds):  # noqa: ANN001
         x, s, a, b, row_scale, seed, *tensors = ctx.saved_tensors
         scaling, dropout, backend, packed, numbers, k, x_dtype, bias_dtype = ctx.rest
         need_x, need_bias, *needs_lora = ctx.needs_input_grad[:4]
         branch, needs = Branch(a, b, row_scale, scaling, seed, dropout), (need_x, *needs_lora)
-        dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
         weight = (*tensors, *numbers)
-        if torch.is_grad_enabled() and not is_compiling():  # to be differentiated again
+        if is_compiling():
+            ds = None
+        elif ds is not None or torch.is_grad_enabled():  # differentiated again
             if packed is None:
                 layout = "tiles" if backend is Backend.NATIVE else "rows"
                 packed = Packed4bit.of_operands(Operands(*weight), k, layout)
-            backend, s = Backend.REFERENCE, None if s is None else reference.projected(x, a, seed, dropout)
-        gradients = partial(_gradients, backend, weight, packed, k, needs)
+            dy = b.new_zeros(len(ds), len(b), dtype=x_dtype) if dy is None else dy
+            backend = Backend.REFERENCE
+        dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None
+        gradients = partial(_gradients, backend, weight, packed, k, needs, ds)
         if _mixes(branch):
             gradients = partial(_isolated, gradients)
         grads = gradients(dy.to(x_dtype), x, s, branch)
@@ -512,14 +521,20 @@ def _gradients(
     packed: Packed4bit | None,
     k: int,
     needs: tuple[bool, bool, bool],
+    ds: Tensor | None,
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
     branch: Branch,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB), None where not in ``needs``; ``x`` and ``s``, the S of ``_forward``, where A or B trains."""
-    if backend in _IN_PYTHON:
-        return _IN_PYTHON[backend].backward(dy, x, s, packed, *branch, *needs)
+    """(dx, dA, dB), None where not in ``needs``.
+
+    Args:
+        ds: the gradient of S itself, for the reference alone.
+        x: where A trains.   s: the S of ``_forward``, where B trains.
+    """
+    if backend is Backend.REFERENCE:
+        return reference.backward(dy, x, s, packed, *branch, *needs, ds)
     if backend in _OPERATORS:
         found = _OPERATORS[backend][1](dy, x, s, *weight, k, *branch, *needs)
         return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))

@@ -54,7 +54,7 @@ def _added(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tenso
     seed = reference.new_seed(x.device) if dropout else None
     rows = as_rows(base), as_rows(x)
     if recorded(base, x, a, b):
-        y = _AddLora.apply(*rows, a, b, scaling, seed, dropout)
+        y = _AddLora.apply(*rows, a, b, scaling, seed, dropout)[0]
     else:
         y = torch.ops.pyfastpeft.lora_forward.default(*rows, a, b, scaling, seed, dropout)[0]
     return y.view(base.shape)
@@ -86,22 +86,25 @@ def _served(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
 
 
 class _AddLora(torch.autograd.Function):
+    """(y, S): S is an output so that what is saved of it has a gradient itself, without x."""
+
     @staticmethod
     def forward(ctx, base, x, a, b, scaling, seed, dropout):  # noqa: ANN001
         y, s = torch.ops.pyfastpeft.lora_forward.default(base, x, a, b, scaling, seed, dropout)
-        trains = a.requires_grad or b.requires_grad
-        ctx.save_for_backward(x if trains else None, s if trains else None, a, b, seed)
-        ctx.scaling, ctx.dropout = scaling, dropout
-        return y
+        ctx.save_for_backward(x if a.requires_grad else None, s if b.requires_grad else None, a, b, seed)
+        ctx.rest = scaling, dropout, x.dtype
+        ctx.set_materialize_grads(False)
+        return y, s
 
     @staticmethod
-    def backward(ctx, dy):  # noqa: ANN001
+    def backward(ctx, dy, ds):  # noqa: ANN001
         x, s, a, b, seed = ctx.saved_tensors
-        rest = ctx.scaling, seed, ctx.dropout
+        scaling, dropout, dtype = ctx.rest
         needs = _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():  # to be differentiated again
-            s = None if s is None else reference.projected(x, a, seed, ctx.dropout)
-            return dy, *reference.branch_backward(dy, x, s, a, b, None, *rest, *needs[1:]), None, None, None
-        dx, da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, a, b, *rest, need_x)
+        if ds is not None or torch.is_grad_enabled():  # differentiated again
+            dy = b.new_zeros(len(ds), len(b), dtype=dtype) if dy is None else dy
+            grads = reference.branch_backward(dy, x, s, a, b, None, scaling, seed, dropout, *needs[1:], ds)
+            return dy, *grads, None, None, None
+        dx, da, db = torch.ops.pyfastpeft.lora_backward.default(dy, x, s, a, b, scaling, seed, dropout, need_x)
         da, db = da.to(a.dtype) if need_a else None, db.to(b.dtype) if need_b else None
         return dy, dx if need_x else None, da, db, None, None, None

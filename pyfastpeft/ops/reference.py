@@ -93,12 +93,13 @@ def backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB), None where not needed."""
+    """(dx, dA, dB), None where not needed; ``ds`` is the gradient of S itself, where that was differentiated."""
     dx = dy @ w.dequantize(dy.dtype) if need_x else None
     if a is None:
         return dx, None, None
-    added, da, db = branch_backward(dy, x, s, a, b, row_scale, scaling, seed, dropout, need_x, need_a, need_b)
+    added, da, db = branch_backward(dy, x, s, a, b, row_scale, scaling, seed, dropout, need_x, need_a, need_b, ds)
     return dx + added if need_x else None, da, db
 
 
@@ -116,10 +117,12 @@ def branch_backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """:func:`backward` of the LoRA branch alone."""
     dx = da = db = None
-    ds = scaled(dy.float() @ b.float(), row_scale, scaling)
+    through_y = scaled(dy.float() @ b.float(), row_scale, scaling)
+    ds = through_y if ds is None else through_y + ds
     if need_x:
         dx = dropped(ds @ a.float(), seed, dropout).to(dy.dtype)
     if need_a:

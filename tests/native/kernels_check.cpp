@@ -185,8 +185,9 @@ void check_linear(const pf::Kernels& k, int format, int64_t blocksize, int64_t n
 
   std::vector<float> y(m * n), s(m * r + 1), dx(m * columns), da(r * columns), db(n * r);
   pf::linear_forward(w.weight, matrix(x, m, columns), bias.data(), branch, y.data(), pf::kFloat32, s.data(), serial);
-  const pf::BranchTraining training{matrix(x, m, columns), matrix(s, m, r), da.data(), db.data()};
-  pf::linear_backward(w.weight, matrix(dy, m, n), branch, r > 0 ? &training : nullptr, dx.data(), serial);
+  pf::BranchTraining training{};
+  if (r > 0) training = {matrix(x, m, columns), matrix(s, m, r), da.data(), db.data()};
+  pf::linear_backward(w.weight, matrix(dy, m, n), branch, training, dx.data(), serial);
   expect(error(y.data(), y64) < 1e-5, "y, " + what);
   pf::linear_forward_int8(w.weight, matrix(x, m, columns), bias.data(), branch, y.data(), pf::kFloat32, serial);
   expect(error(y.data(), y64) < 1.2e-2, "y in int8, " + what);  // 7e-3 and the scatter of few values
