@@ -202,7 +202,7 @@ class AdapterBank:
             begins while another is ``disabling`` begins without adapters.
         run: what soft prompts have worked out for the forward that is running. Each thread has its own.
         reach: the sequence length for which soft prompts are being worked out, where their keys depend on it (rotary
-            embeddings that change with the length); else 0. Each thread has its own.
+            embeddings that change with the length); else 0. A tensor while code is compiled. Each thread has its own.
         kept: what soft prompts keep from one forward to the next; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
         thaws: grows whenever an adapter ceases to be for inference, or to be, so that copies of it may become old.
@@ -272,7 +272,7 @@ class AdapterBank:
         self._mode.run = run
 
     @property
-    def reach(self) -> int:
+    def reach(self) -> int | Tensor:
         return self._mode.reach
 
     def check_unmerged(self, name: str) -> None:
@@ -417,7 +417,7 @@ class AdapterBank:
         """With ``run`` as what soft prompts have worked out."""
         return self._having("run", run)
 
-    def reaching(self, reach: int) -> AbstractContextManager[None]:
+    def reaching(self, reach: int | Tensor) -> AbstractContextManager[None]:
         """With ``reach`` for soft prompts to be worked out."""
         return self._having("reach", reach)
 

@@ -112,6 +112,17 @@ def test_training_with_a_window_and_no_mask():
     agree_in_training(compiled, model, tiny.inputs(length=9))
 
 
+@pytest.mark.parametrize("method", RUN_THROUGH_THE_MODEL)
+def test_a_rope_that_changes_with_the_length(method):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    rope |= {"original_max_position_embeddings": 16}
+    config = transformers.LlamaConfig(**tiny._LLAMA | {"max_position_embeddings": 64}, rope_parameters=rope)
+    model = fp.get_peft_model(transformers.LlamaForCausalLM(config), CONFIGS[method]()).train()
+    compiled = torch.compile(model, backend="eager")
+    for length in (8, 14, 8):  # behind 5 tokens, of 16 that the short one serves
+        agree_in_training(compiled, model, tiny.inputs(length=length))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_decoding_over_a_static_cache(method):
     model = adapted(method)

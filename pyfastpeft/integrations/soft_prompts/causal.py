@@ -133,7 +133,7 @@ class CausalPrefixes(Prefixes):
         past = past_of(kwargs)
         decoding = goes_on(past, inputs.shape[1])
         positions = self._positions(kwargs, inputs, past)
-        with self.bank.reaching(0 if follows else self._reach(rows, positions)):
+        with self.bank.reaching(self._reach(rows, positions)):
             run = self.run_of(rows, inputs.shape[0], decoding)
         if follows:
             kwargs[attention.HANDED_DOWN] = run
@@ -219,13 +219,14 @@ class CausalPrefixes(Prefixes):
         axes = self._axes_in_images
         return torch.cat([shifted[:-axes], torch.where(text, shifted[-axes:], positions[-axes:])])
 
-    def _reach(self, rows: Sequence[tuple[str, ...]], positions: Tensor) -> int:
-        """See ``bank.reach``."""
+    def _reach(self, rows: Sequence[tuple[str, ...]], positions: Tensor) -> int | Tensor:
+        """See ``bank.reach``; a tensor in compiled code, which cannot ask."""
         if not self._rotaries:
             return 0
         longest = max(sum(self.sources[n].count for n in names if n in self.sources) for names in rows)
-        reach = int(positions.max()) + longest + 1
-        return reach if reach > self._usual_reach else 0
+        last = positions.max()
+        reach = (last if is_compiling() else int(last)) + longest + 1
+        return reach * (reach > self._usual_reach)
 
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         cache = DynamicCache()

@@ -306,15 +306,15 @@ class Prefixes(ABC):
             return self._kept.of_prompt(source, names, decoding, self._work_out)
         if source.form is Form.KEYS_VALUES:
             return self._work_out(source, ())
-        tensors = compiled_tensors(self, names, self.decoder.training, decoding)
+        tensors = compiled_tensors(self, names, self.decoder.training, decoding, self.bank.reach)
         return Values(tensors[:-1], tensors[-1]) if source.form is Form.EMBEDDINGS else Values(tensors, None)
 
     def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
         return [parameter for name in names for parameter in self.bank.parameters(name)]
 
-    def tensors(self, names: Sequence[str], decoding: bool) -> list[Tensor]:
+    def tensors(self, names: Sequence[str], decoding: bool, reach: int) -> list[Tensor]:
         names = tuple(names)
-        with self.bank.using(_beside_a_prompt(names[1:])):
+        with self.bank.using(_beside_a_prompt(names[1:])), self.bank.reaching(reach):
             values = self._kept.of_prompt(self.sources[names[0]], names, decoding, self._work_out)
         return values.tensors if values.last is None else [*values.tensors, values.last]
 

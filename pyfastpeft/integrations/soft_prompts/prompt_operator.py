@@ -41,8 +41,8 @@ class Maker(Protocol):
     def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
         """All that may train and that the prompt may depend on."""
 
-    def tensors(self, names: Sequence[str], decoding: bool) -> list[Tensor]:
-        """What the prompt comes to; differentiable in what trains, where gradients are recorded."""
+    def tensors(self, names: Sequence[str], decoding: bool, reach: int) -> list[Tensor]:
+        """What the prompt comes to, for ``bank.reach``; differentiable in what trains, where gradients are recorded."""
 
 
 _numbers = itertools.count()
@@ -65,11 +65,14 @@ def number_of(maker: Maker) -> int:
     return number
 
 
-def compiled_tensors(maker: Maker, names: tuple[str, ...], random: bool, decoding: bool) -> list[Tensor]:
-    """``maker.tensors(names, decoding)`` in code that is being compiled.
+def compiled_tensors(
+    maker: Maker, names: tuple[str, ...], random: bool, decoding: bool, reach: int | Tensor
+) -> list[Tensor]:
+    """``maker.tensors(names, decoding, reach)`` in code that is being compiled.
 
     Args:
         random: whether there may be dropout.
+        reach: a tensor where it depends on the text.
 
     Raises:
         RuntimeError: the code is exported, to run where the number is another maker's.
@@ -82,7 +85,8 @@ def compiled_tensors(maker: Maker, names: tuple[str, ...], random: bool, decodin
     joined = "/".join(names)
     _learn_forms(maker.number, joined)
     seed = torch.randint(2**63 - 1, (1,), device="cpu") if random else None
-    return torch.ops.pyfastpeft.soft_prompt(maker.parameters(names), seed, maker.number, joined, decoding)
+    reach = reach if isinstance(reach, Tensor) else None
+    return torch.ops.pyfastpeft.soft_prompt(maker.parameters(names), seed, reach, maker.number, joined, decoding)
 
 
 @constant_to_compilers  # asked in the code that they compile, some say that they always export
@@ -94,7 +98,7 @@ def _exporting() -> bool:
 def _learn_forms(number: int, joined: str) -> None:
     maker, names = _makers[number], joined.split("/")
     with _as_outside(maker.parameters(names), torch.zeros(1, device="cpu")), torch.no_grad():
-        made = maker.tensors(names, False)
+        made = maker.tensors(names, False, 0)
     _forms.setdefault(maker, {})[joined] = [_Form(t.shape, t.dtype, t.device) for t in made]
 
 
@@ -112,28 +116,33 @@ def _as_outside(parameters: Sequence[Tensor], seed: Tensor | None) -> Iterator[N
 
 @torch.library.custom_op("pyfastpeft::soft_prompt", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _soft_prompt(
-    parameters: Sequence[Tensor], seed: Tensor | None, maker: int, names: str, decoding: bool
+    parameters: Sequence[Tensor], seed: Tensor | None, reach: Tensor | None, maker: int, names: str, decoding: bool
 ) -> list[Tensor]:
     with _as_outside(parameters, seed), torch.no_grad():
-        made = _makers[maker].tensors(names.split("/"), decoding)
+        made = _makers[maker].tensors(names.split("/"), decoding, int(reach or 0))
         return [t.clone(memory_format=torch.contiguous_format) for t in made]  # some are kept
 
 
 @_soft_prompt.register_fake
-def _(parameters: Sequence[Tensor], seed: Tensor | None, maker: int, names: str, decoding: bool) -> list[Tensor]:
+def _(parameters: Sequence[Tensor], seed: Any, reach: Any, maker: int, names: str, decoding: bool) -> list[Tensor]:
     forms = _forms[_makers[maker]][names]
     return [torch.empty(form.shape, dtype=form.dtype, device=form.device) for form in forms]
 
 
 @torch.library.custom_op("pyfastpeft::soft_prompt_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _soft_prompt_backward(
-    gradients: Sequence[Tensor], parameters: Sequence[Tensor], seed: Tensor | None, maker: int, names: str
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    seed: Tensor | None,
+    reach: Tensor | None,
+    maker: int,
+    names: str,
 ) -> list[Tensor]:
     """The gradients of ``parameters``."""
     live = _makers[maker].parameters(names.split("/"))
     train = [p for p in live if p.requires_grad]
     with _as_outside(parameters, seed), torch.enable_grad():
-        made = _makers[maker].tensors(names.split("/"), False)
+        made = _makers[maker].tensors(names.split("/"), False, int(reach or 0))
         found = iter(torch.autograd.grad(made, train, gradients, allow_unused=True, materialize_grads=True))
     return [next(found).contiguous() if p.requires_grad else torch.zeros_like(p) for p in live]
 
@@ -144,14 +153,14 @@ def _(gradients: Sequence[Tensor], parameters: Sequence[Tensor], *_: Any) -> lis
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    parameters, seed, *ctx.rest, _ = inputs
-    ctx.save_for_backward(*parameters, seed)
+    parameters, seed, reach, *ctx.rest, _ = inputs
+    ctx.save_for_backward(*parameters, seed, reach)
 
 
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple:
-    *parameters, seed = ctx.saved_tensors
-    found = torch.ops.pyfastpeft.soft_prompt_backward(gradients, parameters, seed, *ctx.rest)
-    return found, None, None, None, None
+    *parameters, seed, reach = ctx.saved_tensors
+    found = torch.ops.pyfastpeft.soft_prompt_backward(gradients, parameters, seed, reach, *ctx.rest)
+    return found, None, None, None, None, None
 
 
 _soft_prompt.register_autograd(_backward, setup_context=_save)
