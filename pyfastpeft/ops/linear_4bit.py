@@ -510,7 +510,7 @@ def _isolated(
     if x is not None:
         # S as it was, before its columns were: here it is left out where its factor is zero.
         bad, factor, dy, x = mixed.finite_rows(factor, dy, x)
-        s = s.masked_fill(bad | (factor == 0), 0)
+        s = None if s is None else s.masked_fill(bad | (factor == 0), 0)
     dx, da, db = gradients(dy, x, s, Branch(a, b, factor, *rest))
     return dx if x is None or dx is None else dx.masked_fill(bad, torch.nan), da, db
 
