@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "cpu/decoder.h"
@@ -24,20 +25,36 @@ struct HeldLinear {
   bool int8;
 };
 
+// The projections of a layer in their order.
+constexpr pf::Projection kApart[] = {pf::kQ, pf::kK, pf::kV, pf::kO, pf::kGate, pf::kUp, pf::kDown},
+                         kJoined[] = {pf::kQ, pf::kO, pf::kGate, pf::kDown};
+
 struct Stack {
   pf::Decoder shape;
   Tensor norm;
   std::vector<Tensor> norms;        // input and post-attention norm of each layer
   std::vector<Tensor> head_norms;   // of queries and keys of each layer, or empty
-  std::vector<HeldLinear> linears;  // kProjections a layer
+  std::vector<Tensor> added_norms;  // of what attention and MLP of each layer add to the stream, or empty
+  std::vector<int64_t> angles;      // one a layer
+  std::vector<int64_t> windows;     // one a layer, 0: none
+  std::vector<HeldLinear> linears;  // those of each layer
+
+  std::span<const pf::Projection> projections() const {
+    if (shape.joined) return kJoined;
+    return kApart;
+  }
 };
 
 HandleTable<Stack> stacks;
 
-int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> head_norms, int64_t heads,
-                    int64_t kv_heads, int64_t dim, double eps, double scale) {
-  STD_TORCH_CHECK(norms.size() % 2 == 0 && (head_norms.empty() || head_norms.size() == norms.size()),
-                  "norms must be two a layer, head_norms two a layer or none");
+int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> head_norms,
+                    std::vector<Tensor> added_norms, std::vector<int64_t> angles, std::vector<int64_t> windows,
+                    int64_t heads, int64_t kv_heads, int64_t dim, double eps, double scale, bool joined, bool gemma) {
+  const auto none_or = [](const std::vector<Tensor>& some, size_t n) { return some.empty() || some.size() == n; };
+  STD_TORCH_CHECK(norms.size() == 2 * angles.size() && windows.size() == angles.size() &&
+                      none_or(head_norms, norms.size()) && none_or(added_norms, norms.size()),
+                  "angles and windows must be one a layer, norms two, head_norms and added_norms two or none");
+  STD_TORCH_CHECK(!joined || head_norms.empty(), "head_norms must be none where queries, keys and values are joined");
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && dim > 0 && dim % 2 == 0,
                   "heads must be a multiple of kv_heads, dim even");
   auto stack = std::make_shared<Stack>();
@@ -47,10 +64,15 @@ int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> 
                   .kv_heads = kv_heads,
                   .dim = dim,
                   .eps = static_cast<float>(eps),
-                  .scale = static_cast<float>(scale)};
+                  .scale = static_cast<float>(scale),
+                  .joined = joined,
+                  .gemma = gemma};
   stack->norm = norm;
   stack->norms = std::move(norms);
   stack->head_norms = std::move(head_norms);
+  stack->added_norms = std::move(added_norms);
+  stack->angles = std::move(angles);
+  stack->windows = std::move(windows);
   return stacks.add(std::move(stack));
 }
 
@@ -59,15 +81,17 @@ void free_decoder(int64_t stack) { stacks.release(stack); }
 void add(int64_t id, HeldLinear linear) {
   const std::shared_ptr<Stack> stack = stacks.find(id, "stack");
   pf::Decoder& d = stack->shape;
-  const size_t which = stack->linears.size() % pf::kProjections;
-  if (d.intermediate == 0 && which == pf::kGate) d.intermediate = linear.n;
+  const std::span<const pf::Projection> projections = stack->projections();
+  const pf::Projection which = projections[stack->linears.size() % projections.size()];
+  const int64_t gates = d.joined ? 2 : 1;
+  if (d.intermediate == 0 && which == pf::kGate) d.intermediate = linear.n / gates;
   const int64_t q = d.heads * d.dim, kv = d.kv_heads * d.dim, wide = d.intermediate;
-  const int64_t outs[] = {q, kv, kv, d.hidden, wide, wide, d.hidden},
+  const int64_t outs[] = {d.joined ? q + 2 * kv : q, kv, kv, d.hidden, gates * wide, wide, d.hidden},
                 ins[] = {d.hidden, d.hidden, d.hidden, q, d.hidden, d.hidden, wide};
-  STD_TORCH_CHECK(stack->linears.size() < stack->norms.size() / 2 * pf::kProjections && linear.n == outs[which] &&
+  STD_TORCH_CHECK(stack->linears.size() < stack->angles.size() * projections.size() && linear.n == outs[which] &&
                       linear.k == ins[which],
-                  "projection ", which, " of a layer is (", linear.n, ", ", linear.k, "); it must be (", outs[which],
-                  ", ", ins[which], ")");
+                  "projection ", static_cast<int>(which), " of a layer is (", linear.n, ", ", linear.k,
+                  "); it must be (", outs[which], ", ", ins[which], ")");
   stack->linears.push_back(std::move(linear));
 }
 
@@ -133,29 +157,43 @@ OptTensor of_rows(const OptTensor& row_scale, int64_t rows) {
   return all;
 }
 
-Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor mask, std::vector<Tensor> keys,
-                       std::vector<Tensor> values, int64_t past, std::vector<Tensor> prefix_keys,
-                       std::vector<Tensor> prefix_values, OptTensor prefix_index, OptTensor prefix_lengths) {
+Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vector<Tensor> sin, OptTensor mask,
+                       std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<int64_t> past,
+                       std::vector<Tensor> prefix_keys, std::vector<Tensor> prefix_values, OptTensor prefix_index,
+                       OptTensor prefix_lengths) {
   kernels();
   const std::shared_ptr<Stack> stack = stacks.find(id, "stack");
   pf::Decoder d = stack->shape;
-  const size_t layers = stack->norms.size() / 2;
-  STD_TORCH_CHECK(stack->linears.size() == layers * pf::kProjections, "the stack misses linear layers");
+  const size_t layers = stack->angles.size();
+  const std::span<const pf::Projection> projections = stack->projections();
+  STD_TORCH_CHECK(stack->linears.size() == layers * projections.size(), "the stack misses linear layers");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == d.hidden && x.is_contiguous() && dtype_of(x, "x") == d.dtype,
                   "x must be contiguous [batch, tokens, ", d.hidden, "] in the dtype of the norms");
   const int64_t batch = x.size(0), tokens = x.size(1);
   STD_TORCH_CHECK(batch * tokens <= pf::kTile, "x has ", batch * tokens, " rows; it must have at most ", pf::kTile);
-  STD_TORCH_CHECK(keys.size() == layers && values.size() == layers, "keys and values must be one a layer");
+  STD_TORCH_CHECK(keys.size() == layers && values.size() == layers && past.size() == layers,
+                  "keys, values and past must be one a layer");
   const int64_t most = std::numeric_limits<int64_t>::max() - tokens;
-  STD_TORCH_CHECK(past >= 0 && past <= most, "past is ", past, "; it must be from 0 to ", most);
-  const int64_t length = past + tokens;
-  const int64_t angles = angle_stride(cos, sin, batch, tokens, d.dim, d.dtype, "x");
+  int64_t longest = tokens;
+  for (const int64_t p : past) {
+    STD_TORCH_CHECK(p >= 0 && p <= most, "past is ", p, "; it must be from 0 to ", most);
+    longest = std::max(longest, p + tokens);
+  }
+  STD_TORCH_CHECK(cos.size() == sin.size(), "cos and sin must be equally many");
+  const int64_t turned = cos.empty() || cos[0].dim() == 0 ? d.dim : cos[0].size(-1);
+  STD_TORCH_CHECK(turned <= d.dim && turned % 2 == 0, "cos has ", turned,
+                  " columns; it must have an even number up to ", d.dim);
+  std::vector<pf::DecoderAngles> angles;
+  for (size_t i = 0; i < cos.size(); ++i) {
+    const int64_t stride = angle_stride(cos[i], sin[i], batch, tokens, turned, d.dtype, "x");
+    angles.push_back({cos[i].const_data_ptr(), sin[i].const_data_ptr(), stride});
+  }
   Tensor y = new_matrix(batch * tokens, d.hidden, d.dtype);
   if (batch * tokens == 0) return y;
   if (mask.has_value())
-    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length && mask->is_contiguous() &&
+    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == batch && mask->size(1) >= longest && mask->is_contiguous() &&
                         mask->element_size() == 1,
-                    "mask must be contiguous bool [", batch, ", ", length, "]");
+                    "mask must be contiguous bool [", batch, ", ", longest, " or more]");
   STD_TORCH_CHECK(prefix_keys.size() == prefix_values.size() && (prefix_keys.empty() || prefix_keys.size() == layers),
                   "prefix_keys and prefix_values must be one a layer or none");
   const bool has_prefix = !prefix_keys.empty();
@@ -177,13 +215,22 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
     pf::DecoderLayer& layer = d.layers[i];
     layer.input_norm = vector_data(stack->norms[2 * i], d.hidden, d.dtype, "input norm");
     layer.post_norm = vector_data(stack->norms[2 * i + 1], d.hidden, d.dtype, "post-attention norm");
-    layer.q_norm = layer.k_norm = nullptr;
+    layer.q_norm = layer.k_norm = layer.attended_norm = layer.mlp_norm = nullptr;
     if (!stack->head_norms.empty()) {
       layer.q_norm = vector_data(stack->head_norms[2 * i], d.dim, d.dtype, "query norm");
       layer.k_norm = vector_data(stack->head_norms[2 * i + 1], d.dim, d.dtype, "key norm");
     }
-    set_strides(keys[i], d, batch, length, true, "keys", layer.key_strides);
-    set_strides(values[i], d, batch, length, true, "values", layer.value_strides);
+    if (!stack->added_norms.empty()) {
+      layer.attended_norm = vector_data(stack->added_norms[2 * i], d.hidden, d.dtype, "norm of the attention");
+      layer.mlp_norm = vector_data(stack->added_norms[2 * i + 1], d.hidden, d.dtype, "norm of the MLP");
+    }
+    layer.angles = stack->angles[i];
+    STD_TORCH_CHECK(layer.angles >= -1 && layer.angles < static_cast<int64_t>(angles.size()), "layer ", i,
+                    " turns by angles ", layer.angles, "; cos and sin are ", angles.size());
+    layer.past = past[i];
+    layer.window = has_prefix ? 0 : std::min<int64_t>(stack->windows[i], 1 << 30);  // as attention's
+    set_strides(keys[i], d, batch, layer.past + tokens, true, "keys", layer.key_strides);
+    set_strides(values[i], d, batch, layer.past + tokens, true, "values", layer.value_strides);
     layer.keys = keys[i].mutable_data_ptr();
     layer.values = values[i].mutable_data_ptr();
     if (has_prefix) {
@@ -192,8 +239,9 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
       layer.prefix_keys = prefix_keys[i].const_data_ptr();
       layer.prefix_values = prefix_values[i].const_data_ptr();
     }
-    for (int p = 0; p < pf::kProjections; ++p) {
-      const HeldLinear& held = stack->linears[i * pf::kProjections + p];
+    for (size_t j = 0; j < projections.size(); ++j) {
+      const pf::Projection p = projections[j];
+      const HeldLinear& held = stack->linears[i * projections.size() + j];
       factors.push_back(of_rows(held.row_scale, batch * tokens));
       branches.emplace_back(held.lora_a, held.lora_b, factors.back(), held.scaling, batch * tokens, std::nullopt, 0.0,
                             held.n, held.k);
@@ -211,13 +259,12 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
     }
   }
   const pf::DecoderInput in{.x = x.const_data_ptr(),
-                            .cos = cos.const_data_ptr(),
-                            .sin = sin.const_data_ptr(),
-                            .angle_stride = angles,
+                            .angles = std::move(angles),
+                            .turned = turned,
                             .mask = mask.has_value() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
+                            .mask_length = mask.has_value() ? mask->size(1) : 0,
                             .batch = batch,
                             .tokens = tokens,
-                            .past = past,
                             .prefix_length = prefix_length,
                             .prefix_index = prefix.index,
                             .prefix_lengths = prefix.lengths};
@@ -230,8 +277,8 @@ Tensor decoder_forward(int64_t id, Tensor x, Tensor cos, Tensor sin, OptTensor m
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def(
-      "new_decoder(Tensor norm, Tensor[] norms, Tensor[] head_norms, int heads, int kv_heads, int dim, float eps, "
-      "float scale) -> int");
+      "new_decoder(Tensor norm, Tensor[] norms, Tensor[] head_norms, Tensor[] added_norms, int[] angles, "
+      "int[] windows, int heads, int kv_heads, int dim, float eps, float scale, bool joined, bool gemma) -> int");
   m.def("add_decoder_linear(int stack, " PF_WEIGHT
         ", Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? row_scale, bool int8) -> ()");
   m.def(
@@ -239,8 +286,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
       "Tensor? row_scale) -> ()");
   m.def("free_decoder(int stack) -> ()");
   m.def(
-      "decoder_forward(int stack, Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!)[] keys, "
-      "Tensor(b!)[] values, int past, Tensor[] prefix_keys, Tensor[] prefix_values, Tensor? prefix_index, "
+      "decoder_forward(int stack, Tensor x, Tensor[] cos, Tensor[] sin, Tensor? mask, Tensor(a!)[] keys, "
+      "Tensor(b!)[] values, int[] past, Tensor[] prefix_keys, Tensor[] prefix_values, Tensor? prefix_index, "
       "Tensor? prefix_lengths) -> Tensor");
 }
 

@@ -96,7 +96,8 @@ Tensor rotated(const pf::Kernels& k, Tensor x, const Tensor& cos, const Tensor& 
                           .sin = sin.const_data_ptr(),
                           .angle_stride = angles,
                           .transposed = transposed,
-                          .y = y.mutable_data_ptr()};
+                          .y = y.mutable_data_ptr(),
+                          .y_strides = {heads * dim, dim}};
   pf::parallel_for(batch * tokens, row_grain(heads * dim), [&](int64_t t0, int64_t t1) { k.rope(args, t0, t1); });
   return y;
 }

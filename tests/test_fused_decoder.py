@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import io
+import math
 import pickle
 import weakref
 
@@ -23,7 +24,22 @@ import pyfastpeft as fp
 from pyfastpeft.integrations import fused_decoder
 from pyfastpeft.integrations.forwards import remove
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "gemma": {"head_dim": 24},
+    "gemma3_text": {
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 256,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 50.0}},
+    },
+}
 
 
 @pytest.fixture
@@ -45,7 +61,7 @@ def family(name, dtype=torch.float32, **changes):
     if name in ("llama", "qwen2") and not changes:
         model = make(name, dtype)
     else:
-        changes = {"sliding_window": None} | changes
+        changes = {"sliding_window": None} | FAMILIES[name] | changes
         config = tf.AutoConfig.for_model(
             name,
             vocab_size=VOCAB,
@@ -136,6 +152,29 @@ def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, dtype, inference, 
     expected, unfused, got = (logits_along(m, ids, chunks).float() for m in (exact, plain, fused))
     assert served.count(True) == 8
     assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["smollm3", "phi3", "gemma", "gemma3_text"])
+def test_sixteen_bits_err_no_more_in_families_with_ways_of_their_own(isa, name, dtype, served):
+    plain, fused = pair(name, dtype=dtype)
+    exact, ids, chunks = copy.deepcopy(plain).float(), torch.randint(1, VOCAB, (3, 14)), [6] + [1] * 8
+    expected, unfused, got = (logits_along(m, ids, chunks).float() for m in (exact, plain, fused))
+    assert served.count(True) == 8
+    assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 3.0, 100.0, 1e10, math.nan])
+def test_gates_of_any_size_go_through_gelu(isa, size, served):
+    models = pair("gemma", dense=True)
+    for model in models:
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight.data *= size
+            layer.mlp.down_proj.weight.data /= max(1, size)
+    ids = torch.randint(1, VOCAB, (2, 5))
+    expected, got = (logits_along(model, ids, [2, 1, 2]) for model in models)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert all(served)
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "voxtral"])
@@ -694,6 +733,8 @@ def test_a_model_that_was_cast_is_served_in_its_new_dtype(first, served):
 
 WINDOWS = {
     "mistral": {},
+    "phi3": {},
+    "gemma3_text": {},
     "qwen2": {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "qwen3": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
 }
@@ -702,7 +743,7 @@ WINDOWS = {
 @pytest.mark.parametrize("prompt", [None, "prefix", "prompt"])
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("name", WINDOWS)
-def test_what_a_sliding_window_shows_whole_is_served(name, own, prompt, served):
+def test_sliding_windows_are_served_but_behind_a_prefix_that_they_hide(name, own, prompt, served):
     """Over a cache that lets go of what lies before the window, its ``own``, and over one that does not."""
     plain, virtual = quantized(family(name, sliding_window=12, **WINDOWS[name])), 0
     if prompt is not None:
@@ -725,7 +766,7 @@ def test_what_a_sliding_window_shows_whole_is_served(name, own, prompt, served):
                 for m, cache in zip((plain, fused), caches, strict=True)
             )
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        shown = end + virtual <= 12 and not (own and end + (virtual if prompt == "prompt" else 0) == 12)
+        shown = prompt is None or end + virtual <= 12
         assert served[-1] is (shown and (own or start > 0))  # without one, the cache has layers when they are filled
         assert (caches[1] in decoder.forward._caches) is served[-1]  # else its room is given back
         start = end
@@ -735,22 +776,43 @@ def test_what_a_sliding_window_shows_whole_is_served(name, own, prompt, served):
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
-def test_short_windows_and_other_families_are_left_alone(served):
-    for model in (
-        quantized(family("mistral", sliding_window=3)),
-        quantized(family("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)),
-        quantized(make("gemma")),
-        quantized(make("gpt2")),
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_cache_that_records_what_leaves_its_windows_still_has_it(name, served):
+    plain = quantized(family(name, sliding_window=6, **WINDOWS[name]))
+    fused = fp.accelerate(copy.deepcopy(plain))
+    ids = torch.randint(1, VOCAB, (2, 12))
+    caches = [tf.DynamicCache(config=m.config) for m in (plain, fused)]
+    for cache in caches:
+        cache.activate_past_recording()
+    for start, end, removed in [(0, 3, 0), (3, 5, 0), (5, 8, 2), (6, 7, 0), (7, 12, 3), (9, 10, 0)]:
+        for model, cache in zip((plain, fused), caches, strict=True):
+            with torch.no_grad():
+                model(input_ids=ids[:, start:end], **{fused_decoder._CACHE: cache})
+            cache.crop(-removed)
+        for theirs, ours in zip(*(cache.layers for cache in caches), strict=True):
+            torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+            assert ours.get_seq_length() == theirs.get_seq_length() == end - removed
+    assert served == [True, True, False, False, False, False]
+
+
+def test_what_leaves_a_window_leaves_memory(served):
+    fused = fp.accelerate(quantized(family("gemma3_text", sliding_window=16)))
+    cache = tf.DynamicCache(config=fused.config)
+    generate(fused, torch.randint(1, VOCAB, (1, 5)), n=300, **{fused_decoder._CACHE: cache})
+    assert all(served)
+    for room, members in zip(
+        *(getattr(fused.model.forward._caches[cache], n) for n in ("rooms", "members")), strict=True
     ):
+        assert room.tensor.shape[3] < (16 + 100 if 0 in members else 500)
+
+
+def test_other_families_are_left_alone(served):
+    for model in (quantized(make("phi")), quantized(make("gpt2"))):
         ids = torch.randint(1, VOCAB, (2, 6))
 
-        def run(model=model, ids=ids):
-            whole = {fused_decoder._CACHE: tf.DynamicCache()}  # which holds more than the windows do
-            return torch.stack([generate(model, ids), generate(model, ids, **whole)])
-
-        expected = run()
+        expected = generate(model, ids)
         fp.accelerate(model)
-        assert torch.equal(run(), expected)
+        assert torch.equal(generate(model, ids), expected)
     assert not any(served)
 
 
@@ -1126,7 +1188,7 @@ def test_stacks_die_with_their_model():
     x = torch.zeros(1, 1, 32)
     for number in numbers:
         with pytest.raises(RuntimeError, match="stack is"):
-            torch.ops.pyfastpeft.decoder_forward(number, x, x, x, None, [], [], 0, [], [], None, None)
+            torch.ops.pyfastpeft.decoder_forward(number, x, [x], [x], None, [], [], [], [], [], None, None)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1242,23 +1304,27 @@ def test_the_operator_refuses_what_does_not_fit():
     generate(fused, torch.randint(1, VOCAB, (1, 5)))
     number = fused.model.forward._stacks[0].held.number
     forward = torch.ops.pyfastpeft.decoder_forward
-    x, angle = torch.zeros(1, 1, 32), torch.zeros(1, 1, 8)
+    x, angle = torch.zeros(1, 1, 32), [torch.zeros(1, 1, 8)]
     room = [torch.zeros(1, 2, 4, 8) for _ in range(2)]
     prefix = [torch.zeros(2, 2, 3, 8) for _ in range(2)]
     none, index = ([], [], None, None), torch.tensor([1])
-    forward(number, x, angle, angle, None, room, room, 3, *none)
-    forward(number, x, angle, angle, None, room, room, 3, prefix, prefix, index, None)
+    forward(number, x, angle, angle, None, room, room, [3, 3], *none)
+    forward(number, x, angle, angle, None, room, room, [3, 2], prefix, prefix, index, None)
     for args, words in [
-        ((x, angle, angle, None, room, room, 4), "keys must be"),
-        ((x, angle, angle, None, room, room, 2**63 - 1), "past is 9223372036854775807; it must be from 0 to"),
-        ((x, angle, angle, None, room, room, -1), "past is -1; it must be from 0 to"),
-        ((x, angle, angle, None, room[:1], room, 0), "one a layer"),
-        ((x[..., :16], angle, angle, None, room, room, 0), "x must be"),
-        ((x.expand(1, 17, 32).contiguous(), angle, angle, None, room, room, 0), "x has 17 rows; .* at most 16"),
-        ((x, angle[..., :4], angle, None, room, room, 0), "cos and sin"),
-        ((x, angle, angle, torch.ones(1, 2), room, room, 0), "mask must be"),
-        ((x.bfloat16(), angle, angle, None, room, room, 0), "x must be"),
-        ((x, angle, angle, None, [t.half() for t in room], room, 0), "keys must be"),
+        ((x, angle, angle, None, room, room, [4] * 2), "keys must be"),
+        ((x, angle, angle, None, room, room, [2**63 - 1] * 2), "past is 9223372036854775807; it must be from 0 to"),
+        ((x, angle, angle, None, room, room, [-1] * 2), "past is -1; it must be from 0 to"),
+        ((x, angle, angle, None, room, room, [0]), "keys, values and past must be one a layer"),
+        ((x, angle, angle, None, room[:1], room, [0] * 2), "one a layer"),
+        ((x[..., :16], angle, angle, None, room, room, [0] * 2), "x must be"),
+        ((x.expand(1, 17, 32).contiguous(), angle, angle, None, room, room, [0] * 2), "x has 17 rows; .* at most 16"),
+        ((x, [angle[0][..., :4]], angle, None, room, room, [0] * 2), "cos and sin"),
+        ((x, angle * 2, angle, None, room, room, [0] * 2), "cos and sin must be equally many"),
+        ((x, [angle[0][..., :7]], angle, None, room, room, [0] * 2), "cos has 7 columns"),
+        ((x, [], [], None, room, room, [0] * 2), "layer 0 turns by angles 0; cos and sin are 0"),
+        ((x, angle, angle, torch.ones(1, 2), room, room, [0] * 2), "mask must be"),
+        ((x.bfloat16(), angle, angle, None, room, room, [0] * 2), "x must be"),
+        ((x, angle, angle, None, [t.half() for t in room], room, [0] * 2), "keys must be"),
     ]:
         with pytest.raises(RuntimeError, match=words):
             forward(number, *args, *none)
@@ -1272,7 +1338,7 @@ def test_the_operator_refuses_what_does_not_fit():
         (([t.half() for t in prefix], prefix, index, None), "prefix_keys must be"),
     ]:
         with pytest.raises(RuntimeError, match=words):
-            forward(number, x, angle, angle, None, room, room, 3, *args)
+            forward(number, x, angle, angle, None, room, room, [3, 3], *args)
 
 
 @pytest.mark.parametrize(
@@ -1288,14 +1354,14 @@ def test_the_operator_refuses_what_does_not_fit():
 )
 def test_the_operator_refuses_factors_of_groups_that_it_would_read_past(row_scale, refused):
     ops, row = torch.ops.pyfastpeft, torch.ones(32)
-    stack = ops.new_decoder(row, [row, row], [], 2, 2, 16, 1e-6, 0.25)
+    stack = ops.new_decoder(row, [row, row], [], [], [0], [0], 2, 2, 16, 1e-6, 0.25, False, False)
     for n, k in [(32, 32)] * 4 + [(48, 32)] * 2 + [(32, 48)]:
         branch = torch.randn(4, k), torch.randn(n, 4)
         ops.add_decoder_dense(stack, torch.randn(n, k), None, *branch, 1.0, row_scale)
-    angle, room = torch.zeros(1, 1, 16), [torch.zeros(4, 2, 1, 16)]
+    angle, room = [torch.zeros(1, 1, 16)], [torch.zeros(4, 2, 1, 16)]
     raises = pytest.raises(RuntimeError, match="row_scale must be contiguous float32")
     with raises if refused else contextlib.nullcontext():
-        ops.decoder_forward(stack, torch.randn(4, 1, 32), angle, angle, None, room, room, 0, [], [], None, None)
+        ops.decoder_forward(stack, torch.randn(4, 1, 32), angle, angle, None, room, room, [0], [], [], None, None)
     ops.free_decoder(stack)
 
 

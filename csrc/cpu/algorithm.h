@@ -80,7 +80,8 @@ Kernels make_kernels(const char* name) {
   kernels.rms_norm = rms_norm;
   kernels.rms_norm_backward = rms_norm_backward;
   kernels.rms_norm_weight_backward = rms_norm_weight_backward;
-  kernels.swiglu = swiglu;
+  kernels.swiglu = gated<Silu>;
+  kernels.geglu = gated<Gelu>;
   kernels.swiglu_backward = swiglu_backward;
   kernels.rope = rope;
   kernels.cross_entropy = cross_entropy;

@@ -9,19 +9,22 @@
 namespace pf {
 namespace {
 
-void append(const char* rows, const DecoderInput& in, const Decoder& d, void* cache, const int64_t* strides) {
+// Rows of a token's heads, `stride` elements apart, behind those in the cache.
+void append(const char* rows, int64_t stride, const DecoderInput& in, const Decoder& d, int64_t past, void* cache,
+            const int64_t* strides) {
   const int64_t size = dtype_size(d.dtype);
   for (int64_t b = 0; b < in.batch; ++b)
-    for (int64_t t = 0; t < in.tokens; ++t)
-      for (int64_t h = 0; h < d.kv_heads; ++h, rows += d.dim * size)
-        std::memcpy(static_cast<char*>(cache) + (b * strides[0] + h * strides[1] + (in.past + t) * strides[2]) * size,
-                    rows, d.dim * size);
+    for (int64_t t = 0; t < in.tokens; ++t, rows += stride * size)
+      for (int64_t h = 0; h < d.kv_heads; ++h)
+        std::memcpy(static_cast<char*>(cache) + (b * strides[0] + h * strides[1] + (past + t) * strides[2]) * size,
+                    rows + h * d.dim * size, d.dim * size);
 }
 
 // Attention of the queries to the layer's prefix and cache.
-void attention(const Decoder& d, const DecoderLayer& layer, const DecoderInput& in, const void* q,
+void attention(const Decoder& d, const DecoderLayer& layer, const DecoderInput& in, const void* q, int64_t q_stride,
                const int32_t* positions, void* out, ParallelFor parallel) {
-  const int64_t width = d.heads * d.dim, strides[] = {in.tokens * width, d.dim, width};
+  const int64_t width = d.heads * d.dim, q_strides[] = {in.tokens * q_stride, d.dim, q_stride},
+                strides[] = {in.tokens * width, d.dim, width};
   AttentionArgs a{};
   a.q = q;
   a.k = layer.keys;
@@ -31,9 +34,9 @@ void attention(const Decoder& d, const DecoderLayer& layer, const DecoderInput& 
   a.heads = d.heads;
   a.kv_heads = d.kv_heads;
   a.tokens = in.tokens;
-  a.length = in.past + in.tokens;
+  a.length = layer.past + in.tokens;
   a.dim = d.dim;
-  std::copy_n(strides, 3, a.q_strides);
+  std::copy_n(q_strides, 3, a.q_strides);
   std::copy_n(layer.key_strides, 3, a.k_strides);
   std::copy_n(layer.value_strides, 3, a.v_strides);
   if (in.prefix_length > 0) {
@@ -47,6 +50,7 @@ void attention(const Decoder& d, const DecoderLayer& layer, const DecoderInput& 
   }
   a.positions = positions;
   a.causal = true;
+  a.window = layer.window;
   a.scale = d.scale;
   a.out = out;
   std::copy_n(strides, 3, a.out_strides);
@@ -59,19 +63,32 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   const Kernels& k = *kernels();
   const int64_t m = in.batch * in.tokens, size = dtype_size(d.dtype);
   const int64_t q_width = d.heads * d.dim, kv_width = d.kv_heads * d.dim;
-  const int64_t places = in.mask == nullptr ? 0 : in.batch * (in.past + in.tokens);
-  const int64_t widths = 3 * d.hidden + 2 * (q_width + kv_width + d.intermediate);
+  const int64_t places = in.mask == nullptr ? 0 : in.batch * in.mask_length;
+  // Elements from one token's to the next.
+  const int64_t q_stride = d.joined ? q_width + 2 * kv_width : q_width, kv_stride = d.joined ? q_stride : kv_width;
+  const int64_t gate_stride = d.joined ? 2 * d.intermediate : d.intermediate;
+  const int64_t widths = 3 * (d.hidden + d.intermediate) + 2 * (q_width + kv_width);
   Memory memory(kSlotDecoder, m * widths * size + places * sizeof(int32_t) + 1024);
   const auto take = [&](int64_t width) { return memory.take<char>(m * width * size); };
   char *stream = take(d.hidden), *normed = take(d.hidden), *added = take(d.hidden);
-  char *q = take(q_width), *attended = take(q_width), *key = take(kv_width), *value = take(kv_width);
-  char *gate = take(d.intermediate), *up = take(d.intermediate);
-  int32_t* positions = nullptr;
-  if (in.mask != nullptr) {
-    positions = memory.take<int32_t>(places);
-    for (int64_t i = 0; i < places; ++i)
-      positions[i] = static_cast<int32_t>(i % (in.past + in.tokens) - in.past) + (in.mask[i] == 0 ? kHiddenKey : 0);
-  }
+  char *q = take(q_stride), *attended = take(q_width);
+  char* key = d.joined ? q + q_width * size : take(kv_width);
+  char* value = d.joined ? key + kv_width * size : take(kv_width);
+  char* gate = take(gate_stride);
+  char* up = d.joined ? gate + d.intermediate * size : take(d.intermediate);
+  char* activated = d.joined ? take(d.intermediate) : gate;
+  int32_t* positions = in.mask == nullptr ? nullptr : memory.take<int32_t>(places);
+  int64_t placed = -1;  // positions are those of a layer with so many keys before
+  const auto place = [&](int64_t past) {
+    if (in.mask == nullptr || past == placed) return;
+    placed = past;
+    const int64_t length = past + in.tokens;
+    for (int64_t b = 0; b < in.batch; ++b) {
+      const uint8_t* seen = in.mask + (b + 1) * in.mask_length - length;
+      for (int64_t i = 0; i < length; ++i)
+        positions[b * length + i] = static_cast<int32_t>(i - past) + (seen[i] == 0 ? kHiddenKey : 0);
+    }
+  };
 
   const auto rows_of = [&](const void* data, int64_t rows, int64_t cols) {
     return Matrix{data, d.dtype, rows, cols, cols};
@@ -87,26 +104,26 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   };
   // stream += added, where there is something to add; out = norm(stream).
   const auto norm = [&](bool adds, const void* weight, void* out) {
-    RmsNormArgs args{rows_of(adds ? added : stream, m, d.hidden), {}, weight, d.eps, stream, out};
+    RmsNormArgs args{rows_of(adds ? added : stream, m, d.hidden), {}, weight, d.eps, stream, out, d.gemma};
     if (adds) args.residual = rows_of(stream, m, d.hidden);
     k.rms_norm(args, 0, m);
   };
-  const auto head_norm = [&](char* x, int64_t heads, const void* weight) {
-    if (weight != nullptr) k.rms_norm({rows_of(x, m * heads, d.dim), {}, weight, d.eps, nullptr, x}, 0, m * heads);
+  const auto norm_in_place = [&](char* x, int64_t rows, int64_t cols, const void* weight) {
+    if (weight != nullptr) k.rms_norm({rows_of(x, rows, cols), {}, weight, d.eps, nullptr, x, d.gemma}, 0, rows);
   };
-  const auto rotate = [&](char* x, int64_t heads) {
-    const int64_t token = heads * d.dim;
+  const auto rotate = [&](char* x, int64_t heads, int64_t stride, const DecoderAngles& angles) {
     k.rope({x,
             d.dtype,
             in.tokens,
             heads,
-            d.dim,
-            {in.tokens * token, d.dim, token},
-            in.cos,
-            in.sin,
-            in.angle_stride,
+            in.turned,
+            {in.tokens * stride, d.dim, stride},
+            angles.cos,
+            angles.sin,
+            angles.stride,
             false,
-            x},
+            x,
+            {stride, d.dim}},
            0, m);
   };
 
@@ -115,23 +132,30 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   for (const DecoderLayer& layer : d.layers) {
     norm(adds, layer.input_norm, normed);
     project(layer.linear[kQ], normed, q);
-    project(layer.linear[kK], normed, key);
-    project(layer.linear[kV], normed, value);
-    head_norm(q, d.heads, layer.q_norm);
-    head_norm(key, d.kv_heads, layer.k_norm);
-    rotate(q, d.heads);
-    rotate(key, d.kv_heads);
-    append(key, in, d, layer.keys, layer.key_strides);
-    append(value, in, d, layer.values, layer.value_strides);
-    attention(d, layer, in, q, positions, attended, parallel);
+    if (!d.joined) {
+      project(layer.linear[kK], normed, key);
+      project(layer.linear[kV], normed, value);
+    }
+    norm_in_place(q, m * d.heads, d.dim, layer.q_norm);
+    norm_in_place(key, m * d.kv_heads, d.dim, layer.k_norm);
+    if (layer.angles >= 0) {
+      rotate(q, d.heads, q_stride, in.angles[layer.angles]);
+      rotate(key, d.kv_heads, kv_stride, in.angles[layer.angles]);
+    }
+    append(key, kv_stride, in, d, layer.past, layer.keys, layer.key_strides);
+    append(value, kv_stride, in, d, layer.past, layer.values, layer.value_strides);
+    place(layer.past);
+    attention(d, layer, in, q, q_stride, positions, attended, parallel);
     project(layer.linear[kO], attended, added);
+    norm_in_place(added, m, d.hidden, layer.attended_norm);
     norm(true, layer.post_norm, normed);
     project(layer.linear[kGate], normed, gate);
-    project(layer.linear[kUp], normed, up);
-    const Matrix gates = rows_of(gate, m, d.intermediate), ups = rows_of(up, m, d.intermediate);
+    if (!d.joined) project(layer.linear[kUp], normed, up);
+    const Matrix gates{gate, d.dtype, m, d.intermediate, gate_stride}, ups{up, d.dtype, m, d.intermediate, gate_stride};
     run(parallel, m, cache_grain(d.intermediate * 16),
-        [&](int64_t r0, int64_t r1) { k.swiglu(gates, ups, gate, r0, r1); });
-    project(layer.linear[kDown], gate, added);
+        [&](int64_t r0, int64_t r1) { (d.gemma ? k.geglu : k.swiglu)(gates, ups, activated, r0, r1); });
+    project(layer.linear[kDown], activated, added);
+    norm_in_place(added, m, d.hidden, layer.mlp_norm);
     adds = true;
   }
   norm(adds, d.norm, y);

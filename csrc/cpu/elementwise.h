@@ -1,5 +1,5 @@
-// RMSNorm, SwiGLU, rotary embeddings and cross-entropy, both directions, over the vocabulary `V`. Included by
-// algorithm.h.
+// RMSNorm, SwiGLU, rotary embeddings and cross-entropy, both directions, and GEGLU, over the vocabulary `V`. Included
+// by algorithm.h.
 //
 // Arithmetic is float32; a value that transformers rounds to the tensors' dtype on the way is rounded here as well, so
 // that a model computes the same with these kernels as without them.
@@ -68,8 +68,8 @@ void rms_norm(const RmsNormArgs& g, int64_t row0, int64_t row1) {
           const V::F inverse = V::set1(1.0f / __builtin_sqrtf(V::reduce(square) / static_cast<float>(n) + g.eps));
           char* y = row_of(g.y, D, n, r);
           for (int64_t i = 0; i < n; i += kLanes) {
-            const V::F unit = rounded<D>(V::mul(load_part<D>(x, i, n), inverse));
-            store_part<D>(y, i, n, V::mul(load_part<D>(weight, i, n), unit));
+            const V::F unit = V::mul(load_part<D>(x, i, n), inverse), w = load_part<D>(weight, i, n);
+            store_part<D>(y, i, n, g.from_one ? V::mul(V::add(V::set1(1.0f), w), unit) : V::mul(w, rounded<D>(unit)));
           }
         }
       });
@@ -116,17 +116,28 @@ void rms_norm_weight_backward(const RmsNormBackwardArgs& g, float* dweight, int6
       });
 }
 
-// ---- SwiGLU ---------------------------------------------------------------------------------------------------------
+// ---- SwiGLU and GEGLU -----------------------------------------------------------------------------------------------
 
-void swiglu(const Matrix& gate, const Matrix& up, void* y, int64_t row0, int64_t row1) {
+struct Silu {
+  static PF_INLINE V::F of(V::F x) { return V::mul(x, sigmoid(x)); }
+};
+
+struct Gelu {  // by the tanh approximation: x (1 + tanh(u / 2)) / 2 = x sigmoid(u), u = sqrt(8 / pi) (x + 0.044715 x^3)
+  static PF_INLINE V::F of(V::F x) {
+    const V::F u = V::mul(x, V::fma(V::mul(x, x), V::set1(0.0713548163f), V::set1(1.5957691216f)));
+    return V::mul(x, sigmoid(u));
+  }
+};
+
+template <typename Activation>
+void gated(const Matrix& gate, const Matrix& up, void* y, int64_t row0, int64_t row1) {
   const int64_t n = gate.cols;
   with_dtype(
       gate.dtype, PF_BODY(int D) {
         for (int64_t r = row0; r < row1; ++r)
           for (int64_t i = 0; i < n; i += kLanes) {
-            const V::F g = load_part<D>(gate.row(r), i, n);
-            const V::F silu = rounded<D>(V::mul(g, sigmoid(g)));
-            store_part<D>(row_of(y, D, n, r), i, n, V::mul(silu, load_part<D>(up.row(r), i, n)));
+            const V::F active = rounded<D>(Activation::of(load_part<D>(gate.row(r), i, n)));
+            store_part<D>(row_of(y, D, n, r), i, n, V::mul(active, load_part<D>(up.row(r), i, n)));
           }
       });
 }
@@ -166,7 +177,7 @@ void rope(const RopeArgs& g, int64_t token0, int64_t token1) {
           for (int64_t h = 0; h < g.heads; ++h) {
             const char* x =
                 static_cast<const char*>(g.x) + (b * g.strides[0] + h * g.strides[1] + t * g.strides[2]) * size;
-            char* y = static_cast<char*>(g.y) + (token * g.heads + h) * g.dim * size;
+            char* y = static_cast<char*>(g.y) + (token * g.y_strides[0] + h * g.y_strides[1]) * size;
             for (int64_t i = 0; i < half; i += kLanes) {
               const V::F x1 = load_part<D>(x, i, half), x2 = load_part<D>(x + half * size, i, half);
               const V::F cross1 = V::mul(V::mul(x2, load_part<D>(sin1, i, half)), sign);

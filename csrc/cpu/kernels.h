@@ -84,6 +84,7 @@ struct RmsNormArgs {   // sum = x + residual (sum = x without one); y = sum / sq
   const void* weight;  // [cols]
   float eps;
   void *sum, *y;
+  bool from_one = false;  // 1 + weight takes the place of weight, and only the product is rounded, as Gemma's
 };
 
 struct RmsNormBackwardArgs {  // x is the forward's sum
@@ -102,7 +103,8 @@ struct RopeArgs {
   const void *cos, *sin;  // [batch or 1, tokens, dim]
   int64_t angle_stride;   // tokens, or 0 where all rows share the angles
   bool transposed;        // the gradient
-  void* y;                // [batch, tokens, heads, dim]
+  void* y;                // [batch, tokens, heads, dim], the last dimension contiguous
+  int64_t y_strides[2];   // of tokens, counted over the batch, and heads
 };
 
 struct CrossEntropyArgs {
@@ -256,6 +258,7 @@ struct Kernels {
   void (*rms_norm_backward)(const RmsNormBackwardArgs&, int64_t row0, int64_t row1);
   void (*rms_norm_weight_backward)(const RmsNormBackwardArgs&, float* dweight, int64_t col0, int64_t col1);
   void (*swiglu)(const Matrix& gate, const Matrix& up, void* y, int64_t row0, int64_t row1);
+  void (*geglu)(const Matrix& gate, const Matrix& up, void* y, int64_t row0, int64_t row1);
   void (*swiglu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up, void* dgate, void* dup, int64_t row0,
                           int64_t row1);
   void (*rope)(const RopeArgs&, int64_t token0, int64_t token1);  // tokens counted over the batch

@@ -1,4 +1,4 @@
-"""Decoding with one compiled call a token: the layers of a Llama-like model as ``decoder_forward``.
+"""Decoding with one compiled call a token: the layers of a decoder like Llama's as ``decoder_forward``.
 
 :func:`fuse_decoder` puts a :class:`_FewRows` before the forward of a decoder (the module between embedding and head).
 It serves calls of a few rows over a cache that record nothing, when every layer is what the compiled stack
@@ -15,12 +15,14 @@ import operator
 import sys
 import weakref
 from contextlib import suppress
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.activations import ACT2FN
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -50,16 +52,65 @@ from .attention import attention_forward, attention_mask
 from .forwards import ModuleForward, install
 from .fused_layers import OF_LLAMA, SILUS, has_llamas, written_in_transformers
 
-_FAMILIES = {f"{name}Model": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
-_PROJECTIONS = (
-    ("self_attn", "q_proj"),
-    ("self_attn", "k_proj"),
-    ("self_attn", "v_proj"),
-    ("self_attn", "o_proj"),
-    ("mlp", "gate_proj"),
-    ("mlp", "up_proj"),
-    ("mlp", "down_proj"),
-)
+_ROPE = "apply_rotary_pos_emb"
+_GELUS = frozenset({type(ACT2FN["gelu_pytorch_tanh"])})
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How transformers writes the decoders of a family, where it is not as it writes Llama's."""
+
+    name: str  # with which the names of its classes begin
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    activation: str = "act_fn"
+    activations: frozenset[type] = frozenset(SILUS)
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")  # before attention and MLP
+    head_norms: tuple[str, ...] = ()  # of queries and keys
+    added_norms: tuple[str, ...] = ()  # behind attention and MLP
+    dropouts: tuple[str, ...] = ()
+    eps: str = "variance_epsilon"
+    own: str | None = None  # which function of OF_LLAMA it has of its own
+    angles_of_types: bool = False  # each type of layers has its own
+
+    @property
+    def joined(self) -> bool:
+        """Whether one layer projects to queries, keys and values, and one to gate and up."""
+        return "qkv_proj" in self.attention
+
+    @property
+    def gemma(self) -> bool:
+        """Whether norms scale by 1 + weight, and the gate goes through GELU."""
+        return self.activations == _GELUS
+
+
+_HEAD_NORMS = ("q_norm", "k_norm")
+_FAMILIES = {
+    "LlamaModel": _Family("Llama"),
+    "MistralModel": _Family("Mistral"),
+    "Qwen2Model": _Family("Qwen2"),
+    "Qwen3Model": _Family("Qwen3", head_norms=_HEAD_NORMS),
+    "SmolLM3Model": _Family("SmolLM3"),
+    "Phi3Model": _Family(
+        "Phi3",
+        attention=("qkv_proj", "o_proj"),
+        mlp=("gate_up_proj", "down_proj"),
+        activation="activation_fn",
+        dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
+        own=_ROPE,  # turns a part of each head
+    ),
+    "GemmaModel": _Family("Gemma", activations=_GELUS, eps="eps"),
+    "Gemma3TextModel": _Family(
+        "Gemma3",
+        activations=_GELUS,
+        eps="eps",
+        norms=("input_layernorm", "pre_feedforward_layernorm"),
+        head_norms=_HEAD_NORMS,
+        added_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        own="eager_attention_forward",  # can cap its scores
+        angles_of_types=True,
+    ),
+}
 # What asks for nothing more; of other keywords any value may.
 _NOTHING_MORE = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 # The function and its mask function that are registered; "eager" is the function of the model's module.
@@ -85,7 +136,7 @@ def fuse_decoder(model: nn.Module) -> None:
             install(module, _FewRows)
 
 
-def _family(module: nn.Module) -> str | None:
+def _family(module: nn.Module) -> _Family | None:
     known = type(module).__module__.startswith("transformers.models.")
     return _FAMILIES.get(type(module).__name__) if known else None
 
@@ -157,7 +208,8 @@ class _Stack:
         self.lookups = _Lookups()
         self.plans = _Lookups()  # what switching adapters exchanges, to and fro
         self.held: DecoderHandle | None = None
-        self.window = math.inf  # up to so many keys, a prefix among them, each layer sees all
+        self.window = math.inf  # up to so many keys each layer sees all
+        self.angles: list[dict[str, str]] = []  # what the rotary embedding is asked for
         self.banks: set[AdapterBank] = set()
         self._attentions: list[dict] = []  # what each layer's attention holds, a prefix among it
         self._copied: list[Tensor] = []  # of these the stack holds copies
@@ -232,8 +284,8 @@ class _Stack:
     def _build(self, model: nn.Module) -> None:
         look, config, family = self.lookups, model.config, _family(model)
         layers = look.module(model, "layers")
-        norms, head_norms, linears = [], [], []
-        dtype, eps = model.norm.weight.dtype, model.norm.variance_epsilon
+        norms, head_norms, added_norms, angles, windows, linears = [], [], [], [], [], []
+        dtype, eps = model.norm.weight.dtype, getattr(model.norm, family.eps)
         scaling = layers[0].self_attn.scaling
         self.dtype = dtype
         look.get(vars(config), "is_causal")  # which few have
@@ -246,13 +298,17 @@ class _Stack:
             kind = type(module)
             own = written_in_transformers(kind.forward)
             written = own is not None and own.__globals__["__name__"] == home
-            return written and (kind.__module__, kind.__name__) == (home, f"{family}{part}")
+            return written and (kind.__module__, kind.__name__) == (home, f"{family.name}{part}")
 
         look.forward(model)
         namespace = vars(sys.modules[home])
-        for name in OF_LLAMA:
-            look.get(namespace, name)
-        if not (of_family(model, "Model") and has_llamas(namespace, OF_LLAMA)):
+        functions = {name: look.get(namespace, name) for name in OF_LLAMA}
+        own = written_in_transformers(functions.pop(family.own, None))
+        if not (
+            of_family(model, type(model).__name__.removeprefix(family.name))
+            and has_llamas(namespace, tuple(functions))
+            and (family.own is None or (own is not None and own.__globals__["__name__"] == home))
+        ):
             raise _Unsupported
 
         def norm(parent: nn.Module, name: str) -> Tensor:
@@ -260,7 +316,7 @@ class _Stack:
             weight = look.get(module._parameters, "weight")
             if not of_family(module, "RMSNorm") or weight.dtype != dtype:
                 raise _Unsupported
-            if look.get(vars(module), "variance_epsilon") != eps:
+            if look.get(vars(module), family.eps) != eps:
                 raise _Unsupported
             return weight
 
@@ -270,34 +326,52 @@ class _Stack:
             state = vars(attention)
             size = look.get(state, "sliding_window") if "sliding_window" in state else window
             self.window = min(self.window, math.inf if size is None else size)
+            windows.append(size or 0)
             if (
                 not (of_family(layer, "DecoderLayer") and of_family(attention, "Attention") and of_family(mlp, "MLP"))
-                or type(look.module(mlp, "act_fn")) not in SILUS
+                or type(look.module(mlp, family.activation)) not in family.activations
                 or look.get(state, "layer_idx") != i  # its place in the cache
                 or look.get(state, "scaling") != scaling
             ):
                 raise _Unsupported
             if attention.attention_dropout and look.get(state, "training"):
                 raise _Unsupported
+            if any(self._drops(look.module(layer, name)) for name in family.dropouts):
+                raise _Unsupported
             self._attentions.append(state)
-            norms += (norm(layer, "input_layernorm"), norm(layer, "post_attention_layernorm"))
-            if family == "Qwen3":
-                head_norms += (norm(attention, "q_norm"), norm(attention, "k_norm"))
-            for parent, name in _PROJECTIONS:
-                linears.append(self._linear(look.module(layer._modules[parent], name), dtype))
+            norms += [norm(layer, name) for name in family.norms]
+            head_norms += [norm(attention, name) for name in family.head_norms]
+            added_norms += [norm(layer, name) for name in family.added_norms]
+            turns = look.get(state, "use_rope") if "use_rope" in state else True  # SmolLM3's have it
+            kind = look.get(vars(config), "layer_types")[i] if family.angles_of_types else None
+            angles.append(self._angles_of(kind) if turns else -1)
+            linears += [self._linear(look.module(attention, name), dtype) for name in family.attention]
+            linears += [self._linear(look.module(mlp, name), dtype) for name in family.mlp]
         last_weight = norm(model, "norm")
         self.kv_heads, self.dim = config.num_key_value_heads, layers[0].self_attn.head_dim
-        if model.rotary_emb.inv_freq.numel() * 2 != self.dim or not getattr(config, "is_causal", True):
+        if not getattr(config, "is_causal", True) or look.get(vars(config), "use_bidirectional_attention"):
             raise _Unsupported
+        for kind in self.angles:
+            turned = 2 * getattr(model.rotary_emb, f"{kind['layer_type']}_inv_freq" if kind else "inv_freq").numel()
+            if turned != self.dim and not (turned < self.dim and family.own == _ROPE):
+                raise _Unsupported
         try:
             heads = config.num_attention_heads, self.kv_heads, self.dim
             new = torch.ops.pyfastpeft.new_decoder.default
-            held = DecoderHandle(new(last_weight, norms, head_norms, *heads, eps, scaling))
+            norms = last_weight, norms, head_norms, added_norms
+            held = DecoderHandle(new(*norms, angles, windows, *heads, eps, scaling, family.joined, family.gemma))
             for add, *linear in linears:
                 add(held.number, *linear)
         except RuntimeError as error:
             raise _Unsupported from error
         self.held = held
+
+    def _angles_of(self, layer_type: str | None) -> int:
+        """The place in ``angles`` of those that layers of this type have."""
+        kind = {} if layer_type is None else {"layer_type": layer_type}
+        if kind not in self.angles:
+            self.angles.append(kind)
+        return self.angles.index(kind)
 
     def _linear(self, module: nn.Module, dtype: torch.dtype) -> tuple:
         look = self.lookups
@@ -412,36 +486,38 @@ class _Stack:
 _LAYERS = {DynamicCache: (DynamicLayer, DynamicSlidingWindowLayer), StaticCache: (StaticLayer,)}
 
 
-class _Growing:
-    """Keys and values of a :class:`DynamicCache` with room behind them, so that a token is written, not concatenated.
+class _Room:
+    """Keys and values of layers that keep equally many tokens, with room behind them.
 
-    The cache's layers hold views; one that was cropped, reordered or replaced is no longer the view given to it, and is
-    copied into new room.
+    A token is written there, not concatenated, and nothing is written twice. The layers hold views; one that was
+    cropped, reordered or replaced is no longer the view given to it, and is copied into new room.
     """
 
-    def __init__(self, layers: list[DynamicLayer], shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-        """Copy what ``layers`` hold into room for ``shape`` [batch, heads, length, dim] and more."""
-        batch, heads, length, dim = shape
-        room = max(length + 64, length * 5 // 4)
-        self.room = torch.empty((2 * len(layers), batch, heads, room, dim), dtype=dtype, device="cpu")
+    def __init__(self, layers: list[DynamicLayer], shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype):
+        """Copy what ``layers`` hold, [batch, heads, past, dim], with room for ``tokens`` behind it and more."""
+        batch, heads, self.past, dim = shape
+        length = self.past + tokens
+        self.size = max(length + 64, length * 5 // 4)
+        self.tensor = torch.empty((2 * len(layers), batch, heads, self.size, dim), dtype=dtype, device="cpu")
         for i, layer in enumerate(layers):
             if layer.is_initialized:
-                past = layer.keys.shape[2]
-                self.room[2 * i, :, :, :past] = layer.keys
-                self.room[2 * i + 1, :, :, :past] = layer.values
-        whole = self.room.unbind(0)
-        self.keys, self.values = whole[::2], whole[1::2]
+                self.tensor[2 * i, :, :, : self.past] = layer.keys
+                self.tensor[2 * i + 1, :, :, : self.past] = layer.values
         self.views: tuple[Tensor, ...] = ()
 
-    def serves(self, layers: list[DynamicLayer], length: int) -> bool:
+    def serves(self, layers: list[DynamicLayer], tokens: int) -> bool:
         held = [t for layer in layers if layer.is_initialized for t in (layer.keys, layer.values)]
         return (
-            length <= self.room.shape[3] and len(held) == len(self.views) and all(map(operator.is_, held, self.views))
+            self.past + tokens <= self.size
+            and len(held) == len(self.views)
+            and all(map(operator.is_, held, self.views))
         )
 
-    def show(self, layers: list[DynamicLayer], length: int) -> None:
-        """Let the cache's layers hold the first ``length`` positions."""
-        self.views = self.room[:, :, :, :length].unbind(0)
+    def show(self, layers: list[DynamicLayer], tokens: int) -> None:
+        """Let the cache's layers hold ``tokens`` more, and what they keep of those before."""
+        self.past += tokens
+        first = max(0, self.past - _kept(layers[0]))
+        self.views = self.tensor[:, :, :, first : self.past].unbind(0)
         views = iter(self.views)
         for layer in layers:
             keys, values = next(views), next(views)
@@ -449,28 +525,71 @@ class _Growing:
                 layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
             if type(layer) is DynamicSlidingWindowLayer:
-                layer.cumulative_length = length
+                layer.cumulative_length += tokens
+
+
+def _kept(layer: DynamicLayer) -> int:
+    """How many tokens a layer of a cache keeps."""
+    return layer.sliding_window - 1 if type(layer) is DynamicSlidingWindowLayer else sys.maxsize
+
+
+class _Growing:
+    """Keys and values of a :class:`DynamicCache` in rooms, one for each number of tokens that layers keep."""
+
+    def __init__(self, layers: list[DynamicLayer]) -> None:
+        kept = [_kept(layer) for layer in layers]
+        self.members = [[i for i, n in enumerate(kept) if n == each] for each in set(kept)]
+        self.rooms: list[_Room | None] = [None] * len(self.members)
+        self.keys: list[Tensor | None] = [None] * len(layers)
+        self.values: list[Tensor | None] = [None] * len(layers)
+        self.past = [0] * len(layers)
+
+    def fits(
+        self, layers: list[DynamicLayer], shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
+    ) -> bool:
+        """Whether ``layers`` hold what they keep of keys and values of ``shape`` [batch, heads, past, dim]; there is
+        room for ``tokens`` more then."""
+        batch, heads, past, dim = shape
+        for j, members in enumerate(self.members):
+            those = [layers[i] for i in members]
+            room = self.rooms[j]
+            if room is None or not room.serves(those, tokens):
+                held = (batch, heads, min(past, _kept(those[0])), dim)
+                if any(t.shape != held for layer in those if layer.is_initialized for t in (layer.keys, layer.values)):
+                    return False
+                room = self.rooms[j] = _Room(those, held, tokens, dtype)
+                for n, tensor in enumerate(room.tensor.unbind(0)):
+                    (self.values if n % 2 else self.keys)[members[n // 2]] = tensor
+            for i in members:
+                self.past[i] = room.past
+        return True
+
+    def show(self, layers: list[DynamicLayer], tokens: int) -> None:
+        """Let the cache's layers hold ``tokens`` more."""
+        for room, members in zip(self.rooms, self.members, strict=True):
+            room.show([layers[i] for i in members], tokens)
 
 
 class _Static:
     """Keys and values of a :class:`StaticCache`, which has room for all its tokens."""
 
     def __init__(
-        self, layers: list[StaticLayer], shape: tuple[int, int, int, int], past: int, dtype: torch.dtype
+        self, layers: list[StaticLayer], shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
     ) -> None:
-        """Those that ``layers`` hold, which are made if they hold none yet."""
+        """Those that ``layers`` hold, of ``shape`` [batch, heads, past, dim]; they are made if there are none yet."""
+        batch, heads, past, dim = shape
         if not layers[0].is_initialized:
-            batch, heads, length, dim = shape
-            new = torch.empty((batch, heads, length - past, dim), dtype=dtype, device="cpu")
+            new = torch.empty((batch, heads, tokens, dim), dtype=dtype, device="cpu")
             for layer in layers:
                 layer.lazy_initialization(new, new)
         self.keys, self.values = [layer.keys for layer in layers], [layer.values for layer in layers]
+        self.past = [past] * len(layers)
 
-    def show(self, layers: list[StaticLayer], length: int) -> None:
-        """Let the cache's layers hold the first ``length`` positions."""
-        for layer in layers:
+    def show(self, layers: list[StaticLayer], tokens: int) -> None:
+        """Let the cache's layers hold ``tokens`` more."""
+        for layer, past in zip(layers, self.past, strict=True):
             if hasattr(layer, "cumulative_length"):  # older versions count what is not zero
-                layer.cumulative_length.fill_(length)
+                layer.cumulative_length.fill_(past + tokens)
 
 
 def _patched(cache: DynamicCache | StaticCache) -> bool:
@@ -562,8 +681,8 @@ class _FewRows(ModuleForward):
         length = past + tokens
         if type(cache) is StaticCache and length > layers[0].max_cache_len:
             return None  # the cache says so itself
-        if any(type(layer) is DynamicSlidingWindowLayer and length >= layer.sliding_window for layer in layers):
-            return None  # it keeps fewer from here on
+        if any(getattr(layer, "record_past", False) and length >= layer.sliding_window for layer in layers):
+            return None  # it keeps what it may have to go back to
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length)
         ):
@@ -577,39 +696,37 @@ class _FewRows(ModuleForward):
         if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
             return None
         prefix = stack.prefix(batch)
-        if prefix is None or length + (prefix[0][0].shape[2] if prefix[0] else 0) > stack.window:
+        if prefix is None:
+            return None
+        if prefix[0] and length + prefix[0][0].shape[2] > stack.window:
             return None
         if position_ids is None:
             position_ids = torch.arange(past, length, device=x.device).unsqueeze(0)
-        cos, sin = model.rotary_emb(x, position_ids=position_ids)
+        angles = [model.rotary_emb(x, position_ids=position_ids, **kind) for kind in stack.angles]
+        cos, sin = ([pair[i] for pair in angles] for i in range(2))
         mask = None if attention_mask is None else attention_mask.bool().contiguous()
-        room = self._room(cache, (batch, stack.kv_heads, length, stack.dim), past, x.dtype)
+        room = self._room(cache, (batch, stack.kv_heads, past, stack.dim), tokens, x.dtype)
         if room is None:
             return None
         number = stack.held.number
         y = torch.ops.pyfastpeft.decoder_forward.default(
-            number, x, cos, sin, mask, room.keys, room.values, past, *prefix
+            number, x, cos, sin, mask, room.keys, room.values, room.past, *prefix
         )
-        room.show(layers, length)
+        room.show(layers, tokens)
         return BaseModelOutputWithPast(last_hidden_state=y.view(batch, tokens, -1), **{_CACHE: cache})
 
     def _room(
-        self, cache: DynamicCache | StaticCache, shape: tuple[int, int, int, int], past: int, dtype: torch.dtype
+        self, cache: DynamicCache | StaticCache, shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
     ) -> _Growing | _Static | None:
-        """For keys and values of ``shape`` [batch, heads, length, dim], of which the cache holds the first ``past``;
-        None where it holds others."""
-        layers, (batch, heads, length, dim) = cache.layers, shape
+        """For ``tokens`` behind keys and values of ``shape`` [batch, heads, past, dim]; None where the cache holds
+        others."""
+        layers = cache.layers
         if type(cache) is StaticCache:
-            return _Static(layers, shape, past, dtype)
+            return _Static(layers, shape, tokens, dtype)
         growing = self._caches.get(cache)
-        if growing is None or not growing.serves(layers, length):
-            held = (batch, heads, past, dim)
-            if layers[0].is_initialized and any(
-                t.shape != held for layer in layers for t in (layer.keys, layer.values)
-            ):
-                return None
-            growing = self._caches[cache] = _Growing(layers, shape, dtype)
-        return growing
+        if growing is None:
+            growing = self._caches[cache] = _Growing(layers)
+        return growing if growing.fits(layers, shape, tokens, dtype) else None
 
     def _stack(self, cache: Any) -> _Stack:
         for stack in self._stacks:
