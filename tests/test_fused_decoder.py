@@ -290,6 +290,19 @@ def test_a_generation_that_exits_early_to_guess_gives_the_same(lora, served):
     assert any(served)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate_decodes_over_a_static_cache_by_the_stack(name, served):
+    plain, fused = pair(name, lora=True)
+    ids = torch.randint(1, VOCAB, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[2, :1] = 0, 0
+    for options in ({}, {"mask": mask}, {"mask": mask, "num_beams": 2}):
+        served.clear()
+        got = generate(fused, ids, cache_implementation="static", **options)
+        assert torch.equal(got, generate(plain, ids, **options))
+        assert served == [False] + [name != "gemma3_text"] * 7  # whose windows have static layers of their own
+
+
 def test_a_static_cache_is_written_in_place(served):
     plain, fused = pair()
     ids = torch.randint(1, VOCAB, (2, 10))

@@ -598,6 +598,18 @@ def _patched(cache: DynamicCache | StaticCache) -> bool:
     return "update" in vars(cache) or any(written_in_transformers(kind.update) is None for kind in kinds)
 
 
+def _of_one_query(mask: Any, length: int) -> Any:
+    """[batch, length] of a mask that the caller made for one query a row; any other mask as it is.
+
+    generate does so for a static cache, and models of several modalities do: bool [batch, 1, 1, length or more], None
+    where nothing is hidden, or such for each type of layers.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", mask)
+    made = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1:-1] == (1, 1)
+    return mask[:, 0, 0, :length] if made else mask
+
+
 def _asks_for_more(config: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
     """Whether a call wants what the stack does not compute, or says what it does not know."""
     attention = config._attn_implementation
@@ -683,9 +695,8 @@ class _FewRows(ModuleForward):
             return None  # the cache says so itself
         if any(getattr(layer, "record_past", False) and length >= layer.sliding_window for layer in layers):
             return None  # it keeps what it may have to go back to
-        if attention_mask is not None and (
-            not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length)
-        ):
+        seen = _of_one_query(attention_mask, length) if tokens == 1 else attention_mask
+        if seen is not None and (not isinstance(seen, Tensor) or seen.shape != (batch, length)):
             return None
         stack = self._stack(cache)
         if stack.held is None or not stack.serves(batch):
@@ -698,13 +709,14 @@ class _FewRows(ModuleForward):
         prefix = stack.prefix(batch)
         if prefix is None:
             return None
-        if prefix[0] and length + prefix[0][0].shape[2] > stack.window:
+        whole = prefix[0] or seen is not attention_mask  # a prefix is seen whole; a mask that was made says all itself
+        if whole and length + (prefix[0][0].shape[2] if prefix[0] else 0) > stack.window:
             return None
         if position_ids is None:
             position_ids = torch.arange(past, length, device=x.device).unsqueeze(0)
         angles = [model.rotary_emb(x, position_ids=position_ids, **kind) for kind in stack.angles]
         cos, sin = ([pair[i] for pair in angles] for i in range(2))
-        mask = None if attention_mask is None else attention_mask.bool().contiguous()
+        mask = None if seen is None else seen.bool().contiguous()
         room = self._room(cache, (batch, stack.kv_heads, past, stack.dim), tokens, x.dtype)
         if room is None:
             return None
