@@ -161,13 +161,8 @@ class BottleneckTuner(Tuner):
         values: Mapping[str, Tensor] | None,
         autocast_adapter_dtype: bool,
     ) -> None:
-        targets = self._targets(config)
-        try:
-            for path, module in targets.items():
-                self._layer(path).bottleneck[name] = self._made(config, module, autocast_adapter_dtype)
-        except BaseException:
-            self.remove(name)
-            raise
+        for path, module in self._targets(config).items():
+            self._layer(path).bottleneck[name] = self._made(config, module, autocast_adapter_dtype)
         self.bank.forget()
 
     def _layer(self, path: str) -> BottleneckLayer:

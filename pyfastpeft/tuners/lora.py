@@ -491,7 +491,6 @@ class LoraTuner(Tuner):
         except BaseException:
             for layer, weight in reversed(undo):
                 layer.exchange(weight)
-            self.remove(name)
             raise
         if config.bias != "none":
             self._biased = name

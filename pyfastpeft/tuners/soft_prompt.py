@@ -226,11 +226,7 @@ class SoftPromptTuner(Tuner):
         # In float32 whatever the model is in, as in PEFT.
         module = module.to(self.model.get_input_embeddings().weight.device).train(self.model.training)
         self.bank.prompts[name] = module
-        try:
-            self._put(name, config)
-        except BaseException:
-            self.remove(name)
-            raise
+        self._put(name, config)
 
     def _put(self, name: str, config: SoftPromptConfig) -> None:
         """Let the model read the adapter's parameters."""

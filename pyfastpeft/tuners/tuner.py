@@ -79,7 +79,7 @@ class Tuner(ABC):
         values: Mapping[str, Tensor] | None,
         autocast_adapter_dtype: bool,
     ) -> None:
-        """Attach an adapter for a resolved ``config``; on any error the model is as it was.
+        """Attach an adapter for a resolved ``config``; on any error :meth:`remove` makes the model what it was.
 
         Args:
             strict: names in ``config`` that the model has not are an error, not a warning.
