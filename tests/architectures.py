@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 import transformers as tf
@@ -153,6 +155,14 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     """The Frobenius norm of the difference, in that of what is expected."""
     got, expected = got.double(), expected.double()
     return ((got - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What is done inside leaves all values of ``model`` as they were, under the same names."""
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    yield
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
 def check_threads_choose_apart(model: nn.Module, choices: list[list | None]) -> None:

@@ -242,17 +242,16 @@ class TestLikePeft:
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
     def test_codes_are_not_taken_for_the_values_that_they_stand_for(self, dtype):
         base, _ = coded(dtype)
-        before = {key: t.clone() for key, t in base.state_dict().items()}
-        for settings in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}):
+        with tiny.unchanged(base):
+            for settings in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}):
+                with pytest.raises(TypeError, match=r"a Coded whose weight is .* need it in full precision"):
+                    fp.get_peft_model(base, fp.LoraConfig(**settings))
+            with pytest.raises(ValueError, match=r"holds 'model.layers.0.self_attn.q_proj', but .* is a Coded"):
+                fp.get_peft_model(base, fp.LoraConfig(target_modules=["v_proj"], modules_to_save=["q_proj"]))
+            model = fp.get_peft_model(base, fp.LoraConfig())
             with pytest.raises(TypeError, match=r"a Coded whose weight is .* need it in full precision"):
-                fp.get_peft_model(base, fp.LoraConfig(**settings))
-        with pytest.raises(ValueError, match=r"holds 'model.layers.0.self_attn.q_proj', but .* is a Coded"):
-            fp.get_peft_model(base, fp.LoraConfig(target_modules=["v_proj"], modules_to_save=["q_proj"]))
-        model = fp.get_peft_model(base, fp.LoraConfig())
-        with pytest.raises(TypeError, match=r"a Coded whose weight is .* need it in full precision"):
-            model.merge_adapter()
-        after = model.unload().state_dict()
-        assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+                model.merge_adapter()
+            model.unload()
 
     def test_autocast_gives_the_outputs_of_peft(self, seed):
         ours, theirs = pair(tiny.make(), seed)
@@ -705,10 +704,8 @@ class TestInitialValues:
 def check_refused(model, options):
     """A safe merge, with ``options`` of merge_and_unload (None: merge_adapter), is refused and changes nothing."""
     merge = model.merge_adapter if options is None else partial(model.merge_and_unload, **options)
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match="not finite"):
+    with tiny.unchanged(model), pytest.raises(ValueError, match="not finite"):
         merge(safe_merge=True)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
 class TestMerging:
@@ -798,21 +795,18 @@ class TestMerging:
             return model
 
         expected, model = make(), make()
-        at_once = {k: t.clone() for k, t in expected.state_dict().items()}
-        expected.merge_adapter(["a", "b"])
-        model.merge_adapter(["a"])
-        model.merge_adapter(["a", "b"])
-        state = expected.state_dict()
-        assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
-        model.unmerge_adapter()
-        assert all(torch.equal(t, at_once[k]) for k, t in model.state_dict().items())
+        with tiny.unchanged(model):
+            expected.merge_adapter(["a", "b"])
+            model.merge_adapter(["a"])
+            model.merge_adapter(["a", "b"])
+            state = expected.state_dict()
+            assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+            model.unmerge_adapter()
         model.merge_adapter(["a"])
         model.get_base_model().model.layers[1].self_attn.o_proj.lora_B["b"].weight.data.fill_(torch.inf)
-        before = {k: t.clone() for k, t in model.state_dict().items()}
         for merge in (model.merge_adapter, partial(model.merge_and_unload, dequantize=dequantize)):
-            with pytest.raises(ValueError, match="not finite"):
+            with tiny.unchanged(model), pytest.raises(ValueError, match="not finite"):
                 merge(adapter_names=["b"], safe_merge=True)
-            assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
         model, ids = make(), tiny.inputs()["input_ids"]
         model.merge_adapter(["a"])
         merged = model.merge_and_unload(adapter_names=["b"], dequantize=dequantize)
@@ -876,12 +870,8 @@ class TestMerging:
 
     def test_safe_merge_refuses_values_that_are_not_finite_and_changes_nothing(self):
         model = block()
-        base = model.get_base_model()
-        base.linear.lora_B["default"].weight.data[0, 0] = torch.inf
-        before = {n: p.clone() for n, p in base.state_dict().items()}
-        with pytest.raises(ValueError, match="not finite"):
-            model.merge_adapter(safe_merge=True)
-        assert all(torch.equal(value, before[n]) for n, value in base.state_dict().items())
+        model.get_base_model().linear.lora_B["default"].weight.data[0, 0] = torch.inf
+        check_refused(model, None)
 
     @pytest.mark.parametrize("use_dora", [False, True])
     @pytest.mark.parametrize("target", ["embed", "conv", "linear", "packed"])
@@ -931,12 +921,9 @@ class TestMerging:
         model.add_adapter("broken", fp.LoraConfig(target_modules=["q_proj"]))
         model.get_base_model().model.layers[1].self_attn.q_proj.lora_B["broken"].weight.data.fill_(torch.inf)
         batch = tiny.inputs()
-        expected, before = model(**batch).logits, {n: t.clone() for n, t in model.state_dict().items()}
-        with pytest.raises(ValueError, match="not finite"):
-            model.merge_and_unload(safe_merge=True, adapter_names=["default", "broken"], dequantize=dequantize)
+        expected = model(**batch).logits
+        check_refused(model, {"adapter_names": ["default", "broken"], "dequantize": dequantize})
         assert torch.equal(model(**batch).logits, expected)
-        assert model.state_dict().keys() == before.keys()
-        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
     def test_adapters_that_each_have_a_head_do_not_leave_together_but_one_named_twice_does(self):
         config = fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
@@ -1931,13 +1918,10 @@ class TestBadArguments:
     @pytest.mark.parametrize("method", ["pissa", "olora", "loftq"])
     @pytest.mark.parametrize("alpha", [0, -8, math.inf, math.nan])
     def test_values_from_the_weight_need_a_scaling_above_zero(self, method, alpha):
-        base = tiny.make()
-        before = {k: t.clone() for k, t in base.state_dict().items()}
-        config = fp.LoraConfig(r=4, init_lora_weights=method)
+        base, config = tiny.make(), fp.LoraConfig(r=4, init_lora_weights=method)
         config.lora_alpha = alpha  # past the configuration's own check
-        with pytest.raises(ValueError, match="lora_alpha must be above 0, and finite"):
+        with tiny.unchanged(base), pytest.raises(ValueError, match="lora_alpha must be above 0, and finite"):
             fp.get_peft_model(base, config)
-        assert all(torch.equal(t, before[k]) for k, t in base.state_dict().items())
 
     def test_a_refused_choice_changes_nothing(self):
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig(modules_to_save=["lm_head"]), "a")
@@ -2129,12 +2113,9 @@ class TestBadArguments:
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "half precision"])
     def test_a_dtype_that_no_model_can_have_loses_nothing(self, dtype):
-        model = block("a")
-        before = {key: t.clone() for key, t in model.state_dict().items()}
-        with pytest.raises(ValueError, match=r"dtype is .*; it must be a floating-point torch.dtype or its name"):
+        model, message = block("a"), r"dtype is .*; it must be a floating-point torch.dtype or its name"
+        with tiny.unchanged(model), pytest.raises(ValueError, match=message):
             model.merge_and_unload(dequantize=True, dtype=dtype)
-        after = model.state_dict()
-        assert after.keys() == before.keys() and all(torch.equal(after[key], t) for key, t in before.items())
 
     @pytest.mark.parametrize("name", ["a", "__base__", []])
     def test_rows_cannot_choose_while_adapters_are_merged(self, name):
@@ -2144,18 +2125,13 @@ class TestBadArguments:
             model(torch.randint(0, 20, (1, 3)), adapter_names=[name])
 
     def test_an_adapter_that_fails_half_way_leaves_nothing_behind(self):
+        base, config = Block(), fp.LoraConfig(r=30, target_modules=["linear", "packed"], init_lora_weights="olora")
+        with tiny.unchanged(base), pytest.raises(ValueError, match="at most 24"):
+            fp.get_peft_model(base, config)
         model = block("a")
-        before = {n: p.clone() for n, p in model.named_parameters()}
-        with pytest.raises(ValueError, match="at most 24"):
-            model2 = Block()
-            fp.get_peft_model(
-                model2, fp.LoraConfig(r=30, target_modules=["linear", "packed"], init_lora_weights="olora")
-            )
-        assert not any("lora" in n for n, _ in model2.named_modules())
-        with pytest.raises(ValueError, match="modules_to_save"):
+        with tiny.unchanged(model), pytest.raises(ValueError, match="modules_to_save"):
             model.add_adapter("b", fp.LoraConfig(target_modules=["linear"], modules_to_save=["nothing"]))
         assert list(model.peft_config) == ["a"]
-        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
     def test_scaling_is_alpha_over_rank_or_over_its_root(self):
         model = block(r=4, lora_alpha=6)
