@@ -52,7 +52,7 @@ CASES = {
 }
 
 
-def configured(case, architecture="llama", **kwargs):
+def configured(case, **kwargs):
     arguments = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"], **CASES[case], **kwargs}
     return fp.LoraConfig(**arguments), peft.LoraConfig(**arguments)
 

@@ -304,11 +304,11 @@ def layers_of(model):
     return [module for module in model.modules() if type(module).__name__.endswith("Attention")]
 
 
-def prefixes_for(model, slots=1, length=LENGTH):
+def prefixes_for(model, slots=1):
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (slots, heads, length, dim)
+    shape = (slots, heads, LENGTH, dim)
     return [(torch.randn(shape).requires_grad_(), torch.randn(shape).requires_grad_()) for _ in layers_of(model)]
 
 
@@ -431,11 +431,11 @@ def test_generation_with_a_prefix(name, strategy):
         assert torch.equal(got[row, ids.shape[1] :], expected[0, LENGTH + own.shape[1] :])
 
 
-def shift(model, length=LENGTH):
+def shift(model):
     """Tokens begin behind the prefix, as the owner of a prefix sees to."""
 
     def hook(_, args, kwargs):
-        return args, kwargs | {"position_ids": kwargs["position_ids"] + length}
+        return args, kwargs | {"position_ids": kwargs["position_ids"] + LENGTH}
 
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -88,10 +88,10 @@ def run_bench(tmp_path, monkeypatch):
     return run
 
 
-def small(names, threads=1, rows=(1, 20), dtypes=("bf16", "fp32"), ranks=(0,), adapters=(1,), train=False, rotate=0):
+def small(names, rows=(1, 20), dtypes=("bf16", "fp32"), ranks=(0,), adapters=(1,), train=False, rotate=0):
     torch.manual_seed(0)
     chosen = registry.select(names, dtypes, ranks, adapters, train)
-    return linear.measure(registry.Weight(512, 96), rows, chosen.cases, threads, 1, train, rotate=rotate)
+    return linear.measure(registry.Weight(512, 96), rows, chosen.cases, 1, 1, train, rotate=rotate)
 
 
 def page_of(*results):

@@ -21,8 +21,8 @@ from pyfastpeft.tuners.bottleneck import ends_of_sublayers
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 
 
-def random_bottleneck(features=12, size=5, **kwargs):
-    module = fp.nn.Bottleneck(features, size, **kwargs)
+def random_bottleneck(features=12, **kwargs):
+    module = fp.nn.Bottleneck(features, 5, **kwargs)
     for parameter in module.parameters():
         parameter.data.normal_(std=0.3)
     return module
@@ -130,10 +130,10 @@ def adapted(model, name="default", **kwargs):
     return model.eval()
 
 
-def by_hooks(model, peft_model, name="default"):
+def by_hooks(model, peft_model):
     """The plain ``model`` with the adapter's definition applied to the outputs of its modules."""
-    tensors = fp.get_peft_model_state_dict(peft_model, adapter_name=name)
-    activation = ACTIVATIONS[peft_model.peft_config[name].activation]
+    tensors = fp.get_peft_model_state_dict(peft_model)
+    activation = ACTIVATIONS[peft_model.peft_config["default"].activation]
     for path in {key.removeprefix("base_model.model.").partition(".bottleneck.")[0] for key in tensors}:
         down, b, up, c = (
             tensors[f"base_model.model.{path}.bottleneck.{k}"]

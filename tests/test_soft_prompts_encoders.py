@@ -294,11 +294,11 @@ class TestGenerate:
         {"cache_implementation": "static"},
     )
 
-    def greedy(self, model, batch, new: int = 6) -> torch.Tensor:
+    def greedy(self, model, batch) -> torch.Tensor:
         """The tokens by one forward each: peft's own generate loses a prefix with transformers 5.24's caches."""
         config = model.get_base_model().config
         out = torch.full((len(batch["input_ids"]), 1), config.decoder_start_token_id)
-        for _ in range(new):
+        for _ in range(6):
             logits = model(**batch, decoder_input_ids=out).logits[:, -1]
             logits[:, config.eos_token_id] = -torch.inf
             out = torch.cat([out, logits.argmax(-1, keepdim=True)], 1)

@@ -275,8 +275,8 @@ def test_batches_are_padded_on_the_right():
 # Runs.
 
 
-def quantized_llama(seed=0):
-    torch.manual_seed(seed)
+def quantized_llama():
+    torch.manual_seed(0)
     model = tiny_llama()
     for layer in model.model.layers:
         for name in ("q_proj", "v_proj"):
@@ -657,12 +657,10 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path):
         assert torch.equal(model.get_parameter(name), parameter), name
 
 
-def learned(kind=GPT2Config, positions=32, **kwargs):
+def learned(kind=GPT2Config, **kwargs):
     """A model whose positions are learned."""
     torch.manual_seed(0)
-    config = kind(
-        vocab_size=320, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=positions, **kwargs
-    )
+    config = kind(vocab_size=320, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32, **kwargs)
     return AutoModelForCausalLM.from_config(config)
 
 
