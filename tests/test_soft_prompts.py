@@ -213,6 +213,24 @@ def granite_speech() -> torch.nn.Module:
     return tiny.vary_vectors(tf.GraniteSpeechForConditionalGeneration(shape)).eval()
 
 
+def padded(ids: torch.Tensor, *starts: int) -> dict[str, torch.Tensor]:
+    """Rows whose texts begin at ``starts``."""
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def assert_as_unpadded(own, given, **options) -> None:
+    """Each row of ``given``, padded on the left, has the logits and the answer that it has alone."""
+    ids, starts = given["input_ids"], (given["attention_mask"] == 0).sum(1).tolist()
+    logits, answers = own(**given).logits, own.generate(**given, **GREEDY, **options)
+    for i, start in enumerate(starts):
+        row = {k: t[i : i + 1, start:] if t.shape == ids.shape else t[i : i + 1] for k, t in given.items()}
+        del row["attention_mask"]
+        close(logits[i : i + 1, start:], own(**row).logits)
+        answer = own.generate(**row, **GREEDY, **options)[0, ids.shape[1] - start :]
+        assert torch.equal(answers[i, ids.shape[1] :], answer)
+
+
 def is_what_tokens_make(base, method):
     """A soft prompt with what the model makes of some tokens is these tokens in front of the text."""
     tokens, ids = torch.arange(P), torch.arange(4, 13)[None]
@@ -783,16 +801,7 @@ class TestWherePeftFails:
     @pytest.mark.parametrize("architecture", CAUSAL)
     def test_a_left_padded_batch_equals_the_unpadded_rows(self, method, architecture):
         own = ours(tiny.make(architecture), method).eval()
-        rows = [torch.randint(1, tiny.VOCAB, (1, n)) for n in (7, 4, 1)]
-        ids = torch.cat([torch.nn.functional.pad(row, (7 - row.shape[1], 0)) for row in rows])
-        mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), (7 - r.shape[1], 0)) for r in rows])
-        padded = own(ids, attention_mask=mask).logits
-        for i, row in enumerate(rows):
-            close(padded[i : i + 1, 7 - row.shape[1] :], own(row).logits)
-        got = own.generate(input_ids=ids, attention_mask=mask, **GREEDY)
-        for i, row in enumerate(rows):
-            alone = own.generate(input_ids=row, **GREEDY)
-            assert torch.equal(got[i, 7:], alone[0, row.shape[1] :])
+        assert_as_unpadded(own, padded(torch.randint(1, tiny.VOCAB, (3, 7)), 0, 3, 6))
 
     @pytest.mark.parametrize("last", ["full", "sliding"])
     @pytest.mark.parametrize("images", [False, True])
@@ -807,19 +816,10 @@ class TestWherePeftFails:
                 mm_tokens_per_image=4,
             )
         )
-        own, ids = ours(base.eval(), method), tiny.inputs(length=9)["input_ids"]
-        mask = torch.ones_like(ids)
-        mask[1, :3] = mask[2, :6] = 0
-        types = torch.zeros_like(ids)
-        types[:, 6:8] = 1
-        more = {"token_type_ids": types} if images else {}
-        padded = own(ids, attention_mask=mask, **more).logits
-        for i, start in enumerate((0, 3, 6)):
-            row = {k: t[i : i + 1, start:] for k, t in (more | {"input_ids": ids}).items()}
-            close(padded[i : i + 1, start:], own(**row).logits)
-        got = own.generate(input_ids=ids, attention_mask=mask, **GREEDY)
-        for i, start in enumerate((0, 3, 6)):
-            assert torch.equal(got[i, 9:], own.generate(input_ids=ids[i : i + 1, start:], **GREEDY)[0, 9 - start :])
+        given = padded(tiny.inputs(length=9)["input_ids"], 0, 3, 6)
+        if images:
+            given["token_type_ids"] = torch.tensor([[0] * 6 + [1] * 2 + [0]]).expand(3, -1)
+        assert_as_unpadded(ours(base.eval(), method), given)
 
     @pytest.mark.parametrize("kind", ["Fuyu", "Exaone4_5_", "Molmo2"])
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
@@ -841,15 +841,7 @@ class TestWherePeftFails:
             },
         }
         base = tf.AutoModelForImageTextToText.from_config(getattr(tf, f"{kind}Config")(**parts[kind]))
-        own, ids = ours(base.eval(), method), torch.randint(3, 60, (3, 9))
-        mask = torch.ones_like(ids)
-        mask[1, :3] = mask[2, :6] = 0
-        padded = own(input_ids=ids, attention_mask=mask).logits
-        got = own.generate(input_ids=ids, attention_mask=mask, **GREEDY)
-        for i, start in enumerate((0, 3, 6)):
-            row = {"input_ids": ids[i : i + 1, start:], "attention_mask": mask[i : i + 1, start:]}
-            close(padded[i : i + 1, start:], own(**row).logits)
-            assert torch.equal(got[i, 9:], own.generate(**row, **GREEDY)[0, 9 - start :])
+        assert_as_unpadded(ours(base.eval(), method), padded(torch.randint(3, 60, (3, 9)), 0, 3, 6))
 
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
     def test_layers_may_have_different_numbers_of_query_heads(self, method):
@@ -912,25 +904,20 @@ class TestWherePeftFails:
         inner = own.get_base_model().get_decoder()
         inner.register_forward_pre_hook(lambda _, a, given: seen.append(given["inputs_embeds"]), with_kwargs=True)
         ids = torch.cat([torch.randint(2, 60, (3, 6)), torch.full((3, 3), 63), torch.randint(2, 60, (3, 3))], 1)
-        mask = torch.ones_like(ids)
-        mask[1, :3] = mask[2, :5] = 0
+        given = padded(ids, 0, 3, 5)
         if isinstance(base, tf.GotOcr2ForConditionalGeneration):
             ids[:, 9] = 63
-            given = {"pixel_values": torch.randn(3, 3, 32, 32)}
+            given["pixel_values"] = torch.randn(3, 3, 32, 32)
         else:
-            given = {"input_features": torch.randn(3, 15, 8), "input_features_mask": torch.ones(3, 3, dtype=torch.bool)}
-        out = own(input_ids=ids, attention_mask=mask, **given)
-        close(out.logits, base.get_output_embeddings()(alone(inputs_embeds=seen[-1], attention_mask=mask)[0]))
+            given["input_features"] = torch.randn(3, 15, 8)
+            given["input_features_mask"] = torch.ones(3, 3, dtype=torch.bool)
+        out, mask = own(**given).logits, given["attention_mask"]
+        close(out, base.get_output_embeddings()(alone(inputs_embeds=seen[-1], attention_mask=mask)[0]))
         with own.disable_adapter():
-            assert not torch.allclose(own(input_ids=ids, attention_mask=mask, **given).logits, out.logits, atol=1e-3)
-        options = GREEDY | {"suppress_tokens": [63]}
-        got = own.generate(input_ids=ids, attention_mask=mask, **given, **options)
-        assert torch.equal(own.generate(input_ids=ids, attention_mask=mask, **given, **options, use_cache=False), got)
-        for i, start in enumerate((0, 3, 5)):
-            row = {"input_ids": ids[i : i + 1, start:], "attention_mask": mask[i : i + 1, start:]}
-            row |= {key: value[i : i + 1] for key, value in given.items()}
-            close(out.logits[i : i + 1, start:], own(**row).logits)
-            assert torch.equal(got[i, 12:], own.generate(**row, **options)[0, 12 - start :])
+            assert not torch.allclose(own(**given).logits, out, atol=1e-3)
+        assert_as_unpadded(own, given, suppress_tokens=[63])
+        got, again = (own.generate(**given, **GREEDY, suppress_tokens=[63], use_cache=c) for c in (True, False))
+        assert torch.equal(again, got)
         before = base.get_decoder().config._attn_implementation
         own.delete_adapter("default")
         assert inner.config._attn_implementation == before
