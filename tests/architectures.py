@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import random
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -181,6 +184,40 @@ def check_threads_choose_apart(model: nn.Module, choices: list[list | None]) -> 
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(serve, range(8)))
+
+
+def check_not_finite_stays(model: nn.Module, ids: torch.Tensor, names: list) -> None:
+    """What is not finite in adapter "b", in one parameter of each kind in turn, reaches none of the rows of ``names``
+    that leave "b" out, and no gradient of adapter "a"."""
+    others = [i for i, name in enumerate(names) if name != "b"]
+    own = [p for n, p in model.named_parameters() if p.requires_grad and ".a." in f"{n}."]
+
+    def run(grad: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with torch.set_grad_enabled(grad), torch.random.fork_rng():
+            torch.manual_seed(0)
+            logits = model(ids, adapter_names=names).logits
+            if grad:
+                model.zero_grad()
+                logits.float().square().sum().backward()
+                assert all(p.grad.isfinite().all() and p.grad.any() for p in own)
+            return logits[others].clone(), [p.grad.clone() for p in own if grad]
+
+    expected, kinds = (run(False), run(True)), defaultdict(list)
+    for name, parameter in model.named_parameters():
+        where, found, part = f"{name}.".partition(".b.")
+        if found and parameter.numel():
+            kinds[where.rpartition(".")[2], part].append(parameter)
+    for kind, parameters in kinds.items():
+        parameter = random.choice(parameters)
+        with torch.no_grad():
+            before = parameter.clone()
+            parameter.view(-1)[int(torch.randint(parameter.numel(), ()))] = random.choice([math.nan, math.inf])
+        for grad in (False, True):
+            logits, grads = run(grad)
+            assert torch.equal(logits, expected[grad][0]), kind
+            assert all(map(torch.equal, grads, expected[grad][1])), kind
+        with torch.no_grad():
+            parameter.copy_(before)
 
 
 class HeldPrefix:
