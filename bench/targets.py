@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -68,6 +69,13 @@ def _measure(
     keep += [{key: value for key, value in r.items() if key != "samples_us"} for r in result.records]
     keep += result.limits + result.absent
     return result
+
+
+def _bench(module: ModuleType, keep: list[dict], **options: object) -> dict:
+    """What the bench ``module`` finds with these options on two threads."""
+    torch.set_num_threads(2)
+    keep.append(module.measure(argparse.Namespace(**{"threads": 2} | options), Console(quiet=True)))
+    return keep[-1]
 
 
 def _absent(keep: list[dict]) -> list[dict]:
@@ -286,12 +294,8 @@ def avx2(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 
 def step(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    torch.set_num_threads(2)
-    options = argparse.Namespace(
-        model="135m", batch=4, length=256, threads=2, rounds=max(3, args.rounds // 3), only=["ours", "peft_bnb_nf4"]
-    )
-    result = qlora_step.measure(options, Console(quiet=True))
-    keep.append(result)
+    options = {"model": "135m", "batch": 4, "length": 256, "only": ["ours", "peft_bnb_nf4"]}
+    result = _bench(qlora_step, keep, rounds=max(3, args.rounds // 3), **options)
     for name, row in result["contenders"].items():
         if "speedup" in row:
             yield Row(f"QLoRA step SmolLM2-135M, {name}: speed over peft + bitsandbytes", row["speedup"], "≥", 1.8, "×")
@@ -300,10 +304,7 @@ def step(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 def _decoding(model: str, tokens: int, over_peft: float) -> Callable:
     def section(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-        options = argparse.Namespace(model=model, tokens=tokens, threads=2, rounds=3, only=[*decode.CONTENDERS])
-        result = decode.measure(options, Console(quiet=True))
-        keep.append(result)
-        found = result["contenders"]
+        found = _bench(decode, keep, model=model, tokens=tokens, rounds=3, only=[*decode.CONTENDERS])["contenders"]
         ours = found["ours_nf4_lora"]
         for peer, target in (("peft_bnb_nf4_lora", over_peft), ("llama_cpp_q4_0", 0.6)):
             what = f"decoding {model} with LoRA r = 16 unmerged, 2 threads: speed over {peer}"
@@ -317,12 +318,8 @@ def _decoding(model: str, tokens: int, over_peft: float) -> Callable:
 
 def _prefix_decoding(model: str, tokens: int) -> Callable:
     def section(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-        options = argparse.Namespace(
-            model=model, tokens=tokens, rows=8, prefix=512, threads=2, rounds=3, only=[*prefix_decode.CONTENDERS]
-        )  # fmt: skip
-        result = prefix_decode.measure(options, Console(quiet=True))
-        keep.append(result)
-        found = result["contenders"]
+        options = {"rows": 8, "prefix": 512, "rounds": 3, "only": [*prefix_decode.CONTENDERS]}
+        found = _bench(prefix_decode, keep, model=model, tokens=tokens, **options)["contenders"]
         theirs = found["bf16_repeated"]
         for name in ("ours_nf4", "ours_bf16"):
             what = f"decoding {model}, 8 rows behind 512 shared tokens, {name}: speed over bf16 with a copy a row"
@@ -334,12 +331,8 @@ def _prefix_decoding(model: str, tokens: int) -> Callable:
 
 def attention_alone(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
     shapes = [(1, 128), (8, 128), (4, 256), (1, 512), (8, 512), (1, 2048)]
-    options = argparse.Namespace(
-        shapes=shapes, prefix=[0, 20], dtypes=["bf16", "fp32"], heads=9, kv_heads=3, head_size=64, threads=2,
-        rounds=args.rounds, budget=0.5,
-    )  # fmt: skip
-    result = attention.measure(options, Console(quiet=True))
-    keep.append(result)
+    options = {"prefix": [0, 20], "dtypes": ["bf16", "fp32"], "heads": 9, "kv_heads": 3, "head_size": 64, "budget": 0.5}
+    result = _bench(attention, keep, shapes=shapes, rounds=args.rounds, **options)
     for row in result["rows"]:
         passes = "forward" if row["passes"] == "forward" else "forward and backward"
         behind = f", behind {row['prefix']} tokens" if row["prefix"] else ""
@@ -349,9 +342,7 @@ def attention_alone(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]
 
 
 def quantizing(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    options = argparse.Namespace(threads=[2], shape=[(4096, 4096)], rounds=max(3, args.rounds // 2))
-    result = quantize.measure(options, Console(quiet=True))
-    keep.append(result)
+    result = _bench(quantize, keep, threads=[2], shape=[(4096, 4096)], rounds=max(3, args.rounds // 2))
     for r in result["records"]:
         if r["name"] == "ours.quantize" and r["dtype"] == "bfloat16" and r["speedup"]:
             what = f"quantizing {r['format']} from bf16, 2 threads"
@@ -361,13 +352,9 @@ def quantizing(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 def _soft_prompts(model: str) -> Callable:
     def section(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-        torch.set_num_threads(2)
-        options = argparse.Namespace(
-            model=model, bases=soft_prompts.BASES, methods=soft_prompts.METHODS, batch=8, length=64, virtual=20,
-            threads=2, rounds=max(3, args.rounds // 3),
-        )  # fmt: skip
-        result = soft_prompts.measure(options, Console(quiet=True))
-        keep.append(result)
+        options = {"bases": soft_prompts.BASES, "methods": soft_prompts.METHODS, "virtual": 20}
+        rounds = max(3, args.rounds // 3)
+        result = _bench(soft_prompts, keep, model=model, batch=8, length=64, rounds=rounds, **options)
         for row in result["steps"]:
             if "peft" in row:
                 what = f"step of {row['method']} over {row['base']}, {model}"
@@ -381,9 +368,7 @@ def _soft_prompts(model: str) -> Callable:
 
 
 def swap(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    options = argparse.Namespace(model="135m", threads=2, rounds=3 * args.rounds)
-    result = hotswap.measure(options, Console(quiet=True))
-    keep.append(result)
+    result = _bench(hotswap, keep, model="135m", rounds=3 * args.rounds)
     for name, row in result["rows"].items():
         if name.startswith("ours") and "folder" not in name:
             left = f"{row['next_forward_us'] / 1e3:.2f} ms more in the next forward"
