@@ -141,6 +141,12 @@ def close(a, b, tol: float = 1e-5) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=tol)
 
 
+def close_each(got, expected, tol: float = 1e-5) -> None:
+    """To ``tol`` of the largest value of each tensor."""
+    for a, b in zip(got, expected, strict=True):
+        close(a, b, tol * float(b.abs().max()))
+
+
 def of_text(logits, ids):
     """PEFT's logits hold virtual tokens where the prompt is one of the embeddings."""
     return logits[:, logits.shape[1] - ids.shape[1] :]
@@ -674,10 +680,7 @@ class TestWherePeftFails:
         compiled = torch.compile(own, backend="eager")
         with torch.no_grad():
             close(compiled(**x).logits, own(**x).logits)
-        compiled(**x).loss.backward()
-        got = [p.grad.clone() for p in own.prompt_encoder.parameters()]
-        for a, b in zip(got, self.gradients(own, x), strict=True):
-            close(a, b, 1e-4 * float(b.abs().max()))
+        close_each(self.gradients(compiled, x), self.gradients(own, x), 1e-4)
 
     @pytest.mark.parametrize(
         ("method", "rows", "broken"),
@@ -703,8 +706,7 @@ class TestWherePeftFails:
         close(out.logits, expected.logits)
         out.loss.backward()
         got = [p.grad.clone() for p in own.prompt_encoder.parameters()]
-        for a, b in zip(got, self.gradients(own, x), strict=True):
-            close(a, b, 1e-4 * float(b.abs().max()))
+        close_each(got, self.gradients(own, x), 1e-4)
         if not broken:
             with torch.no_grad():
                 close(compiled(**x).logits, expected.logits)
@@ -751,10 +753,8 @@ class TestWherePeftFails:
         x = tiny.inputs(architecture)
         expected = self.gradients(own, x)
         own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        for a, b in zip(self.gradients(own, x), expected, strict=True):
-            close(a, b, 1e-5 * float(b.abs().max()))
-        for a, b in zip(self.gradients(own, x), expected, strict=True):
-            close(a, b, 1e-5 * float(b.abs().max()))
+        close_each(self.gradients(own, x), expected)
+        close_each(self.gradients(own, x), expected)
 
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("reentrant", [False, True])
@@ -764,8 +764,7 @@ class TestWherePeftFails:
         x["inputs_embeds"] = own.get_input_embeddings()(x.pop("input_ids")).detach().requires_grad_()
         expected = self.gradients(own, x)
         own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        for a, b in zip(self.gradients(own, x), expected, strict=True):
-            close(a, b, 1e-5 * float(b.abs().max()))
+        close_each(self.gradients(own, x), expected)
 
     @staticmethod
     def gradients(model, x):
@@ -787,8 +786,7 @@ class TestWherePeftFails:
             loss = own(**x, adapter_names=["default", "b", "__base__"]).loss + own(**y, adapter_names=["b"] * 3).loss
             loss.backward()
             expected.append([p.grad.clone() for p in own.prompt_encoder.parameters()])
-        for a, b in zip(*expected, strict=True):
-            close(a, b, 1e-5 * float(b.abs().max()))
+        close_each(*expected)
 
     def test_checkpointing_without_the_peft_model_around_it_says_so(self):
         own = ours(llama(), "prefix").train()
@@ -1003,8 +1001,7 @@ class TestWherePeftFails:
             "attention_mask": torch.cat([pad(torch.ones_like(r), (w, 0)) for r, w in zip(rows, width, strict=True)]),
             "labels": torch.cat(labels),
         }
-        for a, b in zip(self.gradients(own, x), expected, strict=True):
-            close(a, b, 1e-5 * float(b.abs().max()))
+        close_each(self.gradients(own, x), expected)
 
 
 def mixed(base) -> fp.PeftModel:
