@@ -398,12 +398,19 @@ def test_a_pickle_is_not_loaded_as_a_model(capsys, tmp_path, model_folder, name)
     assert code == 1 and says in err.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("error", [SafetensorError("No space left"), RuntimeError("can't allocate memory")])
-def test_a_full_disk_or_memory_ends_in_one_line(capsys, tmp_path, model_folder, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("written", "error"),
+    [
+        ("PreTrainedModel", SafetensorError("No space left")),
+        ("PreTrainedModel", RuntimeError("can't allocate memory")),  # as torch does
+        ("PreTrainedTokenizerBase", OSError(28, "No space left on device")),
+    ],
+)
+def test_a_full_disk_or_memory_ends_in_one_line(capsys, tmp_path, model_folder, monkeypatch, written, error):
     def full(*_, **__):
-        raise error  # as safetensors and torch do
+        raise error
 
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    monkeypatch.setattr(f"transformers.{written}.save_pretrained", full)
     code, _, err = run(capsys, "quantize", model_folder, str(tmp_path / "small"))
     assert code == 1 and err.endswith(f"pyfastpeft quantize: error: {error}\n") and list(tmp_path.iterdir()) == []
 
@@ -626,15 +633,6 @@ def test_another_format_than_the_model_has_is_refused(capsys, tmp_path, model_fo
         assert code == 1 and f"{options} is given, but model {small!r} is in 4 bits already, with" in err
         assert f" {has}; quantize the one in full precision" in err and not other.exists()
     assert run(capsys, "quantize", small, str(other), "--quant-type", "nf4", "--blocksize", "128")[0] == 0
-
-
-def test_quantize_that_fails_midway_leaves_nothing(capsys, tmp_path, model_folder, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
-    code, _, err = run(capsys, "quantize", model_folder, str(tmp_path / "small"))
-    assert code == 1 and "No space left" in err and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
