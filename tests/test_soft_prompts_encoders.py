@@ -159,6 +159,19 @@ def trained(model) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+def assert_checkpointing_changes_nothing(model, batch) -> None:
+    gradients = []
+    for reentrant in (None, False, True):
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.zero_grad()
+        loss_of(model.train()(**batch)).backward()
+        gradients.append({name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None})
+    assert gradients[0]
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
+
+
 def peft_works(name: str, method: str) -> bool:
     """Whether peft can run this at all (transformers 5.24)."""
     return method in TOKEN_METHODS or task_of(name) in ("FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")
@@ -389,17 +402,7 @@ class TestRows:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_gradient_checkpointing_changes_nothing(self, name, method):
-        model = adapted(name, {"a": method}).train()
-        batch, gradients = batch_of(name), []
-        for reentrant in (None, False, True):
-            if reentrant is not None:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            model.zero_grad()
-            loss_of(model(**batch)).backward()
-            gradients.append([p.grad.clone() for p in trained(model).values() if p.grad is not None])
-        for other in gradients[1:]:
-            for a, b in zip(gradients[0], other, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert_checkpointing_changes_nothing(adapted(name, {"a": method}), batch_of(name))
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -867,18 +870,10 @@ def test_a_prefix_starts_from_a_text_where_ids_say_the_positions():
 
 def test_gradient_checkpointing_of_a_decoders_vectors():
     base = tf.BartForConditionalGeneration(tf.BartConfig(**_BART))
-    model = fp.get_peft_model(base, fp.PrefixTuningConfig(num_virtual_tokens=N, task_type="SEQ_2_SEQ_LM")).train()
-    ids, gradients = torch.randint(3, 60, (2, 5)), []
+    model = fp.get_peft_model(base, fp.PrefixTuningConfig(num_virtual_tokens=N, task_type="SEQ_2_SEQ_LM"))
+    ids = torch.randint(3, 60, (2, 5))
     vectors = base.get_decoder().get_input_embeddings()(ids).detach()
-    for reentrant in (None, False, True):
-        if reentrant is not None:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        model.zero_grad()
-        model(input_ids=ids, decoder_inputs_embeds=vectors, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in trained(model).values()])
-    for other in gradients[1:]:
-        for a, b in zip(gradients[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert_checkpointing_changes_nothing(model, {"input_ids": ids, "decoder_inputs_embeds": vectors, "labels": ids})
 
 
 @pytest.mark.parametrize("method", ["prefix", "deep"])
