@@ -139,6 +139,18 @@ def test_logits_equal_the_unfused_models(isa, name, lora, dense, served):
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_position_for_all_tokens_of_a_row_is_spread_as_by_transformers(name):
+    plain, fused = pair(name)
+    ids = torch.randint(1, VOCAB, (2, 5))
+    with torch.no_grad():
+        for rows in (1, 2):
+            for use_cache in (True, False):  # by the stack, and by the layers
+                options = {"position_ids": torch.tensor([[3], [4]])[:rows], "use_cache": use_cache}
+                expected, got = (m(input_ids=ids, **options).logits for m in (plain, fused))
+                assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+
+
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

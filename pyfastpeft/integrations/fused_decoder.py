@@ -714,6 +714,8 @@ class _FewRows(ModuleForward):
             return None
         if position_ids is None:
             position_ids = torch.arange(past, length, device=x.device).unsqueeze(0)
+        elif position_ids.shape[-1] != tokens:
+            return None  # one position for all tokens
         angles = [model.rotary_emb(x, position_ids=position_ids, **kind) for kind in stack.angles]
         cos, sin = ([pair[i] for pair in angles] for i in range(2))
         mask = None if seen is None else seen.bool().contiguous()

@@ -243,7 +243,8 @@ def _with_rope(own: types.FunctionType) -> types.FunctionType:
     plain = own.__globals__[_ROPE]
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        if unsqueeze_dim != 1 or not _serves(q, k, cos, sin):
+        alike = unsqueeze_dim == 1 and cos.shape[-2] == q.shape[2]  # not one position for all tokens
+        if not (alike and _serves(q, k, cos, sin)):
             return plain(q, k, cos, sin, unsqueeze_dim)
         return rope(q, k, cos, sin)
 
