@@ -1796,6 +1796,8 @@ class TestBadArguments:
             ({"lora_alpha": "big"}, "lora_alpha is 'big'"),
             ({"lora_alpha": True}, "lora_alpha is True"),
             ({"lora_alpha": math.nan}, "lora_alpha is nan"),
+            ({"lora_alpha": 1e300}, r"lora_alpha is 1e\+300; it must be a finite number in float32's range"),
+            ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
             ({"alpha_pattern": {"q": math.inf}}, r"alpha_pattern\['q'\] is inf"),
             ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
             ({"lora_dropout": False}, "lora_dropout is False"),

@@ -279,8 +279,9 @@ class LoraConfig(PeftConfig):
 
 
 def _check_alpha(name: str, alpha: Any) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"{name} is {alpha!r}; it must be a finite number")
+    most = torch.finfo(torch.float32).max  # layers keep their scaling as float32 too
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= most:
+        raise ValueError(f"{name} is {alpha!r}; it must be a finite number in float32's range")
 
 
 def _fits(pattern: str, path: str) -> bool:
