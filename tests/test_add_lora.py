@@ -180,6 +180,12 @@ def test_operands_that_do_not_fit_are_named():
         ({"b": torch.ones(24)}, ValueError, r"b has shape \(24,\); it must be \[N, R\]"),
         ({"b": torch.ones(24, 5)}, ValueError, r"b has shape \(24, 5\); it must be \[N, R\].* as a is \(4, 64\)"),
         ({"scaling": "2"}, TypeError, "scaling is a str; it must be a number or a tensor"),
+        (
+            {"scaling": torch.ones(24)},
+            ValueError,
+            r"scaling has shape \(24,\); it must be a number or .* of one",
+        ),
+        ({"scaling": torch.ones(2, 5, 1)}, ValueError, r"scaling has shape \(2, 5, 1\)"),
         ({"dropout": 1.5}, ValueError, r"dropout is 1.5; it must lie in \[0, 1\)"),
     ],
 )

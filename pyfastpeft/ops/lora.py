@@ -46,7 +46,8 @@ def _added(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tenso
             raise ValueError(f"a is on {a.device} and b on {b.device}; they must be where x is, on {x.device}")
         x = F.dropout(x.to(a.dtype), dropout) if dropout else x.to(a.dtype)
         update = F.linear(F.linear(x, a), b.to(a.dtype))
-        if update.shape != base.shape:  # torch would spread one over the other
+        one = not isinstance(scaling, Tensor) or scaling.numel() == 1
+        if update.shape != base.shape or not one:  # torch would spread one over the other
             _check(base, x, a, b, scaling, dropout)
         return (base + update * scaling).to(base.dtype)
     if base.shape[:-1] != x.shape[:-1]:  # of as many rows, in another order
@@ -75,6 +76,8 @@ def _check(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tenso
     if base.shape != (*x.shape[:-1], n):
         raise ValueError(f"base has shape {tuple(base.shape)}; it must be {(*x.shape[:-1], n)}, as x and b have it")
     check_factor("scaling", scaling)
+    if isinstance(scaling, Tensor) and scaling.numel() != 1:
+        raise ValueError(f"scaling has shape {tuple(scaling.shape)}; it must be a number or a tensor of one")
     check_dropout("dropout", dropout)
 
 
