@@ -84,7 +84,7 @@ def capabilities_here() -> list[tuple[int, int]]:
     try:
         command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return []
     return [(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d+)$", found, re.M)]
 

@@ -26,8 +26,8 @@ def build(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.delenv("PYFASTPEFT_CUDA", raising=False)
+    module.given, module.asked_driver = given, module.capabilities_here
     monkeypatch.setattr(module, "capabilities_here", lambda: [])
-    module.given = given
     return module
 
 
@@ -76,6 +76,15 @@ def test_setuptools_that_refuses_pyproject_builds_in_place(old_setuptools, build
 def test_a_source_build_is_for_the_gpus_that_are_here(build, nvcc, monkeypatch, capability, architecture):
     monkeypatch.setattr(build, "capabilities_here", lambda: [capability, capability])
     assert build.chosen_architectures(nvcc) == ([] if architecture is None else [architecture])
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 60)])
+def test_where_the_driver_does_not_answer_no_gpu_is_here(build, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert build.asked_driver() == []
 
 
 def test_a_gpu_newer_than_the_toolkit_gets_the_oldest_code(build, tmp_path, monkeypatch):
