@@ -18,7 +18,6 @@ from torch.func import functional_call
 from transformers.utils import PushToHubMixin
 
 from .adapters import CARRIED, NO_ROWS, Names, Rows
-from .formats import floating_dtype
 from .hub.files import save_safetensors
 from .hub.peft import OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter, write_card
 from .integrations.accelerate import fuse, is_fused, take_over, unfuse
@@ -27,6 +26,7 @@ from .integrations.guidance import check_guided
 from .integrations.on_import import when_imported
 from .integrations.packed_images import check_shares
 from .integrations.trainer import teach_trainer
+from .ops.checks import floating_dtype
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuners.adapted import AdaptedModel, check_name, check_new
 from .tuners.base import PeftConfig, PeftType, TaskType

@@ -2,7 +2,7 @@
 
 from .codes import FORMATS, Format, format_of, get_format
 from .double_quant import DYNAMIC_MAP, NestedScales
-from .packed import Packed4bit, floating_dtype, is_full_precision, quantize_4bit
+from .packed import Packed4bit, is_full_precision, quantize_4bit
 
 __all__ = [
     "DYNAMIC_MAP",
@@ -10,7 +10,6 @@ __all__ = [
     "Format",
     "NestedScales",
     "Packed4bit",
-    "floating_dtype",
     "format_of",
     "get_format",
     "is_full_precision",

@@ -27,18 +27,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # of codes on a GPU, in bytes
 
 
-def floating_dtype(given: torch.dtype | str) -> torch.dtype:
-    """The dtype that the argument ``dtype`` of a whole model gives, or names.
-
-    Raises:
-        ValueError: it is no floating-point dtype.
-    """
-    dtype = getattr(torch, given, None) if isinstance(given, str) else given
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype is {given!r}; it must be a floating-point torch.dtype or its name, such as 'bfloat16'")
-    return dtype
-
-
 def is_full_precision(dtype: torch.dtype) -> bool:
     """Whether a weight in ``dtype`` is what a layer multiplies by: integers and float8 are codes with scales beside."""
     return dtype.is_floating_point and dtype.itemsize > 1

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.pytorch_utils import Conv1D
 
-from ..formats import Packed4bit, floating_dtype, quantize_4bit
+from ..formats import Packed4bit, quantize_4bit
 from ..hub.bitsandbytes import packed_to_state
 from ..hub.gguf import GgufFile
+from ..ops.checks import floating_dtype
 from .gguf_rope import FACTORS, take_over_rope
 from .transformers import FastPeftConfig, layers_to_convert, linear_layers, nothing_to_convert
 

@@ -22,12 +22,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import CARRIED
-from ..formats import Packed4bit, floating_dtype, quantize_4bit
+from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_settings, get_format
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_state
 from ..nn import Linear4bit
 from ..nn.ends import HEADS, output_head
 from ..nn.weight_reads import needs_full_precision
+from ..ops.checks import floating_dtype
 from ..ops.linear_4bit import check_compute, check_compute_dtype
 
 METHOD = "pyfastpeft"

@@ -36,6 +36,18 @@ def check_floats(name: str, t: Any) -> None:
         raise TypeError(f"{name} {what}; it must be a tensor of float32, bfloat16 or float16")
 
 
+def floating_dtype(given: torch.dtype | str) -> torch.dtype:
+    """The dtype that the argument ``dtype`` of a whole model gives, or names.
+
+    Raises:
+        ValueError: it is no floating-point dtype.
+    """
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {given!r}; it must be a floating-point torch.dtype or its name, such as 'bfloat16'")
+    return dtype
+
+
 def check_dropout(name: str, value: Any) -> None:
     """Whether the argument ``name`` is a share that can be left out."""
     if not isinstance(value, _NUMBERS):
