@@ -260,7 +260,7 @@ def test_compiles_as_one_graph_with_gradients(backend):
     def layer(x):
         q = rms_norm(x, weight).view(1, 5, 2, 8).transpose(1, 2)
         q, k = rope(q, q * 2, cos, sin)
-        return swiglu(q + k, q), rms_norm(x, weight)
+        return swiglu(q + k, q), rms_norm(x, weight), projected_swiglu(x, lambda x: (x.sin(), x.cos()))
 
     x = torch.randn(1, 5, 16, requires_grad=True)
     expected, got = layer(x), torch.compile(layer, fullgraph=True, backend=backend)(x)

@@ -16,7 +16,7 @@ from .backends import FLOATS, Backend, as_rows, choose_plain
 from .checks import check_factor, check_floats, check_tensor
 from .library import fake_of
 from .once import once_differentiable
-from .tracing import recorded
+from .tracing import is_compiling, recorded
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -72,6 +72,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def projected_swiglu(x: Tensor, project: Callable[..., tuple[Tensor, Tensor]], *weights: Tensor | None) -> Tensor:
     """``swiglu(*project(x, *weights))``, of which x alone is kept: the backward pass computes gate and up again.
+    A compiler decides itself what is kept.
 
     Args:
         x: of any shape, floating.
@@ -82,7 +83,7 @@ def projected_swiglu(x: Tensor, project: Callable[..., tuple[Tensor, Tensor]], *
     Returns:
         As ``swiglu``. Differentiable once, in x.
     """
-    if recorded(x) and choose_plain(x.device) is not Backend.REFERENCE:
+    if recorded(x) and not is_compiling() and choose_plain(x.device) is not Backend.REFERENCE:
         y = _ProjectedSwiGlu.apply(x, project, *weights)
         return y.view(*x.shape[:-1], y.shape[-1])
     return swiglu(*project(x, *weights))
