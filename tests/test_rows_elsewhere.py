@@ -84,6 +84,14 @@ MODELS = {
     "detr": lambda: tf.DetrForObjectDetection(
         tf.DetrConfig(**_DETR, d_model=32, backbone_config=_resnet(), auxiliary_loss=True)
     ),
+    "higgs_audio": lambda: tf.HiggsAudioV2ForConditionalGeneration(
+        tf.HiggsAudioV2Config(
+            **_TEXT | {"vocab_size": tiny.VOCAB},
+            **{"num_key_value_heads": 2, "head_dim": 16, "num_codebooks": 2, "codebook_size": 16},
+            **{"audio_token_id": 60, "audio_delay_token_id": 61, "audio_bos_token_id": 62},
+            **{"audio_stream_bos_id": 14, "audio_stream_eos_id": 15, "pad_token_id": 0, "eos_token_id": 2},
+        )
+    ),
     "t5": lambda: tf.T5Model(
         tf.T5Config(vocab_size=tiny.VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
     ),
@@ -111,8 +119,12 @@ def batch_for(name):
         return {"pixel_values": torch.randn(4, 3, 128, 128)}
     if "detr" in name or name in ("mask2former", "mlcd"):
         return {"pixel_values": torch.randn(4, 3, 64, 64) if name != "mlcd" else torch.randn(4, 3, 32, 32)}
-    ids = torch.randint(3, tiny.VOCAB, (4, 8))
+    ids = torch.randint(3, 60, (4, 8))
     batch = {"input_ids": ids}
+    if name == "higgs_audio":
+        sounds = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]]).bool()
+        ids[:, 2:5][sounds] = 60
+        batch |= {"audio_input_ids": torch.randint(0, 14, (4, 3, 2)), "audio_input_ids_mask": sounds}
     if name in ("led", "fsmt", "t5"):
         batch["decoder_input_ids"] = ids
     return batch | ({"bbox": torch.rand(4, 8, 4)} if name == "bros" else {})
@@ -155,6 +167,8 @@ def assert_refused(model, batch, path, **kwargs):
         ("mask2former", "decoder.layers.0.fc1"),
         ("depth_pro", "patch_encoder.model.encoder.layer.0.attention.q_proj"),
         ("dab_detr", "bbox_predictor.layers.0"),
+        ("higgs_audio", "layers.0.mlp.gate_proj"),
+        ("higgs_audio", "layers.0.audio_mlp.gate_proj"),
         ("t5", "relative_attention_bias"),
     ],
 )

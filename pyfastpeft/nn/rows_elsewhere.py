@@ -14,6 +14,7 @@ _WITHIN = {
     "DepthProPatchEncoder": _ALL,
     "FSMTDecoder": ("layers",),
     "FSMTEncoder": ("layers",),
+    "HiggsAudioV2DecoderLayer": ("mlp", "audio_mlp"),
     "LEDEncoderSelfAttention": _ALL,
     "LongformerSelfAttention": _ALL,
     "MLCDAttention": ("out_proj",),
@@ -30,7 +31,8 @@ _WITHIN = {
     "XLNetModel": _ALL,
 }
 """Class of a module → what in it is called so each time. (OmDet-Turbo encodes the texts that it has not kept, SegGPT
-has the prompts' images after all rows, and VibeVoice goes on with the rows that speak.)"""
+has the prompts' images after all rows, VibeVoice goes on with the rows that speak, and Higgs Audio has the tokens of
+text and those of sound each by themselves, of which rows may have unequally many.)"""
 _CALLED_WITH = {
     2: ("relative_attention_bias", "rel_attn_embed", "rel_pos_emb", "distance_embedding", "pe_k"),
     4: ("class_labels_classifier", "bbox_predictor", "class_embed", "bbox_embed", "class_predictor", "box_head"),
