@@ -2113,6 +2113,18 @@ class TestBadArguments:
         assert model.get_base_model().linear.scaling["default"] == 6 / math.sqrt(4)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [fp.LoraConfig, partial(fp.LoraConfig, lora_bias=True), partial(fp.LoraConfig, use_dora=True), fp.BottleneckConfig],
+)
+def test_rows_choose_adapters_in_a_layer_that_sees_no_tokens(config):
+    model = fp.get_peft_model(nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 4)), config(target_modules=["1"]), "a")
+    model.add_adapter("b", config(target_modules=["1"]))
+    y = model(torch.empty(2, 0, 8, requires_grad=True), adapter_names=["a", "b"])
+    y.sum().backward()
+    assert y.shape == (0, 4)
+
+
 def test_rows_choose_among_copies_of_a_module_that_returns_an_output_of_transformers():
     base, batch = tiny.make("bert"), tiny.inputs()
     model = fp.get_peft_model(base, fp.LoraConfig(target_modules=["pooler.dense"], modules_to_save=["encoder"])).eval()

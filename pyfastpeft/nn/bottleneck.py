@@ -142,4 +142,4 @@ class BottleneckLayer(nn.Module):
         inner = torch.cat([adapter.activate(part) for adapter, part in zip(adapters, parts, strict=True)], dim=-1)
         up = torch.cat([adapter.up.weight for adapter in adapters], dim=1)
         bias = mixed.summed(of_bias, torch.stack([adapter.up.bias for adapter in adapters]))
-        return y + (mixed.added(inner, of_inner, up.to(y.dtype)) + bias.view(*y.shape[:-1], -1).to(y.dtype))
+        return y + (mixed.added(inner, of_inner, up.to(y.dtype)) + bias.view_as(y).to(y.dtype))

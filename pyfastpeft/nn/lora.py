@@ -95,7 +95,6 @@ class LoraLinear(LoraLayer):
         if mode is not None:
             mode.check_lead(x, 3)
         rows = x.numel() // self.in_features
-        lead = x.shape[:-1]
         gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
         groups: dict[float, tuple[str, ...]] = {}
         for name in names:
@@ -116,7 +115,7 @@ class LoraLinear(LoraLayer):
                     b = torch.cat([self._gained(n, gains) for n in group], dim=1)
                     extra = self._base_gain(scaled, mode, x, rows) - 1
                     product = self._base_product(h.to(x.dtype)) if dropout else bare
-                    y = y + (extra if mode is None else extra.view(*lead, -1)) * product
+                    y = y + (extra if mode is None else extra.view_as(product)) * product
                 if mode is None:
                     h = F.linear(h, a)
                     y = y + F.linear(h * scale.to(h.dtype), b)
@@ -140,7 +139,7 @@ class LoraLinear(LoraLayer):
         if mode is None:
             return y + scaled.sum(0)
         chosen = mode.mask(tuple(held), rows, x.device)
-        return y + mixed.summed(chosen, scaled).view(*x.shape[:-1], -1)
+        return y + mixed.summed(chosen, scaled).view_as(y)
 
     def matrix(self) -> Tensor:
         if self._fused:
@@ -285,12 +284,12 @@ class LoraEmbedding(LoraLayer):
             return y
         if mode is not None:
             mode.check_lead(x, 2)
-        rows, lead = x.numel(), x.shape
+        rows = x.numel()
         gains = {n: self.gain(n) for n in names if n in self.lora_magnitude_vector}
         a, b, scale = self.stacked(names, mode, rows)
         if gains:
             factor = self._base_gain(gains, mode, x, rows)
-            y = y * (factor if mode is None else factor.view(*lead, -1))
+            y = y * (factor if mode is None else factor.view_as(y))
             b = torch.cat([self._gained(n, gains) for n in names], dim=1)
         h = self._looked_up(x, a)
         added = F.linear(h * scale.to(h.dtype), b) if mode is None else mixed.added(h, scale, b)

@@ -105,7 +105,7 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 def projected(x: Tensor, a: Tensor) -> Tensor:
     """x [..., K] · Aᵀ, A [R, K]: for :func:`added`."""
     x, a = _alike(x, a)
-    return _Projected.apply(x.reshape(-1, x.shape[-1]), a).view(*x.shape[:-1], -1)
+    return _Projected.apply(x.reshape(-1, x.shape[-1]), a).view(*x.shape[:-1], len(a))
 
 
 def added(s: Tensor, factor: Tensor, b: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def added(s: Tensor, factor: Tensor, b: Tensor) -> Tensor:
     s, b = _alike(s, b)
     factor = factor.to(s.dtype)
     p = (s.reshape(factor.shape) * factor).masked_fill(factor == 0, 0)
-    return _Added.apply(p, b.t()).view(*s.shape[:-1], -1)
+    return _Added.apply(p, b.t()).view(*s.shape[:-1], len(b))
 
 
 def summed(chosen: Tensor, q: Tensor) -> Tensor:
