@@ -11,6 +11,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import contextlib
+import gc
 import random
 import sys
 import zlib
@@ -27,6 +28,16 @@ ISAS = list(torch.ops.pyfastpeft.available_isas())
 def pytest_collection_modifyitems(items):
     """What takes long runs first: the short tests fill up whichever of pytest-xdist's processes is ahead at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays, and is looked through by no collection of garbage: that took a quarter of a second, and
+    accelerate asks for one wherever it trains."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 @contextlib.contextmanager
