@@ -127,6 +127,32 @@ def patch_tensor(tensor, scope):
 # stays so, and was sought anew at every call, for a third of the time.
 patch_for = functools.cache(interpreter._patch_lang)
 
+# Every operation makes the types and shapes of its operands and result anew and checks them, which these remember.
+_block, _tensor, _numpy_type = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+blocks, tensors, numpy_types = {}, {}, {}
+
+
+def block(self, element_ty, shape):
+    key = (element_ty.name, *shape)
+    if key not in blocks:
+        _block(self, element_ty, shape)
+        blocks[key] = vars(self).copy()
+    vars(self).update(blocks[key])
+
+
+def tensor(self, handle, type):
+    if type.name not in tensors:
+        _tensor(self, None, type)
+        tensors[type.name] = vars(self).copy()
+    vars(self).update(tensors[type.name], handle=handle)
+
+
+def numpy_type(type):
+    name = type.scalar.name
+    if name not in numpy_types:
+        numpy_types[name] = _numpy_type(type)
+    return numpy_types[name]
+
 
 def call(self, *args, **kwargs):
     patch_for(self.fn)
@@ -135,5 +161,7 @@ def call(self, *args, **kwargs):
 
 interpreter.InterpretedFunction.__call__ = call
 interpreter._patch_lang_tensor = patch_tensor
+interpreter._get_np_dtype = numpy_type
+tl.block_type.__init__, tl.tensor.__init__ = block, tensor
 Builder.create_dot, Builder.cast_impl, Builder.binary_op = dot, cast, binary
 Builder.create_inline_asm, Builder.get_bf16 = inline_asm, constant
