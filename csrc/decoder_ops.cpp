@@ -49,7 +49,8 @@ HandleTable<Stack> stacks;
 
 int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> head_norms,
                     std::vector<Tensor> added_norms, std::vector<int64_t> angles, std::vector<int64_t> windows,
-                    int64_t heads, int64_t kv_heads, int64_t dim, double eps, double scale, bool joined, bool gemma) {
+                    int64_t heads, int64_t kv_heads, int64_t dim, double eps, double scale, double multiplier,
+                    bool joined, bool gemma) {
   const auto none_or = [](const std::vector<Tensor>& some, size_t n) { return some.empty() || some.size() == n; };
   STD_TORCH_CHECK(norms.size() == 2 * angles.size() && windows.size() == angles.size() &&
                       none_or(head_norms, norms.size()) && none_or(added_norms, norms.size()),
@@ -65,6 +66,7 @@ int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> 
                   .dim = dim,
                   .eps = static_cast<float>(eps),
                   .scale = static_cast<float>(scale),
+                  .multiplier = static_cast<float>(multiplier),
                   .joined = joined,
                   .gemma = gemma};
   stack->norm = norm;
@@ -278,7 +280,8 @@ Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vecto
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def(
       "new_decoder(Tensor norm, Tensor[] norms, Tensor[] head_norms, Tensor[] added_norms, int[] angles, "
-      "int[] windows, int heads, int kv_heads, int dim, float eps, float scale, bool joined, bool gemma) -> int");
+      "int[] windows, int heads, int kv_heads, int dim, float eps, float scale, float multiplier, bool joined, bool "
+      "gemma) -> int");
   m.def("add_decoder_linear(int stack, " PF_WEIGHT
         ", Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? row_scale, bool int8) -> ()");
   m.def(

@@ -30,6 +30,12 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {},
     "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {
+        "residual_multiplier": 0.4,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
     "phi3": {"partial_rotary_factor": 0.5},
     "gemma": {"head_dim": 24},
     "gemma3_text": {
@@ -167,7 +173,7 @@ def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, dtype, inference, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["smollm3", "phi3", "gemma", "gemma3_text"])
+@pytest.mark.parametrize("name", ["smollm3", "granite", "phi3", "gemma", "gemma3_text"])
 def test_sixteen_bits_err_no_more_in_families_with_ways_of_their_own(isa, name, dtype, served):
     plain, fused = pair(name, dtype=dtype)
     exact, ids, chunks = copy.deepcopy(plain).float(), torch.randint(1, VOCAB, (3, 14)), [6] + [1] * 8
@@ -1379,7 +1385,7 @@ def test_the_operator_refuses_what_does_not_fit():
 )
 def test_the_operator_refuses_factors_of_groups_that_it_would_read_past(row_scale, refused):
     ops, row = torch.ops.pyfastpeft, torch.ones(32)
-    stack = ops.new_decoder(row, [row, row], [], [], [0], [0], 2, 2, 16, 1e-6, 0.25, False, False)
+    stack = ops.new_decoder(row, [row, row], [], [], [0], [0], 2, 2, 16, 1e-6, 0.25, 1.0, False, False)
     for n, k in [(32, 32)] * 4 + [(48, 32)] * 2 + [(32, 48)]:
         branch = torch.randn(4, k), torch.randn(n, 4)
         ops.add_decoder_dense(stack, torch.randn(n, k), None, *branch, 1.0, row_scale)

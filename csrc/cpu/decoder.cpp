@@ -111,6 +111,16 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   const auto norm_in_place = [&](char* x, int64_t rows, int64_t cols, const void* weight) {
     if (weight != nullptr) k.rms_norm({rows_of(x, rows, cols), {}, weight, d.eps, nullptr, x, d.gemma}, 0, rows);
   };
+  const auto multiply = [&](char* x) {
+    constexpr int64_t kPart = 128;
+    float part[kPart];
+    for (int64_t i = 0, all = d.multiplier == 1.0f ? 0 : m * d.hidden; i < all; i += kPart) {
+      const int64_t n = std::min(kPart, all - i);
+      k.to_float(x + i * size, d.dtype, part, n);
+      for (int64_t j = 0; j < n; ++j) part[j] *= d.multiplier;
+      k.from_float(part, x + i * size, d.dtype, n);
+    }
+  };
   const auto rotate = [&](char* x, int64_t heads, int64_t stride, const DecoderAngles& angles) {
     k.rope({x,
             d.dtype,
@@ -148,6 +158,7 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
     attention(d, layer, in, q, q_stride, positions, attended, parallel);
     project(layer.linear[kO], attended, added);
     norm_in_place(added, m, d.hidden, layer.attended_norm);
+    multiply(added);
     norm(true, layer.post_norm, normed);
     project(layer.linear[kGate], normed, gate);
     if (!d.joined) project(layer.linear[kUp], normed, up);
@@ -156,6 +167,7 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
         [&](int64_t r0, int64_t r1) { (d.gemma ? k.geglu : k.swiglu)(gates, ups, activated, r0, r1); });
     project(layer.linear[kDown], activated, added);
     norm_in_place(added, m, d.hidden, layer.mlp_norm);
+    multiply(added);
     adds = true;
   }
   norm(adds, d.norm, y);

@@ -38,6 +38,7 @@ struct Decoder {
   int dtype;
   int64_t hidden, heads, kv_heads, dim, intermediate;
   float eps, scale;
+  float multiplier;  // of what attention and MLP add to the stream
   bool joined;       // kQ projects to queries, keys and values, kGate to gate and up; there is no kK, kV and kUp
   bool gemma;        // norms scale by 1 + weight (RmsNormArgs::from_one), the gate goes through GELU
   const void* norm;  // [hidden], the last one

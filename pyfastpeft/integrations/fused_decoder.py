@@ -91,6 +91,7 @@ _FAMILIES = {
     "Qwen2Model": _Family("Qwen2"),
     "Qwen3Model": _Family("Qwen3", head_norms=_HEAD_NORMS),
     "SmolLM3Model": _Family("SmolLM3"),
+    "GraniteModel": _Family("Granite"),
     "Phi3Model": _Family(
         "Phi3",
         attention=("qkv_proj", "o_proj"),
@@ -287,6 +288,8 @@ class _Stack:
         norms, head_norms, added_norms, angles, windows, linears = [], [], [], [], [], []
         dtype, eps = model.norm.weight.dtype, getattr(model.norm, family.eps)
         scaling = layers[0].self_attn.scaling
+        multiplier = vars(layers[0]).get("residual_multiplier")  # Granite's layers have one, and its embedding
+        self.embedding_multiplier = look.get(vars(model), "embedding_multiplier")
         self.dtype = dtype
         look.get(vars(config), "is_causal")  # which few have
         if not look.get(vars(config), "return_dict"):
@@ -332,6 +335,7 @@ class _Stack:
                 or type(look.module(mlp, family.activation)) not in family.activations
                 or look.get(state, "layer_idx") != i  # its place in the cache
                 or look.get(state, "scaling") != scaling
+                or look.get(vars(layer), "residual_multiplier") != multiplier
             ):
                 raise _Unsupported
             if attention.attention_dropout and look.get(state, "training"):
@@ -359,7 +363,8 @@ class _Stack:
             heads = config.num_attention_heads, self.kv_heads, self.dim
             new = torch.ops.pyfastpeft.new_decoder.default
             norms = last_weight, norms, head_norms, added_norms
-            held = DecoderHandle(new(*norms, angles, windows, *heads, eps, scaling, family.joined, family.gemma))
+            scales = scaling, 1.0 if multiplier is None else multiplier
+            held = DecoderHandle(new(*norms, angles, windows, *heads, eps, *scales, family.joined, family.gemma))
             for add, *linear in linears:
                 add(held.number, *linear)
         except RuntimeError as error:
@@ -702,6 +707,8 @@ class _FewRows(ModuleForward):
         if stack.held is None or not stack.serves(batch):
             return None
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.contiguous()
+        if stack.embedding_multiplier is not None:
+            x = x * stack.embedding_multiplier
         if not x.is_cpu or x.dtype != stack.dtype:
             return None
         if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
