@@ -40,6 +40,11 @@ def pytest_collection():
     gc.enable()
 
 
+def pytest_unconfigure():
+    """What stays frozen is not let go at the end either, which nanobind takes for leaks and lists below the summary."""
+    gc.unfreeze()
+
+
 @contextlib.contextmanager
 def instruction_set(name):
     chosen = torch.ops.pyfastpeft.isa()
