@@ -1376,6 +1376,30 @@ def test_training_keeps_x_for_a_and_the_projection_for_b(layer, trains):
     assert (x.shape in kept, (5, 4) in kept) == ("a" in trains, "b" in trains)
 
 
+@pytest.mark.parametrize("layer", ["4 bits", "4 bits alone", "full precision"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_where_a_function_behind_gives_no_gradient_there_is_none(layer, create_graph):
+    class Ends(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y, other):
+            return y + other
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None, gradient
+
+    x, other = (torch.randn(5, n, requires_grad=True) for n in (64, 48))
+    a, b = adapter(48, 64, 4)
+    leaves = [x, *(t.requires_grad_() for t in (a, b))] if layer != "4 bits alone" else [x]
+    if layer == "full precision":
+        y = add_lora(torch.randn(5, 48), x, a, b, 2.0)
+    else:
+        y = linear_4bit(x, packed_weight(48, 64), lora=(a, b, 2.0) if layer == "4 bits" else None)
+    loss = Ends.apply(y, other).sum()
+    *none, of_other = torch.autograd.grad(loss, [*leaves, other], create_graph=create_graph, allow_unused=True)
+    assert none == [None] * len(leaves) and torch.equal(of_other, torch.ones(5, 48))
+
+
 @pytest.mark.parametrize("factors", [(6, 4), (4,)], ids=["of rows", "of all"])
 @pytest.mark.parametrize("trains", ["ab", "a", "b"])
 @pytest.mark.parametrize("k", [64, 49])
