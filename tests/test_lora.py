@@ -2101,6 +2101,7 @@ class TestBadArguments:
         base, config = Block(), fp.LoraConfig(r=30, target_modules=["linear", "packed"], init_lora_weights="olora")
         with tiny.unchanged(base), pytest.raises(ValueError, match="at most 24"):
             fp.get_peft_model(base, config)
+        assert not any("lora" in name for name, _ in base.named_modules())
         model = block("a")
         with tiny.unchanged(model), pytest.raises(ValueError, match="modules_to_save"):
             model.add_adapter("b", fp.LoraConfig(target_modules=["linear"], modules_to_save=["nothing"]))
