@@ -19,6 +19,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import fused_decoder
@@ -805,6 +806,47 @@ def test_sliding_windows_are_served_but_behind_a_prefix_that_they_hide(name, own
         theirs, ours = layers
         torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
         assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {}),
+        ("gemma", {}),
+        ("smollm3", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+        ("smollm3", {"layer_types": ["full_attention"] * 3, "use_sliding_window": True}),
+    ],
+    ids=str,
+)
+def test_a_window_in_a_config_counts_where_masks_make_it(name, changes, own, served):
+    """Llama and Gemma have no such masks; SmolLM3 makes them by the layers' types alone."""
+    plain, fused = pair(name, dense=True, sliding_window=4, **changes)
+    ids, windowed = torch.randint(1, VOCAB, (2, 14)), "layer_types" in changes
+    caches = [tf.DynamicCache(config=m.config) if own else tf.DynamicCache() for m in (plain, fused)]
+    for part in ids.split([3, 1, 3, 1, 6], 1):
+        with torch.no_grad():
+            expected, got = (
+                m(input_ids=part, **{fused_decoder._CACHE: c}).logits
+                for m, c in zip((plain, fused), caches, strict=True)
+            )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    # A cache may let go of what such a model would see.
+    assert served == [own, True, windowed or not own, windowed or not own, windowed or not own]
+
+
+def test_a_patch_of_the_masks_of_windows_is_heeded(served, monkeypatch):
+    plain, fused = pair("mistral", dense=True, sliding_window=3)
+    ids, chunks = torch.randint(1, VOCAB, (2, 9)), [2, 1, 5, 1]
+    before = logits_along(fused, ids, chunks)
+    assert all(served)
+    served.clear()
+    monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", modeling_mistral.create_causal_mask)
+    for model in (plain, fused):
+        model.config.layer_types = ["full_attention"] * 3  # of its cache
+    expected, got = (logits_along(model, ids, chunks) for model in (plain, fused))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (got - before).abs().max() > 1e-3 and not any(served)
 
 
 @pytest.mark.parametrize("name", WINDOWS)

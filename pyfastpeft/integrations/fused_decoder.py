@@ -31,7 +31,12 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_sliding_window_causal_mask,
+    eager_mask,
+    sdpa_mask,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -209,6 +214,7 @@ class _Stack:
         self.lookups = _Lookups()
         self.plans = _Lookups()  # what switching adapters exchanges, to and fro
         self.held: DecoderHandle | None = None
+        self.windows: list[int] = []  # of each layer, 0: none
         self.window = math.inf  # up to so many keys each layer sees all
         self.angles: list[dict[str, str]] = []  # what the rotary embedding is asked for
         self.banks: set[AdapterBank] = set()
@@ -271,6 +277,13 @@ class _Stack:
         """Whether the rows that chose, where they did, stand for as many each."""
         return all(of_row is None or not any(of_row) or rows % len(of_row) == 0 for of_row in self._modes)
 
+    def forgets(self, layers: list[DynamicLayer | StaticLayer], past: int) -> bool:
+        """Whether a layer would see more of the ``past`` than its layer of the cache keeps."""
+        return any(
+            past > _kept(layer) and not 0 < window <= layer.sliding_window
+            for layer, window in zip(layers, self.windows, strict=True)
+        )
+
     def _modes_now(self) -> list[tuple | None]:
         """What the rows choose, where they do: requests for the same have each a mode of their own."""
         return [bank.mode and bank.mode.of_row for bank in self.banks]
@@ -285,7 +298,7 @@ class _Stack:
     def _build(self, model: nn.Module) -> None:
         look, config, family = self.lookups, model.config, _family(model)
         layers = look.module(model, "layers")
-        norms, head_norms, added_norms, angles, windows, linears = [], [], [], [], [], []
+        norms, head_norms, added_norms, angles, linears = [], [], [], [], []
         dtype, eps = model.norm.weight.dtype, getattr(model.norm, family.eps)
         scaling = layers[0].self_attn.scaling
         multiplier = vars(layers[0]).get("residual_multiplier")  # Granite's layers have one, and its embedding
@@ -294,7 +307,6 @@ class _Stack:
         look.get(vars(config), "is_causal")  # which few have
         if not look.get(vars(config), "return_dict"):
             raise _Unsupported
-        window = look.get(vars(config), "sliding_window")  # of every layer that does not say its own, as Mistral's
         home = type(model).__module__
 
         def of_family(module: nn.Module, part: str) -> bool:
@@ -307,10 +319,15 @@ class _Stack:
         namespace = vars(sys.modules[home])
         functions = {name: look.get(namespace, name) for name in OF_LLAMA}
         own = written_in_transformers(functions.pop(family.own, None))
+        # Masks make the windows: a family without these, as Llama's, has none, whatever its config says.
+        slides = look.get(namespace, "create_sliding_window_causal_mask")
+        window = None if slides is None else look.get(vars(config), "sliding_window")
+        types = look.get(vars(config), "layer_types")
         if not (
             of_family(model, type(model).__name__.removeprefix(family.name))
             and has_llamas(namespace, tuple(functions))
             and (family.own is None or (own is not None and own.__globals__["__name__"] == home))
+            and (slides is None or (slides is create_sliding_window_causal_mask and written_in_transformers(slides)))
         ):
             raise _Unsupported
 
@@ -327,9 +344,10 @@ class _Stack:
             layer = look.module(layers, str(i))
             attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
             state = vars(attention)
-            size = look.get(state, "sliding_window") if "sliding_window" in state else window
+            # Mistral's slide all, under one mask; where the attention keeps a window, each type has a mask of its own.
+            size = window if "sliding_window" not in state or types[i] == "sliding_attention" else None
             self.window = min(self.window, math.inf if size is None else size)
-            windows.append(size or 0)
+            self.windows.append(size or 0)
             if (
                 not (of_family(layer, "DecoderLayer") and of_family(attention, "Attention") and of_family(mlp, "MLP"))
                 or type(look.module(mlp, family.activation)) not in family.activations
@@ -347,7 +365,7 @@ class _Stack:
             head_norms += [norm(attention, name) for name in family.head_norms]
             added_norms += [norm(layer, name) for name in family.added_norms]
             turns = look.get(state, "use_rope") if "use_rope" in state else True  # SmolLM3's have it
-            kind = look.get(vars(config), "layer_types")[i] if family.angles_of_types else None
+            kind = types[i] if family.angles_of_types else None
             angles.append(self._angles_of(kind) if turns else -1)
             linears += [self._linear(look.module(attention, name), dtype) for name in family.attention]
             linears += [self._linear(look.module(mlp, name), dtype) for name in family.mlp]
@@ -364,7 +382,7 @@ class _Stack:
             new = torch.ops.pyfastpeft.new_decoder.default
             norms = last_weight, norms, head_norms, added_norms
             scales = scaling, 1.0 if multiplier is None else multiplier
-            held = DecoderHandle(new(*norms, angles, windows, *heads, eps, *scales, family.joined, family.gemma))
+            held = DecoderHandle(new(*norms, angles, self.windows, *heads, eps, *scales, family.joined, family.gemma))
             for add, *linear in linears:
                 add(held.number, *linear)
         except RuntimeError as error:
@@ -704,7 +722,7 @@ class _FewRows(ModuleForward):
         if seen is not None and (not isinstance(seen, Tensor) or seen.shape != (batch, length)):
             return None
         stack = self._stack(cache)
-        if stack.held is None or not stack.serves(batch):
+        if stack.held is None or not stack.serves(batch) or stack.forgets(layers, past):
             return None
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.contiguous()
         if stack.embedding_multiplier is not None:
