@@ -16,6 +16,7 @@ import transformers as tf
 from accelerate.state import AcceleratorState
 from architectures import VOCAB, HeldPrefix, inputs, make, quantized, randomize, vary_vectors
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.activations import ACT2FN
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.llama import modeling_llama
@@ -968,7 +969,7 @@ def test_a_decoder_that_was_changed_is_left_to_its_class(change, served):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(f"Llama{part}", "forward") for part in ("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")]
-    + [(None, "apply_rotary_pos_emb"), (None, "rotate_half")],
+    + [(None, "apply_rotary_pos_emb"), (None, "rotate_half"), (type(ACT2FN["silu"]), "forward")],
 )
 def test_a_patch_of_transformers_is_heeded(owner, name, before, served, monkeypatch):
     plain, ids = family("llama"), torch.randint(1, VOCAB, (1, 5))
@@ -977,7 +978,7 @@ def test_a_patch_of_transformers_is_heeded(owner, name, before, served, monkeypa
         generate(fp.accelerate(fused), ids)
         assert any(served)
     served.clear()
-    patched = modeling_llama if owner is None else getattr(modeling_llama, owner)
+    patched = getattr(modeling_llama, owner) if isinstance(owner, str) else owner or modeling_llama
     own = getattr(patched, name)
 
     @functools.wraps(own)

@@ -11,6 +11,7 @@ import transformers as tf
 from architectures import make, vary_vectors
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
+from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -443,6 +444,7 @@ def halved(function):
 
 PATCHES = [(f"Llama{part}", "forward") for part in ("RMSNorm", "MLP", "Attention", "DecoderLayer")]
 PATCHES += [(None, name) for name in ("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward")]
+PATCHES += [(type(ACT2FN["silu"]), "forward")]
 
 
 @pytest.mark.parametrize("when", ["before", "after", "between two models"])
@@ -458,7 +460,7 @@ def test_a_patch_of_transformers_is_heeded(owner, name, wrapped, when, monkeypat
         fuse_layers(other)
         other(**inputs)
     before = plain(**inputs).logits
-    patched = modeling_llama if owner is None else getattr(modeling_llama, owner)
+    patched = getattr(modeling_llama, owner) if isinstance(owner, str) else owner or modeling_llama
     half = halved(getattr(patched, name))
     if not wrapped:
         del half.__wrapped__

@@ -55,10 +55,10 @@ from ..ops.tracing import forward_mode, traced
 from .attention import NAME as ATTENTION
 from .attention import attention_forward, attention_mask
 from .forwards import ModuleForward, install
-from .fused_layers import OF_LLAMA, SILUS, has_llamas, written_in_transformers
+from .fused_layers import OF_LLAMA, SILUS, Kinds, has_llamas, kinds_of, written_in_transformers
 
 _ROPE = "apply_rotary_pos_emb"
-_GELUS = frozenset({type(ACT2FN["gelu_pytorch_tanh"])})
+_GELUS = kinds_of(ACT2FN["gelu_pytorch_tanh"])
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Family:
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     activation: str = "act_fn"
-    activations: frozenset[type] = frozenset(SILUS)
+    activations: Kinds = SILUS
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")  # before attention and MLP
     head_norms: tuple[str, ...] = ()  # of queries and keys
     added_norms: tuple[str, ...] = ()  # behind attention and MLP
@@ -350,7 +350,7 @@ class _Stack:
             self.windows.append(size or 0)
             if (
                 not (of_family(layer, "DecoderLayer") and of_family(attention, "Attention") and of_family(mlp, "MLP"))
-                or type(look.module(mlp, family.activation)) not in family.activations
+                or not kinds_of(look.module(mlp, family.activation)) <= family.activations
                 or look.get(state, "layer_idx") != i  # its place in the cache
                 or look.get(state, "scaling") != scaling
                 or look.get(vars(layer), "residual_multiplier") != multiplier

@@ -32,7 +32,15 @@ from ..ops.tracing import is_compiling, traced
 from .dense_layers import DenseForward, has_fast_forward
 from .forwards import ModuleForward, install, remove, with_parameters
 
-SILUS = {nn.SiLU, type(ACT2FN["silu"])}  # transformers had a class of its own
+Kinds = frozenset[tuple[type, Any]]
+
+
+def kinds_of(*activations: Any) -> Kinds:
+    """Their classes and what these compute, to be recognized where nobody has patched them since."""
+    return frozenset((type(module), getattr(type(module), "forward", None)) for module in activations)
+
+
+SILUS = kinds_of(nn.SiLU(), ACT2FN["silu"])  # transformers had a class of its own
 _ROPE = "apply_rotary_pos_emb"
 
 
@@ -269,7 +277,7 @@ def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
 
 def _is_silu(activation: Any) -> bool:
     """Whether this is SiLU with nothing around it."""
-    return type(activation) in SILUS and _untouched(activation, NoneType)
+    return kinds_of(activation) <= SILUS and _untouched(activation, NoneType)
 
 
 def fuse_layers(model: nn.Module) -> None:
