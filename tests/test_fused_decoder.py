@@ -217,6 +217,18 @@ def test_a_model_of_several_modalities_decodes_from_embeddings(name, served):
     assert torch.equal(got, expected) and served == [True] * 8
 
 
+@pytest.mark.parametrize("name", ["gemma", "gemma3_text"])
+def test_a_decoder_that_sees_what_follows_is_served_a_token_at_a_time(name, served):
+    """PaliGemma's is one."""
+    plain, fused = pair(name, dense=True, use_bidirectional_attention=True)
+    ids, chunks = torch.randint(1, VOCAB, (2, 10)), [4, 1, 3, 1, 1]
+    for model in (plain, fused):
+        model.set_attn_implementation("eager")
+    expected, got = (logits_along(model, ids, chunks) for model in (plain, fused))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert served == [length == 1 for length in chunks]
+
+
 def test_layers_of_the_int8_tier_stay_in_it(isa, served):
     def set_compute(tier):
         for model in (plain, fused):

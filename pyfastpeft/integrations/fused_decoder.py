@@ -216,6 +216,7 @@ class _Stack:
         self.held: DecoderHandle | None = None
         self.windows: list[int] = []  # of each layer, 0: none
         self.window = math.inf  # up to so many keys each layer sees all
+        self.causal = True  # else of several tokens each sees those that follow
         self.angles: list[dict[str, str]] = []  # what the rotary embedding is asked for
         self.banks: set[AdapterBank] = set()
         self._attentions: list[dict] = []  # what each layer's attention holds, a prefix among it
@@ -371,8 +372,9 @@ class _Stack:
             linears += [self._linear(look.module(mlp, name), dtype) for name in family.mlp]
         last_weight = norm(model, "norm")
         self.kv_heads, self.dim = config.num_key_value_heads, layers[0].self_attn.head_dim
-        if not getattr(config, "is_causal", True) or look.get(vars(config), "use_bidirectional_attention"):
+        if not getattr(config, "is_causal", True):
             raise _Unsupported
+        self.causal = not look.get(vars(config), "use_bidirectional_attention")
         for kind in self.angles:
             turned = 2 * getattr(model.rotary_emb, f"{kind['layer_type']}_inv_freq" if kind else "inv_freq").numel()
             if turned != self.dim and not (turned < self.dim and family.own == _ROPE):
@@ -723,6 +725,8 @@ class _FewRows(ModuleForward):
             return None
         stack = self._stack(cache)
         if stack.held is None or not stack.serves(batch) or stack.forgets(layers, past):
+            return None
+        if tokens > 1 and not stack.causal:
             return None
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.contiguous()
         if stack.embedding_multiplier is not None:
