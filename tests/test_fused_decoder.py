@@ -630,7 +630,7 @@ def test_factors_that_are_computed_from_other_parameters_go_the_ordinary_way(act
         served.clear()
         before = logits_along(m, ids, (4, 1, 1))
         assert any(served) is (m is model)
-        part = m.base_model.model.model.layers[1].self_attn.q_proj.lora_B["odd"]
+        part = m.base_model.model.model.layers[1].self_attn.o_proj.lora_B["odd"]
         weight_norm(part)
         served.clear()
         torch.testing.assert_close(logits_along(m, ids, (4, 1, 1)), before, rtol=1e-4, atol=1e-4)
