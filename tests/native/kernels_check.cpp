@@ -271,7 +271,8 @@ void check_attention(const pf::Kernels& k, int64_t dim) {
           sin.data(),
           0,
           false,
-          q.data()},
+          q.data(),
+          {token, dim}},
          0, batch * tokens);
   std::vector<int32_t> positions(batch * length);
   for (int64_t i = 0; i < batch * length; ++i) positions[i] = static_cast<int32_t>(i % length - (length - tokens));
