@@ -857,7 +857,8 @@ def _product(
 ) -> Tensor:
     """Launches ``_forward`` and adds its parts."""
     m, n = x.shape[0], w.n
-    y = x.new_empty((parts, m, n), dtype=x.dtype if parts == 1 else torch.float32)
+    # Of one part no view: what an autograd function returns may be changed in place.
+    y = x.new_empty((m, n)) if parts == 1 else x.new_empty((parts, m, n), dtype=torch.float32)
     if y.numel() > 0:
         lora = _NO_BRANCH | lora
         _forward[(triton.cdiv(m, cut.rows) * triton.cdiv(n, cut.columns), parts)](
@@ -878,7 +879,7 @@ def _product(
             **{"BK": cut.depth} | w.arguments(cut.depth, x.dtype) | w.words(cut, x.dtype),
             **lora,
         )
-    return _summed(y).to(x.dtype)
+    return y if parts == 1 else y.sum(0).to(x.dtype)
 
 
 def backward(

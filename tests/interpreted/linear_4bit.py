@@ -196,6 +196,15 @@ def test_only_the_gradients_asked_for_are_computed(needed):
         assert error(mine, theirs) <= 1e-5
 
 
+@pytest.mark.parametrize("k", [64, 640])
+def test_what_a_layer_that_trains_returns_may_be_changed_in_place(k):
+    w, x, lora = packed_weight(33, k), torch.randn(5, k, requires_grad=True), (*adapter(33, k, 4), 1.5)
+    for branch in (None, lora):
+        (once,) = torch.autograd.grad(linear_4bit(x, w, None, branch).sum(), x)
+        (twice,) = torch.autograd.grad(linear_4bit(x, w, None, branch).mul_(2).sum(), x)
+        assert error(twice, 2 * once) <= 1e-5
+
+
 def test_strides_are_followed():
     n, k = 40, 48
     w, (a, b) = packed_weight(n, k), adapter(n, k, 5)
