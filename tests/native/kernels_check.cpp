@@ -204,13 +204,14 @@ void check_linear(const pf::Kernels& k, int format, int64_t blocksize, int64_t n
 void check_norm(const pf::Kernels& k, int64_t rows, int64_t n) {
   const std::string what = std::string(k.name) + " norm of " + std::to_string(rows) + " x " + std::to_string(n);
   const std::vector<float> x = normal(rows * n), residual = normal(rows * n), weight = normal(n), dy = normal(rows * n);
-  std::vector<float> sum(rows * n), y(rows * n), dx(rows * n), inverse(rows), dweight(n);
+  std::vector<float> sum(rows * n), y(rows * n), y_one(rows * n), dx(rows * n), inverse(rows), dweight(n);
   k.rms_norm({matrix(x, rows, n), matrix(residual, rows, n), weight.data(), 1e-5f, sum.data(), y.data()}, 0, rows);
+  k.rms_norm({matrix(sum, rows, n), {}, weight.data(), 1e-5f, nullptr, y_one.data(), true}, 0, rows);
   const pf::RmsNormBackwardArgs backward{matrix(dy, rows, n), matrix(sum, rows, n), weight.data(), 1e-5f,
                                          dx.data(),           inverse.data()};
   k.rms_norm_backward(backward, 0, rows);
   k.rms_norm_weight_backward(backward, dweight.data(), 0, n);
-  std::vector<double> y64(rows * n), dx64(rows * n), dweight64(n);
+  std::vector<double> y64(rows * n), one64(rows * n), dx64(rows * n), dweight64(n);
   for (int64_t r = 0; r < rows; ++r) {
     double square = 0, dot = 0;
     const auto h = [&](int64_t i) { return static_cast<double>(sum[r * n + i]); };
@@ -222,29 +223,34 @@ void check_norm(const pf::Kernels& k, int64_t rows, int64_t n) {
     const double scale = 1 / std::sqrt(square / n + 1e-5);
     for (int64_t i = 0; i < n; ++i) {
       y64[r * n + i] = h(i) * scale * weight[i];
+      one64[r * n + i] = h(i) * scale * (1.0 + weight[i]);
       dx64[r * n + i] = scale * d(i) - h(i) * dot * scale * scale * scale / n;
       dweight64[i] += dy[r * n + i] * h(i) * scale;
     }
   }
-  expect(error(y.data(), y64) < 1e-6, "y, " + what);
+  expect(error(y.data(), y64) < 1e-6 && error(y_one.data(), one64) < 1e-6, "y, " + what);
   expect(error(dx.data(), dx64, 1) < 1e-5, "dx, " + what);
   expect(error(dweight.data(), dweight64, 1) < 1e-5, "dweight, " + what);
 }
 
-void check_swiglu(const pf::Kernels& k, int64_t rows, int64_t n) {
-  const std::string what = std::string(k.name) + " swiglu of " + std::to_string(n);
+void check_gates(const pf::Kernels& k, int64_t rows, int64_t n) {
+  const std::string what = std::string(k.name) + " gates of " + std::to_string(n);
   const std::vector<float> gate = normal(rows * n, 5.0f), up = normal(rows * n), dy = normal(rows * n);
-  std::vector<float> y(rows * n), dgate(rows * n), dup(rows * n);
+  std::vector<float> y(rows * n), y_gelu(rows * n), dgate(rows * n), dup(rows * n);
   const pf::Matrix g = matrix(gate, rows, n), u = matrix(up, rows, n);
   k.swiglu(g, u, y.data(), 0, rows);
+  k.geglu(g, u, y_gelu.data(), 0, rows);
   k.swiglu_backward(matrix(dy, rows, n), g, u, dgate.data(), dup.data(), 0, rows);
-  std::vector<double> y64, dgate64, dup64;
+  std::vector<double> y64, gelu64, dgate64, dup64;
   for (int64_t i = 0; i < rows * n; ++i) {
+    const double v = gate[i], cube = 0.044715 * v * v * v;
+    gelu64.push_back(0.5 * v * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (v + cube))) * up[i]);
     const double s = 1 / (1 + std::exp(-static_cast<double>(gate[i]))), silu = gate[i] * s;
     y64.push_back(silu * up[i]);
     dup64.push_back(silu * dy[i]);
     dgate64.push_back(static_cast<double>(dy[i]) * up[i] * (s + silu * (1 - s)));
   }
+  expect(error(y_gelu.data(), gelu64) < 1e-6, what + ", GELU");
   expect(error(y.data(), y64) < 1e-6 && error(dgate.data(), dgate64) < 1e-6 && error(dup.data(), dup64) < 1e-6, what);
 }
 
@@ -428,7 +434,7 @@ int main() {
         }
     for (int64_t n : {19, 64, 131}) {
       check_norm(k, 5, n);
-      check_swiglu(k, 3, n);
+      check_gates(k, 3, n);
     }
     for (int64_t dim : {2, 34, 64}) check_attention(k, dim);
     check_not_finite(k);
