@@ -362,6 +362,8 @@ class AdapterBank:
 
     def freeze(self, names: frozenset[str]) -> None:
         """Let the adapters ``names`` be those for inference."""
+        if names == self.frozen:
+            return
         if any(name in self._find for name in self.frozen - names):  # what is written to it from now on leaves no trace
             self.thaws += 1
             self.kept.clear()

@@ -496,6 +496,23 @@ def test_rows_that_choose_and_several_active_adapters(isa, dtype, dense, served)
             assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("names", [None, ["short", "odd"]])
+@pytest.mark.parametrize("active", [["short"], ["short", "odd"]])
+def test_adapters_that_decoded_while_they_trained_are_served_as_any_for_inference(active, names, served):
+    _, model = three_adapters(torch.bfloat16)
+    ids, rows = torch.randint(1, VOCAB, (2, 6)), {} if names is None else {"adapter_names": names}
+    logits = []
+    for inference in (True, False, True):
+        for name in ("short", "odd"):
+            model.set_adapter(name, inference_mode=inference)
+        model.set_adapter(active)
+        served.clear()
+        output = generate(model, ids, output_logits=True, return_dict_in_generate=True, **rows)
+        assert any(served) is (inference or (names is None and len(active) == 1))
+        logits.append(torch.stack(output.logits))
+    assert torch.equal(logits[2], logits[0])  # by packed copies again
+
+
 def test_rows_that_choose_see_what_changes_and_nothing_of_each_other(served):
     plain, model = three_adapters()
     ids = torch.randint(1, VOCAB, (2, 6))

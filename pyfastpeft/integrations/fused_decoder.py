@@ -437,18 +437,18 @@ class _Stack:
         look = self.lookups
         self.banks.add(module.bank)
         mode, plan = module.bank.mode, self.plans.get(vars(module), "_plan")
-        if mode is not None:
-            names = module.present(mode)
-            return self._stacked_branch(module, names, mode, dtype) if names else _NO_BRANCH
-        if plan is None:
+        names = module.present(mode) if mode is not None else plan.names if plan is not None else ()
+        if not names:
             return _NO_BRANCH
-        if not plan.simple:
-            return self._stacked_branch(module, plan.names, None, dtype)
+        if not module.bank.frozen.issuperset(names):
+            look.get(vars(module.bank), "frozen")  # once they are for inference, more can be served, and from copies
+        if mode is not None or not plan.simple:
+            return self._stacked_branch(module, names, mode, dtype)
         bias = look.get(plan.b, "bias") is not None or "bias" not in plan.b
         if plan.magnitude is not None or bias or self._drops(plan.dropout):
             raise _Unsupported
         a, b = self._factors(plan.a, plan.b)
-        branch = module.branch(dtype, plan.names, a, b, plan.scaling, 0.0)
+        branch = module.branch(dtype, names, a, b, plan.scaling, 0.0)
         if isinstance(branch, PackedLora):
             self._copied += (a, b)
             return branch.a_pairs, branch.b_pairs, plan.scaling, None
