@@ -779,6 +779,10 @@ def test_a_model_whose_parts_have_another_dtype_goes_the_ordinary_way(served):
     generate(fused, ids)
     assert any(served)
     assert torch.equal(generate(fused.float(), ids), generate(plain.float(), ids))
+    fused.model.layers[1].mlp.up_proj.compute_dtype = torch.bfloat16
+    served.clear()
+    generate(fused, ids)
+    assert not any(served)
 
 
 @pytest.mark.parametrize("first", [torch.float32, torch.float64])
@@ -1164,6 +1168,13 @@ def test_dropout_in_training_mode_is_not_skipped(served):
         assert not any(served)
         logits_along(model.eval(), ids, [4, 1, 1])
         assert served.count(True) == 3
+    _, model = pair()
+    logits_along(model, ids, [4, 1, 1])
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    served.clear()
+    logits_along(model.train(), ids, [4, 1, 1])
+    assert served == [False] * 3
 
 
 # ---- the model stays what it was -------------------------------------------------------------------------------------

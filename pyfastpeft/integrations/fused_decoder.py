@@ -357,7 +357,7 @@ class _Stack:
                 or look.get(vars(layer), "residual_multiplier") != multiplier
             ):
                 raise _Unsupported
-            if attention.attention_dropout and look.get(state, "training"):
+            if look.get(state, "attention_dropout") and look.get(state, "training"):
                 raise _Unsupported
             if any(self._drops(look.module(layer, name)) for name in family.dropouts):
                 raise _Unsupported
@@ -417,7 +417,7 @@ class _Stack:
             if bias is not None and bias.shape != weight.shape[:1]:  # torch spreads it
                 raise _Unsupported
             return torch.ops.pyfastpeft.add_decoder_dense.default, weight, bias, *branch
-        if type(module) is not Linear4bit or module.compute_dtype not in (None, dtype):
+        if type(module) is not Linear4bit or look.get(vars(module), "compute_dtype") not in (None, dtype):
             raise _Unsupported
         packed = look.get(vars(module), "packed")
         if packed is None or not native(packed):
