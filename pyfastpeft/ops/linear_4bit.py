@@ -533,7 +533,8 @@ def _gradients(
 
     Args:
         ds: the gradient of S itself, for the reference alone.
-        x: where A trains.   s: the S of ``_forward``, where B trains.
+        x: where A trains, and where rows choose and B does.
+        s: the S of ``_forward``, where B trains.
     """
     if backend is Backend.REFERENCE:
         return reference.backward(dy, x, s, packed, *branch, *needs, ds)
@@ -541,6 +542,7 @@ def _gradients(
         found = _OPERATORS[backend][1](dy, x, s, *weight, k, *branch, *needs)
         return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
     need_x, need_a, need_b = needs
-    dx, da, db = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, x, s, *weight, *branch, need_x)
+    wanted = x if need_a else None, s if need_b else None
+    dx, da, db = torch.ops.pyfastpeft.linear_4bit_backward.default(dy, *wanted, *weight, *branch, need_x)
     da, db = da.to(branch.a.dtype) if need_a else None, db.to(branch.b.dtype) if need_b else None
     return dx if need_x else None, da, db
