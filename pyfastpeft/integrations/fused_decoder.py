@@ -55,9 +55,8 @@ from ..ops.tracing import forward_mode, traced
 from .attention import NAME as ATTENTION
 from .attention import attention_forward, attention_mask
 from .forwards import ModuleForward, install
-from .fused_layers import OF_LLAMA, SILUS, Kinds, has_llamas, kinds_of, written_in_transformers
+from .fused_layers import OF_LLAMA, ROPE, SILUS, Kinds, has_llamas, kinds_of, written_in_transformers
 
-_ROPE = "apply_rotary_pos_emb"
 _GELUS = kinds_of(ACT2FN["gelu_pytorch_tanh"])
 
 
@@ -103,7 +102,7 @@ _FAMILIES = {
         mlp=("gate_up_proj", "down_proj"),
         activation="activation_fn",
         dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
-        own=_ROPE,  # turns a part of each head
+        own=ROPE,  # turns a part of each head
     ),
     "GemmaModel": _Family("Gemma", activations=_GELUS, eps="eps"),
     "Gemma3TextModel": _Family(
@@ -377,7 +376,7 @@ class _Stack:
         self.causal = not look.get(vars(config), "use_bidirectional_attention")
         for kind in self.angles:
             turned = 2 * getattr(model.rotary_emb, f"{kind['layer_type']}_inv_freq" if kind else "inv_freq").numel()
-            if turned != self.dim and not (turned < self.dim and family.own == _ROPE):
+            if turned != self.dim and not (turned < self.dim and family.own == ROPE):
                 raise _Unsupported
         try:
             heads = config.num_attention_heads, self.kv_heads, self.dim
@@ -518,7 +517,9 @@ class _Room:
     cropped, reordered or replaced is no longer the view given to it, and is copied into new room.
     """
 
-    def __init__(self, layers: list[DynamicLayer], shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype):
+    def __init__(
+        self, layers: list[DynamicLayer], shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
+    ) -> None:
         """Copy what ``layers`` hold, [batch, heads, past, dim], with room for ``tokens`` behind it and more."""
         batch, heads, self.past, dim = shape
         length = self.past + tokens

@@ -41,7 +41,7 @@ def kinds_of(*activations: Any) -> Kinds:
 
 
 SILUS = kinds_of(nn.SiLU(), ACT2FN["silu"])  # transformers had a class of its own
-_ROPE = "apply_rotary_pos_emb"
+ROPE = "apply_rotary_pos_emb"
 
 
 def _module_of(function: types.FunctionType) -> str:
@@ -72,7 +72,7 @@ def _has_code(function: Any, code: tuple | None) -> bool:
     return code is not None and _code(function) == code
 
 
-_ROTATION = (_ROPE, "rotate_half")  # the one calls the other: NanoChat's turns the other way
+_ROTATION = (ROPE, "rotate_half")  # the one calls the other: NanoChat's turns the other way
 OF_LLAMA = (*_ROTATION, "create_causal_mask", "eager_attention_forward", "repeat_kv")
 """What a Llama's decoder and its attention call, by names of their module."""
 # Taken now: whoever imports this may patch transformers later.
@@ -229,7 +229,7 @@ class _Attention(_Fused):
     @classmethod
     def stands_for(cls, function: Any) -> bool:
         own = written_in_transformers(function)
-        return own is not None and _ROPE in own.__code__.co_names and has_llamas(own.__globals__, _ROTATION)
+        return own is not None and ROPE in own.__code__.co_names and has_llamas(own.__globals__, _ROTATION)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.module).forward
@@ -248,7 +248,7 @@ def has_llamas(namespace: dict[str, Any], names: tuple[str, ...]) -> bool:
 
 def _with_rope(own: types.FunctionType) -> types.FunctionType:
     """For one call: all other names are what they are now, which costs less than to ask whether they still are."""
-    plain = own.__globals__[_ROPE]
+    plain = own.__globals__[ROPE]
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         alike = unsqueeze_dim == 1 and cos.shape[-2] == q.shape[2]  # not one position for all tokens
@@ -256,7 +256,7 @@ def _with_rope(own: types.FunctionType) -> types.FunctionType:
             return plain(q, k, cos, sin, unsqueeze_dim)
         return rope(q, k, cos, sin)
 
-    namespace = own.__globals__ | {_ROPE: rotated}
+    namespace = own.__globals__ | {ROPE: rotated}
     function = types.FunctionType(own.__code__, namespace, own.__name__, own.__defaults__, own.__closure__)
     function.__kwdefaults__ = own.__kwdefaults__
     return function
