@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
 from pyfastpeft.hub.gguf import GgufFile
+from pyfastpeft.integrations import gguf as integration
 from pyfastpeft.integrations.gguf import load_gguf
 from pyfastpeft.integrations.gguf_rope import take_over_rope
 
@@ -324,6 +325,20 @@ def test_tied_embeddings_are_decoded_and_stay_tied(tmp_path):
     assert model.lm_head.weight.dtype == torch.bfloat16
     expected = torch.from_numpy(GgufFile(path).dequantized("token_embd.weight")).bfloat16()
     assert torch.equal(model.lm_head.weight, expected)
+
+
+def test_what_was_decoded_becomes_the_model_without_a_copy(tmp_path, monkeypatch):
+    states = []
+
+    class Weights(integration._Weights):
+        def __init__(self, *args):
+            super().__init__(*args)
+            states.append(self.state)
+
+    monkeypatch.setattr(integration, "_Weights", Weights)
+    model = fp.from_gguf(write_llama(tmp_path / "m.gguf"))
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):  # which is in the file as it is
+        assert model.get_parameter(name).data_ptr() == states[0][name].data_ptr(), name
 
 
 @pytest.mark.parametrize("given", [{"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}])

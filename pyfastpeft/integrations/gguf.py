@@ -208,7 +208,8 @@ class _Weights:
     def _full_precision(self, name: str, model: PreTrainedModel) -> None:
         weight, name_after = self._processed(name, self.file.dequantized(name))
         if name_after in self.names:
-            self.state[self.names[name_after]] = torch.from_numpy(np.array(weight)).to(self.dtype)
+            # In memory of torch's own: any other is taken for a mapped file's, and copied once more.
+            self.state[self.names[name_after]] = torch.tensor(weight, dtype=self.dtype)
         elif name_after is not None:  # else it went to the state already
             raise ValueError(f"its tensor {name} belongs to no parameter of a {type(model).__name__}")
 
