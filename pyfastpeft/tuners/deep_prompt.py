@@ -55,18 +55,10 @@ class DeepPromptConfig(InitialTextConfig):
         return Form.KEYS_VALUES if self.prefix else Form.LAYER_INPUTS
 
     @property
-    def width(self) -> int:
-        return self.num_layers * self.token_dim * (2 if self.prefix else 1)
-
-    @property
     def dropout(self) -> float:
         return self.prefix_dropout
 
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
         if prefixes.seq2seq:
             raise ValueError(f"P-Tuning v2 does not apply to an encoder–decoder, and a {type(model).__name__} is one")
-        if self.prefix:
-            layers, heads, dim = prefixes.shape
-            self._expect(num_layers=layers, num_attention_heads=heads, token_dim=heads * dim)
-        else:
-            super().fill(model, prefixes)
+        super().fill(model, prefixes)

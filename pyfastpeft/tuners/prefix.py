@@ -94,16 +94,11 @@ class PrefixTuningConfig(InitialTextConfig):
         if self.prefix_projection and self.prefix_init == "text":
             raise ValueError("prefix_init is 'text'; with prefix_projection it must be 'random' or 'zero'")
 
-    @property
-    def width(self) -> int:
-        return self.num_layers * 2 * self.token_dim
-
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
-        layers, heads, dim = prefixes.shape
         own = first_layer_config(model)
         if (self.token_dim, self.num_attention_heads) == (own.hidden_size, own.num_attention_heads):
             self.token_dim = self.num_attention_heads = None  # the queries' shape, as PEFT lets it be given
-        self._expect(num_layers=layers, num_attention_heads=heads, token_dim=heads * dim)
+        super().fill(model, prefixes)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
     def encoder(self) -> SoftPrompt | None:

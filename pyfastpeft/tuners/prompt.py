@@ -70,10 +70,6 @@ class PromptTuningConfig(SoftPromptConfig):
             values["tokenizer_name_or_path"] = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         return values
 
-    @property
-    def width(self) -> int:
-        return self.token_dim
-
     @torch.no_grad()
     def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
         if self.prompt_tuning_init is PromptTuningInit.RANDOM:

@@ -52,10 +52,6 @@ class PromptEncoderConfig(SoftPromptConfig):
             self.encoder_hidden_size = as_count("encoder_hidden_size", self.encoder_hidden_size)
         check_dropout("encoder_dropout", self.encoder_dropout)
 
-    @property
-    def width(self) -> int:
-        return self.token_dim
-
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
         super().fill(model, prefixes)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -79,9 +78,10 @@ class SoftPromptConfig(PeftConfig):
         return self.form is Form.EMBEDDINGS
 
     @property
-    @abstractmethod
     def width(self) -> int:
         """Of one row of ``prompt_embeddings``."""
+        layers = 1 if self.at_embedding else self.num_layers
+        return self.token_dim * layers * (2 if self.form is Form.KEYS_VALUES else 1)
 
     @property
     def dropout(self) -> float:
@@ -90,11 +90,15 @@ class SoftPromptConfig(PeftConfig):
 
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
         """Fill in and check what depends on the model."""
-        own = first_layer_config(model)
-        layers, width = len(prefixes.attentions), own.hidden_size
-        if self.at_embedding:
-            layers, width = prefixes.shape.layers, model.get_input_embeddings().weight.shape[1]
-        self._expect(num_layers=layers, num_attention_heads=own.num_attention_heads, token_dim=width)
+        if self.form is Form.KEYS_VALUES:
+            layers, heads, dim = prefixes.shape
+            width = heads * dim
+        else:
+            own = first_layer_config(model)
+            layers, heads, width = len(prefixes.attentions), own.num_attention_heads, own.hidden_size
+            if self.at_embedding:
+                layers, width = prefixes.shape.layers, model.get_input_embeddings().weight.shape[1]
+        self._expect(num_layers=layers, num_attention_heads=heads, token_dim=width)
 
     def _expect(self, **values: int) -> None:
         """Fill in ``values`` where nothing is given.
