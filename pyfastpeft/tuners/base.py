@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..hub.files import read_json, write_text
 from ..hub.peft import CONFIG_NAME, locate
+from ..ops.checks import as_count
 
 if TYPE_CHECKING:
     from .tuner import Tuner
@@ -160,6 +161,8 @@ class PeftConfig(ABC):
             value = getattr(self, field.name)
             if field.type == "bool" and value is not None and not isinstance(value, bool):
                 raise ValueError(f"{field.name} is {value!r}; it must be True or False")
+            if field.type == "int" or (field.type == "int | None" and value is not None):
+                setattr(self, field.name, as_count(field.name, value))
         if self.modules_to_save is not None:
             self.modules_to_save = as_list("modules_to_save", self.modules_to_save)
 

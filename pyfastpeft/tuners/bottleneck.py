@@ -17,7 +17,7 @@ from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.lora import is_linear, matrix_shape
 from ..nn.weight_reads import passes_by
-from ..ops.checks import as_count, check_choice
+from ..ops.checks import check_choice
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, names_or_pattern, register_method
 from .modules import (
@@ -78,8 +78,6 @@ class BottleneckConfig(PeftConfig):
         factor = self.reduction_factor
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
             raise ValueError(f"reduction_factor is {factor!r}; it must be a number above 0")
-        if self.bottleneck_size is not None:
-            self.bottleneck_size = as_count("bottleneck_size", self.bottleneck_size)
         check_choice("activation", self.activation, ACTIVATIONS)
         self.target_modules = names_or_pattern("target_modules", self.target_modules)
 

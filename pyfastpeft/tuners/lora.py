@@ -174,7 +174,6 @@ class LoraConfig(PeftConfig):
         self._check_init()
 
     def _check_numbers(self) -> None:
-        self.r = as_count("r", self.r)
         self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name) or {}

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..nn.prompt_encoder import Form, PrefixEncoder, SoftPrompt
-from ..ops.checks import as_count
 from .base import PeftType, register_method
 from .soft_prompt import SoftPromptConfig, first_layer_config, random_ids, text_ids
 
@@ -82,8 +81,6 @@ class PrefixTuningConfig(InitialTextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder_hidden_size is not None:
-            self.encoder_hidden_size = as_count("encoder_hidden_size", self.encoder_hidden_size)
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights is {self.init_weights!r}; it must be None or 'zero'")
         if self.init_weights == "zero" and self.prefix_init not in (None, "zero"):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from ..nn.prompt_encoder import Form, LstmEncoder, MlpEncoder, SoftPrompt
-from ..ops.checks import as_count
 from .base import PeftType, as_member, check_dropout, register_method
 from .soft_prompt import SoftPromptConfig
 
@@ -47,9 +46,6 @@ class PromptEncoderConfig(SoftPromptConfig):
         super().__post_init__()
         name = "encoder_reparameterization_type"
         self.encoder_reparameterization_type = as_member(PromptEncoderReparameterizationType, name, getattr(self, name))
-        self.encoder_num_layers = as_count("encoder_num_layers", self.encoder_num_layers)
-        if self.encoder_hidden_size is not None:
-            self.encoder_hidden_size = as_count("encoder_hidden_size", self.encoder_hidden_size)
         check_dropout("encoder_dropout", self.encoder_dropout)
 
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:

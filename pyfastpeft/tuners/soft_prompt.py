@@ -58,9 +58,6 @@ class SoftPromptConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.num_virtual_tokens = as_count("num_virtual_tokens", self.num_virtual_tokens)
-        for name in ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"):
-            if getattr(self, name) is not None:
-                setattr(self, name, as_count(name, getattr(self, name)))
 
     def __deepcopy__(self, memo: dict) -> SoftPromptConfig:
         return copy.copy(self)  # the tokenizer that it may hold is large, and nothing in it is changed in place
