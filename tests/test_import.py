@@ -132,15 +132,19 @@ def test_transformers_knows_the_quantizer_whichever_comes_first(first):
 
 
 @pytest.mark.parametrize(
-    "first", ["import pyfastpeft, sys; assert 'peft' not in sys.modules", "import peft, pyfastpeft"]
+    "first",
+    ["import pyfastpeft, sys; assert 'peft' not in sys.modules", "import transformers.trainer, peft, pyfastpeft"],
 )
-def test_pefts_functions_know_our_models_whichever_comes_first(first):
+def test_pefts_functions_and_the_trainer_know_our_models_whichever_comes_first(first):
     pytest.importorskip("peft")
     named = "from peft import get_peft_model_state_dict as a, utils, functional, peft_model"
     same = "print(all(m.get_peft_model_state_dict is a for m in (utils, utils.save_and_load, functional, peft_model)))"
     known = "import torch; print(len(a(pyfastpeft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), c))))"
     config = "c = pyfastpeft.LoraConfig(target_modules=['0'])"
-    assert python(first, named, same, config, known) == ["True", "2"]
+    imported = "import sys; print('transformers.trainer' in sys.modules)"
+    trainer = "from transformers import Trainer as t; print(t._save.__name__ == '_save' and bool(t._save.__wrapped__))"
+    said = python(first, named, same, config, known, imported, trainer)
+    assert said == ["True", "2", str("trainer" in first), "True"]
 
 
 def test_a_package_is_watched_whatever_was_imported_before(tmp_path, monkeypatch):
