@@ -11,7 +11,7 @@ from ..nn.lora_layer import LoraLayer
 from ..nn.weight_reads import needs_full_precision
 from .attention import has_fast_attention, use_fast_attention
 from .deferred_logits import defer_logits
-from .forwards import ModuleForward, remove
+from .forwards import remove, runs
 from .fused_decoder import fuse_decoder
 from .fused_layers import fuse_layers
 from .on_import import when_imported
@@ -87,8 +87,7 @@ def unfuse(model: nn.Module) -> None:
 
 def is_fused(model: nn.Module) -> bool:
     """Whether there is something for :func:`unfuse` to undo."""
-    forwards = (vars(module).get("forward") for module in model.modules())
-    return has_fast_attention(model) or any(isinstance(forward, ModuleForward) for forward in forwards)
+    return has_fast_attention(model) or any(map(runs, model.modules()))
 
 
 def _is_bnb(module: nn.Module) -> bool:

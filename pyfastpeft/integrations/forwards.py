@@ -42,10 +42,15 @@ def install(module: nn.Module, forward: type[ModuleForward]) -> None:
         module.forward = forward(module)
 
 
+def runs(module: nn.Module, kind: type | tuple[type, ...] = ModuleForward) -> bool:
+    """Whether ``module`` runs a forward of this kind, NoneType being its class's."""
+    return isinstance(vars(module).get("forward"), kind)
+
+
 def remove(model: nn.Module, kind: type[ModuleForward] = ModuleForward) -> None:
     """Give every module in ``model`` that runs a ``kind`` its class's forward back."""
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), kind):
+        if runs(module, kind):
             del module.forward
 
 

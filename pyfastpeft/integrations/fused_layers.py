@@ -30,7 +30,7 @@ from ..ops.autocast import autocast_of
 from ..ops.backends import FLOATS, Backend, choose_plain
 from ..ops.tracing import is_compiling, traced
 from .dense_layers import DenseForward, has_fast_forward
-from .forwards import ModuleForward, install, remove, with_parameters
+from .forwards import ModuleForward, install, remove, runs, with_parameters
 
 Kinds = frozenset[tuple[type, Any]]
 
@@ -107,8 +107,8 @@ class _RmsNorm(_Fused):
 
 
 def _untouched(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
-    """Whether ``module`` runs a forward of these kinds, NoneType being its class's, and nothing of the caller's."""
-    return isinstance(vars(module).get("forward"), kinds) and not hooked(module)
+    """Whether ``module`` runs a forward of these kinds (:func:`runs`), and nothing of the caller's."""
+    return runs(module, kinds) and not hooked(module)
 
 
 def _fused(module: nn.Module, kind: type[_Fused]) -> bool:

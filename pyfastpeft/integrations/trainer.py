@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..nn.one_device import OneDevice
-from .forwards import ModuleForward
+from .forwards import runs
 
 
 def keep_to_one_gpu(module: ModuleType) -> None:
@@ -24,9 +24,7 @@ def keep_to_one_gpu(module: ModuleType) -> None:
     @functools.wraps(initialize)
     def initialize_on_one_gpu(self: Any, *args: Any, **kwargs: Any) -> None:
         initialize(self, *args, **kwargs)
-        if self.args.n_gpu > 1 and any(
-            isinstance(m, OneDevice) or isinstance(vars(m).get("forward"), ModuleForward) for m in self.model.modules()
-        ):
+        if self.args.n_gpu > 1 and any(isinstance(m, OneDevice) or runs(m) for m in self.model.modules()):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
 
