@@ -2,6 +2,8 @@
 //
 // A warp runs a basic block at a time for the lanes whose next block is the lowest, so lanes that diverged meet again.
 #pragma once
+#include <random>
+
 #include "runtime.h"
 
 namespace ptx {
