@@ -938,6 +938,26 @@ def test_a_head_that_reads_the_last_entry_reads_a_token_of_rows_padded_on_the_le
             torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
 
 
+_ALONE = {
+    "UMT5": lambda: tf.UMT5EncoderModel(tf.UMT5Config(**_T5)),
+    "UMT5 under a head": lambda: tf.UMT5ForTokenClassification(tf.UMT5Config(**_T5)),
+    "BART": lambda: tf.BartModel(tf.BartConfig(**_BART)).get_encoder(),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", _ALONE)
+@torch.no_grad()
+def test_an_encoder_may_stand_alone_with_the_configuration_of_both(kind, method):
+    base = _ALONE[kind]().eval()
+    assert base.config.is_encoder_decoder
+    ids, mask = batch_of("bert FEATURE_EXTRACTION").values()
+    model = fp.get_peft_model(copy.deepcopy(base), config(fp, "umt5 FEATURE_EXTRACTION", method)).eval()
+    both = model(input_ids=ids, attention_mask=mask)[0]
+    assert len(both[0]) == len(ids[0]) and tiny.relative(both[0], base(input_ids=ids[:1])[0][0]) > 1e-3
+    torch.testing.assert_close(both[1:, :4], model(input_ids=ids[1:, :4])[0], rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_rows_of_no_tokens_have_no_outputs():
     model = fp.get_peft_model(tf.BertModel(tf.BertConfig(**_BERT)), fp.PromptTuningConfig(num_virtual_tokens=N)).eval()

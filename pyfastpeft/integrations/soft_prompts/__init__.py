@@ -20,6 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from ...adapters import AdapterBank
 from .bidirectional import BidirectionalPrefixes, attentions_in
 from .causal import CausalPrefixes
+from .decoders import is_encoder_decoder
 from .prefixes import Prefixes
 
 
@@ -39,7 +40,7 @@ def prefixes_of(model: nn.Module, bank: AdapterBank) -> Prefixes:
         )
     known = attentions_in(decoder)
     causal = any(m.is_causal for m in known) if known else _is_causal(model)  # what attends across is not
-    causal = causal and not model.config.is_encoder_decoder
+    causal = causal and not is_encoder_decoder(model)
     return (CausalPrefixes if causal else BidirectionalPrefixes)(model, bank)
 
 

@@ -49,6 +49,15 @@ class KeyValueShape(NamedTuple):
         return shapes.pop()
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether ``model`` has a decoder beside its encoder: an encoder that stands alone may have the configuration of
+    both (UMT5EncoderModel, BartEncoder)."""
+    if not model.config.is_encoder_decoder:
+        return False
+    encoder = model.get_encoder()
+    return all(module is not encoder for module in model.get_decoder().modules())
+
+
 def layer_configs(config: Any) -> Sequence[Any]:
     """The configuration of each layer, or the one of all: where layers differ, ``config`` does not say in what."""
     return config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)

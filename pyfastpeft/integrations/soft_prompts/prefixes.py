@@ -26,6 +26,7 @@ from ...ops.tracing import is_compiling, traced
 from ..attention import Said, exchange_attention, say_attention
 from .bare import fed, without_checkpointing
 from .checkpointing import collected, reentrant
+from .decoders import is_encoder_decoder
 from .kept_prompts import KeptPrompts, Source, Values
 from .prompt_operator import compiled_tensors, number_of
 
@@ -115,7 +116,7 @@ class Prefixes(ABC):
 
     def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
         self.model, self.bank = model, bank
-        self.seq2seq = bool(model.config.is_encoder_decoder)
+        self.seq2seq = is_encoder_decoder(model)
         self.sources: dict[str, Source] = {}
         self._find()
         if not isinstance(getattr(input_embedding(model), "weight", None), Tensor):  # but several, as in Bark
