@@ -845,6 +845,17 @@ def test_a_row_without_a_prompt_has_nothing_of_anothers_behind_it():
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_row_without_a_prompt_is_refused_beside_one_where_ids_are_embedded_in_another_way():
+    base, ids = tf.EsmModel(tf.EsmConfig(**_BERT, mask_token_id=3, pad_token_id=1)).eval(), torch.randint(4, 60, (2, 8))
+    model = fp.get_peft_model(base, fp.PromptTuningConfig(num_virtual_tokens=N)).eval()
+    with pytest.raises(ValueError, match=r"adapter_names has \['default'\] for some rows and no prompt"):
+        model(ids, adapter_names=["default", "__base__"])
+    for name in ("default", "__base__"):
+        both = model(ids, adapter_names=[name, name]).last_hidden_state
+        torch.testing.assert_close(both[:1], model(ids[:1], adapter_names=[name]).last_hidden_state)
+
+
 @pytest.mark.parametrize("kind", ["Bart", "M2M100"])
 @torch.no_grad()
 def test_a_decoder_behind_a_prefix_can_be_given_vectors(kind):

@@ -297,6 +297,12 @@ class BidirectionalPrefixes(Prefixes):
         if used.isdisjoint(self.tokens):
             return Tokens(self.model.get_input_embeddings().weight[:0].unsqueeze(0))
         different, index = distinct(tuple(name for name in names if name in self.tokens) for names in rows)
+        if -1 in index and self.model.config.model_type == "esm":
+            prompts = sorted(used.intersection(self.tokens))
+            raise ValueError(
+                f"adapter_names has {prompts} for some rows and no prompt at the embedding for others; ESM scales, and "
+                "gives positions to, what it embeds of ids alone: give those rows apart"
+            )
         vectors = [torch.cat([self._vectors(name) for name in names]) for names in different]
         if not any(index):
             return Tokens(vectors[0].unsqueeze(0))
