@@ -124,6 +124,7 @@ def test_no_tokens_and_keys_and_values_in_one_tensor():
         ({"rotary": 3}, TypeError, "rotary is a int; it must be a pair of tensors, cos and sin"),
         ({"rotary": torch.ones(3, 2, 8)}, TypeError, "rotary is a Tensor; it must be a pair of tensors, cos and sin"),
         ({"rotary": (1, 2)}, TypeError, "cos is a int; it must be a tensor"),
+        ({"prefix": 3}, TypeError, "prefix is a int; it must be a pair of tensors, keys and values"),
         ({"past": torch.tensor(1.0)}, TypeError, "past is a Tensor; it must be a pair of tensors, keys and values"),
         ({"past": (1, 2)}, TypeError, "keys of past is a int; it must be a tensor"),
     ],

@@ -421,8 +421,13 @@ BAD = {
     "mask is torch.float32 of shape (2, 7)": lambda a: a.update(mask=torch.ones(2, 7)),
     "mask is torch.int64 of shape (2, 1, 1, 7)": lambda a: a.update(mask=torch.ones(2, 1, 1, 7, dtype=torch.int64)),
     "window is 0": lambda a: a.update(window=0),
-    f"window is {2**70}; it must be None or a positive integer below 2**63": lambda a: a.update(window=2**70),
+    "window is 2.0; it must be an integer": lambda a: a.update(window=2.0),
+    f"window is {2**70}; it must be an integer below 2**63": lambda a: a.update(window=2**70),
     "scale is a str; it must be a number": lambda a: a.update(scale="a"),
+    "scale has shape (2,); it must be a number or a tensor of one": lambda a: a.update(scale=torch.ones(2)),
+    "scale requires a gradient, and prefix_attention has none": lambda a: a.update(
+        scale=torch.ones(()).requires_grad_()
+    ),
     "causal is 'no'; it must be True or False": lambda a: a.update(causal="no"),
     "causal is None; it must be True or False": lambda a: a.update(causal=None),
 }
@@ -464,13 +469,15 @@ def test_positions_export_with_sizes_that_nobody_knows():
     assert torch.equal(exported(mask, torch.tensor(8)), key_positions(mask, 8))
 
 
-def test_flags_of_numpy_are_flags():
+def test_flags_and_numbers_of_numpy_are_flags_and_numbers():
     np = pytest.importorskip("numpy")  # which the GPU's report runs without
     tensors = make(1, 2, 1, 4, 4, 32)
     for causal in (True, False):
-        assert torch.equal(
-            prefix_attention(*tensors, causal=np.bool_(causal)), prefix_attention(*tensors, causal=causal)
-        )
+        expected = prefix_attention(*tensors, causal=causal, window=3, scale=0.5)
+        numbers = {"window": np.int64(3), "scale": np.float32(0.5)}
+        assert torch.equal(prefix_attention(*tensors, causal=np.bool_(causal), **numbers), expected)
+    mask = torch.ones(2, 7)
+    assert torch.equal(key_positions(mask, np.int64(3)), key_positions(mask, 3))
 
 
 def test_the_compiled_operator_refuses_fewer_keys_than_causal_queries_have(isa):

@@ -8,6 +8,7 @@ and dtypes, excepted).
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .autocast import autocast_dtype
 from .backends import Backend, choose_attention
-from .checks import check_factor, check_flag, check_matrix, check_tensor
+from .checks import as_count, check_factor, check_flag, check_matrix, check_tensor
 from .library import fake_of
 from .once import once_differentiable
 from .reference import HIDDEN
@@ -41,7 +42,7 @@ def key_positions(mask: Tensor, first_query: int) -> Tensor:
     """
     check_matrix("mask", mask, "[B, S]")
     if not traced():  # a compiler would make limits of what it need not know
-        if not isinstance(first_query, int):
+        if not isinstance(first_query, (int, Integral)):
             raise TypeError(f"first_query is a {type(first_query).__name__}; it must be an integer")
         most = HIDDEN // 2  # places beyond would be taken for those of hidden keys
         if not mask.shape[1] - most < first_query < most:
@@ -61,7 +62,7 @@ def prefix_attention(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     causal: bool = True,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     mask: Tensor | None = None,
     prefix_index: Tensor | None = None,
     *,
@@ -77,7 +78,7 @@ def prefix_attention(
             row. Any floating dtype; used in the dtype of q. A prefix lies right before the first visible key of its
             row, and every query sees it (within the window).
         causal: query t sees its own key and those before it; the last T keys are the queries' own.
-        scale: D^-0.5 where None.
+        scale: a number, or a tensor of one that needs no gradient; D^-0.5 where None.
         mask: bool or integer [B, S], nonzero = visible; or int32 [B, 1, 1, S], the place of each key counted from the
             first query's (see :func:`key_positions`): then causal means place <= t, wherever the keys lie.
         prefix_index: int64 [B], the prefix of each row; -1 is none. (On a GPU, which is not waited for, so is any other
@@ -103,7 +104,7 @@ def prefix_attention(
     keys = k.shape[2]
     check_flag("causal", causal)
     if scale is not None:
-        check_factor("scale", scale)
+        _check_scale(scale)
     if mask is not None:
         check_tensor("mask", mask)
     if mask is not None and mask.device != q.device:
@@ -115,8 +116,10 @@ def prefix_attention(
     elif prefix_index is not None or prefix_lengths is not None:
         name = "prefix_lengths" if prefix_index is None else "prefix_index"
         raise ValueError(f"{name} is given without prefix_k and prefix_v")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or not 1 <= window < 2**63):
-        raise ValueError(f"window is {window!r}; it must be None or a positive integer below 2**63")
+    if window is not None:
+        window = as_count("window", window)
+        if window >= 2**63:
+            raise ValueError(f"window is {window}; it must be an integer below 2**63")
     positions = None if mask is None else _positions(mask, batch, keys, tokens)
     scale = dim**-0.5 if scale is None else float(scale)
     selection = (prefix_index, prefix_lengths, positions)
@@ -133,6 +136,16 @@ def _check_floating(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(t, Tensor) or not t.is_floating_point():
             what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
             raise TypeError(f"{name} {what}; it must be a floating-point tensor")
+
+
+def _check_scale(scale: float | Tensor) -> None:
+    check_factor("scale", scale)
+    if not isinstance(scale, Tensor):
+        return
+    if scale.numel() != 1:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be a number or a tensor of one")
+    if recorded(scale):
+        raise ValueError("scale requires a gradient, and prefix_attention has none for it; multiply q by it")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
