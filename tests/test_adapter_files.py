@@ -669,7 +669,7 @@ class TestBadFolders:
             ({"peft_type": ["LORA"]}, "peft_type is .'LORA'."),
             ({"rank_pattern": {"(": 4}}, "a key of rank_pattern is"),
             ({"lora_dropout": "much"}, "lora_dropout is .much."),
-            ({"loftq_config": 5}, "wrong type"),
+            ({"loftq_config": 5}, "loftq_config is 5; it must be a LoftQConfig or a dict"),
             ({"target_modules": ["nothing"]}, "matches no module"),
             ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
             ({"layer_replication": [[0, 1]]}, "layer_replication"),

@@ -162,6 +162,11 @@ class TestConfigurations:
             fp.get_peft_model(base, peft.IA3Config())
         with pytest.raises(TypeError, match=r"peft_config is a builtins\.dict; it must be one of .*LoraConfig"):
             fp.get_peft_model(base, {"r": 8})
+        for method in (fp.LoraConfig, peft.LoraConfig):
+            with pytest.raises(
+                TypeError, match=rf"peft_config is the class {method.__module__}\.LoraConfig; it must be"
+            ):
+                fp.get_peft_model(base, method)
         assert all(p.requires_grad for p in base.parameters())
 
     @pytest.mark.parametrize("init", ["eva", "orthogonal"])

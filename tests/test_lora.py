@@ -1804,6 +1804,7 @@ class TestBadArguments:
             ({"bias": "some"}, "bias is 'some'"),
             ({"init_lora_weights": "magic"}, "init_lora_weights is 'magic'"),
             ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, "loftq_bits"),
+            ({"loftq_config": "x"}, "loftq_config is 'x'; it must be a LoftQConfig or a dict"),
             ({"lora_bias": True, "use_dora": True}, "lora_bias is True"),
             (
                 {
@@ -1843,11 +1844,22 @@ class TestBadArguments:
         assert (config.rank_of("q_proj"), config.rank_of("v_proj"), config.alpha_pattern) == (2, 8, {})
         assert config.target_modules == ["k_proj", "o_proj", "q_proj", "v_proj"]  # whatever order the set had
 
-    def test_ranks_may_be_of_any_integer_type_and_are_saved_as_numbers(self, tmp_path):
-        config = fp.LoraConfig(r=np.int64(4), rank_pattern={"v_proj": np.int32(2)})
-        assert config == fp.LoraConfig(r=4, rank_pattern={"v_proj": 2})
+    @pytest.mark.parametrize(
+        ("method", "kwargs"),
+        [
+            (fp.LoraConfig, {"r": np.int64(4), "rank_pattern": {"v_proj": np.int32(2)}}),
+            (fp.LoraConfig, {"lora_alpha": np.float32(4), "alpha_pattern": {"v_proj": np.int64(2)}}),
+            (fp.LoraConfig, {"lora_dropout": np.float32(0.5), "layers_to_transform": [np.int64(0)]}),
+            (fp.LoraConfig, {"layers_to_transform": np.int64(0)}),
+            (fp.PromptEncoderConfig, {"num_virtual_tokens": 4, "encoder_dropout": np.float16(0.5)}),
+            (fp.DeepPromptConfig, {"num_virtual_tokens": 4, "prefix_dropout": np.float32(0.5)}),
+            (fp.BottleneckConfig, {"reduction_factor": np.float32(2)}),
+        ],
+    )
+    def test_numbers_may_be_of_any_type_and_are_saved_as_pythons(self, tmp_path, method, kwargs):
+        config = method(**kwargs)
         config.save_pretrained(tmp_path)
-        assert fp.LoraConfig.from_pretrained(tmp_path) == config
+        assert method.from_pretrained(tmp_path) == config
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),

@@ -11,6 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -82,6 +83,13 @@ def names_or_pattern(name: str, value: Any) -> list[str] | str | None:
         return as_list(name, value)
     check_pattern(name, value)
     return value
+
+
+def plain_number(value: Any) -> Any:
+    """``value``, of which numpy's numbers, and others, become Python's own, which JSON takes."""
+    if isinstance(value, (int, float)) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_dropout(name: str, value: float) -> None:
@@ -158,7 +166,8 @@ class PeftConfig(ABC):
         if isinstance(self.base_model_name_or_path, os.PathLike):
             self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)  # for JSON
         for field in fields(self):
-            value = getattr(self, field.name)
+            value = plain_number(getattr(self, field.name))
+            setattr(self, field.name, value)
             if field.type == "bool" and value is not None and not isinstance(value, bool):
                 raise ValueError(f"{field.name} is {value!r}; it must be True or False")
             if field.type == "int" or (field.type == "int | None" and value is not None):
@@ -205,10 +214,12 @@ class PeftConfig(ABC):
         """
         if isinstance(config, cls):
             return config
-        if not hasattr(config, "peft_type") or not callable(getattr(config, "to_dict", None)):
+        is_class = isinstance(config, type)
+        if is_class or not hasattr(config, "peft_type") or not callable(getattr(config, "to_dict", None)):
             known = ", ".join(sorted(c.__name__ for c in METHODS.values()))
-            kind = f"{type(config).__module__}.{type(config).__name__}"
-            raise TypeError(f"peft_config is a {kind}; it must be one of {known}, or PEFT's own for such a method")
+            kind = config if is_class else type(config)
+            what = f"{'the class' if is_class else 'a'} {kind.__module__}.{kind.__name__}"
+            raise TypeError(f"peft_config is {what}; it must be one of {known}, or PEFT's own for such a method")
         values = config.to_dict()
         return cls._class_of(values)._of_peft_keys(values)
 

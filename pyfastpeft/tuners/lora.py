@@ -31,6 +31,7 @@ from .base import (
     check_dropout,
     check_pattern,
     names_or_pattern,
+    plain_number,
     register_method,
 )
 from .embeddings import own_embeddings
@@ -184,6 +185,7 @@ class LoraConfig(PeftConfig):
             setattr(self, name, dict(value))
         for key, rank in self.rank_pattern.items():
             self.rank_pattern[key] = as_count(f"rank_pattern[{key!r}]", rank)
+        self.alpha_pattern = {key: plain_number(alpha) for key, alpha in self.alpha_pattern.items()}
         alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
         for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
             _check_alpha(name, alpha)
@@ -207,6 +209,8 @@ class LoraConfig(PeftConfig):
         for pattern in self.layer_patterns:
             check_pattern("layers_pattern", pattern)
         wanted = self.layers_to_transform
+        if isinstance(wanted, (list, tuple)):
+            wanted = self.layers_to_transform = [plain_number(number) for number in wanted]
         for number in wanted if isinstance(wanted, (list, tuple)) else [0 if wanted is None else wanted]:
             if isinstance(number, bool) or not isinstance(number, int):
                 raise ValueError(f"layers_to_transform is {wanted!r}; it must be a number or a list of numbers")
@@ -224,6 +228,8 @@ class LoraConfig(PeftConfig):
         if self.lora_bias and (self.use_dora or isinstance(init, str)):
             raise ValueError("lora_bias is True; it goes with init_lora_weights True or False, and without use_dora")
         given = self.loftq_config or {}
+        if not isinstance(given, Mapping) and not hasattr(given, "loftq_iter"):  # PEFT's own has it too
+            raise ValueError(f"loftq_config is {given!r}; it must be a LoftQConfig or a dict of what that takes")
         loftq_config = dict(given if isinstance(given, Mapping) else vars(given))
         if init == "loftq":
             known = [held.name for held in fields(LoftQConfig)]
