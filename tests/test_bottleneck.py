@@ -302,6 +302,9 @@ def test_a_row_that_is_not_finite_reaches_no_gradients_of_others(activation, val
     peft_model = fp.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config(target_modules=["0"], activation=activation))
     peft_model.add_adapter("b", config(target_modules=["0"], activation=activation))
     randomize(peft_model)
+    for name, parameter in peft_model.named_parameters():
+        if name.endswith("default.down.bias"):
+            parameter.data.abs_()  # as above: one run in 750 had relus that were off in all rows
     own = [p for n, p in peft_model.named_parameters() if ".default." in n]
     x, cotangent = torch.randn(50, 8), torch.randn(50, 8)
     names = ["default", "b", "default", "__base__", "b"] * 10
