@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -352,7 +352,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             return self.base_model.model.generate_batch(*args, **kwargs)
 
     def _rows(self, adapter_names: Sequence[Names], args: tuple, kwargs: dict) -> Rows:
-        if isinstance(adapter_names, str) or not isinstance(adapter_names, Collection):
+        in_order = isinstance(adapter_names, Collection) and not isinstance(adapter_names, (str, Set, Mapping))
+        if not in_order:
             raise ValueError(
                 f"adapter_names is {adapter_names!r}; it must be a list, one name for each row of the batch"
             )

@@ -2004,6 +2004,10 @@ class TestBadArguments:
             (lambda: model.load_adapter(tmp_path, ["new"]), r"adapter_name is \['new'\]; it must be a word"),
             (lambda: model.add_weighted_adapter(["default"], [1.0], ["new"]), r"adapter_name is \['new'\]; it must be"),
             (lambda: model(**tiny.inputs(), adapter_names=3), "adapter_names is 3; it must be a list"),
+            (
+                lambda: model(**tiny.inputs(rows=2), adapter_names={"default", "__base__"}),
+                "adapter_names is {.*}; it must be a list",
+            ),
         ):
             with pytest.raises(ValueError, match=message):
                 call()
