@@ -18,7 +18,7 @@ from torch.func import functional_call
 from transformers.utils import PushToHubMixin
 
 from .adapters import CARRIED, NO_ROWS, Names, Rows
-from .hub.files import save_safetensors
+from .hub.files import as_path, save_safetensors
 from .hub.peft import OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter, write_card
 from .integrations.accelerate import fuse, is_fused, take_over, unfuse
 from .integrations.attention import with_sdpa
@@ -621,8 +621,9 @@ class PeftModel(PushToHubMixin, nn.Module):
                 which must be None.
 
         Raises:
-            ValueError: the argument at fault, a ``save_directory`` that is a file, or there is no adapter.
+            TypeError, ValueError: the argument at fault, a ``save_directory`` that is a file, or there is no adapter.
         """
+        folder = as_path("save_directory", save_directory)
         if not safe_serialization:
             raise ValueError("safe_serialization is False; adapters are written as safetensors only")
         if kwargs.get("path_initial_model_for_weight_conversion") is not None:
@@ -637,8 +638,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             return
         for name in names:
             tensors, own = self.adapter_state(name, save_embedding_layers, state_dict)
-            folder, in_peft = adapter_folder(save_directory, name), self.peft_config[name].IN_PEFT
-            write_adapter(folder, self._config_to_save(name), tensors, own, in_peft)
+            in_peft = self.peft_config[name].IN_PEFT
+            write_adapter(adapter_folder(folder, name), self._config_to_save(name), tensors, own, in_peft)
 
     def adapter_state(
         self, name: str, save_embedding_layers: bool | str, state_dict: Mapping[str, Tensor] | None
@@ -808,6 +809,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 active ones.
 
         Raises:
+            TypeError: ``path`` is no path.
             ValueError: none of them is a soft prompt.
         """
         names = self.active_adapters if adapter_name is None else adapter_name
@@ -816,7 +818,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         tuner = next((t for t in tuners if isinstance(t, SoftPromptTuner)), None)
         if tuner is None:
             raise ValueError(f"adapter_name is {list(names)}, of which none is a soft prompt")
-        save_safetensors(tuner.export(names), path)
+        save_safetensors(tuner.export(names), as_path("path", path))
 
     # Hot-swap.
 

@@ -652,6 +652,17 @@ class TestBadFolders:
         self.refused("no_such_adapter", "no_such_adapter", FileNotFoundError)
         self.refused("a/b/c", "a/b/c", FileNotFoundError)
 
+    def test_what_is_no_path_is_named(self):
+        self.refused(None, "model_id is None; it must be a path", TypeError)
+        model = fp.get_peft_model(tiny.make(), fp.PrefixTuningConfig(num_virtual_tokens=2))
+        for call, name in (
+            (model.save_pretrained, "save_directory"),
+            (model.export_prefix, "path"),
+            (fp.from_gguf, "path"),
+        ):
+            with pytest.raises(TypeError, match=f"{name} is None; it must be a path"):
+                call(None)
+
     def test_a_pickle_is_never_loaded(self, folder):
         tensors = load_file(folder / "adapter_model.safetensors")
         (folder / "adapter_model.safetensors").unlink()

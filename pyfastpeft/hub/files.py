@@ -16,6 +16,13 @@ import torch
 from torch import Tensor
 
 
+def as_path(name: str, value: Any) -> Path:
+    """The argument ``name``, a file's or a folder's path (a hub repository's name looks like one)."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} is {value!r}; it must be a path")
+    return Path(value)
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a fresh path beside ``path`` to write to; on success it replaces ``path``, on any error it is removed.

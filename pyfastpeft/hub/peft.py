@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import atomic_writes, load_safetensors, save_safetensors, write_text
+from .files import as_path, atomic_writes, load_safetensors, save_safetensors, write_text
 
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
@@ -46,11 +46,13 @@ def locate(model_id: str | os.PathLike, filename: str, subfolder: str | None = N
 
     Raises:
         FileNotFoundError: neither has it.
+        TypeError: ``model_id`` is neither a path nor a name.
     """
-    folder = Path(model_id) / subfolder if subfolder else Path(model_id)
+    root = as_path("model_id", model_id)
+    folder = root / subfolder if subfolder else root
     if (folder / filename).is_file():
         return folder / filename
-    if Path(model_id).exists() or Path(model_id).is_absolute():
+    if root.exists() or root.is_absolute():
         raise FileNotFoundError(f"there is no file {folder / filename}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError

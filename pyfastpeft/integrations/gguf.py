@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..formats import Packed4bit, quantize_4bit
 from ..hub.bitsandbytes import packed_to_state
+from ..hub.files import as_path
 from ..hub.gguf import GgufFile
 from ..ops.checks import floating_dtype
 from .gguf_rope import FACTORS, take_over_rope
@@ -67,7 +68,7 @@ def from_gguf(
 
     Raises:
         FileNotFoundError: there is no such file.
-        TypeError: ``quantization_config`` is of another class.
+        TypeError: ``path`` is none, or ``quantization_config`` is of another class.
         ValueError: the file is truncated, damaged, or of an architecture transformers cannot read from GGUF; it has a
             tensor, or rotary embeddings, that the model cannot take over; the model has no layer to quantize as asked;
             arguments that do not go together; or ``dtype`` is no such dtype.
@@ -81,7 +82,7 @@ def from_gguf(
             raise ValueError(f"{name} is {value!r}, and quant_type is None; {name} goes with a quant_type only")
     wanted = quantization_config if quant_type is None else FastPeftConfig(quant_type, blocksize, double_quant)
     dtype = floating_dtype(kwargs.pop("torch_dtype", dtype))
-    return load_gguf(Path(path), dtype, quant_type is None, wanted, **kwargs)
+    return load_gguf(as_path("path", path), dtype, quant_type is None, wanted, **kwargs)
 
 
 def load_gguf(
