@@ -30,7 +30,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   const pf::Kernels& k = kernels();
   pf::RmsNormArgs args{.x = matrix(x, "x"), .eps = static_cast<float>(eps)};
   args.weight = norm_weight(weight, args.x);
-  Tensor y = new_matrix(args.x.rows, args.x.cols, args.x.dtype);
+  Tensor y = new_passing_matrix(args.x.rows, args.x.cols, args.x.dtype);
   args.y = y.mutable_data_ptr();
   pf::parallel_for(args.x.rows, row_grain(args.x.cols), [&](int64_t r0, int64_t r1) { k.rms_norm(args, r0, r1); });
   return y;

@@ -65,6 +65,20 @@ inline Tensor new_matrix(int64_t rows, int64_t cols, int dtype) {
   return new_dense(sizes, 2, dtype);
 }
 
+// As new_matrix, for what is freed before its neighbours in memory: with room behind it, so that a tensor of its size
+// fits into the hole that it leaves. torch asks for more than that, to align what it gets: in 30 layers holes that
+// nothing fits into came to as much as all that a training step keeps.
+inline Tensor new_passing_matrix(int64_t rows, int64_t cols, int dtype) {
+  constexpr int64_t kRoom = 1 << 16, kLeast = 1 << 18;  // bytes
+  const int64_t width = pf::dtype_size(dtype), n = rows * cols;
+  if (n * width < kLeast) return new_matrix(rows, cols, dtype);
+  const int64_t all = n + kRoom / width, sizes[] = {rows, cols}, strides[] = {cols, 1};
+  const Tensor roomy = new_dense(&all, 1, dtype);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(roomy.get(), 2, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
 inline pf::Matrix matrix(Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix");
   make_columns_contiguous(t);
