@@ -22,7 +22,7 @@ from .hub.files import as_path, save_safetensors
 from .hub.peft import OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter, write_card
 from .integrations.accelerate import fuse, is_fused, take_over, unfuse
 from .integrations.attention import with_sdpa
-from .integrations.guidance import check_guided
+from .integrations.generated_rows import check_generated
 from .integrations.on_import import when_imported
 from .integrations.packed_images import check_shares
 from .integrations.trainer import teach_trainer
@@ -326,7 +326,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         if adapter_names is None:
             return self.base_model.model.generate(*args, **kwargs)
         rows = self._rows(adapter_names, args, kwargs)
-        check_guided(self.base_model.model, rows, args, kwargs)
+        check_generated(self.base_model.model, rows, args, kwargs)
         with self._mode(rows):
             return self.base_model.model.generate(*args, **kwargs)
 

@@ -287,6 +287,43 @@ def test_rows_do_not_choose_where_guidance_runs_them_twice_in_one_batch(name):
 
 
 @torch.no_grad()
+def test_rows_do_not_choose_where_whisper_goes_on_with_those_that_are_not_done():
+    """Two beams of the second row, by itself, were taken for one of each, where the decoder alone has adapters."""
+    config = tf.WhisperConfig(
+        vocab_size=tiny.VOCAB,
+        **_SEQ2SEQ | {"num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 32},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3},
+    )
+    base = tiny.vary_vectors(tf.WhisperForConditionalGeneration(config))
+    base.generation_config.no_timestamps_token_id, base.generation_config.is_multilingual = tiny.VOCAB - 1, False
+    base.generation_config.suppress_tokens, base.generation_config.begin_suppress_tokens = [0, 2], None  # all rows last
+    lora = fp.LoraConfig(r=2, target_modules=r".*decoder.*(q_proj|v_proj)", init_lora_weights=False)
+    model = fp.get_peft_model(base, lora, "a").eval()
+    model.add_adapter("b", lora)
+    sounds, options = torch.randn(2, 4, 40), {"max_new_tokens": 6, "num_beams": 2}
+    window, mask = sounds[..., :16], torch.ones(2, 40, dtype=torch.int64)
+    mask[0, 16:] = 0
+    long = options | {"attention_mask": mask, "return_timestamps": True, "adapter_names": ["a", "b"]}
+    said = r"\['a', 'b'\] for some rows and not for others, and input_features has 40 frames, and a window 16; a Whi"
+    with pytest.raises(ValueError, match=said):
+        model.generate(sounds, **long)
+    with pytest.raises(ValueError, match=said):
+        model.generate(input_features=sounds, **long)
+    several = options | {"temperature": (0.0, 0.0), "compression_ratio_threshold": 0.1, "logprob_threshold": -0.1}
+    with pytest.raises(ValueError, match=r"temperature is \(0\.0, 0\.0\)"):
+        model.generate(window, adapter_names=["a", "b"], **several)
+    with pytest.raises(ValueError, match="return_timestamps is True"):
+        model.generate(window, adapter_names=["a", "b"], return_timestamps=True, **options)
+    alike = model.generate(window, adapter_names=["b", "b"], **several)
+    mixed = model.generate(window, adapter_names=["a", "b"], temperature=0.0, **options)
+    model.set_adapter("b")
+    assert torch.equal(alike, model.generate(window, **several))
+    alone = model.generate(window, temperature=0.0, **options)
+    length = min(alone.shape[1], mixed.shape[1])
+    assert torch.equal(mixed[1, :length], alone[1, :length])
+
+
+@torch.no_grad()
 def test_rows_do_not_choose_for_images_that_janus_generates():
     vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     codes = {
