@@ -949,10 +949,11 @@ def test_a_head_that_reads_the_last_entry_reads_a_token_of_rows_padded_on_the_le
             torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
 
 
+_OTHER_DECODER = _BART | {"decoder_layers": 2, "decoder_attention_heads": 2}
 _ALONE = {
     "UMT5": lambda: tf.UMT5EncoderModel(tf.UMT5Config(**_T5)),
     "UMT5 under a head": lambda: tf.UMT5ForTokenClassification(tf.UMT5Config(**_T5)),
-    "BART": lambda: tf.BartModel(tf.BartConfig(**_BART)).get_encoder(),
+    "BART": lambda: tf.BartModel(tf.BartConfig(**_OTHER_DECODER)).get_encoder(),
 }
 
 
@@ -967,6 +968,22 @@ def test_an_encoder_may_stand_alone_with_the_configuration_of_both(kind, method)
     both = model(input_ids=ids, attention_mask=mask)[0]
     assert len(both[0]) == len(ids[0]) and tiny.relative(both[0], base(input_ids=ids[:1])[0][0]) > 1e-3
     torch.testing.assert_close(both[1:, :4], model(input_ids=ids[1:, :4])[0], rtol=1e-4, atol=1e-5)
+    shape = model.peft_config["default"]
+    assert (shape.num_layers, shape.num_attention_heads) == (4, 4)  # not the decoder's, as in peft
+
+
+@torch.no_grad()
+def test_a_decoder_that_stands_alone_takes_the_prefix_that_it_takes_beside_its_encoder():
+    whole = tf.BartModel(tf.BartConfig(**_BART)).eval()
+    base, ids, seen = whole.get_decoder(), torch.randint(3, tiny.VOCAB, (2, 6)), torch.randn(2, 5, 32)
+    prefix = fp.PrefixTuningConfig(num_virtual_tokens=N, prefix_init="random")
+    alone = fp.get_peft_model(copy.deepcopy(base), prefix).eval()
+    both = fp.get_peft_model(whole, copy.copy(prefix)).eval()
+    fp.set_peft_model_state_dict(both, fp.get_peft_model_state_dict(alone))
+    expected = both(encoder_outputs=(seen,), decoder_input_ids=ids).last_hidden_state
+    torch.testing.assert_close(alone(input_ids=ids, encoder_hidden_states=seen)[0], expected)
+    with pytest.raises(ValueError, match="a BartDecoder is a decoder without its encoder"):
+        fp.get_peft_model(copy.deepcopy(base), fp.PromptTuningConfig(num_virtual_tokens=N))
 
 
 @torch.no_grad()

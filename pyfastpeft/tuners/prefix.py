@@ -92,7 +92,7 @@ class PrefixTuningConfig(InitialTextConfig):
             raise ValueError("prefix_init is 'text'; with prefix_projection it must be 'random' or 'zero'")
 
     def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
-        own = first_layer_config(model)
+        own = first_layer_config(model, prefixes)
         if (self.token_dim, self.num_attention_heads) == (own.hidden_size, own.num_attention_heads):
             self.token_dim = self.num_attention_heads = None  # the queries' shape, as PEFT lets it be given
         super().fill(model, prefixes)

@@ -91,7 +91,7 @@ class SoftPromptConfig(PeftConfig):
             layers, heads, dim = prefixes.shape
             width = heads * dim
         else:
-            own = first_layer_config(model)
+            own = first_layer_config(model, prefixes)
             layers, heads, width = len(prefixes.attentions), own.num_attention_heads, own.hidden_size
             if self.at_embedding:
                 layers, width = prefixes.shape.layers, model.get_input_embeddings().weight.shape[1]
@@ -147,11 +147,11 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
     return torch.tensor(ids, device="cpu")
 
 
-def first_layer_config(model: nn.Module) -> Any:
+def first_layer_config(model: nn.Module, prefixes: Prefixes) -> Any:
     """The configuration of the text's first layer: others may have other numbers of query heads (Step 3.7)."""
-    from ..integrations.soft_prompts.decoders import layer_configs
+    from ..integrations.soft_prompts.decoders import layer_configs, text_config
 
-    return layer_configs(model.config.get_text_config(decoder=True))[0]
+    return layer_configs(text_config(model.config, prefixes.seq2seq))[0]
 
 
 def random_ids(model: nn.Module, count: int) -> Tensor:

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
 from ...adapters import AdapterBank
-from .bidirectional import BidirectionalPrefixes, attentions_in
+from .bidirectional import BidirectionalPrefixes
 from .causal import CausalPrefixes
-from .decoders import is_encoder_decoder
+from .decoders import attentions_in, is_encoder_decoder
 from .prefixes import Prefixes
 
 

@@ -26,7 +26,7 @@ from ...nn.prompt_encoder import Form
 from .. import attention
 from ..forwards import NamedForward
 from .bare import tied
-from .decoders import KeyValueShape, block_of, config_of
+from .decoders import KeyValueShape, attentions_in, block_of, config_of, text_config
 from .kept_prompts import Source, Values
 from .prefixes import OFF, Prefixes, distinct, goes_on, past_of
 from .prompt_tokens import DecoderForward, EncoderForward, EncoderModelForward, Tokens, shape_of_tokens
@@ -50,11 +50,6 @@ _POSITIONS = (
     "XLNetForQuestionAnswering",
 )
 """Classes that take, find or give out positions of tokens beside those of an answer's start and end."""
-
-
-def attentions_in(model: nn.Module) -> list[nn.Module]:
-    """The attention modules of ``model``, which say of themselves whether they are causal."""
-    return [m for m in model.modules() if isinstance(vars(m).get("is_causal"), bool)]
 
 
 def by_row(make: Callable[[int], Tensor], lengths: Tensor) -> Tensor:
@@ -185,7 +180,7 @@ class BidirectionalPrefixes(Prefixes):
         self._blocks = [block_of(self.decoder, paths[m]) for m in self.attentions]
         kind = type(self.model).__name__
         config = config_of(self.decoder, kind)
-        text = config.get_text_config(decoder=True)
+        text = text_config(config, self.seq2seq)
         if getattr(text, "num_attention_heads", None) is None:
             raise ValueError(f"a {kind} has no attention, so it cannot take a soft prompt")
         shape = KeyValueShape.of(text)
@@ -227,6 +222,11 @@ class BidirectionalPrefixes(Prefixes):
 
     def check(self, form: Form) -> None:
         if form is Form.EMBEDDINGS:
+            if self.seq2seq and any(module is self.decoder for module in self.model.get_encoder().modules()):
+                raise ValueError(
+                    f"a {type(self.model).__name__} is a decoder without its encoder, and a soft prompt at the "
+                    "embedding is the encoder's; use Prefix Tuning"
+                )
             self._check_embeds()
             if type(self.model).__name__ in _POSITIONS:
                 raise ValueError(

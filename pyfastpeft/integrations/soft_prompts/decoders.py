@@ -49,13 +49,26 @@ class KeyValueShape(NamedTuple):
         return shapes.pop()
 
 
+def attentions_in(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of ``model``, which say of themselves whether they are causal."""
+    return [m for m in model.modules() if isinstance(vars(m).get("is_causal"), bool)]
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether ``model`` has a decoder beside its encoder: an encoder that stands alone may have the configuration of
-    both (UMT5EncoderModel, BartEncoder)."""
+    """Whether ``model`` has the decoder of an encoder–decoder: an encoder that stands alone may have the configuration
+    of both (UMT5EncoderModel, BartEncoder)."""
     if not model.config.is_encoder_decoder:
         return False
-    encoder = model.get_encoder()
-    return all(module is not encoder for module in model.get_decoder().modules())
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    beside = all(module is not encoder for module in decoder.modules())
+    return beside or any(module.is_causal for module in attentions_in(decoder))
+
+
+def text_config(config: Any, seq2seq: bool) -> Any:
+    """What ``config`` says of the text's layers, which are the decoder's, but for an encoder that stands alone with the
+    configuration of both."""
+    alone = config.is_encoder_decoder and not seq2seq
+    return config.get_text_config(encoder=True) if alone else config.get_text_config(decoder=True)
 
 
 def layer_configs(config: Any) -> Sequence[Any]:
