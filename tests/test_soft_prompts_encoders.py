@@ -854,6 +854,11 @@ def test_a_row_without_a_prompt_is_refused_beside_one_where_ids_are_embedded_in_
     for name in ("default", "__base__"):
         both = model(ids, adapter_names=[name, name]).last_hidden_state
         torch.testing.assert_close(both[:1], model(ids[:1], adapter_names=[name]).last_hidden_state)
+    same = tf.EsmConfig(**_BERT, mask_token_id=3, pad_token_id=1, position_embedding_type="rotary")  # ids are looked up
+    model = fp.get_peft_model(tf.EsmModel(same), fp.PromptTuningConfig(num_virtual_tokens=N)).eval()
+    names = ["default", "__base__"]
+    alone = [model(row[None], adapter_names=[name]).last_hidden_state for row, name in zip(ids, names, strict=True)]
+    torch.testing.assert_close(model(ids, adapter_names=names).last_hidden_state, torch.cat(alone))
 
 
 @pytest.mark.parametrize("kind", ["Bart", "M2M100"])

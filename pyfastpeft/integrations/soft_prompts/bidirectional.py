@@ -52,6 +52,13 @@ _POSITIONS = (
 """Classes that take, find or give out positions of tokens beside those of an answer's start and end."""
 
 
+def _embeds_ids_alone(config: Any) -> bool:
+    """Whether a model does more with ids than to look their vectors up, and nothing of it with vectors: ESM."""
+    if config.model_type != "esm":
+        return False
+    return config.token_dropout or config.emb_layer_norm_before or config.position_embedding_type == "absolute"
+
+
 def by_row(make: Callable[[int], Tensor], lengths: Tensor) -> Tensor:
     """[batch, …]: ``make(length)`` [batch or 1, …] for each row's own length."""
     different, which = lengths.unique(return_inverse=True)
@@ -297,7 +304,7 @@ class BidirectionalPrefixes(Prefixes):
         if used.isdisjoint(self.tokens):
             return Tokens(self.model.get_input_embeddings().weight[:0].unsqueeze(0))
         different, index = distinct(tuple(name for name in names if name in self.tokens) for names in rows)
-        if -1 in index and self.model.config.model_type == "esm":
+        if -1 in index and _embeds_ids_alone(self.model.config):
             prompts = sorted(used.intersection(self.tokens))
             raise ValueError(
                 f"adapter_names has {prompts} for some rows and no prompt at the embedding for others; ESM scales, and "
