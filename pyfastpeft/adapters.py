@@ -45,6 +45,11 @@ Names = str | Sequence[str]
 """What one row uses: a name, ``"__base__"``, or several names at once."""
 
 
+def in_order(names: Collection[str]) -> tuple[str, ...]:
+    """``names`` in their order, those of a set in the alphabet's: soft prompts lie in it, in every process alike."""
+    return tuple(sorted(names, key=str) if isinstance(names, (set, frozenset)) else names)
+
+
 class Rows:
     """The adapters of each row of a batch.
 
@@ -64,7 +69,8 @@ class Rows:
     """
 
     def __init__(self, adapter_names: Sequence[Names], known: Sequence[str]) -> None:
-        wanted = [tuple(names) if isinstance(names, (list, tuple, set)) else (names,) for names in adapter_names]
+        several = (list, tuple, set, frozenset)
+        wanted = [in_order(names) if isinstance(names, several) else (names,) for names in adapter_names]
         used = set().union(*wanted)
         unknown = sorted((n for n in used if n != BASE and n not in known), key=str)
         if unknown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -352,8 +352,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             return self.base_model.model.generate_batch(*args, **kwargs)
 
     def _rows(self, adapter_names: Sequence[Names], args: tuple, kwargs: dict) -> Rows:
-        in_order = isinstance(adapter_names, Collection) and not isinstance(adapter_names, (str, Set, Mapping))
-        if not in_order:
+        unordered = isinstance(adapter_names, (str, set, frozenset, Mapping))
+        if unordered or not isinstance(adapter_names, Collection):
             raise ValueError(
                 f"adapter_names is {adapter_names!r}; it must be a list, one name for each row of the batch"
             )
@@ -512,6 +512,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: the argument at fault; DoRA, lora_bias, modules_to_save and trainable_token_indices cannot be
                 combined.
         """
+        if isinstance(adapters, (set, frozenset)):
+            raise ValueError(f"adapters is {adapters!r}; it must be a list, in the order of weights")
         names = self.base_model.known(adapters)
         check_new(adapter_name, self.peft_config)
         config, tensors = combine(

@@ -1092,6 +1092,16 @@ class TestSeveralAdapters:
             torch.testing.assert_close(mixed[i : i + 1], model(ids[i : i + 1]), rtol=1e-4, atol=1e-5)
         with model.disable_adapter():
             torch.testing.assert_close(mixed[2:], model(ids[2:]), rtol=1e-4, atol=1e-5)
+        expected = model(ids[:2], adapter_names=["a", "b"])
+        assert torch.equal(model(ids[:2], adapter_names={"a": 1, "b": 2}.keys()), expected)  # which have an order
+
+    def test_a_set_of_names_is_in_the_order_of_the_alphabet(self):
+        model = block(*"gfedcba")
+        names = tuple(model.peft_config)
+        rows = Rows([set(names), frozenset(names), list(names)], names)
+        assert rows.of_row == (tuple("abcdefg"), tuple("abcdefg"), names)
+        model.set_adapter(set(names))
+        assert model.active_adapters == [*"abcdefg"]
 
     @pytest.mark.parametrize("names", ["a", "dora", "narrow", ["a", "b"], ["b", "dora", "narrow"], ["narrow", "wide"]])
     def test_rows_that_choose_alike_go_the_way_of_active_adapters(self, names, monkeypatch):
@@ -2007,6 +2017,10 @@ class TestBadArguments:
             (
                 lambda: model(**tiny.inputs(rows=2), adapter_names={"default", "__base__"}),
                 "adapter_names is {.*}; it must be a list",
+            ),
+            (
+                lambda: model.add_weighted_adapter({"default", "b"}, [1.0, 2.0], "c"),
+                "adapters is {.*}; it must be a list, in the order of weights",
             ),
         ):
             with pytest.raises(ValueError, match=message):

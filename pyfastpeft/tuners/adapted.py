@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import BASE, CARRIED, AdapterBank
+from ..adapters import BASE, CARRIED, AdapterBank, in_order
 from ..formats import is_full_precision
 from ..hub.files import check_tensors
 from ..nn.bottleneck import BottleneckLayer
@@ -258,7 +258,7 @@ class AdaptedModel(OneDevice, nn.Module):
         """One name or several, each of an adapter."""
         if not isinstance(names, Collection):
             raise ValueError(f"the adapter is {names!r}; it must be among {list(self.configs)}, or several of them")
-        names = (names,) if isinstance(names, str) else tuple(names)
+        names = (names,) if isinstance(names, str) else in_order(names)
         unknown = [n for n in names if not isinstance(n, str) or n not in self.configs]
         if unknown:
             raise ValueError(f"there is no adapter {unknown[0]!r}; this model has {list(self.configs)}")
