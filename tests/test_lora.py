@@ -1815,6 +1815,7 @@ class TestBadArguments:
             ({"init_lora_weights": "magic"}, "init_lora_weights is 'magic'"),
             ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, "loftq_bits"),
             ({"loftq_config": "x"}, "loftq_config is 'x'; it must be a LoftQConfig or a dict"),
+            ({"loftq_config": fp.LoftQConfig}, "loftq_config is <class .*LoftQConfig'>; it must be a LoftQConfig"),
             ({"lora_bias": True, "use_dora": True}, "lora_bias is True"),
             (
                 {
@@ -1861,6 +1862,8 @@ class TestBadArguments:
             (fp.LoraConfig, {"lora_alpha": np.float32(4), "alpha_pattern": {"v_proj": np.int64(2)}}),
             (fp.LoraConfig, {"lora_dropout": np.float32(0.5), "layers_to_transform": [np.int64(0)]}),
             (fp.LoraConfig, {"layers_to_transform": np.int64(0)}),
+            (fp.LoraConfig, {"loftq_config": {"loftq_bits": np.int64(4)}, "init_lora_weights": "loftq"}),
+            (fp.LoraConfig, {"trainable_token_indices": [np.int64(1), np.int32(3)]}),
             (fp.PromptEncoderConfig, {"num_virtual_tokens": 4, "encoder_dropout": np.float16(0.5)}),
             (fp.DeepPromptConfig, {"num_virtual_tokens": 4, "prefix_dropout": np.float32(0.5)}),
             (fp.BottleneckConfig, {"reduction_factor": np.float32(2)}),
@@ -1869,7 +1872,7 @@ class TestBadArguments:
     def test_numbers_may_be_of_any_type_and_are_saved_as_pythons(self, tmp_path, method, kwargs):
         config = method(**kwargs)
         config.save_pretrained(tmp_path)
-        assert method.from_pretrained(tmp_path) == config
+        assert method.from_pretrained(tmp_path) == config == method.from_dict(config.to_dict() | kwargs)
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),

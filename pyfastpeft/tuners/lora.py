@@ -228,9 +228,11 @@ class LoraConfig(PeftConfig):
         if self.lora_bias and (self.use_dora or isinstance(init, str)):
             raise ValueError("lora_bias is True; it goes with init_lora_weights True or False, and without use_dora")
         given = self.loftq_config or {}
-        if not isinstance(given, Mapping) and not hasattr(given, "loftq_iter"):  # PEFT's own has it too
+        is_one = hasattr(given, "loftq_iter") and not isinstance(given, type)  # PEFT's own has it too
+        if not isinstance(given, Mapping) and not is_one:
             raise ValueError(f"loftq_config is {given!r}; it must be a LoftQConfig or a dict of what that takes")
-        loftq_config = dict(given if isinstance(given, Mapping) else vars(given))
+        loftq_config = given if isinstance(given, Mapping) else vars(given)
+        loftq_config = {key: plain_number(value) for key, value in loftq_config.items()}
         if init == "loftq":
             known = [held.name for held in fields(LoftQConfig)]
             if unknown := sorted(loftq_config.keys() - known):
@@ -241,7 +243,8 @@ class LoraConfig(PeftConfig):
     @classmethod
     def _from_file(cls, values: dict[str, Any]) -> dict[str, Any]:
         # PEFT's default; null would be ours, which an adapter that is trained already need not have had.
-        _check_alpha("lora_alpha", values.setdefault("lora_alpha", 8))
+        values["lora_alpha"] = plain_number(values.get("lora_alpha", 8))
+        _check_alpha("lora_alpha", values["lora_alpha"])
         if values.get("init_lora_weights") in ("eva", "orthogonal"):
             # Only the initial values differ, and those are about to be loaded.
             values |= {"init_lora_weights": True, "eva_config": None}

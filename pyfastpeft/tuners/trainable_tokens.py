@@ -14,6 +14,7 @@ from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TokenRows, TrainableTokens
 from .adapted import adapter_dtype
+from .base import plain_number
 from .modules import at, base_of, modules_of, put, says_tied
 
 DELTA = "token_adapter.trainable_tokens_delta"
@@ -46,7 +47,7 @@ def checked_tokens(given: Any) -> list[int] | dict[str, list[int]] | None:
 
 
 def _checked(name: str, given: Any) -> list[int]:
-    tokens = list(given) if isinstance(given, (list, tuple, set, frozenset)) else []
+    tokens = [plain_number(token) for token in given] if isinstance(given, (list, tuple, set, frozenset)) else []
     plain = all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens)
     if not tokens or not plain or len(set(tokens)) < len(tokens):
         raise ValueError(f"{name} is {given!r}; it must be a list of token numbers, each once and at least one")
