@@ -657,6 +657,7 @@ class TestBadFolders:
         model = fp.get_peft_model(tiny.make(), fp.PrefixTuningConfig(num_virtual_tokens=2))
         for call, name in (
             (model.save_pretrained, "save_directory"),
+            (fp.LoraConfig().save_pretrained, "save_directory"),
             (model.export_prefix, "path"),
             (fp.from_gguf, "path"),
         ):

@@ -12,10 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..hub.files import read_json, write_text
+from ..hub.files import as_path, read_json, write_text
 from ..hub.peft import CONFIG_NAME, locate
 from ..ops.checks import as_count
 
@@ -189,7 +188,7 @@ class PeftConfig(ABC):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write ``adapter_config.json`` into ``save_directory``."""
-        write_text(json.dumps(self.to_dict(), indent=2), Path(save_directory) / CONFIG_NAME)
+        write_text(json.dumps(self.to_dict(), indent=2), as_path("save_directory", save_directory) / CONFIG_NAME)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PeftConfig:
