@@ -111,6 +111,7 @@ def test_no_tokens_and_keys_and_values_in_one_tensor():
     assert out.shape == (3, 0, 48) and keys.shape == values.shape == (3, 2, 0, 8)
     x = torch.randn(3, 4, 48)
     assert torch.equal(layer(x, prefix=prefix)[0], layer(x, prefix=tuple(prefix))[0])
+    assert torch.equal(layer(x, prefix=prefix)[0], layer(x, prefix=iter(prefix))[0])
     with pytest.raises(ValueError, match=r"x has shape \(4, 48\); it must be \[batch, tokens, hidden_size\]"):
         layer(x[0])
 
@@ -125,6 +126,7 @@ def test_no_tokens_and_keys_and_values_in_one_tensor():
         ({"rotary": torch.ones(3, 2, 8)}, TypeError, "rotary is a Tensor; it must be a pair of tensors, cos and sin"),
         ({"rotary": (1, 2)}, TypeError, "cos is a int; it must be a tensor"),
         ({"prefix": 3}, TypeError, "prefix is a int; it must be a pair of tensors, keys and values"),
+        ({"prefix": torch.tensor(1.0)}, TypeError, "prefix is a Tensor; it must be a pair of tensors, keys and values"),
         ({"past": torch.tensor(1.0)}, TypeError, "past is a Tensor; it must be a pair of tensors, keys and values"),
         ({"past": (1, 2)}, TypeError, "keys of past is a int; it must be a tensor"),
     ],

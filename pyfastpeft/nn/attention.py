@@ -113,9 +113,12 @@ class Attention(nn.Module):
                     shape = f"[{batch}, {heads}, past, {size}]"
                     raise ValueError(f"past has {name} of shape {tuple(t.shape)}; it must be {shape}")
             k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
-        if prefix is not None and not isinstance(prefix, (tuple, list, Tensor)):
-            raise TypeError(f"prefix is a {type(prefix).__name__}; it must be a pair of tensors, keys and values")
-        prefix_k, prefix_v, index, lengths = (*(() if prefix is None else prefix), None, None, None, None)[:4]
+        try:
+            parts = () if prefix is None else tuple(prefix)
+        except TypeError:
+            what = "a pair of tensors, keys and values"
+            raise TypeError(f"prefix is a {type(prefix).__name__}; it must be {what}") from None
+        prefix_k, prefix_v, index, lengths = (*parts, None, None, None, None)[:4]
         out = prefix_attention(
             q,
             k,
