@@ -172,7 +172,6 @@ Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vecto
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == d.hidden && x.is_contiguous() && dtype_of(x, "x") == d.dtype,
                   "x must be contiguous [batch, tokens, ", d.hidden, "] in the dtype of the norms");
   const int64_t batch = x.size(0), tokens = x.size(1);
-  STD_TORCH_CHECK(batch * tokens <= pf::kTile, "x has ", batch * tokens, " rows; it must have at most ", pf::kTile);
   STD_TORCH_CHECK(keys.size() == layers && values.size() == layers && past.size() == layers,
                   "keys, values and past must be one a layer");
   const int64_t most = std::numeric_limits<int64_t>::max() - tokens;

@@ -165,8 +165,9 @@ Tensor dense_linear(Tensor x, Tensor weight, OptTensor bias) {
   const Bias added(bias, w.rows);
   Tensor y = new_matrix(xm.rows, w.rows, xm.dtype);
   void* out = y.mutable_data_ptr();
-  pf::with_threads_for(xm.rows, w.rows * w.cols,
-                       [&](pf::ParallelFor threads) { pf::dense_product(w, xm, added.data, out, xm.dtype, threads); });
+  pf::with_threads_for(xm.rows, w.rows * w.cols, [&](pf::ParallelFor threads) {
+    pf::dense_forward(w, xm, added.data, {}, out, xm.dtype, threads);
+  });
   return y;
 }
 

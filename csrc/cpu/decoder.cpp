@@ -102,14 +102,20 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
                                  parallel);
     linear_forward(linear.w, rows_of(from, m, linear.w.k), linear.bias, linear.branch, to, d.dtype, nullptr, parallel);
   };
+  // body(begin, end) over [0, rows), of which each takes the time in which so many elements of a cache are read.
+  const auto share = [&](int64_t rows, int64_t work, const auto& body) {
+    run(parallel, rows, cache_grain(work), body);
+  };
   // stream += added, where there is something to add; out = norm(stream).
   const auto norm = [&](bool adds, const void* weight, void* out) {
     RmsNormArgs args{rows_of(adds ? added : stream, m, d.hidden), {}, weight, d.eps, stream, out, d.gemma};
     if (adds) args.residual = rows_of(stream, m, d.hidden);
-    k.rms_norm(args, 0, m);
+    share(m, d.hidden * 4, [&](int64_t r0, int64_t r1) { k.rms_norm(args, r0, r1); });
   };
   const auto norm_in_place = [&](char* x, int64_t rows, int64_t cols, const void* weight) {
-    if (weight != nullptr) k.rms_norm({rows_of(x, rows, cols), {}, weight, d.eps, nullptr, x, d.gemma}, 0, rows);
+    if (weight == nullptr) return;
+    const RmsNormArgs args{rows_of(x, rows, cols), {}, weight, d.eps, nullptr, x, d.gemma};
+    share(rows, cols * 4, [&](int64_t r0, int64_t r1) { k.rms_norm(args, r0, r1); });
   };
   const auto multiply = [&](char* x) {
     constexpr int64_t kPart = 128;
@@ -122,19 +128,18 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
     }
   };
   const auto rotate = [&](char* x, int64_t heads, int64_t stride, const DecoderAngles& angles) {
-    k.rope({x,
-            d.dtype,
-            in.tokens,
-            heads,
-            in.turned,
-            {in.tokens * stride, d.dim, stride},
-            angles.cos,
-            angles.sin,
-            angles.stride,
-            false,
-            x,
-            {stride, d.dim}},
-           0, m);
+    const RopeArgs args{.x = x,
+                        .dtype = d.dtype,
+                        .tokens = in.tokens,
+                        .heads = heads,
+                        .dim = in.turned,
+                        .strides = {in.tokens * stride, d.dim, stride},
+                        .cos = angles.cos,
+                        .sin = angles.sin,
+                        .angle_stride = angles.stride,
+                        .y = x,
+                        .y_strides = {stride, d.dim}};
+    share(m, heads * in.turned * 16, [&](int64_t r0, int64_t r1) { k.rope(args, r0, r1); });
   };
 
   std::memcpy(stream, in.x, m * d.hidden * size);
@@ -163,8 +168,8 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
     project(layer.linear[kGate], normed, gate);
     if (!d.joined) project(layer.linear[kUp], normed, up);
     const Matrix gates{gate, d.dtype, m, d.intermediate, gate_stride}, ups{up, d.dtype, m, d.intermediate, gate_stride};
-    run(parallel, m, cache_grain(d.intermediate * 16),
-        [&](int64_t r0, int64_t r1) { (d.gemma ? k.geglu : k.swiglu)(gates, ups, activated, r0, r1); });
+    share(m, d.intermediate * 16,
+          [&](int64_t r0, int64_t r1) { (d.gemma ? k.geglu : k.swiglu)(gates, ups, activated, r0, r1); });
     project(layer.linear[kDown], activated, added);
     norm_in_place(added, m, d.hidden, layer.mlp_norm);
     multiply(added);

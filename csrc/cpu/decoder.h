@@ -1,5 +1,5 @@
-// A stack of decoder layers for up to kTile rows: norm, projections, rotary embeddings, attention over a cache, a gated
-// MLP, each layer in place on one residual stream. No torch in it; threads come from the caller.
+// A stack of decoder layers for any number of rows: norm, projections, rotary embeddings, attention over a cache, a
+// gated MLP, each layer in place on one residual stream. No torch in it; threads come from the caller.
 #pragma once
 #include <vector>
 

@@ -278,7 +278,7 @@ PackedRows branch_sums(const Kernels& k, const Arithmetic& arith, const Matrix& 
   const int64_t rows = x.rows;
   const auto all = [&](BranchSums&& sums) {
     sums.finish(parallel);
-    sums.store(s);
+    if (s != nullptr) sums.store(s);
     return pack_sums(arith, sums, branch_factor(branch, rows, branch.rank()), branch, rows);
   };
   if (rows <= arith.few_rows && branch.dropout.threshold == 0)
@@ -499,9 +499,10 @@ void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, voi
             [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); });
 }
 
-void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y, int y_dtype, ParallelFor parallel) {
-  if (x.rows <= kTile) return dense_forward(w, x, bias, {}, y, y_dtype, parallel);
-  if (w.rows == 0) return;
+namespace {
+
+void many_rows_dense(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
+                     ParallelFor parallel) {
   // A branch alone, with x for its s.
   const Arithmetic& arith = arithmetic_for(*kernels(), x.dtype);
   GemmArgs args{.x = {nullptr, x.rows, 0},
@@ -513,7 +514,10 @@ void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y,
   args.w.n = w.rows;
   run_units(parallel, args.w.tiles(), kPair, kTile * w.cols * x.rows,
             [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); });
+  if (branch.rank() > 0) lora_forward({y, y_dtype, x.rows, w.rows, w.rows}, x, branch, y, nullptr, parallel);
 }
+
+}  // namespace
 
 void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor parallel) {
   const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
@@ -529,6 +533,7 @@ void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor par
 void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
                    ParallelFor parallel) {
   if (x.rows == 0 || w.rows == 0) return;
+  if (x.rows > kTile) return many_rows_dense(w, x, bias, branch, y, y_dtype, parallel);
   const Kernels& k = *kernels();
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   const int64_t lanes = arith.group_lanes, groups = ceil_div(w.rows, lanes);

@@ -35,11 +35,10 @@ void linear_forward(const Weight& w, const Matrix& x, const float* bias, const B
 // The same y with x rounded to 8 bits on its way into W; the branch is exact.
 void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y,
                          int y_dtype, ParallelFor parallel);
-// The same as linear_forward for up to kTile rows and a weight [N, K] in full precision, without dropout.
+// The same as linear_forward for a weight [N, K] in full precision, without dropout, and dx [rows, K] = dy W in dy's
+// dtype. Of more than kTile rows the branch is added to a product that is rounded.
 void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
                    ParallelFor parallel);
-// The same for any number of rows, without a branch, and dx [rows, K] = dy W in dy's dtype.
-void dense_product(const Matrix& w, const Matrix& x, const float* bias, void* y, int y_dtype, ParallelFor parallel);
 void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor parallel);
 // y [x.rows, N] = base + the branch, in base's dtype; s [x.rows, R] as above.
 void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, void* y, float* s, ParallelFor parallel);

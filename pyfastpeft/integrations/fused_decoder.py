@@ -130,6 +130,8 @@ _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else
 _version_of = operator.attrgetter("_version")
 _forward_of = operator.attrgetter("forward")
 _dtype_of = operator.attrgetter("dtype")
+_MOST_ROWS = 64  # more take longer than by the layers (a dense model in bfloat16, 2048 wide, 128 rows: 1.06 times)
+_WIDE = 2048  # torch is faster at more than FEW_ROWS by wider weights in bfloat16 (4096 x 4096: 0.91 of the time)
 _STACKS_KEPT = 32  # switching between this many sets of adapters, and choices of rows, builds nothing
 
 
@@ -213,6 +215,7 @@ class _Stack:
         self.lookups = _Lookups()
         self.plans = _Lookups()  # what switching adapters exchanges, to and fro
         self.held: DecoderHandle | None = None
+        self.most_rows = _MOST_ROWS
         self.windows: list[int] = []  # of each layer, 0: none
         self.window = math.inf  # up to so many keys each layer sees all
         self.causal = True  # else of several tokens each sees those that follow
@@ -415,6 +418,8 @@ class _Stack:
                 raise _Unsupported
             if bias is not None and bias.shape != weight.shape[:1]:  # torch spreads it
                 raise _Unsupported
+            if weight.dtype is torch.bfloat16 and min(weight.shape) > _WIDE:
+                self.most_rows = FEW_ROWS
             return torch.ops.pyfastpeft.add_decoder_dense.default, weight, bias, *branch
         if type(module) is not Linear4bit or look.get(vars(module), "compute_dtype") not in (None, dtype):
             raise _Unsupported
@@ -701,7 +706,7 @@ class _FewRows(ModuleForward):
             return None
         given = inputs_embeds if input_ids is None else input_ids
         batch, tokens = given.shape[:2]
-        if not given.is_cpu or batch * tokens > FEW_ROWS:
+        if not given.is_cpu or batch * tokens > _MOST_ROWS:
             return None  # before anything is asked that a GPU would be waited for
         kinds = _LAYERS.get(type(cache))
         if kinds is None:
@@ -725,7 +730,9 @@ class _FewRows(ModuleForward):
         if seen is not None and (not isinstance(seen, Tensor) or seen.shape != (batch, length)):
             return None
         stack = self._stack(cache)
-        if stack.held is None or not stack.serves(batch) or stack.forgets(layers, past):
+        if stack.held is None or batch * tokens > stack.most_rows:
+            return None
+        if not stack.serves(batch) or stack.forgets(layers, past):
             return None
         if tokens > 1 and not stack.causal:
             return None
