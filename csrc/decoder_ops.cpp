@@ -1,6 +1,7 @@
 // The decoder stack as operators. A stack is built once and named by a handle; it holds its tensors, and reads where
 // their memory lies at every call. One call then computes a token, without a dispatch or a check a layer.
 #include <algorithm>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <span>
@@ -15,6 +16,12 @@ namespace {
 
 using namespace pf::tensors;
 
+struct HeldBottleneck {
+  Tensor down, down_bias, up, up_bias;
+  pf::Activation activation;
+  std::vector<int64_t> uses;
+};
+
 struct HeldLinear {
   int64_t n, k;
   std::shared_ptr<const HeldWeight> weight;  // or
@@ -23,6 +30,7 @@ struct HeldLinear {
   double scaling;
   OptTensor row_scale;  // [R], or [groups, R]: one for equally many consecutive rows
   bool int8;
+  std::vector<HeldBottleneck> bottlenecks = {};
 };
 
 // The projections of a layer in their order.
@@ -127,6 +135,36 @@ void add_decoder_dense(int64_t id, Tensor weight, OptTensor bias, OptTensor lora
            .row_scale = row_scale});
 }
 
+// Keeps what the kernels read of a bottleneck behind a layer with `n` outputs.
+struct BottleneckTensors {
+  Tensor down, up;
+  Bias down_bias, up_bias;
+  pf::DecoderBottleneck bottleneck;
+
+  BottleneckTensors(const HeldBottleneck& held, int64_t n, int64_t rows)
+      : down(held.down), up(held.up), down_bias(held.down_bias, held.down.size(0)), up_bias(held.up_bias, n) {
+    bottleneck = {matrix(down, "down"), matrix(up, "up"), down_bias.data, up_bias.data, held.activation, held.uses};
+    const int64_t inner = bottleneck.down.rows;
+    STD_TORCH_CHECK(bottleneck.down.cols == n && bottleneck.up.rows == n && bottleneck.up.cols == inner && inner > 0,
+                    "down must be [R, ", n, "] and up [", n, ", R], R at least 1");
+    STD_TORCH_CHECK(held.uses.empty() || rows % static_cast<int64_t>(held.uses.size()) == 0, "x has ", rows,
+                    " rows; they must be a multiple of the ", held.uses.size(), " of uses");
+  }
+};
+
+// Behind the linear layer that was added last.
+void add_decoder_bottleneck(int64_t id, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, int64_t activation,
+                            std::vector<int64_t> uses) {
+  const std::shared_ptr<Stack> stack = stacks.find(id, "stack");
+  STD_TORCH_CHECK(!stack->linears.empty(), "a bottleneck needs a linear layer before it");
+  STD_TORCH_CHECK(activation >= 0 && activation < pf::kActivations, "activation is ", activation,
+                  "; it must be from 0 to ", pf::kActivations - 1);
+  HeldLinear& linear = stack->linears.back();
+  HeldBottleneck held{down, down_bias, up, up_bias, static_cast<pf::Activation>(activation), std::move(uses)};
+  BottleneckTensors(held, linear.n, held.uses.size());
+  linear.bottlenecks.push_back(std::move(held));
+}
+
 const void* vector_data(const Tensor& t, int64_t n, int dtype, const char* name) {
   STD_TORCH_CHECK(t.numel() == n && t.is_contiguous() && dtype_of(t, name) == dtype, name, " must be contiguous [", n,
                   "] in the dtype of x");
@@ -207,6 +245,7 @@ Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vecto
   std::vector<Bias> biases;
   std::vector<Tensor> dense;
   std::vector<OptTensor> factors;
+  std::deque<BottleneckTensors> bottlenecks;  // which stay where they are
   branches.reserve(stack->linears.size());
   biases.reserve(stack->linears.size());
   dense.reserve(stack->linears.size());
@@ -248,6 +287,10 @@ Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vecto
                             held.n, held.k);
       biases.emplace_back(held.bias, held.n);
       layer.linear[p] = {.bias = biases.back().data, .branch = branches.back().branch, .int8 = held.int8};
+      for (const HeldBottleneck& b : held.bottlenecks) {
+        bottlenecks.emplace_back(b, held.n, batch * tokens);
+        layer.linear[p].bottlenecks.push_back(bottlenecks.back().bottleneck);
+      }
       if (!held.dense.has_value()) {
         layer.linear[p].w = held.weight->now();
         continue;
@@ -286,6 +329,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def(
       "add_decoder_dense(int stack, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, "
       "Tensor? row_scale) -> ()");
+  m.def(
+      "add_decoder_bottleneck(int stack, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, int activation, "
+      "int[] uses) -> ()");
   m.def("free_decoder(int stack) -> ()");
   m.def(
       "decoder_forward(int stack, Tensor x, Tensor[] cos, Tensor[] sin, Tensor? mask, Tensor(a!)[] keys, "
@@ -297,6 +343,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("new_decoder", TORCH_BOX(&new_decoder));
   m.impl("add_decoder_linear", TORCH_BOX(&add_decoder_linear));
   m.impl("add_decoder_dense", TORCH_BOX(&add_decoder_dense));
+  m.impl("add_decoder_bottleneck", TORCH_BOX(&add_decoder_bottleneck));
   m.impl("decoder_forward", TORCH_BOX(&decoder_forward));
 }
 

@@ -104,13 +104,29 @@ def adapted(model, **changes):
     return peft_model.eval()
 
 
-def pair(name="llama", dtype=torch.float32, lora=False, dense=False, **changes):
-    """The same model, in 4 bits or ``dense``, twice: as transformers runs it, and fused."""
+def narrowed(model, name, placement="houlsby", activation="gelu", size=5):
+    """With a bottleneck."""
+    config = fp.BottleneckConfig(
+        task_type="CAUSAL_LM", placement=placement, bottleneck_size=size, activation=activation
+    )
+    if isinstance(model, fp.PeftModel):
+        model.add_adapter(name, config)
+    else:
+        model = fp.get_peft_model(model, config, name)
+    randomize(model, std=0.1)
+    return model.eval()
+
+
+def pair(name="llama", dtype=torch.float32, lora=False, dense=False, placement=None, **changes):
+    """The same model, in 4 bits or ``dense``, twice: as transformers runs it, and fused.
+
+    With LoRA or with bottlenecks at ``placement``.
+    """
     plain = family(name, dtype, **changes)
     if not dense:
         plain = quantized(plain)
-    if lora:
-        plain = adapted(plain)
+    if lora or placement:
+        plain = adapted(plain) if lora else narrowed(plain, "default", placement)
         remove(plain)
         plain.set_attn_implementation("sdpa")
     fused = copy.deepcopy(plain)
@@ -135,11 +151,14 @@ def logits_along(model, ids, chunks, mask=None):
     return torch.cat(out, 1)
 
 
+ADAPTERS = [{"lora": True}, {"placement": "houlsby"}, {"placement": "pfeiffer"}]
+
+
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("adapter", [{}, *ADAPTERS], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_the_unfused_models(isa, name, lora, dense, served):
-    plain, fused = pair(name, lora=lora, dense=dense)
+def test_logits_equal_the_unfused_models(isa, name, adapter, dense, served):
+    plain, fused = pair(name, dense=dense, **adapter)
     ids = torch.randint(1, VOCAB, (7, 20))
     chunks = [10, 1, 1, 2, 5, 1]
     expected, got = logits_along(plain, ids, chunks), logits_along(fused, ids, chunks)
@@ -162,8 +181,9 @@ def test_one_position_for_all_tokens_of_a_row_is_spread_as_by_transformers(name)
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, dtype, inference, dense, served):
-    plain, fused = pair(dtype=dtype, lora=True, dense=dense)
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_sixteen_bits_err_no_more_than_the_unfused_model(isa, adapter, dtype, inference, dense, served):
+    plain, fused = pair(dtype=dtype, dense=dense, **adapter)
     exact = copy.deepcopy(plain).float()
     for model in (plain, fused):
         model.set_adapter("default", inference_mode=inference)  # for inference: packed
@@ -449,16 +469,27 @@ def three_adapters(dtype=torch.float32, dense=False, **packed):
     randomize(model, std=0.1)
     for name in ("short", "odd", "default"):
         model.set_adapter(name, inference_mode=True)
+    return without_stack(model), model
+
+
+def without_stack(model):
     plain = copy.deepcopy(model)
     remove(plain)
     plain.set_attn_implementation("sdpa")
-    return plain, model
+    return plain
+
+
+BOTTLENECKS = {"gelu": "houlsby", "relu": "pfeiffer", "silu": "houlsby", "tanh": "pfeiffer"}
+"""Activation → placement."""
 
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_choose_and_several_active_adapters(isa, dtype, dense, served):
-    plain, model = three_adapters(dtype, dense)
+    _, model = three_adapters(dtype, dense)
+    for size, (name, placement) in enumerate(BOTTLENECKS.items(), 3):
+        narrowed(model, name, placement, name, size)
+    plain = without_stack(model)
     ids = torch.randint(1, VOCAB, (4, 29))
     exact = copy.deepcopy(plain).float()
 
@@ -477,6 +508,9 @@ def test_rows_that_choose_and_several_active_adapters(isa, dtype, dense, served)
         (None, ["default", "odd", "__base__", "short"]),
         (None, ["short", ["default", "odd"], "odd", "odd"]),
         (None, ["__base__"] * 4),
+        (["gelu", "default", "tanh", "relu"], None),
+        (None, list(BOTTLENECKS)),
+        (None, ["gelu", "__base__", "odd", ["relu", "short", "gelu"]]),
     ):
         served.clear()
         expected, unfused, got = (along(m, active, names) for m in (exact, plain, model))
@@ -956,12 +990,20 @@ def test_other_families_are_left_alone(served):
     assert not any(served)
 
 
-def test_hooks_inside_the_model_run(served):
-    _, fused = pair(lora=True)
+@pytest.mark.parametrize(
+    ("adapter", "within"),
+    [
+        ({"lora": True}, "self_attn.q_proj.base_layer"),
+        ({"placement": "houlsby"}, "self_attn.o_proj.bottleneck.default"),
+    ],
+    ids=str,
+)
+def test_hooks_inside_the_model_run(adapter, within, served):
+    _, fused = pair(**adapter)
     ids = torch.randint(1, VOCAB, (1, 5))
     generate(fused, ids, n=4)
     assert any(served)
-    for path in ("model.layers.1.mlp.down_proj", "model.layers.0", "model.layers.0.self_attn.q_proj.base_layer"):
+    for path in ("model.layers.1.mlp.down_proj", "model.layers.0", f"model.layers.0.{within}"):
         seen, served[:] = [], []
         handle = fused.get_base_model().get_submodule(path).register_forward_hook(lambda *_: seen.append(1))  # noqa: B023
         generate(fused, ids, n=4)
@@ -1511,10 +1553,40 @@ def test_the_operator_refuses_factors_of_groups_that_it_would_read_past(row_scal
     ops.free_decoder(stack)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"down": torch.ones(3, 31)}, r"down must be \[R, 32\] and up \[32, R\]"),
+        ({"up": torch.ones(32, 4)}, r"down must be \[R, 32\] and up \[32, R\]"),
+        ({"up_bias": torch.ones(1)}, r"bias must be \[N\]"),
+        ({"up": torch.ones(32, 3).double()}, "up must be float32, bfloat16 or float16"),
+        ({"activation": 4}, "activation is 4; it must be from 0 to 3"),
+        ({"uses": [1, 0, 1]}, "x has 4 rows; they must be a multiple of the 3 of uses"),
+    ],
+    ids=["fits", "down", "up", "bias", "dtype", "activation", "rows"],
+)
+def test_the_operator_refuses_bottlenecks_that_do_not_fit(changes, words):
+    ops, row = torch.ops.pyfastpeft, torch.ones(32)
+    stack = ops.new_decoder(row, [row, row], [], [], [0], [0], 2, 2, 16, 1e-6, 0.25, 1.0, False, False)
+    held = {"down": torch.ones(3, 32), "down_bias": torch.ones(3), "up": torch.ones(32, 3), "up_bias": row}
+    held |= {"activation": 0, "uses": [1, 0]} | changes
+    with pytest.raises(RuntimeError, match="a bottleneck needs a linear layer before it"):
+        ops.add_decoder_bottleneck(stack, **held)
+    for n, k in [(32, 32)] * 4 + [(48, 32)] * 2 + [(32, 48)]:
+        ops.add_decoder_dense(stack, torch.randn(n, k), None, None, None, 1.0, None)
+    angle, room = [torch.zeros(1, 1, 16)], [torch.zeros(4, 2, 1, 16)]
+    with pytest.raises(RuntimeError, match=words) if words else contextlib.nullcontext():
+        ops.add_decoder_bottleneck(stack, **held)
+        ops.decoder_forward(stack, torch.randn(4, 1, 32), angle, angle, None, room, room, [0], [], [], None, None)
+    ops.free_decoder(stack)
+
+
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("dense", [False, True])
-def test_threads_change_nothing(dense, rows, served):
-    _, fused = pair(lora=True, dense=dense)
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_threads_change_nothing(adapter, dense, rows, served):
+    _, fused = pair(dense=dense, **adapter)
     ids = torch.randint(1, VOCAB, (rows, 5))
     before = torch.get_num_threads()
     try:
@@ -1527,24 +1599,78 @@ def test_threads_change_nothing(dense, rows, served):
         torch.set_num_threads(before)
 
 
-def test_a_bottleneck_in_use_is_left_to_the_layers(served):
-    peft_model = adapted(quantized(family("llama")))
-    peft_model.add_adapter("narrow", fp.BottleneckConfig(reduction_factor=4))
-    randomize(peft_model)
-    plain = copy.deepcopy(peft_model)
-    remove(plain)
-    ids = inputs("llama")["input_ids"]
-    for active, serves in (("default", True), ("narrow", False), (["default", "narrow"], False), ("default", True)):
-        for model in (peft_model, plain):
-            model.set_adapter(active)
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("names", [None, ["narrow", "default", ["other", "narrow"]]])
+def test_bottlenecks_count_as_they_are_now(dense, names, served):
+    """Trained, swapped or exchanged since, whether for inference or not."""
+    model = family("llama")
+    model = adapted(model if dense else quantized(model), inference_mode=True)
+    narrowed(narrowed(model, "other", "pfeiffer", "relu", 7), "narrow")
+    model.set_adapter("narrow")
+    models, ids = (without_stack(model), model), torch.randint(1, VOCAB, (3, 6))
+    rows, before = {} if names is None else {"adapter_names": names}, None
+
+    def narrow(m):
+        return m.base_model.model.model.layers[1].mlp.down_proj.bottleneck
+
+    def check(serves=True, changes=True):
+        nonlocal before
         served.clear()
-        assert torch.equal(generate(peft_model, ids), generate(plain, ids))
+        expected, got = (
+            torch.stack(generate(m, ids, output_logits=True, return_dict_in_generate=True, **rows).logits)
+            for m in models
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         assert any(served) is serves
-    for names, serves in ((["__base__"] * 3, True), (["narrow", "__base__", "default"], False)):
-        served.clear()
-        rows = {"adapter_names": names}
-        assert torch.equal(generate(peft_model, ids, **rows), generate(plain, ids, **rows))
-        assert any(served) is serves
+        assert before is None or bool((got - before).abs().max() > 1e-3) is changes
+        before = got
+
+    check()
+    for m in models:
+        narrow(m)["narrow"].up.weight.data.mul_(-3)  # leaves no trace
+    check()
+    for m in models:
+        m.train()
+        sgd = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.3)
+        torch.manual_seed(3)
+        m(input_ids=ids, labels=ids, **rows).loss.backward()
+        sgd.step()
+        m.eval()
+    check()
+    for m in models:
+        m.set_adapter("narrow", inference_mode=True)
+    check(changes=False)
+    torch.manual_seed(4)
+    state = {
+        k: 0.2 * torch.randn_like(v) for k, v in fp.get_peft_model_state_dict(model, adapter_name="narrow").items()
+    }
+    for m in models:
+        m.hotswap_adapter(state, "narrow")
+    check()
+    for m in models:
+        narrow(m)["narrow"].down.bias = torch.nn.Parameter(torch.ones(5))
+    check()
+    with contextlib.ExitStack() as stack:
+        for m in models:
+            stack.enter_context(m.disable_adapter())
+        if names is None:
+            check()
+    for m in models:
+        m.set_adapter(["narrow", "other"] if names is None else [], inference_mode=True)
+    check(changes=names is None)
+    for m in models:
+        weight_norm(narrow(m)["narrow"].down)  # computed from other parameters
+    check(serves=False, changes=False)
+
+
+def test_a_row_sees_nothing_of_another_rows_bottleneck(served):
+    model = narrowed(narrowed(quantized(family("llama")), "narrow"), "other", "pfeiffer")
+    ids, rows = torch.randint(1, VOCAB, (3, 6)), {"adapter_names": ["narrow", "other", "__base__"]}
+    first = generate(model, ids, **rows)
+    for parameter in model.base_model.tensors("other").values():
+        parameter.data.fill_(torch.nan)
+    assert torch.equal(generate(model, ids, **rows)[::2], first[::2])
+    assert all(served[1:8] + served[9:])
 
 
 PREFIXES = {
@@ -1628,10 +1754,12 @@ def test_rows_of_several_methods_are_served_together(served):
     model.add_adapter("prompt", fp.PromptTuningConfig(**virtual))
     for name in ("prefix", "prompt", "default"):
         model.set_adapter(name, inference_mode=True)
+    narrowed(model, "narrow")
+    narrowed(model, "late", "pfeiffer", "relu", 7)
     alone = copy.deepcopy(model)
     remove(alone, fused_decoder._FewRows)
-    ids = torch.randint(1, VOCAB, (5, 6))
-    names = ["odd", ["prefix", "short"], "prompt", "__base__", "prefix"]
+    ids = torch.randint(1, VOCAB, (8, 6))
+    names = ["odd", ["prefix", "short"], "prompt", "__base__", "prefix", "narrow", ["prefix", "late", "odd"], "late"]
     together = generate(model, ids, adapter_names=names)
     assert any(served)
     served.clear()

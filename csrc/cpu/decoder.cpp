@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "attention_forward.h"
@@ -57,6 +58,14 @@ void attention(const Decoder& d, const DecoderLayer& layer, const DecoderInput& 
   attention_forward(a, parallel);
 }
 
+void activate(Activation activation, float* x, int64_t n) {
+  const auto each = [&](const auto& function) { std::transform(x, x + n, x, function); };
+  if (activation == kGelu) each([](float v) { return 0.5f * v * (1.0f + std::erf(v * 0.70710678f)); });
+  if (activation == kRelu) each([](float v) { return v < 0.0f ? 0.0f : v; });
+  if (activation == kSilu) each([](float v) { return v / (1.0f + std::exp(-v)); });
+  if (activation == kTanh) each([](float v) { return std::tanh(v); });
+}
+
 }  // namespace
 
 void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, ParallelFor parallel) {
@@ -68,7 +77,12 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   const int64_t q_stride = d.joined ? q_width + 2 * kv_width : q_width, kv_stride = d.joined ? q_stride : kv_width;
   const int64_t gate_stride = d.joined ? 2 * d.intermediate : d.intermediate;
   const int64_t widths = 3 * (d.hidden + d.intermediate) + 2 * (q_width + kv_width);
-  Memory memory(kSlotDecoder, m * widths * size + places * sizeof(int32_t) + 1024);
+  int64_t widest = 0;  // that a bottleneck has
+  for (const DecoderLayer& layer : d.layers)
+    for (const DecoderLinear& linear : layer.linear)
+      for (const DecoderBottleneck& b : linear.bottlenecks) widest = std::max({widest, b.up.rows, b.up.cols});
+  const int64_t floats = 3 * m * widest + places;
+  Memory memory(kSlotDecoder, m * widths * size + floats * sizeof(float) + 1024);
   const auto take = [&](int64_t width) { return memory.take<char>(m * width * size); };
   char *stream = take(d.hidden), *normed = take(d.hidden), *added = take(d.hidden);
   char *q = take(q_stride), *attended = take(q_width);
@@ -77,6 +91,8 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   char* gate = take(gate_stride);
   char* up = d.joined ? gate + d.intermediate * size : take(d.intermediate);
   char* activated = d.joined ? take(d.intermediate) : gate;
+  float *update = memory.take<float>(m * widest), *updates = memory.take<float>(m * widest);
+  char* narrow = take(widest);
   int32_t* positions = in.mask == nullptr ? nullptr : memory.take<int32_t>(places);
   int64_t placed = -1;  // positions are those of a layer with so many keys before
   const auto place = [&](int64_t past) {
@@ -93,7 +109,7 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
   const auto rows_of = [&](const void* data, int64_t rows, int64_t cols) {
     return Matrix{data, d.dtype, rows, cols, cols};
   };
-  const auto project = [&](const DecoderLinear& linear, const void* from, void* to) {
+  const auto multiply_by = [&](const DecoderLinear& linear, const void* from, void* to) {
     if (linear.dense.data != nullptr)
       return dense_forward(linear.dense, rows_of(from, m, linear.dense.cols), linear.bias, linear.branch, to, d.dtype,
                            parallel);
@@ -101,6 +117,32 @@ void decoder_forward(const Decoder& d, const DecoderInput& in, void* y, Parallel
       return linear_forward_int8(linear.w, rows_of(from, m, linear.w.k), linear.bias, linear.branch, to, d.dtype,
                                  parallel);
     linear_forward(linear.w, rows_of(from, m, linear.w.k), linear.bias, linear.branch, to, d.dtype, nullptr, parallel);
+  };
+  // y += what its bottlenecks make of it, rounded wherever the module rounds.
+  const auto add_bottlenecks = [&](const std::vector<DecoderBottleneck>& bottlenecks, char* y) {
+    if (bottlenecks.empty()) return;
+    const int64_t n = bottlenecks[0].up.rows;
+    std::fill_n(updates, m * n, 0.0f);
+    for (const DecoderBottleneck& b : bottlenecks) {
+      const int64_t inner = b.down.rows, groups = b.uses.size();
+      dense_forward(b.down, rows_of(y, m, n), b.down_bias, {}, narrow, d.dtype, parallel);
+      k.to_float(narrow, d.dtype, update, m * inner);
+      activate(b.activation, update, m * inner);
+      k.from_float(update, narrow, d.dtype, m * inner);
+      dense_forward(b.up, rows_of(narrow, m, inner), b.up_bias, {}, update, kFloat32, parallel);
+      for (int64_t r = 0; r < m; ++r)
+        for (int64_t i = r * n, end = groups == 0 || b.uses[r * groups / m] != 0 ? i + n : i; i < end; ++i)
+          updates[i] += update[i];
+    }
+    k.from_float(updates, narrow, d.dtype, m * n);
+    k.to_float(narrow, d.dtype, updates, m * n);
+    k.to_float(y, d.dtype, update, m * n);
+    for (int64_t i = 0; i < m * n; ++i) update[i] += updates[i];
+    k.from_float(update, y, d.dtype, m * n);
+  };
+  const auto project = [&](const DecoderLinear& linear, const void* from, char* to) {
+    multiply_by(linear, from, to);
+    add_bottlenecks(linear.bottlenecks, to);
   };
   // body(begin, end) over [0, rows), of which each takes the time in which so many elements of a cache are read.
   const auto share = [&](int64_t rows, int64_t work, const auto& body) {

@@ -1,11 +1,23 @@
 // A stack of decoder layers for any number of rows: norm, projections, rotary embeddings, attention over a cache, a
 // gated MLP, each layer in place on one residual stream. No torch in it; threads come from the caller.
 #pragma once
+#include <span>
 #include <vector>
 
 #include "linear.h"
 
 namespace pf {
+
+enum Activation { kGelu, kRelu, kSilu, kTanh, kActivations };
+
+// up(activation(down(y))), which is added to a layer's output y [rows, N]. Several do not lie side by side as LoRA's
+// do: each stays where it trains, in a dtype of its own, and what it holds reaches no row that does not use it.
+struct DecoderBottleneck {
+  Matrix down, up;  // [R, N], [N, R]
+  const float *down_bias, *up_bias;
+  Activation activation;
+  std::span<const int64_t> uses;  // of equally many rows each, 0: not by these; or none: by all
+};
 
 struct DecoderLinear {
   Weight w;
@@ -13,6 +25,7 @@ struct DecoderLinear {
   const float* bias = nullptr;
   Branch branch;
   bool int8 = false;  // the tier of linear_forward_int8
+  std::vector<DecoderBottleneck> bottlenecks = {};
 };
 
 enum Projection { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };

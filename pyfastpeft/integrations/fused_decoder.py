@@ -20,6 +20,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
@@ -44,7 +45,7 @@ from ..adapters import AdapterBank, Rows
 from ..caching import registered, stamp_of
 from ..formats.handles import DecoderHandle
 from ..nn import Linear4bit
-from ..nn.bottleneck import BottleneckLayer
+from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ..nn.hooks import GLOBAL_HOOKS
 from ..nn.lora import LoraLinear
 from ..ops import PackedLora
@@ -124,6 +125,7 @@ _ATTENTIONS = {
     "eager": (None, eager_mask),
     ATTENTION: (attention_forward, attention_mask),
 }
+_ACTIVATIONS = F.gelu, F.relu, F.silu, torch.tanh  # of bottlenecks, in the compiled order
 _NO_BRANCH = None, None, 1.0, None  # A, B, scaling, and the factors of the columns or of each row's
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -370,8 +372,10 @@ class _Stack:
             turns = look.get(state, "use_rope") if "use_rope" in state else True  # SmolLM3's have it
             kind = types[i] if family.angles_of_types else None
             angles.append(self._angles_of(kind) if turns else -1)
-            linears += [self._linear(look.module(attention, name), dtype) for name in family.attention]
-            linears += [self._linear(look.module(mlp, name), dtype) for name in family.mlp]
+            for name in family.attention:
+                linears += self._projection(look.module(attention, name), dtype)
+            for name in family.mlp:
+                linears += self._projection(look.module(mlp, name), dtype)
         last_weight = norm(model, "norm")
         self.kv_heads, self.dim = config.num_key_value_heads, layers[0].self_attn.head_dim
         if not getattr(config, "is_causal", True):
@@ -400,11 +404,35 @@ class _Stack:
             self.angles.append(kind)
         return self.angles.index(kind)
 
+    def _projection(self, module: nn.Module, dtype: torch.dtype) -> list[tuple]:
+        """What adds a linear layer and the bottlenecks behind it."""
+        if type(module) is not BottleneckLayer:
+            return [self._linear(module, dtype)]
+        look, parts, mode = self.lookups, module.bottleneck, module.bank.mode
+        self.banks.add(module.bank)
+        plan = self.plans.get(vars(module), "_plan")
+        calls = [self._linear(look.module(module, "base_layer"), dtype)]
+        for name, part in parts.items():
+            if part in plan if mode is None else name in mode.names:
+                uses = [] if mode is None else [name in row for row in mode.of_row]
+                calls.append(self._bottleneck(look.module(parts, name), uses))
+        return calls
+
+    def _bottleneck(self, module: nn.Module, uses: list[bool]) -> tuple:
+        """Of the parameters themselves, whether they train or not."""
+        look = self.lookups
+        linears = [look.module(module, name) for name in ("down", "up")]
+        if type(module) is not Bottleneck or any(type(linear) is not nn.Linear for linear in linears):
+            raise _Unsupported
+        activation = look.get(ACTIVATIONS, look.get(vars(module), "activation"))
+        parameters = [look.get(linear._parameters, name) for linear in linears for name in ("weight", "bias")]
+        if activation not in _ACTIVATIONS or not all(t is not None and is_plain(t) and t.is_cpu for t in parameters):
+            raise _Unsupported
+        return torch.ops.pyfastpeft.add_decoder_bottleneck.default, *parameters, _ACTIVATIONS.index(activation), uses
+
     def _linear(self, module: nn.Module, dtype: torch.dtype) -> tuple:
         look = self.lookups
         branch = _NO_BRANCH
-        if type(module) is BottleneckLayer:
-            module = self._without_bottleneck(module)
         if type(module) is LoraLinear:
             branch = self._own_branch(module, dtype)
             module = look.module(module, "base_layer")
@@ -428,14 +456,6 @@ class _Stack:
             raise _Unsupported
         int8 = takes_int8(packed, look.get(vars(module), "compute"))
         return torch.ops.pyfastpeft.add_decoder_linear.default, *packed.operands, bias, *branch, int8
-
-    def _without_bottleneck(self, module: BottleneckLayer) -> nn.Module:
-        plan = self.plans.get(vars(module), "_plan")
-        self.banks.add(module.bank)
-        mode = module.bank.mode
-        if plan if mode is None else any(name in module.bottleneck for name in mode.names):
-            raise _Unsupported
-        return self.lookups.module(module, "base_layer")
 
     def _own_branch(self, module: LoraLinear, dtype: torch.dtype) -> tuple:
         look = self.lookups
