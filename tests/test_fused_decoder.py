@@ -69,12 +69,11 @@ def family(name, dtype=torch.float32, **changes):
     if name in ("llama", "qwen2") and not changes:
         model = make(name, dtype)
     else:
-        changes = {"sliding_window": None} | FAMILIES[name] | changes
+        changes = {"sliding_window": None, "intermediate_size": 96} | FAMILIES[name] | changes
         config = tf.AutoConfig.for_model(
             name,
             vocab_size=VOCAB,
             hidden_size=64,
-            intermediate_size=96,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -519,6 +518,30 @@ def test_rows_that_choose_and_several_active_adapters(isa, dtype, dense, served)
             assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
         else:
             assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("names", [None, ["default", "__base__", ["default", "other"]]])
+def test_adapters_for_inference_over_a_weight_of_odd_width(isa, names, served):
+    """Which pairs of columns do not fill."""
+    _, fused = pair("llama", torch.bfloat16, lora=True, dense=True, intermediate_size=77)
+    fused.add_adapter("other", fp.LoraConfig(r=3, target_modules=["down_proj"]))
+    randomize(fused, std=0.1)
+    for name in ("other", "default"):
+        for parameter in fused.base_model.tensors(name).values():
+            parameter.data = parameter.data.bfloat16().float()  # as pairs are
+        fused.set_adapter(name, inference_mode=True)
+    plain = without_stack(fused)
+    exact, rows = copy.deepcopy(plain).float(), {} if names is None else {"adapter_names": names}
+    for length in (5, 20):
+        served.clear()
+        ids = torch.randint(1, VOCAB, (3, length))
+        cache = [{fused_decoder._CACHE: tf.DynamicCache(config=plain.config)} for _ in range(3)]
+        with torch.no_grad():
+            expected, unfused, got = (
+                m(input_ids=ids, **rows, **c).logits.float() for m, c in zip((exact, plain, fused), cache, strict=True)
+            )
+        assert served == [True]
+        assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("rows", [17, 31, 32, 33, 64, 65])

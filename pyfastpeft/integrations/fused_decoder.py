@@ -473,7 +473,7 @@ class _Stack:
             raise _Unsupported
         a, b = self._factors(plan.a, plan.b)
         branch = module.branch(dtype, names, a, b, plan.scaling, 0.0)
-        if isinstance(branch, PackedLora):
+        if _paired(branch):
             self._copied += (a, b)
             return branch.a_pairs, branch.b_pairs, plan.scaling, None
         return a, b, plan.scaling, None
@@ -504,7 +504,7 @@ class _Stack:
             raise _Unsupported  # a zero of the factor leaves out what is finite; see ops/mixed.py
         a, b, factor = module.stacked(names, mode, 0 if mode is None else len(mode.of_row))
         branch = module.branch(dtype, names, a, b, factor, 0.0)
-        if isinstance(branch, PackedLora):
+        if _paired(branch):
             a, b, factor = branch.a_pairs, branch.b_pairs, of_pairs(factor, len(a))
         return a, b, 1.0, factor.contiguous()
 
@@ -530,6 +530,11 @@ class _Stack:
             raise _Unsupported
         a, b = (look.get(m._parameters, "weight") for m in (a, b))
         return a, b, look.get(module.scaling, name), None
+
+
+def _paired(branch: Any) -> bool:
+    """Whether the stack takes pairs of ``branch``: they do not fill a dense weight of odd width."""
+    return isinstance(branch, PackedLora) and branch.shape[1] % 2 == 0
 
 
 _LAYERS = {DynamicCache: (DynamicLayer, DynamicSlidingWindowLayer), StaticCache: (StaticLayer,)}
