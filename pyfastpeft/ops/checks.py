@@ -62,6 +62,13 @@ def check_factor(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number or a tensor")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Whether the argument ``name`` is a number or a tensor of one."""
+    check_factor(name, value)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a number or a tensor of one")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Whether the argument ``name`` is true or false, be it in numpy's way."""
     if value not in (True, False):

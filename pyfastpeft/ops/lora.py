@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
-from .checks import check_dropout, check_factor, check_matrix, check_tensor
+from .checks import check_dropout, check_matrix, check_number, check_tensor
 from .tracing import is_compiling, recorded
 
 
@@ -75,9 +75,7 @@ def _check(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tenso
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {k}, as a is {tuple(a.shape)}")
     if base.shape != (*x.shape[:-1], n):
         raise ValueError(f"base has shape {tuple(base.shape)}; it must be {(*x.shape[:-1], n)}, as x and b have it")
-    check_factor("scaling", scaling)
-    if isinstance(scaling, Tensor) and scaling.numel() != 1:
-        raise ValueError(f"scaling has shape {tuple(scaling.shape)}; it must be a number or a tensor of one")
+    check_number("scaling", scaling)
     check_dropout("dropout", dropout)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .autocast import autocast_dtype
 from .backends import Backend, choose_attention
-from .checks import as_count, check_factor, check_flag, check_matrix, check_tensor
+from .checks import as_count, check_flag, check_matrix, check_number, check_tensor
 from .library import fake_of
 from .once import once_differentiable
 from .reference import HIDDEN
@@ -104,7 +104,9 @@ def prefix_attention(
     keys = k.shape[2]
     check_flag("causal", causal)
     if scale is not None:
-        _check_scale(scale)
+        check_number("scale", scale)
+        if isinstance(scale, Tensor) and recorded(scale):
+            raise ValueError("scale requires a gradient, and prefix_attention has none for it; multiply q by it")
     if mask is not None:
         check_tensor("mask", mask)
     if mask is not None and mask.device != q.device:
@@ -136,16 +138,6 @@ def _check_floating(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(t, Tensor) or not t.is_floating_point():
             what = f"has dtype {t.dtype}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
             raise TypeError(f"{name} {what}; it must be a floating-point tensor")
-
-
-def _check_scale(scale: float | Tensor) -> None:
-    check_factor("scale", scale)
-    if not isinstance(scale, Tensor):
-        return
-    if scale.numel() != 1:
-        raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be a number or a tensor of one")
-    if recorded(scale):
-        raise ValueError("scale requires a gradient, and prefix_attention has none for it; multiply q by it")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
