@@ -18,11 +18,11 @@ class Team {
  public:
   explicit Team(int64_t threads) : threads_(threads) {}
 
-  // body(ctx, begin, end) over [0, n) in pieces of at least `grain`: one a thread, more of them where they are large,
-  // so that a core that is slower for a while is waited for little.
+  // body(ctx, begin, end) over [0, n) in pieces of at least `grain`: one a thread, or as many more for each where they
+  // are large, so that a core that is slower for a while is waited for little.
   void run(int64_t n, int64_t grain, void* ctx, void (*body)(void*, int64_t, int64_t)) {
     const int64_t most = ceil_div(n, grain);
-    const int64_t pieces = std::min(most, std::clamp(most / kLarge, threads_, kPieces * threads_));
+    const int64_t pieces = std::min(most, std::clamp(most / (kLarge * threads_), int64_t{1}, kPieces) * threads_);
     if (pieces <= 1) return body(ctx, 0, n);
     ctx_.store(ctx, std::memory_order_relaxed);
     body_.store(body, std::memory_order_relaxed);
@@ -59,7 +59,9 @@ class Team {
     const auto body = body_.load(std::memory_order_relaxed);
     const int64_t n = n_.load(std::memory_order_relaxed);
     if (!state_.compare_exchange_strong(state, state + 1, std::memory_order_acq_rel)) return true;
-    failure_.catching([&] { body(ctx, n * piece / pieces, n * (piece + 1) / pieces); });
+    // The larger ones come first: two threads that took 4, 5, 4 and 5 of 18 in turn would do 8 and 10.
+    const auto begin = [&](int64_t i) { return n / pieces * i + std::min(i, n % pieces); };
+    failure_.catching([&] { body(ctx, begin(piece), begin(piece + 1)); });
     done_.fetch_add(1, std::memory_order_release);
     return true;
   }
