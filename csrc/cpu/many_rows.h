@@ -238,8 +238,10 @@ struct ManyRows : Product<A> {
       part.groups([&](int64_t t, int64_t tiles, float* out) {
         for (int64_t i = 0; i < tiles; ++i)
           pack_lanes_t(g.lora_b, (t + i) * kTile, col0, n, part.panel, i * kTileVecs, vecs_of(tiles));
+        Ahead ahead;
+        ask_for_rows<ManyRows>(part, g.s, t, col0, n, ahead);
         multiply(packed_block(g.s, col0 / kBlock) + part.row0 * kStride, part.rows, part.panel, n, tiles, out,
-                 kGroupLanes);
+                 kGroupLanes, ahead);
       });
     }
   }
