@@ -955,7 +955,7 @@ def test_the_number_of_threads_does_not_change_the_result(isa, dtype, threads):
     n, k = 250, 576
     w = packed_weight(n, k)
     a, b = (t.requires_grad_() for t in adapter(n, k, 16))
-    for m in (1, 4, 30, 200):
+    for m in (1, 4, 30, 200, 1100):
         x = torch.randn(m, k).to(dtype).requires_grad_()
         dy = torch.randn(m, n).to(dtype)
         results = []

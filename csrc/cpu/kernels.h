@@ -75,7 +75,7 @@ struct DxArgs {    // dx = dy * W + ds * A
   Dropout dropout;  // applied to the branch's part
   void* dx;         // [rows, K]
   int dx_dtype;
-  int64_t lddx;
+  int64_t cols;  // K
 };
 
 // The matrices of the three below share a dtype and a shape; results are contiguous.
@@ -189,6 +189,7 @@ struct Arithmetic {
   int64_t few_rows_of_zeros;  // the same where the weight has zeros
   int64_t late_rows;          // up to here scales cost less on the sums than on the weights
   bool tiles;                 // gemm has instructions that multiply tiles of rows
+  int64_t row_chunk;          // rows for which gemm and dx make what they multiply by anew
   int64_t (*packed_rows_bytes)(int64_t rows, int64_t cols);
   int64_t (*panels_bytes)(int64_t lanes, int64_t contraction);
   // Rows [row0, row1) of `src` into PackedRows of `src.rows` rows.
@@ -208,9 +209,10 @@ struct Arithmetic {
   void (*prefetch_b)(const Matrix& b, int64_t tile0);
   // Float32 [rows, cols] to the element type, rows of odd length padded with a zero.
   void (*to_steps)(const float* src, int64_t rows, int64_t cols, void* dst);
-  void (*gemm)(const GemmArgs&, int64_t tile0, int64_t tile1);
+  // Rows [row0, row1) of tiles [tile0, tile1), or of columns [col0, col1), where row0 is a multiple of row_chunk.
+  void (*gemm)(const GemmArgs&, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);
+  void (*dx)(const DxArgs&, int64_t row0, int64_t row1, int64_t col0, int64_t col1);
   void (*dense)(const DenseArgs&, int64_t group0, int64_t group1);  // groups of group_lanes rows of W
-  void (*dx)(const DxArgs&, int64_t col0, int64_t col1);
   // out [rows, lanes] float32 = x * p^T for a matrix p [lanes, contraction]: rows [row0, row1), over the contraction
   // from `begin`, the beginning of a block, to `end`.
   void (*rows_times_t)(const PackedRows& x, const Matrix& p, float* out, int64_t row0, int64_t row1, int64_t begin,

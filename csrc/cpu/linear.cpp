@@ -35,6 +35,22 @@ void run_units(ParallelFor parallel, int64_t n, int64_t unit, int64_t work, cons
       [&](int64_t u0, int64_t u1) { body(u0 * unit, std::min(u1 * unit, n)); });
 }
 
+// body(row0, row1, begin, end) over rows and [0, n) alike, in parts that begin at multiples of `chunk` and `unit`, so
+// that few units are enough work for many threads; `work` is that of an item and all rows.
+template <class Body>
+void run_parts(ParallelFor parallel, int64_t rows, int64_t chunk, int64_t n, int64_t unit, int64_t work,
+               const Body& body) {
+  if (rows == 0) return;
+  const int64_t chunks = ceil_div(rows, chunk), units = ceil_div(n, unit);
+  run_units(parallel, chunks * units, 1, unit * work / chunks, [&](int64_t i, int64_t end) {
+    while (i < end) {
+      const int64_t row0 = i / units * chunk, u0 = i % units, u1 = std::min(units, u0 + end - i);
+      body(row0, std::min(rows, row0 + chunk), u0 * unit, std::min(u1 * unit, n));
+      i += u1 - u0;
+    }
+  });
+}
+
 const Arithmetic& arithmetic_for(const Kernels& k, int dtype) {
   return dtype == kBFloat16 && k.bf16.gemv != nullptr ? k.bf16 : k.f32;
 }
@@ -225,6 +241,13 @@ bool as_it_lies(const Arithmetic& arith, const Matrix& x, const Branch& branch) 
 
 constexpr int64_t kPair = 2;  // tiles that stay together, as a group
 
+// A product of `depth` multiply-adds for each element.
+void many_rows_product(const Arithmetic& arith, const GemmArgs& args, int64_t depth, ParallelFor parallel) {
+  const int64_t rows = args.x.rows;
+  run_parts(parallel, rows, arith.row_chunk, args.w.tiles(), kPair, kTile * depth * rows,
+            [&](int64_t r0, int64_t r1, int64_t t0, int64_t t1) { arith.gemm(args, r0, r1, t0, t1); });
+}
+
 bool is_few(const Arithmetic& arith, const Weight& w, const Matrix& x, const Branch& branch) {
   return x.rows <= (w.zero == nullptr ? arith.few_rows : arith.few_rows_of_zeros) && branch.dropout.threshold == 0;
 }
@@ -308,6 +331,12 @@ float* branch_gradient(const Arithmetic& arith, const Matrix& dy, const void* pa
   return ds;
 }
 
+// dx, of which a column takes `work` multiply-adds.
+void many_rows_dx(const Arithmetic& arith, const DxArgs& args, int64_t work, ParallelFor parallel) {
+  run_parts(parallel, args.rows, arith.row_chunk, args.cols, kUnit, work,
+            [&](int64_t r0, int64_t r1, int64_t k0, int64_t k1) { arith.dx(args, r0, r1, k0, k1); });
+}
+
 // dx of linear_backward.
 void input_gradient(const Arithmetic& arith, const Weight& w, const void* panels, const Matrix& dy,
                     const Branch& branch, const float* ds, void* dx, ParallelFor parallel) {
@@ -315,7 +344,7 @@ void input_gradient(const Arithmetic& arith, const Weight& w, const void* panels
   const void* branch_panels =
       rank > 0 ? pack_panels(arith, {ds, kFloat32, rank, rows, rows}, false, kSlotS, parallel) : nullptr;
   const DxArgs args{w, panels, branch_panels, branch.a, rows, branch.dropout, dx, dy.dtype, w.k};
-  run_units(parallel, w.k, kUnit, (w.n + rank) * rows, [&](int64_t k0, int64_t k1) { arith.dx(args, k0, k1); });
+  many_rows_dx(arith, args, (w.n + rank) * rows, parallel);
 }
 
 // da and db of linear_backward.
@@ -428,8 +457,6 @@ void many_rows_forward(const Arithmetic& arith, const Words& words, const Weight
   const int64_t rank = branch.rank(), rows = x.rows;
   const bool late = w.zero == nullptr && rows <= arith.late_rows;
   GemmArgs args{w, late, {nullptr, rows, x.cols}, {}, branch.b, bias, y, y_dtype};
-  const auto of_tiles = [&](const auto& body) { run_units(parallel, w.tiles(), kPair, kTile * w.k * rows, body); };
-  const auto product = [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); };
   if (rank > 0 && rows > kMostSplitRows) {
     const auto room = [&](Slot slot) { return scratch(slot, arith.packed_rows_bytes(rows, x.cols)); };
     void *own = room(kSlotX), *dropped = branch.dropout.threshold == 0 ? own : room(kSlotDropped);
@@ -440,21 +467,21 @@ void many_rows_forward(const Arithmetic& arith, const Words& words, const Weight
       words.pack(r0, r1);
     });
     args.words = words.rows();
-    return of_tiles(product);
+    return many_rows_product(arith, args, w.k, parallel);
   }
   words.pack(parallel);
   args.words = words.rows();
   if (rank > 0 || !words.any() || args.words.left_out != nullptr) args.x = pack_rows(arith, x, {}, kSlotX, parallel);
-  if (rank == 0) return of_tiles(product);
+  if (rank == 0) return many_rows_product(arith, args, w.k, parallel);
   const PackedRows dropped = pack_dropped(arith, x, args.x, branch.dropout, parallel);
   // One region for both, as with few rows.
   BranchSums sums(arith, dropped, branch);
   const float* factor = branch_factor(branch, rows, rank);
-  of_tiles([&](int64_t t0, int64_t t1) {
+  run_units(parallel, w.tiles(), kPair, kTile * w.k * rows, [&](int64_t t0, int64_t t1) {
     GemmArgs own = args;
     sums.finish(branch.a.data);
     own.s = pack_sums(arith, sums, factor, branch, rows);
-    arith.gemm(own, t0, t1);
+    arith.gemm(own, 0, rows, t0, t1);
   });
   if (s != nullptr) sums.store(s);
 }
@@ -495,8 +522,7 @@ void lora_forward(const Matrix& base, const Matrix& x, const Branch& branch, voi
                 .y_dtype = base.dtype};
   args.w.n = base.cols;
   args.base = base;
-  run_units(parallel, args.w.tiles(), kPair, kTile * (rank + kReading) * rows,
-            [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); });
+  many_rows_product(arith, args, rank + kReading, parallel);
 }
 
 namespace {
@@ -512,8 +538,7 @@ void many_rows_dense(const Matrix& w, const Matrix& x, const float* bias, const 
                 .y = y,
                 .y_dtype = y_dtype};
   args.w.n = w.rows;
-  run_units(parallel, args.w.tiles(), kPair, kTile * w.cols * x.rows,
-            [&](int64_t t0, int64_t t1) { arith.gemm(args, t0, t1); });
+  many_rows_product(arith, args, w.cols, parallel);
   if (branch.rank() > 0) lora_forward({y, y_dtype, x.rows, w.rows, w.rows}, x, branch, y, nullptr, parallel);
 }
 
@@ -526,8 +551,8 @@ void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor par
                     .rows = dy.rows,
                     .dx = dx,
                     .dx_dtype = dy.dtype,
-                    .lddx = w.cols};
-  run_units(parallel, w.cols, kUnit, w.rows * dy.rows, [&](int64_t k0, int64_t k1) { arith.dx(args, k0, k1); });
+                    .cols = w.cols};
+  many_rows_dx(arith, args, w.rows * dy.rows, parallel);
 }
 
 void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,

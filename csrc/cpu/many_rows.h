@@ -80,18 +80,18 @@ struct ManyRows : Product<A> {
 
   static int vecs_of(int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; }
 
-  static void gemm(const GemmArgs& g, int64_t tile0, int64_t tile1) {
+  static void gemm(const GemmArgs& g, int64_t first, int64_t end, int64_t tile0, int64_t tile1) {
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     const int64_t chunk = g.words.data == nullptr ? kRowChunk : kWordsChunk;
     float* c = static_cast<float*>(scratch(1, chunk * kPanelTiles * kTile * sizeof(float)));
     const int64_t count = ceil_div(tile1 - tile0, kPanelTiles), units = ceil_div(tile1 - tile0, kGroupTiles);
     [[maybe_unused]] const Tiles held;
-    for (int64_t row0 = 0; row0 < g.x.rows; row0 += chunk)
+    for (int64_t row0 = first; row0 < end; row0 += chunk)
       for (int64_t p = 0; p < count; ++p) {
         // Even panels, of whole groups where that is possible.
         const int64_t t0 = tile0 + units * p / count * kGroupTiles;
         const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
-        const Part part{g, row0, min64(chunk, g.x.rows - row0), t0, t1, panel, c};
+        const Part part{g, row0, min64(chunk, end - row0), t0, t1, panel, c};
         start(part);
         if (g.words.data == nullptr) {
           add_base(part);
@@ -258,7 +258,7 @@ struct ManyRows : Product<A> {
 
   // ---- backward ----
 
-  static void dx(const DxArgs& g, int64_t col0, int64_t col1) {
+  static void dx(const DxArgs& g, int64_t first, int64_t end, int64_t col0, int64_t col1) {
     [[maybe_unused]] const Tiles held;
     const int64_t groups = ceil_div(g.rows, kGroupLanes), rank = g.ds == nullptr ? 0 : g.lora_a.rows;
     const int64_t chunk_groups = kRowChunk / kGroupLanes;
@@ -266,8 +266,8 @@ struct ManyRows : Product<A> {
     const bool splits = (g.w.n > rank ? g.w.n : rank) > kSummands;
     float* c = static_cast<float*>(scratch(1, (splits ? 2 : 1) * kColumnChunk * kRowChunk * sizeof(float)));
     float* totals = splits ? c + kColumnChunk * kRowChunk : c;
-    for (int64_t g0 = 0; g0 < groups; g0 += chunk_groups) {
-      const int64_t ngroups = min64(chunk_groups, groups - g0);
+    for (int64_t g0 = first / kGroupLanes; g0 * kGroupLanes < end; g0 += chunk_groups) {
+      const int64_t ngroups = min64(chunk_groups, ceil_div(end, kGroupLanes) - g0);
       const auto accumulate = [&](const void* panels, int64_t block, int64_t contraction, int64_t cols) {
         const E* p = static_cast<const E*>(panels) + (block * groups + g0) * kGroupPanel;
         multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, kGroupLanes);
@@ -313,7 +313,7 @@ struct ManyRows : Product<A> {
           if ((n0 + kBlock) % kSummands == 0 || tile1 == g.w.tiles()) add_up();
         }
         each_group(totals, cols, [&](int64_t row0, int64_t rows, const float* sums) {
-          store_transposed(sums, kGroupLanes, cols, rows, g.dx, g.dx_dtype, g.lddx, row0, k0);
+          store_transposed(sums, kGroupLanes, cols, rows, g.dx, g.dx_dtype, g.cols, row0, k0);
         });
       }
     }
