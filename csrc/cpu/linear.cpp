@@ -594,10 +594,10 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
   const float shift = k.int8.shift(w);
   ByteRow* bytes = static_cast<ByteRow*>(scratch(kSlotDropped, blocks * rows * sizeof(ByteRow)));
   Int8Args args{w, bytes, rows, bias, {}, &arith == &k.bf16, branch.b, y, y_dtype};
-  const auto of_tiles = [&](const auto& body) {
-    run_units(parallel, w.tiles(), k.int8.group_tiles, kTile * w.k * ((rows + 7) / 8), body);
+  const auto of_parts = [&](const auto& body) {
+    run_parts(parallel, rows, k.int8.row_chunk, w.tiles(), k.int8.group_tiles, kTile * w.k * ((rows + 7) / 8), body);
   };
-  const auto product = [&](int64_t t0, int64_t t1) { k.int8.product(args, t0, t1); };
+  const auto product = [&](int64_t r0, int64_t r1, int64_t t0, int64_t t1) { k.int8.product(args, r0, r1, t0, t1); };
   const bool plain = as_it_lies(arith, x, branch);
   if (rank > 0 && rows > kMostSplitRows) {
     void* dropped = plain ? nullptr : scratch(kSlotX, arith.packed_rows_bytes(rows, x.cols));
@@ -605,23 +605,23 @@ void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, co
       k.int8.quantize(x, w, shift, bytes, r0, r1);
       if (!plain) arith.pack_rows(x, mask_only(branch.dropout), dropped, r0, r1);
     });
-    return of_tiles(product);
+    return of_parts(product);
   }
   run(parallel, rows, grain_of(x.cols * kQuantizing),
       [&](int64_t r0, int64_t r1) { k.int8.quantize(x, w, shift, bytes, r0, r1); });
-  if (rank == 0) return of_tiles(product);
+  if (rank == 0) return of_parts(product);
   const bool few = is_few(arith, w, x, branch) || plain;
   const PackedRows dropped = few ? PackedRows{} : pack_rows(arith, x, mask_only(branch.dropout), kSlotX, parallel);
   // One region for both, as in linear_forward.
   BranchSums sums = few ? BranchSums(k, arith, few_rows(k, arith, x, !branch.a.packed), rows, branch)
                         : BranchSums(arith, dropped, branch);
   const float* factor = branch_factor(branch, rows, rank);
-  of_tiles([&](int64_t t0, int64_t t1) {
+  of_parts([&](int64_t r0, int64_t r1, int64_t t0, int64_t t1) {
     Int8Args own = args;
     arith.prefetch_b(branch.b, t0);
     sums.finish(w.codes + t0 * w.k * (kTile / 2));
     own.s = pack_sums(arith, sums, factor, branch, rows);
-    k.int8.product(own, t0, t1);
+    k.int8.product(own, r0, r1, t0, t1);
   });
 }
 
