@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import atexit
 import contextlib
 import gc
 import random
@@ -40,9 +41,9 @@ def pytest_collection():
     gc.enable()
 
 
-def pytest_unconfigure():
-    """What stays frozen is not let go at the end either, which nanobind takes for leaks and lists below the summary."""
-    gc.unfreeze()
+# What stays frozen is not let go at the end either, which nanobind takes for leaks and lists below the summary. Before
+# that pytest looks twice for what the tests left.
+atexit.register(gc.unfreeze)
 
 
 @contextlib.contextmanager
