@@ -336,7 +336,7 @@ class TestMerged:
 
 
 METHODS = [
-    fp.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[1], **LORA),
+    fp.LoraConfig(modules_to_save=["lm_head"], trainable_token_indices=[1], **LORA),
     fp.BottleneckConfig(task_type="CAUSAL_LM"),
     fp.PrefixTuningConfig(**SOFT),
 ]
@@ -475,14 +475,15 @@ class TestErrorsAndInterrupts:
         model.load_adapter(tmp_path, "other")
         assert list(model.peft_config) == ["default", "other"]
 
+    @pytest.mark.parametrize("amid", [False, True])
     @pytest.mark.parametrize("active", ["default", "other"])
     @pytest.mark.parametrize("method", METHODS)
-    def test_an_adapter_whose_deletion_is_interrupted_is_out(self, method, active, interrupted):
+    def test_an_adapter_whose_deletion_is_interrupted_is_out(self, method, active, amid, interrupted):
         model, ids = adapted(fp.LoraConfig(target_modules=["v_proj"], **LORA)).eval(), tiny.inputs()["input_ids"]
         before, expected = structure(model), logits(model, ids)
         model.add_adapter("other", method)
         model.set_adapter(active)
-        interrupted(method.tuner(), "remove")
+        interrupted(*((nn.ModuleDict, "__delitem__") if amid else (method.tuner(), "remove")))
         with pytest.raises(KeyboardInterrupt):
             model.delete_adapter("other")
         assert structure(model) == before and torch.equal(logits(model, ids), expected)

@@ -345,12 +345,13 @@ class LoraLayer(nn.Module, ABC):
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter, also one of which only some is here."""
-        for held in (self.r, self.lora_alpha, self._scaling, self._own_scaling, self._scale):
-            held.pop(name, None)  # one that failed half-way has only some
         for holder in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_dropout):
-            if name in holder:
+            if name in holder:  # one that failed half-way has only some
                 del holder[name]
         self._cache.clear()
+        # The rank last, by which a removal that was interrupted is seen to be unfinished.
+        for held in (self.lora_alpha, self._scaling, self._own_scaling, self._scale, self.r):
+            held.pop(name, None)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The adapter's live parameters under the suffixes of PEFT's files."""
