@@ -221,7 +221,7 @@ def _check_numbers(saved: Any, known: Any, name: str) -> None:
         raise ValueError(f"{name} is {saved!r}; it must be a number")
 
 
-def _last_checkpoint(output_dir: str | os.PathLike, resume: bool) -> str | None:
+def last_checkpoint(output_dir: str | os.PathLike, resume: bool) -> str | None:
     """The newest checkpoint, to go on from; None without ``resume``, where there must be none."""
     last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
     if resume and last is None:
@@ -310,7 +310,7 @@ def train_adapter(
     """
     if save_steps < 0:
         raise ValueError(f"save_steps is {save_steps}; it must be 0 (no checkpoints) or more")
-    last = _last_checkpoint(output_dir, resume)
+    last = last_checkpoint(output_dir, resume)
     rows, positions, virtual = embedded_tokens(model), learned_positions(model), virtual_tokens(model)
     for number, example in enumerate(dataset, 1):
         check_ids(f"row {number}", example["input_ids"], rows)

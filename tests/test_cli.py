@@ -213,8 +213,10 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
     not_gguf.write_bytes(b"GGUF" + b"\xff" * 40)
     output = str(tmp_path / "out")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "earlier" / "checkpoint-2").mkdir(parents=True)
     train = ["train", "--model", model_folder, "--data", data_file, "--output", output]
     before_loading = ["train", "--model", "./no-such-model", "--data", data_file, "--output", output]
+    asked = ["generate", "--model", "./no-such-model", "--prompt", "p", "--adapter"]
     cases = [
         (["quantize", "./no-such-model", output], "no-such-model"),
         (["quantize", str(not_gguf), output], "not.gguf"),
@@ -239,10 +241,12 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         ([*train, "--method", "prompt", "--init-text", ""], "the initial text is '', which has no tokens"),
         ([*train, "--method", "prompt", "--init-text", "\udcff"], "the text holds '\\udcff'"),
         ([*train, "--method", "bottleneck", "--reduction-factor", "0"], "reduction_factor is 0"),
-        ([*train, "--resume"], "no checkpoint"),
+        ([*before_loading, "--resume"], "no checkpoint"),
+        ([*before_loading, "--output", str(tmp_path / "earlier")], "holds checkpoints of an earlier run"),
         ([*train, "--max-length", "4"], "line 1"),
         (["generate", "--model", model_folder, "--prompt", "\udcff"], "the text holds '\\udcff'"),
-        (["generate", "--model", model_folder, "--adapter", f"a={tmp_path}", "--prompt", "p"], "adapter_config.json"),
+        ([*asked, f"a={tmp_path}"], "adapter_config.json"),
+        ([*asked, f"a.b={tmp_path}"], "adapter_name is 'a.b'"),
     ]
     for arguments, says in cases:
         code, out, err = run(capsys, *arguments, "--json")

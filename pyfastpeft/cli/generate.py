@@ -49,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Answer the prompt, or hold a conversation."""
-    from .. import PeftModel
+    from .. import PeftConfig, PeftModel
     from ..generation import answer
+    from ..tuners.adapted import check_name
 
     if args.json and args.prompt is None:
         args.error("--json needs --prompt")
@@ -59,14 +60,18 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     names = [name for name, _ in args.adapter]
     if len(set(names)) != len(names):
         args.error(f"--adapter names must differ, got {' '.join(names)}")
+    # What is wrong with these shows before the model is loaded.
+    for name in names:
+        check_name(name)
+    configs = [PeftConfig.from_pretrained(path) for _, path in args.adapter]
     with console.status(f"loading {escape(args.model)}"):
         model, tokenizer = load_model(args, quantized=not args.full_precision)
         model = on_gpu(model)
-        for i, (name, path) in enumerate(args.adapter):
+        for i, ((name, path), config) in enumerate(zip(args.adapter, configs, strict=True)):
             if i == 0:
-                model = PeftModel.from_pretrained(model, path, adapter_name=name)
+                model = PeftModel.from_pretrained(model, path, adapter_name=name, config=config)
             else:
-                model.load_adapter(path, adapter_name=name)
+                model.load_adapter(path, adapter_name=name, config=config)
 
     def ask(prompt: str, adapters: list[str]) -> list[str]:
         rows = None

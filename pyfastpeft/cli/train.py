@@ -104,12 +104,14 @@ def run(args: argparse.Namespace, console: Console, read: tuple[Rows, Rows] | No
     from .. import get_peft_model
     from ..conversations import encode_rows
     from ..generation import prompts_of
+    from ..training import last_checkpoint
 
     method, options, quantized = chosen(args)
     if not quantized:
         refuse_format(args, "--full-precision" if args.full_precision else f"--method {args.method}")
     # What is wrong with these shows before the model is loaded.
     _check_output(args.output)
+    last_checkpoint(args.output, args.resume)
     rows, tests = read or rows_of(args)
     questions, lines = list(tests.values()), [f"{args.test}, line {number}" for number in tests]
     base, tokenizer = _load(args, method, quantized)
