@@ -310,10 +310,14 @@ class Prefixes(ABC):
         tensors = compiled_tensors(self, names, self.decoder.training, decoding, self.bank.reach)
         return Values(tensors[:-1], tensors[-1]) if source.form is Form.EMBEDDINGS else Values(tensors, None)
 
+    # For :mod:`.prompt_operator`; ``names`` are a soft prompt's own and those of the other adapters on its row.
+
     def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """All that may train and that the prompt may depend on."""
         return [parameter for name in names for parameter in self.bank.parameters(name)]
 
     def tensors(self, names: Sequence[str], decoding: bool, reach: int) -> list[Tensor]:
+        """What the prompt comes to, for ``bank.reach``; differentiable in what trains, where gradients are recorded."""
         names = tuple(names)
         with self.bank.using(_beside_a_prompt(names[1:])), self.bank.reaching(reach):
             values = self._kept.of_prompt(self.sources[names[0]], names, decoding, self._work_out)

@@ -12,13 +12,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...ops.library import constant_to_compilers
+
+if TYPE_CHECKING:
+    from .prefixes import Prefixes
 
 
 class _Form(NamedTuple):
@@ -29,25 +32,9 @@ class _Form(NamedTuple):
     device: torch.device
 
 
-class Maker(Protocol):
-    """Who works soft prompts out. ``names`` are the prompt's own and those of the other adapters on its row.
-
-    Attributes:
-        number: what :func:`number_of` gave.
-    """
-
-    number: int
-
-    def parameters(self, names: Sequence[str]) -> list[nn.Parameter]:
-        """All that may train and that the prompt may depend on."""
-
-    def tensors(self, names: Sequence[str], decoding: bool, reach: int) -> list[Tensor]:
-        """What the prompt comes to, for ``bank.reach``; differentiable in what trains, where gradients are recorded."""
-
-
 _numbers = itertools.count()
-_makers: WeakValueDictionary[int, Maker] = WeakValueDictionary()
-_forms: WeakKeyDictionary[Maker, dict[str, list[_Form]]] = WeakKeyDictionary()
+_numbered: WeakValueDictionary[int, Prefixes] = WeakValueDictionary()
+_forms: WeakKeyDictionary[Prefixes, dict[str, list[_Form]]] = WeakKeyDictionary()
 
 
 @functools.cache
@@ -58,24 +45,24 @@ def _dispatch_outside() -> tuple[Any, Any]:
         return thread.submit(lambda: tuple(get() for get in sets)).result()
 
 
-def number_of(maker: Maker) -> int:
-    """A number by which compiled code knows ``maker``, for as long as that lives."""
+def number_of(prefixes: Prefixes) -> int:
+    """A number by which compiled code knows ``prefixes``, for as long as that lives."""
     number = next(_numbers)
-    _makers[number] = maker
+    _numbered[number] = prefixes
     return number
 
 
 def compiled_tensors(
-    maker: Maker, names: tuple[str, ...], random: bool, decoding: bool, reach: int | Tensor
+    prefixes: Prefixes, names: tuple[str, ...], random: bool, decoding: bool, reach: int | Tensor
 ) -> list[Tensor]:
-    """``maker.tensors(names, decoding, reach)`` in code that is being compiled.
+    """``prefixes.tensors(names, decoding, reach)`` in code that is being compiled.
 
     Args:
         random: whether there may be dropout.
         reach: a tensor where it depends on the text.
 
     Raises:
-        RuntimeError: the code is exported, to run where the number is another maker's.
+        RuntimeError: the code is exported, to run where the number is another model's.
     """
     if _exporting():
         raise RuntimeError(
@@ -83,10 +70,10 @@ def compiled_tensors(
             "and values are learned (PrefixTuningConfig), or without adapters"
         )
     joined = "/".join(names)
-    _learn_forms(maker.number, joined)
+    _learn_forms(prefixes.number, joined)
     seed = torch.randint(2**63 - 1, (1,), device="cpu") if random else None
     reach = reach if isinstance(reach, Tensor) else None
-    return torch.ops.pyfastpeft.soft_prompt(maker.parameters(names), seed, reach, maker.number, joined, decoding)
+    return torch.ops.pyfastpeft.soft_prompt(prefixes.parameters(names), seed, reach, prefixes.number, joined, decoding)
 
 
 @constant_to_compilers  # asked in the code that they compile, some say that they always export
@@ -96,10 +83,10 @@ def _exporting() -> bool:
 
 @constant_to_compilers  # so it runs, while the code around it is only looked at
 def _learn_forms(number: int, joined: str) -> None:
-    maker, names = _makers[number], joined.split("/")
-    with _as_outside(maker.parameters(names), torch.zeros(1, device="cpu")), torch.no_grad():
-        made = maker.tensors(names, False, 0)
-    _forms.setdefault(maker, {})[joined] = [_Form(t.shape, t.dtype, t.device) for t in made]
+    prefixes, names = _numbered[number], joined.split("/")
+    with _as_outside(prefixes.parameters(names), torch.zeros(1, device="cpu")), torch.no_grad():
+        made = prefixes.tensors(names, False, 0)
+    _forms.setdefault(prefixes, {})[joined] = [_Form(t.shape, t.dtype, t.device) for t in made]
 
 
 @contextmanager
@@ -116,16 +103,16 @@ def _as_outside(parameters: Sequence[Tensor], seed: Tensor | None) -> Iterator[N
 
 @torch.library.custom_op("pyfastpeft::soft_prompt", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _soft_prompt(
-    parameters: Sequence[Tensor], seed: Tensor | None, reach: Tensor | None, maker: int, names: str, decoding: bool
+    parameters: Sequence[Tensor], seed: Tensor | None, reach: Tensor | None, number: int, names: str, decoding: bool
 ) -> list[Tensor]:
     with _as_outside(parameters, seed), torch.no_grad():
-        made = _makers[maker].tensors(names.split("/"), decoding, int(reach or 0))
+        made = _numbered[number].tensors(names.split("/"), decoding, int(reach or 0))
         return [t.clone(memory_format=torch.contiguous_format) for t in made]  # some are kept
 
 
 @_soft_prompt.register_fake
-def _(parameters: Sequence[Tensor], seed: Any, reach: Any, maker: int, names: str, decoding: bool) -> list[Tensor]:
-    forms = _forms[_makers[maker]][names]
+def _(parameters: Sequence[Tensor], seed: Any, reach: Any, number: int, names: str, decoding: bool) -> list[Tensor]:
+    forms = _forms[_numbered[number]][names]
     return [torch.empty(form.shape, dtype=form.dtype, device=form.device) for form in forms]
 
 
@@ -135,14 +122,14 @@ def _soft_prompt_backward(
     parameters: Sequence[Tensor],
     seed: Tensor | None,
     reach: Tensor | None,
-    maker: int,
+    number: int,
     names: str,
 ) -> list[Tensor]:
     """The gradients of ``parameters``."""
-    live = _makers[maker].parameters(names.split("/"))
+    live = _numbered[number].parameters(names.split("/"))
     train = [p for p in live if p.requires_grad]
     with _as_outside(parameters, seed), torch.enable_grad():
-        made = _makers[maker].tensors(names.split("/"), False, int(reach or 0))
+        made = _numbered[number].tensors(names.split("/"), False, int(reach or 0))
         found = iter(torch.autograd.grad(made, train, gradients, allow_unused=True, materialize_grads=True))
     return [next(found).contiguous() if p.requires_grad else torch.zeros_like(p) for p in live]
 
