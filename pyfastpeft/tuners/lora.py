@@ -494,7 +494,22 @@ class LoraTuner(Tuner):
         config.fan_in_fan_out = any(layer_class(base_of(m)) is LoraConv1D for m in targets.values())
         try:
             for path, module in targets.items():
-                self._attach(name, config, path, module, values is not None, autocast_adapter_dtype, undo)
+                layer = self._layer(path, module)
+                initial, base = self._initial(config, path, layer), layer.base_layer
+                if config.changes_base:
+                    undo.append((layer, base.packed if isinstance(base, Linear4bit) else base.weight))
+                layer.add_adapter(
+                    name,
+                    config.rank_of(path),
+                    config.alpha_of(path),
+                    dropout=config.lora_dropout,
+                    use_rslora=config.use_rslora,
+                    use_dora=config.use_dora,
+                    lora_bias=config.lora_bias,
+                    dtype=adapter_dtype(base, autocast_adapter_dtype),
+                    initial=initial,
+                    empty=values is not None,
+                )
             for place in self._places(config):
                 put_tokens(self.model, self.bank, name, place, autocast_adapter_dtype)
         except BaseException:
@@ -530,37 +545,10 @@ class LoraTuner(Tuner):
                 "output head share it. Leave it out of target_modules, or untie them"
             )
 
-    def _attach(
-        self,
-        name: str,
-        config: LoraConfig,
-        path: str,
-        module: nn.Module,
-        empty: bool,
-        autocast_adapter_dtype: bool,
-        undo: list[tuple[LoraLayer, Any]],
-    ) -> None:
-        if isinstance(module, TrainableTokens):
-            raise ValueError(f"target_modules matches {path!r}, of which another adapter trains tokens; leave it out")
-        layer = self._layer(path, module)
-        initial, base = self._initial(config, path, layer), layer.base_layer
-        if config.changes_base:
-            undo.append((layer, base.packed if isinstance(base, Linear4bit) else base.weight))
-        layer.add_adapter(
-            name,
-            config.rank_of(path),
-            config.alpha_of(path),
-            dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            lora_bias=config.lora_bias,
-            dtype=adapter_dtype(base, autocast_adapter_dtype),
-            initial=initial,
-            empty=empty,
-        )
-
     def _layer(self, path: str, module: nn.Module) -> LoraLayer:
         """The layer with LoRA at ``path``, around ``module`` where that is none yet."""
+        if isinstance(module, TrainableTokens):
+            raise ValueError(f"target_modules matches {path!r}, of which another adapter trains tokens; leave it out")
         if isinstance(module, LoraLayer):
             return module
         layer = layer_class(module)(module, self.bank).train(module.training)
