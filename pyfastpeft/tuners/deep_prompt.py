@@ -7,7 +7,7 @@ make their keys and values. As the paper's code has it (``prefix=True``), keys a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
@@ -29,10 +29,6 @@ class DeepPromptConfig(InitialTextConfig):
     Attributes:
         prefix: learn keys and values themselves.
         prefix_dropout: on keys and values, in training.
-        prefix_init: "text" (what the model itself makes of a text, or of random tokens without one), "random" (standard
-            normal) or "zero".
-        prefix_init_text: that text.
-        tokenizer_name_or_path: of the tokenizer for it, or the tokenizer itself.
     """
 
     peft_type: ClassVar[PeftType] = PeftType.DEEP_PROMPT_TUNING
@@ -41,9 +37,6 @@ class DeepPromptConfig(InitialTextConfig):
 
     prefix: bool = False
     prefix_dropout: float = 0.0
-    prefix_init: str = "text"
-    prefix_init_text: str | None = None
-    tokenizer_name_or_path: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from ..integrations.soft_prompts.prefixes import Prefixes
 
 
+@dataclass(kw_only=True)
 class InitialTextConfig(SoftPromptConfig):
     """A soft prompt in every layer, whose first values may be what the model makes of a text.
 
-    Its fields are the subclasses' own, with other defaults.
+    Attributes:
+        prefix_init: "text" (what the model itself makes of a text, or of random tokens without one), "random" (standard
+            normal) or "zero".
+        prefix_init_text: that text.
+        tokenizer_name_or_path: of the tokenizer for it, or the tokenizer itself.
     """
 
     NOT_SAVED: ClassVar[frozenset[str]] = SoftPromptConfig.NOT_SAVED | {
@@ -28,9 +33,9 @@ class InitialTextConfig(SoftPromptConfig):
         "tokenizer_name_or_path",
     }
 
-    prefix_init: str | None
-    prefix_init_text: str | None
-    tokenizer_name_or_path: Any
+    prefix_init: str | None = "text"
+    prefix_init_text: str | None = None
+    tokenizer_name_or_path: Any = None
 
     def _check_initial(self) -> None:
         if self.prefix_init not in ("text", "random", "zero"):
@@ -63,10 +68,7 @@ class PrefixTuningConfig(InitialTextConfig):
         prefix_projection: train an MLP that makes the keys and values.
         encoder_hidden_size: of that MLP; None: ``token_dim``.
         init_weights: "zero": as ``prefix_init`` (PEFT's name for it).
-        prefix_init: "text" (what the model itself makes of a text, or of random tokens without one), "random" (standard
-            normal) or "zero". None: "text", and with a projection "random", which alone it can start from besides zero.
-        prefix_init_text: that text.
-        tokenizer_name_or_path: of the tokenizer for it, or the tokenizer itself.
+        prefix_init: None: "text", and with a projection "random", which alone it can start from besides zero.
     """
 
     peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING
@@ -76,8 +78,6 @@ class PrefixTuningConfig(InitialTextConfig):
     encoder_hidden_size: int | None = None
     init_weights: str | None = None
     prefix_init: str | None = None
-    prefix_init_text: str | None = None
-    tokenizer_name_or_path: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
