@@ -28,7 +28,7 @@ from .bare import all_layers, reaching, tied
 from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
 from .first_label import FIRST, with_first_label, with_last, without_last
 from .kept_prompts import Values
-from .prefixes import NOTHING, OFF, Prefixes, apart, beside, goes_on, past_of
+from .prefixes import OFF, Prefixes, apart, beside, goes_on, past_of
 from .prompt_tokens import first_visible
 
 
@@ -118,7 +118,7 @@ class CausalPrefixes(Prefixes):
         if not follows:
             self._clear_interrupted()
         if not self.uses(rows):
-            return (args, kwargs | {attention.HANDED_DOWN: NOTHING}) if follows else None
+            return (args, kwargs | {attention.HANDED_DOWN: OFF}) if follows else None
         self._check_attention()
         kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
         if kwargs.get("encoder_hidden_states") is not None:
@@ -231,7 +231,7 @@ class CausalPrefixes(Prefixes):
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         cache = DynamicCache()
         positions = torch.arange(len(embeddings), device=embeddings.device) + self._first
-        handed = {attention.HANDED_DOWN: NOTHING} if self._hands_down else {}  # should the decoder be compiled code
+        handed = {attention.HANDED_DOWN: OFF} if self._hands_down else {}  # should the decoder be compiled code
         with (
             self._bare(rows, layer_inputs),
             reaching(self._rotaries, self.bank.reach),

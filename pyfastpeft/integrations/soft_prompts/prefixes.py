@@ -30,9 +30,6 @@ from .decoders import is_encoder_decoder
 from .kept_prompts import KeptPrompts, Source, Values
 from .prompt_operator import compiled_tensors, number_of
 
-OFF = object()
-"""``bank.run`` while a soft prompt itself is worked out: no prefix."""
-
 _RUNS_KEPT = 8  # batches whose rows use the same adapters again build nothing
 
 
@@ -49,8 +46,8 @@ class Run:
         self.layers, self.shift, self.last = layers, shift, last
 
 
-NOTHING = Run([], 0, None)
-"""Handed down: no prefix."""
+OFF = Run([], 0, None)
+"""No prefix: ``bank.run`` while a soft prompt itself is worked out, and handed down where no row has one."""
 
 
 class _LayerPrefix:
@@ -64,22 +61,20 @@ class _LayerPrefix:
         return apart(self._looked_up, batch) if is_compiling() else self._current()
 
     def of(self, run: Run) -> Prefix | None:
-        """The prefix in what a compiled forward hands down."""
+        """The prefix in ``run``."""
         return run.layers[self.layer] if run.layers else None
 
     def _current(self) -> Prefix | None:
         bank = self.prefixes.bank
         run = bank.run
-        if run is OFF:
-            return None
-        if run is None:
-            if bank.mode is None and any(name in self.prefixes.sources for name in bank.active):
-                raise RuntimeError(
-                    "a layer with a soft prompt runs outside its model's forward; where gradient checkpointing "
-                    "computes layers again, call the PeftModel, not the model inside it"
-                )
-            return None
-        return run.layers[self.layer]
+        if run is not None:
+            return self.of(run)
+        if bank.mode is None and any(name in self.prefixes.sources for name in bank.active):
+            raise RuntimeError(
+                "a layer with a soft prompt runs outside its model's forward; where gradient checkpointing "
+                "computes layers again, call the PeftModel, not the model inside it"
+            )
+        return None
 
     def _looked_up(self, batch: int) -> Prefix | None:
         """For compiled code whose model did not hand down what there is."""
