@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
-
 from ..nn.prompt_encoder import Form
 from .base import PeftType, check_dropout, register_method
 from .prefix import InitialTextConfig
@@ -51,7 +49,8 @@ class DeepPromptConfig(InitialTextConfig):
     def dropout(self) -> float:
         return self.prefix_dropout
 
-    def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
+    def fill(self, prefixes: Prefixes) -> None:
         if prefixes.seq2seq:
-            raise ValueError(f"P-Tuning v2 does not apply to an encoder–decoder, and a {type(model).__name__} is one")
-        super().fill(model, prefixes)
+            kind = type(prefixes.model).__name__
+            raise ValueError(f"P-Tuning v2 does not apply to an encoder–decoder, and a {kind} is one")
+        super().fill(prefixes)

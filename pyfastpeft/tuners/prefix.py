@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
 
 from ..nn.prompt_encoder import Form, PrefixEncoder, SoftPrompt
 from .base import PeftType, register_method
-from .soft_prompt import SoftPromptConfig, first_layer_config, random_ids, text_ids
+from .soft_prompt import SoftPromptConfig, random_ids, text_ids
 
 if TYPE_CHECKING:
     from ..integrations.soft_prompts.prefixes import Prefixes
@@ -44,12 +43,13 @@ class InitialTextConfig(SoftPromptConfig):
             raise ValueError("prefix_init_text is given; it needs prefix_init 'text' and tokenizer_name_or_path")
 
     @torch.no_grad()
-    def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
+    def initialize(self, module: SoftPrompt, prefixes: Prefixes) -> None:
         if self.prefix_init == "zero":
             last = module.transform[-1] if module.encodes else module.embedding
             for parameter in last.parameters():
                 parameter.zero_()
         elif self.prefix_init == "text":
+            model = prefixes.model
             if self.prefix_init_text is None:
                 ids = random_ids(model, self.num_virtual_tokens)
             else:
@@ -91,11 +91,11 @@ class PrefixTuningConfig(InitialTextConfig):
         if self.prefix_projection and self.prefix_init == "text":
             raise ValueError("prefix_init is 'text'; with prefix_projection it must be 'random' or 'zero'")
 
-    def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
-        own = first_layer_config(model, prefixes)
+    def fill(self, prefixes: Prefixes) -> None:
+        own = prefixes.first_layer
         if (self.token_dim, self.num_attention_heads) == (own.hidden_size, own.num_attention_heads):
             self.token_dim = self.num_attention_heads = None  # the queries' shape, as PEFT lets it be given
-        super().fill(model, prefixes)
+        super().fill(prefixes)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
     def encoder(self) -> SoftPrompt | None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
 
 from ..adapters import NO_ROWS
 from ..nn.prompt_encoder import Form, SoftPrompt
@@ -71,9 +70,10 @@ class PromptTuningConfig(SoftPromptConfig):
         return values
 
     @torch.no_grad()
-    def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
+    def initialize(self, module: SoftPrompt, prefixes: Prefixes) -> None:
         if self.prompt_tuning_init is PromptTuningInit.RANDOM:
             return
+        model = prefixes.model
         if self.prompt_tuning_init is PromptTuningInit.TEXT:
             kwargs = self.tokenizer_kwargs or {}
             ids = text_ids(self.prompt_tuning_init_text, self.tokenizer_name_or_path, model, self.rows, **kwargs)

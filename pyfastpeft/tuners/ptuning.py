@@ -6,8 +6,6 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
-
 from ..nn.prompt_encoder import Form, LstmEncoder, MlpEncoder, SoftPrompt
 from .base import PeftType, as_member, check_dropout, register_method
 from .soft_prompt import SoftPromptConfig
@@ -48,8 +46,8 @@ class PromptEncoderConfig(SoftPromptConfig):
         self.encoder_reparameterization_type = as_member(PromptEncoderReparameterizationType, name, getattr(self, name))
         check_dropout("encoder_dropout", self.encoder_dropout)
 
-    def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
-        super().fill(model, prefixes)
+    def fill(self, prefixes: Prefixes) -> None:
+        super().fill(prefixes)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
     def encoder(self) -> SoftPrompt | None:

@@ -85,16 +85,16 @@ class SoftPromptConfig(PeftConfig):
         """On keys and values, in training."""
         return 0.0
 
-    def fill(self, model: nn.Module, prefixes: Prefixes) -> None:
+    def fill(self, prefixes: Prefixes) -> None:
         """Fill in and check what depends on the model."""
         if self.form is Form.KEYS_VALUES:
             layers, heads, dim = prefixes.shape
             width = heads * dim
         else:
-            own = first_layer_config(model, prefixes)
+            own = prefixes.first_layer
             layers, heads, width = len(prefixes.attentions), own.num_attention_heads, own.hidden_size
             if self.at_embedding:
-                layers, width = prefixes.shape.layers, model.get_input_embeddings().weight.shape[1]
+                layers, width = prefixes.shape.layers, prefixes.model.get_input_embeddings().weight.shape[1]
         self._expect(num_layers=layers, num_attention_heads=heads, token_dim=width)
 
     def _expect(self, **values: int) -> None:
@@ -115,7 +115,7 @@ class SoftPromptConfig(PeftConfig):
         """The module that makes the virtual tokens in training; None: they train themselves."""
         return None
 
-    def initialize(self, module: SoftPrompt, model: nn.Module, prefixes: Prefixes) -> None:
+    def initialize(self, module: SoftPrompt, prefixes: Prefixes) -> None:
         """Give the parameters other first values than ``module`` was made with."""
 
 
@@ -147,13 +147,6 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
     return torch.tensor(ids, device="cpu")
 
 
-def first_layer_config(model: nn.Module, prefixes: Prefixes) -> Any:
-    """The configuration of the text's first layer: others may have other numbers of query heads (Step 3.7)."""
-    from ..integrations.soft_prompts.decoders import layer_configs, text_config
-
-    return layer_configs(text_config(model.config, prefixes.seq2seq))[0]
-
-
 def random_ids(model: nn.Module, count: int) -> Tensor:
     return torch.randint(0, model.get_input_embeddings().num_embeddings, (count,), device="cpu")
 
@@ -179,7 +172,7 @@ class SoftPromptTuner(Tuner):
     def resolved(self, config: SoftPromptConfig) -> SoftPromptConfig:
         self.prefixes.check(config.form)
         self._resolve_submodules(config)
-        config.fill(self.model, self.prefixes)
+        config.fill(self.prefixes)
         context = getattr(self.model.config, "max_position_embeddings", None)
         if context is not None and 0 < context <= config.num_virtual_tokens:  # XLNet's -1 is no limit
             raise ValueError(
@@ -223,7 +216,7 @@ class SoftPromptTuner(Tuner):
         if module is None:
             module = SoftPrompt(config.rows, config.width)
         if values is None:
-            config.initialize(module, self.model, self.prefixes)
+            config.initialize(module, self.prefixes)
         # In float32 whatever the model is in, as in PEFT.
         module = module.to(self.model.get_input_embeddings().weight.device).train(self.model.training)
         self.bank.prompts[name] = module

@@ -26,7 +26,7 @@ from ...ops.tracing import is_compiling, traced
 from ..attention import Said, exchange_attention, say_attention
 from .bare import fed, without_checkpointing
 from .checkpointing import collected, reentrant
-from .decoders import is_encoder_decoder
+from .decoders import is_encoder_decoder, layer_configs, text_config
 from .kept_prompts import KeptPrompts, Source, Values
 from .prompt_operator import compiled_tensors, number_of
 
@@ -153,6 +153,11 @@ class Prefixes(ABC):
     @abstractmethod
     def _computed(self, embeddings: Tensor, rows: Rows | None, layer_inputs: Sequence[Tensor] = ()) -> Values:
         """What the model makes of [length, hidden] at the embedding, or of ``layer_inputs`` put into its layers."""
+
+    @property
+    def first_layer(self) -> Any:
+        """The configuration of the text's first layer: others may have other numbers of query heads (Step 3.7)."""
+        return layer_configs(text_config(self.model.config, self.seq2seq))[0]
 
     @property
     def _attends(self) -> nn.Module:
