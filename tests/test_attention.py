@@ -605,6 +605,18 @@ def test_an_attention_that_was_chosen_since_stays_until_the_model_is_accelerated
     assert model.config._attn_implementation == ("pyfastpeft" if chosen == "sdpa" else chosen)
 
 
+def test_a_part_that_names_no_attention_goes_on_naming_none():
+    sizes = {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+    vision = {"embed_dim": 32, "image_size": 16, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tf.IdeficsModel(tf.IdeficsConfig(**sizes, vision_config=vision | {"intermediate_size": 32}))
+    config = model.config
+    parts = config, config.vision_config, config.perceiver_config  # of the last there is no module
+    adapted = fp.get_peft_model(model, fp.LoraConfig(target_modules=["q_proj"]))
+    assert [part._attn_implementation for part in parts] == ["pyfastpeft", "pyfastpeft", None]
+    adapted.unload()
+    assert [part._attn_implementation for part in parts] == ["sdpa", "sdpa", None]
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])
 def test_a_prefix_in_compiled_code(name):
     plain, ours = pair(name)

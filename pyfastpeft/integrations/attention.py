@@ -412,21 +412,6 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
 
 
-def set_attention(model: PreTrainedModel, name: str) -> None:
-    """``model.set_attn_implementation(name)``, in layers that have a configuration of their own too.
-
-    A layer that was copied has one, which no model has, and would take the new masks to the old attention.
-    """
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    of_models = {id(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)}
-    for module in model.modules():
-        config = vars(module).get("config")
-        own = isinstance(config, PreTrainedConfig) and id(config) not in of_models
-        if own and config._attn_implementation == before:
-            config._attn_implementation = name
-
-
 def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
     """Let the transformers models inside ``model`` use this attention for sdpa, or sdpa again where they did.
 
@@ -441,9 +426,9 @@ def use_fast_attention(model: nn.Module, fast: bool = True) -> None:
         done.update(part.modules())
         if not fast:
             if vars(part).pop(_SWITCHED, False) and part.config._attn_implementation == NAME:
-                set_attention(part, "sdpa")
+                exchange_attention(part, "sdpa", _naming(NAME))
         elif all(_gains(m) for m in part.modules() if isinstance(m, PreTrainedModel)):
-            set_attention(part, NAME)
+            exchange_attention(part, NAME, _naming("sdpa"))
             vars(part)[_SWITCHED] = True
 
 
@@ -474,10 +459,14 @@ def say_attention(said: Said) -> None:
         config._attn_implementation_internal = name  # the property would say it for every part within
 
 
+def _naming(name: str) -> Callable[[nn.Module, PreTrainedConfig], bool]:
+    return lambda _, config: config._attn_implementation == name
+
+
 @contextmanager
 def with_sdpa(model: PreTrainedModel) -> Iterator[None]:
     """Let ``model`` use sdpa instead of this attention, for what knows transformers' own alone."""
-    said = exchange_attention(model, "sdpa", lambda _, config: config._attn_implementation == NAME)
+    said = exchange_attention(model, "sdpa", _naming(NAME))
     try:
         yield
     finally:
