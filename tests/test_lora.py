@@ -717,7 +717,7 @@ class TestMerging:
         dense = [base.embed, base.conv, base.linear]
         inputs = [torch.randint(0, 20, (3, 4)), torch.randn(3, 32), torch.randn(3, 48)]
         expected = [layer(x) for layer, x in zip(dense, inputs, strict=True)]
-        x4 = torch.randn(3, 32)
+        x4 = torch.randn(30, 32)
         expected4 = base.packed(x4)
         model.merge_adapter()
         for layer, x, y in zip(dense, inputs, expected, strict=True):
