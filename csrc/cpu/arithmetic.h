@@ -85,6 +85,7 @@ struct BF16 {
   static V::F value(Sum acc, const Elem*, int64_t) { return acc; }
   static void store_row(Elem* dst, V::F v) { V::store_factor(dst, v); }
   static void store_lanes(Elem* dst, const V::F* lanes) { V::store_two(dst, lanes[0], lanes[1]); }
+  static V::F rounded_pairs(V::F even, V::F odd) { return V::bf16_pairs(even, odd); }
   static void interleave(const void* even, const void* odd, Elem* dst) { V::interleave_rows(even, odd, dst); }
   static void store_pairs(Elem* dst, const uint16_t* pairs, int64_t) { copy_bytes(dst, pairs, V::kLanes * 4); }
   static W load_pairs(const uint16_t* p) { return load(p); }

@@ -62,6 +62,10 @@ struct V {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   }
+  static F bf16_pairs(F even, F odd) {
+    const __m512i first = _mm512_srli_epi32(bf16_bits(even), 16);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xAAAAAAAA, first, bf16_bits(odd)));
+  }
   static void store_bf16(uint16_t* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(v), 16)));
   }

@@ -339,13 +339,27 @@ struct ManyRows : Product<A> {
           constexpr int kSize = dtype_size(D);
           alignas(64) float square[16 * 16];
           for (int64_t r = 0; r < rows; r += 16)
-            for (int64_t i = 0; i < cols; i += 16) {
-              const int64_t nr = min64(16, rows - r), ni = min64(16, cols - i);
+            for (int64_t i = 0, ni; i < cols; i += ni) {
+              const int64_t nr = min64(16, rows - r);
+              char* to = static_cast<char*>(out) + ((row0 + r) * ldout + col0 + i) * kSize;
+              if constexpr (A::kStep == 2 && D == kBFloat16)
+                if (nr == 16 && i + 32 <= cols) {  // in pairs: half as many squares, and whole lines
+                  ni = 32;
+                  alignas(64) float pairs[16 * 16];
+#pragma GCC unroll 16
+                  for (int p = 0; p < 16; ++p) {
+                    const float* from = c + (i + 2 * p) * ldc + r;
+                    V::store(pairs + p * 16, A::rounded_pairs(V::load(from), V::load(from + ldc)));
+                  }
+                  V::transpose16(pairs, 16, square);
+                  for (int j = 0; j < 16; ++j) copy_bytes(to + j * ldout * kSize, square + j * 16, 64);
+                  continue;
+                }
+              ni = min64(16, cols - i);
               load_transposed(m, i, ni, r, nr, square);
-              for (int64_t j = 0; j < nr; ++j) {
-                char* to = static_cast<char*>(out) + ((row0 + r + j) * ldout + col0 + i) * kSize;
-                for (int64_t v = 0; v < ni; v += kLanes) store_part<D>(to, v, ni, V::load(square + j * 16 + v));
-              }
+              for (int64_t j = 0; j < nr; ++j)
+                for (int64_t v = 0; v < ni; v += kLanes)
+                  store_part<D>(to + j * ldout * kSize, v, ni, V::load(square + j * 16 + v));
             }
         });
   }
