@@ -72,7 +72,8 @@ const float* branch_factor(const Branch& branch, int64_t rows, int64_t rank) {
 // s * factor of one element. Where rows choose, a zero leaves out what s is: that of an adapter which the row does not
 // use, and which may not be finite.
 float scaled_by(float s, float factor, const Branch& branch) {
-  return branch.row_scale_ld != 0 && factor == 0.0f ? 0.0f : s * factor;
+  const float product = s * factor;  // before it is chosen: such loops become vectors
+  return branch.row_scale_ld != 0 && factor == 0.0f ? 0.0f : product;
 }
 
 // Rows [r0, r1) of out [rows, R] = s * factor; in place if need be.
