@@ -435,9 +435,12 @@ struct ManyRows : Product<A> {
                          int64_t lane0, int64_t lane1) {
     [[maybe_unused]] const Tiles held;
     constexpr int64_t kLanesTogether = 16 * kGroupLanes;  // whose sums stay in cache, while p is read along its rows
-    constexpr int64_t kRowsTogether = 32;                 // between them, some of what comes next is prefetched
+    // A share of what comes next is prefetched before each of some parts of a product: all at once it is waited for.
+    // Few rows are cut along the contraction (dA of rank 16, 1024 rows of 576, Zen 4: @@).
+    constexpr int64_t kRowsTogether = 32, kParts = kHasTiles ? 1 : 8;
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
-    const int64_t rows = x.rows;
+    const int64_t rows = x.rows, blocks = ceil_div(rows, kRowsTogether);
+    const int64_t together = blocks < kParts ? kBlock / (kParts / blocks) : kBlock;
     const bool splits = p.rows > kSummands;
     float* sums = static_cast<float*>(scratch(1, (splits ? 2 : 1) * rows * kLanesTogether * sizeof(float)));
     float* totals = splits ? sums + rows * kLanesTogether : sums;
@@ -458,12 +461,13 @@ struct ManyRows : Product<A> {
           // What the next panel is made of: beside this one's part, or below.
           const bool below = lane + kGroupLanes >= end;
           const int64_t next = below ? i + n : i, col = below ? first : lane + kGroupLanes;
-          for (int64_t r = 0; r < rows; r += kRowsTogether) {
-            prefetch_share(p, next, min64(p.rows, next + kBlock), col, min64(kGroupLanes, p.cols - col),
-                           r / kRowsTogether, ceil_div(rows, kRowsTogether));
-            multiply(packed_block(x, i / kBlock) + r * kStride, min64(kRowsTogether, rows - r), panel, n, kGroupTiles,
-                     c + r * kGroupLanes, kGroupLanes);
-          }
+          for (int64_t k = 0; k < n; k += together)
+            for (int64_t r = 0; r < rows; r += kRowsTogether) {
+              prefetch_share(p, next, min64(p.rows, next + kBlock), col, min64(kGroupLanes, p.cols - col),
+                             k / together * blocks + r / kRowsTogether, ceil_div(n, together) * blocks);
+              multiply(packed_block(x, i / kBlock) + r * kStride + k, min64(kRowsTogether, rows - r),
+                       panel + k * kGroupLanes, min64(together, n - k), kGroupTiles, c + r * kGroupLanes, kGroupLanes);
+            }
         });
         if (splits && ((i + n) % kSummands == 0 || i + n == p.rows))
           for (int64_t j = 0; j < count; ++j) totals[j] += sums[j];
