@@ -40,7 +40,6 @@ void run_units(ParallelFor parallel, int64_t n, int64_t unit, int64_t work, cons
 template <class Body>
 void run_parts(ParallelFor parallel, int64_t rows, int64_t chunk, int64_t n, int64_t unit, int64_t work,
                const Body& body) {
-  if (rows == 0) return;
   const int64_t chunks = ceil_div(rows, chunk), units = ceil_div(n, unit);
   run_units(parallel, chunks * units, 1, unit * work / chunks, [&](int64_t i, int64_t end) {
     while (i < end) {
@@ -546,7 +545,17 @@ void many_rows_dense(const Matrix& w, const Matrix& x, const float* bias, const 
 }  // namespace
 
 void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor parallel) {
+  // Up to here rows that do not fill the lanes of dx cost more than the weight's own columns as lanes, for whose sums
+  // of more rows a core has no room (576 to 1536, 20 rows, Zen 4: 0.62 ms instead of 0.89, 512 rows as long or longer).
+  constexpr int64_t kMostRows = 128;
+  if (dy.rows == 0) return;
   const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
+  if (dy.dtype == kFloat32 && dy.rows <= kMostRows) {
+    const PackedRows packed = pack_rows(arith, dy, {}, kSlotDy, parallel);
+    return run_units(parallel, w.cols, arith.group_lanes, w.rows * dy.rows, [&](int64_t c0, int64_t c1) {
+      arith.rows_times(packed, w, {}, static_cast<float*>(dx), false, c0, c1);
+    });
+  }
   const DxArgs args{.ds = pack_panels(arith, dy, true, kSlotDy, parallel),
                     .lora_a = w,
                     .rows = dy.rows,
