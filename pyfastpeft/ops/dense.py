@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
 from .library import fake_of
-from .tracing import forward_mode, traced
+from .tracing import forward_mode, recorded, traced
 
 FEW_ROWS = 16
 """Rows up to which the kernel takes what reading the weight once takes: it multiplies by a tile of so many."""
@@ -68,7 +68,8 @@ def many_rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def many_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x, weight, bias)`` where :func:`many_rows_pay`; differentiable in x alone."""
-    y = _ManyRows.apply(as_rows(x), weight, bias)
+    multiply = _ManyRows.apply if recorded(x) else torch.ops.pyfastpeft.dense_linear.default
+    y = multiply(as_rows(x), weight, bias)
     return y.view(*x.shape[:-1], len(weight))
 
 
