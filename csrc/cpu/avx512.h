@@ -62,6 +62,7 @@ struct V {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   }
+  // Both rounded to bf16, the odd one above the even one in each lane.
   static F bf16_pairs(F even, F odd) {
     const __m512i first = _mm512_srli_epi32(bf16_bits(even), 16);
     return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xAAAAAAAA, first, bf16_bits(odd)));

@@ -44,12 +44,12 @@ struct Int8Args {
 // The part of the tier that an instruction set provides.
 struct Int8 {
   int64_t group_tiles;  // tiles that are computed together
-  int64_t row_chunk;    // rows for which product decodes the weight anew
+  int64_t row_chunk;    // at most so many rows share what product decodes
   int64_t exact_rows;   // up to here the exact product of bf16 takes no longer: reading the weight takes the time
   int64_t most_rows;    // from here on that of bf16 as 16-bit integers takes no longer, where there is one
   float (*shift)(const Weight& w);
   void (*quantize)(const Matrix& x, const Weight& w, float shift, ByteRow* out, int64_t row0, int64_t row1);
-  // Rows [row0, row1), row0 a multiple of row_chunk, of tiles [tile0, tile1).
+  // Rows [row0, row1) of tiles [tile0, tile1).
   void (*product)(const Int8Args&, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);
 };
 

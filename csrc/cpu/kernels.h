@@ -189,7 +189,7 @@ struct Arithmetic {
   int64_t few_rows_of_zeros;  // the same where the weight has zeros
   int64_t late_rows;          // up to here scales cost less on the sums than on the weights
   bool tiles;                 // gemm has instructions that multiply tiles of rows
-  int64_t row_chunk;          // rows for which gemm and dx make what they multiply by anew
+  int64_t row_chunk;          // at most so many rows share what gemm and dx make of the weight
   int64_t (*packed_rows_bytes)(int64_t rows, int64_t cols);
   int64_t (*panels_bytes)(int64_t lanes, int64_t contraction);
   // Rows [row0, row1) of `src` into PackedRows of `src.rows` rows.
@@ -209,7 +209,7 @@ struct Arithmetic {
   void (*prefetch_b)(const Matrix& b, int64_t tile0);
   // Float32 [rows, cols] to the element type, rows of odd length padded with a zero.
   void (*to_steps)(const float* src, int64_t rows, int64_t cols, void* dst);
-  // Rows [row0, row1) of tiles [tile0, tile1), or of columns [col0, col1), where row0 is a multiple of row_chunk.
+  // Rows [row0, row1) of tiles [tile0, tile1), or of columns [col0, col1), where row0 is a multiple of the lanes.
   void (*gemm)(const GemmArgs&, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);
   void (*dx)(const DxArgs&, int64_t row0, int64_t row1, int64_t col0, int64_t col1);
   void (*dense)(const DenseArgs&, int64_t group0, int64_t group1);  // groups of group_lanes rows of W

@@ -35,13 +35,15 @@ void run_units(ParallelFor parallel, int64_t n, int64_t unit, int64_t work, cons
       [&](int64_t u0, int64_t u1) { body(u0 * unit, std::min(u1 * unit, n)); });
 }
 
-// body(row0, row1, begin, end) over rows and [0, n) alike, in parts that begin at multiples of `chunk` and `unit`, so
-// that few units are enough work for many threads; `work` is that of an item and all rows.
+// body(row0, row1, begin, end) over rows > 0 and [0, n) alike, in parts that begin at multiples of kUnit and of `unit`:
+// even chunks of at most `most` rows, so that few units are enough work for many threads. `work` is that of an item and
+// all rows.
 template <class Body>
-void run_parts(ParallelFor parallel, int64_t rows, int64_t chunk, int64_t n, int64_t unit, int64_t work,
+void run_parts(ParallelFor parallel, int64_t rows, int64_t most, int64_t n, int64_t unit, int64_t work,
                const Body& body) {
+  const int64_t chunk = ceil_div(ceil_div(rows, ceil_div(rows, most)), kUnit) * kUnit;
   const int64_t chunks = ceil_div(rows, chunk), units = ceil_div(n, unit);
-  run_units(parallel, chunks * units, 1, unit * work / chunks, [&](int64_t i, int64_t end) {
+  run(parallel, chunks * units, grain_of(unit * work / chunks), [&](int64_t i, int64_t end) {
     while (i < end) {
       const int64_t row0 = i / units * chunk, u0 = i % units, u1 = std::min(units, u0 + end - i);
       body(row0, std::min(rows, row0 + chunk), u0 * unit, std::min(u1 * unit, n));
@@ -331,6 +333,13 @@ float* branch_gradient(const Arithmetic& arith, const Matrix& dy, const void* pa
   return ds;
 }
 
+// x times p as Arithmetic's rows_times has it, of which a lane takes `work` multiply-adds.
+void rows_times(const Arithmetic& arith, const PackedRows& x, const Matrix& p, const Dropout& dropout, float* out,
+                bool transposed, int64_t work, ParallelFor parallel) {
+  run_units(parallel, p.cols, arith.group_lanes, work,
+            [&](int64_t c0, int64_t c1) { arith.rows_times(x, p, dropout, out, transposed, c0, c1); });
+}
+
 // dx, of which a column takes `work` multiply-adds.
 void many_rows_dx(const Arithmetic& arith, const DxArgs& args, int64_t work, ParallelFor parallel) {
   run_parts(parallel, args.rows, arith.row_chunk, args.cols, kUnit, work,
@@ -351,14 +360,10 @@ void input_gradient(const Arithmetic& arith, const Weight& w, const void* panels
 void adapter_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& branch, const float* ds,
                       const BranchTraining& training, ParallelFor parallel) {
   const int64_t rank = branch.rank(), rows = dy.rows;
-  const auto times = [&](const PackedRows& left, const Matrix& right, const Dropout& dropout, float* out,
-                         bool transposed) {
-    run_units(parallel, right.cols, arith.group_lanes, rows * (rank + 4),
-              [&](int64_t c0, int64_t c1) { arith.rows_times(left, right, dropout, out, transposed, c0, c1); });
-  };
+  const int64_t work = rows * (rank + 4);
   if (training.da != nullptr) {
     const PackedRows dst = pack_rows(arith, {ds, kFloat32, rank, rows, rows}, {}, kSlotDropped, parallel);
-    times(dst, training.x, mask_only(branch.dropout), training.da, false);
+    rows_times(arith, dst, training.x, mask_only(branch.dropout), training.da, false, work, parallel);
     if (branch.dropout.threshold != 0)
       for (int64_t i = 0; i < rank * training.x.cols; ++i) training.da[i] *= branch.dropout.scale;
   }
@@ -367,7 +372,7 @@ void adapter_gradient(const Arithmetic& arith, const Matrix& dy, const Branch& b
   void* st = scratch(kSlotS, arith.packed_rows_bytes(rank, rows));
   times_factor(static_cast<const float*>(training.s.data), branch_factor(branch, rows, rank), branch, 0, rows, scaled);
   arith.pack_rows_t({scaled, kFloat32, rows, rank, rank}, st);
-  times({st, rank, rows}, dy, {}, training.db, true);
+  rows_times(arith, {st, rank, rows}, dy, {}, training.db, true, work, parallel);
 }
 
 // Whether x may be infinite, or become so in sums with codes and with zeros where it would not with the weight itself.
@@ -545,16 +550,14 @@ void many_rows_dense(const Matrix& w, const Matrix& x, const float* bias, const 
 }  // namespace
 
 void dense_backward(const Matrix& w, const Matrix& dy, void* dx, ParallelFor parallel) {
-  // Up to here rows that do not fill the lanes of dx cost more than the weight's own columns as lanes, for whose sums
-  // of more rows a core has no room (576 to 1536, 20 rows, Zen 4: 0.62 ms instead of 0.89, 512 rows as long or longer).
+  // Up to here the weight's columns make better lanes than rows of dy, which leave some empty; beyond it their sums
+  // leave the core's cache (576 to 1536, Zen 4: 20 rows in 0.62 ms instead of 0.89, 512 as long or longer).
   constexpr int64_t kMostRows = 128;
   if (dy.rows == 0) return;
   const Arithmetic& arith = arithmetic_for(*kernels(), dy.dtype);
   if (dy.dtype == kFloat32 && dy.rows <= kMostRows) {
     const PackedRows packed = pack_rows(arith, dy, {}, kSlotDy, parallel);
-    return run_units(parallel, w.cols, arith.group_lanes, w.rows * dy.rows, [&](int64_t c0, int64_t c1) {
-      arith.rows_times(packed, w, {}, static_cast<float*>(dx), false, c0, c1);
-    });
+    return rows_times(arith, packed, w, {}, static_cast<float*>(dx), false, w.rows * dy.rows, parallel);
   }
   const DxArgs args{.ds = pack_panels(arith, dy, true, kSlotDy, parallel),
                     .lora_a = w,
@@ -681,9 +684,7 @@ void head_loss(const HeadLoss& g, ParallelFor parallel) {
     run(parallel, rows, grain_of(classes * 8), [&](int64_t r0, int64_t r1) { k.cross_entropy(losses, r0, r1); });
     if (g.dhidden == nullptr) continue;
     float* sums = static_cast<float*>(scratch(kSlotDs, rows * width * sizeof(float)));
-    run_units(parallel, width, arith.group_lanes, classes * rows, [&](int64_t c0, int64_t c1) {
-      arith.rows_times({g.chunk, rows, classes}, g.w, {}, sums, false, c0, c1);
-    });
+    rows_times(arith, {g.chunk, rows, classes}, g.w, {}, sums, false, classes * rows, parallel);
     run(parallel, rows, grain_of(width * 4), [&](int64_t r0, int64_t r1) {
       k.from_float(sums + r0 * width, static_cast<char*>(g.dhidden) + (row0 + r0) * width * size, g.hidden.dtype,
                    (r1 - r0) * width);

@@ -56,8 +56,8 @@ struct ManyRows : Product<A> {
   using Product<A>::packed_block;
   using Product<A>::packed_rows_bytes;
 
-  // Rows whose float32 results stay in cache together. More share what decoding and packing cost, but in integers (512
-  // rows on Zen 5: 1.045 times dense bf16, not 1.012; dx of dense float32 on Zen 4: 0.97 of the time).
+  // Rows whose float32 results stay in cache together, 256 where x is in integers: more share what decoding and packing
+  // cost (512 rows on Zen 5: 1.045 times dense bf16, not 1.012; dx of dense float32 on Zen 4: 0.97 of the time).
   static constexpr int64_t kWordsChunk = 256, kRowChunk = kHasTiles || kDecodingRows > 0 ? 512 : 256;
   static constexpr int64_t kSummands = 16 * kBlock;  // of one float32 sum: more are a sum of such sums
 
@@ -240,7 +240,7 @@ struct ManyRows : Product<A> {
         for (int64_t i = 0; i < tiles; ++i)
           pack_lanes_t(g.lora_b, (t + i) * kTile, col0, n, part.panel, i * kTileVecs, vecs_of(tiles));
         Ahead ahead;
-        ask_for_rows<ManyRows>(part, g.s, t, col0, n, ahead);
+        if (rank > kBlock) ask_for_rows<ManyRows>(part, g.s, t, col0, n, ahead);
         multiply(packed_block(g.s, col0 / kBlock) + part.row0 * kStride, part.rows, part.panel, n, tiles, out,
                  kGroupLanes, ahead);
       });
@@ -342,19 +342,20 @@ struct ManyRows : Product<A> {
             for (int64_t i = 0, ni; i < cols; i += ni) {
               const int64_t nr = min64(16, rows - r);
               char* to = static_cast<char*>(out) + ((row0 + r) * ldout + col0 + i) * kSize;
-              if constexpr (A::kStep == 2 && D == kBFloat16)
-                if (nr == 16 && i + 32 <= cols) {  // in pairs: half as many squares, and whole lines
-                  ni = 32;
-                  alignas(64) float pairs[16 * 16];
+              if constexpr (A::kStep == 2)
+                if constexpr (D == kBFloat16)
+                  if (nr == 16 && i + 32 <= cols) {  // in pairs: half as many squares, and whole lines
+                    ni = 32;
+                    alignas(64) float pairs[16 * 16];
 #pragma GCC unroll 16
-                  for (int p = 0; p < 16; ++p) {
-                    const float* from = c + (i + 2 * p) * ldc + r;
-                    V::store(pairs + p * 16, A::rounded_pairs(V::load(from), V::load(from + ldc)));
+                    for (int p = 0; p < 16; ++p) {
+                      const float* from = c + (i + 2 * p) * ldc + r;
+                      V::store(pairs + p * 16, A::rounded_pairs(V::load(from), V::load(from + ldc)));
+                    }
+                    V::transpose16(pairs, 16, square);
+                    for (int j = 0; j < 16; ++j) copy_bytes(to + j * ldout * kSize, square + j * 16, 64);
+                    continue;
                   }
-                  V::transpose16(pairs, 16, square);
-                  for (int j = 0; j < 16; ++j) copy_bytes(to + j * ldout * kSize, square + j * 16, 64);
-                  continue;
-                }
               ni = min64(16, cols - i);
               load_transposed(m, i, ni, r, nr, square);
               for (int64_t j = 0; j < nr; ++j)
@@ -436,7 +437,8 @@ struct ManyRows : Product<A> {
     [[maybe_unused]] const Tiles held;
     constexpr int64_t kLanesTogether = 16 * kGroupLanes;  // whose sums stay in cache, while p is read along its rows
     // A share of what comes next is prefetched before each of some parts of a product: all at once it is waited for.
-    // Few rows are cut along the contraction (dA of rank 16, 1024 rows of 576, Zen 4: @@).
+    // Few rows are cut along the contraction, but with tiles, where that was not measured (rank 16, 1024 rows of
+    // float32, 576 to 576, Zen 4: LoRA adds 1.2 ms to a backward pass, not 1.6).
     constexpr int64_t kRowsTogether = 32, kParts = kHasTiles ? 1 : 8;
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     const int64_t rows = x.rows, blocks = ceil_div(rows, kRowsTogether);
