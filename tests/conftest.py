@@ -54,6 +54,14 @@ def instruction_set(name):
     torch.ops.pyfastpeft.set_isa(chosen)
 
 
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Run the test once under each instruction set this machine has kernels for."""

@@ -99,7 +99,19 @@ def test_operators_of_matrices_say_what_is_none():
             operator(vector, *arguments)
 
 
-def test_gradients_once_and_twice(pays, monkeypatch):
+@pytest.mark.parametrize("rows", [100, 520])
+def test_the_number_of_threads_does_not_change_the_result(isa, rows, threads):
+    x, weight, dy = torch.randn(rows, 96), torch.randn(200, 96), torch.randn(rows, 200)
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        y = torch.ops.pyfastpeft.dense_linear(x, weight, None)
+        results.append((y, torch.ops.pyfastpeft.dense_linear_backward(dy, weight)))
+    for other in results[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, results[0], strict=True))
+
+
+def test_gradients_once_and_twice(pays):
     layer, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(3, 9, 24, requires_grad=True)
     dy = torch.randn(3, 9, 40, requires_grad=True)
 
@@ -110,10 +122,16 @@ def test_gradients_once_and_twice(pays, monkeypatch):
     y, expected = dense_linear(x, layer.weight, layer.bias), layer(x)
     assert "ManyRows" in y.grad_fn.next_functions[0][0].name()
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(dense, "_ManyRows", None)  # nothing is recorded of x without gradients
-    torch.testing.assert_close(dense_linear(x.detach(), layer.weight, layer.bias), expected, rtol=1e-5, atol=1e-5)
     for got, wanted in zip(gradients(y), gradients(expected), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_without_a_gradient_no_function_of_autograds_is_called(pays, monkeypatch, grad):
+    layer, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(27, 24, requires_grad=not grad)
+    monkeypatch.setattr(dense, "_ManyRows", None)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(dense_linear(x, layer.weight, layer.bias), layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_what_torch_computes(pays, monkeypatch):
