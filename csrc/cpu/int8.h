@@ -44,7 +44,7 @@ struct Int8Args {
 // The part of the tier that an instruction set provides.
 struct Int8 {
   int64_t group_tiles;  // tiles that are computed together
-  int64_t row_chunk;    // at most so many rows share what product decodes
+  int64_t row_chunk;    // at most so many rows share what product decodes: it takes no more
   int64_t exact_rows;   // up to here the exact product of bf16 takes no longer: reading the weight takes the time
   int64_t most_rows;    // from here on that of bf16 as 16-bit integers takes no longer, where there is one
   float (*shift)(const Weight& w);

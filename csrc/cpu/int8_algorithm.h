@@ -422,8 +422,8 @@ inline void store_sums(const Part& part) {
   }
 }
 
-// Rows [first, row_end) of tiles [tile0, tile1) of y, tile0 at the head of a group.
-inline void byte_product(const Int8Args& g, int64_t first, int64_t row_end, int64_t tile0, int64_t tile1) {
+// Rows [row0, row1) of tiles [tile0, tile1) of y, tile0 at the head of a group.
+inline void byte_product(const Int8Args& g, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
   // Few rows read the codes in as many streams as a group has tiles, each through its share of the tiles to the end:
   // memory delivers long streams faster (4096 x 4096, 4 rows: 256 us instead of 266).
   const bool few = g.rows <= B::kFewRows;
@@ -432,22 +432,20 @@ inline void byte_product(const Int8Args& g, int64_t first, int64_t row_end, int6
   const int64_t ahead = few ? kCodesAhead / (kTile / 2) : kByteBlock;
   const Plan plan{B::table(kByteTables[g.w.format].code), next, ahead / g.w.k * next, ahead % g.w.k,
                   ceil_div(b_lines(g.lora_b), ceil_div(g.w.k, kByteBlock))};
-  const int64_t part_lanes = groups * kByteLanes, part_rows = min64(row_end - first, kByteRows);
-  float* c = static_cast<float*>(scratch(0, part_lanes * part_rows * sizeof(float)));
+  const int64_t rows = row1 - row0;
+  float* c = static_cast<float*>(scratch(0, groups * kByteLanes * rows * sizeof(float)));
   constexpr int64_t kPanelBytes = kByteBlock * kByteLanes;
   uint8_t* panel = static_cast<uint8_t*>(scratch(1, kPanelBytes + Product<F32>::kBlock * kByteLanes * sizeof(float)));
 #ifdef PF_BF16
   [[maybe_unused]] const BF16::Tiles held;  // for the branch: holding them anew for each part shows
 #endif
-  for (int64_t row0 = first; row0 < row_end; row0 += kByteRows)
-    for (int64_t t0 = tile0; t0 < tile0 + (few ? apart : count); t0 += next) {
-      const int64_t rows = min64(kByteRows, row_end - row0);
-      const int64_t end = few ? tile1 : min64(tile1, t0 + next);
-      const Part part{g, row0, rows, t0, end, few ? 1 : ceil_div(end - t0, kByteGroupTiles), apart, c};
-      open_sums(part, panel + kPanelBytes);
-      for (int64_t col0 = 0; col0 < g.w.k; col0 += kByteBlock) multiply_block(part, plan, col0, panel);
-      store_sums(part);
-    }
+  for (int64_t t0 = tile0; t0 < tile0 + (few ? apart : count); t0 += next) {
+    const int64_t end = few ? tile1 : min64(tile1, t0 + next);
+    const Part part{g, row0, rows, t0, end, few ? 1 : ceil_div(end - t0, kByteGroupTiles), apart, c};
+    open_sums(part, panel + kPanelBytes);
+    for (int64_t col0 = 0; col0 < g.w.k; col0 += kByteBlock) multiply_block(part, plan, col0, panel);
+    store_sums(part);
+  }
 }
 
 inline Int8 int8_table() {

@@ -245,8 +245,8 @@ constexpr int64_t kPair = 2;  // tiles that stay together, as a group
 
 // A product of `depth` multiply-adds for each element.
 void many_rows_product(const Arithmetic& arith, const GemmArgs& args, int64_t depth, ParallelFor parallel) {
-  const int64_t rows = args.x.rows;
-  run_parts(parallel, rows, arith.row_chunk, args.w.tiles(), kPair, kTile * depth * rows,
+  const int64_t rows = args.x.rows, most = args.words.data == nullptr ? arith.row_chunk : kWordRows;
+  run_parts(parallel, rows, most, args.w.tiles(), kPair, kTile * depth * rows,
             [&](int64_t r0, int64_t r1, int64_t t0, int64_t t1) { arith.gemm(args, r0, r1, t0, t1); });
 }
 

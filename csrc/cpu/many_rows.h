@@ -56,9 +56,9 @@ struct ManyRows : Product<A> {
   using Product<A>::packed_block;
   using Product<A>::packed_rows_bytes;
 
-  // Rows whose float32 results stay in cache together, 256 where x is in integers: more share what decoding and packing
-  // cost (512 rows on Zen 5: 1.045 times dense bf16, not 1.012; dx of dense float32 on Zen 4: 0.97 of the time).
-  static constexpr int64_t kWordsChunk = 256, kRowChunk = kHasTiles || kDecodingRows > 0 ? 512 : 256;
+  // Rows whose float32 results stay in cache together. More share what decoding and packing cost (512 rows on Zen 5:
+  // 1.045 times dense bf16, not 1.012; dx of dense float32 on Zen 4: 0.97 of the time).
+  static constexpr int64_t kRowChunk = kHasTiles || kDecodingRows > 0 ? 512 : kWordRows;
   static constexpr int64_t kSummands = 16 * kBlock;  // of one float32 sum: more are a sum of such sums
 
   // ---- forward, many rows: decode a panel, then a dense product ----
@@ -80,28 +80,26 @@ struct ManyRows : Product<A> {
 
   static int vecs_of(int64_t tiles) { return tiles == kGroupTiles ? V::kGroupVecs : kTileVecs; }
 
-  static void gemm(const GemmArgs& g, int64_t first, int64_t end, int64_t tile0, int64_t tile1) {
+  static void gemm(const GemmArgs& g, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
-    const int64_t chunk = g.words.data == nullptr ? kRowChunk : kWordsChunk;
-    float* c = static_cast<float*>(scratch(1, chunk * kPanelTiles * kTile * sizeof(float)));
+    float* c = static_cast<float*>(scratch(1, kRowChunk * kPanelTiles * kTile * sizeof(float)));
     const int64_t count = ceil_div(tile1 - tile0, kPanelTiles), units = ceil_div(tile1 - tile0, kGroupTiles);
     [[maybe_unused]] const Tiles held;
-    for (int64_t row0 = first; row0 < end; row0 += chunk)
-      for (int64_t p = 0; p < count; ++p) {
-        // Even panels, of whole groups where that is possible.
-        const int64_t t0 = tile0 + units * p / count * kGroupTiles;
-        const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
-        const Part part{g, row0, min64(chunk, end - row0), t0, t1, panel, c};
-        start(part);
-        if (g.words.data == nullptr) {
-          add_base(part);
-        } else {
-          add_words(part);
-          add_left_out(part);
-        }
-        add_branch(part);
-        store(part);
+    for (int64_t p = 0; p < count; ++p) {
+      // Even panels, of whole groups where that is possible.
+      const int64_t t0 = tile0 + units * p / count * kGroupTiles;
+      const int64_t t1 = min64(tile1, tile0 + units * (p + 1) / count * kGroupTiles);
+      const Part part{g, row0, row1 - row0, t0, t1, panel, c};
+      start(part);
+      if (g.words.data == nullptr) {
+        add_base(part);
+      } else {
+        add_words(part);
+        add_left_out(part);
       }
+      add_branch(part);
+      store(part);
+    }
   }
 
   static void start(const Part& part) {
@@ -258,64 +256,61 @@ struct ManyRows : Product<A> {
 
   // ---- backward ----
 
-  static void dx(const DxArgs& g, int64_t first, int64_t end, int64_t col0, int64_t col1) {
+  static void dx(const DxArgs& g, int64_t row0, int64_t row1, int64_t col0, int64_t col1) {
     [[maybe_unused]] const Tiles held;
     const int64_t groups = ceil_div(g.rows, kGroupLanes), rank = g.ds == nullptr ? 0 : g.lora_a.rows;
-    const int64_t chunk_groups = kRowChunk / kGroupLanes;
+    const int64_t g0 = row0 / kGroupLanes, ngroups = ceil_div(row1, kGroupLanes) - g0;
     E* wt = static_cast<E*>(scratch(0, kColumnChunk * kStride * sizeof(E)));
     const bool splits = (g.w.n > rank ? g.w.n : rank) > kSummands;
     float* c = static_cast<float*>(scratch(1, (splits ? 2 : 1) * kColumnChunk * kRowChunk * sizeof(float)));
     float* totals = splits ? c + kColumnChunk * kRowChunk : c;
-    for (int64_t g0 = first / kGroupLanes; g0 * kGroupLanes < end; g0 += chunk_groups) {
-      const int64_t ngroups = min64(chunk_groups, ceil_div(end, kGroupLanes) - g0);
-      const auto accumulate = [&](const void* panels, int64_t block, int64_t contraction, int64_t cols) {
-        const E* p = static_cast<const E*>(panels) + (block * groups + g0) * kGroupPanel;
-        multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, kGroupLanes);
-      };
-      // body(first row, rows, sums) for each group.
-      const auto each_group = [&](float* from, int64_t cols, const auto& body) {
-        for (int64_t i = 0; i < ngroups; ++i) {
-          const int64_t row0 = (g0 + i) * kGroupLanes;
-          body(row0, min64(kGroupLanes, g.rows - row0), from + i * cols * kGroupLanes);
-        }
-      };
-      for (int64_t k0 = col0; k0 < col1; k0 += kColumnChunk) {
-        const int64_t cols = min64(kColumnChunk, col1 - k0), count = cols * ngroups * kGroupLanes;
-        __builtin_memset(c, 0, count * sizeof(float));
-        if (splits) __builtin_memset(totals, 0, count * sizeof(float));
-        const auto add_up = [&] {
-          for (int64_t j = 0; splits && j < count; ++j) {
-            totals[j] += c[j];
-            c[j] = 0.0f;
-          }
-        };
-        for (int64_t r = 0; r < rank; r += kBlock) {
-          const int64_t n = min64(kBlock, rank - r);
-          Matrix part = g.lora_a;
-          part.data = g.lora_a.row(r);
-          part.rows = n;
-          Matrix shifted = part;  // its columns k0.. become rows 0..
-          shifted.data = static_cast<const char*>(part.data) + k0 * dtype_size(part.dtype);
-          shifted.cols = cols;
-          pack_rows_t(shifted, wt);
-          accumulate(g.ds, r / kBlock, n, cols);
-          if (g.dropout.threshold == 0 && (r + n) % kSummands == 0) add_up();
-        }
-        if (rank != 0 && g.dropout.threshold != 0)
-          each_group(c, cols, [&](int64_t row0, int64_t rows, float* sums) {
-            drop_transposed(g.dropout, row0, rows, k0, cols, sums, kGroupLanes);
-          });
-        add_up();
-        for (int64_t n0 = 0; n0 < g.w.tiles() * kTile; n0 += kBlock) {
-          const int64_t tile0 = n0 / kTile, tile1 = min64(g.w.tiles(), tile0 + kBlock / kTile);
-          decode_transposed(g.w, tile0, tile1, k0, cols, wt);
-          accumulate(g.dy, n0 / kBlock, min64((tile1 - tile0) * kTile, g.w.n - n0), cols);
-          if ((n0 + kBlock) % kSummands == 0 || tile1 == g.w.tiles()) add_up();
-        }
-        each_group(totals, cols, [&](int64_t row0, int64_t rows, const float* sums) {
-          store_transposed(sums, kGroupLanes, cols, rows, g.dx, g.dx_dtype, g.cols, row0, k0);
-        });
+    const auto accumulate = [&](const void* panels, int64_t block, int64_t contraction, int64_t cols) {
+      const E* p = static_cast<const E*>(panels) + (block * groups + g0) * kGroupPanel;
+      multiply(wt, cols, p, contraction, ngroups * kGroupTiles, c, kGroupLanes);
+    };
+    // body(first row, rows, sums) for each group.
+    const auto each_group = [&](float* from, int64_t cols, const auto& body) {
+      for (int64_t i = 0; i < ngroups; ++i) {
+        const int64_t r = (g0 + i) * kGroupLanes;
+        body(r, min64(kGroupLanes, g.rows - r), from + i * cols * kGroupLanes);
       }
+    };
+    for (int64_t k0 = col0; k0 < col1; k0 += kColumnChunk) {
+      const int64_t cols = min64(kColumnChunk, col1 - k0), count = cols * ngroups * kGroupLanes;
+      __builtin_memset(c, 0, count * sizeof(float));
+      if (splits) __builtin_memset(totals, 0, count * sizeof(float));
+      const auto add_up = [&] {
+        for (int64_t j = 0; splits && j < count; ++j) {
+          totals[j] += c[j];
+          c[j] = 0.0f;
+        }
+      };
+      for (int64_t r = 0; r < rank; r += kBlock) {
+        const int64_t n = min64(kBlock, rank - r);
+        Matrix part = g.lora_a;
+        part.data = g.lora_a.row(r);
+        part.rows = n;
+        Matrix shifted = part;  // its columns k0.. become rows 0..
+        shifted.data = static_cast<const char*>(part.data) + k0 * dtype_size(part.dtype);
+        shifted.cols = cols;
+        pack_rows_t(shifted, wt);
+        accumulate(g.ds, r / kBlock, n, cols);
+        if (g.dropout.threshold == 0 && (r + n) % kSummands == 0) add_up();
+      }
+      if (rank != 0 && g.dropout.threshold != 0)
+        each_group(c, cols, [&](int64_t r, int64_t rows, float* sums) {
+          drop_transposed(g.dropout, r, rows, k0, cols, sums, kGroupLanes);
+        });
+      add_up();
+      for (int64_t n0 = 0; n0 < g.w.tiles() * kTile; n0 += kBlock) {
+        const int64_t tile0 = n0 / kTile, tile1 = min64(g.w.tiles(), tile0 + kBlock / kTile);
+        decode_transposed(g.w, tile0, tile1, k0, cols, wt);
+        accumulate(g.dy, n0 / kBlock, min64((tile1 - tile0) * kTile, g.w.n - n0), cols);
+        if ((n0 + kBlock) % kSummands == 0 || tile1 == g.w.tiles()) add_up();
+      }
+      each_group(totals, cols, [&](int64_t r, int64_t rows, const float* sums) {
+        store_transposed(sums, kGroupLanes, cols, rows, g.dx, g.dx_dtype, g.cols, r, k0);
+      });
     }
   }
 
