@@ -55,10 +55,20 @@ def instruction_set(name):
 
 
 @pytest.fixture
-def threads():
-    """``torch.set_num_threads``, undone after the test."""
+def by_threads():
+    """``by_threads(compute, *counts)``: the tensors that ``compute()`` gives, to the same bits on as many threads."""
+
+    def same(compute, *counts):
+        results = []
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(compute())
+        for other in results[1:]:
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, results[0], strict=True))
+        return results[0]
+
     before = torch.get_num_threads()
-    yield torch.set_num_threads
+    yield same
     torch.set_num_threads(before)
 
 

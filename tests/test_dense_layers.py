@@ -100,15 +100,10 @@ def test_operators_of_matrices_say_what_is_none():
 
 
 @pytest.mark.parametrize("rows", [100, 520])
-def test_the_number_of_threads_does_not_change_the_result(isa, rows, threads):
+def test_the_number_of_threads_does_not_change_the_result(isa, rows, by_threads):
     x, weight, dy = torch.randn(rows, 96), torch.randn(200, 96), torch.randn(rows, 200)
-    results = []
-    for count in (1, 2, 3, 8):
-        threads(count)
-        y = torch.ops.pyfastpeft.dense_linear(x, weight, None)
-        results.append((y, torch.ops.pyfastpeft.dense_linear_backward(dy, weight)))
-    for other in results[1:]:
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, results[0], strict=True))
+    ops = torch.ops.pyfastpeft
+    by_threads(lambda: (ops.dense_linear(x, weight, None), ops.dense_linear_backward(dy, weight)), 1, 2, 3, 8)
 
 
 def test_gradients_once_and_twice(pays):

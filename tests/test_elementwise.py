@@ -335,7 +335,7 @@ def test_errors_name_the_argument():
     assert fp.ops.rms_norm is rms_norm
 
 
-def test_threads_change_nothing(isa):
+def test_threads_change_nothing(isa, by_threads):
     x, weight = torch.randn(700, 96), torch.randn(96)
     cos, sin = angles(2, 300, 16)
     q = torch.randn(2, 5, 300, 16)
@@ -347,14 +347,7 @@ def test_threads_change_nothing(isa):
         y.sum().backward()
         return [y, a.grad, w.grad, *rope(q, q, cos, sin)]
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = run()
-        torch.set_num_threads(4)
-        assert all(torch.equal(a, b) for a, b in zip(run(), one, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    by_threads(run, 1, 4)
 
 
 FUNCTIONS = (

@@ -80,14 +80,10 @@ def test_few_and_many_rows_agree(isa):
             assert error(linear_4bit(x[:rows], w, bias, lora, compute="int8"), whole[:rows]) <= 1e-5
 
 
-def test_chunks_of_rows_and_threads_change_nothing(isa, threads):
+def test_chunks_of_rows_and_threads_change_nothing(isa, by_threads):
     w, x = packed_weight(320, 96), torch.randn(1100, 96)
-    results = []
-    for count in (1, 2, 3):
-        threads(count)
-        results.append(linear_4bit(x, w, compute="int8"))
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    assert error(results[0], torch.cat([linear_4bit(part, w, compute="int8") for part in x.split(100)])) <= 1e-5
+    (whole,) = by_threads(lambda: [linear_4bit(x, w, compute="int8")], 1, 2, 3)
+    assert error(whole, torch.cat([linear_4bit(part, w, compute="int8") for part in x.split(100)])) <= 1e-5
 
 
 def test_the_branch_is_exact(isa):
@@ -107,14 +103,11 @@ def test_the_branch_is_exact(isa):
 
 
 @pytest.mark.parametrize("rows", [4, 17, 65, 301])
-def test_threads_share_the_branch(isa, rows, threads):
+def test_threads_share_the_branch(isa, rows, by_threads):
     n, k, rank = 6144, 1024, 33
     w, (a, b), x = packed_weight(n, k), adapter(n, k, rank), torch.randn(rows, k).bfloat16()
-    results = []
-    for count in (1, 2):
-        threads(count)
-        results += [linear_4bit(x, w, None, lora, compute="int8") for lora in ((a, b, 2.0), pack_lora(a, b, 2.0))]
-    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    loras = (a, b, 2.0), pack_lora(a, b, 2.0)
+    results = by_threads(lambda: [linear_4bit(x, w, None, lora, compute="int8") for lora in loras], 1, 2)
     expected = linear_4bit(x, w, compute="int8").double() + 2 * x.double() @ a.double().t() @ b.double().t()
     assert all(error(got, expected) <= 6e-3 for got in results)
 

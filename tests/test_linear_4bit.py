@@ -944,21 +944,19 @@ def test_autocast_keeps_the_range_of_the_branch(device, k):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_number_of_threads_does_not_change_the_result(isa, dtype, threads):
+def test_the_number_of_threads_does_not_change_the_result(isa, dtype, by_threads):
     n, k = 250, 576
     w = packed_weight(n, k)
     a, b = (t.requires_grad_() for t in adapter(n, k, 16))
     for m in (1, 4, 30, 200, 520, 1100):
         x = torch.randn(m, k).to(dtype).requires_grad_()
         dy = torch.randn(m, n).to(dtype)
-        results = []
-        for count in (1, 2, 3, 8):  # 8 of which some come late, and find their share taken
-            threads(count)
+
+        def compute(x=x, dy=dy):
             y = linear_4bit(x, w, None, (a, b, 2.0))
-            results.append([y, *torch.autograd.grad(y, (x, a, b), dy)])
-        for other in results[1:]:
-            for mine, theirs in zip(other, results[0], strict=True):
-                assert torch.equal(mine, theirs)
+            return y, *torch.autograd.grad(y, (x, a, b), dy)
+
+        by_threads(compute, 1, 2, 3, 8)  # 8 of which some come late, and find their share taken
 
 
 def test_python_threads_may_call_at_once(isa):
