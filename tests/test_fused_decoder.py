@@ -25,6 +25,7 @@ from transformers.models.mistral import modeling_mistral
 import pyfastpeft as fp
 from pyfastpeft.integrations import fused_decoder
 from pyfastpeft.integrations.forwards import remove
+from pyfastpeft.integrations.fused_decoder import stack
 
 FAMILIES = {
     "llama": {},
@@ -578,7 +579,7 @@ def test_a_row_among_many_is_what_it_is_alone(isa, base, mixed, rows, served):
 def test_more_rows_than_a_tile_by_wide_weights_in_bfloat16_are_left_to_the_layers(
     dtype, dense, most, served, monkeypatch
 ):
-    monkeypatch.setattr(fused_decoder, "_WIDE", 16)
+    monkeypatch.setattr(stack, "_WIDE", 16)
     _, fused = pair(dtype=dtype, dense=dense)
     for rows in (16, 17, 64, 65):
         served.clear()
@@ -641,13 +642,13 @@ def test_rows_that_choose_see_what_changes_and_nothing_of_each_other(served):
 
 def built(monkeypatch):
     """The stacks that are built from now on, by the models they are of."""
-    models, build = [], fused_decoder._Stack._build
+    models, build = [], stack.Stack._build
 
     def spy(self, model):
         models.append(model)
         build(self, model)
 
-    monkeypatch.setattr(fused_decoder._Stack, "_build", spy)
+    monkeypatch.setattr(stack.Stack, "_build", spy)
     return models
 
 

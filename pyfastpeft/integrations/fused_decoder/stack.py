@@ -1,22 +1,13 @@
-"""Decoding with one compiled call a token: the layers of a decoder like Llama's as ``decoder_forward``.
-
-:func:`fuse_decoder` puts a :class:`_FewRows` before the forward of a decoder (the module between embedding and head).
-It serves calls of a few rows over a cache that record nothing, when every layer is what the compiled stack
-computes; whatever is out of the ordinary goes to transformers' own forward. The stack holds the model's own tensors
-(and the packed copies of adapters for inference that the layers keep as well); a model that has changed since (another
-adapter, a merged weight, a hook) is noticed at the next call.
-"""
+"""The layers of a decoder as one compiled stack: for which there is one, and until when it holds."""
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import sys
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -24,39 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticCache,
-    StaticLayer,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    create_sliding_window_causal_mask,
-    eager_mask,
-    sdpa_mask,
-)
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.masking_utils import create_sliding_window_causal_mask
 
-from ..adapters import AdapterBank, Rows
-from ..caching import registered, stamp_of
-from ..formats.handles import DecoderHandle
-from ..nn import Linear4bit
-from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
-from ..nn.hooks import GLOBAL_HOOKS
-from ..nn.lora import LoraLinear
-from ..ops import PackedLora
-from ..ops.backends import Backend, choose_attention, choose_plain, is_plain, native
-from ..ops.dense import FEW_ROWS
-from ..ops.linear_4bit import of_pairs, takes_int8
-from ..ops.tracing import forward_mode, traced
-from .attention import NAME as ATTENTION
-from .attention import attention_forward, attention_mask
-from .forwards import ModuleForward, install
-from .fused_layers import OF_LLAMA, ROPE, SILUS, Kinds, has_llamas, kinds_of, written_in_transformers
+from ...adapters import AdapterBank, Rows
+from ...caching import registered, stamp_of
+from ...formats.handles import DecoderHandle
+from ...nn import Linear4bit
+from ...nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
+from ...nn.hooks import GLOBAL_HOOKS
+from ...nn.lora import LoraLinear
+from ...ops import PackedLora
+from ...ops.backends import Backend, choose_attention, choose_plain, is_plain, native
+from ...ops.dense import FEW_ROWS
+from ...ops.linear_4bit import of_pairs, takes_int8
+from ..forwards import ModuleForward
+from ..fused_layers import OF_LLAMA, ROPE, SILUS, Kinds, has_llamas, kinds_of, written_in_transformers
+from .rooms import tokens_kept
 
 _GELUS = kinds_of(ACT2FN["gelu_pytorch_tanh"])
 
@@ -117,35 +92,16 @@ _FAMILIES = {
         angles_of_types=True,
     ),
 }
-# What asks for nothing more; of other keywords any value may.
-_NOTHING_MORE = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-# The function and its mask function that are registered; "eager" is the function of the model's module.
-_ATTENTIONS = {
-    "sdpa": (sdpa_attention_forward, sdpa_mask),
-    "eager": (None, eager_mask),
-    ATTENTION: (attention_forward, attention_mask),
-}
 _ACTIVATIONS = F.gelu, F.relu, F.silu, torch.tanh  # of bottlenecks, in the compiled order
 _NO_BRANCH = None, None, 1.0, None  # A, B, scaling, and the factors of the columns or of each row's
-# transformers renamed it; whichever name this version has.
-_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _version_of = operator.attrgetter("_version")
 _forward_of = operator.attrgetter("forward")
 _dtype_of = operator.attrgetter("dtype")
-_MOST_ROWS = 64  # more take longer than by the layers (a dense model in bfloat16, 2048 wide, 128 rows: 1.06 times)
+MOST_ROWS = 64  # more take longer than by the layers (a dense model in bfloat16, 2048 wide, 128 rows: 1.06 times)
 _WIDE = 2048  # torch is faster at more than FEW_ROWS by wider weights in bfloat16 (4096 x 4096: 0.91 of the time)
-_STACKS_KEPT = 32  # switching between this many sets of adapters, and choices of rows, builds nothing
 
 
-def fuse_decoder(model: nn.Module) -> None:
-    """Let every decoder in ``model`` that is of a known family compute few rows by the fused stack, in place."""
-    for module in list(model.modules()):
-        if _family(module) is not None:
-            registered()  # from now on
-            install(module, _FewRows)
-
-
-def _family(module: nn.Module) -> _Family | None:
+def family_of(module: nn.Module) -> _Family | None:
     known = type(module).__module__.startswith("transformers.models.")
     return _FAMILIES.get(type(module).__name__) if known else None
 
@@ -204,7 +160,7 @@ class _Lookups:
         )
 
 
-class _Stack:
+class Stack:
     """A compiled stack, or the finding that there cannot be one, and the lookups on which that rests.
 
     Looking everything up again takes a tenth of a token's time. From one token to the next over the same cache that is
@@ -217,7 +173,7 @@ class _Stack:
         self.lookups = _Lookups()
         self.plans = _Lookups()  # what switching adapters exchanges, to and fro
         self.held: DecoderHandle | None = None
-        self.most_rows = _MOST_ROWS
+        self.most_rows = MOST_ROWS
         self.windows: list[int] = []  # of each layer, 0: none
         self.window = math.inf  # up to so many keys each layer sees all
         self.causal = True  # else of several tokens each sees those that follow
@@ -285,7 +241,7 @@ class _Stack:
     def forgets(self, layers: list[DynamicLayer | StaticLayer], past: int) -> bool:
         """Whether a layer would see more of the ``past`` than its layer of the cache keeps."""
         return any(
-            past > _kept(layer) and not 0 < window <= layer.sliding_window
+            past > tokens_kept(layer) and not 0 < window <= layer.sliding_window
             for layer, window in zip(layers, self.windows, strict=True)
         )
 
@@ -301,7 +257,7 @@ class _Stack:
         self._noticed = None
 
     def _build(self, model: nn.Module) -> None:
-        look, config, family = self.lookups, model.config, _family(model)
+        look, config, family = self.lookups, model.config, family_of(model)
         layers = look.module(model, "layers")
         norms, head_norms, added_norms, angles, linears = [], [], [], [], []
         dtype, eps = model.norm.weight.dtype, getattr(model.norm, family.eps)
@@ -535,284 +491,3 @@ class _Stack:
 def _paired(branch: Any) -> bool:
     """Whether the stack takes pairs of ``branch``: they do not fill a dense weight of odd width."""
     return isinstance(branch, PackedLora) and branch.shape[1] % 2 == 0
-
-
-_LAYERS = {DynamicCache: (DynamicLayer, DynamicSlidingWindowLayer), StaticCache: (StaticLayer,)}
-
-
-class _Room:
-    """Keys and values of layers that keep equally many tokens, with room behind them.
-
-    A token is written there, not concatenated, and nothing is written twice. The layers hold views; one that was
-    cropped, reordered or replaced is no longer the view given to it, and is copied into new room.
-    """
-
-    def __init__(
-        self, layers: list[DynamicLayer], shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
-    ) -> None:
-        """Copy what ``layers`` hold, [batch, heads, past, dim], with room for ``tokens`` behind it and more."""
-        batch, heads, self.past, dim = shape
-        length = self.past + tokens
-        self.size = max(length + 64, length * 5 // 4)
-        self.tensor = torch.empty((2 * len(layers), batch, heads, self.size, dim), dtype=dtype, device="cpu")
-        for i, layer in enumerate(layers):
-            if layer.is_initialized:
-                self.tensor[2 * i, :, :, : self.past] = layer.keys
-                self.tensor[2 * i + 1, :, :, : self.past] = layer.values
-        self.views: tuple[Tensor, ...] = ()
-
-    def serves(self, layers: list[DynamicLayer], tokens: int) -> bool:
-        held = [t for layer in layers if layer.is_initialized for t in (layer.keys, layer.values)]
-        return (
-            self.past + tokens <= self.size
-            and len(held) == len(self.views)
-            and all(map(operator.is_, held, self.views))
-        )
-
-    def show(self, layers: list[DynamicLayer], tokens: int) -> None:
-        """Let the cache's layers hold ``tokens`` more, and what they keep of those before."""
-        self.past += tokens
-        first = max(0, self.past - _kept(layers[0]))
-        self.views = self.tensor[:, :, :, first : self.past].unbind(0)
-        views = iter(self.views)
-        for layer in layers:
-            keys, values = next(views), next(views)
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            if type(layer) is DynamicSlidingWindowLayer:
-                layer.cumulative_length += tokens
-
-
-def _kept(layer: DynamicLayer) -> int:
-    """How many tokens a layer of a cache keeps."""
-    return layer.sliding_window - 1 if type(layer) is DynamicSlidingWindowLayer else sys.maxsize
-
-
-class _Growing:
-    """Keys and values of a :class:`DynamicCache` in rooms, one for each number of tokens that layers keep."""
-
-    def __init__(self, layers: list[DynamicLayer]) -> None:
-        kept = [_kept(layer) for layer in layers]
-        self.members = [[i for i, n in enumerate(kept) if n == each] for each in set(kept)]
-        self.rooms: list[_Room | None] = [None] * len(self.members)
-        self.keys: list[Tensor | None] = [None] * len(layers)
-        self.values: list[Tensor | None] = [None] * len(layers)
-        self.past = [0] * len(layers)
-
-    def fits(
-        self, layers: list[DynamicLayer], shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
-    ) -> bool:
-        """Whether ``layers`` hold what they keep of keys and values of ``shape`` [batch, heads, past, dim]; there is
-        room for ``tokens`` more then."""
-        batch, heads, past, dim = shape
-        for j, members in enumerate(self.members):
-            those = [layers[i] for i in members]
-            room = self.rooms[j]
-            if room is None or not room.serves(those, tokens):
-                held = (batch, heads, min(past, _kept(those[0])), dim)
-                if any(t.shape != held for layer in those if layer.is_initialized for t in (layer.keys, layer.values)):
-                    return False
-                room = self.rooms[j] = _Room(those, held, tokens, dtype)
-                for n, tensor in enumerate(room.tensor.unbind(0)):
-                    (self.values if n % 2 else self.keys)[members[n // 2]] = tensor
-            for i in members:
-                self.past[i] = room.past
-        return True
-
-    def show(self, layers: list[DynamicLayer], tokens: int) -> None:
-        """Let the cache's layers hold ``tokens`` more."""
-        for room, members in zip(self.rooms, self.members, strict=True):
-            room.show([layers[i] for i in members], tokens)
-
-
-class _Static:
-    """Keys and values of a :class:`StaticCache`, which has room for all its tokens."""
-
-    def __init__(
-        self, layers: list[StaticLayer], shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
-    ) -> None:
-        """Those that ``layers`` hold, of ``shape`` [batch, heads, past, dim]; they are made if there are none yet."""
-        batch, heads, past, dim = shape
-        if not layers[0].is_initialized:
-            new = torch.empty((batch, heads, tokens, dim), dtype=dtype, device="cpu")
-            for layer in layers:
-                layer.lazy_initialization(new, new)
-        self.keys, self.values = [layer.keys for layer in layers], [layer.values for layer in layers]
-        self.past = [past] * len(layers)
-
-    def show(self, layers: list[StaticLayer], tokens: int) -> None:
-        """Let the cache's layers hold ``tokens`` more."""
-        for layer, past in zip(layers, self.past, strict=True):
-            if hasattr(layer, "cumulative_length"):  # older versions count what is not zero
-                layer.cumulative_length.fill_(past + tokens)
-
-
-def _patched(cache: DynamicCache | StaticCache) -> bool:
-    """Whether somebody else's function takes up what is computed, for ``cache`` or its layers."""
-    kinds = type(cache), *_LAYERS[type(cache)]
-    return "update" in vars(cache) or any(written_in_transformers(kind.update) is None for kind in kinds)
-
-
-def _of_one_query(mask: Any, length: int) -> Any:
-    """[batch, length] of a mask that the caller made for one query a row; any other mask as it is.
-
-    generate does so for a static cache, and models of several modalities do: bool [batch, 1, 1, length or more], None
-    where nothing is hidden, or such for each type of layers.
-    """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", mask)
-    made = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1:-1] == (1, 1)
-    return mask[:, 0, 0, :length] if made else mask
-
-
-def _asks_for_more(config: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
-    """Whether a call wants what the stack does not compute, or says what it does not know."""
-    attention = config._attn_implementation
-    functions = ALL_ATTENTION_FUNCTIONS.get(attention), ALL_MASK_ATTENTION_FUNCTIONS.get(attention)
-    return (
-        any(value is not _NOTHING_MORE.get(name) for name, value in kwargs.items())
-        or not (config.use_cache if use_cache is None else use_cache)
-        or config.output_attentions
-        or config.output_hidden_states
-        or functions != _ATTENTIONS.get(attention)
-        or torch.is_autocast_enabled("cpu")
-    )
-
-
-class _FewRows(ModuleForward):
-    """Forward of a decoder: few rows by the fused stack, everything else by the class's own forward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        functools.update_wrapper(self, MethodType(type(module).forward, module))  # its signature has no self
-        self._stacks: list[_Stack] = []
-        self._caches: weakref.WeakKeyDictionary[DynamicCache, _Growing] = weakref.WeakKeyDictionary()
-
-    def __getstate__(self) -> dict:
-        return {"module": self.module}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(state["module"])
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], nn.Module):
-            # accelerate gives a model its forward back as a method, and a copy of that model has this one's.
-            module = args[0]
-            module.forward = self if module is self.module else _FewRows(module)
-            return module.forward(*args[1:], **kwargs)
-        if not (args or traced() or torch.is_grad_enabled() or forward_mode()):
-            output = self._few_rows(**{name: value for name, value in kwargs.items() if value is not None})
-            if output is not None:
-                return output
-        if not traced():  # what is compiled must not depend on how many there are
-            for stack in self._stacks:
-                stack.look_again()
-            if type(cache := kwargs.get(_CACHE)) is DynamicCache:
-                self._caches.pop(cache, None)  # it holds other tensors afterwards, and the room is for these alone
-        return self.own(*args, **kwargs)
-
-    def _few_rows(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast | None:
-        """The output, or None where this is not a call for the stack."""
-        model = self.module
-        config = model.config
-        cache = kwargs.pop(_CACHE, None)
-        kwargs.pop("cache_position", None)  # of older versions: the positions after those in the cache
-        kwargs.pop("logits_to_keep", None)  # the head's: models around this one hand on what they were given
-        if (input_ids is None) is (inputs_embeds is None):
-            return None
-        given = inputs_embeds if input_ids is None else input_ids
-        batch, tokens = given.shape[:2]
-        if not given.is_cpu or batch * tokens > _MOST_ROWS:
-            return None  # before anything is asked that a GPU would be waited for
-        kinds = _LAYERS.get(type(cache))
-        if kinds is None:
-            return None
-        if _asks_for_more(config, use_cache, kwargs):
-            return None
-        layers = cache.layers
-        count = config.num_hidden_layers
-        if len(layers) != count or getattr(cache, "offloading", False) or _patched(cache):
-            return None
-        begun = layers[0].is_initialized
-        if not all(type(layer) in kinds and layer.is_initialized is begun for layer in layers):
-            return None
-        past = int(layers[0].get_seq_length())
-        length = past + tokens
-        if type(cache) is StaticCache and length > layers[0].max_cache_len:
-            return None  # the cache says so itself
-        if any(getattr(layer, "record_past", False) and length >= layer.sliding_window for layer in layers):
-            return None  # it keeps what it may have to go back to
-        seen = _of_one_query(attention_mask, length) if tokens == 1 else attention_mask
-        if seen is not None and (not isinstance(seen, Tensor) or seen.shape != (batch, length)):
-            return None
-        stack = self._stack(cache)
-        if stack.held is None or batch * tokens > stack.most_rows:
-            return None
-        if not stack.serves(batch) or stack.forgets(layers, past):
-            return None
-        if tokens > 1 and not stack.causal:
-            return None
-        x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.contiguous()
-        if stack.embedding_multiplier is not None:
-            x = x * stack.embedding_multiplier
-        if not x.is_cpu or x.dtype != stack.dtype:
-            return None
-        if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
-            return None
-        prefix = stack.prefix(batch)
-        if prefix is None:
-            return None
-        whole = prefix[0] or seen is not attention_mask  # a prefix is seen whole; a mask that was made says all itself
-        if whole and length + (prefix[0][0].shape[2] if prefix[0] else 0) > stack.window:
-            return None
-        if position_ids is None:
-            position_ids = torch.arange(past, length, device=x.device).unsqueeze(0)
-        elif position_ids.shape[-1] != tokens:
-            return None  # one position for all tokens
-        angles = [model.rotary_emb(x, position_ids=position_ids, **kind) for kind in stack.angles]
-        cos, sin = ([pair[i] for pair in angles] for i in range(2))
-        mask = None if seen is None else seen.bool().contiguous()
-        room = self._room(cache, (batch, stack.kv_heads, past, stack.dim), tokens, x.dtype)
-        if room is None:
-            return None
-        number = stack.held.number
-        y = torch.ops.pyfastpeft.decoder_forward.default(
-            number, x, cos, sin, mask, room.keys, room.values, room.past, *prefix
-        )
-        room.show(layers, tokens)
-        return BaseModelOutputWithPast(last_hidden_state=y.view(batch, tokens, -1), **{_CACHE: cache})
-
-    def _room(
-        self, cache: DynamicCache | StaticCache, shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
-    ) -> _Growing | _Static | None:
-        """For ``tokens`` behind keys and values of ``shape`` [batch, heads, past, dim]; None where the cache holds
-        others."""
-        layers = cache.layers
-        if type(cache) is StaticCache:
-            return _Static(layers, shape, tokens, dtype)
-        growing = self._caches.get(cache)
-        if growing is None:
-            growing = self._caches[cache] = _Growing(layers)
-        return growing if growing.fits(layers, shape, tokens, dtype) else None
-
-    def _stack(self, cache: Any) -> _Stack:
-        for stack in self._stacks:
-            if stack.holds(cache):
-                return stack
-        stack = _Stack(self.module)
-        self._stacks.insert(0, stack)
-        for other in self._stacks[1:]:
-            if not other.may_hold():  # it would keep what the model does not have any more in memory
-                with suppress(ValueError):  # another thread has taken it out
-                    self._stacks.remove(other)
-        del self._stacks[_STACKS_KEPT:]
-        return stack  # and not the first: another thread may have put its own before it

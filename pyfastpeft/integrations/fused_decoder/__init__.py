@@ -1,0 +1,219 @@
+"""Decoding with one compiled call a token: the layers of a decoder like Llama's as ``decoder_forward``.
+
+:func:`fuse_decoder` puts a :class:`_FewRows` before the forward of a decoder (the module between embedding and head).
+It serves calls of a few rows over a cache that record nothing, when every layer is what the compiled stack
+computes; whatever is out of the ordinary goes to transformers' own forward. The stack holds the model's own tensors
+(and the packed copies of adapters for inference that the layers keep as well); a model that has changed since (another
+adapter, a merged weight, a hook) is noticed at the next call.
+
+- :mod:`.stack`: what the compiled stack is made of, and whether the model is still that
+- :mod:`.rooms`: where the cache's keys and values lie, with room for more tokens
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from contextlib import suppress
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...caching import registered
+from ...ops.tracing import forward_mode, traced
+from ..attention import NAME as ATTENTION
+from ..attention import attention_forward, attention_mask
+from ..forwards import ModuleForward, install
+from .rooms import LAYERS, Growing, Static, patched
+from .stack import MOST_ROWS, Stack, family_of
+
+# What asks for nothing more; of other keywords any value may.
+_NOTHING_MORE = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+# The function and its mask function that are registered; "eager" is the function of the model's module.
+_ATTENTIONS = {
+    "sdpa": (sdpa_attention_forward, sdpa_mask),
+    "eager": (None, eager_mask),
+    ATTENTION: (attention_forward, attention_mask),
+}
+# transformers renamed it; whichever name this version has.
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+_STACKS_KEPT = 32  # switching between this many sets of adapters, and choices of rows, builds nothing
+
+
+def fuse_decoder(model: nn.Module) -> None:
+    """Let every decoder in ``model`` that is of a known family compute few rows by the fused stack, in place."""
+    for module in list(model.modules()):
+        if family_of(module) is not None:
+            registered()  # from now on
+            install(module, _FewRows)
+
+
+def _of_one_query(mask: Any, length: int) -> Any:
+    """[batch, length] of a mask that the caller made for one query a row; any other mask as it is.
+
+    generate does so for a static cache, and models of several modalities do: bool [batch, 1, 1, length or more], None
+    where nothing is hidden, or such for each type of layers.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", mask)
+    made = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1:-1] == (1, 1)
+    return mask[:, 0, 0, :length] if made else mask
+
+
+def _asks_for_more(config: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a call wants what the stack does not compute, or says what it does not know."""
+    attention = config._attn_implementation
+    functions = ALL_ATTENTION_FUNCTIONS.get(attention), ALL_MASK_ATTENTION_FUNCTIONS.get(attention)
+    return (
+        any(value is not _NOTHING_MORE.get(name) for name, value in kwargs.items())
+        or not (config.use_cache if use_cache is None else use_cache)
+        or config.output_attentions
+        or config.output_hidden_states
+        or functions != _ATTENTIONS.get(attention)
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+class _FewRows(ModuleForward):
+    """Forward of a decoder: few rows by the fused stack, everything else by the class's own forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        functools.update_wrapper(self, MethodType(type(module).forward, module))  # its signature has no self
+        self._stacks: list[Stack] = []
+        self._caches: weakref.WeakKeyDictionary[DynamicCache, Growing] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict:
+        return {"module": self.module}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["module"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], nn.Module):
+            # accelerate gives a model its forward back as a method, and a copy of that model has this one's.
+            module = args[0]
+            module.forward = self if module is self.module else _FewRows(module)
+            return module.forward(*args[1:], **kwargs)
+        if not (args or traced() or torch.is_grad_enabled() or forward_mode()):
+            output = self._few_rows(**{name: value for name, value in kwargs.items() if value is not None})
+            if output is not None:
+                return output
+        if not traced():  # what is compiled must not depend on how many there are
+            for stack in self._stacks:
+                stack.look_again()
+            if type(cache := kwargs.get(_CACHE)) is DynamicCache:
+                self._caches.pop(cache, None)  # it holds other tensors afterwards, and the room is for these alone
+        return self.own(*args, **kwargs)
+
+    def _few_rows(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | None:
+        """The output, or None where this is not a call for the stack."""
+        model = self.module
+        config = model.config
+        cache = kwargs.pop(_CACHE, None)
+        kwargs.pop("cache_position", None)  # of older versions: the positions after those in the cache
+        kwargs.pop("logits_to_keep", None)  # the head's: models around this one hand on what they were given
+        if (input_ids is None) is (inputs_embeds is None):
+            return None
+        given = inputs_embeds if input_ids is None else input_ids
+        batch, tokens = given.shape[:2]
+        if not given.is_cpu or batch * tokens > MOST_ROWS:
+            return None  # before anything is asked that a GPU would be waited for
+        kinds = LAYERS.get(type(cache))
+        if kinds is None:
+            return None
+        if _asks_for_more(config, use_cache, kwargs):
+            return None
+        layers = cache.layers
+        count = config.num_hidden_layers
+        if len(layers) != count or getattr(cache, "offloading", False) or patched(cache):
+            return None
+        begun = layers[0].is_initialized
+        if not all(type(layer) in kinds and layer.is_initialized is begun for layer in layers):
+            return None
+        past = int(layers[0].get_seq_length())
+        length = past + tokens
+        if type(cache) is StaticCache and length > layers[0].max_cache_len:
+            return None  # the cache says so itself
+        if any(getattr(layer, "record_past", False) and length >= layer.sliding_window for layer in layers):
+            return None  # it keeps what it may have to go back to
+        seen = _of_one_query(attention_mask, length) if tokens == 1 else attention_mask
+        if seen is not None and (not isinstance(seen, Tensor) or seen.shape != (batch, length)):
+            return None
+        stack = self._stack(cache)
+        if stack.held is None or batch * tokens > stack.most_rows:
+            return None
+        if not stack.serves(batch) or stack.forgets(layers, past):
+            return None
+        if tokens > 1 and not stack.causal:
+            return None
+        x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.contiguous()
+        if stack.embedding_multiplier is not None:
+            x = x * stack.embedding_multiplier
+        if not x.is_cpu or x.dtype != stack.dtype:
+            return None
+        if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
+            return None
+        prefix = stack.prefix(batch)
+        if prefix is None:
+            return None
+        whole = prefix[0] or seen is not attention_mask  # a prefix is seen whole; a mask that was made says all itself
+        if whole and length + (prefix[0][0].shape[2] if prefix[0] else 0) > stack.window:
+            return None
+        if position_ids is None:
+            position_ids = torch.arange(past, length, device=x.device).unsqueeze(0)
+        elif position_ids.shape[-1] != tokens:
+            return None  # one position for all tokens
+        angles = [model.rotary_emb(x, position_ids=position_ids, **kind) for kind in stack.angles]
+        cos, sin = ([pair[i] for pair in angles] for i in range(2))
+        mask = None if seen is None else seen.bool().contiguous()
+        room = self._room(cache, (batch, stack.kv_heads, past, stack.dim), tokens, x.dtype)
+        if room is None:
+            return None
+        number = stack.held.number
+        y = torch.ops.pyfastpeft.decoder_forward.default(
+            number, x, cos, sin, mask, room.keys, room.values, room.past, *prefix
+        )
+        room.show(layers, tokens)
+        return BaseModelOutputWithPast(last_hidden_state=y.view(batch, tokens, -1), **{_CACHE: cache})
+
+    def _room(
+        self, cache: DynamicCache | StaticCache, shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
+    ) -> Growing | Static | None:
+        """For ``tokens`` behind keys and values of ``shape`` [batch, heads, past, dim]; None where the cache holds
+        others."""
+        layers = cache.layers
+        if type(cache) is StaticCache:
+            return Static(layers, shape, tokens, dtype)
+        growing = self._caches.get(cache)
+        if growing is None:
+            growing = self._caches[cache] = Growing(layers)
+        return growing if growing.fits(layers, shape, tokens, dtype) else None
+
+    def _stack(self, cache: Any) -> Stack:
+        for stack in self._stacks:
+            if stack.holds(cache):
+                return stack
+        stack = Stack(self.module)
+        self._stacks.insert(0, stack)
+        for other in self._stacks[1:]:
+            if not other.may_hold():  # it would keep what the model does not have any more in memory
+                with suppress(ValueError):  # another thread has taken it out
+                    self._stacks.remove(other)
+        del self._stacks[_STACKS_KEPT:]
+        return stack  # and not the first: another thread may have put its own before it
