@@ -112,6 +112,17 @@ def test_training_with_a_window_and_no_mask():
     agree_in_training(compiled, model, tiny.inputs(length=9))
 
 
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_packed_sequences_beside_a_window(method):
+    model = adapted(method, "mistral")  # a window longer than all of the text
+    compiled, _ = whole(model)
+    first, second = tiny.inputs(rows=2, length=7)["input_ids"]
+    packed = {"input_ids": torch.cat([first, second])[None], "position_ids": torch.arange(14)[None] % 7}
+    with torch.no_grad():
+        alone = [model(input_ids=row[None]).logits for row in (first, second)]
+        close(compiled(**packed, use_cache=False).logits, torch.cat(alone, 1))
+
+
 @pytest.mark.parametrize("method", RUN_THROUGH_THE_MODEL)
 def test_a_rope_that_changes_with_the_length(method):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}

@@ -139,10 +139,11 @@ class CausalPrefixes(Prefixes):
             kwargs[attention.HANDED_DOWN] = run
         else:
             self.bank.run = run
-        kwargs["position_ids"] = self._behind(positions, beside(positions, run.shift))
-        if follows and self._reaches_part and past is None and kwargs.get("attention_mask") is None:
-            # Without one, transformers takes positions that were given for those of packed sequences.
+        nothing_given = kwargs.get("attention_mask") is kwargs.get("position_ids") is None
+        if follows and self._reaches_part and past is None and nothing_given:
+            # Without one, compiled code takes the positions below for those of packed sequences, as a caller's may be.
             kwargs["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+        kwargs["position_ids"] = self._behind(positions, beside(positions, run.shift))
         if past is None and self.decoder.training and torch.is_grad_enabled() and "use_cache" in self._parameters:
             # Nothing goes on from a training step, and a cache would copy all keys and values.
             kwargs["use_cache"] = bool(kwargs.get("use_cache"))
