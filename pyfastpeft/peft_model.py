@@ -19,7 +19,7 @@ from transformers.utils import PushToHubMixin
 
 from .adapters import CARRIED, NO_ROWS, Names, Rows
 from .hub.files import as_path, save_safetensors
-from .hub.peft import OWN_NAME, adapter_folder, read_own, read_tensors, write_adapter, write_card
+from .hub.peft import OWN_NAME, adapter_folder, complete_card, read_own, read_tensors, write_adapter
 from .integrations.accelerate import fuse, is_fused, take_over, unfuse
 from .integrations.attention import with_sdpa
 from .integrations.generated_rows import check_generated
@@ -686,10 +686,10 @@ class PeftModel(PushToHubMixin, nn.Module):
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Write the README.md of :meth:`save_pretrained` alone, for transformers' Trainer: "default"'s, or the first's.
 
-        One that somebody else wrote or changed stays.
+        The text that somebody else wrote or changed stays, and its metadata tells of the adapter from now on.
         """
         for name in sorted(self.peft_config, key="default".__ne__)[:1]:
-            write_card(output_dir, self._config_to_save(name), self.peft_config[name].IN_PEFT)
+            complete_card(output_dir, self._config_to_save(name), self.peft_config[name].IN_PEFT)
 
     def _config_to_save(self, name: str) -> dict[str, Any]:
         base = self.get_base_model()

@@ -732,9 +732,31 @@ def test_a_card_is_there_for_the_trainer(tmp_path):
     card = tmp_path / "cards" / "README.md"
     assert [*(tmp_path / "cards").iterdir()] == [card]  # an adapter that lay there would stay
     assert card.read_text() == (tmp_path / "saved" / "README.md").read_text()
-    card.write_text("mine")
-    model.create_or_update_model_card(tmp_path / "cards")
-    assert card.read_text() == "mine"
+    for mine in ("mine", "---\nlanguage: en\ntags:\n- lora\n- mine\n---\nmine"):
+        card.write_text(mine)
+        for _ in range(2):
+            model.create_or_update_model_card(tmp_path / "cards")
+            data, text = ModelCard.load(card).data, card.read_text()
+            assert text.endswith("\nmine") and text.count("mine") == mine.count("mine")
+            assert data.library_name == "peft" and data.tags.count("lora") == 1
+            assert data.language == ("en" if "language" in mine else None)
+
+
+def test_the_trainers_card_is_an_adapters_as_pefts_is(tmp_path):
+    cards = []
+    for library in (fp, peft):
+        base = tiny.make("llama")
+        base.name_or_path = base.config._name_or_path = "me/base"
+        model = library.get_peft_model(base, library.LoraConfig(task_type="CAUSAL_LM"))
+        arguments = tf.TrainingArguments(tmp_path / library.__name__, report_to=[], use_cpu=True)
+        trainer = tf.Trainer(model, arguments)
+        trainer.save_model()
+        trainer.create_model_card(model_name="it")
+        cards.append(ModelCard.load(tmp_path / library.__name__ / "README.md").data)
+    ours, theirs = cards
+    assert (ours.library_name, ours.base_model) == (theirs.library_name, theirs.base_model) == ("peft", "me/base")
+    assert ours.pipeline_tag == theirs.pipeline_tag == "text-generation"
+    assert {"base_model:adapter:me/base", "lora"} <= {*ours.tags} & {*theirs.tags}
 
 
 def test_a_hub_repository_takes_the_arguments_that_peft_takes_for_loading(monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ _OF_A_WRAPPER = re.compile(r"\.modules_to_save\.|\.original_module\..*bias$")
 
 _CARD = """---
 {base}library_name: {library}
-tags:
+{task}tags:
 {tag}- {method}
 ---
 
@@ -32,7 +32,11 @@ tags:
 
 {readers} it with `PeftModel.from_pretrained(base_model, folder)`.
 """
-_OPTIONAL = {"base": r"(base_model: .*\n)?", "tag": r'(- "base_model:adapter:.*"\n)?'}
+_OPTIONAL = {
+    "base": r"(base_model: .*\n)?",
+    "task": r"(pipeline_tag: .*\n)?",
+    "tag": r'(- "base_model:adapter:.*"\n)?',
+}
 _UNEDITED = re.compile(re.sub(r"\\{(\w+)\\}", lambda field: _OPTIONAL.get(field[1], ".*"), re.escape(_CARD)))
 
 
@@ -158,11 +162,29 @@ def write_card(folder: str | os.PathLike, config: dict[str, Any], in_peft: bool)
         write_text(text, card)
 
 
+def complete_card(folder: str | os.PathLike, config: dict[str, Any], in_peft: bool) -> None:
+    """As :func:`write_card`; the metadata of a README that stays tells of the adapter, by which the hub knows it."""
+    from huggingface_hub import ModelCard
+
+    write_card(folder, config, in_peft)
+    path = Path(folder) / CARD_NAME
+    card, known = ModelCard.load(path), ModelCard(_card(config, in_peft)).data.to_dict()
+    there = card.data.to_dict()
+    known["tags"] = list(dict.fromkeys([*(there.get("tags") or []), *known["tags"]]))
+    if there | known != there:
+        for key, value in known.items():
+            card.data[key] = value
+        write_text(str(card), path)
+
+
 def _card(config: dict[str, Any], in_peft: bool) -> str:
-    base = tag = ""
+    base = tag = task = ""
+    if config.get("task_type") == "CAUSAL_LM":
+        task = "pipeline_tag: text-generation\n"
     if name := config.get("base_model_name_or_path"):
         base, tag = f"base_model: {json.dumps(name)}\n", f"- {json.dumps(f'base_model:adapter:{name}')}\n"
     library, readers = "peft", "An adapter in PEFT's format: PEFT and pyfastpeft load"
     if not in_peft:
         library, readers = "pyfastpeft", "A method that PEFT does not have: pyfastpeft loads"
-    return _CARD.format(base=base, tag=tag, library=library, method=config["peft_type"].lower(), readers=readers)
+    method = config["peft_type"].lower()
+    return _CARD.format(base=base, tag=tag, task=task, library=library, method=method, readers=readers)
