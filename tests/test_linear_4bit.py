@@ -1078,6 +1078,11 @@ def test_float64_reference_agrees_with_torch_linear():
         ({"w": fp.quantize_4bit(torch.ones(2, 3, 64))}, ValueError, "w has shape .*must be a matrix"),
         ({"bias": torch.ones(23)}, ValueError, "bias is .*shape \\(24,\\)"),
         ({"bias": torch.ones(24, dtype=torch.int32)}, ValueError, "bias is torch.int32"),
+        (
+            {"bias": torch.ones(24, dtype=torch.float64)},
+            ValueError,
+            r"bias is torch.float64 of shape \(24,\); it must be float32, bfloat16 or float16 of shape \(24,\)",
+        ),
         ({"bias": torch.ones(24, device="meta")}, ValueError, "bias is on meta; it must be on x's device, cpu"),
         ({"lora": (torch.ones(4, 63), torch.ones(24, 4), 1.0)}, ValueError, "lora A .*K = 64"),
         ({"lora": (torch.ones(0, 64), torch.ones(24, 0), 1.0)}, ValueError, "lora A .*r >= 1"),

@@ -316,7 +316,8 @@ def _check(x: Tensor, w: Packed4bit, bias: Tensor | None) -> tuple[int, int]:
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias is a {type(bias).__name__}; it must be a tensor or None")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS):
-        raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be floating, shape ({n},)")
+        given = f"{bias.dtype} of shape {tuple(bias.shape)}"
+        raise ValueError(f"bias is {given}; it must be float32, bfloat16 or float16 of shape ({n},)")
     if bias is not None and bias.device != x.device:
         raise ValueError(f"bias is on {bias.device}; it must be on x's device, {x.device}")
     return n, k
