@@ -120,6 +120,8 @@ def _read(path: str | os.PathLike, convert: Callable[[dict[str, Any]], _Row]) ->
 def _of_line(path: str | os.PathLike, number: int) -> Iterator[None]:
     try:
         yield
+    except json.JSONDecodeError as error:  # it counts lines from this one
+        raise ValueError(f"{path}, line {number}, character {error.pos + 1}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: {error}") from None
 

@@ -75,7 +75,7 @@ def test_messages_and_prompt_with_completion_are_read_alike(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"prompt": "a", ', "line 2"),
+        ('{"prompt": "a", ', "line 2, character 17: Expecting property name"),
         ("[1, 2]", "JSON list"),
         ('{"prompt": "a"}', "'completion'"),
         ('{"prompt": "a", "completion": 3}', "as text"),
