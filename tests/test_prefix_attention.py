@@ -419,7 +419,12 @@ BAD = {
     "mask is on meta; it must be on q's device, cpu": lambda a: a.update(mask=torch.ones(2, 7, device="meta").bool()),
     "mask is torch.bool of shape (2, 6)": lambda a: a.update(mask=torch.ones(2, 6, dtype=torch.bool)),
     "mask is torch.float32 of shape (2, 7)": lambda a: a.update(mask=torch.ones(2, 7)),
-    "mask is torch.int64 of shape (2, 1, 1, 7)": lambda a: a.update(mask=torch.ones(2, 1, 1, 7, dtype=torch.int64)),
+    "mask is torch.int64 of shape (2, 1, 1, 7); it must be bool or integer of shape (2, 7)": lambda a: a.update(
+        mask=torch.ones(2, 1, 1, 7, dtype=torch.int64)
+    ),
+    "mask is torch.bool of shape (2, 1, 7, 7); it must be bool or integer of shape (2, 7)": lambda a: a.update(
+        mask=torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    ),
     "window is 0": lambda a: a.update(window=0),
     "window is 2.0; it must be an integer": lambda a: a.update(window=2.0),
     f"window is {2**70}; it must be an integer below 2**63": lambda a: a.update(window=2**70),

@@ -197,12 +197,7 @@ def _check_prefix(
 
 def _positions(mask: Tensor, batch: int, keys: int, tokens: int) -> Tensor:
     """int32 [B, S]"""
-    if mask.dim() == 4:
-        if mask.shape != (batch, 1, 1, keys) or mask.dtype != torch.int32:
-            raise ValueError(
-                f"mask is {mask.dtype} of shape {tuple(mask.shape)}; key positions must be int32 of shape "
-                f"{(batch, 1, 1, keys)}"
-            )
+    if mask.shape == (batch, 1, 1, keys) and mask.dtype == torch.int32:
         return mask[:, 0, 0]
     if mask.shape != (batch, keys) or mask.is_floating_point() or mask.is_complex():
         raise ValueError(
