@@ -85,9 +85,11 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         # A pass over branches measures what can have one, and what that stands over.
         lora = {name for name in names if REGISTRY[name].lora}
         chosen = lora | {REGISTRY[name].over for name in lora} if args.full and len(part.ranks) > 1 else names
+        # What another pass measures is not named as absent from this one.
+        chosen = [n for n, c in REGISTRY.items() if n in chosen and not c.unfit(DTYPES, part.ranks, part.train)]
         for found in sweep(
-            [name for name in REGISTRY if name in chosen], part.shapes, part.rows, threads, args.dtypes, part.ranks,
-            part.adapters, part.rounds, part.train, console, part.budget_s,
+            chosen, part.shapes, part.rows, threads, args.dtypes, part.ranks, part.adapters, part.rounds, part.train,
+            console, part.budget_s,
         ):  # fmt: skip
             for entry in (*found.records, *found.limits):
                 entry["part"] = number

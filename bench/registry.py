@@ -169,6 +169,14 @@ class Contender:
         """The packages that are absent here, as a reason; empty where all are installed."""
         return harness.missing(*self.requires)
 
+    def unfit(self, dtypes: Iterable[str], ranks: Iterable[int], train: bool) -> str:
+        """Why it has no such layer; empty where it has one."""
+        if train and not self.trains:
+            return "no gradients"
+        if not any(self.lora if rank else not self.over for rank in ranks):
+            return "a LoRA branch only" if self.over else "no LoRA branch"
+        return "" if set(dtypes) & set(self.dtypes) else f"x in {' or '.join(self.dtypes)} only"
+
 
 REGISTRY: dict[str, Contender] = {}
 
@@ -210,13 +218,11 @@ def select(
     names: Iterable[str], dtypes: Iterable[str], ranks: Iterable[int] = (0,), adapters: Iterable[int] = (1,),
     train: bool = False,
 ) -> Selection:  # fmt: skip
-    """Every meaningful combination, in the registry's order; a contender whose package is absent is named."""
+    """Every meaningful combination, in the registry's order; a contender that has none is named."""
     chosen = Selection()
     for name in names:
         entry = REGISTRY[name]
-        if train and not entry.trains:
-            continue
-        if reason := entry.missing():
+        if reason := entry.missing() or entry.unfit(dtypes, ranks, train):
             chosen.absent[name] = reason
             continue
         for dtype in dtypes:

@@ -135,6 +135,20 @@ def test_every_contender_is_right_or_named():
     assert all(a["reason"] for a in result.absent)
 
 
+@pytest.mark.parametrize(
+    ("asked", "reasons"),
+    [
+        ({"dtypes": ["bf16"]}, {"ours_nf4_packed": "a LoRA branch only", "ggml_q4_0": "x in fp32 only"}),
+        ({"ranks": [8]}, {"ggml_q4_0": "no LoRA branch"}),
+        ({"train": True}, {"ours_nf4_packed": "no gradients", "ggml_q4_0": "no gradients"}),
+    ],
+)
+def test_a_contender_that_has_nothing_of_what_is_asked_is_named(monkeypatch, asked, reasons):
+    monkeypatch.setattr(registry.harness, "missing", lambda *packages: "")
+    names = ["ours_nf4", "ours_nf4_packed", "ggml_q4_0"]
+    assert registry.select(names, **{"dtypes": ["bf16", "fp32"], **asked}).absent == reasons
+
+
 @pytest.mark.parametrize(("mode", "dtype"), [("eval", torch.float32), ("train", torch.bfloat16)])
 def test_bitsandbytes_is_held_against_the_weight_that_it_uses(mode, dtype):
     pytest.importorskip("bitsandbytes")
