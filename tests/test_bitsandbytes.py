@@ -253,7 +253,7 @@ class TestFromBnb:
 
     def test_another_layer_is_refused(self):
         for layer in (torch.nn.Linear(4, 4), bnb.nn.Embedding4bit(64, 64)):
-            with pytest.raises(TypeError, match="it must be a bitsandbytes"):
+            with pytest.raises(TypeError, match=f"bnb_linear is a {type(layer).__name__}; it must be a bitsandbytes"):
                 fp.nn.Linear4bit.from_bnb(layer)
 
     def test_a_layer_that_fsdp_took_the_state_from_the_weight_of_is_taken_over(self):

@@ -124,7 +124,7 @@ def packed_from_state(state: Mapping[str, Tensor], key: str) -> Packed4bit:
     return Packed4bit(codes, scale, zero, nested, shape, info.dtype, fmt.name, info.blocksize)
 
 
-def packed_from_bnb(linear: nn.Module) -> Packed4bit:
+def packed_from_bnb(bnb_linear: nn.Module) -> Packed4bit:
     """The weight of a live ``bitsandbytes.nn.Linear4bit``, which is left as it is.
 
     Codes and scales are kept bit for bit wherever bitsandbytes still has them: an eval forward on a CPU with AVX-512
@@ -132,14 +132,14 @@ def packed_from_bnb(linear: nn.Module) -> Packed4bit:
     quantized here, with its own settings.
 
     Raises:
-        TypeError: ``linear`` is no such layer.
+        TypeError: ``bnb_linear`` is no such layer.
         ValueError: its weight and quantization state do not fit together.
     """
-    if not isinstance(linear, nn.Linear) or not hasattr(linear, "quant_state"):
-        raise TypeError(f"the layer is a {type(linear).__name__}; it must be a bitsandbytes.nn.Linear4bit")
-    weight = linear.weight
+    if not isinstance(bnb_linear, nn.Linear) or not hasattr(bnb_linear, "quant_state"):
+        raise TypeError(f"bnb_linear is a {type(bnb_linear).__name__}; it must be a bitsandbytes.nn.Linear4bit")
+    weight = bnb_linear.weight
     # FSDP drops the state from the parameter; the module then still has it.
-    state = getattr(weight, "quant_state", None) or linear.quant_state
+    state = getattr(weight, "quant_state", None) or bnb_linear.quant_state
     if state is None:
         if not weight.is_floating_point():
             raise ValueError(f"the layer's weight is {weight.dtype}, yet it has no quantization state")
