@@ -219,6 +219,14 @@ def test_attention_weights_are_given_where_asked_for(name):
     assert all(near(a, b) for a, b in zip(got.attentions, expected.attentions, strict=True))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # by sdpa; by the model's own, which would add it to the scores
+def test_a_mask_of_integers_for_each_query_is_refused(name):
+    ids = ids_and_mask()[0]
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.long).tril()
+    with pytest.raises(ValueError, match=r"attention_mask is torch\.int64; .* bool or floating-point"):
+        pair(name)[1](input_ids=ids, attention_mask=mask)
+
+
 def gradients(model, ids, mask, **kwargs):
     model.zero_grad()
     labels = ids.masked_fill(~mask.bool(), -100) if mask is not None else ids

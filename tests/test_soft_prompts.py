@@ -1595,9 +1595,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"adapter_names holds \[None, 'other'\]"):
             model(ids, adapter_names=[None, "prompt", ["prefix", "other"]])
 
-    @pytest.mark.parametrize("shape", [(3, 11), (3, 5), (2, 6), (6,), (3, 6, 6)])
+    @pytest.mark.parametrize(
+        "shape",
+        [(3, 11), (3, 5), (2, 6), (6,), (3, 6, 6), (3, 1, 5, 5), (2, 1, 6, 6), (3, 1, 6, 11), (3, 1, 11, 11)],
+        ids=str,
+    )
     def test_a_mask_of_the_wrong_shape(self, shape):
-        with pytest.raises(ValueError, match=r"attention_mask has shape .* it must be \(3, 6\)"):
+        wanted = r"\(3, 1, 6, 6\)" if len(shape) == 4 else r"\(3, 6\)"
+        with pytest.raises(ValueError, match=rf"attention_mask has shape .* it must be {wanted}"):
             ours(llama(), "prompt")(tiny.inputs()["input_ids"], attention_mask=torch.ones(shape))
 
     def test_a_call_without_tokens_is_the_models_own_error(self):

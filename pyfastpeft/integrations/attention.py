@@ -318,6 +318,8 @@ def _elsewhere(
             raise ValueError(
                 f'{layer} chooses its keys by {name}, which attn_implementation "{NAME}" cannot; use "eager"'
             )
+    if mask is not None and not (mask.is_floating_point() or mask.dtype in (torch.bool, torch.int32)):
+        raise ValueError(f"attention_mask is {mask.dtype}; of four dimensions it must be bool or floating-point")
     reasons = [reason for name, reason in _EAGER_ONLY.items() if kwargs.get(name) is not None]
     if reasons:
         logger.warning_once(f'{layer} {reasons[0]}, which "{NAME}" attention leaves to transformers\' eager function.')

@@ -194,14 +194,19 @@ class CausalPrefixes(Prefixes):
         if isinstance(mask, dict):  # made by the model around the decoder, which alone was told of the padding
             mask = attention.unpadded_keys(mask)
             mask = None if mask is None or mask.shape[1] < seen else mask.expand(inputs.shape[0], -1)
-        if isinstance(mask, Tensor) and mask.dim() != 4:
-            # Not len(): it makes a number of a size that torch.export keeps open.
-            fits = mask.dim() == 2 and mask.shape[0] == inputs.shape[0] and mask.shape[1] >= seen
-            if not fits or (mask.shape[1] > length and not room):
+        if isinstance(mask, Tensor):
+            fits, rows = mask.dim() in (2, 4) and mask.shape[-1] >= seen, inputs.shape[0]  # not len(), an open size's
+            if mask.dim() == 4:  # of the caller's own, which may stand for every row, head and query
+                fits = fits and mask.shape[0] in (1, rows) and mask.shape[2] in (1, length)
+            else:
+                fits = fits and mask.shape[0] == rows
+            if not fits or (mask.shape[-1] > length and not room):
+                wanted = (rows, 1, length, past + length) if mask.dim() == 4 else (rows, past + length)
                 raise ValueError(
-                    f"attention_mask has shape {tuple(mask.shape)}; it must be {(len(inputs), past + length)}: one "
-                    "number a token of the text, none for virtual tokens"
+                    f"attention_mask has shape {tuple(mask.shape)}; it must be {wanted}: one number a token of the "
+                    "text, none for virtual tokens"
                 )
+        if isinstance(mask, Tensor) and mask.dim() == 2:
             shared = given is not None and given.dim() == 2 and given.shape[0] == 1
             if given is None or shared:
                 counted = (new - first_visible(mask)).clamp(min=0) + self._first
