@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from safetensors import SafetensorError
 
 from ..nn import Linear4bit
 from .memory import peak_bytes
@@ -48,9 +49,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             tokenizer.save_pretrained(aside)
             copy_processor(args, aside)
             os.replace(aside, output)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{output} could not be written: {error}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # what was not renamed
     layers = sum(isinstance(module, Linear4bit) for module in model.modules())
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     result = {"output": str(output), "layers_4bit": layers, "bytes": size, "peak_memory_bytes": peak_bytes()}
