@@ -70,6 +70,24 @@ def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
             load_safetensors(cut)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("room", [0.5, 1.5])  # in units of the file, which is mapped twice
+def test_memory_that_runs_out_is_not_a_damaged_file(tmp_path, room):
+    size = 2**26
+    save_safetensors({"a": torch.zeros(size // 4)}, tmp_path / "weights")
+    code = f"""
+import resource, sys
+from pyfastpeft.hub.files import load_safetensors
+load_safetensors(sys.argv[1])
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int({room} * {size}),) * 2)
+load_safetensors(sys.argv[1])
+"""
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "weights"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "allocate memory" in run.stderr and "damaged" not in run.stderr
+
+
 def as_bytes(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
