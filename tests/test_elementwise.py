@@ -135,6 +135,14 @@ def test_rope_and_its_gradients(device, dtype):
         )
 
 
+def test_rope_turns_float64_too():
+    """As ``prefix_attention`` takes it, for one layer in float64 (``nn.Attention``)."""
+    q, k, cos, sin = (t.double() for t in (torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8), *angles(1, 5, 8)))
+    assert all(map(torch.equal, rope(q, k, cos, sin), rope64(q, k, cos, sin)))
+    layer = fp.nn.Attention(16, 2, dtype=torch.float64)
+    assert layer(torch.randn(2, 5, 16).double(), (cos, sin))[0].dtype == torch.float64
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_are_rounded_where_transformers_rounds_them(device, dtype):
     """Equal but where the order of a float32 sum decides a rounding."""

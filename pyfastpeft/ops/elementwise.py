@@ -93,7 +93,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """Rotary position embeddings (Su et al. 2021) as transformers' Llama has them: halves, not pairs, are rotated.
 
     Args:
-        q, k: [batch, heads, tokens, dim], heads may differ; any strides.
+        q, k: [batch, heads, tokens, dim], heads may differ; of one floating dtype (float64 takes plain torch); any
+            strides.
         cos, sin: [batch or 1, tokens, dim], in their dtype; constants.
 
     Returns:
@@ -104,7 +105,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """
     for name, t in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         check_tensor(name, t)
-        if t.dtype != q.dtype or t.dtype not in FLOATS or t.device != q.device:
+        if t.dtype != q.dtype or not t.is_floating_point() or t.device != q.device:
             raise TypeError(
                 f"{name} is {t.dtype} on {t.device}; q, k, cos and sin must share a floating dtype and device"
             )
@@ -116,7 +117,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         # Chained, as in linear_4bit: Dynamo answers `in` wrongly where sizes are symbolic.
         if t.shape != cos.shape or (t.shape != (batch, tokens, dim) and t.shape != (1, tokens, dim)):
             raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be ({batch} or 1, {tokens}, {dim})")
-    if choose_plain(q.device) is Backend.REFERENCE:
+    if choose_plain(q.device) is Backend.REFERENCE or q.dtype not in FLOATS:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return q * cos + _half_turn(q) * sin, k * cos + _half_turn(k) * sin
     turn = _Rope.apply if recorded(q, k) else _rope
