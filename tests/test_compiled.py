@@ -10,6 +10,7 @@ import architectures as tiny
 import pytest
 import torch
 import transformers
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
@@ -121,6 +122,18 @@ def test_packed_sequences_beside_a_window(method):
     with torch.no_grad():
         alone = [model(input_ids=row[None]).logits for row in (first, second)]
         close(compiled(**packed, use_cache=False).logits, torch.cat(alone, 1))
+
+
+def test_positions_that_may_be_those_of_packed_sequences_need_a_mask_where_a_window_is_smaller():
+    config = transformers.MistralConfig(**tiny._LLAMA | {"sliding_window": 6})
+    model = fp.get_peft_model(transformers.MistralForCausalLM(config), CONFIGS["prefix"]()).eval()
+    compiled, _ = whole(model)
+    ids = tiny.inputs(rows=1, length=9)["input_ids"]
+    given = {"input_ids": ids, "position_ids": torch.arange(9)[None], "use_cache": False}
+    with torch.no_grad():
+        with pytest.raises(Unsupported, match="compiled code takes position_ids without a mask"):
+            compiled(**given)
+        close(compiled(**given, attention_mask=torch.ones_like(ids)).logits, model(**given).logits)
 
 
 @pytest.mark.parametrize("method", RUN_THROUGH_THE_MODEL)

@@ -361,7 +361,8 @@ def _dense(
     elif _out_of_reach(module, key, mask, prefix, kwargs):
         raise ValueError(
             f"{type(module).__name__} sees a part of the sequence only, and attention_mask is {tuple(mask.shape)}; "
-            "with a prefix it must be [batch, keys], with one sequence a row"
+            "with a prefix it must be [batch, keys], with one sequence a row; compiled code takes position_ids without "
+            "a mask for those of several"
         )
     if prefix is None:
         return key, value, None if getattr(mask, "_shows_all", False) else mask

@@ -201,9 +201,11 @@ class CausalPrefixes(Prefixes):
             else:
                 fits = fits and mask.shape[0] == rows
             if not fits or (mask.shape[-1] > length and not room):
-                wanted = (rows, 1, length, past + length) if mask.dim() == 4 else (rows, past + length)
+                wanted, each = (rows, past + length), "token"
+                if mask.dim() == 4:
+                    wanted, each = (rows, 1, length, past + length), "query and key"
                 raise ValueError(
-                    f"attention_mask has shape {tuple(mask.shape)}; it must be {wanted}: one number a token of the "
+                    f"attention_mask has shape {tuple(mask.shape)}; it must be {wanted}: one number a {each} of the "
                     "text, none for virtual tokens"
                 )
         if isinstance(mask, Tensor) and mask.dim() == 2:
