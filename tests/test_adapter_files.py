@@ -732,14 +732,23 @@ def test_a_card_is_there_for_the_trainer(tmp_path):
     card = tmp_path / "cards" / "README.md"
     assert [*(tmp_path / "cards").iterdir()] == [card]  # an adapter that lay there would stay
     assert card.read_text() == (tmp_path / "saved" / "README.md").read_text()
-    for mine in ("mine", "---\nlanguage: en\ntags:\n- lora\n- mine\n---\nmine"):
+    model.peft_config["default"].task_type = "CAUSAL_LM"
+    for mine in ("mine", "---\nlanguage: en\npipeline_tag: translation\ntags:\n- lora\n- mine\n---\nmine"):
         card.write_text(mine)
         for _ in range(2):
             model.create_or_update_model_card(tmp_path / "cards")
             data, text = ModelCard.load(card).data, card.read_text()
             assert text.endswith("\nmine") and text.count("mine") == mine.count("mine")
             assert data.library_name == "peft" and data.tags.count("lora") == 1
-            assert data.language == ("en" if "language" in mine else None)
+            described = ("en", "translation") if "language" in mine else (None, "text-generation")
+            assert (data.language, data.pipeline_tag) == described
+
+
+@pytest.mark.parametrize("matter", ["title: a: b", "- a list", "model-index: 3"])
+def test_a_readme_without_readable_metadata_stays(tmp_path, matter):
+    (tmp_path / "README.md").write_text(f"---\n{matter}\n---\nmine")
+    fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).create_or_update_model_card(tmp_path)
+    assert (tmp_path / "README.md").read_text() == f"---\n{matter}\n---\nmine"
 
 
 def test_the_trainers_card_is_an_adapters_as_pefts_is(tmp_path):

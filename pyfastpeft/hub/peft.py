@@ -165,11 +165,17 @@ def write_card(folder: str | os.PathLike, config: dict[str, Any], in_peft: bool)
 def complete_card(folder: str | os.PathLike, config: dict[str, Any], in_peft: bool) -> None:
     """As :func:`write_card`; the metadata of a README that stays tells of the adapter, by which the hub knows it."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     write_card(folder, config, in_peft)
     path = Path(folder) / CARD_NAME
-    card, known = ModelCard.load(path), ModelCard(_card(config, in_peft)).data.to_dict()
-    there = card.data.to_dict()
+    try:
+        card = ModelCard.load(path)
+    except (ValueError, YAMLError):  # what stands where metadata belongs is none
+        return
+    there, known = card.data.to_dict(), ModelCard(_card(config, in_peft)).data.to_dict()
+    if "pipeline_tag" in there:
+        known.pop("pipeline_tag", None)
     known["tags"] = list(dict.fromkeys([*(there.get("tags") or []), *known["tags"]]))
     if there | known != there:
         for key, value in known.items():
