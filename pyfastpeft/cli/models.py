@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import shutil
 import traceback
 import warnings
 from collections.abc import Collection
@@ -171,19 +170,18 @@ def _check_unread(args: argparse.Namespace, model: PreTrainedModel, unread: Coll
     )
 
 
-def copy_processor(args: argparse.Namespace, folder: Path) -> None:
-    """Put what says how images and sounds come into the model, where it takes any, beside its copy in ``folder``.
+def processor_files(args: argparse.Namespace) -> list[Path]:
+    """What says how images and sounds come into the model, where it takes any.
 
-    The files as they are: their classes ask for packages that nothing here needs.
+    To be copied as they are: their classes ask for packages that nothing here needs.
     """
     from transformers.utils import cached_file
 
     source = _source(args.model)
     if isinstance(source, Path) and source.is_file():
-        return
-    for name in _PROCESSOR:
-        if file := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
-            shutil.copyfile(file, folder / name)
+        return []
+    files = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in _PROCESSOR)
+    return [Path(file) for file in files if file]
 
 
 def in_4_bits(model: PreTrainedModel) -> bool:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from ..nn import Linear4bit
 from .memory import peak_bytes
-from .models import MODEL_HELP, add_quantization_arguments, copy_processor, load_model
+from .models import MODEL_HELP, add_quantization_arguments, load_model, processor_files
 from .output import check_place
 
 
@@ -42,12 +42,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     check_place(output)
     with console.status(f"quantizing {escape(args.model)}"):
         model, tokenizer = load_model(args)
+        processor = processor_files(args)
         aside = output.with_name(f".{output.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         try:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-            copy_processor(args, aside)
+            for file in processor:
+                shutil.copyfile(file, aside / file.name)
             os.replace(aside, output)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{output} could not be written: {error}") from error
