@@ -138,8 +138,9 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        # For the memory of the CPU torch has no class of its own.
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        # For the memory of the CPU torch has no class of its own, and other words on Windows.
+        no_memory = any(words in str(error) for words in ("allocate memory", "tried to allocate"))
+        if no_memory or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{path} is not a valid safetensors file (truncated or damaged?): {error}") from error
 

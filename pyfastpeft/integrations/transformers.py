@@ -52,7 +52,7 @@ class FastPeftConfig(QuantizationConfigMixin):
             Layers whose weight is tied to another, or read by the module around them, are always left, and so are those
             that it calls from a list of its own.
         compute: ``"int8"`` for faster inference on CPUs with activations rounded to 8 bits (relative error of a layer
-            about 7e-3, of a single row of a small K up to twice that); training is exact all the same.
+            about 7e-3, of a single row of a small K up to 1.5e-2); training is exact all the same.
 
     Raises:
         ValueError: a ``quant_type``, ``blocksize``, ``double_quant``, ``compute_dtype`` or ``compute`` that does not

@@ -93,8 +93,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """Rotary position embeddings (Su et al. 2021) as transformers' Llama has them: halves, not pairs, are rotated.
 
     Args:
-        q, k: [batch, heads, tokens, dim], heads may differ; of one floating dtype (float64 takes plain torch); any
-            strides.
+        q, k: [batch, heads, tokens, dim], heads may differ; float32, bfloat16, float16, or float64, which plain torch
+            computes; any strides.
         cos, sin: [batch or 1, tokens, dim], in their dtype; constants.
 
     Returns:
@@ -105,9 +105,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """
     for name, t in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         check_tensor(name, t)
-        if t.dtype != q.dtype or not t.is_floating_point() or t.device != q.device:
+        if t.dtype != q.dtype or t.dtype not in (*FLOATS, torch.float64) or t.device != q.device:
             raise TypeError(
-                f"{name} is {t.dtype} on {t.device}; q, k, cos and sin must share a floating dtype and device"
+                f"{name} is {t.dtype} on {t.device}; q, k, cos and sin must share a dtype (float32, "
+                "bfloat16, float16 or float64) and a device"
             )
     for name, t in (("q", q), ("k", k)):
         if t.dim() != 4 or t.shape[3] % 2 or (t.shape[0], *t.shape[2:]) != (q.shape[0], *q.shape[2:]):

@@ -192,11 +192,11 @@ def linear_4bit(
         lora: None, ``(A [r, K], B [N, r], scaling)``, a :class:`Lora`, a :class:`PackedLora`, or a :class:`BankView`
             with one slot number a row of x (rows counted over all leading dimensions).
         compute: None for the exact product; ``"int8"`` allows x and the weight to be rounded to 8 bits on their way
-            into it (relative error about 7e-3 where x and the weight are spread normally, up to twice that of a single
-            row of a small K, a few times that where single columns are far larger than the rest; the LoRA branch and
-            the bias stay exact), for inference only. Where there is no such kernel (blocks longer than 256, other
-            devices), or nothing to gain by it (in bfloat16, up to two or three rows on CPUs with bf16 products, more
-            than ten on those with AMX, more than eight on those with AVX2 alone), the product is exact.
+            into it (relative error about 7e-3 where x and the weight are spread normally, up to 1.5e-2 of a single row
+            of a small K, a few times that where single columns are far larger than the rest; the LoRA branch and the
+            bias stay exact), for inference only. Where there is no such kernel (blocks longer than 256, other devices),
+            or nothing to gain by it (in bfloat16, up to two or three rows on CPUs with bf16 products, more than ten on
+            those with AMX, more than eight on those with AVX2 alone), the product is exact.
 
     Returns:
         [..., N] in x's dtype. Products accumulate in float32. Differentiable in x, bias, A and B.
