@@ -2,16 +2,29 @@
 
 import copy
 import inspect
+import io
 import pickle
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from architectures import copy_adapters, dequantized, inputs, make, randomize, relative
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import deferred_logits
@@ -584,6 +597,252 @@ def test_where_deferring_would_not_do_the_logits_are_computed_at_once(change):
         logits = model(**batch, logits_to_keep=2 if change == "logits_to_keep" else 0).logits
     assert (type(logits) is torch.Tensor) == (change != "logits_to_keep")
     assert logits.shape == (2, 2 if change == "logits_to_keep" else 5, 200)
+
+
+MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
+
+
+@MODES
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+@pytest.mark.parametrize("training", [False, True])
+def test_an_evaluation_with_labels_makes_no_more_logits_than_training(config, mode, training, operator, computed):
+    model, batch = trained_model(config).train(training), labelled_batch()
+
+    def evaluated():
+        torch.manual_seed(0)  # of dropout
+        with mode():
+            return model(**batch)
+
+    outputs = evaluated()
+    chunks = [] if operator else [7, 7, 2]  # 16 rows with a label
+    assert computed == ([51] if config.model_type == "gemma2" else chunks)
+    defer_logits(model, False)
+    expected = evaluated()
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    assert torch.equal(outputs.logits, expected.logits)
+
+
+PEFT = {
+    "lora": fp.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    "prompt": fp.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix": fp.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@MODES
+@pytest.mark.parametrize("head", ["dense", "4-bit"])
+@pytest.mark.parametrize("method", [None, *PEFT])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_evaluation_of_any_adapter_has_the_loss_and_the_logits_of_one_that_puts_nothing_off(
+    method, head, mode, autocast
+):
+    model = make("llama").requires_grad_(False)
+    if head == "4-bit":
+        model.lm_head = fp.nn.Linear4bit.from_linear(model.lm_head)
+    fp.accelerate(model)
+    model = (model if method is None else fp.get_peft_model(model, PEFT[method])).eval()
+    found, batch = [], inputs()
+    for defer in (True, False):
+        defer_logits(model, defer)
+        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, logits = model(**batch, return_dict=False)[:2]
+        assert isinstance(logits, DeferredLogits) == defer
+        found.append((loss, logits))
+    tolerance = 2e-3 if autocast else 1e-5
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=tolerance, atol=tolerance)
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+EVALUATED = {
+    "argmax": lambda o: o.logits.argmax(-1),
+    "topk": lambda o: o.logits.topk(3).values,
+    "softmax": lambda o: o.logits[:, :-1].softmax(-1),
+    "cpu": lambda o: o.logits.cpu(),
+    "float": lambda o: o.logits.float(),
+    "numpy": lambda o: torch.from_numpy(o.logits.numpy().copy()),
+    "saved": lambda o: saved(o).logits,
+    "pickled": lambda o: pickle.loads(pickle.dumps(o.logits)),
+    "copied": lambda o: copy.deepcopy(o).logits,
+    "tuple": lambda o: torch.cat([tuple(o.values())[1], o.to_tuple()[1]]),
+    "detached": lambda o: o.logits.detach(),
+    "padded": lambda o: F.pad(o.logits, (0, 0, 0, 2)),
+    "changed": lambda o: (o.logits.view(-1, 64)[0].fill_(3), o.logits + 0)[1],
+    "another shape": lambda o: torch.tensor([o.logits.unsqueeze_(0).dim(), *o.logits.shape]),
+    "may have a gradient": lambda o: torch.tensor([o.logits.requires_grad, o.logits.is_leaf]),
+    "own loss": lambda o: F.cross_entropy(o.logits.float().view(-1, 64), torch.arange(18)),
+}
+
+
+@MODES
+@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_whatever_reads_the_logits_of_an_evaluation_has_their_values(name, mode, dtype):
+    model, batch, found = fp.accelerate(make("llama", dtype).requires_grad_(False)), inputs(), []
+    for defer in (True, False):
+        defer_logits(model, defer)
+        with mode():
+            found.append(EVALUATED[name](model(**batch)))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(torch.as_tensor(found[0]), found[1], rtol=tolerance, atol=tolerance)
+
+
+def test_a_gradient_may_be_asked_for_at_the_logits_of_an_evaluation():
+    model, batch = fp.accelerate(make("llama").requires_grad_(False)), inputs()
+    with torch.no_grad():
+        logits = model(**batch).logits
+    logits.requires_grad_()
+    assert logits.requires_grad
+    assert torch.equal(torch.autograd.grad(logits.square().sum() / 2, logits)[0], logits)
+
+
+@pytest.mark.parametrize("preprocess", [None, lambda logits, labels: logits.argmax(-1)], ids=["logits", "argmax"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_trainer_evaluates_the_logits(preprocess, bf16, tmp_path):
+    model, found = trained_model(CONFIGS[0]), []
+    rows = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in (5, 9, 7)]
+    args = TrainingArguments(
+        tmp_path, per_device_eval_batch_size=1, bf16=bf16, use_cpu=True, report_to=[], label_names=["labels"]
+    )
+    for defer in (True, False):
+        defer_logits(model, defer)
+        trainer = Trainer(
+            model,
+            args,
+            eval_dataset=rows,
+            compute_metrics=lambda p: {"sum": p.predictions.astype("float64").sum(), "mean": p.label_ids.mean()},
+            preprocess_logits_for_metrics=preprocess,
+        )
+        metrics = trainer.evaluate()
+        found.append([metrics[f"eval_{name}"] for name in ("loss", "sum", "mean")])
+    assert found[0] == pytest.approx(found[1], rel=1e-4 if bf16 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.lm_head.weight.mul_(2),
+        lambda model: setattr(model.lm_head.weight, "data", model.lm_head.weight * 2),
+        lambda model: model.bfloat16(),
+        lambda model: model.load_state_dict(make("llama").state_dict()),
+        lambda model: model.load_state_dict(make("llama").state_dict(), assign=True),
+    ],
+    ids=["in place", "data", "converted", "loaded", "exchanged"],
+)
+def test_logits_of_an_evaluation_whose_weights_changed_are_those_of_its_call_or_an_error(change, request):
+    model, batch = fp.accelerate(make("llama").requires_grad_(False)), inputs()
+    with torch.no_grad():
+        logits, expected = model(**batch).logits, model(**batch).logits.clone()
+        change(model)
+    if "exchanged" in request.node.name:
+        assert torch.equal(logits, expected)
+    else:
+        with pytest.raises(RuntimeError, match=r"changed in place.*defer_logits"):
+            logits.sum()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, ids: model(input_ids=ids).logits,
+        lambda model, ids: model(input_ids=ids, labels=None).logits,
+        lambda model, ids: model.lm_head(torch.randn(2, 3, 32)),
+        lambda model, ids: model.generate(ids, return_dict_in_generate=True, output_logits=True).logits[0],
+        lambda model, ids: torch.compile(model, backend="eager")(input_ids=ids, labels=ids).logits,
+        lambda model, ids: torch.enable_grad()(model)(input_ids=ids, labels=ids).logits,
+        lambda model, ids: torch.func.vmap(
+            lambda x, row: model(inputs_embeds=x[None], labels=row[None], use_cache=False).logits
+        )(model.get_input_embeddings()(ids), ids),
+    ],
+    ids=["without labels", "labels of None", "the head", "generate", "compiled", "gradients", "vmap"],
+)
+@pytest.mark.parametrize("before", [None, ValueError])
+def test_without_labels_or_where_others_look_on_an_evaluation_computes_its_logits_at_once(call, before):
+    model, ids = make("gpt2").requires_grad_(False), inputs()["input_ids"]
+    defer_logits(model)
+
+    def fail(*_):
+        raise before
+
+    with torch.no_grad():
+        if before is not None:
+            hook = model.base_model.register_forward_hook(fail)
+            with pytest.raises(before):
+                model(input_ids=ids, labels=ids)
+            hook.remove()
+        assert type(call(model, ids)) is torch.Tensor
+
+
+def test_an_evaluation_in_one_thread_is_none_in_another():
+    model, batch, inside = fp.accelerate(make("llama").requires_grad_(False)), inputs(), []
+
+    @torch.no_grad()
+    def without_labels():
+        inside.append(type(model(input_ids=batch["input_ids"]).logits))
+
+    def meanwhile(*_):
+        if not inside:
+            inside.append(None)
+            thread = threading.Thread(target=without_labels)
+            thread.start()
+            thread.join()
+
+    model.model.register_forward_hook(meanwhile)
+    with torch.no_grad():
+        assert isinstance(model(**batch).logits, DeferredLogits)
+    assert inside == [None, torch.Tensor]
+
+
+def test_a_model_that_evaluates_so_is_copied_wrapped_and_exported_as_before():
+    model, batch = fp.accelerate(make("llama").requires_grad_(False)), inputs() | {"use_cache": False}
+    assert "forward" not in vars(model)
+    with torch.no_grad():
+        expected = model(**batch)
+        exported = torch.export.export(model, (), batch).module()
+        torch.testing.assert_close(exported(**batch).loss, expected.loss)
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(copy.deepcopy(model))
+        copied = copy.deepcopy(prepared)
+        for parameter in prepared.parameters():
+            parameter.zero_()
+        for other in (copied, copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            outputs = other(**batch)
+            assert isinstance(outputs.logits, DeferredLogits)
+            torch.testing.assert_close(outputs.logits.float(), expected.logits, rtol=0.05, atol=0.05)
+
+
+def test_the_outermost_model_of_a_head_is_told_of_labels_and_forgets_with_it():
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    )
+    ids = inputs()["input_ids"]
+    fp.accelerate(model.eval().requires_grad_(False))
+    defer_logits(model)  # once more: what is there stays
+    with torch.no_grad():
+        assert isinstance(model(input_ids=ids, labels=ids).logits, DeferredLogits)
+        assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+        defer_logits(model, False)
+        assert not (model._forward_pre_hooks or model._forward_hooks)
+        assert type(model(input_ids=ids, labels=ids).logits) is torch.Tensor
+
+
+def test_what_has_gradients_within_an_evaluation_keeps_them():
+    model, batch, found = fp.accelerate(make("llama").requires_grad_(False)), inputs(), []
+
+    def learn(*_):
+        x = torch.randn(2, 32, requires_grad=True)
+        with torch.enable_grad():
+            found.append(model.lm_head(x).sum())
+
+    model.model.register_forward_hook(learn)
+    with torch.no_grad():
+        model(**batch)
+    assert type(found[0]) is torch.Tensor and found[0].requires_grad
 
 
 def test_a_model_without_a_head_is_left_alone():

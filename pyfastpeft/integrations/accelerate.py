@@ -27,8 +27,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     is the base layer that is replaced: forward, training and saving the adapter go on as before, but peft cannot merge
     into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that). Forward hooks of a replaced layer move
     to the new one. What is between the linear layers is fused as well (:mod:`.fused_layers`), attention goes through
-    this library's operator (:mod:`.attention`), in training the head's logits are computed when something reads them
-    (:mod:`.deferred_logits`), and in generation all layers run as one operator (:mod:`.fused_decoder`).
+    this library's operator (:mod:`.attention`), in training, and in evaluation with ``labels``, the head's logits are
+    computed when something reads them (:mod:`.deferred_logits`), and in generation all layers run as one operator
+    (:mod:`.fused_decoder`).
 
     Returns:
         ``model`` itself, unless it is such a layer.
@@ -81,6 +82,7 @@ def fuse(model: nn.Module, attention: bool = True) -> None:
 
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`."""
+    defer_logits(model, False)
     remove(model)
     use_fast_attention(model, False)
 

@@ -5,13 +5,15 @@ again in float32, and as much for their gradients; and usually one number, the l
 :func:`defer_logits` lets a frozen output head return a :class:`DeferredLogits` in training: ``cross_entropy`` over it
 drops the rows without a label and runs the head over the rest a chunk at a time, gradient included. Whatever else reads
 it gets the logits. A model's own loss, a trainer's and a hand-written one are all served, and code that looks at
-``outputs.logits`` finds them there.
+``outputs.logits`` finds them there. Without gradients it is so where the model is called with ``labels``, that is, for
+a loss: an evaluation is then no larger than the training around it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,7 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
+from ..caching import stamp_of
 from ..nn.ends import output_head
 from ..nn.hooks import hooked, sharded
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
@@ -27,9 +32,9 @@ from ..ops.autocast import autocast_of
 from ..ops.backends import FLOATS, choose_plain
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
-from ..ops.tracing import captured, traced
+from ..ops.tracing import captured, forward_mode, traced
 from .dense_layers import DenseForward
-from .forwards import ModuleForward, install, remove, with_parameters
+from .forwards import ModuleForward, install, remove, runs, with_parameters
 
 _CHUNK_LOGITS = 1 << 22
 _CPU_ROWS, _GPU_ROWS = 128, 512
@@ -118,8 +123,8 @@ class _Call:
     def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
         self.head, self._hidden = head, hidden
         self._parameters = head._parameters.copy()  # it may have others by the time the logits are computed
-        operands = hidden, *head.parameters()  # a parametrization's too
-        self._versions = [(t, t._version) for t in operands]
+        self._operands = [hidden, *head.parameters()]  # a parametrization's too
+        self._stamp = stamp_of(self._operands)
         self.autocast = autocast_of(hidden)  # which may have ended by the time the logits are computed
         self.dtype = self.autocast["dtype"] if self.autocast["enabled"] else hidden.dtype
         self.loss_taken = False
@@ -129,7 +134,7 @@ class _Call:
 
     @property
     def hidden(self) -> Tensor:
-        if any(t._version != version for t, version in self._versions):
+        if stamp_of(self._operands) != self._stamp:
             raise RuntimeError(
                 "what the output head was called with, or its weight, was changed in place before the logits were "
                 "read; call pyfastpeft.integrations.deferred_logits.defer_logits(model, False) before the forward"
@@ -194,7 +199,7 @@ class _Form:
     ) -> None:
         self.call, self.arranged, self.meta = call, arranged, meta
         self._source, self._operation = source, operation
-        self._value: Tensor | None = None
+        self.value: Tensor | None = None
         call.forms.append(weakref.ref(self))
 
     def after(self, operation: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor] | None = None) -> _Form:
@@ -206,10 +211,10 @@ class _Form:
     def computed(self) -> Tensor:
         """What the operations give: views of the logits are views, and copies are made once."""
         source = self._source()  # which may make this one too
-        if self._value is None:
+        if self.value is None:
             with torch.inference_mode(False), torch.enable_grad():
-                self._value = self._operation(source)
-        return self._value
+                self.value = self._operation(source)
+        return self.value
 
 
 class DeferredLogits(Tensor):
@@ -226,7 +231,8 @@ class DeferredLogits(Tensor):
     @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _DESCRIPTIONS:
+        computed = bool(args) and isinstance(args[0], cls) and args[0].form.value is not None
+        if func in _DESCRIPTIONS and not computed:  # what was computed describes itself: it may have been changed
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _OBSERVED:
@@ -320,7 +326,7 @@ def _cross_entropy(
     if not (plain and rows and reduction in ("mean", "sum")):
         return NotImplemented
     call = logits.form.call
-    call.loss_taken = True
+    call.loss_taken = call.hidden.requires_grad
     keep, hidden = target != ignore_index, logits.form.arranged(call.hidden)
     if captured() or target.is_meta:  # when no shape may depend on values
         loss = chunked_cross_entropy(hidden, target, call.project, call.head.out_features, ~keep)
@@ -361,29 +367,65 @@ _OBSERVED: dict[Any, Callable[..., Sequence[Tensor]]] = {
 }
 
 
+_EVALUATES: ContextVar[nn.Module | None] = ContextVar("_EVALUATES", default=None)
+"""The head of the model that runs here with labels and without gradients."""
+
+
+def _transformed() -> bool:
+    """Whether tensors may stand for others, by which no ``autograd.Function`` here knows to compute."""
+    return forward_mode() or torch._C._are_functorch_transforms_active()
+
+
+def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Tells the head of a call that is made for its loss: without gradients there is no other sign of it."""
+    if not traced():
+        for_loss = kwargs.get("labels") is not None and not (torch.is_grad_enabled() or captured() or _transformed())
+        _EVALUATES.set(output_head(model) if for_loss else None)
+
+
+def _end(model: nn.Module, args: tuple, output: Any) -> None:
+    if not traced():
+        _EVALUATES.set(None)
+
+
 class _DeferringForward(ModuleForward):
-    """Forward of an output head: puts the product off in training; elsewhere it is fast for few rows."""
+    """Forward of an output head: puts the product off where a loss is computed; elsewhere it is fast for few rows."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.handles: list[RemovableHandle] = []  # of what the model around the head runs with
 
     def __call__(self, input: Tensor, *args: Any) -> Tensor:
         head = self.module
         if args:  # LoRA's branch, which a 4-bit head adds itself
             return self.own(input, *args)
-        if not (head.training and torch.is_grad_enabled()) or traced():
-            return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
+        gradients = torch.is_grad_enabled()
+        learns = gradients and head.training
+        if traced() or not (learns or (_EVALUATES.get() is head and not gradients)):
+            return self._at_once(input)
         # A hook wants to see the logits, or brings the weight for this very call, and FSDP does both around the model;
         # a trained weight may soon be another.
         trained = any(p.requires_grad for p in head.parameters())
-        # Inference tensors do not tell whether they were changed.
-        inference = any(t.is_inference() for t in (input, *head.parameters()))
+        # Inference tensors do not tell whether they were changed: of the small one a copy serves.
+        inference = any(p.is_inference() for p in head.parameters())
         if hooked(head) or sharded(head) or trained or input.dtype not in FLOATS or inference:
-            return self.own(input)
-        call = _Call(head, input)
+            return self.own(input) if learns else self._at_once(input)
+        if input.is_inference():
+            with torch.inference_mode(False):
+                input = input.clone()
+        call = _Call(head, input if learns else input.detach())
         meta = torch.empty((*input.shape[:-1], head.out_features), dtype=call.dtype, device="meta")
         return _deferred(_Form(call, lambda t: t, meta, call.logits, lambda t: t))
 
+    def _at_once(self, input: Tensor) -> Tensor:
+        head = self.module
+        return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
+
 
 def defer_logits(model: nn.Module, defer: bool = True) -> None:
-    """Let the output head of ``model`` return :class:`DeferredLogits` in training, or compute at once again.
+    """Let the output head of ``model`` return :class:`DeferredLogits`, or compute at once again.
+
+    It does so in training, and without gradients where the model around it is called with ``labels=``.
 
     Does nothing where the head is no ``nn.Linear``, or where something else has taken over its ``forward``.
 
@@ -392,8 +434,18 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
     """
     head = output_head(model)
     if not defer:
+        for module in model.modules():
+            if runs(module, _DeferringForward):
+                for handle in module.forward.handles:
+                    handle.remove()
         remove(model, _DeferringForward)
     elif isinstance(head, nn.Linear):
         remove(head, DenseForward)  # which the head's own has within
         install(head, _DeferringForward)
         large_pages(head.weight.data)
+        forward = head.forward
+        around = (m for m in model.modules() if isinstance(m, PreTrainedModel) and output_head(m) is head)
+        outermost = next(around, None)  # which is given the labels
+        if outermost is not None and isinstance(forward, _DeferringForward) and not forward.handles:
+            forward.handles.append(outermost.register_forward_pre_hook(_begin, with_kwargs=True))
+            forward.handles.append(outermost.register_forward_hook(_end, always_call=True))
