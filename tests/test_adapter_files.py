@@ -744,7 +744,7 @@ def test_a_card_is_there_for_the_trainer(tmp_path):
             assert (data.language, data.pipeline_tag) == described
 
 
-@pytest.mark.parametrize("matter", ["title: a: b", "- a list", "model-index: 3"])
+@pytest.mark.parametrize("matter", ["title: a: b", "- a list", "model-index: 3", "tags: 3", "3: 4"])
 def test_a_readme_without_readable_metadata_stays(tmp_path, matter):
     (tmp_path / "README.md").write_text(f"---\n{matter}\n---\nmine")
     fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).create_or_update_model_card(tmp_path)

@@ -169,14 +169,15 @@ def complete_card(folder: str | os.PathLike, config: dict[str, Any], in_peft: bo
 
     write_card(folder, config, in_peft)
     path = Path(folder) / CARD_NAME
+    known = ModelCard(_card(config, in_peft)).data.to_dict()
     try:
         card = ModelCard.load(path)
-    except (ValueError, YAMLError):  # what stands where metadata belongs is none
+        known["tags"] = list(dict.fromkeys([*(card.data.tags or []), *known["tags"]]))
+    except (ValueError, TypeError, AttributeError, YAMLError):  # what stands where metadata belongs is none
         return
-    there, known = card.data.to_dict(), ModelCard(_card(config, in_peft)).data.to_dict()
+    there = card.data.to_dict()
     if "pipeline_tag" in there:
         known.pop("pipeline_tag", None)
-    known["tags"] = list(dict.fromkeys([*(there.get("tags") or []), *known["tags"]]))
     if there | known != there:
         for key, value in known.items():
             card.data[key] = value
