@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -816,19 +818,50 @@ def test_a_model_that_evaluates_so_is_copied_wrapped_and_exported_as_before():
             torch.testing.assert_close(outputs.logits.float(), expected.logits, rtol=0.05, atol=0.05)
 
 
-def test_the_outermost_model_of_a_head_is_told_of_labels_and_forgets_with_it():
-    model = BertForMaskedLM(
-        BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    )
-    ids = inputs()["input_ids"]
-    fp.accelerate(model.eval().requires_grad_(False))
-    defer_logits(model)  # once more: what is there stays
+def bert(**config) -> BertConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertConfig(vocab_size=64, **sizes, **config)
+
+
+def encoder_decoder() -> nn.Module:
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(bert(), bert(is_decoder=True, add_cross_attention=True))
+    config.decoder_start_token_id = config.pad_token_id = 0
+    return EncoderDecoderModel(config)
+
+
+@pytest.mark.parametrize("made", [lambda: BertForMaskedLM(bert()), encoder_decoder], ids=["deep", "in an inner model"])
+def test_the_outermost_model_of_a_head_is_told_of_labels(made):
+    model, ids = made().eval().requires_grad_(False), inputs()["input_ids"]
+    defer_logits(model)
     with torch.no_grad():
         assert isinstance(model(input_ids=ids, labels=ids).logits, DeferredLogits)
-        assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
-        defer_logits(model, False)
-        assert not (model._forward_pre_hooks or model._forward_hooks)
-        assert type(model(input_ids=ids, labels=ids).logits) is torch.Tensor
+
+
+def hooks_of(model: nn.Module) -> list:
+    return [hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+
+
+@pytest.mark.parametrize("change", ["none", "resized", "merged", "dequantized"])
+def test_no_hook_stays_where_the_head_was_exchanged(change):
+    model = fp.accelerate(make("llama").requires_grad_(False))
+    defer_logits(model)  # once more: what is there stays
+    assert len(hooks_of(model)) == 2
+    if change == "resized":
+        model.resize_token_embeddings(70)
+        assert len(hooks_of(fp.accelerate(model.requires_grad_(False)))) == 2
+    elif change in ("merged", "dequantized"):
+        adapted = fp.get_peft_model(model, fp.LoraConfig(modules_to_save=["lm_head"]))
+        model = adapted.merge_and_unload(dequantize=change == "dequantized")
+    defer_logits(model, False)
+    assert not hooks_of(model)
+
+
+def test_a_head_is_copied_without_the_hooks_of_its_model():
+    model = fp.accelerate(make("llama").requires_grad_(False))
+    lock = threading.Lock()
+    model.register_forward_hook(lambda *_, lock=lock: None)
+    model.lock = lock
+    assert torch.equal(pickle.loads(pickle.dumps(model.lm_head)).weight, copy.deepcopy(model.lm_head).weight)
 
 
 def test_what_has_gradients_within_an_evaluation_keeps_them():

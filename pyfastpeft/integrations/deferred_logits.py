@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..caching import stamp_of
@@ -34,7 +33,7 @@ from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from ..ops.tracing import captured, forward_mode, traced
 from .dense_layers import DenseForward
-from .forwards import ModuleForward, install, remove, runs, with_parameters
+from .forwards import ModuleForward, install, remove, with_parameters
 
 _CHUNK_LOGITS = 1 << 22
 _CPU_ROWS, _GPU_ROWS = 128, 512
@@ -367,8 +366,13 @@ _OBSERVED: dict[Any, Callable[..., Sequence[Tensor]]] = {
 }
 
 
-_EVALUATES: ContextVar[nn.Module | None] = ContextVar("_EVALUATES", default=None)
+_EVALUATES: ContextVar[weakref.ref[nn.Module] | None] = ContextVar("_EVALUATES", default=None)
 """The head of the model that runs here with labels and without gradients."""
+
+
+def _evaluates(head: nn.Module) -> bool:
+    told = _EVALUATES.get()
+    return told is not None and told() is head
 
 
 def _transformed() -> bool:
@@ -379,8 +383,9 @@ def _transformed() -> bool:
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Tells the head of a call that is made for its loss: without gradients there is no other sign of it."""
     if not traced():
-        for_loss = kwargs.get("labels") is not None and not (torch.is_grad_enabled() or captured() or _transformed())
-        _EVALUATES.set(output_head(model) if for_loss else None)
+        for_loss = kwargs.get("labels") is not None and not (torch.is_grad_enabled() or captured())
+        head = output_head(model) if for_loss else None
+        _EVALUATES.set(None if head is None else weakref.ref(head))
 
 
 def _end(model: nn.Module, args: tuple, output: Any) -> None:
@@ -388,12 +393,17 @@ def _end(model: nn.Module, args: tuple, output: Any) -> None:
         _EVALUATES.set(None)
 
 
+def _forget(model: nn.Module) -> None:
+    """Take these two from every module in ``model``; a handle of theirs, where copied, would take others along."""
+    for module in model.modules():
+        of_hooks = module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called
+        for hooks, options in zip((module._forward_pre_hooks, module._forward_hooks), of_hooks, strict=True):
+            for number in [n for n, hook in hooks.items() if hook in (_begin, _end)]:
+                del hooks[number], options[number]
+
+
 class _DeferringForward(ModuleForward):
     """Forward of an output head: puts the product off where a loss is computed; elsewhere it is fast for few rows."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.handles: list[RemovableHandle] = []  # of what the model around the head runs with
 
     def __call__(self, input: Tensor, *args: Any) -> Tensor:
         head = self.module
@@ -401,7 +411,7 @@ class _DeferringForward(ModuleForward):
             return self.own(input, *args)
         gradients = torch.is_grad_enabled()
         learns = gradients and head.training
-        if traced() or not (learns or (_EVALUATES.get() is head and not gradients)):
+        if traced() or _transformed() or not (learns or (_evaluates(head) and not gradients)):
             return self._at_once(input)
         # A hook wants to see the logits, or brings the weight for this very call, and FSDP does both around the model;
         # a trained weight may soon be another.
@@ -434,18 +444,14 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
     """
     head = output_head(model)
     if not defer:
-        for module in model.modules():
-            if runs(module, _DeferringForward):
-                for handle in module.forward.handles:
-                    handle.remove()
+        _forget(model)
         remove(model, _DeferringForward)
     elif isinstance(head, nn.Linear):
         remove(head, DenseForward)  # which the head's own has within
         install(head, _DeferringForward)
         large_pages(head.weight.data)
-        forward = head.forward
         around = (m for m in model.modules() if isinstance(m, PreTrainedModel) and output_head(m) is head)
         outermost = next(around, None)  # which is given the labels
-        if outermost is not None and isinstance(forward, _DeferringForward) and not forward.handles:
-            forward.handles.append(outermost.register_forward_pre_hook(_begin, with_kwargs=True))
-            forward.handles.append(outermost.register_forward_hook(_end, always_call=True))
+        if outermost is not None and _begin not in outermost._forward_pre_hooks.values():
+            outermost.register_forward_pre_hook(_begin, with_kwargs=True)
+            outermost.register_forward_hook(_end, always_call=True)
