@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedModel
 
 from ..caching import stamp_of
 from ..nn.ends import output_head
@@ -450,6 +449,8 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
         remove(head, DenseForward)  # which the head's own has within
         install(head, _DeferringForward)
         large_pages(head.weight.data)
+        from transformers import PreTrainedModel  # not above: the loss in chunks needs torch alone
+
         around = (m for m in model.modules() if isinstance(m, PreTrainedModel) and output_head(m) is head)
         outermost = next(around, None)  # which is given the labels
         if outermost is not None and _begin not in outermost._forward_pre_hooks.values():
