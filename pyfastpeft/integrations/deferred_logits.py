@@ -441,6 +441,8 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
     Args:
         model: a transformers model, or a module that wraps one (a PeftModel).
     """
+    from transformers import PreTrainedModel  # not above: the loss in chunks needs torch alone
+
     head = output_head(model)
     if not defer:
         _forget(model)
@@ -449,8 +451,6 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
         remove(head, DenseForward)  # which the head's own has within
         install(head, _DeferringForward)
         large_pages(head.weight.data)
-        from transformers import PreTrainedModel  # not above: the loss in chunks needs torch alone
-
         around = (m for m in model.modules() if isinstance(m, PreTrainedModel) and output_head(m) is head)
         outermost = next(around, None)  # which is given the labels
         if outermost is not None and _begin not in outermost._forward_pre_hooks.values():
