@@ -26,6 +26,7 @@ import pyfastpeft as fp
 from pyfastpeft.integrations import fused_decoder
 from pyfastpeft.integrations.forwards import remove
 from pyfastpeft.integrations.fused_decoder import stack
+from pyfastpeft.ops import backends
 
 FAMILIES = {
     "llama": {},
@@ -70,12 +71,12 @@ def family(name, dtype=torch.float32, **changes):
     if name in ("llama", "qwen2") and not changes:
         model = make(name, dtype)
     else:
-        changes = {"sliding_window": None, "intermediate_size": 96} | FAMILIES[name] | changes
+        sizes = {"sliding_window": None, "intermediate_size": 96, "num_hidden_layers": 3}
+        changes = sizes | FAMILIES[name] | changes
         config = tf.AutoConfig.for_model(
             name,
             vocab_size=VOCAB,
             hidden_size=64,
-            num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
             pad_token_id=0,
@@ -523,10 +524,17 @@ def test_rows_that_choose_and_several_active_adapters(isa, dtype, dense, served)
 
 @pytest.mark.parametrize("names", [None, ["default", "__base__", ["default", "other"]]])
 def test_adapters_for_inference_over_a_weight_of_odd_width(isa, names, served):
-    """Which pairs of columns do not fill."""
-    _, fused = pair("llama", torch.bfloat16, lora=True, dense=True, intermediate_size=77)
+    """Which pairs of columns do not fill: the last one is alone, and weighs as much as all others.
+
+    bfloat16 products also round s = x · Aᵀ, which torch does not, by no more than it rounds the product: sqrt(2) times
+    the error. Of one layer, since three multiply a rounding by tens: one token's may be most of the error.
+    """
+    _, fused = pair("llama", torch.bfloat16, lora=True, dense=True, intermediate_size=77, num_hidden_layers=1)
     fused.add_adapter("other", fp.LoraConfig(r=3, target_modules=["down_proj"]))
     randomize(fused, std=0.1)
+    down = fused.get_base_model().model.layers[0].mlp.down_proj
+    for weight in (down.base_layer.weight, *(a.weight for a in down.lora_A.values())):
+        weight.data[:, -1] *= 8
     for name in ("other", "default"):
         for parameter in fused.base_model.tensors(name).values():
             parameter.data = parameter.data.bfloat16().float()  # as pairs are
@@ -538,9 +546,12 @@ def test_adapters_for_inference_over_a_weight_of_odd_width(isa, names, served):
         ids = torch.randint(1, VOCAB, (3, length))
         cache = [{fused_decoder._CACHE: tf.DynamicCache(config=plain.config)} for _ in range(3)]
         with torch.no_grad():
-            expected, unfused, got = (
-                m(input_ids=ids, **rows, **c).logits.float() for m, c in zip((exact, plain, fused), cache, strict=True)
-            )
+            got = fused(input_ids=ids, **rows, **cache[0]).logits.float()
+            with pytest.MonkeyPatch.context() as patch:  # else the layers by themselves may share what is wrong
+                patch.setattr(backends, "_FORCED", backends.Backend.REFERENCE)
+                expected, unfused = (
+                    m(input_ids=ids, **rows, **c).logits.float() for m, c in zip((exact, plain), cache[1:], strict=True)
+                )
         assert served == [True]
         assert (got - expected).norm() <= 1.5 * (unfused - expected).norm() + 1e-3 * expected.norm()
 
