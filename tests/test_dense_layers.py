@@ -25,8 +25,8 @@ SHAPES = [(0, 9, 8), (1, 49, 37), (17, 33, 96), (40, 7, 129), (70, 300, 64), (33
 @pytest.fixture
 def pays(monkeypatch):
     """As on a CPU where it does."""
-    monkeypatch.setattr(dense, "fast_float32", lambda: True)
-    monkeypatch.setattr(dense_layers, "fast_float32", lambda: True)
+    monkeypatch.setattr(dense, "outruns_torch", lambda dtype: True)
+    monkeypatch.setattr(dense_layers, "outruns_torch", lambda dtype: True)
 
 
 @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
@@ -115,42 +115,60 @@ def test_gradients_once_and_twice(pays):
         return dx, *torch.autograd.grad(dx.square().sum(), dy)
 
     y, expected = dense_linear(x, layer.weight, layer.bias), layer(x)
-    assert "ManyRows" in y.grad_fn.next_functions[0][0].name()
+    assert "_LinearBackward" in y.grad_fn.next_functions[0][0].name()
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     for got, wanted in zip(gradients(y), gradients(expected), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layers_of_halves_are_exact_where_they_use_it(pays, dtype, rows):
+    layer = nn.Linear(65, 33).requires_grad_(False).to(dtype)
+    x, dy = torch.randn(2, rows, 65).to(dtype).requires_grad_(True), torch.randn(2, rows, 33).to(dtype)
+    fuse_layers(nn.ModuleList([layer]))
+    y = layer(x)
+    assert "_LinearBackward" in y.grad_fn.next_functions[0][0].name() and y.dtype is dtype
+    (dx,) = torch.autograd.grad(y, x, dy)
+    weight, bias = layer.weight.double(), layer.bias.double()
+    assert relative(y, F.linear(x.double(), weight, bias)) <= ERROR[dtype]
+    assert dx.dtype is dtype and relative(dx, dy.double() @ weight) <= ERROR[dtype]
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_without_a_gradient_no_function_of_autograds_is_called(pays, monkeypatch, grad):
     layer, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(27, 24, requires_grad=not grad)
-    monkeypatch.setattr(dense, "_ManyRows", None)
+    monkeypatch.setattr(dense, "_Linear", None)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(dense_linear(x, layer.weight, layer.bias), layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_what_torch_computes(pays, monkeypatch):
-    """Few rows with gradients, what trains, other dtypes, autocast, a backend without kernels, a compiler."""
+    """Few rows of float32 with gradients, none, what trains, float64, autocast, no kernels, a compiler."""
     frozen, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(20, 24)
-    assert dense.many_rows_pay(x, frozen.weight, frozen.bias)
-    assert not dense.many_rows_pay(x[:16], frozen.weight, frozen.bias)
-    assert not dense.many_rows_pay(x[:0], frozen.weight, frozen.bias)
-    assert not dense.many_rows_pay(x.double(), frozen.weight.double(), None)
-    assert not dense.many_rows_pay(x.bfloat16(), frozen.weight.bfloat16(), None)
+    assert dense.kernel_pays(x, frozen.weight, frozen.bias)
+    assert not dense.kernel_pays(x[:16], frozen.weight, frozen.bias)
+    assert not dense.kernel_pays(x[:0], frozen.weight, frozen.bias)
+    assert not dense.kernel_pays(x.double(), frozen.weight.double(), None)
+    assert not dense.kernel_pays(x.bfloat16(), frozen.weight, None)
+    for dtype in (torch.bfloat16, torch.float16):  # where it is slow, it is so at every number of rows
+        half, weight = x.to(dtype), frozen.weight.to(dtype)
+        assert dense.kernel_pays(half, weight, None) and dense.kernel_pays(half[:1], weight, None)
+        assert not dense.kernel_pays(half[:0], weight, None)
     for part in (frozen.weight, frozen.bias):
         part.requires_grad_(True)
-        assert not dense.many_rows_pay(x, frozen.weight, frozen.bias)
+        assert not dense.kernel_pays(x, frozen.weight, frozen.bias)
         with torch.no_grad():
-            assert dense.many_rows_pay(x, frozen.weight, frozen.bias)
+            assert dense.kernel_pays(x, frozen.weight, frozen.bias)
         part.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not dense.many_rows_pay(x, frozen.weight, frozen.bias)
+        assert not dense.kernel_pays(x, frozen.weight, frozen.bias)
     fuse_layers(nn.ModuleList([frozen]))
     assert type(frozen.forward) is DenseForward
     compiled = torch.compile(frozen, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), F.linear(x, frozen.weight, frozen.bias))
     monkeypatch.setattr(dense, "choose_plain", lambda device: fp.ops.Backend.REFERENCE)
-    assert not dense.many_rows_pay(x, frozen.weight, frozen.bias)
+    assert not dense.kernel_pays(x, frozen.weight, frozen.bias)
 
 
 @pytest.mark.parametrize("rows", [3, 20])
@@ -163,11 +181,22 @@ def test_what_trains_has_all_its_gradients(pays, rows):
 
 def test_more_rows_are_torchs_where_it_is_faster(monkeypatch):
     layer, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(20, 24)
-    monkeypatch.setattr(dense, "fast_float32", lambda: False)
-    assert not dense.many_rows_pay(x, layer.weight, layer.bias)
+    monkeypatch.setattr(dense, "outruns_torch", lambda dtype: False)
+    assert not dense.kernel_pays(x, layer.weight, layer.bias)
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not dense.fast_float32.__wrapped__()
+    assert not dense.outruns_torch.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize("dtype, ask", [(torch.bfloat16, "bf16"), (torch.float16, "fp16")], ids=str)
+def test_halves_are_the_kernels_where_onednn_has_no_products_of_them(monkeypatch, dtype, ask, isa):
+    outruns, vectors = dense.outruns_torch.__wrapped__, isa.startswith("avx")
+    for supported in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{ask}_supported", lambda answer=supported: answer)
+        assert outruns(dtype) is (vectors and not supported)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert outruns(dtype) is vectors
 
 
 @pytest.mark.parametrize("rows", [3, 20])
@@ -281,8 +310,8 @@ def test_layers_use_it_where_it_pays(pays, monkeypatch):
     plain = copy.deepcopy(model)
     fuse_layers(model)
     rows = []
-    spy = lambda *args: rows.append(args[0].shape) or dense.many_rows_linear(*args)  # noqa: E731
-    monkeypatch.setattr(dense_layers, "many_rows_linear", spy)
+    spy = lambda *args: rows.append(args[0].shape) or dense.kernel_linear(*args)  # noqa: E731
+    monkeypatch.setattr(dense_layers, "kernel_linear", spy)
     x = torch.randn(2, 30, 24)
     ours, theirs = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
     torch.testing.assert_close(model(ours), plain(theirs), rtol=1e-5, atol=1e-5)
@@ -308,7 +337,7 @@ def test_a_layer_keeps_a_forward_of_its_own(pays):
 
 
 def test_elsewhere_layers_are_left_alone(monkeypatch):
-    monkeypatch.setattr(dense_layers, "fast_float32", lambda: False)
+    monkeypatch.setattr(dense_layers, "outruns_torch", lambda dtype: False)
     layer = nn.Linear(4, 4)
     fuse_layers(nn.ModuleList([layer]))
     assert "forward" not in vars(layer)

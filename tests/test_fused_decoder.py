@@ -583,14 +583,20 @@ def test_a_row_among_many_is_what_it_is_alone(isa, base, mixed, rows, served):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dense", "most"),
-    [(torch.bfloat16, True, 16), (torch.bfloat16, False, 64), (torch.float32, True, 64)],
+    ("dtype", "dense", "outruns", "most"),
+    [
+        (torch.bfloat16, True, False, 16),
+        (torch.bfloat16, True, True, 64),
+        (torch.bfloat16, False, False, 64),
+        (torch.float32, True, False, 64),
+    ],
     ids=str,
 )
-def test_more_rows_than_a_tile_by_wide_weights_in_bfloat16_are_left_to_the_layers(
-    dtype, dense, most, served, monkeypatch
+def test_more_rows_than_a_tile_by_wide_weights_in_bfloat16_are_left_to_layers_that_are_torchs(
+    dtype, dense, outruns, most, served, monkeypatch
 ):
     monkeypatch.setattr(stack, "_WIDE", 16)
+    monkeypatch.setattr(stack, "outruns_torch", lambda dtype: outruns)
     _, fused = pair(dtype=dtype, dense=dense)
     for rows in (16, 17, 64, 65):
         served.clear()

@@ -608,7 +608,7 @@ def test_gate_and_up_are_kept_where_they_are_few_beside_the_weights(config, rows
         return plain(layer, x)
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
-    monkeypatch.setattr("pyfastpeft.integrations.dense_layers.many_rows_pay", lambda *_: False)
+    monkeypatch.setattr("pyfastpeft.integrations.dense_layers.kernel_pays", lambda *_: False)
     x = torch.randn(1, rows, 64, requires_grad=True)
     mlp(x).sum().backward()
     assert sum(layer.weight is projection.weight for layer in calls) == computed

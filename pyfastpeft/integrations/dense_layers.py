@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.dense import fast_float32, many_rows_linear, many_rows_pay
+from ..ops.backends import FLOATS
+from ..ops.dense import kernel_linear, kernel_pays, outruns_torch
 from ..ops.tracing import traced
 from .forwards import ModuleForward
 
@@ -14,11 +15,11 @@ class DenseForward(ModuleForward):
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.module
-        if traced() or not many_rows_pay(input, layer.weight, layer.bias):
+        if traced() or not kernel_pays(input, layer.weight, layer.bias):
             return self.own(input)
-        return many_rows_linear(input, layer.weight, layer.bias)
+        return kernel_linear(input, layer.weight, layer.bias)
 
 
 def has_fast_forward(module: nn.Module) -> bool:
     """Whether :class:`DenseForward` can be faster here than the own forward of ``module``."""
-    return type(module) is nn.Linear and fast_float32()
+    return type(module) is nn.Linear and any(map(outruns_torch, FLOATS))

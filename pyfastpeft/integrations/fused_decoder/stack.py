@@ -27,7 +27,7 @@ from ...nn.hooks import GLOBAL_HOOKS
 from ...nn.lora import LoraLinear
 from ...ops import PackedLora
 from ...ops.backends import Backend, choose_attention, choose_plain, is_plain, native
-from ...ops.dense import FEW_ROWS
+from ...ops.dense import FEW_ROWS, outruns_torch
 from ...ops.linear_4bit import of_pairs, takes_int8
 from ..forwards import ModuleForward
 from ..fused_layers import OF_LLAMA, ROPE, SILUS, Kinds, has_llamas, kinds_of, written_in_transformers
@@ -402,7 +402,7 @@ class Stack:
                 raise _Unsupported
             if bias is not None and bias.shape != weight.shape[:1]:  # torch spreads it
                 raise _Unsupported
-            if weight.dtype is torch.bfloat16 and min(weight.shape) > _WIDE:
+            if weight.dtype is torch.bfloat16 and min(weight.shape) > _WIDE and not outruns_torch(torch.bfloat16):
                 self.most_rows = FEW_ROWS
             return torch.ops.pyfastpeft.add_decoder_dense.default, weight, bias, *branch
         if type(module) is not Linear4bit or look.get(vars(module), "compute_dtype") not in (None, dtype):
