@@ -61,6 +61,7 @@ Arithmetic arithmetic_table() {
 Kernels make_kernels(const char* name) {
   Kernels kernels{};
   kernels.name = name;
+  kernels.lanes = kLanes;
   kernels.f32 = arithmetic_table<F32>();
 #ifdef PF_BF16
   kernels.bf16 = arithmetic_table<BF16>();

@@ -9,6 +9,8 @@ struct V {
   static constexpr int kGroupVecs = 4;
   static constexpr int kMicroRows = 2;
   static constexpr int kDecodingRows = 0;
+  static constexpr int kBlockBytes = 512;
+  static constexpr int kFewRows = 16;
   static constexpr int kGemvRows = 1;
   static constexpr int gemv_parts(int) { return 1; }
   using F = float __attribute__((vector_size(16)));

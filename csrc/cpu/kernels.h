@@ -232,6 +232,7 @@ struct Arithmetic {
 
 struct Kernels {
   const char* name;
+  int64_t lanes;  // of a vector of float32
   Arithmetic f32;
   Arithmetic bf16;                                 // gemv null where the instruction set has no bf16 products
   bool slow_bf16;                                  // a bf16 product takes longer than two of float32

@@ -18,7 +18,8 @@ bool threads_sleep() {
   return spins != nullptr ? std::strtoll(spins, nullptr, 10) == 0 : policy != nullptr && (*policy | 32) == 'p';
 }
 
-// Waking a thread that sleeps was seen to cost up to 55 us, one that spins 3.
+// Multiply-adds, of vectors of 16 lanes, for which a thread is woken: one that sleeps was seen to cost up to 55 us, one
+// that spins 3.
 const int64_t kThreadWork = int64_t{1} << (threads_sleep() ? 22 : 19);
 constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple of
 
@@ -26,7 +27,7 @@ constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple
 // else must pay for waking a thread by itself.
 constexpr int64_t kPacking = 12, kQuantizing = 20;
 
-int64_t grain_of(int64_t work_per_item) { return kThreadWork / std::max<int64_t>(work_per_item, 1); }
+int64_t grain_of(int64_t work_per_item) { return thread_work() / std::max<int64_t>(work_per_item, 1); }
 
 // body(begin, end) over [0, n) in chunks that begin at multiples of `unit`; `work` is an item's, in multiply-adds.
 template <class Body>
@@ -493,7 +494,7 @@ void many_rows_forward(const Arithmetic& arith, const Words& words, const Weight
 
 }  // namespace
 
-int64_t thread_work() { return kThreadWork; }
+int64_t thread_work() { return kThreadWork * kernels()->lanes / 16; }
 
 void linear_forward(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
                     float* s, ParallelFor parallel) {

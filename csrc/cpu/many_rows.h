@@ -58,8 +58,8 @@ struct ManyRows : Product<A> {
 
   // Rows whose float32 results stay in cache together. More share what decoding and packing cost (512 rows on Zen 5:
   // 1.045 times dense bf16, not 1.012; dx of dense float32 on Zen 4: 0.97 of the time).
-  static constexpr int64_t kRowChunk = kHasTiles || kDecodingRows > 0 ? 512 : kWordRows;
-  static constexpr int64_t kSummands = 16 * kBlock;  // of one float32 sum: more are a sum of such sums
+  static constexpr int64_t kRowChunk = 512;
+  static constexpr int64_t kSummands = 8192 / sizeof(E);  // of one float32 sum: more are a sum of such sums
 
   // ---- forward, many rows: decode a panel, then a dense product ----
 
@@ -434,7 +434,8 @@ struct ManyRows : Product<A> {
     // A share of what comes next is prefetched before each of some parts of a product: all at once it is waited for.
     // Few rows are cut along the contraction, but with tiles, where that was not measured (rank 16, 1024 rows of
     // float32, 576 to 576, Zen 4: LoRA adds 1.2 ms to a backward pass, not 1.6).
-    constexpr int64_t kRowsTogether = 32, kParts = kHasTiles ? 1 : 8;
+    // Of small tiles two are such a part (AVX2, a head's dx, 80 rows: 275 ms, not 357).
+    constexpr int64_t kRowsTogether = V::kMicroRows < 8 ? 2 * V::kMicroRows : 32, kParts = kHasTiles ? 1 : 8;
     E* panel = static_cast<E*>(scratch(0, kGroupPanel * sizeof(E)));
     const int64_t rows = x.rows, blocks = ceil_div(rows, kRowsTogether);
     const int64_t together = blocks < kParts ? kBlock / (kParts / blocks) : kBlock;

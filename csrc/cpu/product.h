@@ -13,11 +13,12 @@ struct Product : Panels<A> {
   using Panels<A>::kStep;
   using Panels<A>::kStride;
 
-  // Up to here decoding in registers is faster; then, up to kLateRows, scales cost less on the sums than on every
-  // decoded weight, which zeros do not allow (Zen 4, 4096 x 4096, 17 rows: 0.95 of the time, 48 the same, 512 1.03).
+  // Up to here decoding in registers is faster (AVX2 does so anew for every two rows: 16 of 4096 x 4096 would take 1.8
+  // times as long as with panels); then, up to kLateRows, scales cost less on the sums than on every decoded weight,
+  // which zeros do not allow (Zen 4, 4096 x 4096, 17 rows: 0.95 of the time, 48 the same, 512 1.03).
   // Sums to be scaled leave registers for twelve more, no more than are under way where two bf16 products start in a
   // cycle (Zen 5, 64 rows: 423 GFLOP/s, with scales on the weights 479).
-  static constexpr int64_t kFewRows = kHasTiles ? 4 : 16, kFewRowsOfZeros = kHasTiles ? 8 : 16;
+  static constexpr int64_t kFewRows = kHasTiles ? 4 : V::kFewRows, kFewRowsOfZeros = kHasTiles ? 8 : V::kFewRows;
 #ifdef PF_BF16X2
   static constexpr int64_t kLateRows = 0;
 #else
