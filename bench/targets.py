@@ -114,7 +114,8 @@ def _share(what: str, result: Result, record: dict | None, roof: str, target: fl
     """A record's rate as a share of a limit of the machine."""
     limit = result.limits[0][roof]
     rate = None if record is None else record["gb_s" if roof == "read_gb_s" else "gflop_s"]
-    return Row(what, rate / limit if rate and limit else None, "≥", target, "", f"{rate} of {limit}" if rate else "")
+    note = f"{rate} of {limit}" if limit else "this CPU has no such instructions"
+    return Row(what, rate / limit if rate and limit else None, "≥", target, "", note if rate else "")
 
 
 def one_row(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
