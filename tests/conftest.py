@@ -22,6 +22,7 @@ import torch
 
 import pyfastpeft  # noqa: F401  (registers the operators)
 from pyfastpeft.ops import backends
+from pyfastpeft.ops.dense import outruns_torch
 
 ISAS = list(torch.ops.pyfastpeft.available_isas())
 
@@ -50,8 +51,10 @@ atexit.register(gc.unfreeze)
 def instruction_set(name):
     chosen = torch.ops.pyfastpeft.isa()
     assert torch.ops.pyfastpeft.set_isa(name) == name
+    outruns_torch.cache_clear()
     yield
     torch.ops.pyfastpeft.set_isa(chosen)
+    outruns_torch.cache_clear()
 
 
 @pytest.fixture

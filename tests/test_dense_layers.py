@@ -1,6 +1,8 @@
 """Products with a frozen weight in full precision: the operator, and linear layers that use it."""
 
 import copy
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,8 +126,8 @@ def test_gradients_once_and_twice(pays):
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_layers_of_halves_are_exact_where_they_use_it(pays, dtype, rows):
-    layer = nn.Linear(65, 33).requires_grad_(False).to(dtype)
-    x, dy = torch.randn(2, rows, 65).to(dtype).requires_grad_(True), torch.randn(2, rows, 33).to(dtype)
+    layer = nn.Linear(401, 333).requires_grad_(False).to(dtype)
+    x, dy = torch.randn(2, rows, 401).to(dtype).requires_grad_(True), torch.randn(2, rows, 333).to(dtype)
     fuse_layers(nn.ModuleList([layer]))
     y = layer(x)
     assert "_LinearBackward" in y.grad_fn.next_functions[0][0].name() and y.dtype is dtype
@@ -133,6 +135,22 @@ def test_layers_of_halves_are_exact_where_they_use_it(pays, dtype, rows):
     weight, bias = layer.weight.double(), layer.bias.double()
     assert relative(y, F.linear(x.double(), weight, bias)) <= ERROR[dtype]
     assert dx.dtype is dtype and relative(dx, dy.double() @ weight) <= ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_says_what_is_wrong_and_transforms_what_it_transforms(pays, dtype):
+    plain = nn.Linear(400, 350).requires_grad_(False).to(dtype)
+    layer, x = copy.deepcopy(plain), torch.randn(20, 400, dtype=dtype)
+    fuse_layers(nn.ModuleList([layer]))
+    assert type(layer.forward) is DenseForward
+    for wrong in (torch.randn(20, 399, dtype=dtype), torch.tensor(1.0, dtype=dtype)):
+        with pytest.raises(RuntimeError) as expected:
+            plain(wrong)
+        with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+            layer(wrong)
+    for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))):
+        got, expected = (transform(lambda x, m=m: m(x).float().square().sum())(x) for m in (layer, plain))
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -151,10 +169,13 @@ def test_what_torch_computes(pays, monkeypatch):
     assert not dense.kernel_pays(x[:0], frozen.weight, frozen.bias)
     assert not dense.kernel_pays(x.double(), frozen.weight.double(), None)
     assert not dense.kernel_pays(x.bfloat16(), frozen.weight, None)
-    for dtype in (torch.bfloat16, torch.float16):  # where it is slow, it is so at every number of rows
-        half, weight = x.to(dtype), frozen.weight.to(dtype)
-        assert dense.kernel_pays(half, weight, None) and dense.kernel_pays(half[:1], weight, None)
-        assert not dense.kernel_pays(half[:0], weight, None)
+    for dtype in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # where it is slow, it is so at any number of rows, but of the smallest
+        row, weight = torch.randn(1, 400, dtype=dtype), torch.randn(400, 400, dtype=dtype)
+        assert dense.kernel_pays(row, weight, None) and not dense.kernel_pays(row[:, :300], weight[:, :300], None)
+        assert not dense.kernel_pays(row[:0], weight, None)
     for part in (frozen.weight, frozen.bias):
         part.requires_grad_(True)
         assert not dense.kernel_pays(x, frozen.weight, frozen.bias)
@@ -191,8 +212,10 @@ def test_more_rows_are_torchs_where_it_is_faster(monkeypatch):
 @pytest.mark.parametrize("dtype, ask", [(torch.bfloat16, "bf16"), (torch.float16, "fp16")], ids=str)
 def test_halves_are_the_kernels_where_onednn_has_no_products_of_them(monkeypatch, dtype, ask, isa):
     outruns, vectors = dense.outruns_torch.__wrapped__, isa.startswith("avx")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for supported in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{ask}_supported", lambda answer=supported: answer)
+        answers = {f"_is_mkldnn_{ask}_supported": lambda answer=supported: answer}
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**answers))
         assert outruns(dtype) is (vectors and not supported)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)

@@ -38,7 +38,6 @@ Arithmetic arithmetic_table() {
           .few_rows_of_zeros = Many::kFewRowsOfZeros,
           .late_rows = Many::kLateRows,
           .tiles = Many::kHasTiles,
-          .row_chunk = Many::kRowChunk,
           .packed_rows_bytes = Many::packed_rows_bytes,
           .panels_bytes = Many::panels_bytes,
           .pack_rows = Many::pack_rows,

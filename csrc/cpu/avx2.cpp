@@ -14,7 +14,7 @@ struct V {
   static constexpr int kGroupVecs = 2;  // 6 x 2 accumulators, 2 vectors of weights, 1 broadcast: 15 of 16 registers
   static constexpr int kMicroRows = 6;
   static constexpr int kDecodingRows = 0;
-  static constexpr int kBlockBytes = 1024;
+  static constexpr int kFloatBlock = 256;
   static constexpr int kFewRows = 4;
   static constexpr int kGemvRows = 2;
   static constexpr int gemv_parts(int rows) { return rows == 1 ? 2 : 1; }

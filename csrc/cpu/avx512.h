@@ -7,7 +7,7 @@ struct V {
   static constexpr int kGroupVecs = 2;  // 12 x 2 accumulators, 2 vectors of weights, 1 broadcast: 27 of 32 registers
   static constexpr int kMicroRows = 12;
   static constexpr int kDecodingRows = 10;  // leaves registers for what decodes
-  static constexpr int kBlockBytes = 512;
+  static constexpr int kFloatBlock = 128;
   static constexpr int kFewRows = 16;
   static constexpr int kGemvRows = 8;
   static constexpr int gemv_parts(int rows) { return rows >= 8 ? 2 : 4; }

@@ -9,7 +9,7 @@ struct V {
   static constexpr int kGroupVecs = 4;
   static constexpr int kMicroRows = 2;
   static constexpr int kDecodingRows = 0;
-  static constexpr int kBlockBytes = 512;
+  static constexpr int kFloatBlock = 128;
   static constexpr int kFewRows = 16;
   static constexpr int kGemvRows = 1;
   static constexpr int gemv_parts(int) { return 1; }

@@ -18,8 +18,8 @@ bool threads_sleep() {
   return spins != nullptr ? std::strtoll(spins, nullptr, 10) == 0 : policy != nullptr && (*policy | 32) == 'p';
 }
 
-// Multiply-adds, of vectors of 16 lanes, for which a thread is woken: one that sleeps was seen to cost up to 55 us, one
-// that spins 3.
+// Multiply-adds, of vectors of 16 lanes, that waking a thread pays for: it was seen to cost up to 55 us where it
+// sleeps, 3 where it spins.
 const int64_t kThreadWork = int64_t{1} << (threads_sleep() ? 22 : 19);
 constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple of
 
@@ -27,7 +27,10 @@ constexpr int64_t kUnit = 32;  // columns or lanes a chunk of work is a multiple
 // else must pay for waking a thread by itself.
 constexpr int64_t kPacking = 12, kQuantizing = 20;
 
-int64_t grain_of(int64_t work_per_item) { return thread_work() / std::max<int64_t>(work_per_item, 1); }
+// Narrower vectors take longer for as many (AVX2, 16 rows over 4 bits, 576 to 576: 133 us, not 170).
+int64_t grain_of(int64_t work_per_item) {
+  return kThreadWork / (kernels()->lanes < 16 ? 2 : 1) / std::max<int64_t>(work_per_item, 1);
+}
 
 // body(begin, end) over [0, n) in chunks that begin at multiples of `unit`; `work` is an item's, in multiply-adds.
 template <class Body>
@@ -246,7 +249,7 @@ constexpr int64_t kPair = 2;  // tiles that stay together, as a group
 
 // A product of `depth` multiply-adds for each element.
 void many_rows_product(const Arithmetic& arith, const GemmArgs& args, int64_t depth, ParallelFor parallel) {
-  const int64_t rows = args.x.rows, most = args.words.data == nullptr ? arith.row_chunk : kWordRows;
+  const int64_t rows = args.x.rows, most = args.words.data == nullptr ? kRowChunk : kWordRows;
   run_parts(parallel, rows, most, args.w.tiles(), kPair, kTile * depth * rows,
             [&](int64_t r0, int64_t r1, int64_t t0, int64_t t1) { arith.gemm(args, r0, r1, t0, t1); });
 }
@@ -343,7 +346,7 @@ void rows_times(const Arithmetic& arith, const PackedRows& x, const Matrix& p, c
 
 // dx, of which a column takes `work` multiply-adds.
 void many_rows_dx(const Arithmetic& arith, const DxArgs& args, int64_t work, ParallelFor parallel) {
-  run_parts(parallel, args.rows, arith.row_chunk, args.cols, kUnit, work,
+  run_parts(parallel, args.rows, kRowChunk, args.cols, kUnit, work,
             [&](int64_t r0, int64_t r1, int64_t k0, int64_t k1) { arith.dx(args, r0, r1, k0, k1); });
 }
 
@@ -494,7 +497,7 @@ void many_rows_forward(const Arithmetic& arith, const Words& words, const Weight
 
 }  // namespace
 
-int64_t thread_work() { return kThreadWork * kernels()->lanes / 16; }
+int64_t thread_work() { return kThreadWork; }
 
 void linear_forward(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y, int y_dtype,
                     float* s, ParallelFor parallel) {

@@ -5,6 +5,8 @@
 inline void pack_words(const Matrix& src, const Weight& w, void* out, uint8_t* left_out, int64_t row0, int64_t row1) {
   using Words = Int16::Words;
   constexpr int64_t kBlock = Product<Int16>::kBlock, kStride = Product<Int16>::kStride;
+  static_assert(kBlock <= 32 * Int16::kMostUnits &&
+                2 * Int16::kMostUnits * sizeof(float) <= (kStride - kBlock) * sizeof(int16_t));
   const int64_t unit = Words::unit(w);
   alignas(64) float values[kBlock];
   for (int64_t r = row0; r < row1; ++r) {
@@ -56,10 +58,8 @@ struct ManyRows : Product<A> {
   using Product<A>::packed_block;
   using Product<A>::packed_rows_bytes;
 
-  // Rows whose float32 results stay in cache together. More share what decoding and packing cost (512 rows on Zen 5:
-  // 1.045 times dense bf16, not 1.012; dx of dense float32 on Zen 4: 0.97 of the time).
-  static constexpr int64_t kRowChunk = 512;
   static constexpr int64_t kSummands = 8192 / sizeof(E);  // of one float32 sum: more are a sum of such sums
+  static_assert(kSummands % kBlock == 0);
 
   // ---- forward, many rows: decode a panel, then a dense product ----
 

@@ -13,7 +13,7 @@ struct V {
   static constexpr int kGroupVecs = 4;  // 6 x 4 accumulators, 4 vectors of weights, 1 broadcast: 29 of 32 registers
   static constexpr int kMicroRows = 6;
   static constexpr int kDecodingRows = 0;
-  static constexpr int kBlockBytes = 512;
+  static constexpr int kFloatBlock = 128;
   static constexpr int kFewRows = 16;
   static constexpr int kGemvRows = 4;
   static constexpr int gemv_parts(int) { return 1; }

@@ -9,8 +9,8 @@ struct Panels {
   using F = V::F;
   static constexpr int kStep = A::kStep;
   // Sums are read and written once a block. Of fewer lanes they are more beside the products that are added: longer
-  // blocks pay (AVX2, 512 rows, 576 to 1536: 86 GFLOP/s, not 82).
-  static constexpr int kBlock = V::kBlockBytes / sizeof(E);
+  // blocks pay (AVX2, float32, 512 rows, 576 to 1536: 86 GFLOP/s, not 82).
+  static constexpr int kBlock = sizeof(E) == sizeof(float) ? V::kFloatBlock : 256;
   static constexpr int kStride = kBlock + 64 / sizeof(E);
   static constexpr int64_t kGroupPanel = static_cast<int64_t>(kBlock) * kGroupLanes;  // elements of one group's block
   using Tiles = typename A::Tiles;

@@ -30,7 +30,7 @@ from ..ops.autocast import autocast_of
 from ..ops.backends import FLOATS, choose_plain
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
-from ..ops.tracing import captured, forward_mode, traced
+from ..ops.tracing import captured, traced, transformed
 from .dense_layers import DenseForward
 from .forwards import ModuleForward, install, remove, with_parameters
 
@@ -374,11 +374,6 @@ def _evaluates(head: nn.Module) -> bool:
     return told is not None and told() is head
 
 
-def _transformed() -> bool:
-    """Whether tensors may stand for others, by which no ``autograd.Function`` here knows to compute."""
-    return forward_mode() or torch._C._are_functorch_transforms_active()
-
-
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Tells the head of a call that is made for its loss: without gradients there is no other sign of it."""
     if not traced():
@@ -410,7 +405,7 @@ class _DeferringForward(ModuleForward):
             return self.own(input, *args)
         gradients = torch.is_grad_enabled()
         learns = gradients and head.training
-        if traced() or _transformed() or not (learns or (_evaluates(head) and not gradients)):
+        if traced() or transformed() or not (learns or (_evaluates(head) and not gradients)):
             return self._at_once(input)
         # A hook wants to see the logits, or brings the weight for this very call, and FSDP does both around the model;
         # a trained weight may soon be another.

@@ -10,21 +10,23 @@ from torch import Tensor
 
 from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
 from .library import fake_of
-from .tracing import forward_mode, recorded, traced
+from .tracing import recorded, traced, transformed
 
 FEW_ROWS = 16
 """Rows up to which the kernel takes what reading the weight once takes: it multiplies by a tile of so many."""
+_SMALL = 1 << 17  # multiply-adds: of halves up to here calling the kernel takes longer than torch's product
 
 
 @functools.cache
 def outruns_torch(dtype: torch.dtype) -> bool:
-    """Whether products in ``dtype`` are faster on this CPU than torch's: in float32 those of more than ``FEW_ROWS``."""
+    """Whether products in ``dtype`` that are not small are faster on this CPU than torch's."""
     if dtype is torch.float32:
         return torch.backends.mkl.is_available() and torch.ops.pyfastpeft.outruns_mkl()
-    # Where oneDNN has no instructions for them torch's take 3 to 8 times as long, those of gradients 3 to 200 (Zen 3).
+    # Where oneDNN has no instructions for them torch's take 2 to 8 times as long, those of gradients up to 200 (Zen 3).
     on_dnn = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    supported = getattr(torch.ops.mkldnn, on_dnn[dtype])() if torch.backends.mkldnn.is_available() else False
-    return not supported and torch.ops.pyfastpeft.isa().startswith("avx")
+    if dtype not in on_dnn or not torch.ops.pyfastpeft.isa().startswith("avx"):
+        return False
+    return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, on_dnn[dtype])())
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,10 +64,10 @@ def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def kernel_pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`kernel_linear` takes these and is faster than ``F.linear``."""
     return (
-        x.dtype in FLOATS
-        and x.is_cpu
+        x.is_cpu
         and outruns_torch(x.dtype)
-        and x.numel() > (FEW_ROWS * x.shape[-1] if x.dtype is torch.float32 else 0)
+        and x.dim() > 0
+        and (x.numel() > FEW_ROWS * x.shape[-1] if x.dtype is torch.float32 else x.numel() * len(weight) > _SMALL)
         and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         and _multiplies(x, weight, bias)
     )
@@ -79,7 +81,9 @@ def kernel_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.is_autocast_enabled("cpu") or forward_mode() or x.dtype not in FLOATS:
+    if torch.is_autocast_enabled("cpu") or transformed() or x.dtype not in FLOATS:
+        return False
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:  # torch says so
         return False
     if bias is not None and bias.shape != weight.shape[:1]:  # torch spreads it
         return False

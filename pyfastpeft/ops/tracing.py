@@ -10,6 +10,7 @@ predicate         true while                                        what follows
 ``is_repeated``   it is ``traced`` or ``captured``                  whatever may change must come from a tensor
 ``recorded``      autograd records what is made of given tensors    the operator's ``autograd.Function`` must run
 ``forward_mode``  tensors may have tangents, gradients or not       the bare operators would drop these without a word
+``transformed``   so it is, or under a transform of torch.func      neither operators nor their functions know of it
 ================  ================================================  ===================================================
 """
 
@@ -61,3 +62,8 @@ def recorded(*tensors: Tensor | None) -> bool:
 def forward_mode() -> bool:
     """Whether tensors may have tangents here, without gradients too."""
     return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether tensors may stand for others, by which no ``autograd.Function`` here knows to compute."""
+    return forward_mode() or torch._C._are_functorch_transforms_active()
