@@ -169,10 +169,8 @@ def test_what_torch_computes(pays, monkeypatch):
     assert not dense.kernel_pays(x[:0], frozen.weight, frozen.bias)
     assert not dense.kernel_pays(x.double(), frozen.weight.double(), None)
     assert not dense.kernel_pays(x.bfloat16(), frozen.weight, None)
-    for dtype in (
-        torch.bfloat16,
-        torch.float16,
-    ):  # where it is slow, it is so at any number of rows, but of the smallest
+    # Where it is slow at halves, it is so at any number of rows, but for the smallest products.
+    for dtype in (torch.bfloat16, torch.float16):
         row, weight = torch.randn(1, 400, dtype=dtype), torch.randn(400, 400, dtype=dtype)
         assert dense.kernel_pays(row, weight, None) and not dense.kernel_pays(row[:, :300], weight[:, :300], None)
         assert not dense.kernel_pays(row[:0], weight, None)
