@@ -1,4 +1,4 @@
-"""Products with a frozen weight in full precision: the operator, and linear layers that use it."""
+"""Products with a weight in full precision: the operator, and linear layers that use it."""
 
 import copy
 import re
@@ -11,6 +11,8 @@ from architectures import relative
 from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import dense_layers
@@ -22,6 +24,14 @@ from pyfastpeft.ops import dense, dense_linear, large_pages
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 # (rows, N, K): whole and partial groups of lanes, blocks and chunks of rows.
 SHAPES = [(0, 9, 8), (1, 49, 37), (17, 33, 96), (40, 7, 129), (70, 300, 64), (33, 1, 1), (129, 64, 257), (530, 40, 48)]
+
+
+def is_its(y):
+    """Whether the kernel made ``y``, or what that is a view or a multiple of."""
+    node = y.grad_fn
+    while node is not None and "_LinearBackward" not in node.name():
+        node = node.next_functions[0][0]
+    return node is not None
 
 
 @pytest.fixture
@@ -108,33 +118,47 @@ def test_the_number_of_threads_does_not_change_the_result(isa, rows, by_threads)
     by_threads(lambda: (ops.dense_linear(x, weight, None), ops.dense_linear_backward(dy, weight)), 1, 2, 3, 8)
 
 
-def test_gradients_once_and_twice(pays):
-    layer, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(3, 9, 24, requires_grad=True)
+@pytest.mark.parametrize("trained", ["", "weight", "bias", "weight, bias"])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_gradients_once_and_twice(kind, trained):
+    layer, x = kind(40, 40), torch.randn(3, 9, 40, requires_grad=True)
+    nn.init.normal_(layer.bias)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in trained)
     dy = torch.randn(3, 9, 40, requires_grad=True)
+    leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
 
     def gradients(y):
-        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
-        return dx, *torch.autograd.grad(dx.square().sum(), dy)
+        first = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), [dy, *leaves], materialize_grads=True)
 
-    y, expected = dense_linear(x, layer.weight, layer.bias), layer(x)
-    assert "_LinearBackward" in y.grad_fn.next_functions[0][0].name()
+    expected = layer(x)
+    y = dense.kernel_linear(x, layer.weight.t() if kind is Conv1D else layer.weight, layer.bias)
+    assert is_its(y)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    for got, wanted in zip(gradients(y), gradients(expected), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    once, wanted = torch.autograd.grad(y, leaves, dy, retain_graph=True), gradients(expected)
+    torch.testing.assert_close(once, wanted[: len(once)], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradients(y), wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_layers_of_halves_are_exact_where_they_use_it(pays, dtype, rows):
-    layer = nn.Linear(401, 333).requires_grad_(False).to(dtype)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, FalconLinear])
+def test_layers_of_halves_are_exact_where_they_use_it(pays, kind, dtype, rows):
+    layer = Conv1D(333, 401) if kind is Conv1D else kind(401, 333)
+    nn.init.normal_(layer.bias)
+    layer.to(dtype)
     x, dy = torch.randn(2, rows, 401).to(dtype).requires_grad_(True), torch.randn(2, rows, 333).to(dtype)
     fuse_layers(nn.ModuleList([layer]))
     y = layer(x)
-    assert "_LinearBackward" in y.grad_fn.next_functions[0][0].name() and y.dtype is dtype
-    (dx,) = torch.autograd.grad(y, x, dy)
-    weight, bias = layer.weight.double(), layer.bias.double()
-    assert relative(y, F.linear(x.double(), weight, bias)) <= ERROR[dtype]
-    assert dx.dtype is dtype and relative(dx, dy.double() @ weight) <= ERROR[dtype]
+    assert is_its(y) and y.dtype is dtype
+    leaves = x, layer.weight, layer.bias
+    got = torch.autograd.grad(y, leaves, dy)
+    x64, weight, bias = (t.detach().double().requires_grad_() for t in leaves)
+    exact = F.linear(x64, weight.t() if kind is Conv1D else weight, bias)
+    assert relative(y, exact) <= ERROR[dtype]
+    for gradient, wanted in zip(got, torch.autograd.grad(exact, (x64, weight, bias), dy.double()), strict=True):
+        assert gradient.dtype is dtype and relative(gradient, wanted) <= ERROR[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -162,7 +186,7 @@ def test_without_a_gradient_no_function_of_autograds_is_called(pays, monkeypatch
 
 
 def test_what_torch_computes(pays, monkeypatch):
-    """Few rows of float32 with gradients, none, what trains, float64, autocast, no kernels, a compiler."""
+    """Few rows of float32 with gradients, a gradient of its weight, none, float64, autocast, no kernels, a compiler."""
     frozen, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(20, 24)
     assert dense.kernel_pays(x, frozen.weight, frozen.bias)
     assert not dense.kernel_pays(x[:16], frozen.weight, frozen.bias)
@@ -174,12 +198,10 @@ def test_what_torch_computes(pays, monkeypatch):
         row, weight = torch.randn(1, 400, dtype=dtype), torch.randn(400, 400, dtype=dtype)
         assert dense.kernel_pays(row, weight, None) and not dense.kernel_pays(row[:, :300], weight[:, :300], None)
         assert not dense.kernel_pays(row[:0], weight, None)
-    for part in (frozen.weight, frozen.bias):
-        part.requires_grad_(True)
-        assert not dense.kernel_pays(x, frozen.weight, frozen.bias)
-        with torch.no_grad():
-            assert dense.kernel_pays(x, frozen.weight, frozen.bias)
-        part.requires_grad_(False)
+    trained = nn.Parameter(frozen.weight)
+    assert not dense.kernel_pays(x, trained, frozen.bias)
+    with torch.no_grad():
+        assert dense.kernel_pays(x, trained, frozen.bias)
     with torch.autocast("cpu", torch.bfloat16):
         assert not dense.kernel_pays(x, frozen.weight, frozen.bias)
     fuse_layers(nn.ModuleList([frozen]))
@@ -188,14 +210,6 @@ def test_what_torch_computes(pays, monkeypatch):
     assert torch.equal(compiled(x), F.linear(x, frozen.weight, frozen.bias))
     monkeypatch.setattr(dense, "choose_plain", lambda device: fp.ops.Backend.REFERENCE)
     assert not dense.kernel_pays(x, frozen.weight, frozen.bias)
-
-
-@pytest.mark.parametrize("rows", [3, 20])
-def test_what_trains_has_all_its_gradients(pays, rows):
-    leaves = [torch.randn(*s, requires_grad=True) for s in ((rows, 24), (8, 24), (8,))]
-    got, expected = (torch.autograd.grad(f(*leaves).square().sum(), leaves) for f in (dense_linear, F.linear))
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_more_rows_are_torchs_where_it_is_faster(monkeypatch):
@@ -378,3 +392,22 @@ def test_a_model_with_adapters_uses_it_but_in_what_adapters_exchange(pays):
     assert before and fast_in(model.unload()) == before
     model = fp.get_peft_model(plain, config)
     assert fast_in(model) and not fast_in(model.unload())
+
+
+def test_a_copy_that_trains_uses_it_unless_somebody_looks(pays):
+    layers = nn.Sequential(nn.Linear(240, 400), nn.Linear(400, 8)).to(torch.bfloat16)
+    own, x = layers[0], torch.randn(20, 240).bfloat16()
+    config = fp.LoraConfig(target_modules=["1"], modules_to_save=["0"])
+    wrapper = fp.get_peft_model(layers, config).base_model.model[0]
+    y = wrapper(x)
+    assert is_its(y)
+    assert relative(y, own(x).double()) <= ERROR[torch.bfloat16]
+    seen = []
+    wrapper.modules_to_save["default"].register_forward_hook(lambda module, args, y: seen.append(y))
+    assert torch.equal(wrapper(x), F.linear(x, own.weight, own.bias)) and len(seen) == 1
+
+
+def test_logits_that_are_put_off_and_read_are_its(pays):
+    model, ids = fp.accelerate(tiny_llama().to(torch.bfloat16)), torch.randint(0, 256, (1, 30))
+    model.lm_head.requires_grad_(False)
+    assert is_its(model(ids).logits * 1)

@@ -140,8 +140,9 @@ class _Call:
         return self._hidden
 
     def project(self, hidden: Tensor) -> Tensor:
+        head = with_parameters(self.head, self._parameters)
         with torch.autocast(**self.autocast):
-            return type(self.head).forward(with_parameters(self.head, self._parameters), hidden)
+            return _product(head, hidden)
 
     def weight(self) -> Tensor | None:
         """The head's, where there is nothing else to it and ``head_cross_entropy`` serves it."""
@@ -406,14 +407,14 @@ class _DeferringForward(ModuleForward):
         gradients = torch.is_grad_enabled()
         learns = gradients and head.training
         if traced() or transformed() or not (learns or (_evaluates(head) and not gradients)):
-            return self._at_once(input)
+            return _product(head, input)
         # A hook wants to see the logits, or brings the weight for this very call, and FSDP does both around the model;
         # a trained weight may soon be another.
         trained = any(p.requires_grad for p in head.parameters())
         # Inference tensors do not tell whether they were changed: of the small one a copy serves.
         inference = any(p.is_inference() for p in head.parameters())
         if hooked(head) or sharded(head) or trained or input.dtype not in FLOATS or inference:
-            return self.own(input) if learns else self._at_once(input)
+            return _product(head, input)
         if input.is_inference():
             with torch.inference_mode(False):
                 input = input.clone()
@@ -421,9 +422,12 @@ class _DeferringForward(ModuleForward):
         meta = torch.empty((*input.shape[:-1], head.out_features), dtype=call.dtype, device="meta")
         return _deferred(_Form(call, lambda t: t, meta, call.logits, lambda t: t))
 
-    def _at_once(self, input: Tensor) -> Tensor:
-        head = self.module
-        return dense_linear(input, head.weight, head.bias) if type(head) is nn.Linear else self.own(input)
+
+def _product(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """The logits, computed now."""
+    if type(head) is nn.Linear:
+        return dense_linear(hidden, head.weight, head.bias)
+    return type(head).forward(head, hidden)
 
 
 def defer_logits(model: nn.Module, defer: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Frozen linear layers in full precision by this library's products, where these are faster than torch's."""
+"""Linear layers in full precision by this library's products, where these are faster than torch's."""
 
 from __future__ import annotations
 
@@ -10,15 +10,38 @@ from .forwards import ModuleForward
 
 
 class DenseForward(ModuleForward):
-    """Forward of a linear layer."""
+    """Forward of ``nn.Linear``."""
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.module
-        if traced() or not kernel_pays(input, layer.weight, layer.bias):
+        if traced():
             return self.own(input)
-        return kernel_linear(input, layer.weight, layer.bias)
+        weight = self.matrix(layer.weight)
+        if not kernel_pays(input, weight, layer.bias):
+            return self.own(input)
+        return kernel_linear(input, weight, layer.bias)
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """The weight as [out, in]."""
+        return weight
 
 
-def has_fast_forward(module: nn.Module) -> bool:
-    """Whether :class:`DenseForward` can be faster here than the own forward of ``module``."""
-    return type(module) is nn.Linear and outruns_torch(module.weight.dtype)
+class Conv1DForward(DenseForward):
+    """Forward of transformers' ``Conv1D``, whose weight is [in, out]."""
+
+    matrix = staticmethod(Tensor.t)
+
+
+_FORWARDS = {
+    "torch.nn.modules.linear.Linear": DenseForward,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": DenseForward,  # which does it as a matmul
+    "transformers.pytorch_utils.Conv1D": Conv1DForward,
+}
+"""By name: transformers imports what defines a class when it is first needed."""
+
+
+def fast_forward(module: nn.Module) -> type[DenseForward] | None:
+    """What can be faster here than the own forward of ``module``."""
+    kind = _FORWARDS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    return kind if kind is not None and outruns_torch(module.weight.dtype) else None

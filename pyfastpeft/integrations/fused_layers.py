@@ -29,7 +29,7 @@ from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.autocast import autocast_of
 from ..ops.backends import FLOATS, Backend, choose_plain
 from ..ops.tracing import is_compiling, traced
-from .dense_layers import DenseForward, has_fast_forward
+from .dense_layers import DenseForward, fast_forward
 from .forwards import ModuleForward, install, remove, runs, with_parameters
 
 Kinds = frozenset[tuple[type, Any]]
@@ -263,8 +263,8 @@ def _with_rope(own: types.FunctionType) -> types.FunctionType:
 
 
 def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
-    if has_fast_forward(module):
-        return DenseForward
+    if (fast := fast_forward(module)) is not None:
+        return fast
     if not type(module).__module__.startswith("transformers."):
         return None
     forward = type(module).forward

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterBank, Parts, Rows
 from ..ops import mixed
 from ..ops.checks import as_count, check_choice
+from ..ops.dense import dense_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -74,7 +75,7 @@ class Bottleneck(nn.Module):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+    return dense_linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
 class BottleneckLayer(nn.Module):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..adapters import NO_ROWS, AdapterBank, Parts
 from ..ops import mixed
+from ..ops.dense import dense_linear
+from .hooks import hooked
 
 
 class ModulesToSave(nn.Module):
@@ -48,7 +50,7 @@ class ModulesToSave(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.bank.mode
         if mode is None:
-            return self.module_in_use()(*args, **kwargs)
+            return _run(self.module_in_use(), *args, **kwargs)
         used = {n for row in mode.of_row for n in self._with_a_copy(row)}
         names = tuple(n for n in mode.names if n in used)
         if names and any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
@@ -57,14 +59,14 @@ class ModulesToSave(nn.Module):
                 f"adapter_names has {list(names)}, whose modules_to_save hold a {kind} that writes into the cache, "
                 "which each copy would do too: give use_cache=False, or choose by set_adapter"
             )
-        y = self.original_module(*args, **kwargs)
+        y = _run(self.original_module, *args, **kwargs)
         # Each adapter's copy is another weight, so it runs by itself; shapes do not depend on who asked for what.
         for i, name in enumerate(names):
             first = y if isinstance(y, Tensor) else next(iter(y.values() if isinstance(y, Mapping) else y))
             chosen = mode.mask(names, first.shape[0], first.device)[:, i].bool()
             # The other rows are zero in its input: where they are inf or NaN, a zero gradient times them would be NaN.
             mine, named = _own_rows(chosen, args, kwargs)
-            y = _where(chosen, self.modules_to_save[name](*mine, **named), y)
+            y = _where(chosen, _run(self.modules_to_save[name], *mine, **named), y)
         return y
 
     def __getattr__(self, name: str) -> Any:
@@ -74,6 +76,13 @@ class ModulesToSave(nn.Module):
             if name in ("original_module", "modules_to_save"):
                 raise
             return getattr(self.module_in_use(), name)
+
+
+def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``module``'s own call. A forward on the module would do too, but code is compiled anew for each such object."""
+    if type(module) is nn.Linear and len(args) == 1 and not (kwargs or hooked(module) or "forward" in vars(module)):
+        return dense_linear(*args, module.weight, module.bias)
+    return module(*args, **kwargs)
 
 
 def _own_rows(chosen: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank, Rows
 from ..ops import mixed
+from ..ops.dense import dense_linear
 from .lora import as_output
 from .lora_layer import applied, check_finite, check_own_weight
 
@@ -176,7 +177,7 @@ class TrainableTokens(nn.Module):
             # Else inf and NaN in other rows reach the gradient, as zero times them is NaN.
             x = mixed.zero_unless(chosen, x)
         bias = None if base.bias is None else base.bias[indices]
-        own = F.linear(x, self.rows.values[name].to(base.weight), bias).to(y.dtype)
+        own = dense_linear(x, self.rows.values[name].to(base.weight), bias).to(y.dtype)
         if chosen is not None:
             own = torch.where(chosen, own, y.index_select(-1, indices))
         return y.index_copy(-1, indices, own)
