@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import pyfastpeft  # noqa: F401  (registers the operators)
-from pyfastpeft.ops import backends
+from pyfastpeft.ops import backends, dense
 from pyfastpeft.ops.dense import outruns_torch
 
 ISAS = list(torch.ops.pyfastpeft.available_isas())
@@ -45,6 +45,12 @@ def pytest_collection():
 # What stays frozen is not let go at the end either, which nanobind takes for leaks and lists below the summary. Before
 # that pytest looks twice for what the tests left.
 atexit.register(gc.unfreeze)
+
+
+@pytest.fixture
+def layers_of_torch(monkeypatch):
+    """Dense layers in which torch multiplies, whatever the CPU: what other products are compared with."""
+    monkeypatch.setattr(dense, "outruns_torch", lambda dtype: False)
 
 
 @contextlib.contextmanager

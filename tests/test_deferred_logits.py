@@ -56,6 +56,9 @@ CONFIGS = [
     Gemma2Config(**SMALL),  # changes the head's output: the ordinary way, by itself
 ]
 
+# Logits that are read are compared bit for bit with those that are never put off: torch's, once forwards are removed.
+pytestmark = pytest.mark.usefixtures("layers_of_torch")
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):

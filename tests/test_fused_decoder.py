@@ -26,7 +26,7 @@ import pyfastpeft as fp
 from pyfastpeft.integrations import fused_decoder
 from pyfastpeft.integrations.forwards import remove
 from pyfastpeft.integrations.fused_decoder import stack
-from pyfastpeft.ops import backends, dense
+from pyfastpeft.ops import backends
 
 FAMILIES = {
     "llama": {},
@@ -51,11 +51,8 @@ FAMILIES = {
     },
 }
 
-
-@pytest.fixture(autouse=True)
-def layers_of_torch(monkeypatch):
-    """What decoding as one operator is compared with: dense layers that share no kernel with it, whatever the CPU."""
-    monkeypatch.setattr(dense, "outruns_torch", lambda dtype: False)
+# What one operator decodes is compared with products that share no kernel with it.
+pytestmark = pytest.mark.usefixtures("layers_of_torch")
 
 
 @pytest.fixture

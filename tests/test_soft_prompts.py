@@ -1346,6 +1346,16 @@ class TestServing:
             model.train(how != "autocast")(ids)
         assert torch.equal(model.eval()(ids).logits, expected)
 
+    def test_an_lstm_trains_under_autocast_on_every_cpu(self):
+        model, ids = ours(llama(), "ptuning_lstm").train(), tiny.inputs()["input_ids"]
+        losses, gradients = [], []
+        for enabled in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                losses.append(model(ids, labels=ids).loss)
+            gradients.append(torch.autograd.grad(losses[-1], [p for p in model.parameters() if p.requires_grad]))
+        close(*losses, 0.05)
+        assert len(gradients[0]) > 8 and all(g.isfinite().all() and g.any() for g in gradients[0])
+
     @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
     def test_a_prompt_turns_as_far_as_the_length_of_its_sequence_says(self, rope_type, tmp_path):
         rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}

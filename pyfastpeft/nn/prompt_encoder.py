@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 
+import torch
 from torch import Tensor, nn
 
 
@@ -78,4 +79,7 @@ class LstmEncoder(SoftPrompt):
         self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
 
     def forward(self) -> Tensor:
-        return self.mlp_head(self.lstm_head(self.embedding.weight.unsqueeze(0))[0]).squeeze(0)
+        rows = self.embedding.weight.unsqueeze(0)
+        with torch.autocast(rows.device.type, enabled=False):  # oneDNN has no LSTM in bfloat16 for every CPU
+            states = self.lstm_head(rows)[0]
+        return self.mlp_head(states).squeeze(0)

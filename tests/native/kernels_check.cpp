@@ -1,4 +1,5 @@
 // Holds every instruction set of this build against float64, and its formats against the generic kernels bit for bit.
+// The bounds are those of products in float32: instructions for bfloat16, which round weights, would exceed them.
 // No torch: it cross-compiles, and runs under an emulator. Prints what differs; exits with the number of failures.
 #include <algorithm>
 #include <cmath>
