@@ -137,8 +137,11 @@ def test_gradients_once_and_twice(kind, trained):
     assert is_its(y)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     once, wanted = torch.autograd.grad(y, leaves, dy, retain_graph=True), gradients(expected)
-    torch.testing.assert_close(once, wanted[: len(once)], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(gradients(y), wanted, rtol=1e-5, atol=1e-4)
+    for got, gradient, leaf in zip(once, wanted, leaves, strict=False):
+        torch.testing.assert_close(got, gradient, rtol=1e-5, atol=1e-5)
+        assert got.stride() == leaf.stride()
+    for got, gradient in zip(gradients(y), wanted, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
@@ -210,6 +213,33 @@ def test_what_torch_computes(pays, monkeypatch):
     assert torch.equal(compiled(x), F.linear(x, frozen.weight, frozen.bias))
     monkeypatch.setattr(dense, "choose_plain", lambda device: fp.ops.Backend.REFERENCE)
     assert not dense.kernel_pays(x, frozen.weight, frozen.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [3, 20])
+def test_what_trains_has_all_its_gradients(pays, rows, dtype):
+    leaves = [torch.randn(*s, dtype=dtype, requires_grad=True) for s in ((rows, 240), (280, 240), (280,))]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    y = dense_linear(*leaves)
+    assert is_its(y) is (dtype is torch.bfloat16)
+    dy = torch.randn(y.shape, dtype=dtype)
+    got, expected = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(F.linear(*exact), exact, dy.double())
+    assert all(relative(g, e) <= ERROR[dtype] for g, e in zip(got, expected, strict=True))
+
+
+def test_only_what_a_gradient_needs_is_kept():
+    x, layer = torch.randn(20, 24), nn.Linear(24, 40)
+    y = dense.kernel_linear(x, layer.weight, layer.bias)
+    expected = torch.autograd.grad(layer(x).sum(), layer.parameters())
+    with torch.no_grad():
+        layer.weight.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), layer.parameters()), expected)
+    x.requires_grad_()
+    y = dense.kernel_linear(x, layer.weight.detach(), layer.bias)
+    expected = torch.autograd.grad(layer(x).sum(), x)
+    with torch.no_grad():
+        x.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), expected)
 
 
 def test_more_rows_are_torchs_where_it_is_faster(monkeypatch):
@@ -394,22 +424,63 @@ def test_a_model_with_adapters_uses_it_but_in_what_adapters_exchange(pays):
     assert fast_in(model) and not fast_in(model.unload())
 
 
-def test_a_copy_that_trains_uses_it_unless_somebody_looks(pays):
+@pytest.fixture
+def copied(pays):
+    """A linear layer, and what stands in its place with a copy that trains."""
     layers = nn.Sequential(nn.Linear(240, 400), nn.Linear(400, 8)).to(torch.bfloat16)
-    own, x = layers[0], torch.randn(20, 240).bfloat16()
-    config = fp.LoraConfig(target_modules=["1"], modules_to_save=["0"])
-    wrapper = fp.get_peft_model(layers, config).base_model.model[0]
-    y = wrapper(x)
-    assert is_its(y)
-    assert relative(y, own(x).double()) <= ERROR[torch.bfloat16]
+    own, config = layers[0], fp.LoraConfig(target_modules=["1"], modules_to_save=["0"])
+    return own, fp.get_peft_model(layers, config).base_model.model[0]
+
+
+def test_a_copy_that_trains_uses_it_unless_somebody_looks(copied):
+    own, wrapper = copied
+    x, trained = torch.randn(20, 240).bfloat16(), wrapper.modules_to_save["default"]
+    y, plain = wrapper(x), F.linear(x, own.weight, own.bias)
+    assert is_its(y) and relative(y, own(x).double()) <= ERROR[torch.bfloat16]
     seen = []
-    wrapper.modules_to_save["default"].register_forward_hook(lambda module, args, y: seen.append(y))
-    assert torch.equal(wrapper(x), F.linear(x, own.weight, own.bias)) and len(seen) == 1
+    handle = trained.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert torch.equal(wrapper(x), plain) and len(seen) == 1
+    handle.remove()
+    trained.forward = lambda x: 2 * F.linear(x, own.weight, own.bias)
+    assert torch.equal(wrapper(x), 2 * plain)
 
 
-def test_logits_that_are_put_off_and_read_are_its(pays):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "convert", [Tensor.to_sparse, Tensor.to_sparse_csr, lambda t: torch.nested.nested_tensor([t, t])]
+)
+def test_a_copy_takes_what_a_linear_layer_takes(copied, convert):
+    own, wrapper = copied
+    own.float(), wrapper.float()
+    x = convert(torch.randn(20, 240))
+    own.bias = wrapper.modules_to_save["default"].bias = None
+    y, expected = wrapper(x), own(x)
+    assert torch.equal(*(t.unbind()[1] if t.is_nested else t.to_dense() for t in (y, expected)))
+
+
+def test_what_adapters_train_uses_it(pays, monkeypatch):
+    """A head of their own, single tokens of one, bottlenecks."""
+    calls, linear = [], dense.kernel_linear
+    monkeypatch.setattr(dense, "kernel_linear", lambda x, weight, bias: calls.append(weight) or linear(x, weight, bias))
+    model, ids = tiny_llama().to(torch.bfloat16), torch.randint(0, 256, (1, 200))
+    lora = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    head = fp.get_peft_model(copy.deepcopy(model), fp.LoraConfig(**lora, modules_to_save=["lm_head"]))
+    loss = head(ids, labels=ids).loss
+    assert [weight is head.get_output_embeddings().weight for weight in calls] == [True]
+    loss.backward()
+    calls.clear()
+    lora["trainable_token_indices"] = {"embed_tokens": [*range(50)], "lm_head": [*range(50)]}
+    fp.get_peft_model(copy.deepcopy(model), fp.LoraConfig(**lora))(ids)
+    assert (50, 64) in [weight.shape for weight in calls]
+    calls.clear()
+    fp.get_peft_model(model, fp.BottleneckConfig(reduction_factor=2))(ids)
+    assert {(32, 64), (64, 32)} <= {weight.shape for weight in calls}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_logits_are_its_whether_they_were_put_off_or_not(pays, trained):
     exact, ids = tiny_llama(), torch.randint(0, 256, (1, 30))
-    exact.lm_head.requires_grad_(False)
+    exact.lm_head.requires_grad_(trained)
     model = fp.accelerate(copy.deepcopy(exact).to(torch.bfloat16))
     logits, expected = model(ids).logits * 1, exact.double()(ids).logits
     assert is_its(logits) and not is_its(expected)

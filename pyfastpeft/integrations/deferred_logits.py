@@ -142,7 +142,7 @@ class _Call:
     def project(self, hidden: Tensor) -> Tensor:
         head = with_parameters(self.head, self._parameters)
         with torch.autocast(**self.autocast):
-            return _product(head, hidden)
+            return _logits_of(head, hidden)
 
     def weight(self) -> Tensor | None:
         """The head's, where there is nothing else to it and ``head_cross_entropy`` serves it."""
@@ -398,7 +398,7 @@ def _forget(model: nn.Module) -> None:
 
 
 class _DeferringForward(ModuleForward):
-    """Forward of an output head: puts the product off where a loss is computed; elsewhere it is fast for few rows."""
+    """Forward of an output head: puts the product off where a loss is computed of a frozen one."""
 
     def __call__(self, input: Tensor, *args: Any) -> Tensor:
         head = self.module
@@ -407,14 +407,14 @@ class _DeferringForward(ModuleForward):
         gradients = torch.is_grad_enabled()
         learns = gradients and head.training
         if traced() or transformed() or not (learns or (_evaluates(head) and not gradients)):
-            return _product(head, input)
+            return _logits_of(head, input)
         # A hook wants to see the logits, or brings the weight for this very call, and FSDP does both around the model;
         # a trained weight may soon be another.
         trained = any(p.requires_grad for p in head.parameters())
         # Inference tensors do not tell whether they were changed: of the small one a copy serves.
         inference = any(p.is_inference() for p in head.parameters())
         if hooked(head) or sharded(head) or trained or input.dtype not in FLOATS or inference:
-            return _product(head, input)
+            return _logits_of(head, input)
         if input.is_inference():
             with torch.inference_mode(False):
                 input = input.clone()
@@ -423,7 +423,7 @@ class _DeferringForward(ModuleForward):
         return _deferred(_Form(call, lambda t: t, meta, call.logits, lambda t: t))
 
 
-def _product(head: nn.Linear, hidden: Tensor) -> Tensor:
+def _logits_of(head: nn.Linear, hidden: Tensor) -> Tensor:
     """The logits, computed now."""
     if type(head) is nn.Linear:
         return dense_linear(hidden, head.weight, head.bias)

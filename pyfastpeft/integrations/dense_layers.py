@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..ops.backends import is_plain
 from ..ops.dense import kernel_linear, kernel_pays, outruns_torch
 from ..ops.tracing import traced
 from .forwards import ModuleForward
@@ -14,7 +15,7 @@ class DenseForward(ModuleForward):
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.module
-        if traced():
+        if traced() or not is_plain(layer.weight):
             return self.own(input)
         weight = self.matrix(layer.weight)
         if not kernel_pays(input, weight, layer.bias):
@@ -41,7 +42,7 @@ _FORWARDS = {
 """By name: transformers imports what defines a class when it is first needed."""
 
 
-def fast_forward(module: nn.Module) -> type[DenseForward] | None:
+def dense_forward_for(module: nn.Module) -> type[DenseForward] | None:
     """What can be faster here than the own forward of ``module``."""
     kind = _FORWARDS.get(f"{type(module).__module__}.{type(module).__qualname__}")
     return kind if kind is not None and outruns_torch(module.weight.dtype) else None

@@ -29,7 +29,7 @@ from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.autocast import autocast_of
 from ..ops.backends import FLOATS, Backend, choose_plain
 from ..ops.tracing import is_compiling, traced
-from .dense_layers import DenseForward, fast_forward
+from .dense_layers import DenseForward, dense_forward_for
 from .forwards import ModuleForward, install, remove, runs, with_parameters
 
 Kinds = frozenset[tuple[type, Any]]
@@ -263,7 +263,7 @@ def _with_rope(own: types.FunctionType) -> types.FunctionType:
 
 
 def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
-    if (fast := fast_forward(module)) is not None:
+    if (fast := dense_forward_for(module)) is not None:
         return fast
     if not type(module).__module__.startswith("transformers."):
         return None
@@ -287,5 +287,5 @@ def fuse_layers(model: nn.Module) -> None:
         if forward is not None:
             install(module, forward)
     for module in model.modules():
-        if isinstance(module, ModulesToSave):  # whose copies train; compiled code would be compiled anew for each
+        if isinstance(module, ModulesToSave):  # which sees to its copies: code is compiled anew for each of these
             remove(module, DenseForward)

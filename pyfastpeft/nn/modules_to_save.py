@@ -79,8 +79,12 @@ class ModulesToSave(nn.Module):
 
 
 def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``module``'s own call. A forward on the module would do too, but code is compiled anew for each such object."""
-    if type(module) is nn.Linear and len(args) == 1 and not (kwargs or hooked(module) or "forward" in vars(module)):
+    """``module(*args, **kwargs)``, a linear layer's without the call: by the kernels where they are faster.
+
+    A forward on the module would do so too, but code is compiled anew for each such object.
+    """
+    bare = type(module) is nn.Linear and not (hooked(module) or "forward" in vars(module))
+    if bare and not kwargs and len(args) == 1:
         return dense_linear(*args, module.weight, module.bias)
     return module(*args, **kwargs)
 

@@ -21,7 +21,7 @@ from .triton_kernels import why_not as why_not_triton
 def is_plain(t: Tensor) -> bool:
     """Whether operators may read what is in the memory of ``t``: a dense tensor, and none that only says it has these
     values, as torchao's quantized weights do."""
-    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_nested
 
 
 def as_rows(t: Tensor) -> Tensor:

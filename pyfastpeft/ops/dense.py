@@ -49,7 +49,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if traced() or not x.is_cpu or weight.dim() != 2 or x.dim() == 0:
+    if traced() or not (is_plain(x) and x.is_cpu) or weight.dim() != 2 or x.dim() == 0:
         return F.linear(x, weight, bias)
     if kernel_pays(x, weight, bias):
         return kernel_linear(x, weight, bias)
@@ -67,7 +67,7 @@ def kernel_pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if x.dtype is not torch.float32:
         return x.numel() * len(weight) > _SMALL
-    # The gradient of a weight, a sum over the rows, is MKL's: where these are few it takes half the time.
+    # MKL computes the gradient of a weight in half the kernel's time where rows are few.
     return x.numel() > FEW_ROWS * x.shape[-1] and not (torch.is_grad_enabled() and weight.requires_grad)
 
 
@@ -101,7 +101,9 @@ def _multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):  # noqa: ANN001
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.transposed = not weight.is_contiguous()
         return _product(x, weight, bias)
 
     @staticmethod
@@ -109,11 +111,11 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         times = torch.matmul if torch.is_grad_enabled() else _times  # to be differentiated again
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        return (
-            times(dy, weight) if of_x else None,
-            times(dy.t(), x) if of_weight else None,
-            dy.sum(0) if of_bias else None,
-        )
+        dx = times(dy, weight) if of_x else None
+        dw = None
+        if of_weight:  # laid out as the weight is, or autograd would copy it
+            dw = times(x.t(), dy).t() if ctx.transposed else times(dy.t(), x)
+        return dx, dw, dy.sum(0) if of_bias else None
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
