@@ -89,13 +89,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.is_autocast_enabled("cpu") or transformed() or x.dtype not in FLOATS:
         return False
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if not all(is_plain(t) and t.dtype == x.dtype and t.device == x.device for t in operands):
+        return False
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:  # torch says so
         return False
     if bias is not None and bias.shape != weight.shape[:1]:  # torch spreads it
         return False
-    operands = (x, weight) if bias is None else (x, weight, bias)
-    alike = all(is_plain(t) and t.dtype == x.dtype and t.device == x.device for t in operands)
-    return alike and choose_plain(x.device) is Backend.NATIVE
+    return choose_plain(x.device) is Backend.NATIVE
 
 
 class _Linear(torch.autograd.Function):
