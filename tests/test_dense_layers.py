@@ -340,6 +340,8 @@ class Coded(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is F.linear:
             return F.linear(args[0], args[1].codes.float(), *args[2:])
+        if func is torch.addmm:
+            return torch.addmm(*args[:2], args[2].codes.float())
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
@@ -347,6 +349,14 @@ class Coded(Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls(args[0].codes)
         raise NotImplementedError(func)
+
+
+def test_a_weight_of_another_class_is_not_asked_for_its_transpose(pays):
+    layer, x = Conv1D(8, 24), torch.randn(20, 24)
+    layer.weight = nn.Parameter(Coded(torch.randint(-9, 9, (24, 8), dtype=torch.int8)), requires_grad=False)
+    expected = layer(x)
+    fuse_layers(nn.ModuleList([layer]))
+    assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("rows", [3, 20])

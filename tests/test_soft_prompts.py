@@ -28,6 +28,7 @@ import pyfastpeft as fp
 from pyfastpeft.integrations import attention
 from pyfastpeft.integrations.soft_prompts import prefixes
 from pyfastpeft.integrations.soft_prompts.bare import reaching
+from pyfastpeft.nn.prompt_encoder import LstmEncoder
 
 CAUSAL = ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt2", "opt"]
 P = 5
@@ -1354,6 +1355,7 @@ class TestServing:
                 losses.append(model(ids, labels=ids).loss)
             gradients.append(torch.autograd.grad(losses[-1], [p for p in model.parameters() if p.requires_grad]))
         close(*losses, 0.05)
+        assert LstmEncoder(P, 8, 6, 1, 0.0).to("meta", torch.float32)().shape == (P, 8)  # where there is no autocast
         assert len(gradients[0]) > 8 and all(g.isfinite().all() and g.any() for g in gradients[0])
 
     @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])

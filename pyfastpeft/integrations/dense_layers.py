@@ -15,7 +15,7 @@ class DenseForward(ModuleForward):
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.module
-        if traced() or not is_plain(layer.weight):
+        if traced():
             return self.own(input)
         weight = self.matrix(layer.weight)
         if not kernel_pays(input, weight, layer.bias):
@@ -31,7 +31,9 @@ class DenseForward(ModuleForward):
 class Conv1DForward(DenseForward):
     """Forward of transformers' ``Conv1D``, whose weight is [in, out]."""
 
-    matrix = staticmethod(Tensor.t)
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        return weight.t() if is_plain(weight) else weight  # another may know no transpose, and is left to torch
 
 
 _FORWARDS = {

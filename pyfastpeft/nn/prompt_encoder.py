@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 
-import torch
 from torch import Tensor, nn
+
+from ..ops.autocast import autocast_off
 
 
 class Form(enum.Enum):
@@ -80,6 +81,6 @@ class LstmEncoder(SoftPrompt):
 
     def forward(self) -> Tensor:
         rows = self.embedding.weight.unsqueeze(0)
-        with torch.autocast(rows.device.type, enabled=False):  # oneDNN has no LSTM in bfloat16 for every CPU
+        with autocast_off(rows.device):  # oneDNN has no LSTM in bfloat16 for every CPU
             states = self.lstm_head(rows)[0]
         return self.mlp_head(states).squeeze(0)
