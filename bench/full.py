@@ -98,7 +98,13 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     if args.full:
         torch.set_num_threads(max(threads))
         step = argparse.Namespace(
-            model="135m", batch=4, length=256, threads=max(threads), rounds=5, only=[*qlora_step.CONTENDERS]
+            model="135m",
+            batch=4,
+            length=256,
+            chat=False,
+            threads=max(threads),
+            rounds=5,
+            only=[*qlora_step.CONTENDERS],
         )
         more["qlora_step"] = qlora_step.measure(step, console)
         payload = write()

@@ -295,7 +295,7 @@ def avx2(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 
 def step(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    options = {"model": "135m", "batch": 4, "length": 256, "only": ["ours", "peft_bnb_nf4"]}
+    options = {"model": "135m", "batch": 4, "length": 256, "chat": False, "only": ["ours", "peft_bnb_nf4"]}
     result = _bench(qlora_step, keep, rounds=max(3, args.rounds // 3), **options)
     for name, row in result["contenders"].items():
         if "speedup" in row:

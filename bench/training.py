@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,19 @@ from .registry import Unavailable
 
 def tokens_of(batch: int, length: int) -> Tensor:
     return torch.randint(0, 500, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def drug_qa(batch: int) -> dict[str, Tensor]:
+    """Rows of the demo's data in SmolLM2's chat template, padded, with labels on the completions alone."""
+    from pyfastpeft import data
+    from pyfastpeft.cli.models import load_smollm2
+    from pyfastpeft.conversations import load_dataset, pad_id
+    from pyfastpeft.training import Collator
+
+    model, tokenizer = load_smollm2()
+    rows = load_dataset(data.drug_qa("train_50"), tokenizer)
+    chosen = random.Random(0).sample(range(len(rows)), batch)
+    return Collator(pad_id(tokenizer, model))([rows[i] for i in chosen])
 
 
 def stepper(model: nn.Module, rate: float, **inputs: Tensor) -> Callable[[], float]:

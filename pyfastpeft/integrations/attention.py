@@ -53,6 +53,7 @@ from ..ops.backends import FLOATS, Backend, choose_attention
 from ..ops.prefix_attention import HIDDEN, prefix_attention
 from ..ops.reference import prefix_rows, sees_keys, sees_prefix
 from ..ops.tracing import is_compiling, traced
+from .distinct_tokens import are_distinct, attend_in_rows
 
 NAME = "pyfastpeft"
 """Of this attention, for ``attn_implementation``."""
@@ -231,7 +232,7 @@ def attention_forward(
         module: the attention layer; it may hold a prefix.
         query: [batch, heads, queries, dim].
         key, value: [batch, kv heads, keys, dim].
-        attention_mask: what :func:`attention_mask` made, or a mask that sdpa takes.
+        attention_mask: what :func:`attention_mask` made, a mask that sdpa takes, or that of :class:`DistinctTokens`.
         kwargs: of these ``position_bias`` [batch or 1, heads, queries, keys] counts the prefix, if any, as keys in
             front.
 
@@ -244,8 +245,32 @@ def attention_forward(
     """
     holder = vars(module).get("_prefix")
     handed, prefix = kwargs.pop(HANDED_DOWN, None), None
+    distinct = are_distinct(attention_mask)
     if holder is not None:
-        prefix: Prefix | None = holder.current(query.shape[0]) if handed is None else holder.of(handed)
+        batch = len(attention_mask) if distinct else query.shape[0]
+        prefix: Prefix | None = holder.current(batch) if handed is None else holder.of(handed)
+    if not distinct:
+        return _attention(module, query, key, value, attention_mask, prefix, dropout, scaling, is_causal, kwargs)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prefix: Prefix | None) -> Tensor:
+        return _attention(module, q, k, v, mask, prefix, dropout, scaling, True, kwargs.copy())[0]
+
+    return attend_in_rows(attend, query, key, value, attention_mask, prefix), None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    prefix: Prefix | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Of tokens in their rows; the arguments are :func:`attention_forward`'s."""
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     bias = kwargs.get("position_bias")
     if causal and key.shape[2] > query.shape[2] > 1:

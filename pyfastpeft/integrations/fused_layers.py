@@ -262,6 +262,12 @@ def _with_rope(own: types.FunctionType) -> types.FunctionType:
     return function
 
 
+def depends_on_length(rope_type: Any) -> bool:
+    """Whether a rotary embedding of that type has other frequencies in longer sequences."""
+    types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+    return any(t in ("dynamic", "longrope") for t in types)
+
+
 def _forward_for(module: nn.Module) -> type[ModuleForward] | None:
     if (fast := dense_forward_for(module)) is not None:
         return fast

@@ -7,6 +7,7 @@ computes; whatever is out of the ordinary goes to transformers' own forward. The
 adapter, a merged weight, a hook) is noticed at the next call.
 
 - :mod:`.stack`: what the compiled stack is made of, and whether the model is still that
+- :mod:`.distinct`: which calls without a cache leave out padding, and what rows have in common
 - :mod:`.rooms`: where the cache's keys and values lie, with room for more tokens
 """
 
@@ -31,6 +32,9 @@ from ...ops.tracing import forward_mode, traced
 from ..attention import NAME as ATTENTION
 from ..attention import attention_forward, attention_mask
 from ..forwards import ModuleForward, install
+from ..soft_prompts.first_label import FIRST
+from ..soft_prompts.prompt_tokens import with_item
+from .distinct import distinct_tokens
 from .rooms import LAYERS, Growing, Static, patched
 from .stack import MOST_ROWS, Stack, family_of
 
@@ -44,6 +48,8 @@ _ATTENTIONS = {
 }
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+_TOKENS = frozenset(("input_ids", "attention_mask", "position_ids", "use_cache"))
+_BESIDES = frozenset(("num_items_in_batch", "logits_to_keep", FIRST))  # which a decoder makes nothing of
 _STACKS_KEPT = 32  # switching between this many sets of adapters, and choices of rows, builds nothing
 
 
@@ -67,22 +73,21 @@ def _of_one_query(mask: Any, length: int) -> Any:
     return mask[:, 0, 0, :length] if made else mask
 
 
-def _asks_for_more(config: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
-    """Whether a call wants what the stack does not compute, or says what it does not know."""
+def _asks_for_more(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call wants more than the last hidden states, or says what is not known here."""
     attention = config._attn_implementation
     functions = ALL_ATTENTION_FUNCTIONS.get(attention), ALL_MASK_ATTENTION_FUNCTIONS.get(attention)
     return (
         any(value is not _NOTHING_MORE.get(name) for name, value in kwargs.items())
-        or not (config.use_cache if use_cache is None else use_cache)
         or config.output_attentions
         or config.output_hidden_states
         or functions != _ATTENTIONS.get(attention)
-        or torch.is_autocast_enabled("cpu")
     )
 
 
 class _FewRows(ModuleForward):
-    """Forward of a decoder: few rows by the fused stack, everything else by the class's own forward."""
+    """Forward of a decoder: few rows by the fused stack, everything else by the class's own forward, and of the batch's
+    tokens only the different ones where that is enough."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -111,7 +116,28 @@ class _FewRows(ModuleForward):
                 stack.look_again()
             if type(cache := kwargs.get(_CACHE)) is DynamicCache:
                 self._caches.pop(cache, None)  # it holds other tensors afterwards, and the room is for these alone
+            if not args:
+                output = self._each_token_once({name: value for name, value in kwargs.items() if value is not None})
+                if output is not None:
+                    return output
         return self.own(*args, **kwargs)
+
+    def _each_token_once(self, kwargs: dict[str, Any]) -> Any:
+        """The output of a call that fills no cache, or None where its tokens are not to be taken out of their rows."""
+        model = self.module
+        config = model.config
+        learns = model.training and torch.is_grad_enabled()  # nothing goes on from there
+        if kwargs.get(_CACHE) is not None or kwargs.get("use_cache", config.use_cache and not learns):
+            return None
+        more = {name: value for name, value in kwargs.items() if name not in _TOKENS}
+        known = {name: value for name, value in more.items() if name not in _BESIDES}
+        if config._attn_implementation != ATTENTION or _asks_for_more(config, known):
+            return None
+        tokens = distinct_tokens(model, kwargs)
+        if tokens is None:
+            return None
+        output = self.own(tokens.ids, tokens.mask, tokens.positions, use_cache=False, **more)
+        return with_item(output, "last_hidden_state", 0, tokens.in_rows(output[0]))
 
     def _few_rows(
         self,
@@ -137,7 +163,8 @@ class _FewRows(ModuleForward):
         kinds = LAYERS.get(type(cache))
         if kinds is None:
             return None
-        if _asks_for_more(config, use_cache, kwargs):
+        caches = config.use_cache if use_cache is None else use_cache
+        if not caches or _asks_for_more(config, kwargs) or torch.is_autocast_enabled("cpu"):
             return None
         layers = cache.layers
         count = config.num_hidden_layers

@@ -24,8 +24,9 @@ from ...nn.ends import output_head
 from ...nn.prompt_encoder import Form
 from ...ops.tracing import is_compiling
 from .. import attention
+from ..fused_layers import depends_on_length
 from .bare import all_layers, reaching, tied
-from .decoders import KeyValueShape, attentions_of, decoder_of, depends_on_length, owners_of
+from .decoders import KeyValueShape, attentions_of, decoder_of, owners_of
 from .first_label import FIRST, with_first_label, with_last, without_last
 from .kept_prompts import Values
 from .prefixes import OFF, Prefixes, apart, beside, goes_on, past_of

@@ -162,9 +162,3 @@ def block_of(stack: nn.Module, path: str) -> nn.Module:
     parts = path.split(".")
     end = next(i for i, part in enumerate(parts) if part.isdigit())
     return stack.get_submodule(".".join(parts[: end + 1]))
-
-
-def depends_on_length(rope_type: Any) -> bool:
-    """Whether a rotary embedding of that type has other frequencies in longer sequences."""
-    types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
-    return any(t in ("dynamic", "longrope") for t in types)

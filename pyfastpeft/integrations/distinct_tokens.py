@@ -1,0 +1,101 @@
+"""A batch's different tokens, out of their rows, and attention of them.
+
+What a causal decoder makes of a token depends on the tokens before it alone. So the tokens that all rows begin with,
+such as a chat template's system prompt, come to the same in every row, and padding comes to nothing that anybody reads.
+A decoder's layers can therefore run on the different tokens of a batch, [1, N, hidden]: first those that the rows
+share, then each row's own. Attention alone asks which row a token is in: the shared tokens attend to themselves, the
+rows' own to theirs, with the shared keys and values as a prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters import Prefix
+from ..ops.prefix_attention import key_positions
+
+_MASK = torch.uint8
+
+
+class DistinctTokens(NamedTuple):
+    """A batch's different tokens.
+
+    Attributes:
+        ids: [1, N], the shared ones first.
+        positions: [1, N].
+        mask: for the attention: uint8 [batch, 1, shared + 1, length - shared], where each row has tokens of its own;
+            the third dimension takes no memory.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, positions: Tensor, shared: int, own: Tensor) -> DistinctTokens:
+        """Of ``ids`` [batch, length]: the first ``shared``, which are alike, and where ``own`` is of the rest."""
+        both = ([t[:1, :shared], t[:, shared:][own].unsqueeze(0)] for t in (ids, positions))
+        mask = own.to(_MASK)[:, None, None].expand(-1, 1, shared + 1, -1)
+        return cls(*(torch.cat(parts, 1) for parts in both), mask)
+
+    def in_rows(self, hidden: Tensor) -> Tensor:
+        """[1, N, hidden] as [batch, length, hidden], zeros where there is no token."""
+        shared, own = _split(hidden, self.mask, 1)
+        return torch.cat([shared.expand(len(self.mask), -1, -1), _in_rows(own[0], self.mask)], 1)
+
+
+def are_distinct(mask: Tensor | None) -> bool:
+    """Whether an attention mask is that of :class:`DistinctTokens`: of no other kind is there one of this dtype."""
+    return mask is not None and mask.dtype == _MASK and mask.dim() == 4
+
+
+def attend_in_rows(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, Prefix | None], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    prefix: Prefix | None,
+) -> Tensor:
+    """Attention of distinct tokens.
+
+    Args:
+        attend: of query, key, value, mask and prefix, [batch, tokens, heads, dim].
+        query: [1, heads, N, dim]; key and value too.
+        prefix: of all rows; where these share no tokens, each may have its own.
+
+    Returns:
+        [1, N, heads, dim].
+    """
+    parts = [_split(t, mask, 2) for t in (query, key, value)]
+    q, k, v = (_in_rows(own[0].transpose(0, 1), mask).transpose(1, 2) for _, own in parts)
+    outs = []
+    if mask.shape[2] > 1:
+        q0, k0, v0 = (shared for shared, _ in parts)
+        outs.append(attend(q0, k0, v0, None, prefix))
+        if prefix is not None:
+            k0, v0 = torch.cat([prefix.k, k0], 2), torch.cat([prefix.v, v0], 2)
+        prefix = Prefix(k0, v0)
+    own = mask[:, 0, 0] != 0
+    out = attend(q, k, v, None if own.all() else key_positions(own, 0), prefix)
+    outs.append(out.flatten(0, 1).index_select(0, own.flatten().nonzero()[:, 0]).unsqueeze(0))
+    return torch.cat(outs, 1)
+
+
+def _split(t: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """What the rows share, and what is their own."""
+    shared = mask.shape[2] - 1
+    return t.split([shared, t.shape[dim] - shared], dim)
+
+
+def _in_rows(own: Tensor, mask: Tensor) -> Tensor:
+    """[tokens of their own, ...] as [batch, length, ...], zeros where there is none."""
+    shape = mask.shape[0], mask.shape[3]
+    if len(own) == mask[:, 0, 0].numel():
+        return own.unflatten(0, shape)
+    places = mask[:, 0, 0].flatten().nonzero()[:, 0]
+    return own.new_zeros(shape[0] * shape[1], *own.shape[1:]).index_copy(0, places, own).unflatten(0, shape)

@@ -1,0 +1,124 @@
+"""Which calls of a decoder run on the batch's different tokens (:mod:`..distinct_tokens`) in the place of all.
+
+Those that fill no cache, which are those of training, where rows begin alike or are padded to one length. Padding is
+left out where the model was called with labels and has none there.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextvars import ContextVar
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ...adapters import Prefix
+from ...nn.hooks import GLOBAL_HOOKS
+from ...ops.cross_entropy import IGNORED
+from ...ops.tracing import transformed
+from ..distinct_tokens import DistinctTokens
+from ..forwards import ModuleForward, runs
+from ..fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
+from ..soft_prompts.first_label import FIRST
+
+UNREAD: ContextVar[Tensor | None] = ContextVar("UNREAD", default=None)
+"""The attention mask of the call that runs here, if nothing reads what the model makes of the padding in it."""
+
+_WORTH = 15 / 16  # of the tokens; more are not worth the copies
+_FUNCTIONS = (*OF_LLAMA, "create_sliding_window_causal_mask")
+_KNOWN = ("torch.nn.", "pyfastpeft.", "peft.tuners.lora.", "bitsandbytes.")
+
+
+def unread_padding(kwargs: dict[str, Any]) -> Tensor | None:
+    """The attention mask among a language model's arguments, if its loss reads no logits of padding."""
+    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    known = all(isinstance(t, Tensor) and t.dim() == 2 and t.is_cpu for t in (labels, mask))
+    if not known or kwargs.get("shift_labels") is not None:
+        return None
+    labels = labels[:, 1:] if FIRST in kwargs else labels
+    if labels.shape != mask.shape:
+        return None
+    learned, padding = labels != IGNORED, mask == 0
+    # The loss of a language model compares the logits of a token with the label of the next, that of others its own.
+    return None if (learned & padding).any() or (learned[:, 1:] & padding[:, :-1]).any() else mask
+
+
+def distinct_tokens(model: nn.Module, arguments: dict[str, Any]) -> DistinctTokens | None:
+    """Of a call of the decoder ``model``, which is of a known family, with what is not None among its arguments.
+
+    None where the tokens do not run each by itself, or little would be gained.
+    """
+    ids, mask, positions = (arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if not (isinstance(ids, Tensor) and ids.is_cpu and ids.dim() == 2 and min(ids.shape) > 1) or transformed():
+        return None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+        return None
+    if positions is None:
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+    elif positions.dim() != 2 or (mask is None and (positions.diff() != 1).any()):  # of packed sequences
+        return None
+    positions = positions.expand_as(ids)
+    shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    training = model.training and torch.is_grad_enabled()
+    if not (shown.all() or (training and mask is UNREAD.get())):
+        return None
+    alike = ((ids == ids[:1]) & (positions == positions[:1]) & shown).all(0)
+    shared = int(alike[:-1].cumprod(0).sum())
+    prefix = _prefix_of(model, len(ids))
+    if shared and ((prefix is not None and prefix.index is not None) or _drops(model)):
+        shared = 0  # of the same tokens each row makes something else
+    own = shown[:, shared:]
+    if shared + int(own.sum()) > _WORTH * ids.numel() or not _by_themselves(model, ids.shape[1], prefix is not None):
+        return None
+    return DistinctTokens.of(ids, positions, shared, own)
+
+
+def _prefix_of(model: nn.Module, batch: int) -> Prefix | None:
+    holder = vars(model.layers[0].self_attn).get("_prefix")
+    return None if holder is None else holder.current(batch)
+
+
+def _drops(model: nn.Module) -> bool:
+    """Whether something else is left out for each row."""
+    drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in model.modules())
+    return drops or bool(model.training and getattr(model.config, "attention_dropout", 0))
+
+
+def _by_themselves(model: nn.Module, length: int, prefix: bool) -> bool:
+    """Whether nothing but attention, to all tokens before, sees more than one token, nor any code of the caller's."""
+    config, namespace = model.config, vars(sys.modules[type(model).__module__])
+    if not all(written_in_transformers(namespace[name]) for name in _FUNCTIONS if name in namespace):
+        return False
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (length > window or prefix):
+        return False
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return False
+    return _written(model) and all(_known(m) for m in model.modules() if m is not model)
+
+
+def _known(module: nn.Module) -> bool:
+    hooks = *GLOBAL_HOOKS, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if any(hooks) or not all(map(_asks_for_gradients, module._forward_hooks.values())):
+        return False
+    if module._compiled_call_impl is not None or not runs(module, (NoneType, ModuleForward)):
+        return False
+    bank = vars(module).get("bank")
+    if bank is not None and bank.mode is not None:  # each row has adapters of its own
+        return False
+    if depends_on_length(getattr(module, "rope_type", None)):
+        return False
+    return type(module).__module__.startswith(_KNOWN) or _written(module)
+
+
+def _asks_for_gradients(hook: Any) -> bool:
+    """Whether this is transformers' own hook of an embedding, which gradient checkpointing needs."""
+    name = getattr(hook, "__module__", None), getattr(hook, "__name__", None)
+    return name == ("transformers.modeling_utils", "make_inputs_require_grads")
+
+
+def _written(module: nn.Module) -> bool:
+    return written_in_transformers(type(module).forward) is not None

@@ -1,0 +1,367 @@
+"""In training a decoder runs on a batch's different tokens; nothing that anybody reads is another for it."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from architectures import quantized, randomize, relative, vary_vectors
+from tiny import tiny_llama, tiny_tokenizer
+from transformers.models.llama import modeling_llama
+
+import pyfastpeft as fp
+from pyfastpeft.conversations import encode, read_rows
+from pyfastpeft.data import drug_qa
+from pyfastpeft.integrations import fused_decoder
+from pyfastpeft.integrations.accelerate import unfuse
+from pyfastpeft.training import train_adapter
+
+ROWS, LENGTH, SHARED = 4, 19, 6
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 120,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "head_dim": 16,
+}
+CONFIGS = [
+    tf.LlamaConfig(**SMALL),
+    tf.MistralConfig(**SMALL, sliding_window=LENGTH),
+    tf.Qwen2Config(**SMALL),
+    tf.Qwen3Config(**SMALL),
+    tf.SmolLM3Config(**SMALL),
+    tf.GraniteConfig(**SMALL),
+    tf.Phi3Config(**SMALL),
+    tf.GemmaConfig(**SMALL),
+    tf.Gemma3TextConfig(**SMALL, sliding_window=LENGTH, layer_types=["full_attention", "sliding_attention"]),
+]
+METHODS = {
+    "lora": fp.LoraConfig(r=4, target_modules="all-linear", bias="all"),
+    "dora": fp.LoraConfig(r=4, use_dora=True),
+    "bottleneck": fp.BottleneckConfig(reduction_factor=4),
+    "tokens": fp.LoraConfig(r=4, trainable_token_indices=[3, 7]),
+    "prompt": fp.PromptTuningConfig(num_virtual_tokens=5),
+    "prefix": fp.PrefixTuningConfig(num_virtual_tokens=5, prefix_init="random"),
+    "ptuning-v2": fp.DeepPromptConfig(num_virtual_tokens=5),
+}
+
+
+def llama(**config):
+    return vary_vectors(tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**SMALL, **config))).float()
+
+
+def batch(lengths=(LENGTH, 9, 12, 7), left=False, shared=SHARED):
+    """Rows of these lengths, padded, that all begin alike."""
+    ids = torch.randint(2, 120, (ROWS, LENGTH))
+    ids[:, :shared] = ids[0, :shared]
+    mask = (torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(1)).long()
+    if left:
+        ids, mask = (t.flip(1) for t in (ids, mask))
+    labels = ids.masked_fill(mask == 0, -100)
+    first = mask.argmax(1, keepdim=True)
+    labels.scatter_(1, first, -100)  # which padding on the left would be said to predict
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """How many tokens ran in each call, and how many of them the rows shared; None: all, in their rows."""
+    calls = []
+
+    def recorded(*args):
+        tokens = plan(*args)
+        calls.append(tokens and (tokens.ids.shape[1], tokens.mask.shape[2] - 1))
+        return tokens
+
+    plan = fused_decoder.distinct_tokens
+    monkeypatch.setattr(fused_decoder, "distinct_tokens", recorded)
+    return calls
+
+
+def pair(model, config=METHODS["lora"]):
+    """A model in training that runs as it does here, and a copy that runs as transformers wrote it."""
+    fast = fp.get_peft_model(model, config)
+    randomize(fast)
+    fp.accelerate(fast.get_base_model())
+    plain = copy.deepcopy(fast)
+    unfuse(plain.get_base_model())
+    return fast.train(), plain.train()
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    outputs = model(**inputs)
+    outputs.loss.backward()
+    return outputs, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check_alike(fast, plain, inputs, tolerance=1e-5):
+    """In loss, gradients, and the logits that are no padding's."""
+    got, gradients = loss_and_gradients(fast, **inputs)
+    expected, expected_gradients = loss_and_gradients(plain, **inputs)
+    torch.testing.assert_close(got.loss, expected.loss.to(got.loss), rtol=tolerance, atol=tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected_gradient in expected_gradients.items():
+        assert relative(gradients[name], expected_gradient) < 10 * tolerance, name
+    shown = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) != 0
+    assert relative(fast(**inputs).logits[shown], plain(**inputs).logits[shown]) < 10 * tolerance
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+def test_families(config, left, seen):
+    model = vary_vectors(tf.AutoModelForCausalLM.from_config(copy.deepcopy(config))).float()
+    inputs = batch(left=left)
+    fast, plain = pair(model)
+    check_alike(fast, plain.double(), inputs)
+    shared = 0 if left else SHARED
+    assert seen[0] == (int(inputs["attention_mask"].sum()) - (ROWS - 1) * shared, shared)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves(dtype, seen):
+    fast, plain = pair(llama())
+    exact = plain.double()
+    fast.to(dtype)
+    inputs = batch()
+    got, gradients = loss_and_gradients(fast, **inputs)
+    expected, expected_gradients = loss_and_gradients(exact, **inputs)
+    torch.testing.assert_close(got.loss.float(), expected.loss.float(), rtol=2e-2, atol=0)
+    for name, gradient in expected_gradients.items():
+        assert relative(gradients[name], gradient) < 0.1, name
+    assert seen[0][1] == SHARED
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", ["padded", "whole", "left"])
+def test_methods(method, case, seen):
+    """A soft prompt that all rows have stands before what they share."""
+    fast, plain = pair(llama(), METHODS[method])
+    inputs = batch(left=case == "left", lengths=[LENGTH] * ROWS if case == "whole" else (LENGTH, 9, 12, 7))
+    if case == "whole":
+        del inputs["attention_mask"]
+    check_alike(fast, plain, inputs)
+    assert seen[0] is not None and (seen[0][1] == SHARED) == (case != "left")
+
+
+def test_a_4_bit_base_and_the_labels_of_first_tokens(seen):
+    fast, plain = pair(quantized(llama()), METHODS["prompt"])
+    inputs = batch()
+    inputs["labels"][:, 0] = inputs["input_ids"][:, 0]
+    check_alike(fast, plain, inputs)
+    assert seen[0][1] == SHARED
+
+
+@pytest.mark.parametrize(
+    "lengths", [(LENGTH, SHARED, SHARED, 7), (LENGTH,) * ROWS, (LENGTH, 0, 5, 1)], ids=["own none", "whole", "empty"]
+)
+@pytest.mark.parametrize("shared", [0, SHARED, LENGTH])
+def test_rows_of_any_length(lengths, shared, seen):
+    fast, plain = pair(llama())
+    inputs = batch(lengths, shared=shared)
+    fast(**inputs).loss.backward()
+    check_alike(fast, plain, inputs)
+    together = min(shared, LENGTH - 1, *lengths)
+    count = together + sum(length - together for length in lengths)
+    assert seen[0] == ((count, together) if count <= 15 / 16 * ROWS * LENGTH else None)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_gradient_checkpointing(method, reentrant, seen):
+    fast, plain = pair(llama(), METHODS[method])
+    fast.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    check_alike(fast, plain, batch())
+    assert (seen[0] is None) == (method == "prefix" and reentrant)  # whose gradients a hook gathers
+
+
+def test_dropout_is_of_each_row(seen):
+    fast, plain = pair(llama(), fp.LoraConfig(r=4, lora_dropout=0.1))
+    inputs = batch()
+    fast(**inputs).loss.backward()
+    assert seen == [(int(inputs["attention_mask"].sum()), 0)]
+    fast.eval(), plain.eval()
+    check_alike(fast, plain, {name: t[:, :7] for name, t in inputs.items()})  # of which none is padded
+    assert len(seen) == 1  # these fill a cache
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_evaluation_shares_and_keeps_padding(gradients, seen):
+    fast, plain = pair(llama(use_cache=False))
+    fast.eval(), plain.eval()
+    padded = batch()
+    whole = {name: t[:, :7] for name, t in padded.items()}
+    with torch.set_grad_enabled(gradients):
+        for inputs in (padded, whole):
+            got, expected = (m(**inputs).logits for m in (fast, plain))
+            assert relative(got, expected) < 1e-5
+    assert seen == [None, (SHARED + ROWS, SHARED)]
+
+
+def test_autocast(seen):
+    fast, plain = pair(llama())
+    with torch.autocast("cpu", torch.bfloat16):
+        check_alike(fast, plain, batch(), 5e-3)
+    assert seen[0][1] == SHARED
+
+
+def test_the_sum_over_all_batches_of_a_step(seen):
+    fast, plain = pair(llama())
+    check_alike(fast, plain, batch() | {"num_items_in_batch": torch.tensor(77)})
+    assert seen[0] is not None
+
+
+def test_a_head_for_each_token(seen):
+    model = vary_vectors(
+        tf.LlamaForTokenClassification(tf.LlamaConfig(**SMALL, num_labels=5, classifier_dropout=0.0))
+    ).float()
+    fast, plain = pair(model, fp.LoraConfig(r=4, task_type="TOKEN_CLS"))
+    inputs = batch()
+    inputs["labels"] = inputs["labels"].clamp(max=4)
+    check_alike(fast, plain, inputs)
+
+
+def packed_positions(inputs):
+    return torch.arange(LENGTH).remainder(8).expand(ROWS, -1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"labels": lambda b: b["input_ids"]}, id="labels of padding"),
+        pytest.param({"use_cache": lambda b: True}, id="a cache"),
+        pytest.param({"output_hidden_states": lambda b: True}, id="hidden states"),
+        pytest.param({"output_attentions": lambda b: True}, id="attentions"),
+        pytest.param({"labels": lambda b: None}, id="no labels"),
+        pytest.param(
+            {
+                "attention_mask": lambda b: None,
+                "position_ids": lambda b: torch.arange(LENGTH).remainder(8).expand(4, -1),
+            },
+            id="packed",
+        ),
+        pytest.param(
+            {"attention_mask": lambda b: b["attention_mask"][:, None, None] != 0}, id="a mask of four dimensions"
+        ),
+    ],
+)
+def test_calls_that_read_more(change, seen):
+    fast, plain = pair(llama())
+    inputs = batch()
+    inputs |= {name: value(inputs) for name, value in change.items()}
+    got, expected = fast(**inputs), plain(**inputs)
+    assert relative(got.logits, expected.logits) < 1e-5
+    for one, other in zip(got.hidden_states or (), expected.hidden_states or (), strict=True):
+        assert relative(one, other) < 1e-5
+    assert not any(seen)
+
+
+def test_padding_on_the_left_that_predicts_a_label_runs(seen):
+    fast, plain = pair(llama())
+    inputs = batch(left=True)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    check_alike(fast, plain, inputs)
+    assert not any(seen)
+
+
+class OfTheCaller(torch.nn.Linear):
+    pass
+
+
+def hook_a_layer(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def put_a_layer(model):
+    model.model.layers[1].self_attn.o_proj = OfTheCaller(SMALL["hidden_size"], SMALL["hidden_size"])
+
+
+def compile_a_layer(model):
+    model.model.layers[0].compile(backend="eager")
+
+
+def slide(model):
+    model.config.sliding_window = 8
+
+
+def look_both_ways(model):
+    model.config.is_causal = False
+
+
+@pytest.mark.parametrize("change", [hook_a_layer, put_a_layer, compile_a_layer, slide, look_both_ways])
+def test_models_in_which_tokens_are_not_each_by_itself(change, seen):
+    fast = pair(llama())[0]
+    change(fast.get_base_model())
+    fast(**batch()).loss.backward()
+    assert seen == [None]
+
+
+def test_a_function_of_transformers_that_somebody_patched(monkeypatch, seen):
+    fast = pair(llama())[0]
+    own = modeling_llama.create_causal_mask
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda *args, **kwargs: own(*args, **kwargs))
+    fast(**batch()).loss.backward()
+    assert seen == [None]
+
+
+def test_rope_that_depends_on_the_length(seen):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    fast, plain = pair(llama(rope_parameters=rope, max_position_embeddings=8))
+    check_alike(fast, plain, batch())
+    assert not any(seen)
+
+
+def test_rows_with_adapters_of_their_own(seen):
+    fast, plain = pair(llama(), fp.LoraConfig(r=4))
+    for model in (fast, plain):
+        model.add_adapter("other", fp.LoraConfig(r=2))
+    randomize(fast)
+    plain.load_state_dict(fast.state_dict())
+    inputs = batch() | {"adapter_names": ["default", "other"] * 2}
+    got, expected = fast(**inputs).loss, plain(**inputs).loss
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not any(seen)
+
+
+def test_rows_with_soft_prompts_of_their_own_share_nothing(seen):
+    fast, plain = pair(llama(), METHODS["prefix"])
+    for model in (fast, plain):
+        model.add_adapter("other", fp.PrefixTuningConfig(num_virtual_tokens=3, prefix_init="random"))
+    randomize(fast)
+    plain.load_state_dict(fast.state_dict())
+    inputs = batch()
+    names = ["default", "other", "__base__", "default"]
+    got, expected = (m(**inputs, adapter_names=names).loss for m in (fast, plain))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not any(call and call[1] for call in seen)
+
+
+def test_a_training_through_the_trainer(tmp_path, monkeypatch, seen):
+    tokenizer = tiny_tokenizer()
+    system = {"role": "system", "content": "Name the drug."}
+    rows = [encode([system, *messages], tokenizer, 80) for messages in read_rows(drug_qa("train_50"))[:12]]
+
+    def train(name):
+        torch.manual_seed(0)
+        model = fp.get_peft_model(tiny_llama(), fp.LoraConfig(r=4, target_modules="all-linear"))
+        losses = Losses()
+        options = {"epochs": 2, "learning_rate": 1e-2, "batch_size": 4, "seed": 3, "callbacks": [losses]}
+        train_adapter(model, rows, 0, tmp_path / name, gradient_accumulation_steps=2, **options)
+        return losses.values
+
+    fast = train("fast")
+    assert len(seen) == 6 and all(shared > 0 for _, shared in seen)
+    monkeypatch.setattr(fused_decoder, "distinct_tokens", lambda *_: None)
+    assert fast == pytest.approx(train("plain"), rel=1e-4)
+
+
+class Losses(tf.TrainerCallback):
+    def __init__(self):
+        self.values = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.values += [logs["loss"]] if "loss" in logs else []
