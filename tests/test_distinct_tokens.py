@@ -1,6 +1,7 @@
 """In training a decoder runs on a batch's different tokens; nothing that anybody reads is another for it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -106,34 +107,37 @@ def check_alike(fast, plain, inputs, tolerance=1e-5):
     torch.testing.assert_close(got.loss, expected.loss.to(got.loss), rtol=tolerance, atol=tolerance)
     assert gradients.keys() == expected_gradients.keys()
     for name, expected_gradient in expected_gradients.items():
-        assert relative(gradients[name], expected_gradient) < 10 * tolerance, name
+        assert relative(gradients[name], expected_gradient) < 50 * tolerance, name
     shown = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) != 0
     assert relative(fast(**inputs).logits[shown], plain(**inputs).logits[shown]) < 10 * tolerance
 
 
+def check_as_exact(model, inputs):
+    """As near to float64 as with all tokens in their rows."""
+    exact = copy.deepcopy(model).double()
+    unfuse(exact.get_base_model())
+    outputs, gradients = loss_and_gradients(exact, **inputs)
+    loss = outputs.loss.double()
+    got, got_gradients = loss_and_gradients(model, **inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_decoder, "distinct_tokens", lambda *_: None)
+        near, near_gradients = loss_and_gradients(model, **inputs)
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    assert abs(got.loss - loss) < 2 * abs(near.loss - loss) + 4 * eps * loss
+    for name, expected in gradients.items():
+        near_error = relative(near_gradients[name], expected)
+        assert relative(got_gradients[name], expected) < 3 * near_error + 10 * eps, name
+
+
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
-def test_families(config, left, seen):
-    model = vary_vectors(tf.AutoModelForCausalLM.from_config(copy.deepcopy(config))).float()
+def test_families(config, dtype, left, seen):
+    model = vary_vectors(tf.AutoModelForCausalLM.from_config(copy.deepcopy(config))).to(dtype)
     inputs = batch(left=left)
-    fast, plain = pair(model)
-    check_alike(fast, plain.double(), inputs)
+    check_as_exact(pair(model)[0], inputs)
     shared = 0 if left else SHARED
     assert seen[0] == (int(inputs["attention_mask"].sum()) - (ROWS - 1) * shared, shared)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_halves(dtype, seen):
-    fast, plain = pair(llama())
-    exact = plain.double()
-    fast.to(dtype)
-    inputs = batch()
-    got, gradients = loss_and_gradients(fast, **inputs)
-    expected, expected_gradients = loss_and_gradients(exact, **inputs)
-    torch.testing.assert_close(got.loss.float(), expected.loss.float(), rtol=2e-2, atol=0)
-    for name, gradient in expected_gradients.items():
-        assert relative(gradients[name], gradient) < 0.1, name
-    assert seen[0][1] == SHARED
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -205,7 +209,7 @@ def test_evaluation_shares_and_keeps_padding(gradients, seen):
 def test_autocast(seen):
     fast, plain = pair(llama())
     with torch.autocast("cpu", torch.bfloat16):
-        check_alike(fast, plain, batch(), 5e-3)
+        check_alike(fast, plain, batch(), 2e-3)
     assert seen[0][1] == SHARED
 
 
@@ -225,10 +229,6 @@ def test_a_head_for_each_token(seen):
     check_alike(fast, plain, inputs)
 
 
-def packed_positions(inputs):
-    return torch.arange(LENGTH).remainder(8).expand(ROWS, -1)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -242,7 +242,7 @@ def packed_positions(inputs):
                 "attention_mask": lambda b: None,
                 "position_ids": lambda b: torch.arange(LENGTH).remainder(8).expand(4, -1),
             },
-            id="packed",
+            id="packed over a cache",
         ),
         pytest.param(
             {"attention_mask": lambda b: b["attention_mask"][:, None, None] != 0}, id="a mask of four dimensions"
@@ -257,6 +257,51 @@ def test_calls_that_read_more(change, seen):
     assert relative(got.logits, expected.logits) < 1e-5
     for one, other in zip(got.hidden_states or (), expected.hidden_states or (), strict=True):
         assert relative(one, other) < 1e-5
+    assert not any(seen)
+
+
+def packed(batches, *lengths, shared=SHARED):
+    """Sequences of these lengths one after another, which begin alike, without a mask."""
+    positions = torch.cat([torch.arange(n) for n in lengths]).repeat(batches, 1)
+    ids = torch.randint(2, 120, positions.shape)
+    alike = positions < shared
+    ids[alike] = torch.randint(2, 120, (shared,))[positions[alike]]
+    labels = ids.masked_fill(positions == 0, -100)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
+
+
+@pytest.mark.parametrize("shared", [0, SHARED])
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "tokens", "prefix"])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_packed_sequences_that_begin_alike(batches, method, shared, seen):
+    fast, plain = pair(llama(), METHODS[method])
+    inputs = packed(batches, 9, 12, 7, 14, shared=shared)
+    if method == "prefix":  # transformers' mask says nothing of one: each sequence by itself
+        del inputs["labels"]
+        got = fast(**inputs).logits
+        places = [0, 9, 21, 28, 42]
+        for row in range(batches):
+            for start, end in itertools.pairwise(places):
+                alone = plain(inputs["input_ids"][row : row + 1, start:end]).logits
+                assert relative(got[row : row + 1, start:end], alone) < 1e-5
+    else:
+        check_alike(fast, plain, inputs)
+    together = shared * (4 * batches - 1)
+    assert seen[0] == (42 * batches - together, shared)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_packed_sequences_in_evaluation(gradients, seen):
+    fast, plain = (m.eval() for m in pair(llama(use_cache=False)))
+    inputs = packed(1, 9, 12, 7)
+    with torch.set_grad_enabled(gradients):
+        assert relative(fast(**inputs).logits, plain(**inputs).logits) < 1e-5
+    assert seen == [(28 - 2 * SHARED, SHARED)]
+
+
+def test_packed_sequences_of_which_one_is_long_stay_as_they_are(seen):
+    fast, plain = pair(llama())
+    check_alike(fast, plain, packed(1, *[3] * 20, 60, shared=0))
     assert not any(seen)
 
 

@@ -29,23 +29,30 @@ class DistinctTokens(NamedTuple):
         positions: [1, N].
         mask: for the attention: uint8 [batch, 1, shared + 1, length - shared], where each row has tokens of its own;
             the third dimension takes no memory.
+        packed: of packed sequences, which are the rows here, [batch, length]: where each token is among the rows'.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
+    packed: Tensor | None
 
     @classmethod
-    def of(cls, ids: Tensor, positions: Tensor, shared: int, own: Tensor) -> DistinctTokens:
+    def of(
+        cls, ids: Tensor, positions: Tensor, shared: int, own: Tensor, packed: Tensor | None = None
+    ) -> DistinctTokens:
         """Of ``ids`` [batch, length]: the first ``shared``, which are alike, and where ``own`` is of the rest."""
         both = ([t[:1, :shared], t[:, shared:][own].unsqueeze(0)] for t in (ids, positions))
         mask = own.to(_MASK)[:, None, None].expand(-1, 1, shared + 1, -1)
-        return cls(*(torch.cat(parts, 1) for parts in both), mask)
+        return cls(*(torch.cat(parts, 1) for parts in both), mask, packed)
 
-    def in_rows(self, hidden: Tensor) -> Tensor:
-        """[1, N, hidden] as [batch, length, hidden], zeros where there is no token."""
+    def put_back(self, hidden: Tensor) -> Tensor:
+        """[1, N, hidden] as [batch, length, hidden] of the batch that there was, zeros where it has no token."""
         shared, own = _split(hidden, self.mask, 1)
-        return torch.cat([shared.expand(len(self.mask), -1, -1), _in_rows(own[0], self.mask)], 1)
+        rows = torch.cat([shared.expand(len(self.mask), -1, -1), _in_rows(own[0], self.mask)], 1)
+        if self.packed is None:
+            return rows
+        return rows.flatten(0, 1).index_select(0, self.packed.flatten()).unflatten(0, self.packed.shape)
 
 
 def are_distinct(mask: Tensor | None) -> bool:

@@ -126,18 +126,18 @@ class _FewRows(ModuleForward):
         """The output of a call that fills no cache, or None where its tokens are not to be taken out of their rows."""
         model = self.module
         config = model.config
-        learns = model.training and torch.is_grad_enabled()  # nothing goes on from there
-        if kwargs.get(_CACHE) is not None or kwargs.get("use_cache", config.use_cache and not learns):
-            return None
+        learns, caches = model.training and torch.is_grad_enabled(), kwargs.get("use_cache", config.use_cache)
+        if kwargs.get(_CACHE) is not None or (caches and ("use_cache" in kwargs or not learns)):
+            return None  # but nothing goes on from a training step that asks for no cache itself
         more = {name: value for name, value in kwargs.items() if name not in _TOKENS}
         known = {name: value for name, value in more.items() if name not in _BESIDES}
         if config._attn_implementation != ATTENTION or _asks_for_more(config, known):
             return None
-        tokens = distinct_tokens(model, kwargs)
+        tokens = distinct_tokens(model, kwargs, caches)
         if tokens is None:
             return None
         output = self.own(tokens.ids, tokens.mask, tokens.positions, use_cache=False, **more)
-        return with_item(output, "last_hidden_state", 0, tokens.in_rows(output[0]))
+        return with_item(output, "last_hidden_state", 0, tokens.put_back(output[0]))
 
     def _few_rows(
         self,

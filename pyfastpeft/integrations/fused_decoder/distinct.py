@@ -28,6 +28,7 @@ UNREAD: ContextVar[Tensor | None] = ContextVar("UNREAD", default=None)
 """The attention mask of the call that runs here, if nothing reads what the model makes of the padding in it."""
 
 _WORTH = 15 / 16  # of the tokens; more are not worth the copies
+_SPREAD = 4  # times the memory that queries, keys and values of packed sequences may take in rows
 _FUNCTIONS = (*OF_LLAMA, "create_sliding_window_causal_mask")
 _KNOWN = ("torch.nn.", "pyfastpeft.", "peft.tuners.lora.", "bitsandbytes.")
 
@@ -46,34 +47,67 @@ def unread_padding(kwargs: dict[str, Any]) -> Tensor | None:
     return None if (learned & padding).any() or (learned[:, 1:] & padding[:, :-1]).any() else mask
 
 
-def distinct_tokens(model: nn.Module, arguments: dict[str, Any]) -> DistinctTokens | None:
+def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -> DistinctTokens | None:
     """Of a call of the decoder ``model``, which is of a known family, with what is not None among its arguments.
 
-    None where the tokens do not run each by itself, or little would be gained.
+    Args:
+        caches: whether transformers would fill a cache, over which it knows no packed sequences.
+
+    Returns:
+        None where the tokens do not run each by itself, or little would be gained.
     """
     ids, mask, positions = (arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    if not (isinstance(ids, Tensor) and ids.is_cpu and ids.dim() == 2 and min(ids.shape) > 1) or transformed():
+    if not (isinstance(ids, Tensor) and ids.is_cpu and ids.dim() == 2 and ids.numel()) or transformed():
         return None
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
         return None
     if positions is None:
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
-    elif positions.dim() != 2 or (mask is None and (positions.diff() != 1).any()):  # of packed sequences
+    elif positions.dim() != 2:
         return None
-    positions = positions.expand_as(ids)
+    positions, packed = positions.expand_as(ids), None
     shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    training = model.training and torch.is_grad_enabled()
-    if not (shown.all() or (training and mask is UNREAD.get())):
+    if mask is None and (positions.diff() != 1).any():
+        if caches:
+            return None
+        ids, positions, shown, packed = _unpacked(ids, positions)
+        if not _fit_rows(ids, packed):
+            return None
+    elif not (shown.all() or (model.training and torch.is_grad_enabled() and mask is UNREAD.get())):
         return None
     alike = ((ids == ids[:1]) & (positions == positions[:1]) & shown).all(0)
-    shared = int(alike[:-1].cumprod(0).sum())
+    shared = int(alike[:-1].cumprod(0).sum()) if len(ids) > 1 else 0
     prefix = _prefix_of(model, len(ids))
-    if shared and ((prefix is not None and prefix.index is not None) or _drops(model)):
+    chosen = prefix is not None and prefix.index is not None
+    if shared and (chosen or _drops(model)):
         shared = 0  # of the same tokens each row makes something else
     own = shown[:, shared:]
-    if shared + int(own.sum()) > _WORTH * ids.numel() or not _by_themselves(model, ids.shape[1], prefix is not None):
+    if packed is None and shared + int(own.sum()) > _WORTH * ids.numel():
         return None
-    return DistinctTokens.of(ids, positions, shared, own)
+    if (packed is not None and chosen) or not _by_themselves(model, ids.shape[1], prefix is not None):
+        return None
+    return DistinctTokens.of(ids, positions, shared, own, packed)
+
+
+def _unpacked(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed sequences [batch, length], which begin where positions do not go on, in rows of their own: ids, positions,
+    where there are any, and where each token is among them all."""
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = positions.diff() != 1
+    row = begins.flatten().cumsum(0) - 1
+    counts = row.bincount()
+    size = len(counts), int(counts.max())
+    places = row * size[1] + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+
+    def unpacked(t: Tensor) -> Tensor:
+        return t.new_zeros(size[0] * size[1]).index_copy(0, places, t.flatten()).view(size)
+
+    return unpacked(ids), unpacked(positions), unpacked(torch.ones_like(begins)), places.view_as(ids)
+
+
+def _fit_rows(rows: Tensor, packed: Tensor) -> bool:
+    """Whether attention of packed sequences, in rows as long as the longest of them, is less than of all tokens."""
+    return rows.numel() <= _SPREAD * packed.numel() and rows.numel() * rows.shape[1] <= packed.numel() * packed.shape[1]
 
 
 def _prefix_of(model: nn.Module, batch: int) -> Prefix | None:
