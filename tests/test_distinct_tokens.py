@@ -206,6 +206,15 @@ def test_evaluation_shares_and_keeps_padding(gradients, seen):
     assert seen == [None, (SHARED + ROWS, SHARED)]
 
 
+def test_a_cache_that_training_goes_on_from(seen):
+    fast, plain = pair(llama())
+    inputs = {"input_ids": batch()["input_ids"]}
+    caches = [m(**inputs).past_key_values for m in (fast, plain)]
+    got, expected = (m(**inputs, past_key_values=c).logits for m, c in zip((fast, plain), caches, strict=True))
+    assert relative(got, expected) < 1e-5
+    assert not seen
+
+
 def test_autocast(seen):
     fast, plain = pair(llama())
     with torch.autocast("cpu", torch.bfloat16):

@@ -33,7 +33,7 @@ from ..ops.once import TWICE, once_differentiable
 from ..ops.tracing import captured, traced, transformed
 from .dense_layers import DenseForward
 from .forwards import ModuleForward, install, remove, with_parameters
-from .fused_decoder.distinct import UNREAD, unread_padding
+from .fused_decoder.distinct import LOSS, loss_of
 
 _CHUNK_LOGITS = 1 << 22
 _CPU_ROWS, _GPU_ROWS = 128, 512
@@ -378,9 +378,9 @@ def _evaluates(head: nn.Module) -> bool:
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Tells the head of a call that is made for its loss: without gradients there is no other sign of it. And tells the
-    decoder of padding that this loss leaves out."""
+    decoder what the labels say."""
     if not traced():
-        UNREAD.set(unread_padding(kwargs))
+        LOSS.set(loss_of(kwargs))
         for_loss = kwargs.get("labels") is not None and not (torch.is_grad_enabled() or captured())
         head = output_head(model) if for_loss else None
         _EVALUATES.set(None if head is None else weakref.ref(head))
@@ -389,7 +389,7 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def _end(model: nn.Module, args: tuple, output: Any) -> None:
     if not traced():
         _EVALUATES.set(None)
-        UNREAD.set(None)
+        LOSS.set(None)
 
 
 def _forget(model: nn.Module) -> None:

@@ -34,7 +34,7 @@ from ..attention import attention_forward, attention_mask
 from ..forwards import ModuleForward, install
 from ..soft_prompts.first_label import FIRST
 from ..soft_prompts.prompt_tokens import with_item
-from .distinct import distinct_tokens
+from .distinct import LOSS, distinct_tokens, learns
 from .rooms import LAYERS, Growing, Static, patched
 from .stack import MOST_ROWS, Stack, family_of
 
@@ -126,9 +126,9 @@ class _FewRows(ModuleForward):
         """The output of a call that fills no cache, or None where its tokens are not to be taken out of their rows."""
         model = self.module
         config = model.config
-        learns, caches = model.training and torch.is_grad_enabled(), kwargs.get("use_cache", config.use_cache)
-        if kwargs.get(_CACHE) is not None or (caches and ("use_cache" in kwargs or not learns)):
-            return None  # but nothing goes on from a training step that asks for no cache itself
+        caches, for_loss = kwargs.get("use_cache", config.use_cache), learns(model) and LOSS.get() is not None
+        if kwargs.get(_CACHE) is not None or (caches and ("use_cache" in kwargs or not for_loss)):
+            return None  # nothing goes on from a training step with labels that asks for no cache itself
         more = {name: value for name, value in kwargs.items() if name not in _TOKENS}
         known = {name: value for name, value in more.items() if name not in _BESIDES}
         if config._attn_implementation != ATTENTION or _asks_for_more(config, known):

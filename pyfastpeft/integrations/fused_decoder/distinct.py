@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from contextvars import ContextVar
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,19 @@ from ..forwards import ModuleForward, runs
 from ..fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
 from ..soft_prompts.first_label import FIRST
 
-UNREAD: ContextVar[Tensor | None] = ContextVar("UNREAD", default=None)
-"""The attention mask of the call that runs here, if nothing reads what the model makes of the padding in it."""
+
+class Loss(NamedTuple):
+    """What a call of a language model with labels says.
+
+    Attributes:
+        unread: its attention mask, if the loss reads nothing of what the model makes of the padding in it.
+    """
+
+    unread: Tensor | None
+
+
+LOSS: ContextVar[Loss | None] = ContextVar("LOSS", default=None)
+"""Of the call that runs here; None: it has no labels."""
 
 _WORTH = 15 / 16  # of the tokens; more are not worth the copies
 _SPREAD = 4  # times the memory that queries, keys and values of packed sequences may take in rows
@@ -33,9 +44,13 @@ _FUNCTIONS = (*OF_LLAMA, "create_sliding_window_causal_mask")
 _KNOWN = ("torch.nn.", "pyfastpeft.", "peft.tuners.lora.", "bitsandbytes.")
 
 
-def unread_padding(kwargs: dict[str, Any]) -> Tensor | None:
-    """The attention mask among a language model's arguments, if its loss reads no logits of padding."""
-    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+def loss_of(kwargs: dict[str, Any]) -> Loss | None:
+    """What a model's arguments say of its loss."""
+    return None if kwargs.get("labels") is None else Loss(_unread_padding(kwargs))
+
+
+def _unread_padding(kwargs: dict[str, Any]) -> Tensor | None:
+    labels, mask = kwargs["labels"], kwargs.get("attention_mask")
     known = all(isinstance(t, Tensor) and t.dim() == 2 and t.is_cpu for t in (labels, mask))
     if not known or kwargs.get("shift_labels") is not None:
         return None
@@ -45,6 +60,11 @@ def unread_padding(kwargs: dict[str, Any]) -> Tensor | None:
     learned, padding = labels != IGNORED, mask == 0
     # The loss of a language model compares the logits of a token with the label of the next, that of others its own.
     return None if (learned & padding).any() or (learned[:, 1:] & padding[:, :-1]).any() else mask
+
+
+def learns(model: nn.Module) -> bool:
+    """Whether a call that runs here is one of training."""
+    return model.training and torch.is_grad_enabled()
 
 
 def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -> DistinctTokens | None:
@@ -73,7 +93,7 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
         ids, positions, shown, packed = _unpacked(ids, positions)
         if not _fit_rows(ids, packed):
             return None
-    elif not (shown.all() or (model.training and torch.is_grad_enabled() and mask is UNREAD.get())):
+    elif not (shown.all() or (learns(model) and (loss := LOSS.get()) and mask is loss.unread)):
         return None
     alike = ((ids == ids[:1]) & (positions == positions[:1]) & shown).all(0)
     shared = int(alike[:-1].cumprod(0).sum()) if len(ids) > 1 else 0
