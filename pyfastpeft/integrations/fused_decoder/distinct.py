@@ -6,6 +6,7 @@ left out where the model was called with labels and has none there.
 
 from __future__ import annotations
 
+import math
 import sys
 from contextvars import ContextVar
 from types import NoneType
@@ -20,7 +21,7 @@ from ...nn.hooks import GLOBAL_HOOKS
 from ...ops.cross_entropy import IGNORED
 from ...ops.tracing import transformed
 from ..distinct_tokens import DistinctTokens
-from ..forwards import ModuleForward, runs
+from ..forwards import ModuleForward
 from ..fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
 from ..soft_prompts.first_label import FIRST
 
@@ -98,15 +99,23 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
     alike = ((ids == ids[:1]) & (positions == positions[:1]) & shown).all(0)
     shared = int(alike[:-1].cumprod(0).sum()) if len(ids) > 1 else 0
     prefix = _prefix_of(model, len(ids))
-    chosen = prefix is not None and prefix.index is not None
-    if shared and (chosen or _drops(model)):
-        shared = 0  # of the same tokens each row makes something else
-    own = shown[:, shared:]
-    if packed is None and shared + int(own.sum()) > _WORTH * ids.numel():
+    if prefix is not None and prefix.index is not None:
+        if packed is not None:
+            return None
+        shared = 0  # each row makes something else of the same tokens
+    worth = math.inf if packed is not None else _WORTH * ids.numel()
+    if _count(shown, shared) > worth or any(GLOBAL_HOOKS):
         return None
-    if (packed is not None and chosen) or not _by_themselves(model, ids.shape[1], prefix is not None):
+    modules = list(model.modules())[1:]
+    if shared and _drops(model, modules):
+        shared = 0  # each row leaves out something else
+    if _count(shown, shared) > worth or not _by_themselves(model, modules, ids.shape[1], prefix is not None):
         return None
-    return DistinctTokens.of(ids, positions, shared, own, packed)
+    return DistinctTokens.of(ids, positions, shared, shown[:, shared:], packed)
+
+
+def _count(shown: Tensor, shared: int) -> int:
+    return shared + int(shown[:, shared:].sum())
 
 
 def _unpacked(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,37 +144,39 @@ def _prefix_of(model: nn.Module, batch: int) -> Prefix | None:
     return None if holder is None else holder.current(batch)
 
 
-def _drops(model: nn.Module) -> bool:
-    """Whether something else is left out for each row."""
-    drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in model.modules())
+def _drops(model: nn.Module, modules: list[nn.Module]) -> bool:
+    """Whether there is dropout."""
+    drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in modules)
     return drops or bool(model.training and getattr(model.config, "attention_dropout", 0))
 
 
-def _by_themselves(model: nn.Module, length: int, prefix: bool) -> bool:
+def _by_themselves(model: nn.Module, modules: list[nn.Module], length: int, prefix: bool) -> bool:
     """Whether nothing but attention, to all tokens before, sees more than one token, nor any code of the caller's."""
     config, namespace = model.config, vars(sys.modules[type(model).__module__])
-    if not all(written_in_transformers(namespace[name]) for name in _FUNCTIONS if name in namespace):
-        return False
     window = getattr(config, "sliding_window", None)
     if window is not None and (length > window or prefix):
         return False
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return False
-    return _written(model) and all(_known(m) for m in model.modules() if m is not model)
+    if not all(map(_is_plain, map(vars, modules))):
+        return False
+    functions = (namespace[name] for name in _FUNCTIONS if name in namespace)
+    return all(map(written_in_transformers, functions)) and all(map(_known, {type(model), *map(type, modules)}))
 
 
-def _known(module: nn.Module) -> bool:
-    hooks = *GLOBAL_HOOKS, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    if any(hooks) or not all(map(_asks_for_gradients, module._forward_hooks.values())):
+def _is_plain(module: dict[str, Any]) -> bool:
+    """Whether this is the state of a module that runs as its class or this library wrote it, alike for all rows."""
+    if module["_forward_pre_hooks"] or module["_backward_hooks"] or module["_backward_pre_hooks"]:
         return False
-    if module._compiled_call_impl is not None or not runs(module, (NoneType, ModuleForward)):
+    if not all(map(_asks_for_gradients, module["_forward_hooks"].values())):
         return False
-    bank = vars(module).get("bank")
-    if bank is not None and bank.mode is not None:  # each row has adapters of its own
+    if (
+        not isinstance(module.get("forward"), (NoneType, ModuleForward))
+        or module.get("_compiled_call_impl") is not None
+    ):
         return False
-    if depends_on_length(getattr(module, "rope_type", None)):
-        return False
-    return type(module).__module__.startswith(_KNOWN) or _written(module)
+    bank = module.get("bank")
+    return not (bank is not None and bank.mode is not None) and not depends_on_length(module.get("rope_type"))
 
 
 def _asks_for_gradients(hook: Any) -> bool:
@@ -174,5 +185,5 @@ def _asks_for_gradients(hook: Any) -> bool:
     return name == ("transformers.modeling_utils", "make_inputs_require_grads")
 
 
-def _written(module: nn.Module) -> bool:
-    return written_in_transformers(type(module).forward) is not None
+def _known(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith(_KNOWN) or written_in_transformers(kind.forward) is not None
