@@ -34,12 +34,14 @@ PEERS = {"ours": "peft_bnb_nf4", "ours_bf16": "peft_bf16"}
 
 
 def stepper(name: str, folder: str) -> Callable[[], float]:
-    return training.stepper(CONTENDERS[name][1](folder), 1e-4, **load_file(f"{folder}/batch.safetensors"))
+    model = CONTENDERS[name][1](folder)
+    model.config.use_cache = False  # as transformers' Trainer has it
+    return training.stepper(model, 1e-4, **load_file(f"{folder}/batch.safetensors"))
 
 
 def _batch(args: argparse.Namespace) -> dict[str, Tensor]:
     if args.chat:
-        return training.drug_qa(args.batch)
+        return training.drug_qa(args.batch, models.SIZES[args.model]["vocab_size"])
     tokens = training.tokens_of(args.batch, args.length)
     return {"input_ids": tokens, "labels": tokens.clone()}
 
@@ -78,10 +80,12 @@ def main() -> None:
     parser.add_argument("--model", choices=models.SIZES, default="135m")
     parser.add_argument("--batch", type=harness.count, default=4)
     parser.add_argument("--length", type=harness.count, default=256)
-    parser.add_argument("--chat", action="store_true", help="rows of the demo's data, as long as they are")
+    parser.add_argument("--chat", action="store_true", help="rows of the demo's data, instead of --length")
     parser.add_argument("--only", type=harness.among(CONTENDERS), default="*")
     training.add_child_arguments(parser, CONTENDERS)
     args = parser.parse_args()
+    if args.chat and args.out == harness.place("qlora_step"):
+        args.out = harness.place("qlora_step_chat")
     torch.set_num_threads(args.threads)
     if args.child:
         training.child(stepper(args.child, args.folder))

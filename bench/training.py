@@ -20,17 +20,18 @@ def tokens_of(batch: int, length: int) -> Tensor:
     return torch.randint(0, 500, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def drug_qa(batch: int) -> dict[str, Tensor]:
+def drug_qa(batch: int, vocab_size: int) -> dict[str, Tensor]:
     """Rows of the demo's data in SmolLM2's chat template, padded, with labels on the completions alone."""
     from pyfastpeft import data
     from pyfastpeft.cli.models import load_smollm2
-    from pyfastpeft.conversations import load_dataset, pad_id
+    from pyfastpeft.conversations import load_dataset
     from pyfastpeft.training import Collator
 
-    model, tokenizer = load_smollm2()
-    rows = load_dataset(data.drug_qa("train_50"), tokenizer)
-    chosen = random.Random(0).sample(range(len(rows)), batch)
-    return Collator(pad_id(tokenizer, model))([rows[i] for i in chosen])
+    rows = load_dataset(data.drug_qa("train_50"), load_smollm2()[1])
+    random.Random(0).shuffle(rows)
+    padded = Collator(0)([rows[i % len(rows)] for i in range(batch)])
+    # In a smaller vocabulary as other tokens, which take as long.
+    return {name: t.where(t < 0, t % vocab_size) for name, t in padded.items()}
 
 
 def stepper(model: nn.Module, rate: float, **inputs: Tensor) -> Callable[[], float]:

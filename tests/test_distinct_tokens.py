@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 from architectures import quantized, randomize, relative, vary_vectors
 from tiny import tiny_llama, tiny_tokenizer
+from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.llama import modeling_llama
 
 import pyfastpeft as fp
@@ -15,6 +16,7 @@ from pyfastpeft.conversations import encode, read_rows
 from pyfastpeft.data import drug_qa
 from pyfastpeft.integrations import fused_decoder
 from pyfastpeft.integrations.accelerate import unfuse
+from pyfastpeft.integrations.deferred_logits import defer_logits
 from pyfastpeft.training import train_adapter
 
 ROWS, LENGTH, SHARED = 4, 19, 6
@@ -52,7 +54,7 @@ METHODS = {
 
 
 def llama(**config):
-    return vary_vectors(tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**SMALL, **config))).float()
+    return vary_vectors(tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**SMALL | config))).float()
 
 
 def batch(lengths=(LENGTH, 9, 12, 7), left=False, shared=SHARED):
@@ -84,7 +86,9 @@ def seen(monkeypatch):
 
 
 def pair(model, config=METHODS["lora"]):
-    """A model in training that runs as it does here, and a copy that runs as transformers wrote it."""
+    """A model in training that runs as it does here, and a copy that runs as transformers wrote it; without a cache, as
+    the Trainer has it."""
+    model.config.use_cache = False
     fast = fp.get_peft_model(model, config)
     randomize(fast)
     fp.accelerate(fast.get_base_model())
@@ -167,7 +171,6 @@ def test_a_4_bit_base_and_the_labels_of_first_tokens(seen):
 def test_rows_of_any_length(lengths, shared, seen):
     fast, plain = pair(llama())
     inputs = batch(lengths, shared=shared)
-    fast(**inputs).loss.backward()
     check_alike(fast, plain, inputs)
     together = min(shared, LENGTH - 1, *lengths)
     count = together + sum(length - together for length in lengths)
@@ -180,7 +183,7 @@ def test_gradient_checkpointing(method, reentrant, seen):
     fast, plain = pair(llama(), METHODS[method])
     fast.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
     check_alike(fast, plain, batch())
-    assert (seen[0] is None) == (method == "prefix" and reentrant)  # whose gradients a hook gathers
+    assert seen[0][1] == SHARED
 
 
 def test_dropout_is_of_each_row(seen):
@@ -189,27 +192,37 @@ def test_dropout_is_of_each_row(seen):
     fast(**inputs).loss.backward()
     assert seen == [(int(inputs["attention_mask"].sum()), 0)]
     fast.eval(), plain.eval()
-    check_alike(fast, plain, {name: t[:, :7] for name, t in inputs.items()})  # of which none is padded
-    assert len(seen) == 1  # these fill a cache
+    check_alike(fast, plain, inputs)
+    assert seen[1][1] == SHARED
+
+
+def test_dropout_of_one_attention(seen):
+    fast, _ = pair(llama())
+    fast.get_base_model().model.layers[1].self_attn.attention_dropout = 0.5
+    inputs = batch()
+    assert torch.isfinite(fast(**inputs).loss)
+    assert seen == [(int(inputs["attention_mask"].sum()), 0)]
 
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_evaluation_shares_and_keeps_padding(gradients, seen):
-    fast, plain = pair(llama(use_cache=False))
-    fast.eval(), plain.eval()
+    fast, plain = (m.eval() for m in pair(llama()))
     padded = batch()
     whole = {name: t[:, :7] for name, t in padded.items()}
     with torch.set_grad_enabled(gradients):
         for inputs in (padded, whole):
             got, expected = (m(**inputs).logits for m in (fast, plain))
-            assert relative(got, expected) < 1e-5
-    assert seen == [None, (SHARED + ROWS, SHARED)]
+            assert relative(got, expected) < 1e-5  # that of padding too
+    assert seen == [(SHARED + ROWS * (LENGTH - SHARED), SHARED), (SHARED + ROWS, SHARED)]
 
 
 def test_a_cache_that_training_goes_on_from(seen):
     fast, plain = pair(llama())
-    inputs = {"input_ids": batch()["input_ids"]}
+    inputs = batch()
+    for model in (fast, plain):
+        model.config.use_cache = True
     caches = [m(**inputs).past_key_values for m in (fast, plain)]
+    inputs = {"input_ids": inputs["input_ids"]}
     got, expected = (m(**inputs, past_key_values=c).logits for m, c in zip((fast, plain), caches, strict=True))
     assert relative(got, expected) < 1e-5
     assert not seen
@@ -236,26 +249,19 @@ def test_a_head_for_each_token(seen):
     inputs = batch()
     inputs["labels"] = inputs["labels"].clamp(max=4)
     check_alike(fast, plain, inputs)
+    assert not seen
 
 
 @pytest.mark.parametrize(
     "change",
     [
         pytest.param({"labels": lambda b: b["input_ids"]}, id="labels of padding"),
+        pytest.param({"labels": lambda b: None}, id="no labels"),
+        pytest.param({"shift_labels": lambda b: b["labels"].roll(-1, 1)}, id="shifted labels"),
         pytest.param({"use_cache": lambda b: True}, id="a cache"),
         pytest.param({"output_hidden_states": lambda b: True}, id="hidden states"),
         pytest.param({"output_attentions": lambda b: True}, id="attentions"),
-        pytest.param({"labels": lambda b: None}, id="no labels"),
-        pytest.param(
-            {
-                "attention_mask": lambda b: None,
-                "position_ids": lambda b: torch.arange(LENGTH).remainder(8).expand(4, -1),
-            },
-            id="packed over a cache",
-        ),
-        pytest.param(
-            {"attention_mask": lambda b: b["attention_mask"][:, None, None] != 0}, id="a mask of four dimensions"
-        ),
+        pytest.param({"attention_mask": lambda b: b["attention_mask"][:, None, None] != 0}, id="a mask of one's own"),
     ],
 )
 def test_calls_that_read_more(change, seen):
@@ -266,7 +272,17 @@ def test_calls_that_read_more(change, seen):
     assert relative(got.logits, expected.logits) < 1e-5
     for one, other in zip(got.hidden_states or (), expected.hidden_states or (), strict=True):
         assert relative(one, other) < 1e-5
-    assert not any(seen)
+    # All tokens run, but that what is alike in all rows may run once.
+    assert all(call in (None, (SHARED + ROWS * (LENGTH - SHARED), SHARED)) for call in seen)
+    assert any(seen) == ("labels" in change)
+
+
+def test_rows_in_other_places_share_nothing(seen):
+    fast, plain = pair(llama())
+    places = torch.arange(LENGTH) + torch.arange(ROWS).unsqueeze(1)
+    inputs = batch()
+    check_alike(fast, plain, inputs | {"position_ids": places})
+    assert seen[0] == (int(inputs["attention_mask"].sum()), 0)
 
 
 def packed(batches, *lengths, shared=SHARED):
@@ -301,11 +317,17 @@ def test_packed_sequences_that_begin_alike(batches, method, shared, seen):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_packed_sequences_in_evaluation(gradients, seen):
-    fast, plain = (m.eval() for m in pair(llama(use_cache=False)))
+    fast, plain = (m.eval() for m in pair(llama()))
     inputs = packed(1, 9, 12, 7)
     with torch.set_grad_enabled(gradients):
         assert relative(fast(**inputs).logits, plain(**inputs).logits) < 1e-5
     assert seen == [(28 - 2 * SHARED, SHARED)]
+
+
+def test_over_a_cache_nothing_is_packed(seen):
+    fast, plain = pair(llama())
+    check_alike(fast, plain, packed(2, 9, 12, 7) | {"use_cache": True})
+    assert not seen
 
 
 def test_packed_sequences_of_which_one_is_long_stay_as_they_are(seen):
@@ -322,8 +344,132 @@ def test_padding_on_the_left_that_predicts_a_label_runs(seen):
     assert not any(seen)
 
 
+def read_in_the_loss(model):
+    own = model.loss_function
+    model.loss_function = lambda logits, labels, **more: own(logits, labels, **more) + logits.logsumexp(-1).mean()
+
+
+class Reading(tf.LlamaForCausalLM):
+    def forward(self, **kwargs):
+        outputs = tf.LlamaForCausalLM.forward(self, **kwargs)
+        outputs.loss = outputs.loss + outputs.logits.float().logsumexp(-1).mean()
+        return outputs
+
+
+def read_in_the_forward(model):
+    model.__class__ = Reading
+
+
+def read_in_a_forward_of_its_own(model):
+    model.forward = Reading.forward.__get__(model, Reading)
+
+
+def read_hidden_states(model):
+    model.model.register_forward_hook(lambda module, args, output: output[0].register_hook(lambda g: g * 1.5) and None)
+
+
+def read_logits(model):
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits * logits.std())
+
+
+def change_labels(model):
+    def changed(module, args, kwargs):
+        return args, kwargs | {"labels": kwargs["input_ids"]}
+
+    model.register_forward_pre_hook(changed, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(read_in_the_loss, read_in_the_forward, read_in_a_forward_of_its_own),
+        *(read_hidden_states, read_logits, change_labels),
+    ],
+)
+def test_code_of_the_callers_that_may_read_padding(change, seen):
+    fast, plain = pair(llama())
+    for model in (fast, plain):
+        change(model.get_base_model())
+    check_alike(fast, plain, batch())
+    assert all(call is None or call[0] == SHARED + ROWS * (LENGTH - SHARED) for call in seen)
+
+
+def test_a_mask_of_the_callers_in_the_same_dtype(seen):
+    fast, _ = pair(llama())
+    for mask in (torch.ones(1, 1, 1, LENGTH), torch.ones(ROWS, 1, LENGTH, LENGTH).tril()):
+        with pytest.raises(ValueError, match=r"attention_mask is torch\.uint8; of four dimensions it must be bool"):
+            fast(input_ids=batch()["input_ids"], attention_mask=mask.to(torch.uint8))
+
+
+def test_a_batch_of_padding_alone(seen):
+    fast, plain = pair(llama())
+    inputs = batch()
+    inputs["attention_mask"][:] = 0
+    inputs["labels"][:] = -100
+    loss, expected = (m(**inputs, num_items_in_batch=torch.tensor(9)).loss for m in (fast, plain))
+    assert loss == expected == 0
+    assert seen == [None]
+
+
+class Skipped(torch.nn.Module):
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states
+
+
+def test_models_without_some_layers(seen):
+    model = llama()
+    fp.accelerate(model)
+    model.config.use_cache = False
+    plain = copy.deepcopy(model)
+    unfuse(plain)
+    inputs = batch()
+    for pruned in (1, 2):
+        for m in (model, plain):
+            m.model.layers[2 - pruned] = Skipped()
+        torch.testing.assert_close(model(**inputs).loss, plain(**inputs).loss)
+    empty = fp.accelerate(llama(num_hidden_layers=0, use_cache=False))
+    assert torch.isfinite(empty(**inputs).loss)
+
+
+def test_an_interrupted_call_says_nothing_of_the_next(seen):
+    fast, plain = pair(llama())
+    inputs = batch()
+    layer = fast.get_base_model().model.layers[1]
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(layer), "__call__", interrupt)
+        fast(**inputs)
+    rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    got, expected = (m.get_base_model().model(**rest)[0] for m in (fast, plain))
+    assert relative(got, expected) < 1e-5
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 class OfTheCaller(torch.nn.Linear):
     pass
+
+
+def mix_tokens(model):
+    model.model.layers[0].mlp = torch.nn.TransformerEncoderLayer(SMALL["hidden_size"], 2, 64, 0.0, batch_first=True)
+
+
+def hook_before_a_layer(model):
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: None)
+
+
+def hook_behind_a_layer(model):
+    model.model.layers[0].mlp.register_full_backward_hook(lambda *_: None)
+
+
+def put_a_forward(model):
+    norm = model.model.norm
+    norm.forward = lambda x: type(norm).forward(norm, x)
+
+
+def count_tokens(model):
+    model.model.embed_tokens.scale_grad_by_freq = True
 
 
 def hook_a_layer(model):
@@ -346,7 +492,17 @@ def look_both_ways(model):
     model.config.is_causal = False
 
 
-@pytest.mark.parametrize("change", [hook_a_layer, put_a_layer, compile_a_layer, slide, look_both_ways])
+def look_ahead(model):
+    model.config.use_bidirectional_attention = True
+
+
+CHANGES = [
+    *(hook_a_layer, hook_before_a_layer, hook_behind_a_layer, put_a_layer, put_a_forward, mix_tokens, compile_a_layer),
+    *(count_tokens, slide, look_both_ways, look_ahead),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_models_in_which_tokens_are_not_each_by_itself(change, seen):
     fast = pair(llama())[0]
     change(fast.get_base_model())
@@ -362,6 +518,32 @@ def test_a_function_of_transformers_that_somebody_patched(monkeypatch, seen):
     assert seen == [None]
 
 
+def test_a_hook_of_every_module(seen):
+    fast, _ = pair(llama())
+    handle = register_module_forward_hook(lambda *_: None)
+    try:
+        fast(**batch()).loss.backward()
+    finally:
+        handle.remove()
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_other_attention_stays(attention, seen):
+    fast, plain = pair(llama())
+    fast.get_base_model().set_attn_implementation(attention)
+    check_alike(fast, plain, batch())
+    assert not seen
+
+
+def test_a_prefix_in_a_window(seen):
+    """However large: the prefix may be out of it for the last tokens."""
+    model = vary_vectors(tf.MistralForCausalLM(tf.MistralConfig(**SMALL, sliding_window=LENGTH))).float()
+    fast, plain = pair(model, METHODS["prefix"])
+    check_alike(fast, plain, batch())
+    assert not any(seen)
+
+
 def test_rope_that_depends_on_the_length(seen):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     fast, plain = pair(llama(rope_parameters=rope, max_position_embeddings=8))
@@ -370,28 +552,47 @@ def test_rope_that_depends_on_the_length(seen):
 
 
 def test_rows_with_adapters_of_their_own(seen):
-    fast, plain = pair(llama(), fp.LoraConfig(r=4))
-    for model in (fast, plain):
-        model.add_adapter("other", fp.LoraConfig(r=2))
-    randomize(fast)
-    plain.load_state_dict(fast.state_dict())
-    inputs = batch() | {"adapter_names": ["default", "other"] * 2}
-    got, expected = fast(**inputs).loss, plain(**inputs).loss
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    fast, plain = with_another(fp.LoraConfig(r=4))
+    check_alike(fast, plain, batch() | {"adapter_names": ["default", "other"] * 2})
     assert not any(seen)
 
 
 def test_rows_with_soft_prompts_of_their_own_share_nothing(seen):
-    fast, plain = pair(llama(), METHODS["prefix"])
+    fast, plain = with_another(METHODS["prefix"])
+    inputs = batch()
+    check_alike(fast, plain, inputs | {"adapter_names": ["default", "other"] * 2})
+    assert seen[0] == (int(inputs["attention_mask"].sum()), 0)
+
+
+def with_another(config):
+    """A pair with a second adapter like the first."""
+    fast, plain = pair(llama(), config)
     for model in (fast, plain):
-        model.add_adapter("other", fp.PrefixTuningConfig(num_virtual_tokens=3, prefix_init="random"))
+        model.add_adapter("other", config)
     randomize(fast)
     plain.load_state_dict(fast.state_dict())
+    unfuse(plain.get_base_model())
+    return fast, plain
+
+
+def test_peft_over_an_accelerated_model(seen):
+    peft = pytest.importorskip("peft")
+    model = llama(use_cache=False)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    fast = peft.get_peft_model(fp.accelerate(model), config).train()
+    plain = copy.deepcopy(fast)
+    unfuse(plain.get_base_model())
+    check_alike(fast, plain, batch())
+    assert seen[0][1] == SHARED
+
+
+def test_labels_of_which_only_a_transform_has_values():
+    model = llama(use_cache=False)
+    defer_logits(model)
     inputs = batch()
-    names = ["default", "other", "__base__", "default"]
-    got, expected = (m(**inputs, adapter_names=names).loss for m in (fast, plain))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert not any(call and call[1] for call in seen)
+    labels = inputs.pop("labels")
+    losses = torch.func.vmap(lambda labels: model(**inputs, labels=labels).loss)(torch.stack([labels, labels]))
+    torch.testing.assert_close(losses[0], model(**inputs, labels=labels).loss)
 
 
 def test_a_training_through_the_trainer(tmp_path, monkeypatch, seen):

@@ -32,8 +32,8 @@ from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from ..ops.tracing import captured, traced, transformed
 from .dense_layers import DenseForward
+from .each_token_once import tell_of_padding
 from .forwards import ModuleForward, install, remove, with_parameters
-from .fused_decoder.distinct import LOSS, loss_of
 
 _CHUNK_LOGITS = 1 << 22
 _CPU_ROWS, _GPU_ROWS = 128, 512
@@ -378,18 +378,18 @@ def _evaluates(head: nn.Module) -> bool:
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Tells the head of a call that is made for its loss: without gradients there is no other sign of it. And tells the
-    decoder what the labels say."""
+    decoder of padding that this loss leaves out."""
     if not traced():
-        LOSS.set(loss_of(kwargs))
-        for_loss = kwargs.get("labels") is not None and not (torch.is_grad_enabled() or captured())
-        head = output_head(model) if for_loss else None
-        _EVALUATES.set(None if head is None else weakref.ref(head))
+        head = output_head(model) if kwargs.get("labels") is not None else None
+        evaluates = head is not None and not (torch.is_grad_enabled() or captured())
+        _EVALUATES.set(weakref.ref(head) if evaluates else None)
+        tell_of_padding(model, head, kwargs)
 
 
 def _end(model: nn.Module, args: tuple, output: Any) -> None:
     if not traced():
         _EVALUATES.set(None)
-        LOSS.set(None)
+        tell_of_padding(model, None, {})
 
 
 def _forget(model: nn.Module) -> None:

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from ..adapters import Prefix
 from ..ops.prefix_attention import key_positions
+from ..ops.tracing import is_compiling
 
-_MASK = torch.uint8
+# What the mask says of a place in a row. Numbers that no mask of a caller's begins with tell it from those: layers that
+# run again under checkpoints get a copy of it, which has lost whatever else it might be known by.
+_SEEN, _HIDDEN, _NONE = 0xA5, 0xA6, 0xA7
 
 
 class DistinctTokens(NamedTuple):
@@ -27,8 +30,8 @@ class DistinctTokens(NamedTuple):
     Attributes:
         ids: [1, N], the shared ones first.
         positions: [1, N].
-        mask: for the attention: uint8 [batch, 1, shared + 1, length - shared], where each row has tokens of its own;
-            the third dimension takes no memory.
+        mask: for the attention: uint8 [batch, 1, shared + 1, length - shared], which of the places that are a row's own
+            have a token, and whether others see it; the third dimension takes no memory.
         packed: of packed sequences, which are the rows here, [batch, length]: where each token is among the rows'.
     """
 
@@ -39,11 +42,13 @@ class DistinctTokens(NamedTuple):
 
     @classmethod
     def of(
-        cls, ids: Tensor, positions: Tensor, shared: int, own: Tensor, packed: Tensor | None = None
+        cls, ids: Tensor, positions: Tensor, shared: int, kept: Tensor, shown: Tensor, packed: Tensor | None
     ) -> DistinctTokens:
-        """Of ``ids`` [batch, length]: the first ``shared``, which are alike, and where ``own`` is of the rest."""
-        both = ([t[:1, :shared], t[:, shared:][own].unsqueeze(0)] for t in (ids, positions))
-        mask = own.to(_MASK)[:, None, None].expand(-1, 1, shared + 1, -1)
+        """Of ``ids`` [batch, length] the first ``shared``, which are alike, and ``kept`` of the rest."""
+        kept, shown = kept[:, shared:], shown[:, shared:]
+        both = ([t[:1, :shared], t[:, shared:][kept].unsqueeze(0)] for t in (ids, positions))
+        mask = torch.full(kept.shape, _NONE, dtype=torch.uint8).masked_fill_(kept, _HIDDEN)
+        mask = mask.masked_fill_(kept & shown, _SEEN)[:, None, None].expand(-1, 1, shared + 1, -1)
         return cls(*(torch.cat(parts, 1) for parts in both), mask, packed)
 
     def put_back(self, hidden: Tensor) -> Tensor:
@@ -56,8 +61,10 @@ class DistinctTokens(NamedTuple):
 
 
 def are_distinct(mask: Tensor | None) -> bool:
-    """Whether an attention mask is that of :class:`DistinctTokens`: of no other kind is there one of this dtype."""
-    return mask is not None and mask.dtype == _MASK and mask.dim() == 4
+    """Whether an attention mask is that of :class:`DistinctTokens`."""
+    if mask is None or mask.dtype != torch.uint8 or mask.dim() != 4 or is_compiling() or not mask.numel():
+        return False
+    return int(mask[0, 0, 0, 0]) in (_SEEN, _HIDDEN, _NONE)
 
 
 def attend_in_rows(
@@ -87,10 +94,28 @@ def attend_in_rows(
         if prefix is not None:
             k0, v0 = torch.cat([prefix.k, k0], 2), torch.cat([prefix.v, v0], 2)
         prefix = Prefix(k0, v0)
-    own = mask[:, 0, 0] != 0
-    out = attend(q, k, v, None if own.all() else key_positions(own, 0), prefix)
-    outs.append(out.flatten(0, 1).index_select(0, own.flatten().nonzero()[:, 0]).unsqueeze(0))
+    layout = _layout_of(mask)
+    out = attend(q, k, v, layout.keys, prefix).flatten(0, 1)
+    outs.append((out if layout.places is None else out.index_select(0, layout.places)).unsqueeze(0))
     return torch.cat(outs, 1)
+
+
+class _Layout(NamedTuple):
+    """Where a mask's own tokens are among all places of the rows, and as the keys' positions; None: everywhere."""
+
+    places: Tensor | None
+    keys: Tensor | None
+
+
+def _layout_of(mask: Tensor) -> _Layout:
+    """Worked out once for all layers."""
+    layout: _Layout | None = getattr(mask, "_layout", None)
+    if layout is None:
+        own = mask[:, 0, 0]
+        kept, seen = own != _NONE, own == _SEEN
+        places = None if kept.all() else kept.flatten().nonzero()[:, 0]
+        layout = mask._layout = _Layout(places, None if seen.all() else key_positions(seen, 0))
+    return layout
 
 
 def _split(t: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -101,8 +126,7 @@ def _split(t: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _in_rows(own: Tensor, mask: Tensor) -> Tensor:
     """[tokens of their own, ...] as [batch, length, ...], zeros where there is none."""
-    shape = mask.shape[0], mask.shape[3]
-    if len(own) == mask[:, 0, 0].numel():
-        return own.unflatten(0, shape)
-    places = mask[:, 0, 0].flatten().nonzero()[:, 0]
-    return own.new_zeros(shape[0] * shape[1], *own.shape[1:]).index_copy(0, places, own).unflatten(0, shape)
+    shape, places = (mask.shape[0], mask.shape[3]), _layout_of(mask).places
+    if places is not None:
+        own = own.new_zeros(shape[0] * shape[1], *own.shape[1:]).index_copy(0, places, own)
+    return own.unflatten(0, shape)

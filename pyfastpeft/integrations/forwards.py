@@ -62,3 +62,11 @@ def with_parameters(module: nn.Module, parameters: dict[str, Tensor | None]) -> 
     if isinstance(forward := state.get("forward"), ModuleForward):
         state["forward"] = type(forward)(other)
     return other
+
+
+def with_item(output: Any, name: str, index: int, value: Any) -> Any:
+    """A model's output, a tuple or an object, with one item exchanged."""
+    if isinstance(output, tuple):
+        return (*output[:index], value, *output[index + 1 :])
+    output[name] = value
+    return output

@@ -264,8 +264,8 @@ def _with_rope(own: types.FunctionType) -> types.FunctionType:
 
 def depends_on_length(rope_type: Any) -> bool:
     """Whether a rotary embedding of that type has other frequencies in longer sequences."""
-    types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
-    return any(t in ("dynamic", "longrope") for t in types)
+    kinds = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+    return any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
 def _forward_for(module: nn.Module) -> type[ModuleForward] | None:

@@ -7,7 +7,6 @@ computes; whatever is out of the ordinary goes to transformers' own forward. The
 adapter, a merged weight, a hook) is noticed at the next call.
 
 - :mod:`.stack`: what the compiled stack is made of, and whether the model is still that
-- :mod:`.distinct`: which calls without a cache leave out padding, and what rows have in common
 - :mod:`.rooms`: where the cache's keys and values lie, with room for more tokens
 """
 
@@ -31,10 +30,9 @@ from ...caching import registered
 from ...ops.tracing import forward_mode, traced
 from ..attention import NAME as ATTENTION
 from ..attention import attention_forward, attention_mask
-from ..forwards import ModuleForward, install
+from ..each_token_once import distinct_tokens
+from ..forwards import ModuleForward, install, with_item
 from ..soft_prompts.first_label import FIRST
-from ..soft_prompts.prompt_tokens import with_item
-from .distinct import LOSS, distinct_tokens, learns
 from .rooms import LAYERS, Growing, Static, patched
 from .stack import MOST_ROWS, Stack, family_of
 
@@ -126,14 +124,13 @@ class _FewRows(ModuleForward):
         """The output of a call that fills no cache, or None where its tokens are not to be taken out of their rows."""
         model = self.module
         config = model.config
-        caches, for_loss = kwargs.get("use_cache", config.use_cache), learns(model) and LOSS.get() is not None
-        if kwargs.get(_CACHE) is not None or (caches and ("use_cache" in kwargs or not for_loss)):
-            return None  # nothing goes on from a training step with labels that asks for no cache itself
+        if kwargs.get("use_cache", config.use_cache):
+            return None
         more = {name: value for name, value in kwargs.items() if name not in _TOKENS}
         known = {name: value for name, value in more.items() if name not in _BESIDES}
         if config._attn_implementation != ATTENTION or _asks_for_more(config, known):
             return None
-        tokens = distinct_tokens(model, kwargs, caches)
+        tokens = distinct_tokens(model, kwargs)
         if tokens is None:
             return None
         output = self.own(tokens.ids, tokens.mask, tokens.positions, use_cache=False, **more)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ...ops.cross_entropy import IGNORED
 from ...ops.tracing import traced
-from .prompt_tokens import first_visible, with_item
+from ..forwards import with_item
+from .prompt_tokens import first_visible
 
 FIRST = "pyfastpeft_first"
 """The argument by which a model tells its decoder where the texts begin [batch], if their first tokens have labels."""

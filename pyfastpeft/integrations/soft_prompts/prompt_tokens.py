@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...ops.cross_entropy import IGNORED
 from ...ops.reference import prefix_rows
 from ...ops.tracing import traced
-from ..forwards import NamedForward
+from ..forwards import NamedForward, with_item
 
 _ALONG = {
     "bbox": None,
@@ -72,14 +72,6 @@ def first_visible(mask: Tensor) -> Tensor:
 def shape_of_tokens(given: Tensor) -> torch.Size:
     """[batch, tokens], or [batch, choices, tokens], of what a model is given: ids, or vectors in their place."""
     return given.shape[:-1] if given.is_floating_point() else given.shape
-
-
-def with_item(output: Any, name: str, index: int, value: Any) -> Any:
-    """A model's output, a tuple or an object, with one item exchanged."""
-    if isinstance(output, tuple):
-        return (*output[:index], value, *output[index + 1 :])
-    output[name] = value
-    return output
 
 
 class Layout:

@@ -1,0 +1,180 @@
+"""Each token of a batch computed once: which calls of a decoder run on its different tokens
+(:mod:`.distinct_tokens`) in the place of all.
+
+Those that fill no cache, where rows begin alike, are packed, or are padded in training. Padding is left out where the
+model around the decoder is transformers' own and was called with labels that leave it out.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextvars import ContextVar
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..nn.hooks import GLOBAL_HOOKS, hooked
+from ..ops.cross_entropy import IGNORED
+from ..ops.tracing import transformed
+from .distinct_tokens import DistinctTokens
+from .forwards import ModuleForward
+from .fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
+from .soft_prompts.first_label import FIRST
+
+_UNREAD: ContextVar[Tensor | None] = ContextVar("_UNREAD", default=None)
+"""The attention mask of the call that runs here, if nothing reads what the model makes of the padding in it."""
+
+_WORTH = 15 / 16  # of the tokens; more are not worth the copies
+_SPREAD = 4  # times the memory that queries, keys and values of packed sequences may take in rows
+_FUNCTIONS = (*OF_LLAMA, "create_sliding_window_causal_mask")
+# Modules that make something of each token by itself.
+_TORCHS = frozenset(
+    getattr(nn, name)
+    for name in (
+        *("Linear", "Embedding", "Identity", "Dropout", "LayerNorm", "RMSNorm", "SiLU", "GELU", "ReLU", "Tanh"),
+        *("ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "Sequential"),
+    )
+)
+_PACKAGES = ("pyfastpeft.", "peft.tuners.lora.", "bitsandbytes.")
+
+
+def tell_of_padding(model: nn.Module, head: nn.Module | None, kwargs: dict[str, Any]) -> None:
+    """Tell the decoder of the language model ``model``, which is called with ``kwargs``, whether padding is read."""
+    _UNREAD.set(None if head is None or transformed() else _unread_padding(model, head, kwargs))
+
+
+def _unread_padding(model: nn.Module, head: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    known = all(isinstance(t, Tensor) and t.dim() == 2 and t.is_cpu for t in (labels, mask))
+    if not known:
+        return None
+    labels = labels[:, 1:] if FIRST in kwargs else labels
+    if labels.shape != mask.shape or hooked(head) or not _only_known_hooks(vars(model)):
+        return None
+    forward = getattr(vars(model).get("forward"), "__module__", None) or "accelerate."  # which puts its own around
+    own = forward.startswith(("accelerate.", "transformers.")) and written_in_transformers(type(model).forward)
+    if not (own and written_in_transformers(model.loss_function)):
+        return None  # others may read more
+    # A token's logits are compared with the next one's label.
+    return None if ((labels[:, 1:] != IGNORED) & (mask[:, :-1] == 0)).any() else mask
+
+
+def distinct_tokens(model: nn.Module, arguments: dict[str, Any]) -> DistinctTokens | None:
+    """Of a call of the decoder ``model``, which is of a known family, with what is not None among its arguments.
+
+    None where the tokens do not run each by itself, or little would be gained.
+    """
+    unread = _UNREAD.get()
+    _UNREAD.set(None)  # an error or interrupt may let the model around this forget to
+    ids, mask, positions = (arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if not (isinstance(ids, Tensor) and ids.is_cpu and ids.dim() == 2 and ids.numel()) or transformed():
+        return None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+        return None
+    if positions is None:
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+    elif positions.shape not in (ids.shape, (1, ids.shape[1])):  # but one of all tokens, or several of each
+        return None
+    positions, packed = positions.expand_as(ids), None
+    shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    if mask is None and (positions.diff() != 1).any():
+        ids, positions, shown, packed = _unpacked(ids, positions)
+        if not _fit_rows(ids, packed):
+            return None
+    drops = packed is not None or (model.training and torch.is_grad_enabled() and mask is not None and mask is unread)
+    kept = shown if drops else torch.ones_like(shown)
+    alike = ((ids == ids[:1]) & (positions == positions[:1]) & shown).all(0)
+    shared = int(alike[:-1].cumprod(0).sum()) if len(ids) > 1 else 0
+    worth = math.inf if packed is not None else _WORTH * ids.numel()
+    if not 0 < _count(kept, shared) <= worth:
+        return None
+    modules = list(model.modules())[1:]
+    prefix = next((held for m in modules if (held := vars(m).get("_prefix")) is not None), None)
+    prefix = None if prefix is None else prefix.current(len(ids))
+    by_row = prefix is not None and prefix.index is not None
+    if by_row and packed is not None:
+        return None
+    if shared and (by_row or _drops(modules)):
+        shared = 0  # each row makes something else of the same tokens
+    if _count(kept, shared) > worth or not _by_themselves(model, modules, ids.shape[1], prefix is not None):
+        return None
+    return DistinctTokens.of(ids, positions, shared, kept, shown, packed)
+
+
+def _count(kept: Tensor, shared: int) -> int:
+    return shared + int(kept[:, shared:].sum())
+
+
+def _unpacked(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed sequences [batch, length], which begin where positions do not go on, in rows of their own: ids, positions,
+    where there are any, and where each token is among them all."""
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = positions.diff() != 1
+    row = begins.flatten().cumsum(0) - 1
+    counts = row.bincount()
+    size = len(counts), int(counts.max())
+    places = row * size[1] + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+
+    def unpacked(t: Tensor) -> Tensor:
+        return t.new_zeros(size[0] * size[1]).index_copy(0, places, t.flatten()).view(size)
+
+    return unpacked(ids), unpacked(positions), unpacked(torch.ones_like(begins)), places.view_as(ids)
+
+
+def _fit_rows(rows: Tensor, packed: Tensor) -> bool:
+    """Whether attention of packed sequences, in rows as long as the longest of them, is less than of all tokens."""
+    return rows.numel() <= _SPREAD * packed.numel() and rows.numel() * rows.shape[1] <= packed.numel() * packed.shape[1]
+
+
+def _drops(modules: list[nn.Module]) -> bool:
+    """Whether there is dropout."""
+    training = (m for m in modules if m.training)
+    return any(m.p if isinstance(m, _DropoutNd) else vars(m).get("attention_dropout") for m in training)
+
+
+def _by_themselves(model: nn.Module, modules: list[nn.Module], length: int, prefix: bool) -> bool:
+    """Whether nothing but attention, to all tokens before, sees more than one token, nor any code of the caller's."""
+    config, namespace = model.config, vars(sys.modules[type(model).__module__])
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (length > window or prefix):
+        return False
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return False
+    if any(GLOBAL_HOOKS) or not _only_known_hooks(vars(model)) or not all(map(_is_plain, map(vars, modules))):
+        return False
+    functions = (namespace[name] for name in _FUNCTIONS if name in namespace)
+    return all(map(written_in_transformers, functions)) and all(map(_known, {type(model), *map(type, modules)}))
+
+
+def _is_plain(module: dict[str, Any]) -> bool:
+    """Whether this is the state of a module that runs as its class or this library wrote it, alike for all rows."""
+    if not isinstance(module.get("forward"), (NoneType, ModuleForward)) or module.get("_compiled_call_impl"):
+        return False
+    if module.get("scale_grad_by_freq") or depends_on_length(module.get("rope_type")):
+        return False
+    bank = module.get("bank")
+    return (bank is None or bank.mode is None) and _only_known_hooks(module)
+
+
+def _only_known_hooks(module: dict[str, Any]) -> bool:
+    """Whether those that run with a module, of which this is the state, read no tokens."""
+    if module["_backward_hooks"] or module["_backward_pre_hooks"]:
+        return False
+    hooks = module["_forward_hooks"], module["_forward_pre_hooks"]
+    return all(_is_known_hook(hook) for by_number in hooks if by_number for hook in by_number.values())
+
+
+def _is_known_hook(hook: Any) -> bool:
+    """Whether this is this library's own, or transformers' for gradient checkpointing."""
+    home = getattr(hook, "__module__", None) or ""
+    asks_for_gradients = home == "transformers.modeling_utils" and hook.__name__ == "make_inputs_require_grads"
+    return asks_for_gradients or home.startswith("pyfastpeft.")
+
+
+def _known(kind: type[nn.Module]) -> bool:
+    own = kind in _TORCHS or kind.__module__.startswith(_PACKAGES)
+    return own or written_in_transformers(kind.forward) is not None
