@@ -96,7 +96,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     model.add_adapter(STYLE, config)
     model.set_adapter(STYLE)
-    train("learning another style", _style_rows(tokenizer), epochs=2)
+    # One pass is enough for LoRA.
+    train("learning another style", _style_rows(tokenizer), epochs=1 if args.method == "qlora" else 2)
     model.eval()
 
     question = questions[0][:-1]
