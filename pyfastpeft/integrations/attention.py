@@ -245,11 +245,9 @@ def attention_forward(
     """
     holder = vars(module).get("_prefix")
     handed, prefix = kwargs.pop(HANDED_DOWN, None), None
-    distinct = are_distinct(attention_mask)
     if holder is not None:
-        batch = len(attention_mask) if distinct else query.shape[0]
-        prefix: Prefix | None = holder.current(batch) if handed is None else holder.of(handed)
-    if not distinct:
+        prefix: Prefix | None = holder.current(query.shape[0]) if handed is None else holder.of(handed)
+    if not are_distinct(attention_mask):
         return _attention(module, query, key, value, attention_mask, prefix, dropout, scaling, is_causal, kwargs)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prefix: Prefix | None) -> Tensor:

@@ -32,7 +32,6 @@ from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from ..ops.tracing import captured, traced, transformed
 from .dense_layers import DenseForward
-from .each_token_once import tell_of_padding
 from .forwards import ModuleForward, install, remove, with_parameters
 
 _CHUNK_LOGITS = 1 << 22
@@ -383,13 +382,19 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         head = output_head(model) if kwargs.get("labels") is not None else None
         evaluates = head is not None and not (torch.is_grad_enabled() or captured())
         _EVALUATES.set(weakref.ref(head) if evaluates else None)
-        tell_of_padding(model, head, kwargs)
+        _tell_of_padding(model, head, kwargs)
+
+
+def _tell_of_padding(model: nn.Module, head: nn.Module | None, kwargs: dict[str, Any]) -> None:
+    from .each_token_once import tell_of_padding  # not above: the loss in chunks needs torch alone
+
+    tell_of_padding(model, head, kwargs)
 
 
 def _end(model: nn.Module, args: tuple, output: Any) -> None:
     if not traced():
         _EVALUATES.set(None)
-        tell_of_padding(model, None, {})
+        _tell_of_padding(model, None, {})
 
 
 def _forget(model: nn.Module) -> None:
@@ -444,7 +449,7 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
     Args:
         model: a transformers model, or a module that wraps one (a PeftModel).
     """
-    from transformers import PreTrainedModel  # not above: the loss in chunks needs torch alone
+    from transformers import PreTrainedModel  # not above either
 
     head = output_head(model)
     if not defer:
