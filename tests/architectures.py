@@ -69,6 +69,18 @@ _MAKERS = {
 ARCHITECTURES = list(_MAKERS)
 TASKS = dict.fromkeys(ARCHITECTURES, "CAUSAL_LM") | {"t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
 
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+"""Sizes of a decoder like Llama's."""
+
 
 def make(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
     """A random model in evaluation mode; dropout is off everywhere."""

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers as tf
-from architectures import make, vary_vectors
+from architectures import SMALL, make, vary_vectors
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from transformers.activations import ACT2FN
@@ -20,16 +20,6 @@ from pyfastpeft.integrations.dense_layers import DenseForward
 from pyfastpeft.integrations.forwards import ModuleForward, remove
 from pyfastpeft.integrations.fused_layers import fuse_layers
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 200,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-}
 CONFIGS = [
     tf.LlamaConfig(**SMALL),
     tf.MistralConfig(**SMALL, sliding_window=5),

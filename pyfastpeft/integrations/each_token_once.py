@@ -55,9 +55,9 @@ def _unread_padding(model: nn.Module, head: nn.Module, kwargs: dict[str, Any]) -
     labels = labels[:, 1:] if FIRST in kwargs else labels
     if labels.shape != mask.shape or hooked(head) or not _only_known_hooks(vars(model)):
         return None
-    forward = getattr(vars(model).get("forward"), "__module__", None) or "accelerate."  # which puts its own around
-    own = forward.startswith(("accelerate.", "transformers.")) and written_in_transformers(type(model).forward)
-    if not (own and written_in_transformers(model.loss_function)):
+    forward = vars(model).get("forward")  # accelerate puts its own around the class's
+    known = forward is None or (getattr(forward, "__module__", None) or "").startswith(("accelerate.", "transformers."))
+    if not (known and written_in_transformers(type(model).forward) and written_in_transformers(model.loss_function)):
         return None  # others may read more
     # A token's logits are compared with the next one's label.
     return None if ((labels[:, 1:] != IGNORED) & (mask[:, :-1] == 0)).any() else mask
@@ -170,8 +170,8 @@ def _only_known_hooks(module: dict[str, Any]) -> bool:
 
 def _is_known_hook(hook: Any) -> bool:
     """Whether this is this library's own, or transformers' for gradient checkpointing."""
-    home = getattr(hook, "__module__", None) or ""
-    asks_for_gradients = home == "transformers.modeling_utils" and hook.__name__ == "make_inputs_require_grads"
+    home, name = getattr(hook, "__module__", None) or "", getattr(hook, "__name__", None)
+    asks_for_gradients = (home, name) == ("transformers.modeling_utils", "make_inputs_require_grads")
     return asks_for_gradients or home.startswith("pyfastpeft.")
 
 

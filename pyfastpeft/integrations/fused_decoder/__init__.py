@@ -105,8 +105,9 @@ class _FewRows(ModuleForward):
             module = args[0]
             module.forward = self if module is self.module else _FewRows(module)
             return module.forward(*args[1:], **kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None}
         if not (args or traced() or torch.is_grad_enabled() or forward_mode()):
-            output = self._few_rows(**{name: value for name, value in kwargs.items() if value is not None})
+            output = self._few_rows(**given)
             if output is not None:
                 return output
         if not traced():  # what is compiled must not depend on how many there are
@@ -115,7 +116,7 @@ class _FewRows(ModuleForward):
             if type(cache := kwargs.get(_CACHE)) is DynamicCache:
                 self._caches.pop(cache, None)  # it holds other tensors afterwards, and the room is for these alone
             if not args:
-                output = self._each_token_once({name: value for name, value in kwargs.items() if value is not None})
+                output = self._each_token_once(given)
                 if output is not None:
                     return output
         return self.own(*args, **kwargs)
