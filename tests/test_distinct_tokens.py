@@ -1,4 +1,4 @@
-"""In training a decoder runs on a batch's different tokens; nothing that anybody reads is another for it."""
+"""A decoder runs on a batch's different tokens; nothing that anybody reads is another for it."""
 
 import copy
 import itertools
@@ -20,6 +20,7 @@ from pyfastpeft.integrations.deferred_logits import defer_logits
 from pyfastpeft.training import train_adapter
 
 ROWS, LENGTH, SHARED = 4, 19, 6
+CACHE = fused_decoder._CACHE
 CONFIGS = [
     tf.LlamaConfig(**SMALL),
     tf.MistralConfig(**SMALL, sliding_window=LENGTH),
@@ -161,8 +162,9 @@ def test_rows_of_any_length(lengths, shared, seen):
     fast, plain = pair(llama())
     inputs = batch(lengths, shared=shared)
     check_alike(fast, plain, inputs)
-    together = min(shared, LENGTH - 1, *lengths)
-    count = together + sum(length - together for length in lengths)
+    rows = {(length if length <= shared else (i,)): length for i, length in enumerate(lengths)}
+    together = min(shared, LENGTH - 1, *lengths) if len(rows) > 1 else 0
+    count = together + sum(length - together for length in rows.values())
     assert seen[0] == ((count, together) if count <= 15 / 16 * ROWS * LENGTH else None)
 
 
@@ -210,11 +212,27 @@ def test_a_cache_that_training_goes_on_from(seen):
     inputs = batch()
     for model in (fast, plain):
         model.config.use_cache = True
-    caches = [m(**inputs).past_key_values for m in (fast, plain)]
-    inputs = {"input_ids": inputs["input_ids"]}
-    got, expected = (m(**inputs, past_key_values=c).logits for m, c in zip((fast, plain), caches, strict=True))
+    check_alike(fast, plain, inputs)
+    assert seen[0] == (int(inputs["attention_mask"].sum()) - (ROWS - 1) * SHARED, SHARED)
+    caches = [cache_of(m(**inputs)) for m in (fast, plain)]
+    check_same_cache(*caches, inputs["attention_mask"] != 0)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(inputs["attention_mask"])], 1)
+    more = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+    seen.clear()
+    got, expected = (m(**more, **{CACHE: c}).logits for m, c in zip((fast, plain), caches, strict=True))
     assert relative(got, expected) < 1e-5
-    assert not seen
+    assert not any(seen)
+
+
+def test_gradient_checkpointing_fills_no_cache(seen):
+    fast, plain = pair(llama())
+    for model in (fast, plain):
+        model.config.use_cache = True
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = batch()
+    check_alike(fast, plain, inputs)
+    assert fast(**inputs).keys() == plain(**inputs).keys()
+    assert seen[0][1] == SHARED
 
 
 def test_autocast(seen):
@@ -238,7 +256,19 @@ def test_a_head_for_each_token(seen):
     inputs = batch()
     inputs["labels"] = inputs["labels"].clamp(max=4)
     check_alike(fast, plain, inputs)
-    assert not seen
+    assert seen[0] == (SHARED + ROWS * (LENGTH - SHARED), SHARED)
+
+
+def test_a_head_for_each_row(seen):
+    model = vary_vectors(tf.LlamaForSequenceClassification(tf.LlamaConfig(**SMALL, num_labels=3)))
+    fast, plain = pair(model.float(), fp.LoraConfig(r=4, task_type="SEQ_CLS"))
+    inputs = batch()
+    inputs |= {"labels": torch.randint(3, (ROWS,)), "input_ids": inputs["input_ids"] * inputs["attention_mask"]}
+    expected, gradients = loss_and_gradients(plain, **inputs)
+    got, got_gradients = loss_and_gradients(fast, **inputs)
+    assert relative(got.logits, expected.logits) < 1e-5
+    assert all(relative(got_gradients[name], gradients[name]) < 1e-4 for name in gradients)
+    assert seen == [(SHARED + ROWS * (LENGTH - SHARED), SHARED)]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +277,6 @@ def test_a_head_for_each_token(seen):
         pytest.param({"labels": lambda b: b["input_ids"]}, id="labels of padding"),
         pytest.param({"labels": lambda b: None}, id="no labels"),
         pytest.param({"shift_labels": lambda b: b["labels"].roll(-1, 1)}, id="shifted labels"),
-        pytest.param({"use_cache": lambda b: True}, id="a cache"),
         pytest.param({"output_hidden_states": lambda b: True}, id="hidden states"),
         pytest.param({"output_attentions": lambda b: True}, id="attentions"),
         pytest.param({"attention_mask": lambda b: b["attention_mask"][:, None, None] != 0}, id="a mask of one's own"),
@@ -316,7 +345,7 @@ def test_packed_sequences_in_evaluation(gradients, seen):
 def test_over_a_cache_nothing_is_packed(seen):
     fast, plain = pair(llama())
     check_alike(fast, plain, packed(2, 9, 12, 7) | {"use_cache": True})
-    assert not seen
+    assert not any(seen)
 
 
 def test_packed_sequences_of_which_one_is_long_stay_as_they_are(seen):
@@ -609,3 +638,187 @@ class Losses(tf.TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.values += [logs["loss"]] if "loss" in logs else []
+
+
+PROMPT = 40  # with which a few rows are more than the fused stack takes
+PADDED = [PROMPT, 31, 35, 18]
+
+
+def prompts(lengths=tuple(PADDED), shared=SHARED):
+    """Rows of these lengths, padded on the left, that all begin alike, for generate."""
+    ids = torch.zeros(len(lengths), PROMPT, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    begin = torch.randint(2, SMALL["vocab_size"], (shared,))
+    for row, shown, length in zip(ids, mask, lengths, strict=True):
+        row[PROMPT - length :] = torch.cat([begin, torch.randint(2, SMALL["vocab_size"], (length - shared,))])
+        shown[PROMPT - length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def answers(model, inputs, **options):
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0} | options
+    with torch.no_grad():
+        return model.generate(**inputs, **options)
+
+
+def for_inference(model, config=METHODS["lora"]):
+    fast, plain = pair(model, config)
+    for m in (fast, plain):
+        m.config.use_cache = True
+    return fast.eval(), plain.eval()
+
+
+def cache_of(outputs):
+    return outputs[CACHE]
+
+
+def check_same_cache(got, expected, shown):
+    """Where ``shown`` [batch, length]; the keys and values of padding are zeros, or what they would be."""
+    for layer, expected_layer in zip(got.layers, expected.layers, strict=True):
+        assert type(layer) is type(expected_layer)
+        assert layer.get_seq_length() == expected_layer.get_seq_length()
+        for one, other in ((layer.keys, expected_layer.keys), (layer.values, expected_layer.values)):
+            one, other = (t[:, :, : shown.shape[1]].transpose(1, 2) for t in (one, other))
+            assert one.shape == other.shape and relative(one[shown], other[shown]) < 1e-5
+            assert relative(one[~shown], other[~shown]) < 1e-5 or not one[~shown].any()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+def test_generated_answers(config, seen):
+    config = copy.deepcopy(config)
+    if getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = PROMPT  # which the answers go beyond
+    fast, plain = for_inference(vary_vectors(tf.AutoModelForCausalLM.from_config(config)).float())
+    inputs = prompts()
+    assert torch.equal(answers(fast, inputs), answers(plain, inputs))
+    assert seen == [(sum(PADDED) - 3 * SHARED, SHARED)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generated_answers_with_each_method(method, seen):
+    fast, plain = for_inference(llama(), METHODS[method])
+    inputs = prompts()
+    assert torch.equal(answers(fast, inputs), answers(plain, inputs))
+    assert seen[0] == (sum(PADDED) - 3 * SHARED, SHARED)
+
+
+@pytest.mark.parametrize("config", [fp.LoraConfig(r=4), METHODS["prefix"]], ids=["lora", "prefix"])
+def test_generated_answers_of_rows_with_adapters_of_their_own(config, seen):
+    fast, plain = (m.eval() for m in with_another(config))
+    for model in (fast, plain):
+        model.config.use_cache = True
+    inputs = prompts() | {"adapter_names": ["default", "other", "__base__", "other"]}
+    assert torch.equal(answers(fast, inputs), answers(plain, inputs))
+    assert seen == [(sum(PADDED), 0) if config is METHODS["prefix"] else None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"num_return_sequences": 3, "do_sample": True}],
+    ids=["beams", "several beams", "samples"],
+)
+@pytest.mark.parametrize("lengths", [(PROMPT,), (PROMPT, 23), (PROMPT, PROMPT, PROMPT)], ids=len)
+def test_rows_that_are_the_same(lengths, options, seen):
+    fast, plain = for_inference(llama())
+    inputs = prompts(lengths)
+    results = []
+    for model in (fast, plain):
+        torch.manual_seed(0)
+        results.append(answers(model, inputs, **options))
+    assert torch.equal(*results)
+    shared = SHARED if len(lengths) > 1 else 0
+    assert seen[0] == (sum(lengths) - (len(lengths) - 1) * shared, shared)
+
+
+def test_two_pairs_of_rows_that_are_the_same(seen):
+    """Not side by side, padded, and of one length."""
+    fast, plain = for_inference(llama())
+    inputs = {name: t[[0, 1, 0, 1]] for name, t in prompts((31, 31)).items()}
+    assert torch.equal(answers(fast, inputs), answers(plain, inputs))
+    assert seen == [(2 * 31 - SHARED, SHARED)]
+
+
+def test_rows_that_are_the_same_but_for_where_they_are(seen):
+    fast, plain = for_inference(llama())
+    inputs = {name: t[[0, 0, 0, 0]] for name, t in prompts((PROMPT,)).items()}
+    inputs["position_ids"] = torch.arange(PROMPT) + torch.tensor([0, 5, 0, 7]).unsqueeze(1)
+    with torch.no_grad():
+        got, expected = (m(**inputs) for m in (fast, plain))
+    assert relative(got.logits, expected.logits) < 1e-5
+    check_same_cache(cache_of(got), cache_of(expected), inputs["attention_mask"] != 0)
+    assert seen == [(3 * PROMPT, 0)]
+
+
+@pytest.mark.parametrize("kind", ["none", "plain", "configured", "sliding", "static"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_cache_that_is_filled(gradients, kind, seen):
+    config = tf.MistralConfig(**SMALL, sliding_window=PROMPT if kind == "sliding" else None)
+    fast, plain = for_inference(vary_vectors(tf.MistralForCausalLM(config)).float())
+    inputs = prompts()
+    shown = inputs["attention_mask"] != 0
+    new = {
+        "none": lambda: None,
+        "plain": tf.DynamicCache,
+        "configured": lambda: tf.DynamicCache(config=config),
+        "sliding": lambda: tf.DynamicCache(config=config),
+        "static": lambda: tf.StaticCache(config=config, max_cache_len=PROMPT + 9),
+    }[kind]
+    outputs = []
+    for model in (fast, plain):
+        cache = new()
+        with torch.set_grad_enabled(gradients):
+            outputs.append(model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1))
+        assert cache is None or cache_of(outputs[-1]) is cache
+    got, expected = outputs
+    assert relative(got.logits, expected.logits) < 1e-5
+    shown_in_cache = shown[:, 1:] if kind == "sliding" else shown
+    check_same_cache(cache_of(got), cache_of(expected), shown_in_cache)
+    assert len(seen) == 1 and (seen[0] is not None)
+    more = {
+        "input_ids": inputs["input_ids"][:, -3:],
+        "attention_mask": torch.nn.functional.pad(shown.long(), (0, 3), value=1),
+    }
+    with torch.set_grad_enabled(gradients):
+        again = [m(**more, **{CACHE: cache_of(o)}).logits for m, o in zip((fast, plain), outputs, strict=True)]
+    assert relative(*again) < 1e-5
+
+
+class OfTheCallers(tf.DynamicCache):
+    def update(self, *args, **kwargs):
+        return super().update(*args, **kwargs)
+
+
+def begun_cache(model):
+    cache = tf.DynamicCache()
+    with torch.no_grad():
+        model(torch.full((len(PADDED), 1), 5), **{CACHE: cache})
+    return cache
+
+
+@pytest.mark.parametrize("make", [lambda m: OfTheCallers(), begun_cache], ids=["of the caller's", "begun"])
+def test_caches_that_are_not_known_or_not_empty(make, seen):
+    fast, plain = for_inference(llama())
+    inputs = prompts()
+    caches = [make(m) for m in (fast, plain)]
+    inputs["attention_mask"] = torch.nn.functional.pad(
+        inputs["attention_mask"], (caches[0].get_seq_length(), 0), value=1
+    )
+    seen.clear()
+    with torch.no_grad():
+        got, expected = (m(**inputs, **{CACHE: c}).logits for m, c in zip((fast, plain), caches, strict=True))
+    assert relative(got, expected) < 1e-5
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("last", [0, 1, 3, PROMPT, torch.tensor([PROMPT - 1])], ids=str)
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_read_where_its_logits_are_asked_for(left, last, seen):
+    fast, plain = for_inference(llama())
+    inputs = prompts()
+    if not left:
+        inputs = {name: t.flip(1) for name, t in inputs.items()}
+    with torch.no_grad():
+        got, expected = (m(**inputs, logits_to_keep=last).logits for m in (fast, plain))
+    assert relative(got, expected) < 1e-5
+    unread = left and type(last) is int and 0 < last <= min(PADDED)
+    assert seen[0] == ((sum(PADDED), 0) if unread else None)

@@ -377,24 +377,24 @@ def _evaluates(head: nn.Module) -> bool:
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Tells the head of a call that is made for its loss: without gradients there is no other sign of it. And tells the
-    decoder of padding that this loss leaves out."""
+    decoder of padding that nothing is made of."""
     if not traced():
         head = output_head(model) if kwargs.get("labels") is not None else None
         evaluates = head is not None and not (torch.is_grad_enabled() or captured())
         _EVALUATES.set(weakref.ref(head) if evaluates else None)
-        _tell_of_padding(model, head, kwargs)
+        _tell_of_padding(model, kwargs)
 
 
-def _tell_of_padding(model: nn.Module, head: nn.Module | None, kwargs: dict[str, Any]) -> None:
+def _tell_of_padding(model: nn.Module, kwargs: dict[str, Any]) -> None:
     from .each_token_once import tell_of_padding  # not above: the loss in chunks needs torch alone
 
-    tell_of_padding(model, head, kwargs)
+    tell_of_padding(model, kwargs)
 
 
 def _end(model: nn.Module, args: tuple, output: Any) -> None:
     if not traced():
         _EVALUATES.set(None)
-        _tell_of_padding(model, None, {})
+        _tell_of_padding(model, {})
 
 
 def _forget(model: nn.Module) -> None:

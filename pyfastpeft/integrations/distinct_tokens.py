@@ -24,40 +24,56 @@ from ..ops.tracing import is_compiling
 _SEEN, _HIDDEN, _NONE = 0xA5, 0xA6, 0xA7
 
 
+class Rows(NamedTuple):
+    """The rows of a batch, or what was made of them.
+
+    Attributes:
+        ids: [rows, length].
+        positions: likewise.
+        shown: bool, whether others see a token.
+        kept: bool, whether it is one of those to run.
+        places: [batch, length of the batch], where each token of the batch is in all of the rows; None: where it was.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    shown: Tensor
+    kept: Tensor
+    places: Tensor | None
+
+
 class DistinctTokens(NamedTuple):
     """A batch's different tokens.
 
     Attributes:
         ids: [1, N], the shared ones first.
         positions: [1, N].
-        mask: for the attention: uint8 [batch, 1, shared + 1, length - shared], which of the places that are a row's own
+        mask: for the attention: uint8 [rows, 1, shared + 1, length - shared], which of the places that are a row's own
             have a token, and whether others see it; the third dimension takes no memory.
-        packed: of packed sequences, which are the rows here, [batch, length]: where each token is among the rows'.
+        places: of :class:`Rows`.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
-    packed: Tensor | None
+    places: Tensor | None
 
     @classmethod
-    def of(
-        cls, ids: Tensor, positions: Tensor, shared: int, kept: Tensor, shown: Tensor, packed: Tensor | None
-    ) -> DistinctTokens:
-        """Of ``ids`` [batch, length] the first ``shared``, which are alike, and ``kept`` of the rest."""
-        kept, shown = kept[:, shared:], shown[:, shared:]
-        both = ([t[:1, :shared], t[:, shared:][kept].unsqueeze(0)] for t in (ids, positions))
+    def of(cls, rows: Rows, shared: int) -> DistinctTokens:
+        """Of ``rows`` the first ``shared`` tokens, which are alike, and those of the rest that run."""
+        kept, shown = rows.kept[:, shared:], rows.shown[:, shared:]
+        both = ([t[:1, :shared], t[:, shared:][kept].unsqueeze(0)] for t in (rows.ids, rows.positions))
         mask = torch.full(kept.shape, _NONE, dtype=torch.uint8).masked_fill_(kept, _HIDDEN)
         mask = mask.masked_fill_(kept & shown, _SEEN)[:, None, None].expand(-1, 1, shared + 1, -1)
-        return cls(*(torch.cat(parts, 1) for parts in both), mask, packed)
+        return cls(*(torch.cat(parts, 1) for parts in both), mask, rows.places)
 
-    def put_back(self, hidden: Tensor) -> Tensor:
-        """[1, N, hidden] as [batch, length, hidden] of the batch that there was, zeros where it has no token."""
-        shared, own = _split(hidden, self.mask, 1)
-        rows = torch.cat([shared.expand(len(self.mask), -1, -1), _in_rows(own[0], self.mask)], 1)
-        if self.packed is None:
+    def put_back(self, t: Tensor) -> Tensor:
+        """[1, N, ...] as [batch, length, ...] of the batch that there was, zeros where it has no token."""
+        shared, own = _split(t, self.mask, 1)
+        rows = torch.cat([shared.expand(len(self.mask), *shared.shape[1:]), _in_rows(own[0], self.mask)], 1)
+        if self.places is None:
             return rows
-        return rows.flatten(0, 1).index_select(0, self.packed.flatten()).unflatten(0, self.packed.shape)
+        return rows.flatten(0, 1).index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
 
 
 def are_distinct(mask: Tensor | None) -> bool:

@@ -1,8 +1,9 @@
 """Each token of a batch computed once: which calls of a decoder run on its different tokens
 (:mod:`.distinct_tokens`) in the place of all.
 
-Those that fill no cache, where rows begin alike, are packed, or are padded in training. Padding is left out where the
-model around the decoder is transformers' own and was called with labels that leave it out.
+Those that begin with no token in a cache, where rows are or begin alike, are packed, or are padded. Padding is left
+out where the model around the decoder is transformers' own and was called with labels that leave it out in training,
+or for the logits of rows' last tokens alone.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..nn.ends import output_head
 from ..nn.hooks import GLOBAL_HOOKS, hooked
 from ..ops.cross_entropy import IGNORED
 from ..ops.tracing import transformed
-from .distinct_tokens import DistinctTokens
+from .distinct_tokens import DistinctTokens, Rows
 from .forwards import ModuleForward
 from .fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
 from .soft_prompts.first_label import FIRST
@@ -42,36 +44,52 @@ _TORCHS = frozenset(
 _PACKAGES = ("pyfastpeft.", "peft.tuners.lora.", "bitsandbytes.")
 
 
-def tell_of_padding(model: nn.Module, head: nn.Module | None, kwargs: dict[str, Any]) -> None:
+def tell_of_padding(model: nn.Module, kwargs: dict[str, Any]) -> None:
     """Tell the decoder of the language model ``model``, which is called with ``kwargs``, whether padding is read."""
-    _UNREAD.set(None if head is None or transformed() else _unread_padding(model, head, kwargs))
+    _UNREAD.set(None if transformed() else _unread_padding(model, kwargs))
 
 
-def _unread_padding(model: nn.Module, head: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
-    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
-    known = all(isinstance(t, Tensor) and t.dim() == 2 and t.is_cpu for t in (labels, mask))
-    if not known:
+def _unread_padding(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+    ids, labels, mask = (kwargs.get(name) for name in ("input_ids", "labels", "attention_mask"))
+    if not (_of_tokens(mask) and _of_tokens(ids) and ids.shape == mask.shape):
         return None
-    labels = labels[:, 1:] if FIRST in kwargs else labels
-    if labels.shape != mask.shape or hooked(head) or not _only_known_hooks(vars(model)):
+    if labels is not None:
+        if not (model.training and torch.is_grad_enabled() and _of_tokens(labels)):
+            return None  # an evaluation's logits are looked at
+        labels = labels[:, 1:] if FIRST in kwargs else labels
+        if labels.shape != mask.shape or not written_in_transformers(model.loss_function):
+            return None
+        read = labels[:, 1:] != IGNORED  # a token's logits are compared with the next one's label
+        tokens = mask[:, :-1]
+    else:
+        last = kwargs.get("logits_to_keep")  # which generate asks for
+        if not (type(last) is int and last > 0):
+            return None
+        tokens = mask[:, -last:]
+        read = torch.ones_like(tokens, dtype=torch.bool)
+    head = output_head(model)
+    if head is None or hooked(head) or (read & (tokens == 0)).any() or not _only_known_hooks(vars(model)):
         return None
     forward = vars(model).get("forward")  # accelerate puts its own around the class's
     known = forward is None or (getattr(forward, "__module__", None) or "").startswith(("accelerate.", "transformers."))
-    if not (known and written_in_transformers(type(model).forward) and written_in_transformers(model.loss_function)):
-        return None  # others may read more
-    # A token's logits are compared with the next one's label.
-    return None if ((labels[:, 1:] != IGNORED) & (mask[:, :-1] == 0)).any() else mask
+    return mask if known and written_in_transformers(type(model).forward) else None  # others may read more
 
 
-def distinct_tokens(model: nn.Module, arguments: dict[str, Any]) -> DistinctTokens | None:
-    """Of a call of the decoder ``model``, which is of a known family, with what is not None among its arguments.
+def _of_tokens(t: Any) -> bool:
+    """Whether this says something of each token of a batch, on a CPU."""
+    return isinstance(t, Tensor) and t.dim() == 2 and t.is_cpu
+
+
+def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -> DistinctTokens | None:
+    """Of a call of the decoder ``model``, which is of a known family, with what is not None among its arguments;
+    ``caches``: it fills a cache.
 
     None where the tokens do not run each by itself, or little would be gained.
     """
     unread = _UNREAD.get()
     _UNREAD.set(None)  # an error or interrupt may let the model around this forget to
     ids, mask, positions = (arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    if not (isinstance(ids, Tensor) and ids.is_cpu and ids.dim() == 2 and ids.numel()) or transformed():
+    if not (_of_tokens(ids) and ids.numel()) or transformed():
         return None
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
         return None
@@ -79,39 +97,49 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any]) -> DistinctToke
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
     elif positions.shape not in (ids.shape, (1, ids.shape[1])):  # but one of all tokens, or several of each
         return None
-    positions, packed = positions.expand_as(ids), None
-    shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    if mask is None and (positions.diff() != 1).any():
-        ids, positions, shown, packed = _unpacked(ids, positions)
-        if not _fit_rows(ids, packed):
+    positions = positions.expand_as(ids)
+    packed = mask is None and bool((positions.diff() != 1).any())
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    if packed:
+        rows = _unpacked(ids, positions)
+        if caches or not _fit_rows(rows.ids, ids):
             return None
-    drops = packed is not None or (model.training and torch.is_grad_enabled() and mask is not None and mask is unread)
-    kept = shown if drops else torch.ones_like(shown)
-    alike = ((ids == ids[:1]) & (positions == positions[:1]) & shown).all(0)
-    shared = int(alike[:-1].cumprod(0).sum()) if len(ids) > 1 else 0
-    worth = math.inf if packed is not None else _WORTH * ids.numel()
-    if not 0 < _count(kept, shared) <= worth:
+    else:
+        shown = everywhere if mask is None else mask != 0
+        rows = Rows(ids, positions, shown, everywhere, None)
+        if mask is not None and mask is unread:
+            rows = _to_the_left(rows._replace(kept=shown))
+    different = _different(rows)
+    shared = _shared(different)
+    worth = math.inf if packed else _WORTH * ids.numel()
+    if not 0 < _count(different, shared) <= worth:
         return None
     modules = list(model.modules())[1:]
     prefix = next((held for m in modules if (held := vars(m).get("_prefix")) is not None), None)
     prefix = None if prefix is None else prefix.current(len(ids))
     by_row = prefix is not None and prefix.index is not None
-    if by_row and packed is not None:
+    if by_row and packed:
         return None
-    if shared and (by_row or _drops(modules)):
-        shared = 0  # each row makes something else of the same tokens
-    if _count(kept, shared) > worth or not _by_themselves(model, modules, ids.shape[1], prefix is not None):
+    if (shared or different is not rows) and (by_row or _drops(modules)):
+        different, shared = rows, 0  # each row makes something else of the same tokens
+    if _count(different, shared) > worth or not _by_themselves(model, modules, ids.shape[1], prefix is not None):
         return None
-    return DistinctTokens.of(ids, positions, shared, kept, shown, packed)
+    return DistinctTokens.of(different, shared)
 
 
-def _count(kept: Tensor, shared: int) -> int:
-    return shared + int(kept[:, shared:].sum())
+def _count(rows: Rows, shared: int) -> int:
+    return shared + int(rows.kept[:, shared:].sum())
 
 
-def _unpacked(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed sequences [batch, length], which begin where positions do not go on, in rows of their own: ids, positions,
-    where there are any, and where each token is among them all."""
+def _shared(rows: Rows) -> int:
+    """How many tokens all of several rows begin with, but for their last."""
+    ids, positions, shown = rows[:3]
+    alike = ((ids == ids[:1]) & (positions == positions[:1]) & shown).all(0)
+    return int(alike[:-1].cumprod(0).sum()) if len(ids) > 1 else 0
+
+
+def _unpacked(ids: Tensor, positions: Tensor) -> Rows:
+    """Packed sequences [batch, length], which begin where positions do not go on, in rows of their own."""
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = positions.diff() != 1
     row = begins.flatten().cumsum(0) - 1
@@ -122,7 +150,32 @@ def _unpacked(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     def unpacked(t: Tensor) -> Tensor:
         return t.new_zeros(size[0] * size[1]).index_copy(0, places, t.flatten()).view(size)
 
-    return unpacked(ids), unpacked(positions), unpacked(torch.ones_like(begins)), places.view_as(ids)
+    shown = unpacked(torch.ones_like(begins))
+    return Rows(unpacked(ids), unpacked(positions), shown, shown, places.view_as(ids))
+
+
+def _to_the_left(rows: Rows) -> Rows:
+    """Padding that rows begin with at their end, where it does not keep them from beginning alike."""
+    before = rows.shown.long().argmax(1, keepdim=True)
+    if not before.any():
+        return rows
+    count, length = rows.ids.shape
+    columns = torch.arange(length)
+    moved = (t.gather(1, (columns + before) % length) for t in rows[:4])
+    return Rows(*moved, (columns - before) % length + torch.arange(0, count * length, length).unsqueeze(1))
+
+
+def _different(rows: Rows) -> Rows:
+    """Those of ``rows`` that are different, as beams of one prompt are not."""
+    said = torch.cat([*(t * rows.kept for t in rows[:2]), *(t.long() for t in rows[2:4])], 1)
+    said, which = said.unique(dim=0, return_inverse=True)
+    if len(said) == len(rows.ids):
+        return rows
+    ids, positions, shown, kept = said.chunk(4, 1)
+    length = ids.shape[1]
+    places = torch.arange(rows.ids.numel()).view_as(rows.ids) if rows.places is None else rows.places
+    places = which[places // length] * length + places % length
+    return Rows(ids, positions, shown.bool(), kept.bool(), places)
 
 
 def _fit_rows(rows: Tensor, packed: Tensor) -> bool:

@@ -46,7 +46,7 @@ _ATTENTIONS = {
 }
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-_TOKENS = frozenset(("input_ids", "attention_mask", "position_ids", "use_cache"))
+_TOKENS = frozenset(("input_ids", "attention_mask", "position_ids", "use_cache", _CACHE))
 _BESIDES = frozenset(("num_items_in_batch", "logits_to_keep", FIRST))  # which a decoder makes nothing of
 _STACKS_KEPT = 32  # switching between this many sets of adapters, and choices of rows, builds nothing
 
@@ -83,6 +83,14 @@ def _asks_for_more(config: Any, kwargs: dict[str, Any]) -> bool:
     )
 
 
+def _is_empty(cache: Any) -> bool:
+    """Whether this is a plain cache that never held a token."""
+    kinds = LAYERS.get(type(cache))
+    if kinds is None or getattr(cache, "offloading", False) or patched(cache):
+        return False
+    return all(type(layer) in kinds and not layer.is_initialized for layer in cache.layers)
+
+
 class _FewRows(ModuleForward):
     """Forward of a decoder: few rows by the fused stack, everything else by the class's own forward, and of the batch's
     tokens only the different ones where that is enough."""
@@ -105,6 +113,8 @@ class _FewRows(ModuleForward):
             module = args[0]
             module.forward = self if module is self.module else _FewRows(module)
             return module.forward(*args[1:], **kwargs)
+        if len(args) == 1 and "input_ids" not in kwargs:
+            args, kwargs = (), {"input_ids": args[0], **kwargs}  # heads that classify give it so
         given = {name: value for name, value in kwargs.items() if value is not None}
         if not (args or traced() or torch.is_grad_enabled() or forward_mode()):
             output = self._few_rows(**given)
@@ -122,20 +132,33 @@ class _FewRows(ModuleForward):
         return self.own(*args, **kwargs)
 
     def _each_token_once(self, kwargs: dict[str, Any]) -> Any:
-        """The output of a call that fills no cache, or None where its tokens are not to be taken out of their rows."""
+        """The output of a call over no tokens in a cache, or None where its own are not to be taken out of their
+        rows."""
         model = self.module
         config = model.config
-        if kwargs.get("use_cache", config.use_cache):
+        caches, cache = kwargs.get("use_cache", config.use_cache), kwargs.get(_CACHE)
+        checkpoints = getattr(model, "gradient_checkpointing", False) and model.training and torch.is_grad_enabled()
+        fills = caches and not checkpoints  # as transformers has it
+        if cache is not None and not (fills and _is_empty(cache)):
             return None
         more = {name: value for name, value in kwargs.items() if name not in _TOKENS}
         known = {name: value for name, value in more.items() if name not in _BESIDES}
         if config._attn_implementation != ATTENTION or _asks_for_more(config, known):
             return None
-        tokens = distinct_tokens(model, kwargs)
+        tokens = distinct_tokens(model, kwargs, fills)
         if tokens is None:
             return None
-        output = self.own(tokens.ids, tokens.mask, tokens.positions, use_cache=False, **more)
-        return with_item(output, "last_hidden_state", 0, tokens.put_back(output[0]))
+        filled = DynamicCache() if fills else None  # of no sliding layers, which would not keep all
+        more |= {"use_cache": caches, _CACHE: filled}
+        output = self.own(tokens.ids, tokens.mask, tokens.positions, **more)
+        output = with_item(output, "last_hidden_state", 0, tokens.put_back(output[0]))
+        if filled is None:
+            return output
+        cache = DynamicCache(config=config) if cache is None else cache
+        for i, layer in enumerate(filled.layers):
+            keys, values = (tokens.put_back(t.transpose(1, 2)).transpose(1, 2) for t in (layer.keys, layer.values))
+            cache.update(keys, values, i)
+        return with_item(output, _CACHE, 1, cache)
 
     def _few_rows(
         self,
