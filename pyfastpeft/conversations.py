@@ -20,6 +20,7 @@ Messages = list[dict[str, str]]
 Rows = dict[int, Messages]
 """Conversations by the numbers of their lines in a file."""
 _Row = TypeVar("_Row")
+_ROLES = ("system", "user", "assistant", "tool")
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
@@ -149,6 +150,7 @@ def _messages(row: dict[str, Any]) -> Messages:
 
 def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_next: bool) -> str:
     """The conversation as text; without a chat template, its contents one after the other."""
+    _check_roles(messages, tokenizer.chat_template or "")
     if tokenizer.chat_template:
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
@@ -156,6 +158,17 @@ def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_nex
             raise ValueError(f"the chat template refuses the messages: {error}") from error
     ends = ((tokenizer.eos_token or "") if m["role"] == "assistant" else "" for m in messages)
     return "".join(m["content"] + end for m, end in zip(messages, ends, strict=True))
+
+
+def _check_roles(messages: Messages, template: str | dict[str, str]) -> None:
+    """Whether there is a turn for each message: templates write out a word that they do not know, or nothing at all."""
+    source = template if isinstance(template, str) else "".join(template.values())
+    for role in (m["role"] for m in messages):
+        if role not in _ROLES and f"'{role}'" not in source and f'"{role}"' not in source:
+            known = ", ".join(map(repr, _ROLES))
+            raise ValueError(
+                f"one of 'messages' has the role {role!r}; it must be {known} or another that the chat template names"
+            )
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -182,7 +195,8 @@ def prompt_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[i
     """Token ids of a conversation up to where the assistant's next answer begins.
 
     Raises:
-        ValueError: the chat template refuses the messages, or there are no tokens that an answer could follow.
+        ValueError: the chat template refuses the messages or does not name a role, or there are no tokens that an
+            answer could follow.
     """
     ids = _ids_from_start(_template(messages, tokenizer, True), tokenizer)
     if not ids:
@@ -223,8 +237,8 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: i
     they are tokenized apart.
 
     Raises:
-        ValueError: the chat template refuses the messages or rewrites earlier ones, or there is no label, or none
-            within ``max_length``.
+        ValueError: the chat template refuses the messages, does not name a role or rewrites earlier messages, or there
+            is no label, or none within ``max_length``.
     """
     return _cut(_encode(messages, tokenizer), max_length)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from architectures import inputs, make, quantized, randomize
 from rich.console import Console
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -204,6 +204,25 @@ def test_a_row_that_cannot_be_encoded_is_named_by_its_line(tmp_path):
     )
     with pytest.raises(ValueError, match=r"d.jsonl, line 3: the chat template refuses the messages: no system role"):
         load_dataset(path, tokenizer)
+
+
+@pytest.mark.parametrize("wrong", ["asistant", "human", "Assistant", "use"])
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE, {"default": CHAT_TEMPLATE, "rag": "{{ messages }}"}])
+def test_a_role_that_no_template_names_is_refused_by_its_line(tmp_path, wrong, template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    rows = [TALK, [{"role": "tool", "content": "T"}, *TALK], [*TALK, {"role": wrong, "content": "W"}, *TALK]]
+    path = write(tmp_path / "d.jsonl", *({"messages": messages} for messages in rows))
+    with pytest.raises(ValueError, match=rf"d.jsonl, line 3: one of 'messages' has the role '{wrong}'; it must"):
+        load_dataset(path, tokenizer)
+    with pytest.raises(ValueError, match=f"has the role '{wrong}'"):
+        prompt_ids(rows[2], tokenizer)
+
+
+def test_a_role_that_the_chat_template_names_is_taken():
+    tokenizer, rows = tiny_tokenizer(), [{"role": "developer", "content": "D"}, *TALK]
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'developer' %}!{% endif %}" + CHAT_TEMPLATE
+    assert tokenizer.decode(encode(rows, tokenizer, 1000)["input_ids"]).startswith("!<|developer|>D<|end|>")
 
 
 def test_rows_that_are_cut_are_counted(tmp_path):
