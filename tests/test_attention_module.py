@@ -103,6 +103,10 @@ def test_sizes_that_do_not_fit(sizes, message):
         fp.nn.Attention(*sizes)
     with pytest.raises(TypeError, match="causal is None; it must be True or False"):
         fp.nn.Attention(32, 4, causal=None)
+    odd, x = fp.nn.Attention(32, 4, head_dim=7), torch.ones(1, 3, 32)
+    assert odd(x)[0].shape == x.shape
+    with pytest.raises(ValueError, match="head_dim is 7; with rotary it must be even"):
+        odd(x, (torch.ones(1, 3, 7), torch.ones(1, 3, 7)))
 
 
 def test_no_tokens_and_keys_and_values_in_one_tensor():

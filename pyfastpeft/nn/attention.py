@@ -103,6 +103,8 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotary is not None:
+            if self.head_dim % 2:
+                raise ValueError(f"head_dim is {self.head_dim}; with rotary it must be even")
             q, k = rope(q, k, *_pair("rotary", rotary, "cos and sin"))
         if past is not None:
             past_k, past_v = _pair("past", past, "keys and values")
