@@ -379,6 +379,12 @@ def test_what_is_no_floating_point_dtype_is_no_dtype_to_dequantize_to(dtype):
         fp.quantize_4bit(torch.ones(4, 4)).dequantize(dtype)
 
 
+@pytest.mark.parametrize("device", [torch.float16, None])
+def test_what_is_no_device_is_none_to_go_to(device):
+    with pytest.raises(TypeError, match=f"device is {device}; it must be a torch.device or its name; dequantize"):
+        fp.quantize_4bit(torch.ones(4, 4)).to(device)
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -415,6 +415,13 @@ def test_a_compute_dtype_that_no_product_has_is_refused_at_once(dtype):
         fp.nn.Linear4bit(64, 64, compute_dtype=dtype)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "bfloat16"])
+def test_a_dtype_that_no_weight_has_is_refused_at_once(dtype, device):
+    with pytest.raises(ValueError, match=f"dtype is {dtype!r}; it must be None, float32, bfloat16 or float16"):
+        fp.nn.Linear4bit(64, 64, device=device, dtype=dtype)
+
+
 def test_settings_that_do_not_go_together_are_refused_before_there_is_a_weight():
     with pytest.raises(ValueError, match="double_quant is True"):
         fp.nn.Linear4bit(64, 64, quant_type="int4", double_quant=True, device="meta")

@@ -147,8 +147,16 @@ class Packed4bit:
         return replace(self, codes=out["codes"], scale=out["scale"], zero=out.get("zero"), nested=nested)
 
     def to(self, device: torch.device | str, copy: bool = False) -> Packed4bit:
-        """The same weight on ``device``, in that device's layout; with ``copy`` it shares no memory with this one."""
-        device = torch.device(device)
+        """The same weight on ``device``, in that device's layout; with ``copy`` it shares no memory with this one.
+
+        Raises:
+            TypeError: ``device`` is none, a dtype for example.
+        """
+        try:
+            device = torch.device(device)
+        except TypeError:
+            what = "it must be a torch.device or its name; dequantize(dtype) gives another dtype"
+            raise TypeError(f"device is {device!r}; {what}") from None
         moved = self if device == self.device else self.rows().map_bytes(lambda t: t.to(device)).prepared()
         if not copy:
             return moved

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_settings
+from ..formats.packed import FLOATS
 from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_bnb, packed_from_state, packed_to_state
 from ..ops import Lora, linear_4bit
 from ..ops.checks import as_count
@@ -69,6 +70,9 @@ class Linear4bit(OneDevice, nn.Linear):
         _, blocksize = check_settings(quant_type, blocksize, double_quant)
         in_features = as_count("in_features", in_features, least=0)
         out_features = as_count("out_features", out_features, least=0)
+        # float64 is quantize_4bit's to refuse: models that come in 4 bits may have it beside these layers.
+        if dtype not in (None, *FLOATS, torch.float64):
+            raise ValueError(f"dtype is {dtype!r}; it must be None, float32, bfloat16 or float16")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype, self.compute = check_compute_dtype(compute_dtype), check_compute(compute)
