@@ -1788,7 +1788,7 @@ class TestBadInput:
         ):
             ours(hunyuan_vl((2, 1, 1)), "prompt")
 
-    def test_a_text_in_the_tokens_of_another_model(self):
+    def test_a_text_in_the_tokens_of_another_model(self, tmp_path):
         text = {"num_virtual_tokens": P, "tokenizer_name_or_path": tiny_tokenizer()}
         for made in (
             fp.PromptTuningConfig(**text, prompt_tuning_init="TEXT", prompt_tuning_init_text="z"),
@@ -1805,6 +1805,12 @@ class TestBadInput:
             fp.get_peft_model(
                 llama(), fp.DeepPromptConfig(**text | {"tokenizer_name_or_path": 3}, prefix_init_text="z")
             )
+        for path in (tmp_path, str(tmp_path / "none")):
+            named = re.escape(f"tokenizer_name_or_path is {path!r}; it must be a tokenizer, or the name or path of one")
+            with pytest.raises(ValueError, match=named):
+                fp.get_peft_model(
+                    llama(), fp.PrefixTuningConfig(**text | {"tokenizer_name_or_path": path}, prefix_init_text="z")
+                )
 
     def test_continuous_batching(self):
         """transformers has no attention with a prefix for it: refused where it is called; LoRA alone is served."""

@@ -134,7 +134,11 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
         from transformers import AutoTokenizer
 
         kwargs.pop("trust_remote_code", None)  # a checkpoint must not be able to run code
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, **kwargs)
+        except (OSError, ValueError) as error:
+            must = "it must be a tokenizer, or the name or path of one"
+            raise ValueError(f"tokenizer_name_or_path is {tokenizer!r}; {must}: {error}") from error
     ids = tokenizer(text)["input_ids"]
     if not ids:
         raise ValueError(f"the initial text is {text!r}, which has no tokens")
