@@ -1823,7 +1823,8 @@ class TestBadInput:
             model.generate_batch([[5, 6, 7]], adapter_names=["lora"])
         assert model.config._attn_implementation == "pyfastpeft"
         config = tf.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        (found,) = model.generate_batch([[5, 6, 7]], generation_config=config, progress_bar=False).values()
+        small = tf.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)  # not a large part of the memory
+        (found,) = model.generate_batch([[5, 6, 7]], config, small).values()
         expected = model.generate(torch.tensor([[5, 6, 7]]), generation_config=config)[0, 3:]
         assert found.generated_tokens == expected.tolist()
         assert model.config._attn_implementation == "pyfastpeft"
