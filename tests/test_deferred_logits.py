@@ -30,6 +30,7 @@ from transformers import (
 
 import pyfastpeft as fp
 from pyfastpeft.integrations import deferred_logits
+from pyfastpeft.integrations.accelerate import unfuse
 from pyfastpeft.integrations.deferred_logits import (
     DeferredLogits,
     _DeferringForward,
@@ -848,14 +849,14 @@ def hooks_of(model: nn.Module) -> list:
 def test_no_hook_stays_where_the_head_was_exchanged(change):
     model = fp.accelerate(make("llama").requires_grad_(False))
     defer_logits(model)  # once more: what is there stays
-    assert len(hooks_of(model)) == 2
+    assert len(hooks_of(model)) == 4
     if change == "resized":
         model.resize_token_embeddings(70)
-        assert len(hooks_of(fp.accelerate(model.requires_grad_(False)))) == 2
+        assert len(hooks_of(fp.accelerate(model.requires_grad_(False)))) == 4
     elif change in ("merged", "dequantized"):
         adapted = fp.get_peft_model(model, fp.LoraConfig(modules_to_save=["lm_head"]))
         model = adapted.merge_and_unload(dequantize=change == "dequantized")
-    defer_logits(model, False)
+    unfuse(model)
     assert not hooks_of(model)
 
 

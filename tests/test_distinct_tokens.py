@@ -9,6 +9,7 @@ import transformers as tf
 from architectures import SMALL, quantized, randomize, relative, vary_vectors
 from tiny import tiny_llama, tiny_tokenizer
 from torch.nn.modules.module import register_module_forward_hook
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama import modeling_llama
 
 import pyfastpeft as fp
@@ -259,16 +260,82 @@ def test_a_head_for_each_token(seen):
     assert seen[0] == (SHARED + ROWS * (LENGTH - SHARED), SHARED)
 
 
-def test_a_head_for_each_row(seen):
-    model = vary_vectors(tf.LlamaForSequenceClassification(tf.LlamaConfig(**SMALL, num_labels=3)))
-    fast, plain = pair(model.float(), fp.LoraConfig(r=4, task_type="SEQ_CLS"))
-    inputs = batch()
-    inputs |= {"labels": torch.randint(3, (ROWS,)), "input_ids": inputs["input_ids"] * inputs["attention_mask"]}
+CLASSIFIERS = [tf.LlamaForSequenceClassification, tf.Qwen2ForSequenceClassification, tf.Phi3ForSequenceClassification]
+
+
+def classifiers(kind=tf.LlamaForSequenceClassification, method="lora"):
+    model = vary_vectors(kind(kind.config_class(**SMALL, num_labels=3))).float()
+    assert kind.forward is GenericForSequenceClassification.forward
+    config = copy.deepcopy(METHODS[method])
+    config.task_type = "SEQ_CLS"
+    return pair(model, config)
+
+
+def check_classes_alike(fast, plain, inputs):
     expected, gradients = loss_and_gradients(plain, **inputs)
     got, got_gradients = loss_and_gradients(fast, **inputs)
     assert relative(got.logits, expected.logits) < 1e-5
     assert all(relative(got_gradients[name], gradients[name]) < 1e-4 for name in gradients)
-    assert seen == [(SHARED + ROWS * (LENGTH - SHARED), SHARED)]
+    fast.eval(), plain.eval()
+    with torch.no_grad():
+        assert relative(fast(**inputs).logits, plain(**inputs).logits) < 1e-5
+
+
+def of_classes(left=False):
+    inputs = batch(left=left)
+    ids = inputs["input_ids"] * inputs["attention_mask"]
+    return {"input_ids": ids, "attention_mask": inputs["attention_mask"], "labels": torch.randint(3, (ROWS,))}
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_head_for_each_row(kind, left, seen):
+    inputs = of_classes(left)
+    check_classes_alike(*classifiers(kind), inputs)
+    shared = 0 if left else SHARED
+    assert seen == [(int(inputs["attention_mask"].sum()) - (ROWS - 1) * shared, shared)] * 2
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "prompt", "prefix", "ptuning-v2"])
+def test_a_head_for_each_row_with_each_method(method, seen):
+    inputs = of_classes()
+    check_classes_alike(*classifiers(method=method), inputs)
+    assert seen == [(int(inputs["attention_mask"].sum()) - (ROWS - 1) * SHARED, SHARED)] * 2
+
+
+def test_a_row_whose_last_token_is_hidden_is_pooled_there(seen):
+    fast, plain = classifiers()
+    inputs = of_classes()
+    inputs["attention_mask"][0, -1] = 0
+    check_classes_alike(fast, plain, inputs)
+    assert seen == [(SHARED + ROWS * (LENGTH - SHARED), SHARED)] * 2
+
+
+def test_a_head_for_each_row_that_reads_more(seen):
+    fast, plain = classifiers()
+    for model in (fast, plain):
+        model.get_base_model().score.register_forward_hook(lambda module, args, logits: logits + logits.mean())
+    check_classes_alike(fast, plain, of_classes())
+    assert seen == [(SHARED + ROWS * (LENGTH - SHARED), SHARED)] * 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_an_output_head_with_an_adapter(options, seen):
+    fast, plain = pair(llama(), fp.LoraConfig(r=4, **options))
+    inputs = batch()
+    check_alike(fast, plain, inputs)
+    assert seen[0] == (int(inputs["attention_mask"].sum()) - (ROWS - 1) * SHARED, SHARED)
+
+
+def test_nothing_is_left_of_it(seen):
+    model = llama()
+    hooks = [list(map(len, (m._forward_hooks, m._forward_pre_hooks))) for m in model.modules()]
+    fp.accelerate(fp.accelerate(model))
+    unfuse(model)
+    assert hooks == [list(map(len, (m._forward_hooks, m._forward_pre_hooks))) for m in model.modules()]
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that). Forward hooks of a replaced layer move
     to the new one. What is between the linear layers is fused as well (:mod:`.fused_layers`), attention goes through
     this library's operator (:mod:`.attention`), in training, and in evaluation with ``labels``, the head's logits are
-    computed when something reads them (:mod:`.deferred_logits`), without a cache each token of a batch runs once
+    computed when something reads them (:mod:`.deferred_logits`), each different token of a batch runs once
     (:mod:`.each_token_once`), and in generation all layers run as one operator (:mod:`.fused_decoder`).
 
     Returns:
@@ -83,6 +83,7 @@ def fuse(model: nn.Module, attention: bool = True) -> None:
 def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`."""
     defer_logits(model, False)
+    fuse_decoder(model, False)
     remove(model)
     use_fast_attention(model, False)
 

@@ -32,7 +32,7 @@ from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from ..ops.tracing import captured, traced, transformed
 from .dense_layers import DenseForward
-from .forwards import ModuleForward, install, remove, with_parameters
+from .forwards import ModuleForward, hook, install, remove, unhook, with_parameters
 
 _CHUNK_LOGITS = 1 << 22
 _CPU_ROWS, _GPU_ROWS = 128, 512
@@ -376,34 +376,16 @@ def _evaluates(head: nn.Module) -> bool:
 
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Tells the head of a call that is made for its loss: without gradients there is no other sign of it. And tells the
-    decoder of padding that nothing is made of."""
+    """Tells the head of a call that is made for its loss: without gradients there is no other sign of it."""
     if not traced():
-        head = output_head(model) if kwargs.get("labels") is not None else None
-        evaluates = head is not None and not (torch.is_grad_enabled() or captured())
-        _EVALUATES.set(weakref.ref(head) if evaluates else None)
-        _tell_of_padding(model, kwargs)
-
-
-def _tell_of_padding(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    from .each_token_once import tell_of_padding  # not above: the loss in chunks needs torch alone
-
-    tell_of_padding(model, kwargs)
+        evaluates = kwargs.get("labels") is not None and not (torch.is_grad_enabled() or captured())
+        head = output_head(model) if evaluates else None
+        _EVALUATES.set(None if head is None else weakref.ref(head))
 
 
 def _end(model: nn.Module, args: tuple, output: Any) -> None:
     if not traced():
         _EVALUATES.set(None)
-        _tell_of_padding(model, {})
-
-
-def _forget(model: nn.Module) -> None:
-    """Take these two from every module in ``model``; a handle of theirs, where copied, would take others along."""
-    for module in model.modules():
-        of_hooks = module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called
-        for hooks, options in zip((module._forward_pre_hooks, module._forward_hooks), of_hooks, strict=True):
-            for number in [n for n, hook in hooks.items() if hook in (_begin, _end)]:
-                del hooks[number], options[number]
 
 
 class _DeferringForward(ModuleForward):
@@ -449,11 +431,11 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
     Args:
         model: a transformers model, or a module that wraps one (a PeftModel).
     """
-    from transformers import PreTrainedModel  # not above either
+    from transformers import PreTrainedModel  # not above: the loss in chunks needs torch alone
 
     head = output_head(model)
     if not defer:
-        _forget(model)
+        unhook(model, _begin, _end)
         remove(model, _DeferringForward)
     elif isinstance(head, nn.Linear):
         remove(head, DenseForward)  # which the head's own has within
@@ -461,6 +443,5 @@ def defer_logits(model: nn.Module, defer: bool = True) -> None:
         large_pages(head.weight.data)
         around = (m for m in model.modules() if isinstance(m, PreTrainedModel) and output_head(m) is head)
         outermost = next(around, None)  # which is given the labels
-        if outermost is not None and _begin not in outermost._forward_pre_hooks.values():
-            outermost.register_forward_pre_hook(_begin, with_kwargs=True)
-            outermost.register_forward_hook(_end, always_call=True)
+        if outermost is not None:
+            hook(outermost, _begin, _end)

@@ -2,8 +2,8 @@
 (:mod:`.distinct_tokens`) in the place of all.
 
 Those that begin with no token in a cache, where rows are or begin alike, are packed, or are padded. Padding is left
-out where the model around the decoder is transformers' own and was called with labels that leave it out in training,
-or for the logits of rows' last tokens alone.
+out where the model around the decoder is transformers' own and makes something of other tokens alone: with labels that
+leave it out in training, for the logits of rows' last tokens, or for the class of each row.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..nn.ends import output_head
-from ..nn.hooks import GLOBAL_HOOKS, hooked
+from ..nn.hooks import GLOBAL_HOOKS
 from ..ops.cross_entropy import IGNORED
-from ..ops.tracing import transformed
+from ..ops.tracing import traced, transformed
 from .distinct_tokens import DistinctTokens, Rows
-from .forwards import ModuleForward
+from .forwards import ModuleForward, hook, unhook
 from .fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
 from .soft_prompts.first_label import FIRST
 
@@ -44,35 +45,67 @@ _TORCHS = frozenset(
 _PACKAGES = ("pyfastpeft.", "peft.tuners.lora.", "bitsandbytes.")
 
 
-def tell_of_padding(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Tell the decoder of the language model ``model``, which is called with ``kwargs``, whether padding is read."""
-    _UNREAD.set(None if transformed() else _unread_padding(model, kwargs))
+def tell_of_padding(model: nn.Module, tell: bool = True) -> None:
+    """Let ``model``, which a decoder is in, tell it of padding that nothing reads, or not any more."""
+    if tell:
+        hook(model, _begin, _end)
+    else:
+        unhook(model, _begin, _end)
+
+
+def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if not traced():
+        _UNREAD.set(None if transformed() else _unread_padding(model, kwargs))
+
+
+def _end(model: nn.Module, args: tuple, output: Any) -> None:
+    if not traced():
+        _UNREAD.set(None)
 
 
 def _unread_padding(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
-    ids, labels, mask = (kwargs.get(name) for name in ("input_ids", "labels", "attention_mask"))
-    if not (_of_tokens(mask) and _of_tokens(ids) and ids.shape == mask.shape):
+    ids, mask = (kwargs.get(name) for name in ("input_ids", "attention_mask"))
+    if not (_of_tokens(mask) and _of_tokens(ids) and ids.shape == mask.shape and ids.numel()):
         return None
-    if labels is not None:
-        if not (model.training and torch.is_grad_enabled() and _of_tokens(labels)):
-            return None  # an evaluation's logits are looked at
-        labels = labels[:, 1:] if FIRST in kwargs else labels
-        if labels.shape != mask.shape or not written_in_transformers(model.loss_function):
-            return None
-        read = labels[:, 1:] != IGNORED  # a token's logits are compared with the next one's label
-        tokens = mask[:, :-1]
-    else:
-        last = kwargs.get("logits_to_keep")  # which generate asks for
-        if not (type(last) is int and last > 0):
-            return None
-        tokens = mask[:, -last:]
-        read = torch.ones_like(tokens, dtype=torch.bool)
-    head = output_head(model)
-    if head is None or hooked(head) or (read & (tokens == 0)).any() or not _only_known_hooks(vars(model)):
+    classifies = type(model).forward is GenericForSequenceClassification.forward
+    read = _pooled(model, ids) if classifies else _read(model, kwargs, ids)
+    if read is None or (read & (mask == 0)).any() or not _only_known_hooks(vars(model)):
+        return None
+    head = model.score if classifies else output_head(model)
+    if head is None or not all(_is_plain(vars(m)) and _known(type(m)) for m in head.modules()):
+        return None
+    if kwargs.get("labels") is not None and not written_in_transformers(model.loss_function):
         return None
     forward = vars(model).get("forward")  # accelerate puts its own around the class's
     known = forward is None or (getattr(forward, "__module__", None) or "").startswith(("accelerate.", "transformers."))
     return mask if known and written_in_transformers(type(model).forward) else None  # others may read more
+
+
+def _pooled(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """Which tokens a classifier of rows reads, their last ones."""
+    padding = model.config.get_text_config().pad_token_id
+    if padding is None:
+        return None
+    last = (torch.arange(ids.shape[1]) * (ids != padding)).argmax(1, keepdim=True)
+    return torch.zeros_like(ids, dtype=torch.bool).scatter_(1, last, True)
+
+
+def _read(model: nn.Module, kwargs: dict[str, Any], ids: Tensor) -> Tensor | None:
+    """Of which tokens something reads what a language model makes of them; None: perhaps of all."""
+    labels, last = kwargs.get("labels"), kwargs.get("logits_to_keep")
+    read = torch.zeros_like(ids, dtype=torch.bool)
+    if labels is None:
+        if not (type(last) is int and last > 0):  # as generate has it
+            return None
+        read[:, -last:] = True
+        return read
+    if not (model.training and torch.is_grad_enabled() and _of_tokens(labels)):
+        return None  # an evaluation's logits are looked at
+    labels = labels[:, 1:] if FIRST in kwargs else labels
+    if labels.shape != ids.shape:
+        return None
+    read[:, :-1] = labels[:, 1:] != IGNORED  # a token's logits are compared with the next one's label
+    return read
 
 
 def _of_tokens(t: Any) -> bool:

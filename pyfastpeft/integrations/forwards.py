@@ -1,9 +1,11 @@
-"""Forwards of single modules that stand in the place of their class's own: installed on an instance, and removed."""
+"""Forwards of single modules that stand in the place of their class's own, and hooks around them: installed on an
+instance, and removed."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +54,22 @@ def remove(model: nn.Module, kind: type[ModuleForward] = ModuleForward) -> None:
     for module in model.modules():
         if runs(module, kind):
             del module.forward
+
+
+def hook(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
+    """Call these around ``module``'s forward, ``before`` with its keywords; once, however often they are put there."""
+    if before not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, always_call=True)
+
+
+def unhook(model: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
+    """Take these from every module in ``model``; a handle of theirs, where copied, would take others along."""
+    for module in model.modules():
+        of_hooks = module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called
+        for hooks, options in zip((module._forward_pre_hooks, module._forward_hooks), of_hooks, strict=True):
+            for number in [n for n, found in hooks.items() if found in (before, after)]:
+                del hooks[number], options[number]
 
 
 def with_parameters(module: nn.Module, parameters: dict[str, Tensor | None]) -> nn.Module:

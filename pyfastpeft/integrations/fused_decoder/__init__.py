@@ -30,8 +30,8 @@ from ...caching import registered
 from ...ops.tracing import forward_mode, traced
 from ..attention import NAME as ATTENTION
 from ..attention import attention_forward, attention_mask
-from ..each_token_once import distinct_tokens
-from ..forwards import ModuleForward, install, with_item
+from ..each_token_once import distinct_tokens, tell_of_padding
+from ..forwards import ModuleForward, install, remove, with_item
 from ..soft_prompts.first_label import FIRST
 from .rooms import LAYERS, Growing, Static, patched
 from .stack import MOST_ROWS, Stack, family_of
@@ -51,12 +51,20 @@ _BESIDES = frozenset(("num_items_in_batch", "logits_to_keep", FIRST))  # which a
 _STACKS_KEPT = 32  # switching between this many sets of adapters, and choices of rows, builds nothing
 
 
-def fuse_decoder(model: nn.Module) -> None:
-    """Let every decoder in ``model`` that is of a known family compute few rows by the fused stack, in place."""
-    for module in list(model.modules()):
-        if family_of(module) is not None:
-            registered()  # from now on
-            install(module, _FewRows)
+def fuse_decoder(model: nn.Module, fuse: bool = True) -> None:
+    """Let every decoder in ``model`` that is of a known family compute few rows by the fused stack, and each token of a
+    batch once, in place; or undo it."""
+    if not fuse:
+        tell_of_padding(model, False)
+        remove(model, _FewRows)
+        return
+    decoders = {m for m in model.modules() if family_of(m) is not None}
+    for decoder in decoders:
+        registered()  # from now on
+        install(decoder, _FewRows)
+    for module in model.modules():
+        if module._modules.get(getattr(module, "base_model_prefix", None)) in decoders:
+            tell_of_padding(module)
 
 
 def _of_one_query(mask: Any, length: int) -> Any:
