@@ -9,6 +9,7 @@ import transformers as tf
 from architectures import SMALL, quantized, randomize, relative, vary_vectors
 from tiny import tiny_llama, tiny_tokenizer
 from torch.nn.modules.module import register_module_forward_hook
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama import modeling_llama
 
@@ -360,6 +361,13 @@ def test_calls_that_read_more(change, seen):
     # All tokens run, but that what is alike in all rows may run once.
     assert all(call in (None, (SHARED + ROWS * (LENGTH - SHARED), SHARED)) for call in seen)
     assert any(seen) == ("labels" in change)
+
+
+def test_positions_between_others(seen):
+    fast, plain = pair(llama())
+    inputs = batch()
+    check_alike(fast, plain, inputs | {"position_ids": torch.arange(LENGTH).expand(ROWS, -1) / 2})
+    assert not any(seen)
 
 
 def test_rows_in_other_places_share_nothing(seen):
@@ -855,14 +863,43 @@ class OfTheCallers(tf.DynamicCache):
         return super().update(*args, **kwargs)
 
 
-def begun_cache(model):
+class Halved(DynamicLayer):
+    def update(self, keys, values, *args, **kwargs):
+        keys, values = super().update(keys, values, *args, **kwargs)
+        return keys / 2, values
+
+
+def of_layers_of_the_callers(model):
+    return tf.Cache(layer_class_to_replicate=Halved)
+
+
+def with_layers_of_the_callers_to_come(model):
+    cache = tf.DynamicCache()
+    cache.layer_class_to_replicate = Halved
+    return cache
+
+
+def with_a_layer_of_the_callers(model):
+    cache = tf.DynamicCache(config=model.config)
+    own = cache.layers[1].update
+    cache.layers[1].update = lambda keys, *args, **more: own(keys / 2, *args, **more)
+    return cache
+
+
+def begun(model):
     cache = tf.DynamicCache()
     with torch.no_grad():
         model(torch.full((len(PADDED), 1), 5), **{CACHE: cache})
     return cache
 
 
-@pytest.mark.parametrize("make", [lambda m: OfTheCallers(), begun_cache], ids=["of the caller's", "begun"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda model: OfTheCallers(), begun, of_layers_of_the_callers),
+        *(with_layers_of_the_callers_to_come, with_a_layer_of_the_callers),
+    ],
+)
 def test_caches_that_are_not_known_or_not_empty(make, seen):
     fast, plain = for_inference(llama())
     inputs = prompts()
@@ -872,8 +909,11 @@ def test_caches_that_are_not_known_or_not_empty(make, seen):
     )
     seen.clear()
     with torch.no_grad():
-        got, expected = (m(**inputs, **{CACHE: c}).logits for m, c in zip((fast, plain), caches, strict=True))
-    assert relative(got, expected) < 1e-5
+        for _ in range(2):  # a few tokens more the second time
+            got, expected = (m(**inputs, **{CACHE: c}).logits for m, c in zip((fast, plain), caches, strict=True))
+            assert relative(got, expected) < 1e-5
+            inputs["input_ids"] = inputs["input_ids"][:, -2:]
+            inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
     assert not any(seen)
 
 

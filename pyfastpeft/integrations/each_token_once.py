@@ -31,7 +31,7 @@ from .soft_prompts.first_label import FIRST
 _UNREAD: ContextVar[Tensor | None] = ContextVar("_UNREAD", default=None)
 """The attention mask of the call that runs here, if nothing reads what the model makes of the padding in it."""
 
-_WORTH = 15 / 16  # of the tokens; more are not worth the copies
+_WORTH, _WORTH_CACHED = 15 / 16, 7 / 8  # of the tokens; more are not worth the copies, of which a cache needs two more
 _SPREAD = 4  # times the memory that queries, keys and values of packed sequences may take in rows
 _FUNCTIONS = (*OF_LLAMA, "create_sliding_window_causal_mask")
 # Modules that make something of each token by itself.
@@ -128,8 +128,8 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
         return None
     if positions is None:
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
-    elif positions.shape not in (ids.shape, (1, ids.shape[1])):  # but one of all tokens, or several of each
-        return None
+    elif positions.shape not in (ids.shape, (1, ids.shape[1])) or positions.is_floating_point():
+        return None  # one of all tokens, or several of each
     positions = positions.expand_as(ids)
     packed = mask is None and bool((positions.diff() != 1).any())
     everywhere = torch.ones_like(ids, dtype=torch.bool)
@@ -144,7 +144,7 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
             rows = _to_the_left(rows._replace(kept=shown))
     different = _different(rows)
     shared = _shared(different)
-    worth = math.inf if packed else _WORTH * ids.numel()
+    worth = math.inf if packed else (_WORTH_CACHED if caches else _WORTH) * ids.numel()
     if not 0 < _count(different, shared) <= worth:
         return None
     modules = list(model.modules())[1:]

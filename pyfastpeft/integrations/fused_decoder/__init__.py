@@ -96,6 +96,8 @@ def _is_empty(cache: Any) -> bool:
     kinds = LAYERS.get(type(cache))
     if kinds is None or getattr(cache, "offloading", False) or patched(cache):
         return False
+    if getattr(cache, "layer_class_to_replicate", None) not in (None, *kinds):  # of the layers that it has not made yet
+        return False
     return all(type(layer) in kinds and not layer.is_initialized for layer in cache.layers)
 
 

@@ -131,4 +131,5 @@ class Static:
 def patched(cache: DynamicCache | StaticCache) -> bool:
     """Whether somebody else's function takes up what is computed, for ``cache`` or its layers."""
     kinds = type(cache), *LAYERS[type(cache)]
-    return "update" in vars(cache) or any(written_in_transformers(kind.update) is None for kind in kinds)
+    own = any("update" in vars(each) for each in (cache, *cache.layers))
+    return own or any(written_in_transformers(kind.update) is None for kind in kinds)
