@@ -161,7 +161,7 @@ def _template(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer_nex
 
 
 def _check_roles(messages: Messages, template: str | dict[str, str]) -> None:
-    """Whether there is a turn for each message: templates write out a word that they do not know, or nothing at all."""
+    """Refuse roles without a turn in the template, which writes out a word that it does not know, or nothing at all."""
     source = template if isinstance(template, str) else "".join(template.values())
     for role in (m["role"] for m in messages):
         if role not in _ROLES and f"'{role}'" not in source and f'"{role}"' not in source:

@@ -145,7 +145,9 @@ def test_methods(method, case, seen):
     if case == "whole":
         del inputs["attention_mask"]
     check_alike(fast, plain, inputs)
-    assert seen[0] is not None and (seen[0][1] == SHARED) == (case != "left")
+    shared = 0 if case == "left" else SHARED
+    shown = ROWS * LENGTH if case == "whole" else int(inputs["attention_mask"].sum())
+    assert seen[0] == (shown - (ROWS - 1) * shared, shared)
 
 
 def test_a_4_bit_base_and_the_labels_of_first_tokens(seen):
@@ -153,7 +155,7 @@ def test_a_4_bit_base_and_the_labels_of_first_tokens(seen):
     inputs = batch()
     inputs["labels"][:, 0] = inputs["input_ids"][:, 0]
     check_alike(fast, plain, inputs)
-    assert seen[0][1] == SHARED
+    assert seen[0] == (int(inputs["attention_mask"].sum()) - (ROWS - 1) * SHARED, SHARED)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +203,7 @@ def test_dropout_of_one_attention(seen):
 def test_evaluation_shares_and_keeps_padding(gradients, seen):
     fast, plain = (m.eval() for m in pair(llama()))
     padded = batch()
+    padded["input_ids"][:, SHARED] = torch.arange(2, 2 + ROWS)  # no two rows the same
     whole = {name: t[:, :7] for name, t in padded.items()}
     with torch.set_grad_enabled(gradients):
         for inputs in (padded, whole):
@@ -310,6 +313,15 @@ def test_a_row_whose_last_token_is_hidden_is_pooled_there(seen):
     inputs["attention_mask"][0, -1] = 0
     check_classes_alike(fast, plain, inputs)
     assert seen == [(SHARED + ROWS * (LENGTH - SHARED), SHARED)] * 2
+
+
+def test_a_head_for_each_row_whose_loss_is_of_each_token(seen):
+    fast, plain = classifiers()
+    for model in (fast, plain):
+        model.get_base_model().loss_type = "ForTokenClassification"
+    inputs = of_classes() | {"labels": torch.randint(3, (ROWS, LENGTH))}
+    losses = [m(**inputs).loss for m in (fast, plain)]
+    torch.testing.assert_close(*losses)
 
 
 def test_a_head_for_each_row_that_reads_more(seen):
@@ -524,6 +536,65 @@ def test_models_without_some_layers(seen):
     assert torch.isfinite(empty(**inputs).loss)
 
 
+def test_a_call_that_is_served_otherwise_says_nothing_of_the_next(seen):
+    fast, plain = for_inference(llama())
+    inputs = prompts()
+    with torch.no_grad():
+        fast(**inputs, logits_to_keep=1, **{CACHE: OfTheCallers()})
+        got, expected = (m.get_base_model().model(**inputs)[0] for m in (fast, plain))
+    assert relative(got, expected) < 1e-5
+    assert seen == [None]
+
+
+def test_the_same_rows_under_other_masks(seen):
+    fast, plain = (m.eval() for m in pair(llama()))
+    inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    inputs["input_ids"] = inputs["input_ids"][:1].expand(ROWS, -1)
+    got, expected = (m(**inputs).logits for m in (fast, plain))
+    assert relative(got, expected) < 1e-5
+
+
+def test_the_same_rows_under_dropout(seen):
+    fast, _ = pair(llama(), fp.LoraConfig(r=4, lora_dropout=0.5))
+    inputs = batch([LENGTH] * ROWS, shared=LENGTH)
+    logits = fast(**inputs).logits[:, -1]
+    assert not torch.equal(logits[0], logits[1])
+    assert seen == [None]
+
+
+def test_training_without_gradients_shows_the_logits_of_padding(seen):
+    fast, plain = pair(llama())
+    inputs = batch()
+    with torch.no_grad():
+        got, expected = (m(**inputs).logits for m in (fast, plain))
+    assert relative(got, expected) < 1e-5
+    assert seen == [(SHARED + ROWS * (LENGTH - SHARED), SHARED)]
+
+
+def test_a_cache_is_filled_though_none_is_asked_for(seen):
+    fast, plain = for_inference(llama())
+    inputs, caches = prompts(), [tf.DynamicCache(), tf.DynamicCache()]
+    with torch.no_grad():
+        for model, cache in zip((fast, plain), caches, strict=True):
+            model(**inputs, **{CACHE: cache}, use_cache=False, logits_to_keep=1)
+    check_same_cache(*caches, inputs["attention_mask"] != 0)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_cache_is_filled_where_nothing_is_checkpointed(gradients, seen):
+    """In evaluation, and without gradients."""
+    fast, plain = pair(llama())
+    inputs = prompts()
+    for model in (fast, plain):
+        model.config.use_cache = True
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.train(not gradients)
+    with torch.set_grad_enabled(gradients):
+        caches = [cache_of(m(**inputs, logits_to_keep=1)) for m in (fast, plain)]
+    check_same_cache(*caches, inputs["attention_mask"] != 0)
+    assert len(caches[0].layers[0].keys) == len(PADDED)
+
+
 def test_an_interrupted_call_says_nothing_of_the_next(seen):
     fast, plain = pair(llama())
     inputs = batch()
@@ -554,6 +625,11 @@ def hook_before_a_layer(model):
 
 def hook_behind_a_layer(model):
     model.model.layers[0].mlp.register_full_backward_hook(lambda *_: None)
+
+
+class Mixing(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x + x.mean(1, keepdim=True))
 
 
 def put_a_forward(model):
@@ -593,6 +669,14 @@ CHANGES = [
     *(hook_a_layer, hook_before_a_layer, hook_behind_a_layer, put_a_layer, put_a_forward, mix_tokens, compile_a_layer),
     *(count_tokens, slide, look_both_ways, look_ahead),
 ]
+
+
+def test_a_head_that_mixes_tokens(seen):
+    fast, plain = pair(llama())
+    head = Mixing(SMALL["hidden_size"], SMALL["vocab_size"], bias=False)
+    fast.get_base_model().lm_head = plain.get_base_model().lm_head = head
+    check_alike(fast, plain, batch())
+    assert seen[0] == (SHARED + ROWS * (LENGTH - SHARED), SHARED)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -682,6 +766,7 @@ def test_peft_over_an_accelerated_model(seen):
 def test_labels_of_which_only_a_transform_has_values():
     model = llama(use_cache=False)
     defer_logits(model)
+    fused_decoder.fuse_decoder(model)
     inputs = batch()
     labels = inputs.pop("labels")
     losses = torch.func.vmap(lambda labels: model(**inputs, labels=labels).loss)(torch.stack([labels, labels]))
@@ -824,15 +909,17 @@ def test_rows_that_are_the_same_but_for_where_they_are(seen):
     assert seen == [(3 * PROMPT, 0)]
 
 
-@pytest.mark.parametrize("kind", ["none", "plain", "configured", "sliding", "static"])
+@pytest.mark.parametrize("kind", ["none", "plain", "configured", "sliding", "sliding none", "static"])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_the_cache_that_is_filled(gradients, kind, seen):
-    config = tf.MistralConfig(**SMALL, sliding_window=PROMPT if kind == "sliding" else None)
+    sliding = kind.startswith("sliding")
+    config = tf.MistralConfig(**SMALL, sliding_window=PROMPT if sliding else None)
     fast, plain = for_inference(vary_vectors(tf.MistralForCausalLM(config)).float())
     inputs = prompts()
     shown = inputs["attention_mask"] != 0
     new = {
         "none": lambda: None,
+        "sliding none": lambda: None,
         "plain": tf.DynamicCache,
         "configured": lambda: tf.DynamicCache(config=config),
         "sliding": lambda: tf.DynamicCache(config=config),
@@ -846,7 +933,7 @@ def test_the_cache_that_is_filled(gradients, kind, seen):
         assert cache is None or cache_of(outputs[-1]) is cache
     got, expected = outputs
     assert relative(got.logits, expected.logits) < 1e-5
-    shown_in_cache = shown[:, 1:] if kind == "sliding" else shown
+    shown_in_cache = shown[:, 1:] if sliding else shown
     check_same_cache(cache_of(got), cache_of(expected), shown_in_cache)
     assert len(seen) == 1 and (seen[0] is not None)
     more = {
@@ -879,6 +966,12 @@ def with_layers_of_the_callers_to_come(model):
     return cache
 
 
+def with_a_layer_of_the_callers_class(model):
+    cache = tf.DynamicCache(config=model.config)
+    cache.layers[1] = Halved()
+    return cache
+
+
 def with_a_layer_of_the_callers(model):
     cache = tf.DynamicCache(config=model.config)
     own = cache.layers[1].update
@@ -897,7 +990,7 @@ def begun(model):
     "make",
     [
         *(lambda model: OfTheCallers(), begun, of_layers_of_the_callers),
-        *(with_layers_of_the_callers_to_come, with_a_layer_of_the_callers),
+        *(with_layers_of_the_callers_to_come, with_a_layer_of_the_callers_class, with_a_layer_of_the_callers),
     ],
 )
 def test_caches_that_are_not_known_or_not_empty(make, seen):
@@ -910,11 +1003,20 @@ def test_caches_that_are_not_known_or_not_empty(make, seen):
     seen.clear()
     with torch.no_grad():
         for _ in range(2):  # a few tokens more the second time
-            got, expected = (m(**inputs, **{CACHE: c}).logits for m, c in zip((fast, plain), caches, strict=True))
-            assert relative(got, expected) < 1e-5
+            outputs = [m(**inputs, **{CACHE: c}, logits_to_keep=1) for m, c in zip((fast, plain), caches, strict=True)]
+            assert relative(*(o.logits for o in outputs)) < 1e-5
             inputs["input_ids"] = inputs["input_ids"][:, -2:]
             inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
     assert not any(seen)
+
+
+def test_a_cache_asks_for_more_to_be_left_out(seen):
+    fast, _ = for_inference(llama())
+    inputs = prompts((PROMPT, PROMPT, 35, 31), shared=0)
+    with torch.no_grad():
+        for caches in (False, True):
+            fast(**inputs, use_cache=caches, logits_to_keep=1)
+    assert seen == [(146, 0), None]
 
 
 @pytest.mark.parametrize("last", [0, 1, 3, PROMPT, torch.tensor([PROMPT - 1])], ids=str)

@@ -28,8 +28,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that). Forward hooks of a replaced layer move
     to the new one. What is between the linear layers is fused as well (:mod:`.fused_layers`), attention goes through
     this library's operator (:mod:`.attention`), in training, and in evaluation with ``labels``, the head's logits are
-    computed when something reads them (:mod:`.deferred_logits`), each different token of a batch runs once
-    (:mod:`.each_token_once`), and in generation all layers run as one operator (:mod:`.fused_decoder`).
+    computed when something reads them (:mod:`.deferred_logits`), each different token of a batch runs once on a CPU
+    unless a cache holds others before it (:mod:`.each_token_once`), and in generation all layers run as one operator
+    (:mod:`.fused_decoder`).
 
     Returns:
         ``model`` itself, unless it is such a layer.

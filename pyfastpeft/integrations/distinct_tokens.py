@@ -1,7 +1,8 @@
 """A batch's different tokens, out of their rows, and attention of them.
 
 What a causal decoder makes of a token depends on the tokens before it alone. So the tokens that all rows begin with,
-such as a chat template's system prompt, come to the same in every row, and padding comes to nothing that anybody reads.
+such as a chat template's system prompt, come to the same in every row, as do rows that are the same as a whole, and
+padding comes to nothing that anybody reads.
 A decoder's layers can therefore run on the different tokens of a batch, [1, N, hidden]: first those that the rows
 share, then each row's own. Attention alone asks which row a token is in: the shared tokens attend to themselves, the
 rows' own to theirs, with the shared keys and values as a prefix.
@@ -30,8 +31,8 @@ class Rows(NamedTuple):
     Attributes:
         ids: [rows, length].
         positions: likewise.
-        shown: bool, whether others see a token.
-        kept: bool, whether it is one of those to run.
+        shown: bool, likewise, whether others see a token.
+        kept: bool, likewise, whether it is one of those to run.
         places: [batch, length of the batch], where each token of the batch is in all of the rows; None: where it was.
     """
 
@@ -141,7 +142,7 @@ def _split(t: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _in_rows(own: Tensor, mask: Tensor) -> Tensor:
-    """[tokens of their own, ...] as [batch, length, ...], zeros where there is none."""
+    """[tokens of their own, ...] as [rows, length of their own, ...], zeros where there is none."""
     shape, places = (mask.shape[0], mask.shape[3]), _layout_of(mask).places
     if places is not None:
         own = own.new_zeros(shape[0] * shape[1], *own.shape[1:]).index_copy(0, places, own)

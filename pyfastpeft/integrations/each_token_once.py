@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..nn.ends import output_head
@@ -67,18 +68,22 @@ def _unread_padding(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
     ids, mask = (kwargs.get(name) for name in ("input_ids", "attention_mask"))
     if not (_of_tokens(mask) and _of_tokens(ids) and ids.shape == mask.shape and ids.numel()):
         return None
+    forward = vars(model).get("forward")  # accelerate puts its own around the class's
+    known = forward is None or (getattr(forward, "__module__", None) or "").startswith(("accelerate.", "transformers."))
+    if not (known and written_in_transformers(type(model).forward) and _only_known_hooks(vars(model))):
+        return None  # others may read more
     classifies = type(model).forward is GenericForSequenceClassification.forward
     read = _pooled(model, ids) if classifies else _read(model, kwargs, ids)
-    if read is None or (read & (mask == 0)).any() or not _only_known_hooks(vars(model)):
+    if read is None or (read & (mask == 0)).any():
         return None
     head = model.score if classifies else output_head(model)
     if head is None or not all(_is_plain(vars(m)) and _known(type(m)) for m in head.modules()):
         return None
-    if kwargs.get("labels") is not None and not written_in_transformers(model.loss_function):
-        return None
-    forward = vars(model).get("forward")  # accelerate puts its own around the class's
-    known = forward is None or (getattr(forward, "__module__", None) or "").startswith(("accelerate.", "transformers."))
-    return mask if known and written_in_transformers(type(model).forward) else None  # others may read more
+    if kwargs.get("labels") is not None:
+        loss = model.loss_function
+        if not (loss is ForSequenceClassificationLoss if classifies else written_in_transformers(loss)):
+            return None
+    return mask
 
 
 def _pooled(model: nn.Module, ids: Tensor) -> Tensor | None:
@@ -95,7 +100,7 @@ def _read(model: nn.Module, kwargs: dict[str, Any], ids: Tensor) -> Tensor | Non
     labels, last = kwargs.get("labels"), kwargs.get("logits_to_keep")
     read = torch.zeros_like(ids, dtype=torch.bool)
     if labels is None:
-        if not (type(last) is int and last > 0):  # as generate has it
+        if type(last) is not int:  # as generate's is
             return None
         read[:, -last:] = True
         return read
@@ -134,8 +139,10 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
     packed = mask is None and bool((positions.diff() != 1).any())
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     if packed:
+        if caches:
+            return None
         rows = _unpacked(ids, positions)
-        if caches or not _fit_rows(rows.ids, ids):
+        if not _fit_rows(rows.ids, ids):
             return None
     else:
         shown = everywhere if mask is None else mask != 0
@@ -200,8 +207,7 @@ def _to_the_left(rows: Rows) -> Rows:
 
 def _different(rows: Rows) -> Rows:
     """Those of ``rows`` that are different, as beams of one prompt are not."""
-    said = torch.cat([*(t * rows.kept for t in rows[:2]), *(t.long() for t in rows[2:4])], 1)
-    said, which = said.unique(dim=0, return_inverse=True)
+    said, which = torch.cat([t.long() for t in rows[:4]], 1).unique(dim=0, return_inverse=True)
     if len(said) == len(rows.ids):
         return rows
     ids, positions, shown, kept = said.chunk(4, 1)

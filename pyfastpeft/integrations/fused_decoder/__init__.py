@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ...caching import registered
 from ...ops.tracing import forward_mode, traced
@@ -33,7 +33,7 @@ from ..attention import attention_forward, attention_mask
 from ..each_token_once import distinct_tokens, tell_of_padding
 from ..forwards import ModuleForward, install, remove, with_item
 from ..soft_prompts.first_label import FIRST
-from .rooms import LAYERS, Growing, Static, patched
+from .rooms import LAYERS, Growing, Static, is_plain
 from .stack import MOST_ROWS, Stack, family_of
 
 # What asks for nothing more; of other keywords any value may.
@@ -63,7 +63,7 @@ def fuse_decoder(model: nn.Module, fuse: bool = True) -> None:
         registered()  # from now on
         install(decoder, _FewRows)
     for module in model.modules():
-        if module._modules.get(getattr(module, "base_model_prefix", None)) in decoders:
+        if isinstance(module, PreTrainedModel) and module._modules.get(module.base_model_prefix) in decoders:
             tell_of_padding(module)
 
 
@@ -93,12 +93,7 @@ def _asks_for_more(config: Any, kwargs: dict[str, Any]) -> bool:
 
 def _is_empty(cache: Any) -> bool:
     """Whether this is a plain cache that never held a token."""
-    kinds = LAYERS.get(type(cache))
-    if kinds is None or getattr(cache, "offloading", False) or patched(cache):
-        return False
-    if getattr(cache, "layer_class_to_replicate", None) not in (None, *kinds):  # of the layers that it has not made yet
-        return False
-    return all(type(layer) in kinds and not layer.is_initialized for layer in cache.layers)
+    return type(cache) in LAYERS and not any(layer.is_initialized for layer in cache.layers) and is_plain(cache)
 
 
 class _FewRows(ModuleForward):
@@ -191,18 +186,17 @@ class _FewRows(ModuleForward):
         batch, tokens = given.shape[:2]
         if not given.is_cpu or batch * tokens > MOST_ROWS:
             return None  # before anything is asked that a GPU would be waited for
-        kinds = LAYERS.get(type(cache))
-        if kinds is None:
+        if not is_plain(cache):
             return None
         caches = config.use_cache if use_cache is None else use_cache
         if not caches or _asks_for_more(config, kwargs) or torch.is_autocast_enabled("cpu"):
             return None
         layers = cache.layers
         count = config.num_hidden_layers
-        if len(layers) != count or getattr(cache, "offloading", False) or patched(cache):
+        if len(layers) != count:
             return None
         begun = layers[0].is_initialized
-        if not all(type(layer) in kinds and layer.is_initialized is begun for layer in layers):
+        if not all(layer.is_initialized is begun for layer in layers):
             return None
         past = int(layers[0].get_seq_length())
         length = past + tokens

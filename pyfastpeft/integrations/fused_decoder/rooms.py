@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,8 +129,13 @@ class Static:
                 layer.cumulative_length.fill_(past + tokens)
 
 
-def patched(cache: DynamicCache | StaticCache) -> bool:
-    """Whether somebody else's function takes up what is computed, for ``cache`` or its layers."""
-    kinds = type(cache), *LAYERS[type(cache)]
-    own = any("update" in vars(each) for each in (cache, *cache.layers))
-    return own or any(written_in_transformers(kind.update) is None for kind in kinds)
+def is_plain(cache: Any) -> bool:
+    """Whether this is a cache of a kind that is known here, all of whose layers keep what they are given."""
+    kinds = LAYERS.get(type(cache))
+    if kinds is None or getattr(cache, "offloading", False) or "update" in vars(cache):
+        return False
+    if getattr(cache, "layer_class_to_replicate", None) not in (None, *kinds):  # of the layers that are yet to be made
+        return False
+    if any(written_in_transformers(kind.update) is None for kind in (type(cache), *kinds)):
+        return False
+    return all(type(layer) in kinds and "update" not in vars(layer) for layer in cache.layers)
