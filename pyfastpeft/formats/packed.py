@@ -150,7 +150,7 @@ class Packed4bit:
         """The same weight on ``device``, in that device's layout; with ``copy`` it shares no memory with this one.
 
         Raises:
-            TypeError: ``device`` is none, a dtype for example.
+            TypeError: ``device`` is not one: a dtype, for example.
         """
         try:
             device = torch.device(device)
