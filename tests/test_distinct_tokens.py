@@ -396,6 +396,8 @@ def packed(batches, *lengths, shared=SHARED):
     ids = torch.randint(2, SMALL["vocab_size"], positions.shape)
     alike = positions < shared
     ids[alike] = torch.randint(2, SMALL["vocab_size"], (shared,))[positions[alike]]
+    own = positions == shared
+    ids[own] = torch.randperm(SMALL["vocab_size"])[: int(own.sum())]  # no two sequences the same
     labels = ids.masked_fill(positions == 0, -100)
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
 
