@@ -939,6 +939,16 @@ def test_a_model_is_dequantized_to_a_dtype_that_is_named(tmp_path, ids):
     assert {model.get_submodule(path).weight.dtype for path in layers} == {torch.float64}
 
 
+def test_a_model_in_4_bits_is_opened_in_float64_to_be_dequantized_to_it(tmp_path, ids):
+    _, auto = saved(tmp_path)
+    model = auto.from_pretrained(tmp_path, quantization_config=fp.FastPeftConfig())
+    model.save_pretrained(tmp_path / "4")
+    exact = auto.from_pretrained(tmp_path / "4", dtype=torch.float64)
+    exact.dequantize("float64")
+    assert {p.dtype for p in exact.parameters()} == {torch.float64}
+    torch.testing.assert_close(output(model, ids).double(), output(exact, ids), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of mapped files are given back on Linux")
 def test_pages_of_a_mapped_file_are_given_back_unless_they_were_written_to(tmp_path):
     def resident(t):

@@ -2,10 +2,9 @@
 
 What a causal decoder makes of a token depends on the tokens before it alone. So the tokens that all rows begin with,
 such as a chat template's system prompt, come to the same in every row, as do rows that are the same as a whole, and
-padding comes to nothing that anybody reads.
-A decoder's layers can therefore run on the different tokens of a batch, [1, N, hidden]: first those that the rows
-share, then each row's own. Attention alone asks which row a token is in: the shared tokens attend to themselves, the
-rows' own to theirs, with the shared keys and values as a prefix.
+padding comes to nothing that anybody reads. A decoder's layers can therefore run on the different tokens of a batch,
+[1, N, hidden]: first those that the rows share, then each row's own. Attention alone asks which row a token is in: the
+shared tokens attend to themselves, the rows' own to theirs, with the shared keys and values as a prefix.
 """
 
 from __future__ import annotations

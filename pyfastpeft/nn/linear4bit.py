@@ -70,7 +70,7 @@ class Linear4bit(OneDevice, nn.Linear):
         _, blocksize = check_settings(quant_type, blocksize, double_quant)
         in_features = as_count("in_features", in_features, least=0)
         out_features = as_count("out_features", out_features, least=0)
-        # float64 is quantize_4bit's to refuse: models that come in 4 bits may have it beside these layers.
+        # float64 is quantize_4bit's to refuse: a model that comes in 4 bits may have it around these layers.
         if dtype not in (None, *FLOATS, torch.float64):
             raise ValueError(f"dtype is {dtype!r}; it must be None, float32, bfloat16 or float16")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)

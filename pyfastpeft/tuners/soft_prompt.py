@@ -127,9 +127,9 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
     """
     if not isinstance(text, str):
         raise TypeError(f"the initial text is {text!r}; it must be a string")
-    wrong = f"tokenizer_name_or_path is {tokenizer!r}; it must be a tokenizer, or the name or path of one"
+    must = "it must be a tokenizer, or the name or path of one"
     if not isinstance(tokenizer, (str, os.PathLike)) and not callable(tokenizer):
-        raise TypeError(wrong)
+        raise TypeError(f"tokenizer_name_or_path is {tokenizer!r}; {must}")
     check_text(text)
     if isinstance(tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer
@@ -138,7 +138,7 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer, **kwargs)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{wrong}: {error}") from error
+            raise ValueError(f"tokenizer_name_or_path is {tokenizer!r}; {must}: {error}") from error
     ids = tokenizer(text)["input_ids"]
     if not ids:
         raise ValueError(f"the initial text is {text!r}, which has no tokens")

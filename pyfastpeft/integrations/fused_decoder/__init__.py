@@ -33,7 +33,7 @@ from ..attention import attention_forward, attention_mask
 from ..each_token_once import distinct_tokens, tell_of_padding
 from ..forwards import ModuleForward, install, remove, with_item
 from ..soft_prompts.first_label import FIRST
-from .rooms import LAYERS, Growing, Static, is_plain
+from .rooms import Growing, Static, is_known
 from .stack import MOST_ROWS, Stack, family_of
 
 # What asks for nothing more; of other keywords any value may.
@@ -92,8 +92,8 @@ def _asks_for_more(config: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_empty(cache: Any) -> bool:
-    """Whether this is a plain cache that never held a token."""
-    return type(cache) in LAYERS and not any(layer.is_initialized for layer in cache.layers) and is_plain(cache)
+    """Whether this is a cache that is known here and never held a token."""
+    return is_known(cache) and not any(layer.is_initialized for layer in cache.layers)
 
 
 class _FewRows(ModuleForward):
@@ -186,7 +186,7 @@ class _FewRows(ModuleForward):
         batch, tokens = given.shape[:2]
         if not given.is_cpu or batch * tokens > MOST_ROWS:
             return None  # before anything is asked that a GPU would be waited for
-        if not is_plain(cache):
+        if not is_known(cache):
             return None
         caches = config.use_cache if use_cache is None else use_cache
         if not caches or _asks_for_more(config, kwargs) or torch.is_autocast_enabled("cpu"):

@@ -129,7 +129,7 @@ class Static:
                 layer.cumulative_length.fill_(past + tokens)
 
 
-def is_plain(cache: Any) -> bool:
+def is_known(cache: Any) -> bool:
     """Whether this is a cache of a kind that is known here, all of whose layers keep what they are given."""
     kinds = LAYERS.get(type(cache))
     if kinds is None or getattr(cache, "offloading", False) or "update" in vars(cache):
