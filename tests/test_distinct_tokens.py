@@ -49,10 +49,16 @@ def llama(**config):
     return vary_vectors(tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**SMALL | config))).float()
 
 
+def others(count):
+    """Tokens of which no two are the same."""
+    return torch.randperm(SMALL["vocab_size"] - 2)[:count] + 2
+
+
 def batch(lengths=(LENGTH, 9, 12, 7), left=False, shared=SHARED):
-    """Rows of these lengths, padded, that all begin alike."""
+    """Rows of these lengths, padded, of which all begin with as many tokens alike, and no two with more."""
     ids = torch.randint(2, SMALL["vocab_size"], (ROWS, LENGTH))
     ids[:, :shared] = ids[0, :shared]
+    ids[:, shared : shared + 1] = others(ROWS).unsqueeze(1)
     mask = (torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(1)).long()
     if left:
         ids, mask = (t.flip(1) for t in (ids, mask))
@@ -60,6 +66,12 @@ def batch(lengths=(LENGTH, 9, 12, 7), left=False, shared=SHARED):
     first = mask.argmax(1, keepdim=True)
     labels.scatter_(1, first, -100)  # which padding on the left would be said to predict
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def different(inputs):
+    """The tokens of rows that begin at their first place, each with those before it."""
+    rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].sum(1).tolist(), strict=True)
+    return {tuple(row[: i + 1]) for row, length in rows for i in range(length)}
 
 
 @pytest.fixture
@@ -166,19 +178,70 @@ def test_rows_of_any_length(lengths, shared, seen):
     fast, plain = pair(llama())
     inputs = batch(lengths, shared=shared)
     check_alike(fast, plain, inputs)
-    rows = {(length if length <= shared else (i,)): length for i, length in enumerate(lengths)}
+    rows = {tuple(row[:length]) for row, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)}
     together = min(shared, LENGTH - 1, *lengths) if len(rows) > 1 else 0
-    count = together + sum(length - together for length in rows.values())
+    count = len(different(inputs))
     assert seen[0] == ((count, together) if count <= 15 / 16 * ROWS * LENGTH else None)
+
+
+def answers_of_prompts(together=3, padding=True):
+    """Three prompts that begin alike, each with two answers, side by side or not."""
+    lengths = LENGTH, 14, 9, LENGTH, 12, 6
+    ids = torch.randint(2, SMALL["vocab_size"], (6, LENGTH))
+    ids[:, :together] = ids[0, :together]
+    for prompt, (one, other) in enumerate([(0, 1), (2, 5), (3, 4)]):
+        length = min(lengths[one], lengths[other], 5 + prompt)
+        ids[other, :length] = ids[one, :length]
+    mask = (torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(1)).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :5] = -100
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return inputs if padding else {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("together", [0, 3, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_several_answers_of_each_prompt(method, together, seen):
+    fast, plain = pair(llama(), METHODS[method])
+    inputs = answers_of_prompts(together=together)
+    check_alike(fast, plain, inputs)
+    count = len(different(inputs))
+    assert seen[0][0] == count < int(inputs["attention_mask"].sum()) - 5 * together
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+def test_several_answers_of_each_prompt_in_each_family(config, dtype, seen):
+    model = vary_vectors(tf.AutoModelForCausalLM.from_config(copy.deepcopy(config))).to(dtype)
+    inputs = answers_of_prompts()
+    check_as_exact(pair(model)[0], inputs, dtype)
+    assert seen[0][0] == len(different(inputs))
+
+
+def test_several_answers_of_each_prompt_in_whole_rows(seen):
+    fast, plain = pair(llama())
+    inputs = answers_of_prompts(padding=False)
+    check_alike(fast, plain, inputs)
+    whole = inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}
+    assert [call[0] for call in seen] == [len(different(whole))] * 2
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_gradient_checkpointing(method, reentrant, seen):
+@pytest.mark.parametrize("inputs", [batch, answers_of_prompts])
+def test_gradient_checkpointing(inputs, method, reentrant, seen):
     fast, plain = pair(llama(), METHODS[method])
     fast.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
-    check_alike(fast, plain, batch())
-    assert seen[0][1] == SHARED
+    inputs = inputs()
+    check_alike(fast, plain, inputs)
+    assert seen[0][0] == len(different(inputs))
+
+
+def test_several_answers_of_each_prompt_under_dropout(seen):
+    fast, _ = pair(llama(), fp.LoraConfig(r=4, lora_dropout=0.1))
+    inputs = answers_of_prompts()
+    fast(**inputs).loss.backward()
+    assert seen == [(int(inputs["attention_mask"].sum()), 0)]
 
 
 def test_dropout_is_of_each_row(seen):
@@ -203,7 +266,6 @@ def test_dropout_of_one_attention(seen):
 def test_evaluation_shares_and_keeps_padding(gradients, seen):
     fast, plain = (m.eval() for m in pair(llama()))
     padded = batch()
-    padded["input_ids"][:, SHARED] = torch.arange(2, 2 + ROWS)  # no two rows the same
     whole = {name: t[:, :7] for name, t in padded.items()}
     with torch.set_grad_enabled(gradients):
         for inputs in (padded, whole):
@@ -397,7 +459,7 @@ def packed(batches, *lengths, shared=SHARED):
     alike = positions < shared
     ids[alike] = torch.randint(2, SMALL["vocab_size"], (shared,))[positions[alike]]
     own = positions == shared
-    ids[own] = torch.randperm(SMALL["vocab_size"])[: int(own.sum())]  # no two sequences the same
+    ids[own] = others(int(own.sum()))
     labels = ids.masked_fill(positions == 0, -100)
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
 
@@ -420,6 +482,16 @@ def test_packed_sequences_that_begin_alike(batches, method, shared, seen):
         check_alike(fast, plain, inputs)
     together = shared * (4 * batches - 1)
     assert seen[0] == (42 * batches - together, shared)
+
+
+def test_packed_answers_of_each_prompt(seen):
+    fast, plain = pair(llama())
+    inputs = answers_of_prompts()
+    shown = inputs["attention_mask"] != 0
+    places = torch.arange(LENGTH).expand(6, -1)
+    ids, positions, labels = (t[shown].unsqueeze(0) for t in (inputs["input_ids"], places, inputs["labels"]))
+    check_alike(fast, plain, {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False})
+    assert seen[0][0] == len(different(inputs))
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -807,12 +879,13 @@ PADDED = [PROMPT, 31, 35, 18]
 
 
 def prompts(lengths=tuple(PADDED), shared=SHARED):
-    """Rows of these lengths, padded on the left, that all begin alike, for generate."""
+    """As ``batch``, padded on the left, for generate."""
     ids = torch.zeros(len(lengths), PROMPT, dtype=torch.long)
     mask = torch.zeros_like(ids)
     begin = torch.randint(2, SMALL["vocab_size"], (shared,))
-    for row, shown, length in zip(ids, mask, lengths, strict=True):
+    for row, shown, length, own in zip(ids, mask, lengths, others(len(lengths)), strict=True):
         row[PROMPT - length :] = torch.cat([begin, torch.randint(2, SMALL["vocab_size"], (length - shared,))])
+        row[PROMPT - length + shared] = own
         shown[PROMPT - length :] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
@@ -890,6 +963,17 @@ def test_rows_that_are_the_same(lengths, options, seen):
     assert torch.equal(*results)
     shared = SHARED if len(lengths) > 1 else 0
     assert seen[0] == (sum(lengths) - (len(lengths) - 1) * shared, shared)
+
+
+def test_prompts_that_begin_alike_in_pairs(seen):
+    fast, plain = for_inference(llama())
+    inputs = prompts()
+    ids = inputs["input_ids"]
+    ids[1, -31:-10] = ids[0, :21]
+    ids[3, -18:-3] = ids[2, -35:-20]
+    assert torch.equal(answers(fast, inputs), answers(plain, inputs))
+    begun = [(row[shown != 0].tolist()) for row, shown in zip(*inputs.values(), strict=True)]
+    assert seen[0][0] == len({tuple(row[: i + 1]) for row in begun for i in range(len(row))}) < sum(PADDED) - 30
 
 
 def test_two_pairs_of_rows_that_are_the_same(seen):

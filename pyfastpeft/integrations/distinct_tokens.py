@@ -1,10 +1,11 @@
 """A batch's different tokens, out of their rows, and attention of them.
 
-What a causal decoder makes of a token depends on the tokens before it alone. So the tokens that all rows begin with,
-such as a chat template's system prompt, come to the same in every row, as do rows that are the same as a whole, and
-padding comes to nothing that anybody reads. A decoder's layers can therefore run on the different tokens of a batch,
-[1, N, hidden]: first those that the rows share, then each row's own. Attention alone asks which row a token is in: the
-shared tokens attend to themselves, the rows' own to theirs, with the shared keys and values as a prefix.
+What a causal decoder makes of a token depends on the tokens before it alone. So the tokens that rows begin with alike,
+such as the system prompt of a chat template, or a prompt that several answers follow, come to the same in each of these
+rows, and padding comes to nothing that anybody reads. A decoder's layers can therefore run on the different tokens of a
+batch, [1, N, hidden], in the order of the rows. Attention alone asks which rows a token is in: the tokens that all rows
+begin with attend to themselves, and the rows' other tokens to theirs, in every row that has them, with the former's
+keys and values as a prefix.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from ..adapters import Prefix
 from ..ops.prefix_attention import key_positions
 from ..ops.tracing import is_compiling
 
-# What the mask says of a place in a row. Numbers that no mask of a caller's begins with tell it from those: layers that
-# run again under checkpoints get a copy of it, which has lost whatever else it might be known by.
-_SEEN, _HIDDEN, _NONE = 0xA5, 0xA6, 0xA7
+# What the mask says of a place in a row, in bits. Numbers that no mask of a caller's begins with tell it from those:
+# layers that run again under checkpoints get a copy of it, which has lost whatever else it might be known by.
+_MARK, _KEPT, _SHOWN, _ALIKE = 0xA0, 1, 2, 4
 
 
 class Rows(NamedTuple):
@@ -31,7 +32,8 @@ class Rows(NamedTuple):
         ids: [rows, length].
         positions: likewise.
         shown: bool, likewise, whether others see a token.
-        kept: bool, likewise, whether it is one of those to run.
+        kept: bool, likewise, whether anybody reads what becomes of a token; those that are shown are kept.
+        alike: bool, likewise, whether a token comes to the same as that of the row above.
         places: [batch, length of the batch], where each token of the batch is in all of the rows; None: where it was.
     """
 
@@ -39,48 +41,71 @@ class Rows(NamedTuple):
     positions: Tensor
     shown: Tensor
     kept: Tensor
-    places: Tensor | None
+    alike: Tensor
+    places: Tensor | None = None
+
+    @property
+    def run(self) -> Tensor:
+        """bool, [rows, length], which tokens run."""
+        return self.kept & ~self.alike
 
 
 class DistinctTokens(NamedTuple):
     """A batch's different tokens.
 
     Attributes:
-        ids: [1, N], the shared ones first.
+        ids: [1, N], those that all rows begin with first.
         positions: [1, N].
-        mask: for the attention: uint8 [rows, 1, shared + 1, length - shared], which of the places that are a row's own
-            have a token, and whether others see it; the third dimension takes no memory.
-        places: of :class:`Rows`.
+        mask: for the attention: uint8 [rows, 1, shared + 1, length - shared], what there is in the places behind those
+            that all rows share; the third dimension takes no memory.
+        sources: [batch, length of the batch], which of the N each token of the batch is; -1: none.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
-    places: Tensor | None
+    sources: Tensor
 
     @classmethod
-    def of(cls, rows: Rows, shared: int) -> DistinctTokens:
-        """Of ``rows`` the first ``shared`` tokens, which are alike, and those of the rest that run."""
-        kept, shown = rows.kept[:, shared:], rows.shown[:, shared:]
-        both = ([t[:1, :shared], t[:, shared:][kept].unsqueeze(0)] for t in (rows.ids, rows.positions))
-        mask = torch.full(kept.shape, _NONE, dtype=torch.uint8).masked_fill_(kept, _HIDDEN)
-        mask = mask.masked_fill_(kept & shown, _SEEN)[:, None, None].expand(-1, 1, shared + 1, -1)
-        return cls(*(torch.cat(parts, 1) for parts in both), mask, rows.places)
+    def of(cls, rows: Rows) -> DistinctTokens:
+        run, shared = rows.run, _shared(rows)
+        bits = _MARK + _KEPT * rows.kept + _SHOWN * rows.shown + _ALIKE * rows.alike
+        mask = bits[:, shared:].to(torch.uint8)[:, None, None].expand(-1, 1, shared + 1, -1)
+        sources = _sources(rows.kept, rows.alike)
+        if rows.places is not None:
+            sources = sources.flatten()[rows.places]
+        return cls(*(t[run].unsqueeze(0) for t in (rows.ids, rows.positions)), mask, sources)
 
     def put_back(self, t: Tensor) -> Tensor:
         """[1, N, ...] as [batch, length, ...] of the batch that there was, zeros where it has no token."""
-        shared, own = _split(t, self.mask, 1)
-        rows = torch.cat([shared.expand(len(self.mask), *shared.shape[1:]), _in_rows(own[0], self.mask)], 1)
-        if self.places is None:
-            return rows
-        return rows.flatten(0, 1).index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
+        return _spread(t[0], self.sources)
+
+
+def _shared(rows: Rows) -> int:
+    """How many tokens all of several rows begin with, but for their last."""
+    alike = (rows.alike & rows.shown)[1:, :-1].all(0)
+    return int(alike.cumprod(0).sum()) if len(rows.ids) > 1 else 0
+
+
+def _sources(kept: Tensor, alike: Tensor) -> Tensor:
+    """Which of the tokens that run is in each place of rows; -1: none."""
+    run = kept & ~alike
+    number = run.flatten().cumsum(0).view_as(run) - 1
+    return number.masked_fill(~run, -1).cummax(0).values.masked_fill(~kept, -1)
+
+
+def _spread(t: Tensor, sources: Tensor) -> Tensor:
+    """[tokens, ...] at ``sources``, zeros at -1."""
+    spread = t.index_select(0, sources.flatten().clamp(min=0)).unflatten(0, sources.shape)
+    none = sources < 0
+    return spread.masked_fill_(none.view(*none.shape, *[1] * (t.dim() - 1)), 0) if none.any() else spread
 
 
 def are_distinct(mask: Tensor | None) -> bool:
     """Whether an attention mask is that of :class:`DistinctTokens`."""
     if mask is None or mask.dtype != torch.uint8 or mask.dim() != 4 or is_compiling() or not mask.numel():
         return False
-    return int(mask[0, 0, 0, 0]) in (_SEEN, _HIDDEN, _NONE)
+    return int(mask[0, 0, 0, 0]) & ~(_KEPT | _SHOWN | _ALIKE) == _MARK
 
 
 def attend_in_rows(
@@ -101,48 +126,46 @@ def attend_in_rows(
     Returns:
         [1, N, heads, dim].
     """
-    parts = [_split(t, mask, 2) for t in (query, key, value)]
-    q, k, v = (_in_rows(own[0].transpose(0, 1), mask).transpose(1, 2) for _, own in parts)
+    layout, shared = _layout_of(mask), mask.shape[2] - 1
+    parts = [t.split([shared, t.shape[2] - shared], 2) for t in (query, key, value)]
+    q, k, v = (layout.in_rows(own[0].transpose(0, 1)).transpose(1, 2) for _, own in parts)
     outs = []
-    if mask.shape[2] > 1:
+    if shared:
         q0, k0, v0 = (shared for shared, _ in parts)
         outs.append(attend(q0, k0, v0, None, prefix))
         if prefix is not None:
             k0, v0 = torch.cat([prefix.k, k0], 2), torch.cat([prefix.v, v0], 2)
         prefix = Prefix(k0, v0)
-    layout = _layout_of(mask)
     out = attend(q, k, v, layout.keys, prefix).flatten(0, 1)
     outs.append((out if layout.places is None else out.index_select(0, layout.places)).unsqueeze(0))
     return torch.cat(outs, 1)
 
 
 class _Layout(NamedTuple):
-    """Where a mask's own tokens are among all places of the rows, and as the keys' positions; None: everywhere."""
+    """What a mask says of the places of rows.
 
+    Attributes:
+        sources: [rows, places], which token each has; -1: none.
+        places: [tokens], where each is, among all places; None: each place has one of its own.
+        keys: the keys' positions; None: all are seen.
+    """
+
+    sources: Tensor
     places: Tensor | None
     keys: Tensor | None
+
+    def in_rows(self, own: Tensor) -> Tensor:
+        """[tokens, ...] as [rows, places, ...], zeros where there is none."""
+        return own.unflatten(0, self.sources.shape) if self.places is None else _spread(own, self.sources)
 
 
 def _layout_of(mask: Tensor) -> _Layout:
     """Worked out once for all layers."""
     layout: _Layout | None = getattr(mask, "_layout", None)
     if layout is None:
-        own = mask[:, 0, 0]
-        kept, seen = own != _NONE, own == _SEEN
-        places = None if kept.all() else kept.flatten().nonzero()[:, 0]
-        layout = mask._layout = _Layout(places, None if seen.all() else key_positions(seen, 0))
+        kept, shown, alike = ((mask[:, 0, 0] & bit) != 0 for bit in (_KEPT, _SHOWN, _ALIKE))
+        run = kept & ~alike
+        places = None if run.all() else run.flatten().nonzero()[:, 0]
+        keys = None if shown.all() else key_positions(shown, 0)
+        layout = mask._layout = _Layout(_sources(kept, alike), places, keys)
     return layout
-
-
-def _split(t: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """What the rows share, and what is their own."""
-    shared = mask.shape[2] - 1
-    return t.split([shared, t.shape[dim] - shared], dim)
-
-
-def _in_rows(own: Tensor, mask: Tensor) -> Tensor:
-    """[tokens of their own, ...] as [rows, length of their own, ...], zeros where there is none."""
-    shape, places = (mask.shape[0], mask.shape[3]), _layout_of(mask).places
-    if places is not None:
-        own = own.new_zeros(shape[0] * shape[1], *own.shape[1:]).index_copy(0, places, own)
-    return own.unflatten(0, shape)

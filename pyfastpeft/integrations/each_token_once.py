@@ -146,13 +146,12 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
             return None
     else:
         shown = everywhere if mask is None else mask != 0
-        rows = Rows(ids, positions, shown, everywhere, None)
+        rows = Rows(ids, positions, shown, everywhere, torch.zeros_like(everywhere))
         if mask is not None and mask is unread:
             rows = _to_the_left(rows._replace(kept=shown))
     different = _different(rows)
-    shared = _shared(different)
     worth = math.inf if packed else (_WORTH_CACHED if caches else _WORTH) * ids.numel()
-    if not 0 < _count(different, shared) <= worth:
+    if not 0 < different.run.sum() <= worth:
         return None
     modules = list(model.modules())[1:]
     prefix = next((held for m in modules if (held := vars(m).get("_prefix")) is not None), None)
@@ -160,22 +159,11 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
     by_row = prefix is not None and prefix.index is not None
     if by_row and packed:
         return None
-    if (shared or different is not rows) and (by_row or _drops(modules)):
-        different, shared = rows, 0  # each row makes something else of the same tokens
-    if _count(different, shared) > worth or not _by_themselves(model, modules, ids.shape[1], prefix is not None):
+    if different is not rows and (by_row or _drops(modules)):
+        different = rows  # each row makes something else of the same tokens
+    if different.run.sum() > worth or not _by_themselves(model, modules, ids.shape[1], prefix is not None):
         return None
-    return DistinctTokens.of(different, shared)
-
-
-def _count(rows: Rows, shared: int) -> int:
-    return shared + int(rows.kept[:, shared:].sum())
-
-
-def _shared(rows: Rows) -> int:
-    """How many tokens all of several rows begin with, but for their last."""
-    ids, positions, shown = rows[:3]
-    alike = ((ids == ids[:1]) & (positions == positions[:1]) & shown).all(0)
-    return int(alike[:-1].cumprod(0).sum()) if len(ids) > 1 else 0
+    return DistinctTokens.of(different)
 
 
 def _unpacked(ids: Tensor, positions: Tensor) -> Rows:
@@ -191,7 +179,7 @@ def _unpacked(ids: Tensor, positions: Tensor) -> Rows:
         return t.new_zeros(size[0] * size[1]).index_copy(0, places, t.flatten()).view(size)
 
     shown = unpacked(torch.ones_like(begins))
-    return Rows(unpacked(ids), unpacked(positions), shown, shown, places.view_as(ids))
+    return Rows(unpacked(ids), unpacked(positions), shown, shown, torch.zeros_like(shown), places.view_as(ids))
 
 
 def _to_the_left(rows: Rows) -> Rows:
@@ -201,20 +189,25 @@ def _to_the_left(rows: Rows) -> Rows:
         return rows
     count, length = rows.ids.shape
     columns = torch.arange(length)
-    moved = (t.gather(1, (columns + before) % length) for t in rows[:4])
+    moved = (t.gather(1, (columns + before) % length) for t in rows[:5])
     return Rows(*moved, (columns - before) % length + torch.arange(0, count * length, length).unsqueeze(1))
 
 
 def _different(rows: Rows) -> Rows:
-    """Those of ``rows`` that are different, as beams of one prompt are not."""
-    said, which = torch.cat([t.long() for t in rows[:4]], 1).unique(dim=0, return_inverse=True)
-    if len(said) == len(rows.ids):
+    """Those of ``rows`` that are different, as beams of one prompt are not, in an order in which all that begin alike
+    are neighbours."""
+    said = torch.stack([t.long() for t in rows[:4]], 2)
+    said, which = said.flatten(1).unique(dim=0, return_inverse=True)
+    said = said.unflatten(1, (-1, 4))
+    alike = torch.zeros_like(said[..., 0], dtype=torch.bool)
+    alike[1:] = (said[1:] == said[:-1]).all(2).cumprod(1)
+    if len(said) == len(rows.ids) and not alike.any():
         return rows
-    ids, positions, shown, kept = said.chunk(4, 1)
+    ids, positions, shown, kept = said.unbind(2)
     length = ids.shape[1]
     places = torch.arange(rows.ids.numel()).view_as(rows.ids) if rows.places is None else rows.places
     places = which[places // length] * length + places % length
-    return Rows(ids, positions, shown.bool(), kept.bool(), places)
+    return Rows(ids, positions, shown.bool(), kept.bool(), alike, places)
 
 
 def _fit_rows(rows: Tensor, packed: Tensor) -> bool:
