@@ -7,7 +7,7 @@ import operator
 import sys
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -160,6 +160,17 @@ class _Lookups:
         )
 
 
+@dataclass
+class _Parts:
+    """What the operator takes of the layers, in their order."""
+
+    norms: list[Tensor] = field(default_factory=list)
+    head_norms: list[Tensor] = field(default_factory=list)
+    added_norms: list[Tensor] = field(default_factory=list)
+    angles: list[int] = field(default_factory=list)  # which of them; -1: none
+    linears: list[tuple] = field(default_factory=list)  # the operator that adds each, and its arguments
+
+
 class Stack:
     """A compiled stack, or the finding that there cannot be one, and the lookups on which that rests.
 
@@ -257,101 +268,111 @@ class Stack:
         self._noticed = None
 
     def _build(self, model: nn.Module) -> None:
-        look, config, family = self.lookups, model.config, family_of(model)
-        layers = look.module(model, "layers")
-        norms, head_norms, added_norms, angles, linears = [], [], [], [], []
-        dtype, eps = model.norm.weight.dtype, getattr(model.norm, family.eps)
-        scaling = layers[0].self_attn.scaling
-        multiplier = vars(layers[0]).get("residual_multiplier")  # Granite's layers have one, and its embedding
+        look, config = self.lookups, model.config
+        family = self._family = family_of(model)
+        self._home = type(model).__module__
+        self.dtype, self._eps = model.norm.weight.dtype, getattr(model.norm, family.eps)
         self.embedding_multiplier = look.get(vars(model), "embedding_multiplier")
-        self.dtype = dtype
-        look.get(vars(config), "is_causal")  # which few have
-        if not look.get(vars(config), "return_dict"):
-            raise _Unsupported
-        home = type(model).__module__
-
-        def of_family(module: nn.Module, part: str) -> bool:
-            kind = type(module)
-            own = written_in_transformers(kind.forward)
-            written = own is not None and own.__globals__["__name__"] == home
-            return written and (kind.__module__, kind.__name__) == (home, f"{family.name}{part}")
-
-        look.forward(model)
-        namespace = vars(sys.modules[home])
-        functions = {name: look.get(namespace, name) for name in OF_LLAMA}
-        own = written_in_transformers(functions.pop(family.own, None))
-        # Masks make the windows: a family without these, as Llama's, has none, whatever its config says.
-        slides = look.get(namespace, "create_sliding_window_causal_mask")
-        window = None if slides is None else look.get(vars(config), "sliding_window")
-        types = look.get(vars(config), "layer_types")
-        if not (
-            of_family(model, type(model).__name__.removeprefix(family.name))
-            and has_llamas(namespace, tuple(functions))
-            and (family.own is None or (own is not None and own.__globals__["__name__"] == home))
-            and (slides is None or (slides is create_sliding_window_causal_mask and written_in_transformers(slides)))
-        ):
-            raise _Unsupported
-
-        def norm(parent: nn.Module, name: str) -> Tensor:
-            module = look.module(parent, name)
-            weight = look.get(module._parameters, "weight")
-            if not of_family(module, "RMSNorm") or weight.dtype != dtype:
-                raise _Unsupported
-            if look.get(vars(module), family.eps) != eps:
-                raise _Unsupported
-            return weight
-
+        self._check_config(config)
+        window = self._window_of(model)
+        layers, types = look.module(model, "layers"), look.get(vars(config), "layer_types")
+        parts, first = _Parts(), layers[0]
         for i in range(look.get(vars(config), "num_hidden_layers")):  # fewer where a generation exits early
-            layer = look.module(layers, str(i))
-            attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
-            state = vars(attention)
-            # Mistral's slide all, under one mask; where the attention keeps a window, each type has a mask of its own.
-            size = window if "sliding_window" not in state or types[i] == "sliding_attention" else None
-            self.window = min(self.window, math.inf if size is None else size)
-            self.windows.append(size or 0)
-            if (
-                not (of_family(layer, "DecoderLayer") and of_family(attention, "Attention") and of_family(mlp, "MLP"))
-                or not kinds_of(look.module(mlp, family.activation)) <= family.activations
-                or look.get(state, "layer_idx") != i  # its place in the cache
-                or look.get(state, "scaling") != scaling
-                or look.get(vars(layer), "residual_multiplier") != multiplier
-            ):
-                raise _Unsupported
-            if look.get(state, "attention_dropout") and look.get(state, "training"):
-                raise _Unsupported
-            if any(self._drops(look.module(layer, name)) for name in family.dropouts):
-                raise _Unsupported
-            self._attentions.append(state)
-            norms += [norm(layer, name) for name in family.norms]
-            head_norms += [norm(attention, name) for name in family.head_norms]
-            added_norms += [norm(layer, name) for name in family.added_norms]
-            turns = look.get(state, "use_rope") if "use_rope" in state else True  # SmolLM3's have it
-            kind = types[i] if family.angles_of_types else None
-            angles.append(self._angles_of(kind) if turns else -1)
-            for name in family.attention:
-                linears += self._projection(look.module(attention, name), dtype)
-            for name in family.mlp:
-                linears += self._projection(look.module(mlp, name), dtype)
-        last_weight = norm(model, "norm")
-        self.kv_heads, self.dim = config.num_key_value_heads, layers[0].self_attn.head_dim
-        if not getattr(config, "is_causal", True):
-            raise _Unsupported
-        self.causal = not look.get(vars(config), "use_bidirectional_attention")
-        for kind in self.angles:
-            turned = 2 * getattr(model.rotary_emb, f"{kind['layer_type']}_inv_freq" if kind else "inv_freq").numel()
-            if turned != self.dim and not (turned < self.dim and family.own == ROPE):
-                raise _Unsupported
+            self._add_layer(parts, look.module(layers, str(i)), i, types and types[i], window, first)
+        last_norm = self._norm(model, "norm")
+        self.kv_heads, self.dim = config.num_key_value_heads, first.self_attn.head_dim
+        self._check_angles(model.rotary_emb)
         try:
             heads = config.num_attention_heads, self.kv_heads, self.dim
             new = torch.ops.pyfastpeft.new_decoder.default
-            norms = last_weight, norms, head_norms, added_norms
-            scales = scaling, 1.0 if multiplier is None else multiplier
-            held = DecoderHandle(new(*norms, angles, self.windows, *heads, eps, *scales, family.joined, family.gemma))
-            for add, *linear in linears:
+            norms = last_norm, parts.norms, parts.head_norms, parts.added_norms
+            scales = first.self_attn.scaling, vars(first).get("residual_multiplier", 1.0)
+            kinds = family.joined, family.gemma
+            held = DecoderHandle(new(*norms, parts.angles, self.windows, *heads, self._eps, *scales, *kinds))
+            for add, *linear in parts.linears:
                 add(held.number, *linear)
         except RuntimeError as error:
             raise _Unsupported from error
         self.held = held
+
+    def _check_config(self, config: Any) -> None:
+        self.lookups.get(vars(config), "is_causal")  # which few have
+        if not (self.lookups.get(vars(config), "return_dict") and getattr(config, "is_causal", True)):
+            raise _Unsupported
+        self.causal = not self.lookups.get(vars(config), "use_bidirectional_attention")
+
+    def _window_of(self, model: nn.Module) -> int | None:
+        """The window of layers that have one, of a model all of whose functions are transformers'."""
+        look, family = self.lookups, self._family
+        look.forward(model)
+        namespace = vars(sys.modules[self._home])
+        functions = {name: look.get(namespace, name) for name in OF_LLAMA}
+        own = written_in_transformers(functions.pop(family.own, None))
+        # Masks make the windows: a family without these, as Llama's, has none, whatever its config says.
+        slides = look.get(namespace, "create_sliding_window_causal_mask")
+        if not (
+            self._of_family(model, type(model).__name__.removeprefix(family.name))
+            and has_llamas(namespace, tuple(functions))
+            and (family.own is None or (own is not None and own.__globals__["__name__"] == self._home))
+            and (slides is None or (slides is create_sliding_window_causal_mask and written_in_transformers(slides)))
+        ):
+            raise _Unsupported
+        return None if slides is None else look.get(vars(model.config), "sliding_window")
+
+    def _of_family(self, module: nn.Module, part: str) -> bool:
+        kind = type(module)
+        own = written_in_transformers(kind.forward)
+        written = own is not None and own.__globals__["__name__"] == self._home
+        return written and (kind.__module__, kind.__name__) == (self._home, f"{self._family.name}{part}")
+
+    def _norm(self, parent: nn.Module, name: str) -> Tensor:
+        module = self.lookups.module(parent, name)
+        weight = self.lookups.get(module._parameters, "weight")
+        if not self._of_family(module, "RMSNorm") or weight.dtype != self.dtype:
+            raise _Unsupported
+        if self.lookups.get(vars(module), self._family.eps) != self._eps:
+            raise _Unsupported
+        return weight
+
+    def _add_layer(
+        self, parts: _Parts, layer: nn.Module, i: int, kind: str | None, window: int | None, first: nn.Module
+    ) -> None:
+        look, family = self.lookups, self._family
+        attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
+        state = vars(attention)
+        if (
+            not self._of_family(layer, "DecoderLayer")
+            or not (self._of_family(attention, "Attention") and self._of_family(mlp, "MLP"))
+            or not kinds_of(look.module(mlp, family.activation)) <= family.activations
+            or look.get(state, "layer_idx") != i  # its place in the cache
+            or look.get(state, "scaling") != first.self_attn.scaling
+            or look.get(vars(layer), "residual_multiplier") != vars(first).get("residual_multiplier")
+        ):
+            raise _Unsupported
+        if look.get(state, "attention_dropout") and look.get(state, "training"):
+            raise _Unsupported
+        if any(self._drops(look.module(layer, name)) for name in family.dropouts):
+            raise _Unsupported
+        self._attentions.append(state)
+        # Mistral's slide all, under one mask; where the attention keeps a window, each type has a mask of its own.
+        size = window if "sliding_window" not in state or kind == "sliding_attention" else None
+        self.window = min(self.window, math.inf if size is None else size)
+        self.windows.append(size or 0)
+        turns = look.get(state, "use_rope") if "use_rope" in state else True  # SmolLM3's have it
+        parts.angles.append(self._angles_of(kind if family.angles_of_types else None) if turns else -1)
+        parts.norms += [self._norm(layer, name) for name in family.norms]
+        parts.head_norms += [self._norm(attention, name) for name in family.head_norms]
+        parts.added_norms += [self._norm(layer, name) for name in family.added_norms]
+        for parent, names in ((attention, family.attention), (mlp, family.mlp)):
+            for name in names:
+                parts.linears += self._projection(look.module(parent, name), self.dtype)
+
+    def _check_angles(self, rotary: nn.Module) -> None:
+        """That the rotary embedding turns whole heads, or that the family's own function takes a part."""
+        for kind in self.angles:
+            turned = 2 * getattr(rotary, f"{kind['layer_type']}_inv_freq" if kind else "inv_freq").numel()
+            if turned != self.dim and not (turned < self.dim and self._family.own == ROPE):
+                raise _Unsupported
 
     def _angles_of(self, layer_type: str | None) -> int:
         """The place in ``angles`` of those that layers of this type have."""
