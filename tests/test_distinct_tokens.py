@@ -664,9 +664,11 @@ def test_a_cache_is_filled_where_nothing_is_checkpointed(gradients, seen):
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.train(not gradients)
     with torch.set_grad_enabled(gradients):
-        caches = [cache_of(m(**inputs, logits_to_keep=1)) for m in (fast, plain)]
-    check_same_cache(*caches, inputs["attention_mask"] != 0)
-    assert len(caches[0].layers[0].keys) == len(PADDED)
+        got, expected = (m(**inputs, logits_to_keep=1) for m in (fast, plain))
+    assert got.keys() == expected.keys()
+    if CACHE in expected:  # transformers 5.20 has none in training
+        check_same_cache(cache_of(got), cache_of(expected), inputs["attention_mask"] != 0)
+        assert len(cache_of(got).layers[0].keys) == len(PADDED)
 
 
 def test_an_interrupted_call_says_nothing_of_the_next(seen):

@@ -44,6 +44,7 @@ _TORCHS = frozenset(
     )
 )
 _PACKAGES = ("pyfastpeft.", "peft.tuners.lora.", "bitsandbytes.")
+_NO_GRAD = torch.no_grad()(lambda: None).__code__  # with which transformers 5.20 decorates rotary embeddings
 
 
 def tell_of_padding(model: nn.Module, tell: bool = True) -> None:
@@ -261,5 +262,9 @@ def _is_known_hook(hook: Any) -> bool:
 
 
 def _known(kind: type[nn.Module]) -> bool:
-    own = kind in _TORCHS or kind.__module__.startswith(_PACKAGES)
-    return own or written_in_transformers(kind.forward) is not None
+    if kind in _TORCHS or kind.__module__.startswith(_PACKAGES):
+        return True
+    forward = kind.forward
+    if getattr(forward, "__code__", None) is _NO_GRAD:
+        forward = forward.__wrapped__
+    return written_in_transformers(forward) is not None

@@ -142,8 +142,10 @@ class _FewRows(ModuleForward):
         model = self.module
         config = model.config
         caches, cache = kwargs.get("use_cache", config.use_cache), kwargs.get(_CACHE)
-        checkpoints = getattr(model, "gradient_checkpointing", False) and model.training and torch.is_grad_enabled()
-        fills = caches and not checkpoints  # as transformers has it
+        checkpoints = getattr(model, "gradient_checkpointing", False) and model.training
+        if checkpoints and caches and not torch.is_grad_enabled():
+            return None  # transformers 5.20 fills no cache then, 5.24 does
+        fills = caches and not checkpoints
         if cache is not None and not (fills and _is_empty(cache)):
             return None
         more = {name: value for name, value in kwargs.items() if name not in _TOKENS}
