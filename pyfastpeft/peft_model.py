@@ -72,11 +72,15 @@ def get_peft_model(
     return _class_for(config)(model, config, adapter_name, autocast_adapter_dtype)
 
 
+def _check_base(model: Any) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
+
+
 @contextmanager
 def _attaching(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` gets its first adapter; what goes wrong leaves it as it was."""
-    if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
+    _check_base(model)
     for path, module in model.named_modules():
         carrier = f"model is a {type(model).__name__} {f'whose {path!r}' if path else 'that'} carries"
         held = vars(module).get(CARRIED)
@@ -178,6 +182,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> None:
         super().__init__()
         if peft_config is None:
+            _check_base(model)
             self._wrap(model)
             return
         config = PeftConfig.from_peft(peft_config)

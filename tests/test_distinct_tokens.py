@@ -484,6 +484,17 @@ def test_packed_sequences_that_begin_alike(batches, method, shared, seen):
     assert seen[0] == (42 * batches - together, shared)
 
 
+def test_packed_sequences_of_which_the_collator_says_more(seen):
+    """As TRL's does, and transformers' for flash attention."""
+    fast, plain = pair(llama())
+    inputs = packed(1, 9, 12, 7)
+    ends = torch.tensor([0, 9, 21, 28], dtype=torch.int32)
+    said = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 12, "max_length_k": 12}
+    said["seq_idx"] = torch.arange(3, dtype=torch.int32).repeat_interleave(torch.tensor([9, 12, 7])).unsqueeze(0)
+    check_alike(fast, plain, inputs | said)
+    assert seen[0] == (28 - 2 * SHARED, SHARED)
+
+
 def test_packed_answers_of_each_prompt(seen):
     fast, plain = pair(llama())
     inputs = answers_of_prompts()
@@ -808,6 +819,18 @@ def test_rows_with_adapters_of_their_own(seen):
     fast, plain = with_another(fp.LoraConfig(r=4))
     check_alike(fast, plain, batch() | {"adapter_names": ["default", "other"] * 2})
     assert not any(seen)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_adapters_disabled(method, seen):
+    """As DPO's reference is; and where all rows choose none."""
+    fast, plain = pair(llama(), METHODS[method])
+    inputs = batch()
+    with fast.disable_adapter(), plain.disable_adapter():
+        got, expected = (m(**inputs) for m in (fast, plain))
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got.loss, fast(**inputs, adapter_names=["__base__"] * ROWS).loss)
+    assert seen == [(int(inputs["attention_mask"].sum()) - (ROWS - 1) * SHARED, SHARED)] * 2
 
 
 def test_rows_with_soft_prompts_of_their_own_share_nothing(seen):

@@ -225,8 +225,10 @@ class TestModels:
         with pytest.raises(ValueError, match="matches no module"):
             fp.PeftModel(refused, fp.LoraConfig(target_modules=["nothing"]))
         assert all(p.requires_grad for p in refused.parameters())
-        with pytest.raises(TypeError, match="without adapters"):
-            fp.PeftModel(models[0], fp.LoraConfig())
+        for config in ((fp.LoraConfig(),), ()):
+            for model in (models[0], refused.config):
+                with pytest.raises(TypeError, match="without adapters"):
+                    fp.PeftModel(model, *config)
 
     def test_the_active_configuration_is_that_of_the_one_active_adapter(self):
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig(), "a")

@@ -243,7 +243,8 @@ def _is_plain(module: dict[str, Any]) -> bool:
     if module.get("scale_grad_by_freq") or depends_on_length(module.get("rope_type")):
         return False
     bank = module.get("bank")
-    return (bank is None or bank.mode is None) and _only_known_hooks(module)
+    mode = None if bank is None else bank.mode
+    return (mode is None or not mode.names) and _only_known_hooks(module)
 
 
 def _only_known_hooks(module: dict[str, Any]) -> bool:

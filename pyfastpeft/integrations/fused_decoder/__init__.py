@@ -47,7 +47,9 @@ _ATTENTIONS = {
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _TOKENS = frozenset(("input_ids", "attention_mask", "position_ids", "use_cache", _CACHE))
-_BESIDES = frozenset(("num_items_in_batch", "logits_to_keep", FIRST))  # which a decoder makes nothing of
+# Which a decoder makes nothing of; some collators say with the latter what they packed, beside the positions.
+_BESIDES = frozenset(("num_items_in_batch", "logits_to_keep", FIRST))
+_BESIDES |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _STACKS_KEPT = 32  # switching between this many sets of adapters, and choices of rows, builds nothing
 
 
