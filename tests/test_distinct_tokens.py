@@ -237,6 +237,14 @@ def test_gradient_checkpointing(inputs, method, reentrant, seen):
     assert seen[0][0] == len(different(inputs))
 
 
+def test_rows_that_only_unread_padding_tells_apart(seen):
+    fast, plain = pair(llama())
+    inputs = batch([9] * ROWS, shared=9)
+    inputs["input_ids"][:, 9] = others(ROWS)
+    check_alike(fast, plain, inputs)
+    assert seen[0] == (9, 0)
+
+
 def test_several_answers_of_each_prompt_under_dropout(seen):
     fast, _ = pair(llama(), fp.LoraConfig(r=4, lora_dropout=0.1))
     inputs = answers_of_prompts()

@@ -197,7 +197,7 @@ def _to_the_left(rows: Rows) -> Rows:
 def _different(rows: Rows) -> Rows:
     """Those of ``rows`` that are different, as beams of one prompt are not, in an order in which all that begin alike
     are neighbours."""
-    said = torch.stack([t.long() for t in rows[:4]], 2)
+    said = torch.stack([t.long() for t in rows[:4]], 2) * rows.kept.unsqueeze(2)  # what padding is makes no difference
     said, which = said.flatten(1).unique(dim=0, return_inverse=True)
     said = said.unflatten(1, (-1, 4))
     alike = torch.zeros_like(said[..., 0], dtype=torch.bool)
