@@ -111,6 +111,10 @@ class Rows:
             found = self._masks[key] = chosen.to(device, torch.float32)
         return found
 
+    def of_rows(self, which: Sequence[int]) -> Rows:
+        """The mode of a batch each of whose rows uses what row ``which`` of this one's does."""
+        return Rows([self.of_row[row] for row in which], self.names)
+
     def check_lead(self, x: Tensor, dims: int) -> None:
         """Check that the first dimension of ``x`` is the batch, where rows use different adapters.
 

@@ -383,10 +383,10 @@ class PeftModel(PushToHubMixin, nn.Module):
                     checkpointed.append((module, module._gradient_checkpointing_func))
 
         def bound(checkpoint: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-            run = bank.run
+            run, chosen = bank.run, bank.mode  # where each token runs once it is of tokens
 
             def again(*inner: Any, **named: Any) -> Any:
-                with bank.using(mode), bank.running(run):
+                with bank.using(chosen), bank.running(run):
                     return function(*inner, **named)
 
             return checkpoint(again, *args, **kwargs)

@@ -81,7 +81,7 @@ def seen(monkeypatch):
 
     def recorded(*args):
         tokens = plan(*args)
-        calls.append(tokens and (tokens.ids.shape[1], tokens.mask.shape[2] - 1))
+        calls.append(tokens and (tokens.ids.shape[0], tokens.mask.shape[2] - 1))
         return tokens
 
     plan = fused_decoder.distinct_tokens
@@ -823,10 +823,67 @@ def test_rope_that_depends_on_the_length(seen):
     assert not any(seen)
 
 
-def test_rows_with_adapters_of_their_own(seen):
-    fast, plain = with_another(fp.LoraConfig(r=4))
-    check_alike(fast, plain, batch() | {"adapter_names": ["default", "other"] * 2})
-    assert not any(seen)
+SOFT = ("prompt", "prefix", "ptuning-v2")
+CHOICES = {
+    "two": ["default", "other"] * 2,
+    "two and none": ["other", "__base__", "other", "default"],
+    "one": ["other"] * ROWS,
+    "several": [["other", "default"], "other", ["default", "other"], "default"],
+}
+
+
+def check_choice(fast, plain, method, names, seen):
+    """What rows begin with runs once for those of the same adapters."""
+    inputs = batch() | {"adapter_names": names}
+    check_alike(fast, plain, inputs)
+    sets = len({frozenset([names] if isinstance(names, str) else names) for names in names})
+    together = 0 if method in SOFT and sets > 1 else SHARED * (ROWS - sets)
+    assert seen[0] == (int(inputs["attention_mask"].sum()) - together, SHARED if sets == 1 else 0)
+
+
+@pytest.mark.parametrize("names", CHOICES)
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_with_adapters_of_their_own(method, names, seen):
+    if names == "several" and method == "tokens":
+        pytest.skip("each adapter has the same tokens, so one alone can be in use")
+    check_choice(*with_another(METHODS[method]), method, CHOICES[names], seen)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "prefix"])
+def test_rows_with_adapters_of_their_own_under_checkpoints(method, reentrant, seen):
+    fast, plain = with_another(METHODS[method])
+    for model in (fast, plain):
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    check_choice(fast, plain, method, CHOICES["two"], seen)
+
+
+@pytest.mark.parametrize("saved", ["gate_proj", "lm_head"])
+def test_rows_with_copies_of_a_layer_of_their_own(saved, seen):
+    config = fp.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[saved])
+    check_choice(*with_another(config), "lora", CHOICES["two and none"], seen)
+
+
+def test_rows_of_a_4_bit_base_with_adapters_of_their_own(seen):
+    check_choice(*with_another(METHODS["lora"], quantized(llama())), "lora", CHOICES["two and none"], seen)
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "prompt", "prefix"])
+def test_rows_with_adapters_of_two_methods(method, seen):
+    fast, plain = with_another(METHODS["lora"], other=METHODS[method])
+    check_choice(fast, plain, method, CHOICES["two and none"], seen)
+
+
+def test_packed_rows_with_adapters_of_their_own(seen):
+    fast, plain = with_another(METHODS["lora"])
+    check_alike(fast, plain, packed(2, 9, 12, 7) | {"adapter_names": ["default", "other"]})
+    assert seen[0] == (2 * (28 - 2 * SHARED), 0)
+
+
+def test_a_choice_of_too_few_rows(seen):
+    fast, _ = with_another(METHODS["lora"])
+    with pytest.raises(ValueError, match="adapter_names"):
+        fast(**batch(), adapter_names=["default", "other", "other"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -841,18 +898,16 @@ def test_with_adapters_disabled(method, seen):
     assert seen == [(int(inputs["attention_mask"].sum()) - (ROWS - 1) * SHARED, SHARED)] * 2
 
 
-def test_rows_with_soft_prompts_of_their_own_share_nothing(seen):
-    fast, plain = with_another(METHODS["prefix"])
-    inputs = batch()
-    check_alike(fast, plain, inputs | {"adapter_names": ["default", "other"] * 2})
-    assert seen[0] == (int(inputs["attention_mask"].sum()), 0)
-
-
-def with_another(config):
-    """A pair with a second adapter like the first."""
-    fast, plain = pair(llama(), config)
+def with_another(config, model=None, other=None):
+    """A pair with a second adapter, like the first if no other is given, both of which train."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "bias"):
+        config.bias = "none"  # those of the base can follow one alone
+    fast, plain = pair(llama() if model is None else model, config)
     for model in (fast, plain):
-        model.add_adapter("other", config)
+        model.add_adapter("other", config if other is None else other)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("other" in name or parameter.requires_grad)
     randomize(fast)
     plain.load_state_dict(fast.state_dict())
     unfuse(plain.get_base_model())
@@ -970,14 +1025,16 @@ def test_generated_answers_with_each_method(method, seen):
     assert seen[0] == (sum(PADDED) - 3 * SHARED, SHARED)
 
 
-@pytest.mark.parametrize("config", [fp.LoraConfig(r=4), METHODS["prefix"]], ids=["lora", "prefix"])
-def test_generated_answers_of_rows_with_adapters_of_their_own(config, seen):
-    fast, plain = (m.eval() for m in with_another(config))
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("method", METHODS)
+def test_generated_answers_of_rows_with_adapters_of_their_own(method, options, seen):
+    fast, plain = (m.eval() for m in with_another(METHODS[method]))
     for model in (fast, plain):
         model.config.use_cache = True
     inputs = prompts() | {"adapter_names": ["default", "other", "__base__", "other"]}
-    assert torch.equal(answers(fast, inputs), answers(plain, inputs))
-    assert seen == [(sum(PADDED), 0) if config is METHODS["prefix"] else None]
+    assert torch.equal(answers(fast, inputs, **options), answers(plain, inputs, **options))
+    each = options.get("num_beams", 1)
+    assert seen[0] == ((sum(PADDED) * each, 0) if method in SOFT else (sum(PADDED) - SHARED, 0))
 
 
 @pytest.mark.parametrize(

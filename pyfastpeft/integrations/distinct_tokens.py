@@ -3,7 +3,7 @@
 What a causal decoder makes of a token depends on the tokens before it alone. So the tokens that rows begin with alike,
 such as the system prompt of a chat template, or a prompt that several answers follow, come to the same in each of these
 rows, and padding comes to nothing that anybody reads. A decoder's layers can therefore run on the different tokens of a
-batch, [1, N, hidden], in the order of the rows. Attention alone asks which rows a token is in: the tokens that all rows
+batch, [N, 1, hidden], in the order of the rows. Attention alone asks which rows a token is in: the tokens that all rows
 begin with attend to themselves, and the rows' other tokens to theirs, in every row that has them, with the former's
 keys and values as a prefix.
 """
@@ -11,12 +11,13 @@ keys and values as a prefix.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..adapters import Prefix
+from ..adapters import AdapterBank, Prefix
 from ..ops.prefix_attention import key_positions
 from ..ops.tracing import is_compiling
 
@@ -33,6 +34,7 @@ class Rows(NamedTuple):
         positions: likewise.
         shown: bool, likewise, whether others see a token.
         kept: bool, likewise, whether anybody reads what becomes of a token; those that are shown are kept.
+        chosen: int64, likewise, the first row for which the same adapters are chosen.
         alike: bool, likewise, whether a token comes to the same as that of the row above.
         places: [batch, length of the batch], where each token of the batch is in all of the rows; None: where it was.
     """
@@ -41,6 +43,7 @@ class Rows(NamedTuple):
     positions: Tensor
     shown: Tensor
     kept: Tensor
+    chosen: Tensor
     alike: Tensor
     places: Tensor | None = None
 
@@ -54,31 +57,42 @@ class DistinctTokens(NamedTuple):
     """A batch's different tokens.
 
     Attributes:
-        ids: [1, N], those that all rows begin with first.
-        positions: [1, N].
+        ids: [N, 1], those that all rows begin with first.
+        positions: [N, 1].
         mask: for the attention: uint8 [rows, 1, shared + 1, length - shared], what there is in the places behind those
             that all rows share; the third dimension takes no memory.
         sources: [batch, length of the batch], which of the N each token of the batch is; -1: none.
+        chosen: [N], of :class:`Rows`.
+        bank: in which rows choose their adapters; None: all use the active ones.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
     sources: Tensor
+    chosen: Tensor
+    bank: AdapterBank | None
 
     @classmethod
-    def of(cls, rows: Rows) -> DistinctTokens:
+    def of(cls, rows: Rows, bank: AdapterBank | None) -> DistinctTokens:
         run, shared = rows.run, _shared(rows)
         bits = _MARK + _KEPT * rows.kept + _SHOWN * rows.shown + _ALIKE * rows.alike
         mask = bits[:, shared:].to(torch.uint8)[:, None, None].expand(-1, 1, shared + 1, -1)
         sources = _sources(rows.kept, rows.alike)
         if rows.places is not None:
             sources = sources.flatten()[rows.places]
-        return cls(*(t[run].unsqueeze(0) for t in (rows.ids, rows.positions)), mask, sources)
+        ids, positions = (t[run].unsqueeze(1) for t in (rows.ids, rows.positions))
+        return cls(ids, positions, mask, sources, rows.chosen[run], bank)
+
+    def choosing(self) -> AbstractContextManager[None]:
+        """With the adapters in force for each of the N that its row chose."""
+        if self.bank is None:
+            return nullcontext()
+        return self.bank.using(self.bank.mode.of_rows(self.chosen.tolist()))
 
     def put_back(self, t: Tensor) -> Tensor:
-        """[1, N, ...] as [batch, length, ...] of the batch that there was, zeros where it has no token."""
-        return _spread(t[0], self.sources)
+        """[N, ...] as [batch, length, ...] of the batch that there was, zeros where it has no token."""
+        return _spread(t, self.sources)
 
 
 def _shared(rows: Rows) -> int:
@@ -120,25 +134,25 @@ def attend_in_rows(
 
     Args:
         attend: of query, key, value, mask and prefix, [batch, tokens, heads, dim].
-        query: [1, heads, N, dim]; key and value too.
+        query: [N, heads, 1, dim]; key and value too.
         prefix: of all rows; where these share no tokens, each may have its own.
 
     Returns:
-        [1, N, heads, dim].
+        [N, 1, heads, dim].
     """
     layout, shared = _layout_of(mask), mask.shape[2] - 1
-    parts = [t.split([shared, t.shape[2] - shared], 2) for t in (query, key, value)]
-    q, k, v = (layout.in_rows(own[0].transpose(0, 1)).transpose(1, 2) for _, own in parts)
+    parts = [t[:, :, 0].split([shared, len(t) - shared]) for t in (query, key, value)]
+    q, k, v = (layout.in_rows(own).transpose(1, 2) for _, own in parts)
     outs = []
     if shared:
-        q0, k0, v0 = (shared for shared, _ in parts)
-        outs.append(attend(q0, k0, v0, None, prefix))
+        q0, k0, v0 = (t.unsqueeze(0).transpose(1, 2) for t, _ in parts)
+        outs += attend(q0, k0, v0, None, prefix)
         if prefix is not None:
             k0, v0 = torch.cat([prefix.k, k0], 2), torch.cat([prefix.v, v0], 2)
         prefix = Prefix(k0, v0)
     out = attend(q, k, v, layout.keys, prefix).flatten(0, 1)
-    outs.append((out if layout.places is None else out.index_select(0, layout.places)).unsqueeze(0))
-    return torch.cat(outs, 1)
+    outs.append(out if layout.places is None else out.index_select(0, layout.places))
+    return torch.cat(outs).unsqueeze(1)
 
 
 class _Layout(NamedTuple):

@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from ..adapters import AdapterBank
 from ..nn.ends import output_head
 from ..nn.hooks import GLOBAL_HOOKS
 from ..ops.cross_entropy import IGNORED
@@ -137,24 +138,29 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
     elif positions.shape not in (ids.shape, (1, ids.shape[1])) or positions.is_floating_point():
         return None  # one of all tokens, or several of each
     positions = positions.expand_as(ids)
+    modules = list(model.modules())[1:]
+    bank = next((held for m in modules if (held := vars(m).get("bank")) is not None), None)
+    if bank is not None and not (bank.mode and bank.mode.names):
+        bank = None  # no row chooses
+    if bank is not None and len(ids) % len(bank.mode.of_row):
+        return None
     packed = mask is None and bool((positions.diff() != 1).any())
-    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    everywhere, chosen = torch.ones_like(ids, dtype=torch.bool), _chosen(bank, ids)
     if packed:
         if caches:
             return None
-        rows = _unpacked(ids, positions)
+        rows = _unpacked(ids, positions, chosen)
         if not _fit_rows(rows.ids, ids):
             return None
     else:
         shown = everywhere if mask is None else mask != 0
-        rows = Rows(ids, positions, shown, everywhere, torch.zeros_like(everywhere))
+        rows = Rows(ids, positions, shown, everywhere, chosen, torch.zeros_like(everywhere))
         if mask is not None and mask is unread:
             rows = _to_the_left(rows._replace(kept=shown))
     different = _different(rows)
     worth = math.inf if packed else (_WORTH_CACHED if caches else _WORTH) * ids.numel()
     if not 0 < different.run.sum() <= worth:
         return None
-    modules = list(model.modules())[1:]
     prefix = next((held for m in modules if (held := vars(m).get("_prefix")) is not None), None)
     prefix = None if prefix is None else prefix.current(len(ids))
     by_row = prefix is not None and prefix.index is not None
@@ -164,10 +170,19 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
         different = rows  # each row makes something else of the same tokens
     if different.run.sum() > worth or not _by_themselves(model, modules, ids.shape[1], prefix is not None):
         return None
-    return DistinctTokens.of(different)
+    return DistinctTokens.of(different, bank)
 
 
-def _unpacked(ids: Tensor, positions: Tensor) -> Rows:
+def _chosen(bank: AdapterBank | None, ids: Tensor) -> Tensor:
+    """For each token of a batch the first of those rows that chose the same adapters."""
+    if bank is None:
+        return torch.zeros_like(ids)
+    sets = [frozenset(names) for names in bank.mode.of_row]
+    first = torch.tensor([sets.index(names) for names in sets])
+    return first.repeat_interleave(len(ids) // len(sets)).unsqueeze(1).expand_as(ids)
+
+
+def _unpacked(ids: Tensor, positions: Tensor, chosen: Tensor) -> Rows:
     """Packed sequences [batch, length], which begin where positions do not go on, in rows of their own."""
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = positions.diff() != 1
@@ -180,7 +195,8 @@ def _unpacked(ids: Tensor, positions: Tensor) -> Rows:
         return t.new_zeros(size[0] * size[1]).index_copy(0, places, t.flatten()).view(size)
 
     shown = unpacked(torch.ones_like(begins))
-    return Rows(unpacked(ids), unpacked(positions), shown, shown, torch.zeros_like(shown), places.view_as(ids))
+    each = unpacked(ids), unpacked(positions), shown, shown, unpacked(chosen), torch.zeros_like(shown)
+    return Rows(*each, places.view_as(ids))
 
 
 def _to_the_left(rows: Rows) -> Rows:
@@ -190,25 +206,25 @@ def _to_the_left(rows: Rows) -> Rows:
         return rows
     count, length = rows.ids.shape
     columns = torch.arange(length)
-    moved = (t.gather(1, (columns + before) % length) for t in rows[:5])
+    moved = (t.gather(1, (columns + before) % length) for t in rows[:6])
     return Rows(*moved, (columns - before) % length + torch.arange(0, count * length, length).unsqueeze(1))
 
 
 def _different(rows: Rows) -> Rows:
     """Those of ``rows`` that are different, as beams of one prompt are not, in an order in which all that begin alike
     are neighbours."""
-    said = torch.stack([t.long() for t in rows[:4]], 2) * rows.kept.unsqueeze(2)  # what padding is makes no difference
+    said = torch.stack([t.long() for t in rows[:5]], 2) * rows.kept.unsqueeze(2)  # what padding is makes no difference
     said, which = said.flatten(1).unique(dim=0, return_inverse=True)
-    said = said.unflatten(1, (-1, 4))
+    said = said.unflatten(1, (-1, 5))
     alike = torch.zeros_like(said[..., 0], dtype=torch.bool)
     alike[1:] = (said[1:] == said[:-1]).all(2).cumprod(1)
     if len(said) == len(rows.ids) and not alike.any():
         return rows
-    ids, positions, shown, kept = said.unbind(2)
+    ids, positions, shown, kept, chosen = said.unbind(2)
     length = ids.shape[1]
     places = torch.arange(rows.ids.numel()).view_as(rows.ids) if rows.places is None else rows.places
     places = which[places // length] * length + places % length
-    return Rows(ids, positions, shown.bool(), kept.bool(), alike, places)
+    return Rows(ids, positions, shown.bool(), kept.bool(), chosen, alike, places)
 
 
 def _fit_rows(rows: Tensor, packed: Tensor) -> bool:
@@ -237,14 +253,12 @@ def _by_themselves(model: nn.Module, modules: list[nn.Module], length: int, pref
 
 
 def _is_plain(module: dict[str, Any]) -> bool:
-    """Whether this is the state of a module that runs as its class or this library wrote it, alike for all rows."""
+    """Whether this is the state of a module that runs as its class or this library wrote it."""
     if not isinstance(module.get("forward"), (NoneType, ModuleForward)) or module.get("_compiled_call_impl"):
         return False
     if module.get("scale_grad_by_freq") or depends_on_length(module.get("rope_type")):
         return False
-    bank = module.get("bank")
-    mode = None if bank is None else bank.mode
-    return (mode is None or not mode.names) and _only_known_hooks(module)
+    return _only_known_hooks(module)
 
 
 def _only_known_hooks(module: dict[str, Any]) -> bool:

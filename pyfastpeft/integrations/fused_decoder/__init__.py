@@ -159,13 +159,14 @@ class _FewRows(ModuleForward):
             return None
         filled = DynamicCache() if fills else None  # of no sliding layers, which would not keep all
         more |= {"use_cache": caches, _CACHE: filled}
-        output = self.own(tokens.ids, tokens.mask, tokens.positions, **more)
-        output = with_item(output, "last_hidden_state", 0, tokens.put_back(output[0]))
+        with tokens.choosing():
+            output = self.own(tokens.ids, tokens.mask, tokens.positions, **more)
+        output = with_item(output, "last_hidden_state", 0, tokens.put_back(output[0][:, 0]))
         if filled is None:
             return output
         cache = DynamicCache(config=config) if cache is None else cache
         for i, layer in enumerate(filled.layers):
-            keys, values = (tokens.put_back(t.transpose(1, 2)).transpose(1, 2) for t in (layer.keys, layer.values))
+            keys, values = (tokens.put_back(t[:, :, 0]).transpose(1, 2) for t in (layer.keys, layer.values))
             cache.update(keys, values, i)
         return with_item(output, _CACHE, 1, cache)
 
