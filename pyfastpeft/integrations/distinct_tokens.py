@@ -45,7 +45,12 @@ class Rows(NamedTuple):
     kept: Tensor
     chosen: Tensor
     alike: Tensor
-    places: Tensor | None = None
+    places: Tensor | None
+
+    @classmethod
+    def of(cls, ids: Tensor, positions: Tensor, shown: Tensor, kept: Tensor, places: Tensor | None = None) -> Rows:
+        """Rows that use the same adapters and of which nothing is known to be alike."""
+        return cls(ids, positions, shown, kept, torch.zeros_like(ids), torch.zeros_like(kept), places)
 
     @property
     def run(self) -> Tensor:

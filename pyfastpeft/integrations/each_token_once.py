@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from contextvars import ContextVar
 from types import NoneType
 from typing import Any
@@ -20,7 +21,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from ..adapters import AdapterBank
 from ..nn.ends import output_head
 from ..nn.hooks import GLOBAL_HOOKS
 from ..ops.cross_entropy import IGNORED
@@ -138,29 +138,32 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
     elif positions.shape not in (ids.shape, (1, ids.shape[1])) or positions.is_floating_point():
         return None  # one of all tokens, or several of each
     positions = positions.expand_as(ids)
-    modules = list(model.modules())[1:]
-    bank = next((held for m in modules if (held := vars(m).get("bank")) is not None), None)
-    if bank is not None and not (bank.mode and bank.mode.names):
-        bank = None  # no row chooses
-    if bank is not None and len(ids) % len(bank.mode.of_row):
-        return None
     packed = mask is None and bool((positions.diff() != 1).any())
-    everywhere, chosen = torch.ones_like(ids, dtype=torch.bool), _chosen(bank, ids)
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
     if packed:
         if caches:
             return None
-        rows = _unpacked(ids, positions, chosen)
+        rows = _unpacked(ids, positions)
         if not _fit_rows(rows.ids, ids):
             return None
     else:
         shown = everywhere if mask is None else mask != 0
-        rows = Rows(ids, positions, shown, everywhere, chosen, torch.zeros_like(everywhere))
+        rows = Rows.of(ids, positions, shown, everywhere)
         if mask is not None and mask is unread:
             rows = _to_the_left(rows._replace(kept=shown))
     different = _different(rows)
     worth = math.inf if packed else (_WORTH_CACHED if caches else _WORTH) * ids.numel()
     if not 0 < different.run.sum() <= worth:
         return None
+    modules = list(model.modules())[1:]
+    bank = next((held for m in modules if (held := vars(m).get("bank")) is not None), None)
+    if bank is None or not (bank.mode and bank.mode.names):
+        bank = None  # no row chooses
+    elif len(ids) % len(bank.mode.of_row):
+        return None
+    else:
+        rows = rows._replace(chosen=_chosen(bank.mode.of_row, rows, ids.shape))
+        different = _different(rows)
     prefix = next((held for m in modules if (held := vars(m).get("_prefix")) is not None), None)
     prefix = None if prefix is None else prefix.current(len(ids))
     by_row = prefix is not None and prefix.index is not None
@@ -173,16 +176,17 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
     return DistinctTokens.of(different, bank)
 
 
-def _chosen(bank: AdapterBank | None, ids: Tensor) -> Tensor:
-    """For each token of a batch the first of those rows that chose the same adapters."""
-    if bank is None:
-        return torch.zeros_like(ids)
-    sets = [frozenset(names) for names in bank.mode.of_row]
-    first = torch.tensor([sets.index(names) for names in sets])
-    return first.repeat_interleave(len(ids) // len(sets)).unsqueeze(1).expand_as(ids)
+def _chosen(of_row: Sequence[Sequence[str]], rows: Rows, batch: tuple[int, int]) -> Tensor:
+    """For each token in ``rows`` the first row of the batch that chose the same adapters."""
+    sets = [frozenset(names) for names in of_row]
+    first = torch.tensor([sets.index(names) for names in sets]).repeat_interleave(batch[0] // len(sets))
+    chosen = first.unsqueeze(1).expand(batch)
+    if rows.places is None:
+        return chosen
+    return torch.zeros_like(rows.ids).index_put((rows.places // rows.ids.shape[1],), chosen.unsqueeze(2))
 
 
-def _unpacked(ids: Tensor, positions: Tensor, chosen: Tensor) -> Rows:
+def _unpacked(ids: Tensor, positions: Tensor) -> Rows:
     """Packed sequences [batch, length], which begin where positions do not go on, in rows of their own."""
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = positions.diff() != 1
@@ -195,8 +199,7 @@ def _unpacked(ids: Tensor, positions: Tensor, chosen: Tensor) -> Rows:
         return t.new_zeros(size[0] * size[1]).index_copy(0, places, t.flatten()).view(size)
 
     shown = unpacked(torch.ones_like(begins))
-    each = unpacked(ids), unpacked(positions), shown, shown, unpacked(chosen), torch.zeros_like(shown)
-    return Rows(*each, places.view_as(ids))
+    return Rows.of(unpacked(ids), unpacked(positions), shown, shown, places.view_as(ids))
 
 
 def _to_the_left(rows: Rows) -> Rows:
