@@ -445,6 +445,15 @@ def test_calls_that_read_more(change, seen):
     assert any(seen) == ("labels" in change)
 
 
+def test_calls_after_one_for_hidden_states(seen):
+    fast, plain = pair(llama())
+    inputs = batch()
+    for model in (fast, plain):
+        model(**inputs, output_hidden_states=True)
+    check_alike(fast, plain, inputs)
+    assert seen[0] == (int(inputs["attention_mask"].sum()) - (ROWS - 1) * SHARED, SHARED)
+
+
 def test_positions_between_others(seen):
     fast, plain = pair(llama())
     inputs = batch()

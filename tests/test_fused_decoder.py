@@ -1256,6 +1256,18 @@ def test_hidden_states_and_attentions_come_when_asked_for(served):
             for a, b in zip(getattr(got, name) or (), getattr(expected, name) or (), strict=True):
                 assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(a, b, strict=True))
     assert not any(served)
+    assert torch.equal(*(generate(m, ids) for m in (plain, fused)))  # transformers' hooks are still there
+    assert any(served)
+    with torch.no_grad():
+        cache = tf.DynamicCache(config=fused.config)
+        fused(ids, **{fused_decoder._CACHE: cache})
+        served.clear()
+        hook = fused.model.layers[1].register_forward_hook(lambda *_: None)
+        fused(ids[:, :1], **{fused_decoder._CACHE: cache})
+        assert not any(served)
+        hook.remove()
+        fused(ids[:, :1], **{fused_decoder._CACHE: cache})
+        assert all(served[1:]) and served[1:]
 
 
 def test_training_goes_on_as_before(served):

@@ -26,7 +26,7 @@ from ..nn.hooks import GLOBAL_HOOKS
 from ..ops.cross_entropy import IGNORED
 from ..ops.tracing import traced, transformed
 from .distinct_tokens import DistinctTokens, Rows
-from .forwards import ModuleForward, hook, unhook
+from .forwards import ModuleForward, collects, hook, unhook
 from .fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
 from .soft_prompts.first_label import FIRST
 
@@ -273,10 +273,11 @@ def _only_known_hooks(module: dict[str, Any]) -> bool:
 
 
 def _is_known_hook(hook: Any) -> bool:
-    """Whether this is this library's own, or transformers' for gradient checkpointing."""
+    """Whether this is this library's own, or transformers' for gradient checkpointing, or for hidden states, which the
+    call did not ask for."""
     home, name = getattr(hook, "__module__", None) or "", getattr(hook, "__name__", None)
     asks_for_gradients = (home, name) == ("transformers.modeling_utils", "make_inputs_require_grads")
-    return asks_for_gradients or home.startswith("pyfastpeft.")
+    return asks_for_gradients or home.startswith("pyfastpeft.") or collects(hook)
 
 
 def _known(kind: type[nn.Module]) -> bool:

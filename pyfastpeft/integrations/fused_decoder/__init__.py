@@ -31,7 +31,7 @@ from ...ops.tracing import forward_mode, traced
 from ..attention import NAME as ATTENTION
 from ..attention import attention_forward, attention_mask
 from ..each_token_once import distinct_tokens, tell_of_padding
-from ..forwards import ModuleForward, install, remove, with_item
+from ..forwards import ModuleForward, install, is_collecting, remove, with_item
 from ..soft_prompts.first_label import FIRST
 from .rooms import Growing, Static, is_known
 from .stack import MOST_ROWS, Stack, family_of
@@ -90,6 +90,7 @@ def _asks_for_more(config: Any, kwargs: dict[str, Any]) -> bool:
         or config.output_attentions
         or config.output_hidden_states
         or functions != _ATTENTIONS.get(attention)
+        or is_collecting()
     )
 
 

@@ -29,7 +29,7 @@ from ...ops import PackedLora
 from ...ops.backends import Backend, choose_attention, choose_plain, is_plain, native
 from ...ops.dense import FEW_ROWS, outruns_torch
 from ...ops.linear_4bit import of_pairs, takes_int8
-from ..forwards import ModuleForward
+from ..forwards import ModuleForward, collects
 from ..fused_layers import OF_LLAMA, ROPE, SILUS, Kinds, has_llamas, kinds_of, written_in_transformers
 from .rooms import tokens_kept
 
@@ -148,7 +148,10 @@ class _Lookups:
         self.forwards.append(type(module).forward)
 
     def hooked(self) -> bool:
-        return any(self.hooks)
+        def idle(held: Any) -> bool:
+            return isinstance(held, dict) and all(map(collects, held.values()))
+
+        return not all(map(idle, filter(None, self.hooks)))
 
     def hold(self) -> bool:
         found = map(dict.get, self.containers, self.keys)
