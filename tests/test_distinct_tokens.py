@@ -14,6 +14,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama import modeling_llama
 
 import pyfastpeft as fp
+from pyfastpeft.adapters import Rows
 from pyfastpeft.conversations import encode, read_rows
 from pyfastpeft.data import drug_qa
 from pyfastpeft.integrations import fused_decoder
@@ -55,15 +56,18 @@ def others(count):
 
 
 def batch(lengths=(LENGTH, 9, 12, 7), left=False, shared=SHARED):
-    """Rows of these lengths, padded, of which all begin with as many tokens alike, and no two with more."""
+    """Rows of these lengths, padded, of which all begin with as many tokens alike, and no two with more; with none
+    where the padding is on the left."""
     ids = torch.randint(2, SMALL["vocab_size"], (ROWS, LENGTH))
     ids[:, :shared] = ids[0, :shared]
     ids[:, shared : shared + 1] = others(ROWS).unsqueeze(1)
     mask = (torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(1)).long()
     if left:
         ids, mask = (t.flip(1) for t in (ids, mask))
-    labels = ids.masked_fill(mask == 0, -100)
     first = mask.argmax(1, keepdim=True)
+    if left:
+        ids.scatter_(1, first, others(ROWS).unsqueeze(1))
+    labels = ids.masked_fill(mask == 0, -100)
     labels.scatter_(1, first, -100)  # which padding on the left would be said to predict
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -280,6 +284,32 @@ def test_evaluation_shares_and_keeps_padding(gradients, seen):
             got, expected = (m(**inputs).logits for m in (fast, plain))
             assert relative(got, expected) < 1e-5  # that of padding too
     assert seen == [(SHARED + ROWS * (LENGTH - SHARED), SHARED), (SHARED + ROWS, SHARED)]
+
+
+def test_a_hidden_token_among_those_that_rows_begin_with(seen):
+    fast, plain = (m.eval() for m in pair(llama()))
+    inputs = batch([LENGTH] * ROWS)
+    inputs["attention_mask"][:, 2] = 0
+    with torch.no_grad():
+        got, expected = (m(**inputs).logits for m in (fast, plain))
+    assert relative(got, expected) < 1e-5
+    assert seen == [(ROWS * LENGTH - (ROWS - 1) * SHARED, 2)]
+
+
+def test_rows_that_are_alike_again_after_they_differed(seen):
+    fast, plain = pair(llama())
+    inputs = batch([LENGTH] * ROWS)
+    inputs["input_ids"][:, SHARED + 1 :] = inputs["input_ids"][0, SHARED + 1 :]
+    check_alike(fast, plain, inputs)
+    assert seen[0] == (ROWS * LENGTH - (ROWS - 1) * SHARED, SHARED)
+
+
+def test_rotary_embeddings_that_are_decorated_as_in_transformers_5_20(monkeypatch, seen):
+    fast, plain = pair(llama())
+    rotary = modeling_llama.LlamaRotaryEmbedding
+    monkeypatch.setattr(rotary, "forward", torch.no_grad()(rotary.forward))
+    check_alike(fast, plain, batch())
+    assert seen[0] is not None
 
 
 def test_a_cache_that_training_goes_on_from(seen):
@@ -889,10 +919,24 @@ def test_packed_rows_with_adapters_of_their_own(seen):
     assert seen[0] == (2 * (28 - 2 * SHARED), 0)
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_packed_rows_with_soft_prompts_of_their_own(method, seen):
+    """A prompt is of a row, and attention would be of a sequence."""
+    fast, _ = with_another(METHODS[method])
+    with torch.no_grad():
+        fast(**packed(2, 9, 12, 7), adapter_names=["default", "other"])
+    assert not any(seen)
+
+
 def test_a_choice_of_too_few_rows(seen):
     fast, _ = with_another(METHODS["lora"])
-    with pytest.raises(ValueError, match="adapter_names"):
-        fast(**batch(), adapter_names=["default", "other", "other"])
+    names = ["default", "other", "other"]
+    with (
+        fast.base_model.bank.using(Rows(names, names[:2])),
+        pytest.raises(ValueError, match="adapter_names has 3 names"),
+    ):
+        fast.get_base_model()(**batch())
+    assert seen == [None]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1247,6 +1247,17 @@ def test_a_keyword_that_is_false_is_obeyed(asked, served):
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
+def test_types_of_layers_that_nothing_reads(served):
+    models = pair()
+    ids, caches = torch.randint(1, VOCAB, (1, 5)), [tf.DynamicCache(), tf.DynamicCache()]
+    models[1].config.layer_types = ["full_attention"]  # of the first alone
+    with torch.no_grad():
+        for _ in range(2):  # such a cache has no layers before the first
+            expected, got = (m(ids, **{fused_decoder._CACHE: c}).logits for m, c in zip(models, caches, strict=True))
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert served == [False, True]
+
+
 def test_hidden_states_and_attentions_come_when_asked_for(served):
     plain, fused = pair(attn_implementation="eager")
     ids = torch.randint(1, VOCAB, (1, 5))

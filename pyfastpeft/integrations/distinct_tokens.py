@@ -34,7 +34,7 @@ class Rows(NamedTuple):
         positions: likewise.
         shown: bool, likewise, whether others see a token.
         kept: bool, likewise, whether anybody reads what becomes of a token; those that are shown are kept.
-        chosen: int64, likewise, the first row for which the same adapters are chosen.
+        chosen: int64, likewise, which of the choices in the bank a token's row made; the same have one number.
         alike: bool, likewise, whether a token comes to the same as that of the row above.
         places: [batch, length of the batch], where each token of the batch is in all of the rows; None: where it was.
     """

@@ -45,7 +45,7 @@ _TORCHS = frozenset(
     )
 )
 _PACKAGES = ("pyfastpeft.", "peft.tuners.lora.", "bitsandbytes.")
-_NO_GRAD = torch.no_grad()(lambda: None).__code__  # with which transformers 5.20 decorates rotary embeddings
+_DECORATED = torch.no_grad()(lambda: None).__code__  # by torch's no_grad and its like, as transformers 5.20's RoPE is
 
 
 def tell_of_padding(model: nn.Module, tell: bool = True) -> None:
@@ -177,7 +177,7 @@ def distinct_tokens(model: nn.Module, arguments: dict[str, Any], caches: bool) -
 
 
 def _chosen(of_row: Sequence[Sequence[str]], rows: Rows, batch: tuple[int, int]) -> Tensor:
-    """For each token in ``rows`` the first row of the batch that chose the same adapters."""
+    """For each token in ``rows`` the first choice in ``of_row`` that is as its own."""
     sets = [frozenset(names) for names in of_row]
     first = torch.tensor([sets.index(names) for names in sets]).repeat_interleave(batch[0] // len(sets))
     chosen = first.unsqueeze(1).expand(batch)
@@ -209,16 +209,17 @@ def _to_the_left(rows: Rows) -> Rows:
         return rows
     count, length = rows.ids.shape
     columns = torch.arange(length)
-    moved = (t.gather(1, (columns + before) % length) for t in rows[:6])
+    moved = (t.gather(1, (columns + before) % length) for t in rows[:-1])
     return Rows(*moved, (columns - before) % length + torch.arange(0, count * length, length).unsqueeze(1))
 
 
 def _different(rows: Rows) -> Rows:
     """Those of ``rows`` that are different, as beams of one prompt are not, in an order in which all that begin alike
     are neighbours."""
-    said = torch.stack([t.long() for t in rows[:5]], 2) * rows.kept.unsqueeze(2)  # what padding is makes no difference
+    parts = rows.ids, rows.positions, rows.shown, rows.kept, rows.chosen
+    said = torch.stack([t.long() for t in parts], 2) * rows.kept.unsqueeze(2)  # what padding is makes no difference
     said, which = said.flatten(1).unique(dim=0, return_inverse=True)
-    said = said.unflatten(1, (-1, 5))
+    said = said.unflatten(1, (-1, len(parts)))
     alike = torch.zeros_like(said[..., 0], dtype=torch.bool)
     alike[1:] = (said[1:] == said[:-1]).all(2).cumprod(1)
     if len(said) == len(rows.ids) and not alike.any():
@@ -284,6 +285,6 @@ def _known(kind: type[nn.Module]) -> bool:
     if kind in _TORCHS or kind.__module__.startswith(_PACKAGES):
         return True
     forward = kind.forward
-    if getattr(forward, "__code__", None) is _NO_GRAD:
+    if getattr(forward, "__code__", None) is _DECORATED:
         forward = forward.__wrapped__
     return written_in_transformers(forward) is not None

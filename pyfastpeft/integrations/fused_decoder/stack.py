@@ -194,6 +194,7 @@ class Stack:
         self.angles: list[dict[str, str]] = []  # what the rotary embedding is asked for
         self.banks: set[AdapterBank] = set()
         self._attentions: list[dict] = []  # what each layer's attention holds, a prefix among it
+        self._family, self._home = family_of(model), type(model).__module__
         self._copied: list[Tensor] = []  # of these the stack holds copies
         self._model = weakref.ref(model)
         self._watched = True  # peft's layers change without notice
@@ -271,9 +272,7 @@ class Stack:
         self._noticed = None
 
     def _build(self, model: nn.Module) -> None:
-        look, config = self.lookups, model.config
-        family = self._family = family_of(model)
-        self._home = type(model).__module__
+        look, config, family = self.lookups, model.config, self._family
         self.dtype, self._eps = model.norm.weight.dtype, getattr(model.norm, family.eps)
         self.embedding_multiplier = look.get(vars(model), "embedding_multiplier")
         self._check_config(config)
@@ -281,7 +280,7 @@ class Stack:
         layers, types = look.module(model, "layers"), look.get(vars(config), "layer_types")
         parts, first = _Parts(), layers[0]
         for i in range(look.get(vars(config), "num_hidden_layers")):  # fewer where a generation exits early
-            self._add_layer(parts, look.module(layers, str(i)), i, types and types[i], window, first)
+            self._add_layer(parts, look.module(layers, str(i)), i, types, window, first)
         last_norm = self._norm(model, "norm")
         self.kv_heads, self.dim = config.num_key_value_heads, first.self_attn.head_dim
         self._check_angles(model.rotary_emb)
@@ -289,7 +288,8 @@ class Stack:
             heads = config.num_attention_heads, self.kv_heads, self.dim
             new = torch.ops.pyfastpeft.new_decoder.default
             norms = last_norm, parts.norms, parts.head_norms, parts.added_norms
-            scales = first.self_attn.scaling, vars(first).get("residual_multiplier", 1.0)
+            multiplier = vars(first).get("residual_multiplier")
+            scales = first.self_attn.scaling, 1.0 if multiplier is None else multiplier
             kinds = family.joined, family.gemma
             held = DecoderHandle(new(*norms, parts.angles, self.windows, *heads, self._eps, *scales, *kinds))
             for add, *linear in parts.linears:
@@ -338,7 +338,7 @@ class Stack:
         return weight
 
     def _add_layer(
-        self, parts: _Parts, layer: nn.Module, i: int, kind: str | None, window: int | None, first: nn.Module
+        self, parts: _Parts, layer: nn.Module, i: int, types: list[str], window: int | None, first: nn.Module
     ) -> None:
         look, family = self.lookups, self._family
         attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
@@ -358,11 +358,11 @@ class Stack:
             raise _Unsupported
         self._attentions.append(state)
         # Mistral's slide all, under one mask; where the attention keeps a window, each type has a mask of its own.
-        size = window if "sliding_window" not in state or kind == "sliding_attention" else None
+        size = window if "sliding_window" not in state or types[i] == "sliding_attention" else None
         self.window = min(self.window, math.inf if size is None else size)
         self.windows.append(size or 0)
         turns = look.get(state, "use_rope") if "use_rope" in state else True  # SmolLM3's have it
-        parts.angles.append(self._angles_of(kind if family.angles_of_types else None) if turns else -1)
+        parts.angles.append(self._angles_of(types[i] if family.angles_of_types else None) if turns else -1)
         parts.norms += [self._norm(layer, name) for name in family.norms]
         parts.head_norms += [self._norm(attention, name) for name in family.head_norms]
         parts.added_norms += [self._norm(layer, name) for name in family.added_norms]
