@@ -25,8 +25,9 @@ from ..nn.ends import output_head
 from ..nn.hooks import GLOBAL_HOOKS
 from ..ops.cross_entropy import IGNORED
 from ..ops.tracing import traced, transformed
+from .collecting import collects
 from .distinct_tokens import DistinctTokens, Rows
-from .forwards import ModuleForward, collects, hook, unhook
+from .forwards import ModuleForward, hook, unhook
 from .fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
 from .soft_prompts.first_label import FIRST
 

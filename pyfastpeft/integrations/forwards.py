@@ -9,9 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.utils import output_capturing
-
-_COLLECTOR = getattr(output_capturing, "_active_collector", None)  # private: without it its hooks are anybody's
 
 
 class ModuleForward(ABC):
@@ -73,19 +70,6 @@ def unhook(model: nn.Module, before: Callable[..., None], after: Callable[..., N
         for hooks, options in zip((module._forward_pre_hooks, module._forward_hooks), of_hooks, strict=True):
             for number in [n for n, found in hooks.items() if found in (before, after)]:
                 del hooks[number], options[number]
-
-
-def collects(hook: Callable[..., Any]) -> bool:
-    """Whether this is transformers' own hook that collects hidden states or attention weights.
-
-    A model keeps these from the first call that asks for them; they do nothing but while :func:`is_collecting`.
-    """
-    return _COLLECTOR is not None and getattr(hook, "__module__", None) == output_capturing.__name__
-
-
-def is_collecting() -> bool:
-    """Whether a call that runs here asked for hidden states or attention weights."""
-    return _COLLECTOR is not None and bool(_COLLECTOR.get())
 
 
 def with_parameters(module: nn.Module, parameters: dict[str, Tensor | None]) -> nn.Module:

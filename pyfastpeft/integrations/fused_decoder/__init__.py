@@ -30,8 +30,9 @@ from ...caching import registered
 from ...ops.tracing import forward_mode, traced
 from ..attention import NAME as ATTENTION
 from ..attention import attention_forward, attention_mask
+from ..collecting import is_collecting
 from ..each_token_once import distinct_tokens, tell_of_padding
-from ..forwards import ModuleForward, install, is_collecting, remove, with_item
+from ..forwards import ModuleForward, install, remove, with_item
 from ..soft_prompts.first_label import FIRST
 from .rooms import Growing, Static, is_known
 from .stack import MOST_ROWS, Stack, family_of

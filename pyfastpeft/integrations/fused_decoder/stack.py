@@ -29,7 +29,8 @@ from ...ops import PackedLora
 from ...ops.backends import Backend, choose_attention, choose_plain, is_plain, native
 from ...ops.dense import FEW_ROWS, outruns_torch
 from ...ops.linear_4bit import of_pairs, takes_int8
-from ..forwards import ModuleForward, collects
+from ..collecting import collects
+from ..forwards import ModuleForward
 from ..fused_layers import OF_LLAMA, ROPE, SILUS, Kinds, has_llamas, kinds_of, written_in_transformers
 from .rooms import tokens_kept
 
