@@ -167,15 +167,22 @@ class _Layout(NamedTuple):
         sources: [rows, places], which token each has; -1: none.
         places: [tokens], where each is, among all places; None: each place has one of its own.
         keys: the keys' positions; None: all are seen.
+        shares: whether a token is in several places.
     """
 
     sources: Tensor
     places: Tensor | None
     keys: Tensor | None
+    shares: bool
 
     def in_rows(self, own: Tensor) -> Tensor:
         """[tokens, ...] as [rows, places, ...], zeros where there is none."""
-        return own.unflatten(0, self.sources.shape) if self.places is None else _spread(own, self.sources)
+        if self.places is None:
+            return own.unflatten(0, self.sources.shape)
+        if self.shares:
+            return _spread(own, self.sources)
+        spread = own.new_zeros(self.sources.numel(), *own.shape[1:])  # whose gradient is a read, and no sum
+        return spread.index_copy(0, self.places, own).unflatten(0, self.sources.shape)
 
 
 def _layout_of(mask: Tensor) -> _Layout:
@@ -186,5 +193,5 @@ def _layout_of(mask: Tensor) -> _Layout:
         run = kept & ~alike
         places = None if run.all() else run.flatten().nonzero()[:, 0]
         keys = None if shown.all() else key_positions(shown, 0)
-        layout = mask._layout = _Layout(_sources(kept, alike), places, keys)
+        layout = mask._layout = _Layout(_sources(kept, alike), places, keys, bool(alike.any()))
     return layout
