@@ -164,25 +164,27 @@ class _Layout(NamedTuple):
     """What a mask says of the places of rows.
 
     Attributes:
-        sources: [rows, places], which token each has; -1: none.
-        places: [tokens], where each is, among all places; None: each place has one of its own.
+        shape: [rows, places].
+        places: [tokens], where each is first, among all places; None: each place has one of its own.
+        again: where there are tokens of a row above.
+        above: which of the tokens these are.
         keys: the keys' positions; None: all are seen.
-        shares: whether a token is in several places.
     """
 
-    sources: Tensor
+    shape: torch.Size
     places: Tensor | None
+    again: Tensor
+    above: Tensor
     keys: Tensor | None
-    shares: bool
 
     def in_rows(self, own: Tensor) -> Tensor:
         """[tokens, ...] as [rows, places, ...], zeros where there is none."""
         if self.places is None:
-            return own.unflatten(0, self.sources.shape)
-        if self.shares:
-            return _spread(own, self.sources)
-        spread = own.new_zeros(self.sources.numel(), *own.shape[1:])  # whose gradient is a read, and no sum
-        return spread.index_copy(0, self.places, own).unflatten(0, self.sources.shape)
+            return own.unflatten(0, self.shape)
+        places = self.places
+        if len(self.again):  # by themselves, since their gradient is a sum by index, and that of the others a read
+            places, own = torch.cat([places, self.again]), torch.cat([own, own.index_select(0, self.above)])
+        return own.new_zeros(self.shape.numel(), *own.shape[1:]).index_copy(0, places, own).unflatten(0, self.shape)
 
 
 def _layout_of(mask: Tensor) -> _Layout:
@@ -193,5 +195,7 @@ def _layout_of(mask: Tensor) -> _Layout:
         run = kept & ~alike
         places = None if run.all() else run.flatten().nonzero()[:, 0]
         keys = None if shown.all() else key_positions(shown, 0)
-        layout = mask._layout = _Layout(_sources(kept, alike), places, keys, bool(alike.any()))
+        again = (kept & alike).flatten().nonzero()[:, 0]
+        above = _sources(kept, alike).flatten()[again]
+        layout = mask._layout = _Layout(kept.shape, places, again, above, keys)
     return layout
