@@ -1,4 +1,4 @@
-// Copying many tensors at once, by all threads.
+// Copies of many tensors at once, and of rows of one.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -13,7 +13,9 @@
 
 namespace {
 
-using pf::tensors::Tensor;
+using namespace pf::tensors;
+
+constexpr int64_t kBytes = int64_t{1} << 22;  // a thread copies at least: it is less before a sleeping one wakes
 
 // memcpy that bypasses the caches: many pieces together are larger than these, and nobody reads them soon.
 void stream(char* into, const char* from, int64_t n) {
@@ -55,7 +57,6 @@ bool copy_tensors(std::vector<Tensor> into, std::vector<Tensor> from) {
                       static_cast<const char*>(from[i].const_data_ptr()), total, total + size});
     total += size;
   }
-  constexpr int64_t kBytes = int64_t{1} << 22;  // a thread takes at least: less is copied before a sleeping one wakes
   pf::parallel_for(total, kBytes, [&](int64_t at, int64_t end) {
     auto piece =
         std::upper_bound(pieces.begin(), pieces.end(), at, [](int64_t b, const Piece& p) { return b < p.end; });
@@ -68,8 +69,51 @@ bool copy_tensors(std::vector<Tensor> into, std::vector<Tensor> from) {
   return true;
 }
 
+// Row i is that of x which index[i] says, or zeros where it is -1.
+Tensor take_rows(Tensor x, Tensor index) {
+  const pf::Matrix m = matrix(x, "x");
+  OptTensor held = index;
+  const int64_t count = index.numel();
+  const int64_t* from = numbers(held, count, -1, m.rows - 1, "index");
+  Tensor y = new_matrix(count, m.cols, m.dtype);
+  const int64_t bytes = m.cols * pf::dtype_size(m.dtype);
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  pf::parallel_for(count, kBytes / (bytes + 1) + 1, [&](int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; ++r)
+      from[r] < 0 ? std::memset(out + r * bytes, 0, bytes) : std::memcpy(out + r * bytes, m.row(from[r]), bytes);
+  });
+  return y;
+}
+
+// take_rows' gradient in its `rows` rows.
+Tensor sum_rows(Tensor x, Tensor index, int64_t rows) {
+  const pf::Kernels& k = kernels();
+  const pf::Matrix m = matrix(x, "x");
+  OptTensor held = index;
+  const int64_t* into = numbers(held, m.rows, -1, rows - 1, "index");
+  std::vector<int64_t> first(rows, -1), next(m.rows);
+  for (int64_t r = m.rows; r-- > 0;)
+    if (into[r] >= 0) {
+      next[r] = first[into[r]];
+      first[into[r]] = r;
+    }
+  Tensor y = new_matrix(rows, m.cols, m.dtype);
+  const pf::SumRowsArgs args{.x = m, .first = first.data(), .next = next.data(), .y = y.mutable_data_ptr()};
+  pf::parallel_for(rows, kBytes / (m.cols * pf::dtype_size(m.dtype) + 1) + 1,
+                   [&](int64_t r0, int64_t r1) { k.sum_rows(args, r0, r1); });
+  return y;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) { m.def("copy_tensors(Tensor(a!)[] into, Tensor[] src) -> bool"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
+  m.def("copy_tensors(Tensor(a!)[] into, Tensor[] src) -> bool");
+  m.def("take_rows(Tensor x, Tensor index) -> Tensor");
+  m.def("sum_rows(Tensor x, Tensor index, int rows) -> Tensor");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) { m.impl("copy_tensors", TORCH_BOX(&copy_tensors)); }
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
+  m.impl("copy_tensors", TORCH_BOX(&copy_tensors));
+  m.impl("take_rows", TORCH_BOX(&take_rows));
+  m.impl("sum_rows", TORCH_BOX(&sum_rows));
+}

@@ -86,6 +86,7 @@ Kernels make_kernels(const char* name) {
   kernels.swiglu_backward = swiglu_backward;
   kernels.rope = rope;
   kernels.cross_entropy = cross_entropy;
+  kernels.sum_rows = sum_rows;
   kernels.attend = attend;
   return kernels;
 }

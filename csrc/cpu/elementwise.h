@@ -1,5 +1,5 @@
-// RMSNorm, SwiGLU, rotary embeddings and cross-entropy, both directions, and GEGLU, over the vocabulary `V`. Included
-// by algorithm.h.
+// RMSNorm, SwiGLU, rotary embeddings and cross-entropy, both directions, GEGLU and sums of rows, over the vocabulary
+// `V`. Included by algorithm.h.
 //
 // Arithmetic is float32; a value that transformers rounds to the tensors' dtype on the way is rounded here as well, so
 // that a model computes the same with these kernels as without them.
@@ -252,5 +252,21 @@ void cross_entropy(const CrossEntropyArgs& g, int64_t row0, int64_t row1) {
           store_part<D>(at_label, 0, 1, V::load(one));
           g.losses[r] = __builtin_logf(sum) + (top - label);
         }
+      });
+}
+
+// ---- sums of rows ---------------------------------------------------------------------------------------------------
+
+void sum_rows(const SumRowsArgs& g, int64_t row0, int64_t row1) {
+  const int64_t n = g.x.cols;
+  with_dtype(
+      g.x.dtype, PF_BODY(int D) {
+        for (int64_t r = row0; r < row1; ++r)
+          for (int64_t i = 0; i < n; i += kLanes) {
+            V::F sum = V::zero();
+            for (int64_t from = g.first[r]; from >= 0; from = g.next[from])
+              sum = V::add(sum, load_part<D>(g.x.row(from), i, n));
+            store_part<D>(row_of(g.y, D, n, r), i, n, sum);
+          }
       });
 }

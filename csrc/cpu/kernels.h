@@ -116,6 +116,12 @@ struct CrossEntropyArgs {
   float* losses;                // [rows]
 };
 
+struct SumRowsArgs {  // y[r] = the sum of x's rows first[r], next[first[r]], and so on until one is below 0
+  Matrix x;
+  const int64_t *first, *next;
+  void* y;  // [any, x.cols]
+};
+
 constexpr int32_t kHiddenKey = 1 << 30;  // is added to the place of a key that nobody sees
 
 struct AttentionArgs {
@@ -270,6 +276,7 @@ struct Kernels {
                           int64_t row1);
   void (*rope)(const RopeArgs&, int64_t token0, int64_t token1);  // tokens counted over the batch
   void (*cross_entropy)(const CrossEntropyArgs&, int64_t row0, int64_t row1);
+  void (*sum_rows)(const SumRowsArgs&, int64_t row0, int64_t row1);
   // Attention for few queries, at the speed of reading the keys: those of the prefix where there is one, else the
   // tokens. Units are batch rows times kv_heads. lse may be null.
   void (*attend)(const AttentionArgs&, const OtherKeys&, int64_t unit0, int64_t unit1);

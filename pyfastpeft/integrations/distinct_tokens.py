@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..adapters import AdapterBank, Prefix
 from ..ops.prefix_attention import key_positions
+from ..ops.rows import take_rows
 from ..ops.tracing import is_compiling
 
 # What the mask says of a place in a row, in bits. Numbers that no mask of a caller's begins with tell it from those:
@@ -97,7 +98,7 @@ class DistinctTokens(NamedTuple):
 
     def put_back(self, t: Tensor) -> Tensor:
         """[N, ...] as [batch, length, ...] of the batch that there was, zeros where it has no token."""
-        return _spread(t, self.sources)
+        return take_rows(t, self.sources)
 
 
 def _shared(rows: Rows) -> int:
@@ -111,13 +112,6 @@ def _sources(kept: Tensor, alike: Tensor) -> Tensor:
     run = kept & ~alike
     number = run.flatten().cumsum(0).view_as(run) - 1
     return number.masked_fill(~run, -1).cummax(0).values.masked_fill(~kept, -1)
-
-
-def _spread(t: Tensor, sources: Tensor) -> Tensor:
-    """[tokens, ...] at ``sources``, zeros at -1."""
-    spread = t.index_select(0, sources.flatten().clamp(min=0)).unflatten(0, sources.shape)
-    none = sources < 0
-    return spread.masked_fill_(none.view(*none.shape, *[1] * (t.dim() - 1)), 0) if none.any() else spread
 
 
 def are_distinct(mask: Tensor | None) -> bool:
@@ -146,7 +140,7 @@ def attend_in_rows(
         [N, 1, heads, dim].
     """
     layout, shared = _layout_of(mask), mask.shape[2] - 1
-    parts = [t[:, :, 0].split([shared, len(t) - shared]) for t in (query, key, value)]
+    parts = [t.squeeze(2).split([shared, len(t) - shared]) for t in (query, key, value)]
     q, k, v = (layout.in_rows(own).transpose(1, 2) for _, own in parts)
     outs = []
     if shared:
@@ -156,7 +150,7 @@ def attend_in_rows(
             k0, v0 = torch.cat([prefix.k, k0], 2), torch.cat([prefix.v, v0], 2)
         prefix = Prefix(k0, v0)
     out = attend(q, k, v, layout.keys, prefix).flatten(0, 1)
-    outs.append(out if layout.places is None else out.index_select(0, layout.places))
+    outs.append(out if layout.places is None else take_rows(out, layout.places))
     return torch.cat(outs).unsqueeze(1)
 
 
@@ -164,27 +158,18 @@ class _Layout(NamedTuple):
     """What a mask says of the places of rows.
 
     Attributes:
-        shape: [rows, places].
-        places: [tokens], where each is first, among all places; None: each place has one of its own.
-        again: where there are tokens of a row above.
-        above: which of the tokens these are.
+        sources: [rows, places], which token each has; -1: none.
+        places: [tokens], where each is, among all places; None: each place has one of its own.
         keys: the keys' positions; None: all are seen.
     """
 
-    shape: torch.Size
+    sources: Tensor
     places: Tensor | None
-    again: Tensor
-    above: Tensor
     keys: Tensor | None
 
     def in_rows(self, own: Tensor) -> Tensor:
         """[tokens, ...] as [rows, places, ...], zeros where there is none."""
-        if self.places is None:
-            return own.unflatten(0, self.shape)
-        places = self.places
-        if len(self.again):  # by themselves, since their gradient is a sum by index, and that of the others a read
-            places, own = torch.cat([places, self.again]), torch.cat([own, own.index_select(0, self.above)])
-        return own.new_zeros(self.shape.numel(), *own.shape[1:]).index_copy(0, places, own).unflatten(0, self.shape)
+        return own.unflatten(0, self.sources.shape) if self.places is None else take_rows(own, self.sources)
 
 
 def _layout_of(mask: Tensor) -> _Layout:
@@ -195,7 +180,5 @@ def _layout_of(mask: Tensor) -> _Layout:
         run = kept & ~alike
         places = None if run.all() else run.flatten().nonzero()[:, 0]
         keys = None if shown.all() else key_positions(shown, 0)
-        again = (kept & alike).flatten().nonzero()[:, 0]
-        above = _sources(kept, alike).flatten()[again]
-        layout = mask._layout = _Layout(kept.shape, places, again, above, keys)
+        layout = mask._layout = _Layout(_sources(kept, alike), places, keys)
     return layout

@@ -10,6 +10,7 @@ from .linear_4bit import BankView, Lora, PackedLora, linear_4bit, pack_lora
 from .lora import add_lora
 from .memory import copy_alike, copy_tensors, large_pages
 from .prefix_attention import HIDDEN, key_positions, prefix_attention
+from .rows import take_rows
 
 __all__ = [
     "HIDDEN",
@@ -32,4 +33,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
+    "take_rows",
 ]

@@ -163,12 +163,12 @@ class _FewRows(ModuleForward):
         more |= {"use_cache": caches, _CACHE: filled}
         with tokens.choosing():
             output = self.own(tokens.ids, tokens.mask, tokens.positions, **more)
-        output = with_item(output, "last_hidden_state", 0, tokens.put_back(output[0][:, 0]))
+        output = with_item(output, "last_hidden_state", 0, tokens.put_back(output[0].squeeze(1)))
         if filled is None:
             return output
         cache = DynamicCache(config=config) if cache is None else cache
         for i, layer in enumerate(filled.layers):
-            keys, values = (tokens.put_back(t[:, :, 0]).transpose(1, 2) for t in (layer.keys, layer.values))
+            keys, values = (tokens.put_back(t.squeeze(2)).transpose(1, 2) for t in (layer.keys, layer.values))
             cache.update(keys, values, i)
         return with_item(output, _CACHE, 1, cache)
 
