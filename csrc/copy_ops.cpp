@@ -69,6 +69,8 @@ bool copy_tensors(std::vector<Tensor> into, std::vector<Tensor> from) {
   return true;
 }
 
+int64_t rows_a_thread(const pf::Matrix& m) { return kBytes / (m.cols * pf::dtype_size(m.dtype) + 1) + 1; }
+
 // Row i is that of x which index[i] says, or zeros where it is -1.
 Tensor take_rows(Tensor x, Tensor index) {
   const pf::Matrix m = matrix(x, "x");
@@ -78,7 +80,7 @@ Tensor take_rows(Tensor x, Tensor index) {
   Tensor y = new_matrix(count, m.cols, m.dtype);
   const int64_t bytes = m.cols * pf::dtype_size(m.dtype);
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  pf::parallel_for(count, kBytes / (bytes + 1) + 1, [&](int64_t r0, int64_t r1) {
+  pf::parallel_for(count, rows_a_thread(m), [&](int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r)
       from[r] < 0 ? std::memset(out + r * bytes, 0, bytes) : std::memcpy(out + r * bytes, m.row(from[r]), bytes);
   });
@@ -99,8 +101,7 @@ Tensor sum_rows(Tensor x, Tensor index, int64_t rows) {
     }
   Tensor y = new_matrix(rows, m.cols, m.dtype);
   const pf::SumRowsArgs args{.x = m, .first = first.data(), .next = next.data(), .y = y.mutable_data_ptr()};
-  pf::parallel_for(rows, kBytes / (m.cols * pf::dtype_size(m.dtype) + 1) + 1,
-                   [&](int64_t r0, int64_t r1) { k.sum_rows(args, r0, r1); });
+  pf::parallel_for(rows, rows_a_thread(m), [&](int64_t r0, int64_t r1) { k.sum_rows(args, r0, r1); });
   return y;
 }
 

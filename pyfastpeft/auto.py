@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from .hub.files import read_json
 from .hub.peft import CONFIG_NAME, locate
 from .integrations.gguf import from_gguf
+from .nn.ends import embedding_weight
 from .peft_model import MODELS, PeftModel
 from .tuners.base import PeftConfig, TaskType
 
@@ -108,7 +109,7 @@ def _make_room(model: nn.Module, source: str | os.PathLike, hub: dict[str, Any])
     known = ("revision", "token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
     chosen = {key: hub[key] for key in known if key in hub}
     tokenizer = AutoTokenizer.from_pretrained(source, subfolder=hub["subfolder"] or "", **chosen)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > len(embedding_weight(model)):
         model.resize_token_embeddings(len(tokenizer))
 
 

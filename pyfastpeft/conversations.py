@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .hub.files import check_text
+from .nn.ends import embedding_weight
 from .ops.cross_entropy import IGNORED
 
 Messages = list[dict[str, str]]
@@ -31,7 +32,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
 
 def embedded_tokens(model: nn.Module) -> int:
     """How many tokens ``model`` embeds."""
-    return len(model.get_input_embeddings().weight)
+    return len(embedding_weight(model))
 
 
 def check_ids(what: str, ids: Sequence[int], rows: int) -> None:

@@ -317,6 +317,36 @@ def test_who_multiplies_by_the_weight_of_the_embedding_gets_the_rows():
         assert torch.equal(model.get_input_embeddings().weight, base.lm_head.weight)
 
 
+def test_who_multiplies_by_the_weight_gets_what_all_rows_of_a_batch_use():
+    base, rows = tiny.make("qwen2"), tiny.inputs("qwen2", rows=2, length=8)
+    model = several(base)
+    head = model.get_base_model().lm_head
+    # As DeBERTa's old head does.
+    head.forward = lambda x: x @ model.get_input_embeddings().weight.t()
+    for name in ("a", "b", "d"):
+        model.set_adapter(name)
+        alone = logits(model, rows)
+        model.set_adapter("c")
+        torch.testing.assert_close(logits(model, rows, adapter_names=[name, name]), alone, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"adapter_names has \['a'\], which train tokens, for some rows and not for"):
+        logits(model, rows, adapter_names=["a", "d"])
+    with model.disable_adapter():
+        alone = logits(model, rows)
+    torch.testing.assert_close(logits(model, rows, adapter_names=["__base__"] * 2), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [fp.PromptTuningConfig, fp.PrefixTuningConfig])
+def test_rows_of_tokens_and_soft_prompts_that_have_none_share_a_batch(method):
+    base, rows = tiny.make("bert"), tiny.inputs("bert", rows=3, length=8)
+    model = adapted(fp, base, [1, 3], "bert", adapter_name="rows")
+    model.add_adapter("prompt", method(num_virtual_tokens=3))
+    names = ["rows", "prompt", "__base__"]
+    mixed = logits(model, rows, adapter_names=names)
+    for i, name in enumerate(names):
+        one = {key: value[i : i + 1] for key, value in rows.items()}
+        torch.testing.assert_close(mixed[i], logits(model, one, adapter_names=[name])[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("tokens", "kwargs", "message"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 HEADS = {
     "SEQ_CLS": ["classifier", "score"],
@@ -15,6 +15,12 @@ HEADS = {
 def input_embedding(model: nn.Module) -> nn.Module | None:
     """What transformers says it is, where there is one and only one."""
     return _end(model, "get_input_embeddings")
+
+
+def embedding_weight(model: nn.Module) -> Tensor:
+    """The input embedding's own [tokens, dim]: one that adapters train tokens of computes what its ``weight`` is."""
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "base_layer", embedding).weight
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -53,7 +53,7 @@ class TokenRows:
         self.slots[name][self.indices[name]] = torch.arange(len(indices), device=device)
         self.values[name] = nn.Parameter(weight.detach()[self.indices[name].to(weight.device)].to(dtype))
 
-    def remove_adapter(self, name: str | None) -> None:
+    def remove_adapter(self, name: str) -> None:
         for held in (self.indices, self.slots, self.values):
             if name in held:
                 del held[name]
@@ -147,13 +147,27 @@ class TrainableTokens(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """With the rows in use in it, for models that multiply by an embedding's weight themselves."""
-        return self.rows.replaced(self.rows._plan) if self.bank.mode is None else self.base_layer.weight
+        """With the rows in use in it, for models that multiply by an embedding's weight themselves.
+
+        Raises:
+            ValueError: not all rows of the batch use the same.
+        """
+        names = self._in_use()
+        if self.bank.mode is not None and (differing := self.bank.mode.differing(names)):
+            raise ValueError(
+                f"adapter_names has {differing}, which train tokens, for some rows and not for others, and the model "
+                "reads the embedding's weight itself, which is one for all rows: give them apart"
+            )
+        return self.rows.replaced(names)
+
+    def _in_use(self) -> tuple[str, ...]:
+        """The adapters whose rows are in use, by some rows of the batch at least."""
+        mode = self.bank.mode
+        return self.rows._plan if mode is None else self.rows.present(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mode, rows = self.bank.mode, self.rows
+        mode, names = self.bank.mode, self._in_use()
         y = self.base_layer(x, *args, **kwargs)
-        names = rows._plan if mode is None else rows.present(mode)
         put = self._looked_up if isinstance(self.base_layer, nn.Embedding) else self._multiplied
         for i, name in enumerate(names):
             chosen = None

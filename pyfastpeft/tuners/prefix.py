@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..nn.ends import embedding_weight
 from ..nn.prompt_encoder import Form, PrefixEncoder, SoftPrompt
 from .base import PeftType, register_method
 from .soft_prompt import SoftPromptConfig, random_ids, text_ids
@@ -54,7 +55,7 @@ class InitialTextConfig(SoftPromptConfig):
                 ids = random_ids(model, self.num_virtual_tokens)
             else:
                 ids = text_ids(self.prefix_init_text, self.tokenizer_name_or_path, model, self.num_virtual_tokens)
-            ids = ids.to(model.get_input_embeddings().weight.device)
+            ids = ids.to(embedding_weight(model).device)
             values = prefixes.keys_values(ids) if self.form is Form.KEYS_VALUES else prefixes.layer_inputs(ids)
             module.embedding.weight.copy_(values)
 

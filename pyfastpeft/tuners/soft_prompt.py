@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..hub.files import check_tensors, check_text
+from ..nn.ends import embedding_weight
 from ..nn.modes import evaluating
 from ..nn.prompt_encoder import Form, SoftPrompt
 from ..ops.checks import as_count
@@ -94,7 +95,7 @@ class SoftPromptConfig(PeftConfig):
             own = prefixes.first_layer
             layers, heads, width = len(prefixes.attentions), own.num_attention_heads, own.hidden_size
             if self.at_embedding:
-                layers, width = prefixes.shape.layers, prefixes.model.get_input_embeddings().weight.shape[1]
+                layers, width = prefixes.shape.layers, embedding_weight(prefixes.model).shape[1]
         self._expect(num_layers=layers, num_attention_heads=heads, token_dim=width)
 
     def _expect(self, **values: int) -> None:
@@ -142,7 +143,7 @@ def text_ids(text: str, tokenizer: Any, model: nn.Module, count: int, **kwargs: 
     ids = tokenizer(text)["input_ids"]
     if not ids:
         raise ValueError(f"the initial text is {text!r}, which has no tokens")
-    ids, known = (ids * -(-count // len(ids)))[:count], len(model.get_input_embeddings().weight)
+    ids, known = (ids * -(-count // len(ids)))[:count], len(embedding_weight(model))
     if max(ids) >= known:
         raise ValueError(
             f"tokenizer_name_or_path is of another model: the initial text has token {max(ids)}, and a "
@@ -222,7 +223,7 @@ class SoftPromptTuner(Tuner):
         if values is None:
             config.initialize(module, self.prefixes)
         # In float32 whatever the model is in, as in PEFT.
-        module = module.to(self.model.get_input_embeddings().weight.device).train(self.model.training)
+        module = module.to(embedding_weight(self.model).device).train(self.model.training)
         self.bank.prompts[name] = module
         self._put(name, config)
 

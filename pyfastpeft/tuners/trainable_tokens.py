@@ -136,7 +136,8 @@ def put_tokens(model: nn.Module, bank: AdapterBank, name: str, place: Place, aut
 def take_tokens(model: nn.Module, bank: AdapterBank, name: str | None = None) -> None:
     """Take an adapter's rows out, or (None) those of all."""
     for path, rows in list(bank.tokens.items()):
-        rows.remove_adapter(name)
+        if name is not None:
+            rows.remove_adapter(name)
         if name is None or not rows.indices:
             for where, layer in rows.layers.items():
                 if getattr(at(model, where), "rows", None) is rows:

@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ...adapters import NO_ROWS, AdapterBank, Rows
-from ...nn.ends import input_embedding
+from ...nn.ends import embedding_weight, input_embedding
 from ...nn.prompt_encoder import Form
 from .. import attention
 from ..forwards import NamedForward
@@ -302,7 +302,7 @@ class BidirectionalPrefixes(Prefixes):
         if self.bank.run is OFF or used.isdisjoint([*self.tokens, *self.sources]):
             return None
         if used.isdisjoint(self.tokens):
-            return Tokens(self.model.get_input_embeddings().weight[:0].unsqueeze(0))
+            return Tokens(embedding_weight(self.model)[:0].unsqueeze(0))
         different, index = distinct(tuple(name for name in names if name in self.tokens) for names in rows)
         if -1 in index and _embeds_ids_alone(self.model.config):
             prompts = sorted(used.intersection(self.tokens))

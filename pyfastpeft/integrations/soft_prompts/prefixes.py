@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ...adapters import NO_ROWS, AdapterBank, Prefix, Rows
 from ...caching import put_bounded
-from ...nn.ends import input_embedding
+from ...nn.ends import embedding_weight, input_embedding
 from ...nn.modes import evaluating
 from ...nn.prompt_encoder import Form
 from ...ops.tracing import is_compiling, traced
@@ -325,7 +325,7 @@ class Prefixes(ABC):
 
     def _work_out(self, source: Source, others: tuple[str, ...]) -> Values:
         rows = self.bank.mode and _beside_a_prompt(others)
-        vectors = source.module().to(self.model.get_input_embeddings().weight.dtype)
+        vectors = source.module().to(embedding_weight(self.model).dtype)
         if source.form is Form.KEYS_VALUES:
             layers, heads, dim = self.shape
             tensors = vectors.view(len(vectors), 2 * layers, 1, heads, dim).permute(1, 2, 3, 0, 4)
@@ -335,7 +335,7 @@ class Prefixes(ABC):
         else:
             inputs = vectors.view(len(vectors), len(self._blocks), -1).unbind(1)
             # What is at the embedding, which may be of another width, does not matter.
-            embeddings = vectors.new_zeros(len(vectors), self.decoder.get_input_embeddings().weight.shape[1])
+            embeddings = vectors.new_zeros(len(vectors), embedding_weight(self.decoder).shape[1])
             values = Values(self._computed(embeddings, rows, inputs).tensors, None)
         if source.dropout and self.decoder.training:
             values = values._replace(tensors=[F.dropout(t, source.dropout) for t in values.tensors])
