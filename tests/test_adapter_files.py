@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ import transformers as tf
 from architectures import relative
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import PushToHubMixin
 
@@ -454,20 +456,20 @@ def test_a_save_that_fails_loses_nothing(tmp_path, monkeypatch, full_when):
     model = fp.get_peft_model(tiny.make("llama"), STATES["ptuning"](fp))
     model.save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    save = files.save_safetensors
+    put = files.put_safetensors
     for parameter in model.prompt_encoder.parameters():
         parameter.data.add_(1)
 
-    def written(tensors, path):
+    def written(tensors, *paths):
         if "prompt_embeddings" in tensors:
             raise OSError("the disk is full")
-        save(tensors, path)
+        put(tensors, *paths)
 
     def synced(fd):
         if "adapter_config" in os.readlink(f"/proc/self/fd/{fd}"):
             raise OSError("the disk is full")
 
-    monkeypatch.setattr(*((folders, "save_safetensors", written) if full_when == "written" else (os, "fsync", synced)))
+    monkeypatch.setattr(*((folders, "put_safetensors", written) if full_when == "written" else (os, "fsync", synced)))
     with pytest.raises(OSError, match="disk is full"):
         model.save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -510,7 +512,22 @@ def test_files_of_an_adapter_take_their_names_one_right_after_the_other(tmp_path
     monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("sync"), sync(fd)))
     model.save_pretrained(tmp_path)
     names = [i for i, step in enumerate(steps) if step in os.listdir(tmp_path)]
-    assert len(names) == 3 and names[-1] - names[0] == 2 and steps[names[-1] :][1:] == ["sync"]
+    assert len(names) == 3 and names[-1] - names[0] == 2
+    assert steps[: names[0]] == ["sync"] * 3 and steps[names[-1] :][1:] == ["sync"]
+
+
+@pytest.mark.parametrize(
+    ("writes", "error", "name"),
+    [
+        ("pathlib.Path.write_text", OSError(28, "No space left"), "adapter_config.json"),
+        ("safetensors.torch.save_file", SafetensorError("No space left"), "adapter_model.safetensors"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_by_the_name_it_was_to_have(tmp_path, monkeypatch, writes, error, name):
+    monkeypatch.setattr(writes, mock.Mock(side_effect=error))
+    with pytest.raises(OSError, match=f"{re.escape(str(tmp_path / name))} could not be written: No space left"):
+        fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).save_pretrained(tmp_path)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,15 @@ def write_text(text: str, path: str | os.PathLike) -> None:
         OSError: the file could not be written (the old one is whole).
     """
     with atomic_write(path) as aside:
-        try:
-            aside.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
+        put_text(text, aside, path)
+
+
+def put_text(text: str, aside: Path, path: str | os.PathLike) -> None:
+    """:func:`write_text` to ``aside``, which :func:`atomic_writes` gave for ``path``."""
+    try:
+        aside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
@@ -109,17 +114,22 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> 
         OSError: the file could not be written (the old one is whole).
         ValueError: the tensors cannot be stored, for example two keys share one memory.
     """
+    with atomic_write(path) as aside:
+        put_safetensors(tensors, aside, path)
+
+
+def put_safetensors(tensors: Mapping[str, Tensor], aside: Path, path: str | os.PathLike) -> None:
+    """:func:`save_safetensors` to ``aside``, which :func:`atomic_writes` gave for ``path``."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     held = {k: t.detach().contiguous() for k, t in tensors.items()}
-    with atomic_write(path) as aside:
-        try:
-            save_file(held, aside, {"format": "pt"})  # which transformers and peft look for
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
-        except RuntimeError as error:
-            raise ValueError(f"{path} cannot hold these tensors: {error}") from error
+    try:
+        save_file(held, aside, {"format": "pt"})  # which transformers and peft look for
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot hold these tensors: {error}") from error
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -138,9 +148,8 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        # For the memory of the CPU torch has no class of its own, and other words on Windows.
-        no_memory = any(words in str(error) for words in ("allocate memory", "tried to allocate"))
-        if no_memory or isinstance(error, torch.OutOfMemoryError):
+        # For the memory of the CPU torch has no class of its own.
+        if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{path} is not a valid safetensors file (truncated or damaged?): {error}") from error
 

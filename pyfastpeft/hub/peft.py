@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import as_path, atomic_writes, load_safetensors, save_safetensors, write_text
+from .files import as_path, atomic_writes, load_safetensors, put_safetensors, put_text, write_text
 
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
@@ -144,13 +144,13 @@ def write_adapter(
         shared = tensor.untyped_storage().data_ptr() in seen
         seen.add(tensor.untyped_storage().data_ptr())
         apart[key] = tensor.detach().clone() if shared else tensor
-    names = [WEIGHTS_NAME, *([OWN_NAME] if own else []), CONFIG_NAME]
-    gone = [] if own else [folder / OWN_NAME]  # never beside weights that it does not belong to
-    with atomic_writes([folder / name for name in names], gone) as (weights, *encoder, settings):
-        write_text(json.dumps(config, indent=2), settings)
-        for path in encoder:
-            save_safetensors(own, path)
-        save_safetensors(apart, weights)
+    weights, encoder, settings = (folder / name for name in (WEIGHTS_NAME, OWN_NAME, CONFIG_NAME))
+    held = {weights: apart} | ({encoder: own} if own else {})
+    gone = [] if own else [encoder]  # never beside weights that it does not belong to
+    with atomic_writes([*held, settings], gone) as (*asides, last):
+        put_text(json.dumps(config, indent=2), last, settings)
+        for aside, path in zip(asides, held, strict=True):
+            put_safetensors(held[path], aside, path)
     write_card(folder, config, in_peft)
 
 
