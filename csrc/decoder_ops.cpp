@@ -86,8 +86,6 @@ int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> 
   return stacks.add(std::move(stack));
 }
 
-void free_decoder(int64_t stack) { stacks.release(stack); }
-
 void add(int64_t id, HeldLinear linear) {
   const std::shared_ptr<Stack> stack = stacks.find(id, "stack");
   pf::Decoder& d = stack->shape;
@@ -319,6 +317,8 @@ Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vecto
 
 }  // namespace
 
+PF_C void pf_free_decoder(int64_t stack) { stacks.free(stack); }
+
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def(
       "new_decoder(Tensor norm, Tensor[] norms, Tensor[] head_norms, Tensor[] added_norms, int[] angles, "
@@ -332,7 +332,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def(
       "add_decoder_bottleneck(int stack, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, int activation, "
       "int[] uses) -> ()");
-  m.def("free_decoder(int stack) -> ()");
   m.def(
       "decoder_forward(int stack, Tensor x, Tensor[] cos, Tensor[] sin, Tensor? mask, Tensor(a!)[] keys, "
       "Tensor(b!)[] values, int[] past, Tensor[] prefix_keys, Tensor[] prefix_values, Tensor? prefix_index, "
@@ -345,8 +344,4 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("add_decoder_dense", TORCH_BOX(&add_decoder_dense));
   m.impl("add_decoder_bottleneck", TORCH_BOX(&add_decoder_bottleneck));
   m.impl("decoder_forward", TORCH_BOX(&decoder_forward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("free_decoder", TORCH_BOX(&free_decoder));
 }

@@ -8,9 +8,12 @@
 
 #include "tensors.h"
 
+// Of a function that Python calls past torch.
+#define PF_C extern "C" __attribute__((visibility("default")))
+
 namespace pf::tensors {
 
-// Handles are small numbers from 1 on; a released one is given again.
+// Handles are small numbers from 1 on; a free one is given again.
 template <class T>
 class HandleTable {
  public:
@@ -27,10 +30,10 @@ class HandleTable {
   }
   std::shared_ptr<T> find(int64_t handle, const char* what) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    STD_TORCH_CHECK(holds(handle), what, " is ", handle, "; it must be a handle that was not released");
+    STD_TORCH_CHECK(holds(handle), what, " is ", handle, "; it must be a handle that was not freed");
     return objects_[handle - 1];
   }
-  void release(int64_t handle) {
+  void free(int64_t handle) {
     std::shared_ptr<T> last;  // freed after the lock
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!holds(handle)) return;

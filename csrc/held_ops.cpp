@@ -19,12 +19,10 @@ int64_t hold_weight(Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax
                     int64_t n, int64_t blocksize) {
   return weights.add(std::make_shared<const HeldWeight>(codes, scale, zero, absmax2, offset, format, n, blocksize));
 }
-void release_weight(int64_t handle) { weights.release(handle); }
 
 int64_t hold_branch(Tensor a_pairs, Tensor b_pairs, int64_t n, int64_t k) {
   return branches.add(std::make_shared<const HeldBranch>(a_pairs, b_pairs, n, k));
 }
-void release_branch(int64_t handle) { branches.release(handle); }
 
 // x [.., K] as a matrix of its rows, and y [.., N] for it.
 struct Rows {
@@ -82,11 +80,12 @@ Tensor linear_4bit_held(Tensor x, int64_t weight, OptTensor bias, int64_t branch
 
 }  // namespace
 
+PF_C void pf_free_weight(int64_t handle) { weights.free(handle); }
+PF_C void pf_free_branch(int64_t handle) { branches.free(handle); }
+
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("hold_weight(" PF_WEIGHT ") -> int");
-  m.def("release_weight(int weight) -> ()");
   m.def("hold_branch(Tensor a_pairs, Tensor b_pairs, int n, int k) -> int");
-  m.def("release_branch(int branch) -> ()");
   m.def(
       "linear_4bit_held(Tensor x, int weight, Tensor? bias, int branch, float scaling, Tensor? row_scale, bool int8) "
       "-> Tensor");
@@ -96,9 +95,4 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("hold_weight", TORCH_BOX(&hold_weight));
   m.impl("hold_branch", TORCH_BOX(&hold_branch));
   m.impl("linear_4bit_held", TORCH_BOX(&linear_4bit_held));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("release_weight", TORCH_BOX(&release_weight));
-  m.impl("release_branch", TORCH_BOX(&release_branch));
 }

@@ -23,6 +23,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
 import pyfastpeft as fp
+from pyfastpeft.compiled import C_FUNCTIONS
 from pyfastpeft.integrations import fused_decoder
 from pyfastpeft.integrations.forwards import remove
 from pyfastpeft.integrations.fused_decoder import stack
@@ -1617,7 +1618,7 @@ def test_the_operator_refuses_factors_of_groups_that_it_would_read_past(row_scal
     raises = pytest.raises(RuntimeError, match="row_scale must be contiguous float32")
     with raises if refused else contextlib.nullcontext():
         ops.decoder_forward(stack, torch.randn(4, 1, 32), angle, angle, None, room, room, [0], [], [], None, None)
-    ops.free_decoder(stack)
+    C_FUNCTIONS.pf_free_decoder(stack)
 
 
 @pytest.mark.parametrize(
@@ -1646,7 +1647,7 @@ def test_the_operator_refuses_bottlenecks_that_do_not_fit(changes, words):
     with pytest.raises(RuntimeError, match=words) if words else contextlib.nullcontext():
         ops.add_decoder_bottleneck(stack, **held)
         ops.decoder_forward(stack, torch.randn(4, 1, 32), angle, angle, None, room, room, [0], [], [], None, None)
-    ops.free_decoder(stack)
+    C_FUNCTIONS.pf_free_decoder(stack)
 
 
 @pytest.mark.parametrize("rows", [1, 20])

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyfastpeft as fp
@@ -1289,6 +1290,21 @@ def test_what_is_held_lives_as_long_as_its_owner_and_no_longer():
     other = packed_weight(40, 64).handle
     with pytest.raises(RuntimeError, match="branch is"):
         call(x, other.number, None, branch, 1.0, None, False)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_what_is_freed_while_others_are_traced_is_no_part_of_the_trace(pre_dispatch):
+    held = [packed_weight(40, 64), pack_lora(*adapter(40, 64, 4), 1.0)]
+    freed = held[0].handle.number
+
+    def trace(x):
+        held.clear()
+        return x + 1
+
+    graph = make_fx(trace, pre_dispatch=pre_dispatch)(torch.ones(3)).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.add.Tensor]
+    with pytest.raises(RuntimeError, match=f"weight is {freed}"):
+        torch.ops.pyfastpeft.linear_4bit_held.default(torch.randn(1, 64), freed, None, 0, 1.0, None, False)
 
 
 def test_what_is_held_at_exit_is_left_to_it():

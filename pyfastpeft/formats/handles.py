@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
+from collections.abc import Callable
 from typing import ClassVar
 
-import torch
+from ..compiled import C_FUNCTIONS
+
+
+def _freeing(name: str) -> Callable[[int], None]:
+    """A function of C, no operator: the collector may call it while a compiler or a mode records this thread's."""
+    function = getattr(C_FUNCTIONS, name)
+    function.argtypes, function.restype = [ctypes.c_int64], None
+    return function
 
 
 class Handle:
@@ -17,12 +26,11 @@ class Handle:
     """
 
     __slots__ = ("__weakref__", "number")
-    _release: ClassVar[str]
+    _free: ClassVar[Callable[[int], None]]
 
     def __init__(self, number: int) -> None:
         self.number = number
-        release = getattr(torch.ops.pyfastpeft, self._release).default
-        weakref.finalize(self, release, number).atexit = False
+        weakref.finalize(self, self._free, number).atexit = False
 
     def __reduce__(self) -> tuple:
         raise TypeError("a handle of what the compiled operators hold cannot be copied; make another")
@@ -32,18 +40,18 @@ class WeightHandle(Handle):
     """Of a packed weight in tiles."""
 
     __slots__ = ()
-    _release = "release_weight"
+    _free = _freeing("pf_free_weight")
 
 
 class BranchHandle(Handle):
     """Of an adapter in pairs."""
 
     __slots__ = ()
-    _release = "release_branch"
+    _free = _freeing("pf_free_branch")
 
 
 class DecoderHandle(Handle):
     """Of a decoder's layers."""
 
     __slots__ = ()
-    _release = "free_decoder"
+    _free = _freeing("pf_free_decoder")

@@ -1,11 +1,10 @@
-"""Loads the compiled operators and gives torch.compile their shapes."""
+"""What the compiled operators need from Python: a table, and for compilers their shapes."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +14,6 @@ from ..formats import DYNAMIC_MAP, format_of
 from ..formats.packed import Operands
 from ..kernels.graphs import constant_on
 
-_LIBRARY = next(Path(__file__).parent.parent.glob("_C*.so"), None)
-if _LIBRARY is None:
-    raise ImportError("pyfastpeft's operators are not compiled: install the package (`pip install .`)")
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-    raise ImportError(f"torch {torch.__version__} is here; pyfastpeft needs 2.10 or newer")
-torch.ops.load_library(str(_LIBRARY))
 torch.ops.pyfastpeft.set_dynamic_map(DYNAMIC_MAP)
 
 WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? absmax2, Tensor? offset, int format, int n, int blocksize"
