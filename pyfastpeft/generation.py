@@ -26,22 +26,6 @@ from .nn.modes import evaluating
 
 
 @contextmanager
-def _contiguous_head(model: nn.Module) -> Iterator[None]:
-    """Hand the head contiguous rows while this lasts.
-
-    transformers gives it the last position as a strided [batch, 1, H], and torch on a CPU then multiplies by a copy of
-    the head's weight for every row: seconds and gigabytes for a prompt.
-    """
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda head, args: (args[0].contiguous(), *args[1:]), prepend=True
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
 def _plain_generation(model: nn.Module) -> Iterator[None]:
     """Generate without the model's own settings while this lasts.
 
@@ -127,7 +111,7 @@ def answer(
     prompts, room = prompts_of(model, tokenizer, conversations, adapter_names)
     own_ends = _eos_ids(model)
     answers: list[str] = []
-    with evaluating(model), _contiguous_head(model), _plain_generation(model):
+    with evaluating(model), _plain_generation(model):
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             length = max(map(len, batch))

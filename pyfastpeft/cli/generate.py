@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Answer the prompt, or hold a conversation."""
-    from .. import PeftConfig, PeftModel
+    from .. import PeftConfig, PeftModel, accelerate
     from ..generation import answer
     from ..tuners.adapted import check_name
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     configs = [PeftConfig.from_pretrained(path) for _, path in args.adapter]
     with console.status(f"loading {escape(args.model)}"):
         model, tokenizer = load_model(args, quantized=not args.full_precision)
-        model = on_gpu(model)
+        model = on_gpu(accelerate(model))
         for i, ((name, path), config) in enumerate(zip(args.adapter, configs, strict=True)):
             if i == 0:
                 model = PeftModel.from_pretrained(model, path, adapter_name=name, config=config)
