@@ -183,8 +183,7 @@ struct Operators {
   static Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t format, int64_t blocksize,
                                 std::vector<int64_t> shape, ScalarType dtype) {
     const Place place(codes);
-    int64_t count = 1;
-    for (const int64_t d : shape) count *= d;
+    const int64_t count = element_count(shape);
     const int64_t n = shape.empty() || count == 0 ? 1 : shape[0];
     const PfWeight w = weight(place.kernels, codes, scale, zero, {}, {}, format, n, count / n, blocksize);
     Tensor out =

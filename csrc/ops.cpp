@@ -113,8 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(Tensor dy, OptTensor x, OptTens
   return gradients(none, dy, x, s, lora_a, lora_b, std::nullopt, scaling, seed, dropout, need_dx);
 }
 
-constexpr int64_t kFlatGrain = int64_t{1} << 16;     // elements a thread takes at least
-constexpr int64_t kMostElements = int64_t{1} << 58;  // of a tensor: sizes in bytes and with padding are numbers too
+constexpr int64_t kFlatGrain = int64_t{1} << 16;  // elements a thread takes at least
 
 // A factor of an adapter in bf16, in the order in which the forward kernels read it: see Matrix in weight.h.
 void pack_pairs(Tensor m, Tensor out) {
@@ -150,11 +149,7 @@ Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t forma
                        std::vector<int64_t> shape, ScalarType dtype) {
   const pf::Kernels& k = kernels();
   check_format(format, blocksize);
-  int64_t n = 1;
-  for (int64_t d : shape) {
-    STD_TORCH_CHECK(d >= 0 && (d == 0 || n <= kMostElements / d), "shape must be sizes, of at most 2^58 elements");
-    n *= d;
-  }
+  const int64_t n = element_count(shape);
   const int64_t blocks = pf::ceil_div(n, blocksize);
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() && codes.numel() == (n + 1) / 2,
                   "codes must be contiguous uint8 [(numel + 1) / 2, 1] in the rows layout");

@@ -28,6 +28,17 @@ inline const pf::Kernels& kernels() {
   return *k;
 }
 
+constexpr int64_t kMostElements = int64_t{1} << 58;  // of a tensor: sizes in bytes and with padding are numbers too
+
+inline int64_t element_count(const std::vector<int64_t>& shape) {
+  int64_t n = 1;
+  for (const int64_t d : shape) {
+    STD_TORCH_CHECK(d >= 0 && (d == 0 || n <= kMostElements / d), "shape must be sizes, of at most 2^58 elements");
+    n *= d;
+  }
+  return n;
+}
+
 inline int dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:

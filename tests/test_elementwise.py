@@ -221,6 +221,13 @@ def test_a_last_dimension_of_zero_gives_what_torch_gives(device):
             assert y.shape == torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 
+def test_an_eps_that_wants_a_gradient_gets_it():
+    x, weight, eps = torch.randn(3, 8), torch.randn(8), torch.tensor(0.1, requires_grad=True)
+    y, expected = (norm(x, weight, eps) for norm in (rms_norm, norm64))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sum(), eps) for out in (y, expected)))
+
+
 def test_backward_keeps_the_inputs_and_nothing_else():
     saved = []
     x, up = (torch.randn(30, 40, requires_grad=True) for _ in range(2))
@@ -328,6 +335,7 @@ def test_errors_name_the_argument():
         (lambda: rms_norm(x, torch.ones(8).bfloat16()), ValueError, "weight is torch.bfloat16"),
         (lambda: rms_norm(x, None), TypeError, "weight is a NoneType"),
         (lambda: rms_norm(x, torch.ones(8), "a"), TypeError, "eps is a str; it must be a number or a tensor"),
+        (lambda: rms_norm(x, torch.ones(8), torch.ones(2)), ValueError, r"eps has shape \(2,\); it must be"),
         (lambda: rms_norm(x[0, 0], torch.tensor(1.0)), ValueError, "weight is"),
         (lambda: swiglu(x, x.bfloat16()), ValueError, "up is"),
         (lambda: swiglu(x, x.to("meta")), ValueError, "up is .* on meta"),

@@ -627,7 +627,7 @@ def test_a_copy_that_is_not_of_dense_tensors_is_torchs():
 
     into = torch.zeros(3, 3)
     assert not copy_alike([into], [torch.eye(3).to_sparse()]) and not copy_alike([into], [])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="source has 0 tensors; it must have 1"):
         copy_tensors([into], [])
 
 

@@ -86,8 +86,10 @@ def _in_a_process(args: argparse.Namespace, read: tuple[Rows, Rows], console: Co
     here, there = spawn.Pipe()
     process = spawn.Process(target=_train, args=(args, console.stderr, there), daemon=True)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the process inherits it: Ctrl-C is for this one alone
-    process.start()
-    signal.signal(signal.SIGINT, handler)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     there.close()
     result = None
     try:

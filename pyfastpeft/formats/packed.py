@@ -85,7 +85,7 @@ class Packed4bit:
 
     @classmethod
     def of_operands(cls, w: Operands, k: int, layout: str = "rows") -> Packed4bit:
-        """The matrix [N, K] whose :attr:`operands` these are; float32 by default."""
+        """The matrix [N, K] whose :attr:`operands` these are; its dtype is float32."""
         nested = None if w.absmax2 is None else NestedScales(w.absmax2, w.offset)
         shape, name = torch.Size((w.n, k)), format_of(w.format).name
         return cls(w.codes, w.scale, w.zero, nested, shape, torch.float32, name, w.blocksize, layout)

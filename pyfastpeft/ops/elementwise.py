@@ -13,35 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import FLOATS, Backend, as_rows, choose_plain
-from .checks import check_factor, check_floats, check_tensor
+from .checks import check_floats, check_number, check_tensor
 from .library import fake_of
 from .once import once_differentiable
 from .tracing import is_compiling, recorded
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float | Tensor = 1e-6) -> Tensor:
     """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension.
 
     Args:
         x: [..., H], float32, bfloat16 or float16.
         weight: [H], in x's dtype.
-        eps: a number.
+        eps: a number, or a tensor of one, for which this is plain torch.
 
     Returns:
-        [..., H] in x's dtype. Differentiable in both.
+        [..., H] in x's dtype. Differentiable in all of them.
 
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
     check_floats("x", x)
     check_floats("weight", weight)
-    check_factor("eps", eps)
+    check_number("eps", eps)
     if (weight.dtype, weight.device) != (x.dtype, x.device) or x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}; it must be {x.dtype} on "
             f"{x.device}, of the size of the last dimension of x, which has shape {tuple(x.shape)}"
         )
-    if choose_plain(x.device) is Backend.REFERENCE:
+    if choose_plain(x.device) is Backend.REFERENCE or isinstance(eps, Tensor):
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     norm = _RmsNorm.apply if recorded(x, weight) else _rms_norm
@@ -56,6 +56,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Returns:
         The same shape and dtype. Differentiable in both.
+
+    Raises:
+        TypeError, ValueError: the argument at fault, what it was and what it must be.
     """
     check_floats("gate", gate)
     check_floats("up", up)

@@ -30,7 +30,13 @@ def copy_alike(into: Sequence[Tensor], source: Sequence[Tensor]) -> bool:
 
 
 def copy_tensors(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """Copy each tensor of ``source`` into the one of ``into`` at its place; shapes are equal in pairs."""
+    """Copy each tensor of ``source`` into the one of ``into`` at its place; shapes are equal in pairs.
+
+    Raises:
+        ValueError: there are not as many of the one as of the other.
+    """
+    if len(into) != len(source):
+        raise ValueError(f"source has {len(source)} tensors; it must have {len(into)}, as many as into")
     if into and not copy_alike(into, source):
         with torch.no_grad():
             torch._foreach_copy_(into, source)

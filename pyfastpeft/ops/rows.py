@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import FLOATS, Backend, choose_plain
+from .checks import check_tensor
 from .library import fake_of
 from .tracing import recorded
 
@@ -22,7 +23,18 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
     Returns:
         [*index.shape, ...] in x's dtype. Differentiable, the gradient too.
+
+    Raises:
+        TypeError, ValueError: the argument at fault, what it was and what it must be.
+        RuntimeError: a number in ``index`` is out of range, which the operator finds as it reads them.
     """
+    check_tensor("x", x)
+    check_tensor("index", index)
+    if x.dim() < 2 or index.dtype is not torch.int64 or index.device != x.device:
+        raise ValueError(
+            f"index is {index.dtype} on {index.device}; it must be int64, on the device of x, which has shape "
+            f"{tuple(x.shape)} on {x.device} and must have rows"
+        )
     if choose_plain(x.device) is not Backend.NATIVE or x.dtype not in FLOATS:
         return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index]
     return _take(x.flatten(1), index.flatten()).view(*index.shape, *x.shape[1:])
