@@ -8,6 +8,7 @@ they would read nothing.
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -20,9 +21,10 @@ from ..nn.lora_layer import LoraLayer
 def teach_peft(home: ModuleType) -> None:
     """Widen the functions of ``home``, in all of PEFT's modules that have them by now, and the classes that it asks
     layers for."""
-    for name in _FUNCTIONS.get(home.__name__, ()):
+    where, names = _FUNCTIONS.get(home.__name__, (None, ()))
+    for name in names:
         theirs = getattr(home, name)
-        either = _either(theirs)
+        either = _either(theirs, where)
         for path, module in tuple(sys.modules.items()):
             if path.partition(".")[0] == "peft" and vars(module).get(name) is theirs:
                 setattr(module, name, either)
@@ -31,17 +33,17 @@ def teach_peft(home: ModuleType) -> None:
             setattr(home, name, widen(vars(home)[name]))
 
 
-def _either(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _either(theirs: Callable[..., Any], where: str) -> Callable[..., Any]:
     @functools.wraps(theirs)
     def either(model: Any, *args: Any, **kwargs: Any) -> Any:
-        from .. import functional
         from ..status import adapters_of
 
         try:
             adapters_of(model)
         except TypeError:
             return theirs(model, *args, **kwargs)
-        return getattr(functional, theirs.__name__)(model, *args, **kwargs)
+        ours = getattr(importlib.import_module(where, __package__), theirs.__name__)
+        return ours(model, *args, **kwargs)
 
     return either
 
@@ -61,9 +63,12 @@ def either_class(ours: Callable[[Any], bool]) -> Callable[[type], type]:
 
 
 _FUNCTIONS = {
-    "peft.utils.save_and_load": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
-    "peft.utils.hotswap": ("hotswap_adapter",),  # theirs writes through .data, which nothing here would notice
+    "peft.peft_model": ("..status", ("get_layer_status", "get_model_status")),
+    "peft.utils.save_and_load": ("..functional", ("get_peft_model_state_dict", "set_peft_model_state_dict")),
+    # theirs writes through .data, which nothing here would notice
+    "peft.utils.hotswap": ("..functional", ("hotswap_adapter",)),
 }
+"""By module: where ours are, and their names."""
 _CLASSES = {
     # rescale_adapter_scale
     "peft.helpers": {"LoraLayer": either_class(lambda module: isinstance(module, LoraLayer))},

@@ -578,7 +578,8 @@ class LoraTuner(Tuner):
         if config.init_lora_weights == "loftq" and isinstance(layer.base_layer, Linear4bit):
             raise ValueError(
                 f"init_lora_weights is 'loftq', but {path!r} is quantized already and what was lost is unknown; start "
-                "from the model in 16 or 32 bits (the base weights become values that NF4 holds exactly)"
+                "from the model in 16 or 32 bits (the base weights become values that NF4 holds exactly), or, over the "
+                "base that it left so, give the adapter the configuration with init_lora_weights=True"
             )
         if config.init_lora_weights == "loftq" and isinstance(layer.base_layer, nn.Embedding):
             raise ValueError(
