@@ -49,7 +49,8 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from ..adapters import Prefix
-from ..ops.backends import FLOATS, Backend, choose_attention
+from ..formats.packed import FLOATS
+from ..ops.backends import Backend, choose_attention
 from ..ops.prefix_attention import HIDDEN, prefix_attention
 from ..ops.reference import prefix_rows, sees_keys, sees_prefix
 from ..ops.tracing import is_compiling, traced

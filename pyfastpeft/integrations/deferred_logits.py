@@ -23,11 +23,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from ..caching import stamp_of
+from ..formats.packed import FLOATS
 from ..nn.ends import output_head
 from ..nn.hooks import hooked, sharded
 from ..ops import Backend, cross_entropy_, dense_linear, head_cross_entropy, large_pages
 from ..ops.autocast import autocast_of
-from ..ops.backends import FLOATS, choose_plain
+from ..ops.backends import choose_plain
 from ..ops.cross_entropy import IGNORED
 from ..ops.once import TWICE, once_differentiable
 from ..ops.tracing import captured, traced, transformed

@@ -21,13 +21,14 @@ from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.phi3 import modeling_phi3 as phi3
 
+from ..formats.packed import FLOATS
 from ..nn import Linear4bit
 from ..nn.hooks import hooked
 from ..nn.lora import LoraLinear
 from ..nn.modules_to_save import ModulesToSave
 from ..ops import projected_swiglu, rms_norm, rope, swiglu
 from ..ops.autocast import autocast_of
-from ..ops.backends import FLOATS, Backend, choose_plain
+from ..ops.backends import Backend, choose_plain
 from ..ops.tracing import is_compiling, traced
 from .dense_layers import DenseForward, dense_forward_for
 from .forwards import ModuleForward, install, remove, runs, with_parameters

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
+from ..formats.packed import FLOATS
+from .backends import Backend, as_rows, choose_plain, is_plain
 from .library import fake_of
 from .tracing import recorded, traced, transformed
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FLOATS, Backend, as_rows, choose_plain
+from ..formats.packed import FLOATS
+from .backends import Backend, as_rows, choose_plain
 from .checks import check_floats, check_number, check_tensor
 from .library import fake_of
 from .once import once_differentiable

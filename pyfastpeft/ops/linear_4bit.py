@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 
 from ..formats import Packed4bit
 from ..formats.handles import BranchHandle
-from ..formats.packed import Operands
+from ..formats.packed import FLOATS, Operands
 from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
 from .autocast import autocast_dtype
-from .backends import FLOATS, Backend, as_rows, choose, native
+from .backends import Backend, as_rows, choose, native
 from .checks import check_dropout, check_factor, check_floats, check_tensor
 from .memory import Arena
 from .tracing import followed, forward_mode, is_compiling, recorded, traced

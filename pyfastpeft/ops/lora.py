@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats.packed import FLOATS
 from . import reference
-from .backends import FLOATS, Backend, as_rows, choose_plain, is_plain
+from .backends import Backend, as_rows, choose_plain, is_plain
 from .checks import check_dropout, check_matrix, check_number, check_tensor
 from .tracing import is_compiling, recorded
 

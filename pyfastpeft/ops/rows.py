@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import FLOATS, Backend, choose_plain
+from ..formats.packed import FLOATS
+from .backends import Backend, choose_plain
 from .checks import check_tensor
 from .library import fake_of
 from .tracing import recorded
