@@ -135,17 +135,20 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
     }  # fmt: skip
 
 
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, "attention", rounds=9, threads=2)
+    made.add_argument("--shapes", type=harness.shapes, default="1x128,8x128,4x256,1x512,8x512,1x2048")
+    made.add_argument("--prefix", type=harness.ints, default="0,20", help="lengths; 0 is none")
+    made.add_argument("--dtypes", type=harness.among(DTYPES), default="bf16,fp32")
+    made.add_argument("--heads", type=harness.count, default=9)
+    made.add_argument("--kv-heads", type=harness.count, default=3)
+    made.add_argument("--head-size", type=harness.count, default=64)
+    made.add_argument("--budget", type=float, default=1.0, help="seconds a line")
+    return made
+
+
 def main() -> None:
-    parser = harness.parser(__doc__, "attention", rounds=9, threads=2)
-    parser.add_argument("--shapes", type=harness.shapes, default="1x128,8x128,4x256,1x512,8x512,1x2048")
-    parser.add_argument("--prefix", type=harness.ints, default="0,20", help="lengths; 0 is none")
-    parser.add_argument("--dtypes", type=harness.among(DTYPES), default="bf16,fp32")
-    parser.add_argument("--heads", type=harness.count, default=9)
-    parser.add_argument("--kv-heads", type=harness.count, default=3)
-    parser.add_argument("--head-size", type=harness.count, default=64)
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds a line")
-    args = parser.parse_args()
-    harness.run(measure, args)
+    harness.run(measure, parser().parse_args())
 
 
 if __name__ == "__main__":

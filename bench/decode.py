@@ -102,13 +102,16 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
     }  # fmt: skip
 
 
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, "decode", rounds=5, threads=2)
+    made.add_argument("--model", choices=models.NAMES, default="smollm2")
+    made.add_argument("--tokens", type=harness.count, default=64)
+    made.add_argument("--only", type=harness.among(CONTENDERS), default="*")
+    return made
+
+
 def main() -> None:
-    parser = harness.parser(__doc__, "decode", rounds=5, threads=2)
-    parser.add_argument("--model", choices=models.NAMES, default="smollm2")
-    parser.add_argument("--tokens", type=harness.count, default=64)
-    parser.add_argument("--only", type=harness.among(CONTENDERS), default="*")
-    args = parser.parse_args()
-    harness.run(measure, args)
+    harness.run(measure, parser().parse_args())
 
 
 if __name__ == "__main__":

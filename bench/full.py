@@ -97,23 +97,13 @@ def run(args: argparse.Namespace, console: Console) -> dict:
             payload = write()
     if args.full:
         torch.set_num_threads(max(threads))
-        step = argparse.Namespace(
-            model="135m",
-            batch=4,
-            length=256,
-            chat=False,
-            threads=max(threads),
-            rounds=5,
-            only=[*qlora_step.CONTENDERS],
-        )
-        more["qlora_step"] = qlora_step.measure(step, console)
+        common = f"--threads={max(threads)}"
+        more["qlora_step"] = qlora_step.measure(qlora_step.parser().parse_args([common, "--rounds=5"]), console)
         payload = write()
         more["decode"] = []
         for model in ("smollm2", "1.1b"):
-            tokens = argparse.Namespace(
-                model=model, tokens=64, threads=max(threads), rounds=3, only=[*decode.CONTENDERS]
-            )
-            more["decode"].append(decode.measure(tokens, console))
+            options = [common, f"--model={model}", "--rounds=3"]
+            more["decode"].append(decode.measure(decode.parser().parse_args(options), console))
             payload = write()
     console.print(f"written: {folder / 'report.json'}, {folder / 'report.html'}", markup=False)
     return {"report": str(folder / "report.html"), "json": str(folder / "report.json"), "absent": payload["absent"]}

@@ -141,10 +141,14 @@ def _timed(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str
     return {name: swaps[name].as_dict() | {"next_forward_us": round(left[name].median * 1e6, 2)} for name in calls}
 
 
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, "hotswap", rounds=15, threads=1)
+    made.add_argument("--model", choices=models.SIZES, default="135m")
+    return made
+
+
 def main() -> None:
-    parser = harness.parser(__doc__, "hotswap", rounds=15, threads=1)
-    parser.add_argument("--model", choices=models.SIZES, default="135m")
-    harness.run(measure, parser.parse_args())
+    harness.run(measure, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -123,15 +123,18 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
     }  # fmt: skip
 
 
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, "prefix_decode", rounds=5, threads=2)
+    made.add_argument("--model", choices=models.NAMES, default="smollm2")
+    made.add_argument("--rows", type=harness.count, default=8)
+    made.add_argument("--prefix", type=harness.count, default=512, help="tokens in the prefix")
+    made.add_argument("--tokens", type=harness.count, default=32)
+    made.add_argument("--only", type=harness.among(CONTENDERS), default="*")
+    return made
+
+
 def main() -> None:
-    parser = harness.parser(__doc__, "prefix_decode", rounds=5, threads=2)
-    parser.add_argument("--model", choices=models.NAMES, default="smollm2")
-    parser.add_argument("--rows", type=harness.count, default=8)
-    parser.add_argument("--prefix", type=harness.count, default=512, help="tokens in the prefix")
-    parser.add_argument("--tokens", type=harness.count, default=32)
-    parser.add_argument("--only", type=harness.among(CONTENDERS), default="*")
-    args = parser.parse_args()
-    harness.run(measure, args)
+    harness.run(measure, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -75,15 +75,19 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
     }  # fmt: skip
 
 
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, "qlora_step", rounds=7, threads=2)
+    made.add_argument("--model", choices=models.SIZES, default="135m")
+    made.add_argument("--batch", type=harness.count, default=4)
+    made.add_argument("--length", type=harness.count, default=256)
+    made.add_argument("--chat", action="store_true", help="rows of the demo's data, instead of --length")
+    made.add_argument("--only", type=harness.among(CONTENDERS), default="*")
+    training.add_child_arguments(made, CONTENDERS)
+    return made
+
+
 def main() -> None:
-    parser = harness.parser(__doc__, "qlora_step", rounds=7, threads=2)
-    parser.add_argument("--model", choices=models.SIZES, default="135m")
-    parser.add_argument("--batch", type=harness.count, default=4)
-    parser.add_argument("--length", type=harness.count, default=256)
-    parser.add_argument("--chat", action="store_true", help="rows of the demo's data, instead of --length")
-    parser.add_argument("--only", type=harness.among(CONTENDERS), default="*")
-    training.add_child_arguments(parser, CONTENDERS)
-    args = parser.parse_args()
+    args = parser().parse_args()
     if args.chat and args.out == harness.place("qlora_step"):
         args.out = harness.place("qlora_step_chat")
     torch.set_num_threads(args.threads)

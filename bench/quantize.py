@@ -90,11 +90,15 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
     return {"records": records, "absent": absent}
 
 
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, "quantize", rounds=5)
+    made.add_argument("--threads", type=harness.counts, default="1,2")
+    made.add_argument("--shape", type=harness.shapes, default="4096x4096", help="KxN of the weight")
+    return made
+
+
 def main() -> None:
-    parser = harness.parser(__doc__, "quantize", rounds=5)
-    parser.add_argument("--threads", type=harness.counts, default="1,2")
-    parser.add_argument("--shape", type=harness.shapes, default="4096x4096", help="KxN of the weight")
-    harness.run(measure, parser.parse_args())
+    harness.run(measure, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -131,16 +131,20 @@ def _line(row: dict) -> str:
     return f"{row['method']} over {row['base']}: {row['ours']['us'] / 1e6:.2f} s a step, {ratios}"
 
 
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, "soft_prompts", rounds=7, threads=2)
+    made.add_argument("--model", choices=models.NAMES, default="135m")
+    made.add_argument("--bases", type=harness.among(BASES), default=",".join(BASES))
+    made.add_argument("--methods", type=harness.among(METHODS), default=",".join(METHODS))
+    made.add_argument("--batch", type=harness.count, default=8)
+    made.add_argument("--length", type=harness.count, default=64)
+    made.add_argument("--virtual", type=harness.count, default=20, help="virtual tokens")
+    training.add_child_arguments(made, CONTENDERS)
+    return made
+
+
 def main() -> None:
-    parser = harness.parser(__doc__, "soft_prompts", rounds=7, threads=2)
-    parser.add_argument("--model", choices=models.NAMES, default="135m")
-    parser.add_argument("--bases", type=harness.among(BASES), default=",".join(BASES))
-    parser.add_argument("--methods", type=harness.among(METHODS), default=",".join(METHODS))
-    parser.add_argument("--batch", type=harness.count, default=8)
-    parser.add_argument("--length", type=harness.count, default=64)
-    parser.add_argument("--virtual", type=harness.count, default=20, help="virtual tokens")
-    training.add_child_arguments(parser, CONTENDERS)
-    args = parser.parse_args()
+    args = parser().parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
         training.child(stepper(args.child, args.folder, *args.bases, *args.methods, args))

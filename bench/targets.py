@@ -71,10 +71,10 @@ def _measure(
     return result
 
 
-def _bench(module: ModuleType, keep: list[dict], **options: object) -> dict:
+def _bench(module: ModuleType, keep: list[dict], *options: str) -> dict:
     """What the bench ``module`` finds with these options on two threads."""
     torch.set_num_threads(2)
-    keep.append(module.measure(argparse.Namespace(**{"threads": 2} | options), Console(quiet=True)))
+    keep.append(module.measure(module.parser().parse_args(["--threads=2", *options]), Console(quiet=True)))
     return keep[-1]
 
 
@@ -295,8 +295,7 @@ def avx2(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 
 def step(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    options = {"model": "135m", "batch": 4, "length": 256, "chat": False, "only": ["ours", "peft_bnb_nf4"]}
-    result = _bench(qlora_step, keep, rounds=max(3, args.rounds // 3), **options)
+    result = _bench(qlora_step, keep, f"--rounds={max(3, args.rounds // 3)}", "--only=ours,peft_bnb_nf4")
     for name, row in result["contenders"].items():
         if "speedup" in row:
             yield Row(f"QLoRA step SmolLM2-135M, {name}: speed over peft + bitsandbytes", row["speedup"], "≥", 1.8, "×")
@@ -305,7 +304,7 @@ def step(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 def _decoding(model: str, tokens: int, over_peft: float) -> Callable:
     def section(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-        found = _bench(decode, keep, model=model, tokens=tokens, rounds=3, only=[*decode.CONTENDERS])["contenders"]
+        found = _bench(decode, keep, f"--model={model}", f"--tokens={tokens}", "--rounds=3")["contenders"]
         ours = found["ours_nf4_lora"]
         for peer, target in (("peft_bnb_nf4_lora", over_peft), ("llama_cpp_q4_0", 0.6)):
             what = f"decoding {model} with LoRA r = 16 unmerged, 2 threads: speed over {peer}"
@@ -319,8 +318,7 @@ def _decoding(model: str, tokens: int, over_peft: float) -> Callable:
 
 def _prefix_decoding(model: str, tokens: int) -> Callable:
     def section(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-        options = {"rows": 8, "prefix": 512, "rounds": 3, "only": [*prefix_decode.CONTENDERS]}
-        found = _bench(prefix_decode, keep, model=model, tokens=tokens, **options)["contenders"]
+        found = _bench(prefix_decode, keep, f"--model={model}", f"--tokens={tokens}", "--rounds=3")["contenders"]
         theirs = found["bf16_repeated"]
         for name in ("ours_nf4", "ours_bf16"):
             what = f"decoding {model}, 8 rows behind 512 shared tokens, {name}: speed over bf16 with a copy a row"
@@ -331,9 +329,7 @@ def _prefix_decoding(model: str, tokens: int) -> Callable:
 
 
 def attention_alone(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    shapes = [(1, 128), (8, 128), (4, 256), (1, 512), (8, 512), (1, 2048)]
-    options = {"prefix": [0, 20], "dtypes": ["bf16", "fp32"], "heads": 9, "kv_heads": 3, "head_size": 64, "budget": 0.5}
-    result = _bench(attention, keep, shapes=shapes, rounds=args.rounds, **options)
+    result = _bench(attention, keep, f"--rounds={args.rounds}", "--budget=0.5")
     for row in result["rows"]:
         passes = "forward" if row["passes"] == "forward" else "forward and backward"
         behind = f", behind {row['prefix']} tokens" if row["prefix"] else ""
@@ -343,7 +339,7 @@ def attention_alone(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]
 
 
 def quantizing(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    result = _bench(quantize, keep, threads=[2], shape=[(4096, 4096)], rounds=max(3, args.rounds // 2))
+    result = _bench(quantize, keep, f"--rounds={max(3, args.rounds // 2)}")
     for r in result["records"]:
         if r["name"] == "ours.quantize" and r["dtype"] == "bfloat16" and r["speedup"]:
             what = f"quantizing {r['format']} from bf16, 2 threads"
@@ -353,9 +349,7 @@ def quantizing(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
 
 def _soft_prompts(model: str) -> Callable:
     def section(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-        options = {"bases": soft_prompts.BASES, "methods": soft_prompts.METHODS, "virtual": 20}
-        rounds = max(3, args.rounds // 3)
-        result = _bench(soft_prompts, keep, model=model, batch=8, length=64, rounds=rounds, **options)
+        result = _bench(soft_prompts, keep, f"--model={model}", f"--rounds={max(3, args.rounds // 3)}")
         for row in result["steps"]:
             if "peft" in row:
                 what = f"step of {row['method']} over {row['base']}, {model}"
@@ -369,7 +363,7 @@ def _soft_prompts(model: str) -> Callable:
 
 
 def swap(args: argparse.Namespace, keep: list[dict]) -> Iterator[Row]:
-    result = _bench(hotswap, keep, model="135m", rounds=3 * args.rounds)
+    result = _bench(hotswap, keep, f"--rounds={3 * args.rounds}")
     for name, row in result["rows"].items():
         if name.startswith("ours") and "folder" not in name:
             left = f"{row['next_forward_us'] / 1e3:.2f} ms more in the next forward"

@@ -616,7 +616,8 @@ def test_the_full_report_keeps_what_was_measured_and_names_who_was_not(tmp_path,
         if args.model != "smollm2":
             raise MemoryError
         row = {"tokens_per_s": 12.5, "spread": 0.1}
-        return {**vars(args), "contenders": {"ours_nf4": row}, "absent": {"llama_cpp_q4_0": "<another>"}}
+        asked = {name: getattr(args, name) for name in ("model", "tokens", "threads")}
+        return {**asked, "contenders": {"ours_nf4": row}, "absent": {"llama_cpp_q4_0": "<another>"}}
 
     monkeypatch.setattr(f"{BENCH}.full.decode.measure", decode)
     monkeypatch.setattr(f"{BENCH}.full.parts", lambda args: [])
