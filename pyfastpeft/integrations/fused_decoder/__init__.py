@@ -34,7 +34,7 @@ from ..collecting import is_collecting
 from ..each_token_once import distinct_tokens, tell_of_padding
 from ..forwards import ModuleForward, install, remove, with_item
 from ..soft_prompts.first_label import FIRST
-from .rooms import Growing, Static, is_known
+from .rooms import Growing, Static, is_known, past_of
 from .stack import MOST_ROWS, Stack, family_of
 
 # What asks for nothing more; of other keywords any value may.
@@ -198,19 +198,10 @@ class _FewRows(ModuleForward):
         caches = config.use_cache if use_cache is None else use_cache
         if not caches or _asks_for_more(config, kwargs) or torch.is_autocast_enabled("cpu"):
             return None
-        layers = cache.layers
-        count = config.num_hidden_layers
-        if len(layers) != count:
+        past = past_of(cache, config.num_hidden_layers, tokens)
+        if past is None:
             return None
-        begun = layers[0].is_initialized
-        if not all(layer.is_initialized is begun for layer in layers):
-            return None
-        past = int(layers[0].get_seq_length())
-        length = past + tokens
-        if type(cache) is StaticCache and length > layers[0].max_cache_len:
-            return None  # the cache says so itself
-        if any(getattr(layer, "record_past", False) and length >= layer.sliding_window for layer in layers):
-            return None  # it keeps what it may have to go back to
+        layers, length = cache.layers, past + tokens
         seen = _of_one_query(attention_mask, length) if tokens == 1 else attention_mask
         if seen is not None and (not isinstance(seen, Tensor) or seen.shape != (batch, length)):
             return None
@@ -226,7 +217,7 @@ class _FewRows(ModuleForward):
             x = x * stack.embedding_multiplier
         if not x.is_cpu or x.dtype != stack.dtype:
             return None
-        if begun and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
+        if layers[0].is_initialized and (layers[0].keys.dtype != x.dtype or layers[0].values.dtype != x.dtype):
             return None
         prefix = stack.prefix(batch)
         if prefix is None:

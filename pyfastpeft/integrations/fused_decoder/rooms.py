@@ -139,3 +139,18 @@ def is_known(cache: Any) -> bool:
     if any(written_in_transformers(kind.update) is None for kind in (type(cache), *kinds)):
         return False
     return all(type(layer) in kinds and "update" not in vars(layer) for layer in cache.layers)
+
+
+def past_of(cache: DynamicCache | StaticCache, count: int, tokens: int) -> int | None:
+    """How many tokens each of the ``count`` layers of ``cache`` has seen; None where there are others, only some have
+    begun, or ``tokens`` more are for the cache itself."""
+    layers = cache.layers
+    if len(layers) != count or any(layer.is_initialized is not layers[0].is_initialized for layer in layers):
+        return None
+    past = int(layers[0].get_seq_length())
+    length = past + tokens
+    if type(cache) is StaticCache and length > layers[0].max_cache_len:
+        return None  # it says so itself
+    if any(getattr(layer, "record_past", False) and length >= layer.sliding_window for layer in layers):
+        return None  # it keeps what it may have to go back to
+    return past
