@@ -51,6 +51,8 @@ struct Attention {
                 kSuper * kGroupLanes <= 256);
 
   static int64_t padded(int64_t dim) { return ceil_div(dim, kGroupLanes) * kGroupLanes; }
+  // Of a group's sums, float32 [dim][lane], which are transposed by sixteens.
+  static int64_t sums_size(int64_t dim) { return ceil_div(dim, 16) * 16 * kGroupLanes; }
 
   // ---- packing ----
 
@@ -330,14 +332,13 @@ struct Attention {
     const Unit u(g, unit % heads / g.kv_heads, unit % g.kv_heads);
     const int64_t row0 = block * kQueryRows, row1 = min64(u.rows, row0 + kQueryRows);
     const int64_t groups = ceil_div(row1 - row0, kGroupLanes), wide = padded(g.dim);
-    const int64_t tall = ceil_div(g.dim, 16) * 16;  // of [dim][lane], which are transposed by sixteens
-    const int64_t panel = wide * kGroupLanes, steps = ceil_div(g.dim, kStep);
+    const int64_t panel = wide * kGroupLanes, sums = sums_size(g.dim), steps = ceil_div(g.dim, kStep);
     constexpr int64_t kMost = kQueryRows / kGroupLanes;
-    Memory m(0, kMost * panel * sizeof(E) + kMost * tall * kGroupLanes * 4 + kMost * kGroupLanes * 16 +
+    Memory m(0, kMost * panel * sizeof(E) + kMost * sums * 4 + kMost * kGroupLanes * 16 +
                     (kTileKeys * (kRow + wide) + columns_size(g.dim)) * sizeof(E) +
                     kTileKeys * kGroupLanes * (4 + sizeof(E)) + 4096);
     E* q = m.take<E>(kMost * panel);
-    float* out = m.take<float>(kMost * tall * kGroupLanes);
+    float* out = m.take<float>(kMost * sums);
     float *most = m.take<float>(kMost * kGroupLanes), *sum = m.take<float>(kMost * kGroupLanes);
     float *upper = m.take<float>(kMost * kGroupLanes), *lower = m.take<float>(kMost * kGroupLanes);
     E *keys = m.take<E>(kTileKeys * kRow), *values = m.take<E>(columns_size(g.dim));
@@ -355,7 +356,7 @@ struct Attention {
       bounds[i].set(u, r0, n);
       lane_bounds(u, r0, row1, upper + i * kGroupLanes, lower + i * kGroupLanes);
     }
-    __builtin_memset(out, 0, groups * tall * kGroupLanes * sizeof(float));
+    __builtin_memset(out, 0, groups * sums * sizeof(float));
     for (int64_t i = 0; i < groups * kGroupLanes; ++i) most[i] = kLeast, sum[i] = 0.0f;
 
     const float scale = g.scale * 1.44269504f;
@@ -383,13 +384,13 @@ struct Attention {
         alignas(64) float factor[kGroupLanes];
         softmax(places, lo, hi, places.all_seen(lo, hi, bounds[i]), g.window > 0, upper + i * kGroupLanes,
                 lower + i * kGroupLanes, scores, most + i * kGroupLanes, sum + i * kGroupLanes, factor, weights);
-        multiply_columns(column(values, lo, g.dim), g.dim, weights, hi - lo, out + i * tall * kGroupLanes, factor);
+        multiply_columns(column(values, lo, g.dim), g.dim, weights, hi - lo, out + i * sums, factor);
       }
     }
 
     float* lse = g.lse == nullptr ? nullptr : g.lse + (u.b * g.kv_heads + u.kv_head) * u.rows;
     for (int64_t i = 0; i < groups; ++i) {
-      float* columns = out + i * tall * kGroupLanes;
+      float* columns = out + i * sums;
       alignas(64) float inverse[kGroupLanes];
       for (int64_t lane = 0; lane < kGroupLanes; ++lane) {
         const float total = sum[i * kGroupLanes + lane];
@@ -514,16 +515,13 @@ struct Attention {
     const AttentionArgs& g = a.forward;
     const int64_t heads = g.batch * g.kv_heads, chunk = a.chunks - 1 - unit / heads, head = unit % heads;
     const Unit u(g, head / g.kv_heads, head % g.kv_heads);
-    const int64_t groups = ceil_div(u.rows, kGroupLanes), wide = padded(g.dim), tall = ceil_div(g.dim, 16) * 16;
+    const int64_t groups = ceil_div(u.rows, kGroupLanes), wide = padded(g.dim), sums = sums_size(g.dim);
     const int64_t panel = wide * kGroupLanes, steps = ceil_div(g.dim, kStep);
     const int64_t lanes = groups * kGroupLanes, side = groups * panel;
     const int64_t tiles = ceil_div(u.keys, kTileKeys);
     const int64_t tile0 = tiles * chunk / a.chunks, tile1 = tiles * (chunk + 1) / a.chunks;
-    Memory m(
-        0,
-        (4 * side + kTileKeys * (4 * kRow + wide + kGroupLanes) + columns_size(g.dim)) * sizeof(E) +
-            (lanes * 4 + (a.chunks > 1 ? 0 : groups * tall * kGroupLanes) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 +
-            8192);
+    Memory m(0, (4 * side + kTileKeys * (4 * kRow + wide + kGroupLanes) + columns_size(g.dim)) * sizeof(E) +
+                    (lanes * 4 + (a.chunks > 1 ? 0 : groups * sums) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 + 8192);
     const Queries queries{.q = m.take<E>(side),
                           .dout = m.take<E>(side),
                           .q_steps = m.take<E>(side),
@@ -540,7 +538,7 @@ struct Attention {
     float* scores = m.take<float>(kTileKeys * kGroupLanes);
     float* dweights = m.take<float>(kTileKeys * kGroupLanes);
     float *dk = m.take<float>(kTileKeys * wide), *dv = m.take<float>(kTileKeys * wide);
-    const int64_t dq_size = groups * tall * kGroupLanes;
+    const int64_t dq_size = groups * sums;
     float* dq = a.chunks > 1 ? a.dq_parts + (chunk * heads + head) * dq_size : m.take<float>(dq_size);
     __builtin_memset(dq, 0, dq_size * sizeof(float));
 
@@ -585,8 +583,7 @@ struct Attention {
           if (g.out == nullptr) weigh(scores, dweights, hi[s] - lo[s], queries.delta + r0);
           score_gradients(lo[s], hi[s], scores, dweights, queries.delta + r0, weights + s * kGroupLanes,
                           dscores + s * kGroupLanes, dscore_steps);
-          multiply_columns(column(key_columns, lo[s], g.dim), g.dim, dscore_steps, seen, dq + i * tall * kGroupLanes,
-                           nullptr);
+          multiply_columns(column(key_columns, lo[s], g.dim), g.dim, dscore_steps, seen, dq + i * sums, nullptr);
         }
         for (int64_t s = 0; s < count; ++s)
           for (int64_t j = least; j < most; ++j)
@@ -613,7 +610,7 @@ struct Attention {
     }
     if (a.chunks > 1) return;
     for (int64_t i = 0; i < groups; ++i)
-      store_rows(u, dq + i * tall * kGroupLanes, i * kGroupLanes, u.rows, g.scale, a.dq, g.out_strides);
+      store_rows(u, dq + i * sums, i * kGroupLanes, u.rows, g.scale, a.dq, g.out_strides);
   }
 
   // Runs `body(first key, keys)` over [0, n) in blocks that a product takes at once.
@@ -709,7 +706,7 @@ struct Attention {
     const AttentionArgs& g = a.forward;
     const int64_t groups = query_groups(g), head = unit / groups, i = unit % groups, heads = g.batch * g.kv_heads;
     const Unit u(g, head / g.kv_heads, head % g.kv_heads);
-    const int64_t size = ceil_div(g.dim, 16) * 16 * kGroupLanes;
+    const int64_t size = sums_size(g.dim);
     float* sum = a.dq_parts + unit * size;
     for (int64_t chunk = 1; chunk < a.chunks; ++chunk) {
       const float* part = a.dq_parts + (chunk * heads * groups + unit) * size;
@@ -721,9 +718,7 @@ struct Attention {
   static int64_t query_groups(const AttentionArgs& g) {
     return ceil_div(g.tokens * (g.heads / g.kv_heads), kGroupLanes);
   }
-  static int64_t part_size(const AttentionArgs& g) {
-    return g.batch * g.kv_heads * query_groups(g) * ceil_div(g.dim, 16) * 16 * kGroupLanes;
-  }
+  static int64_t part_size(const AttentionArgs& g) { return g.batch * g.kv_heads * query_groups(g) * sums_size(g.dim); }
   static int64_t most_chunks(const AttentionArgs& g) { return ceil_div(g.prefix_length + g.length, kTileKeys); }
 
   static AttentionKernels table() {
