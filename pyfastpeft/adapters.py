@@ -59,6 +59,7 @@ class Rows:
     Args:
         adapter_names: for each row of the batch a name in ``known``, ``"__base__"``, or a list of names.
         known: the model's adapters.
+        since: :attr:`AdapterBank.changes` when these were known: the adapters are those that had the names then.
 
     Attributes:
         of_row: for each row its adapters, in the order given: several soft prompts lie in it.
@@ -68,7 +69,7 @@ class Rows:
         ValueError: an unknown name.
     """
 
-    def __init__(self, adapter_names: Sequence[Names], known: Sequence[str]) -> None:
+    def __init__(self, adapter_names: Sequence[Names], known: Sequence[str], since: int | None = None) -> None:
         several = (list, tuple, set, frozenset)
         wanted = [in_order(names) if isinstance(names, several) else (names,) for names in adapter_names]
         used = set().union(*wanted)
@@ -80,6 +81,7 @@ class Rows:
         self.names = tuple(n for n in known if n in used)
         self._uses = torch.tensor([[n in row for n in self.names] for row in wanted], dtype=torch.bool, device="cpu")
         self._masks: dict[tuple, Tensor] = {}
+        self.since = since
 
     @property
     def mixes(self) -> bool:
@@ -113,7 +115,7 @@ class Rows:
 
     def of_rows(self, which: Sequence[int]) -> Rows:
         """The mode of a batch each of whose rows uses what row ``which`` of this one's does."""
-        return Rows([self.of_row[row] for row in which], self.names)
+        return Rows([self.of_row[row] for row in which], self.names, self.since)
 
     def check_lead(self, x: Tensor, dims: int) -> None:
         """Check that the first dimension of ``x`` is the batch, where rows use different adapters.
@@ -216,6 +218,7 @@ class AdapterBank:
         kept: what soft prompts keep from one forward to the next; forgotten whenever the structure changes.
         version: grows whenever a layer may have another plan or other values of its parameters.
         thaws: grows whenever an adapter ceases to be for inference, or to be, so that copies of it may become old.
+        changes: grows whenever an adapter is taken up or released.
     """
 
     def __init__(self) -> None:
@@ -232,6 +235,7 @@ class AdapterBank:
         self.kept: dict[Any, Any] = {}
         self.version = 0
         self.thaws = 0
+        self.changes = 0
         self._plans: dict[tuple[str, ...], list] = {}
         self._find: dict[str, Callable[[], list[nn.Parameter]]] = {}
         self._trainable: dict[str, list[nn.Parameter]] = {}
@@ -240,7 +244,7 @@ class AdapterBank:
         self._training: set[str] = set()
         self._undecided: set[str] = set()  # of whose parameters `requires_grad` is not known to be right
         self._let: set[str] = set()  # for which :meth:`let_train` was called
-        self._deleted: set[str] = set()  # adapters that a request which runs may still ask for
+        self._held: dict[str, int] = {}  # by name: the change by which it was taken up
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -268,10 +272,16 @@ class AdapterBank:
         rows = mode.rows
         if rows is None:
             return NO_ROWS if mode.began_in is not None and mode.began_in in mode.blocks else None
-        if self._deleted and not is_compiling() and not self._deleted.isdisjoint(rows.names):
-            gone = [name for name in rows.names if name in self._deleted]
-            raise RuntimeError(f"adapters {gone} were deleted while a request that chose them by adapter_names ran")
+        if not is_compiling() and rows.since != self.changes:
+            gone = [name for name in rows.names if not self._holds(name, rows.since)]
+            if gone:
+                raise RuntimeError(f"adapters {gone} were deleted while a request that chose them by adapter_names ran")
         return rows
+
+    def _holds(self, name: str, since: int | None) -> bool:
+        """Whether the adapter ``name`` is here, and has been since that change."""
+        held = self._held.get(name)
+        return held is not None and (since is None or held <= since)
 
     @property
     def run(self) -> Any:
@@ -318,7 +328,8 @@ class AdapterBank:
     def hold(self, name: str, find: Callable[[], list[nn.Parameter]]) -> None:
         """Take up an adapter: the parameters that ``find`` gives train while it is active and not for inference."""
         self._find[name], self._trainable[name] = find, find()
-        self._deleted.discard(name)
+        self.changes += 1
+        self._held[name] = self.changes
         self._undecided.add(name)
 
     def release(self, name: str) -> None:
@@ -328,15 +339,15 @@ class AdapterBank:
         for parameter in self.parameters(name):
             parameter.requires_grad_(False)
         self.thaws += 1  # another may have its name afterwards
-        del self._find[name], self._trainable[name]
+        self.changes += 1
+        del self._find[name], self._trainable[name], self._held[name]
         self._training.discard(name)
         self._undecided.discard(name)
-        self._deleted.add(name)
 
     def vacate(self) -> None:
         """Forget all adapters, whose layers are out of the model. Copies of modules that stay in it go on training."""
-        self._deleted.update(self._find)
-        for held in (self._find, self._trainable, self._training, self._undecided, self._let):
+        self.changes += 1
+        for held in (self._find, self._trainable, self._held, self._training, self._undecided, self._let):
             held.clear()
         self.chosen = ()
         self.forget()

@@ -366,8 +366,10 @@ class PeftModel(PushToHubMixin, nn.Module):
         batch = next((t for t in (*args[:1], *named) if isinstance(t, Tensor)), None)
         if batch is not None and len(adapter_names) != len(batch):
             raise ValueError(f"adapter_names has {len(adapter_names)} names; the batch has {len(batch)} rows")
-        rows = Rows(adapter_names, tuple(self.peft_config))
-        if self.base_model.bank.held_back:
+        bank = self.base_model.bank
+        since = bank.changes  # before it is known who is here: another thread may take one's name for another
+        rows = Rows(adapter_names, tuple(self.peft_config), since)
+        if bank.held_back:
             return NO_ROWS
         check_shares(self.base_model.model, rows, batch, kwargs)
         return rows

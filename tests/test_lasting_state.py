@@ -3,6 +3,7 @@ other adapters' coming and going, casts and a user's own changes."""
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import threading
@@ -689,23 +690,52 @@ class TestServing:
 
         assert torch.equal(second(look=False), second(look=True))
 
-    def test_a_request_whose_adapter_is_deleted_says_so(self):
+    @pytest.mark.parametrize("config", [fp.LoraConfig(**LORA), fp.PromptTuningConfig(**SOFT)], ids=["lora", "prompt"])
+    @pytest.mark.parametrize("beside", ["a", "b", None], ids=["alone", "with_rows", "beams"])
+    @pytest.mark.parametrize("anew", [False, True], ids=["", "and_loaded_anew"])
+    def test_a_request_whose_adapter_is_deleted_says_so(self, anew, beside, config):
         model = adapted(fp.LoraConfig(**LORA), "a").eval()
-        model.add_adapter("b", fp.LoraConfig(**LORA))
-        ids = torch.randint(1, tiny.VOCAB, (1, 6))
+        model.add_adapter("b", copy.deepcopy(config))
+        ids, deleted = torch.randint(1, tiny.VOCAB, (1, 6)), []
+
+        def delete():
+            model.delete_adapter("b")
+            if anew:
+                model.add_adapter("b", copy.deepcopy(config))
 
         class Delete(tf.LogitsProcessor):
             def __call__(self, ids, scores):
-                if "b" in model.peft_config:
-                    thread = threading.Thread(target=model.delete_adapter, args=("b",))
+                if not deleted:
+                    deleted.append("b")
+                    thread = threading.Thread(target=delete)
                     thread.start()
                     thread.join()
                 return scores
 
+        names, beams = (["b"], 2) if beside is None else (["b", beside], 1)
         with pytest.raises(RuntimeError, match=r"adapters \['b'\] were deleted while a request"):
-            model.generate(ids, adapter_names=["b"], min_new_tokens=4, max_new_tokens=4, logits_processor=[Delete()])
-        model.add_adapter("b", fp.LoraConfig(**LORA))
+            model.generate(
+                ids.expand(len(names), -1), adapter_names=names, num_beams=beams, min_new_tokens=4, max_new_tokens=4,
+                logits_processor=[Delete()],
+            )  # fmt: skip
+        if not anew:
+            model.add_adapter("b", config)
         logits(model, ids, adapter_names=["b"])
+
+    def test_a_request_goes_on_where_other_adapters_come_and_go(self):
+        model = adapted(fp.LoraConfig(**LORA), "a").eval()
+        model.add_adapter("b", fp.LoraConfig(**LORA))
+        tiny.randomize(model)
+        ids, told = torch.randint(1, tiny.VOCAB, (1, 6)), {"min_new_tokens": 4, "max_new_tokens": 4}
+
+        class Exchange(tf.LogitsProcessor):
+            def __call__(self, ids, scores):
+                model.delete_adapter("b")
+                model.add_adapter("b", fp.LoraConfig(**LORA))
+                return scores
+
+        expected = model.generate(ids, adapter_names=["a"], **told)
+        assert torch.equal(model.generate(ids, adapter_names=["a"], logits_processor=[Exchange()], **told), expected)
 
     def test_adapters_come_and_go_while_a_prompt_is_served(self):
         interval = sys.getswitchinterval()
