@@ -355,6 +355,31 @@ def test_one_row_is_held_to_the_best_peer_on_every_number_of_threads(monkeypatch
     assert [r.measured for r in rows if "over ggml Q4_K" in r.what] == 4 * [1.3]
 
 
+@pytest.mark.parametrize(
+    ("sections", "module"),
+    [
+        ("step", "qlora_step"),
+        ("decode decode_1b", "decode"),
+        ("prefix_decode prefix_decode_1b", "prefix_decode"),
+        ("attention", "attention"),
+        ("quantize", "quantize"),
+        ("soft_prompts soft_prompts_1b", "soft_prompts"),
+        ("swap", "hotswap"),
+    ],
+)
+def test_the_targets_ask_benchmarks_for_what_they_know(monkeypatch, sections, module):
+    def measure(args, console):
+        asked.append(args.threads)
+        raise InterruptedError
+
+    asked = []
+    monkeypatch.setattr(getattr(targets, module), "measure", measure)
+    for section in sections.split():
+        with pytest.raises(InterruptedError):
+            list(targets.SECTIONS[section](argparse.Namespace(rounds=7), []))
+    assert all(threads in (2, [2]) for threads in asked)
+
+
 def test_targets_give_openvino_the_inputs_that_it_likes_best():
     """ov_nf4 is faster in fp32 up to 4 rows, and in bf16 above."""
     assert {case.dtype for case in targets._cases(["ov_nf4"])} == {"bf16", "fp32"}

@@ -16,6 +16,7 @@ import warnings
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest import mock
 
 import peft
 import psutil
@@ -41,11 +42,12 @@ from transformers import (
 from transformers.utils import logging
 
 import pyfastpeft as fp
-from pyfastpeft.cli import main
+from pyfastpeft.cli import compare, main
 from pyfastpeft.cli.methods import METHODS
 from pyfastpeft.cli.train import SCHEDULES
 from pyfastpeft.data import drug_qa
 from pyfastpeft.hub.peft import read_own
+from pyfastpeft.integrations.accelerate import is_fused
 
 TRAIN = ("train", "--model", "m", "--data", "d", "--output", "o")
 CLI = [sys.executable, "-m", "pyfastpeft.cli"]
@@ -514,6 +516,24 @@ def test_generate_answers_on_the_gpu_where_there_is_one(capsys, monkeypatch, mod
     monkeypatch.setattr("pyfastpeft.generation.answer", lambda model, *_, **__: [model])
     arguments = ["generate", "--model", model_folder, "--prompt", "p"]
     assert run_json(capsys, *arguments)["answers"][0]["answer"] == "cuda"
+
+
+@pytest.mark.parametrize("options", [[], ["--full-precision"]], ids=" ".join)
+def test_generate_answers_by_this_librarys_operators(capsys, monkeypatch, model_folder, options):
+    monkeypatch.setattr("pyfastpeft.generation.answer", lambda model, *_, **__: [str(is_fused(model))])
+    answers = run_json(capsys, "generate", "--model", model_folder, "--prompt", "p", *options)["answers"]
+    assert answers[0]["answer"] == "True"
+
+
+def test_a_process_that_cannot_start_leaves_ctrl_c_as_it_was(monkeypatch):
+    def start(process):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", start)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        compare._in_a_process(None, None, mock.Mock(stderr=True))
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_model_is_looked_for_on_the_hub_under_any_name_of_one(capsys, monkeypatch, tmp_path):

@@ -503,8 +503,10 @@ def test_pefts_own_functions_take_our_models(kwargs, injected):
     given = peft.get_peft_model_state_dict(ours, named, "one")
     assert all(torch.equal(given[key], t * 2) for key, t in expected.items())
     assert [s.name for s in peft.get_layer_status(ours)] == [s.name for s in peft.get_layer_status(theirs)]
+    status = peft.get_model_status(ours)
+    assert status == fp.get_model_status(ours)
     for field in ("active_adapters", "trainable_params", "requires_grad", "num_adapter_layers"):
-        assert getattr(peft.get_model_status(ours), field) == getattr(peft.get_model_status(theirs), field)
+        assert getattr(status, field) == getattr(peft.get_model_status(theirs), field)
 
 
 def test_pefts_hotswap_takes_effect_in_what_serves(tmp_path):

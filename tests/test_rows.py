@@ -94,10 +94,14 @@ def test_rows_that_are_not_there_are_refused():
             take_rows(x, torch.tensor([0, wrong]))
         with pytest.raises(RuntimeError, match=rf"index has {wrong}; each must lie in \[-1, 2\]"):
             torch.ops.pyfastpeft.sum_rows(x, torch.tensor([0, wrong, 1]), 3)
-    with pytest.raises(ValueError, match=r"index is torch.int32 on cpu; it must be int64, on the device of x"):
+    with pytest.raises(ValueError, match=r"index is torch.int32 on cpu; it must be int64, on x's device, cpu"):
         take_rows(x, torch.tensor([0, 1], dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"x, which has shape \(4,\) on cpu and must have rows"):
+    with pytest.raises(ValueError, match=r"index is torch.int64 on meta; it must be int64, on x's device, cpu"):
+        take_rows(x, torch.tensor([0, 1], device="meta"))
+    with pytest.raises(ValueError, match=r"x has shape \(4,\); it must be \[N, ...\]"):
         take_rows(x[0], torch.tensor([0]))
+    with pytest.raises(TypeError, match="x is a list; it must be a tensor"):
+        take_rows([[0.0]], torch.tensor([0]))
     with pytest.raises(TypeError, match="index is a list; it must be a tensor"):
         take_rows(x, [0, 1])
     with pytest.raises(RuntimeError, match=r"index must be int64 \[3\]"):

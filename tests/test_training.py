@@ -823,13 +823,20 @@ def test_each_row_is_answered_by_its_own_adapter():
     assert answer(model, tokenizer, [talk] * 3, 8, adapter_names=["a", "b", "__base__"]) == alone
 
 
-def test_a_prompt_never_multiplies_the_head_by_a_strided_input():
-    model, strided = quantized_llama(), []
-    model.lm_head.register_forward_pre_hook(lambda head, args: strided.append(not args[0].is_contiguous()))
-    answer(model, tiny_tokenizer(), [TALK[:1]] * 3, 2)
-    assert len(strided) == 2 and not any(strided)
-    model.generate(torch.ones(3, 5, dtype=torch.long), max_new_tokens=1, pad_token_id=0, do_sample=False)
-    assert strided[-1], "transformers itself does it: if this fails, the workaround in answer() can go"
+@pytest.mark.parametrize("rows", [3, 40])
+def test_an_accelerated_head_is_never_multiplied_by_strided_rows(monkeypatch, rows):
+    model, own, strided = quantized_llama(), torch.nn.functional.linear, []
+
+    def linear(x, weight, *bias):
+        strided.append(weight is model.lm_head.weight and not x.is_contiguous())
+        return own(x, weight, *bias)
+
+    monkeypatch.setattr("torch.nn.functional.linear", linear)
+    answer(model, tiny_tokenizer(), [TALK[:1]] * rows, 2)
+    assert any(strided), "transformers itself does it: if this fails, dense_linear need not care"
+    strided.clear()
+    answer(fp.accelerate(model), tiny_tokenizer(), [TALK[:1]] * rows, 2)
+    assert not any(strided)
 
 
 def test_answering_keeps_the_training_mode():

@@ -49,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Answer the prompt, or hold a conversation."""
-    from .. import PeftConfig, PeftModel, accelerate
+    from .. import PeftConfig, PeftModel
     from ..generation import answer
+    from ..integrations.accelerate import fuse
     from ..tuners.adapted import check_name
 
     if args.json and args.prompt is None:
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     configs = [PeftConfig.from_pretrained(path) for _, path in args.adapter]
     with console.status(f"loading {escape(args.model)}"):
         model, tokenizer = load_model(args, quantized=not args.full_precision)
-        model = on_gpu(accelerate(model))
+        fuse(model)
+        model = on_gpu(model)
         for i, ((name, path), config) in enumerate(zip(args.adapter, configs, strict=True)):
             if i == 0:
                 model = PeftModel.from_pretrained(model, path, adapter_name=name, config=config)

@@ -147,18 +147,12 @@ class TrainableTokens(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """With the rows in use in it, for models that multiply by an embedding's weight themselves.
+        """With the rows in use in it, for models that multiply by it themselves.
 
-        Raises:
-            ValueError: not all rows of the batch use the same.
+        Where the rows of a batch differ in these it is the base's: most models that read it then ask for its dtype.
         """
-        names = self._in_use()
-        if self.bank.mode is not None and (differing := self.bank.mode.differing(names)):
-            raise ValueError(
-                f"adapter_names has {differing}, which train tokens, for some rows and not for others, and the model "
-                "reads the embedding's weight itself, which is one for all rows: give them apart"
-            )
-        return self.rows.replaced(names)
+        mode, names = self.bank.mode, self._in_use()
+        return self.base_layer.weight if mode is not None and mode.differing(names) else self.rows.replaced(names)
 
     def _in_use(self) -> tuple[str, ...]:
         """The adapters whose rows are in use, by some rows of the batch at least."""

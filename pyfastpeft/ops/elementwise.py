@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | Tensor = 1e-6) -> Tensor:
             f"{x.device}, of the size of the last dimension of x, which has shape {tuple(x.shape)}"
         )
     if choose_plain(x.device) is Backend.REFERENCE or isinstance(eps, Tensor):
-        wide = x.float()
+        wide, eps = x.float(), eps.reshape(()) if isinstance(eps, Tensor) else eps
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     norm = _RmsNorm.apply if recorded(x, weight) else _rms_norm
     return norm(x, weight, eps).view(x.shape)

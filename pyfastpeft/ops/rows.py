@@ -27,15 +27,14 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: the argument at fault, what it was and what it must be.
-        RuntimeError: a number in ``index`` is out of range, which the operator finds as it reads them.
+        RuntimeError: a number in ``index`` is out of range, which only the operator for CPUs looks for.
     """
     check_tensor("x", x)
     check_tensor("index", index)
-    if x.dim() < 2 or index.dtype is not torch.int64 or index.device != x.device:
-        raise ValueError(
-            f"index is {index.dtype} on {index.device}; it must be int64, on the device of x, which has shape "
-            f"{tuple(x.shape)} on {x.device} and must have rows"
-        )
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [N, ...], with rows to take")
+    if index.dtype is not torch.int64 or index.device != x.device:
+        raise ValueError(f"index is {index.dtype} on {index.device}; it must be int64, on x's device, {x.device}")
     if choose_plain(x.device) is not Backend.NATIVE or x.dtype not in FLOATS:
         return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index]
     return _take(x.flatten(1), index.flatten()).view(*index.shape, *x.shape[1:])
