@@ -1,8 +1,12 @@
-"""A model's ends: what transformers says its input embedding and its output head are, and what tasks call theirs."""
+"""A model's ends: what transformers says its input embedding and its output head are, what is below their adapters, and
+what tasks call theirs."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from .lora_layer import LoraLayer
+from .trainable_tokens import TrainableTokens
 
 HEADS = {
     "SEQ_CLS": ["classifier", "score"],
@@ -17,10 +21,14 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
     return _end(model, "get_input_embeddings")
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer that adapters of its weight stand around, or ``module`` itself."""
+    return module.base_layer if isinstance(module, (LoraLayer, TrainableTokens)) else module
+
+
 def embedding_weight(model: nn.Module) -> Tensor:
     """The input embedding's own [tokens, dim]: one that adapters train tokens of computes what its ``weight`` is."""
-    embedding = model.get_input_embeddings()
-    return getattr(embedding, "base_layer", embedding).weight
+    return base_of(model.get_input_embeddings()).weight
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
+from ..nn.ends import base_of
 from ..nn.lora import is_linear, matrix_shape
 from ..nn.weight_reads import passes_by
 from ..ops.checks import check_choice
 from .adapted import adapter_dtype
 from .base import PeftConfig, PeftType, names_or_pattern, register_method
 from .modules import (
-    base_of,
     check_called,
     is_named,
     modules_of,

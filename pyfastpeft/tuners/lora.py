@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterBank
-from ..nn.ends import output_head
+from ..nn.ends import base_of, output_head
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora import LoraConv1D, expected_tensors, is_linear, layer_class
 from ..nn.lora_init import loftq, olora, pissa
@@ -37,7 +37,6 @@ from .base import (
 from .embeddings import own_embeddings
 from .modules import (
     at,
-    base_of,
     check_called,
     ends_with,
     find_saved,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import Parts
 from ..nn.bottleneck import BottleneckLayer
-from ..nn.ends import HEADS, input_embedding, output_head
+from ..nn.ends import HEADS, base_of, input_embedding, output_head
 from ..nn.linear4bit import Linear4bit
 from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
@@ -87,10 +87,6 @@ def parameters_of(plain: nn.Module, around: nn.Module) -> dict[str, nn.Parameter
     """Those of a module of :func:`plain_modules_of`, without what is merged into them."""
     merges = isinstance(around, (LoraLayer, TrainableTokens))
     return around.base_parameters() if merges else dict(plain.named_parameters(recurse=False))
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, (LoraLayer, TrainableTokens)) else module
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

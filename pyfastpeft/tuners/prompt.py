@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..adapters import NO_ROWS
+from ..nn.ends import embedding_weight
 from ..nn.prompt_encoder import Form, SoftPrompt
 from .base import PeftType, as_member, register_method
 from .soft_prompt import SoftPromptConfig, random_ids, text_ids
@@ -81,4 +82,4 @@ class PromptTuningConfig(SoftPromptConfig):
             ids = random_ids(model, self.rows)
         embedding = model.get_input_embeddings()
         with prefixes.bank.using(NO_ROWS):
-            module.embedding.weight.copy_(embedding(ids.to(embedding.weight.device)))
+            module.embedding.weight.copy_(embedding(ids.to(embedding_weight(model).device)))

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterBank
 from ..formats import is_full_precision
-from ..nn.ends import input_embedding
+from ..nn.ends import base_of, input_embedding
 from ..nn.lora_layer import LoraLayer
 from ..nn.modules_to_save import ModulesToSave
 from ..nn.trainable_tokens import TokenRows, TrainableTokens
 from .adapted import adapter_dtype
 from .base import plain_number
-from .modules import at, base_of, modules_of, put, says_tied
+from .modules import at, modules_of, put, says_tied
 
 DELTA = "token_adapter.trainable_tokens_delta"
 """What PEFT calls the rows, behind the path of the module."""
