@@ -1,7 +1,6 @@
 // The decoder stack as operators. A stack is built once and named by a handle; it holds its tensors, and reads where
 // their memory lies at every call. One call then computes a token, without a dispatch or a check a layer.
 #include <algorithm>
-#include <deque>
 #include <limits>
 #include <memory>
 #include <span>
@@ -195,6 +194,51 @@ OptTensor of_rows(const OptTensor& row_scale, int64_t rows) {
   return all;
 }
 
+// Keeps what the kernels read of a linear layer, for `rows` of x in `dtype`.
+struct LinearTensors {
+  OptTensor row_scale;
+  BranchTensors branch;
+  Bias bias;
+  OptTensor dense;  // a Tensor would allocate where there is none
+  std::vector<BottleneckTensors> bottlenecks;
+  pf::DecoderLinear linear;
+
+  LinearTensors(const HeldLinear& held, int64_t rows, int dtype)
+      : row_scale(of_rows(held.row_scale, rows)),
+        branch(held.lora_a, held.lora_b, row_scale, held.scaling, rows, std::nullopt, 0.0, held.n, held.k),
+        bias(held.bias, held.n) {
+    linear = {.bias = bias.data, .branch = branch.branch, .int8 = held.int8};
+    bottlenecks.reserve(held.bottlenecks.size());  // `bottleneck` points into what a copy would leave behind
+    for (const HeldBottleneck& b : held.bottlenecks)
+      linear.bottlenecks.push_back(bottlenecks.emplace_back(b, held.n, rows).bottleneck);
+    if (held.dense.has_value()) {
+      // Unlike a packed weight it may have been cast or replaced since.
+      dense = held.dense;
+      const pf::Matrix w = linear.dense = matrix(*dense, "weight");
+      STD_TORCH_CHECK(w.rows == held.n && w.cols == held.k && w.dtype == dtype, "weight must be [", held.n, ", ",
+                      held.k, "] in the dtype of x");
+    } else {
+      linear.w = held.weight->now();
+    }
+  }
+};
+
+// The vectors by which layer i norms.
+void set_norms(const Stack& stack, size_t i, pf::DecoderLayer& layer) {
+  const pf::Decoder& d = stack.shape;
+  layer.input_norm = vector_data(stack.norms[2 * i], d.hidden, d.dtype, "input norm");
+  layer.post_norm = vector_data(stack.norms[2 * i + 1], d.hidden, d.dtype, "post-attention norm");
+  layer.q_norm = layer.k_norm = layer.attended_norm = layer.mlp_norm = nullptr;
+  if (!stack.head_norms.empty()) {
+    layer.q_norm = vector_data(stack.head_norms[2 * i], d.dim, d.dtype, "query norm");
+    layer.k_norm = vector_data(stack.head_norms[2 * i + 1], d.dim, d.dtype, "key norm");
+  }
+  if (!stack.added_norms.empty()) {
+    layer.attended_norm = vector_data(stack.added_norms[2 * i], d.hidden, d.dtype, "norm of the attention");
+    layer.mlp_norm = vector_data(stack.added_norms[2 * i + 1], d.hidden, d.dtype, "norm of the MLP");
+  }
+}
+
 Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vector<Tensor> sin, OptTensor mask,
                        std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<int64_t> past,
                        std::vector<Tensor> prefix_keys, std::vector<Tensor> prefix_values, OptTensor prefix_index,
@@ -239,29 +283,12 @@ Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vecto
   PrefixRows prefix{};
   if (has_prefix) prefix = prefix_rows(prefix_index, prefix_lengths, batch, slots, prefix_length);
   d.norm = vector_data(stack->norm, d.hidden, d.dtype, "norm");
-  std::vector<BranchTensors> branches;
-  std::vector<Bias> biases;
-  std::vector<Tensor> dense;
-  std::vector<OptTensor> factors;
-  std::deque<BottleneckTensors> bottlenecks;  // which stay where they are
-  branches.reserve(stack->linears.size());
-  biases.reserve(stack->linears.size());
-  dense.reserve(stack->linears.size());
-  factors.reserve(stack->linears.size());
+  std::vector<LinearTensors> linears;
+  linears.reserve(stack->linears.size());
   d.layers.resize(layers);
   for (size_t i = 0; i < layers; ++i) {
     pf::DecoderLayer& layer = d.layers[i];
-    layer.input_norm = vector_data(stack->norms[2 * i], d.hidden, d.dtype, "input norm");
-    layer.post_norm = vector_data(stack->norms[2 * i + 1], d.hidden, d.dtype, "post-attention norm");
-    layer.q_norm = layer.k_norm = layer.attended_norm = layer.mlp_norm = nullptr;
-    if (!stack->head_norms.empty()) {
-      layer.q_norm = vector_data(stack->head_norms[2 * i], d.dim, d.dtype, "query norm");
-      layer.k_norm = vector_data(stack->head_norms[2 * i + 1], d.dim, d.dtype, "key norm");
-    }
-    if (!stack->added_norms.empty()) {
-      layer.attended_norm = vector_data(stack->added_norms[2 * i], d.hidden, d.dtype, "norm of the attention");
-      layer.mlp_norm = vector_data(stack->added_norms[2 * i + 1], d.hidden, d.dtype, "norm of the MLP");
-    }
+    set_norms(*stack, i, layer);
     layer.angles = stack->angles[i];
     STD_TORCH_CHECK(layer.angles >= -1 && layer.angles < static_cast<int64_t>(angles.size()), "layer ", i,
                     " turns by angles ", layer.angles, "; cos and sin are ", angles.size());
@@ -277,28 +304,8 @@ Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vecto
       layer.prefix_keys = prefix_keys[i].const_data_ptr();
       layer.prefix_values = prefix_values[i].const_data_ptr();
     }
-    for (size_t j = 0; j < projections.size(); ++j) {
-      const pf::Projection p = projections[j];
-      const HeldLinear& held = stack->linears[i * projections.size() + j];
-      factors.push_back(of_rows(held.row_scale, batch * tokens));
-      branches.emplace_back(held.lora_a, held.lora_b, factors.back(), held.scaling, batch * tokens, std::nullopt, 0.0,
-                            held.n, held.k);
-      biases.emplace_back(held.bias, held.n);
-      layer.linear[p] = {.bias = biases.back().data, .branch = branches.back().branch, .int8 = held.int8};
-      for (const HeldBottleneck& b : held.bottlenecks) {
-        bottlenecks.emplace_back(b, held.n, batch * tokens);
-        layer.linear[p].bottlenecks.push_back(bottlenecks.back().bottleneck);
-      }
-      if (!held.dense.has_value()) {
-        layer.linear[p].w = held.weight->now();
-        continue;
-      }
-      // Unlike a packed weight it may have been cast or replaced since.
-      Tensor& weight = dense.emplace_back(*held.dense);
-      const pf::Matrix w = layer.linear[p].dense = matrix(weight, "weight");
-      STD_TORCH_CHECK(w.rows == held.n && w.cols == held.k && w.dtype == d.dtype, "weight must be [", held.n, ", ",
-                      held.k, "] in the dtype of x");
-    }
+    for (const pf::Projection p : projections)
+      layer.linear[p] = std::move(linears.emplace_back(stack->linears[linears.size()], batch * tokens, d.dtype).linear);
   }
   const pf::DecoderInput in{.x = x.const_data_ptr(),
                             .angles = std::move(angles),
