@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import SMALL, quantized, randomize, relative, vary_vectors
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import Losses, tiny_llama, tiny_tokenizer
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -1006,14 +1006,6 @@ def test_a_training_through_the_trainer(tmp_path, monkeypatch, seen):
     assert len(seen) == 6 and all(shared > 0 for _, shared in seen)
     monkeypatch.setattr(fused_decoder, "distinct_tokens", lambda *_: None)
     assert fast == pytest.approx(train("plain"), rel=1e-4)
-
-
-class Losses(tf.TrainerCallback):
-    def __init__(self):
-        self.values = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.values += [logs["loss"]] if "loss" in logs else []
 
 
 PROMPT = 40  # with which a few rows are more than the fused stack takes

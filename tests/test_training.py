@@ -18,7 +18,7 @@ import pytest
 import torch
 from architectures import inputs, make, quantized, randomize
 from rich.console import Console
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, Losses, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -600,14 +600,6 @@ def test_the_trainer_keeps_what_is_ours_on_one_gpu(tmp_path, kind):
         with pytest.raises(RuntimeError, match=r"cannot replicate a .*torchrun.*CUDA_VISIBLE_DEVICES"):
             for module in model.modules():  # as nn.DataParallel does
                 module._replicate_for_data_parallel()
-
-
-class Losses(TrainerCallback):
-    def __init__(self):
-        self.values = []
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        self.values += [logs["loss"]] if "loss" in logs else []
 
 
 @pytest.mark.parametrize("by_row", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -39,3 +39,13 @@ def tiny_llama() -> LlamaForCausalLM:
         pad_token_id=None,
     )
     return LlamaForCausalLM(config).to(torch.float32)
+
+
+class Losses(TrainerCallback):
+    """The losses that a Trainer logs."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.values += [logs["loss"]] if "loss" in logs else []
