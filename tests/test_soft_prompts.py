@@ -25,6 +25,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import DynamicCache, StaticCache
 
 import pyfastpeft as fp
+from pyfastpeft.hub.peft import OWN_NAME
 from pyfastpeft.integrations import attention
 from pyfastpeft.integrations.soft_prompts import prefixes
 from pyfastpeft.integrations.soft_prompts.bare import reaching
@@ -613,13 +614,20 @@ class TestFiles:
             own.export_prefix(tmp_path / "none", "lora")
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_state_dicts_go_out_and_in(self, method):
+    def test_state_dicts_go_out_and_in(self, method, tmp_path):
         a, b = ours(llama(), method, seed=1), ours(llama(), "prompt")
         state = fp.get_peft_model_state_dict(a)
         assert list(state) == ["prompt_embeddings"]
         if a.prompt_encoder["default"].encodes:
-            with pytest.raises(ValueError, match="encoder"):
+            with pytest.raises(ValueError, match=r"has an encoder .* its output alone; exchange model\.state_dict\(\)"):
                 fp.set_peft_model_state_dict(a, state)
+            a.save_pretrained(tmp_path)
+            serves = fp.PeftModel.from_pretrained(llama(), tmp_path)
+            with pytest.raises(ValueError, match="has no encoder that trains, what is loaded has one"):
+                fp.set_peft_model_state_dict(serves, state | load_file(tmp_path / OWN_NAME))
+            again = ours(llama(), method, seed=2)
+            again.load_state_dict(a.state_dict())
+            assert torch.equal(fp.get_peft_model_state_dict(again)["prompt_embeddings"], state["prompt_embeddings"])
         elif method == "prompt":
             fp.set_peft_model_state_dict(b, state)
             assert torch.equal(b.prompt_encoder["default"].embedding.weight, state["prompt_embeddings"])

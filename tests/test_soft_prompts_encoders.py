@@ -530,6 +530,11 @@ class TestBadInput:
             ),
             (
                 "t5 SEQ_2_SEQ_LM",
+                fp.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+                "task_type is 'CAUSAL_LM', but a T5ForConditionalGeneration is an encoder–decoder",
+            ),
+            (
+                "t5 SEQ_2_SEQ_LM",
                 fp.PrefixTuningConfig(num_virtual_tokens=2, num_transformer_submodules=1),
                 "num_transformer_submodules is 1; for a T5ForConditionalGeneration it must be 2",
             ),

@@ -191,6 +191,11 @@ class SoftPromptTuner(Tuner):
         kind, seq2seq = type(self.model).__name__, self.prefixes.seq2seq
         if config.task_type == TaskType.SEQ_2_SEQ_LM and not seq2seq:
             raise ValueError(f"task_type is 'SEQ_2_SEQ_LM', but a {kind} is no encoder–decoder")
+        if config.task_type == TaskType.CAUSAL_LM and seq2seq:
+            raise ValueError(
+                f"task_type is 'CAUSAL_LM', but a {kind} is an encoder–decoder; it must be 'SEQ_2_SEQ_LM' or the task "
+                "of its head"
+            )
         both = seq2seq and (config.task_type in (None, TaskType.SEQ_2_SEQ_LM) or not config.at_embedding)
         asked = config.num_transformer_submodules = config.num_transformer_submodules or 1 + both
         allowed = (1, 2) if seq2seq and config.at_embedding else (1 + seq2seq,)
@@ -266,12 +271,17 @@ class SoftPromptTuner(Tuner):
     def check_same_layout(
         self, name: str, old: SoftPromptConfig, new: SoftPromptConfig, live: dict, expected: dict
     ) -> None:
-        if self.bank.prompts[name].encodes:
+        encodes = self.bank.prompts[name].encodes
+        if encodes != _with_encoder(expected):
+            has, other = ("an", "its output alone") if encodes else ("no", "one")
+            raise ValueError(
+                f"adapter {name!r} has {has} encoder that trains, what is loaded has {other}; exchange "
+                "model.state_dict(), or delete the adapter first"
+            )
+        if encodes:
             expected = {key: shape for key, shape in expected.items() if key != KEY}
         if live != expected:
-            raise ValueError(
-                f"adapter {name!r} has other shapes, or only one of the two has an encoder that trains; delete it first"
-            )
+            raise ValueError(f"adapter {name!r} has other shapes; delete it first")
         if not _reads_alike(old, new):
             raise ValueError(f"adapter {name!r} has virtual tokens of another form; delete it first")
 
