@@ -587,6 +587,20 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="conversion"):
             auto.from_pretrained(tmp_path / "q")
 
+    @pytest.mark.parametrize("kept", [None, ["q_proj"]])
+    def test_a_layer_that_other_blocks_have_fails_the_load(self, tmp_path, kept):
+        _, auto = saved(tmp_path / "full")
+        config = fp.FastPeftConfig(modules_to_not_convert=kept)
+        auto.from_pretrained(tmp_path / "full", quantization_config=config).save_pretrained(tmp_path / "q")
+        state = load_file(tmp_path / "q" / "model.safetensors")
+        more = auto.from_pretrained(tmp_path / "q", num_hidden_layers=3)  # whose last is new as a whole
+        assert more.model.layers[2].self_attn.k_proj.weight.requires_grad
+        lacks = "model.layers.0.self_attn.q_proj.weight"
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(lacks)}
+        save_file(state, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"the checkpoint lacks {lacks}"):
+            auto.from_pretrained(tmp_path / "q")
+
     def test_packed_weights_that_were_joined_are_named(self, tmp_path):
         _, auto = saved(tmp_path / "full", "nomic_bert")
         auto.from_pretrained(tmp_path / "full", quantization_config=fp.FastPeftConfig()).save_pretrained(tmp_path / "q")

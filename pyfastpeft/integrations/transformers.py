@@ -7,6 +7,7 @@ Importing this module registers the method ``"pyfastpeft"``, so a saved model re
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -138,6 +139,7 @@ class FastPeftQuantizer(HfQuantizer):
     Attributes:
         originals: name → the full-precision layer, without weights, that stood there.
         read: those of them that must be in full precision, though the checkpoint has them in 4 bits.
+        found: those of them that a checkpoint in 4 bits has, in whatever precision.
     """
 
     quantization_config: FastPeftConfig
@@ -147,6 +149,7 @@ class FastPeftQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.originals: dict[str, nn.Module] = {}
         self.read: set[str] = set()
+        self.found: set[str] = set()
 
     @property
     def quantized_element_size(self) -> float:
@@ -213,9 +216,8 @@ class FastPeftQuantizer(HfQuantizer):
             _warn_of_other_weights(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, layer in list(model.named_modules()):
-            if not isinstance(layer, Linear4bit):
-                continue
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
+        for name, layer in layers:
             # Not in the checkpoint: transformers has initialized it (and said so).
             if layer.packed is None and not self.pre_quantized:
                 layer.set_packed(self.quantized(layer.weight))
@@ -224,6 +226,11 @@ class FastPeftQuantizer(HfQuantizer):
                     raise ValueError(
                         f"{name}.weight is stored as {layer.weight.dtype} without the tensors that say how; "
                         "it must be in floating point or have those of a 4-bit weight beside it"
+                    )
+                if _is_lost(name, self.found):
+                    raise ValueError(
+                        f"the checkpoint lacks {name}.weight, which it has for other blocks; it must have all of a "
+                        "block: save the model again, or give the configuration that it was saved with"
                     )
                 self._put_original(model, name, layer, layer.weight.detach())
                 self.originals.pop(name).requires_grad_()
@@ -334,6 +341,7 @@ class _Deserialize(_Op):
         key, name = target_patterns[0], full_layer_name.removesuffix(".weight")
         state = {name: t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
         layer, _ = get_module_from_name(model, full_layer_name)
+        self.hf_quantizer.found.add(name)
         if state.keys() == {key} and state[key].is_floating_point():
             # A layer that the checkpoint left in full precision stays so here.
             if isinstance(layer, Linear4bit):
@@ -352,6 +360,17 @@ class _Deserialize(_Op):
         for tensor in state.values():
             _let_go(tensor)
         return {key: weight}
+
+
+def _is_lost(name: str, found: Collection[str]) -> bool:
+    """Whether a layer that is not among those ``found`` is missing from a block that is not new.
+
+    Other layers of the block are found then, and this one in other blocks. Heads and blocks that the configuration adds
+    lack all that they have.
+    """
+    block = re.match(r"(.*\.\d+\.)", name)
+    in_any = re.compile(re.sub(r"\b\d+\b", r"\\d+", re.escape(name)))
+    return block is not None and any(n.startswith(block[1]) for n in found) and any(map(in_any.fullmatch, found))
 
 
 def _only_reads(conversion: WeightTransform, in_4_bits: list[str]) -> bool:
