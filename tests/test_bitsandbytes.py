@@ -255,6 +255,11 @@ class TestFromBnb:
         for layer in (torch.nn.Linear(4, 4), bnb.nn.Embedding4bit(64, 64)):
             with pytest.raises(TypeError, match=f"bnb_linear is a {type(layer).__name__}; it must be a bitsandbytes"):
                 fp.nn.Linear4bit.from_bnb(layer)
+        for storage in (torch.uint8, torch.bfloat16):
+            layer = bnb_layer(32, 64, storage=storage)
+            assert fp.nn.Linear4bit.from_linear(layer).out_features == 32  # not quantized yet
+            with pytest.raises(TypeError, match=r"in 4 bits already, by bitsandbytes; use Linear4bit\.from_bnb"):
+                fp.nn.Linear4bit.from_linear(layer.to("cpu"))
 
     def test_a_layer_that_fsdp_took_the_state_from_the_weight_of_is_taken_over(self):
         layer = bnb_layer(48, 96).to("cpu")

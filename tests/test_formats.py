@@ -354,6 +354,7 @@ def test_dequantize_gives_float32_and_a_layer_its_own_dtype_where_no_other_is_as
     [
         (([[1.0]],), TypeError, "weight is a list"),
         ((torch.ones(4, 4, dtype=torch.int32),), TypeError, "weight has dtype torch.int32"),
+        ((torch.ones(4, 4).to_sparse(),), TypeError, "weight has layout torch.sparse_coo; it must be dense"),
         ((torch.ones(4, 4, dtype=torch.float64),), TypeError, "float32, bfloat16 or float16"),
         ((torch.ones(4, 4), "nf5"), ValueError, "quant_type is 'nf5'.*'nf4', 'fp4', 'int4'"),
         ((torch.ones(4, 4), None), ValueError, "quant_type is None"),

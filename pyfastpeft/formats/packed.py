@@ -262,12 +262,14 @@ def quantize_4bit(
         Packed4bit of the same shape, in the layout its device's kernels read.
 
     Raises:
-        TypeError: ``weight`` is not a floating-point tensor.
+        TypeError: ``weight`` is not a dense floating-point tensor.
         ValueError: an unknown ``quant_type``, a ``blocksize`` the format does not allow, ``double_quant`` with INT4, or
             for INT4 a block of which float32 cannot hold the span.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
+    if weight.layout is not torch.strided:
+        raise TypeError(f"weight has layout {weight.layout}; it must be dense")
     if weight.dtype not in FLOATS:
         raise TypeError(f"weight has dtype {weight.dtype}; it must be float32, bfloat16 or float16")
     fmt, blocksize = check_settings(quant_type, blocksize, double_quant)

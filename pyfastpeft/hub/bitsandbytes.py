@@ -124,6 +124,12 @@ def packed_from_state(state: Mapping[str, Tensor], key: str) -> Packed4bit:
     return Packed4bit(codes, scale, zero, nested, shape, info.dtype, fmt.name, info.blocksize)
 
 
+def bnb_state(linear: nn.Module) -> Any:
+    """The quantization state of a layer of bitsandbytes'; None where nothing is quantized."""
+    # FSDP drops the state from the parameter; the module then still has it.
+    return getattr(linear.weight, "quant_state", None) or getattr(linear, "quant_state", None)
+
+
 def packed_from_bnb(bnb_linear: nn.Module) -> Packed4bit:
     """The weight of a live ``bitsandbytes.nn.Linear4bit``, which is left as it is.
 
@@ -138,8 +144,7 @@ def packed_from_bnb(bnb_linear: nn.Module) -> Packed4bit:
     if not isinstance(bnb_linear, nn.Linear) or not hasattr(bnb_linear, "quant_state"):
         raise TypeError(f"bnb_linear is a {type(bnb_linear).__name__}; it must be a bitsandbytes.nn.Linear4bit")
     weight = bnb_linear.weight
-    # FSDP drops the state from the parameter; the module then still has it.
-    state = getattr(weight, "quant_state", None) or bnb_linear.quant_state
+    state = bnb_state(bnb_linear)
     if state is None:
         if not weight.is_floating_point():
             raise ValueError(f"the layer's weight is {weight.dtype}, yet it has no quantization state")

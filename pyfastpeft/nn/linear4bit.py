@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..formats import Packed4bit, quantize_4bit
 from ..formats.codes import check_settings
 from ..formats.packed import FLOATS
-from ..hub.bitsandbytes import STATE_SUFFIXES, packed_from_bnb, packed_from_state, packed_to_state
+from ..hub.bitsandbytes import STATE_SUFFIXES, bnb_state, packed_from_bnb, packed_from_state, packed_to_state
 from ..ops import Lora, linear_4bit
 from ..ops.checks import as_count
 from ..ops.linear_4bit import check_compute, check_compute_dtype, needs_grad
@@ -172,13 +172,15 @@ class Linear4bit(OneDevice, nn.Linear):
         """Quantize ``linear``'s weight; the bias is shared with it.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``, or a Linear4bit already.
+            TypeError: ``linear`` is no ``nn.Linear``, or in 4 bits already.
             ValueError: a setting that :class:`Linear4bit` does not take.
         """
         if isinstance(linear, Linear4bit):
             raise TypeError("linear is already a Linear4bit")
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear")
+        if bnb_state(linear) is not None:
+            raise TypeError("linear is in 4 bits already, by bitsandbytes; use Linear4bit.from_bnb")
         packed = quantize_4bit(linear.weight, quant_type, blocksize, double_quant)
         return cls.from_packed(packed, linear.bias, compute_dtype, compute)
 
