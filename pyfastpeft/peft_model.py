@@ -450,7 +450,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         Its parameters train, and those of all others do not. No module is rebuilt and compiled code stays valid between
         adapters of equal ranks. Merged adapters are taken out of the base weights first, with a warning. A forward that
         runs meanwhile in another thread may see both adapters: requests served side by side choose theirs by
-        ``adapter_names``.
+        ``adapter_names``. Several soft prompts stand one behind the other, in a decoder with the keys and values that
+        each has alone: none sees another.
 
         Args:
             inference_mode: whether the active ones are frozen as well, and are for inference until it is given again.
