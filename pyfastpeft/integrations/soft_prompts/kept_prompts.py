@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...adapters import AdapterBank
 from ...caching import AdapterCache, registered, stamp_of
+from ...nn.ends import embedding_weight
 from ...nn.prompt_encoder import Form, SoftPrompt
 from ...ops.autocast import autocast_of
 from ...ops.tracing import traced
@@ -90,8 +91,7 @@ class KeptPrompts:
         # which the base does not change either.
         trusted = decoding or (self.bank.frozen.issuperset(names) and not self.decoder.training)
         # The embedding stands for the model, which may be moved, cast or loaded anew.
-        embedding = self.model.get_input_embeddings()
-        embedding = getattr(embedding, "base_layer", embedding).weight
+        embedding = embedding_weight(self.model)
         stamp = stamp_of([*parameters, embedding])
         own = stamp, self.decoder.training, autocast_of(embedding)
         # A request beyond the usual reach, which stays there, and one that is not may be served in turn.
