@@ -197,9 +197,11 @@ def linear(w: Weight, m: int, dtype=torch.bfloat16, lora: Lora | None = None, bi
     y = poisoned(m, w.n, dtype=dtype)
     numbers = [*w.numbers, m, ldx, DTYPES[dtype], DTYPES[bias.dtype] if bias is not None else 0]
     buffers = [*w.buffers, x, bias]
-    reference = x.double() @ w.float32().double().T
+    dense = w.float32().double()
+    reference, squares, roundings = x.double() @ dense.T, x.double() ** 2 @ (dense**2).T, m * w.n
     if bias is not None:
         reference += bias.double()
+        squares += bias.double() ** 2
     if lora is not None:
         lora.make(w)
         rows = None if lora.rows is None else torch.tensor(lora.rows)
@@ -207,21 +209,24 @@ def linear(w: Weight, m: int, dtype=torch.bfloat16, lora: Lora | None = None, bi
         numbers += [int(lora.factor * 1024), DTYPES[lora.dtype], DTYPES[lora.dtype], lora.rank, lora.slots]
         numbers += [a_slot, a_row, b_slot, b_row, b_column]
         buffers += [lora.a, lora.b, lora.scaling, rows]
+        roundings = m * lora.rank
         for i in range(m):
             slot = 0 if rows is None else lora.rows[i]
             if 0 <= slot < lora.slots:
                 scaling = lora.factor * (1.0 if lora.scaling is None else lora.scaling[slot].item())
-                s = x[i].double() @ lora.a[slot].double().T
-                reference[i] += scaling * (lora.b[slot].double() @ s)
+                row, a, b = x[i].double(), lora.a[slot].double(), lora.b[slot].double()
+                reference[i] += scaling * (b @ (a @ row))
+                squares[i] += scaling**2 * (b**2 @ (a**2 @ row**2))
     call = Call(0, numbers, [*buffers, y], 1)
-    call.reference = reference
+    call.reference, call.squares, call.roundings = reference, squares, roundings
     return call
 
 
 def check_linear(calls: list[Call]) -> None:
     for call in calls:
         for y in call.results:
-            assert error(y, call.reference) <= BOUND[y.dtype], (call.numbers, error(y, call.reference))
+            got = error(y, call.reference, call.roundings, call.squares)
+            assert got <= BOUND[y.dtype], (call.numbers, got)
 
 
 # ---- linear_4bit -----------------------------------------------------------------------------------------------------
