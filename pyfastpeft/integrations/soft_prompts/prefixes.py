@@ -71,8 +71,8 @@ class _LayerPrefix:
             return self.of(run)
         if bank.mode is None and any(name in self.prefixes.sources for name in bank.active):
             raise RuntimeError(
-                "a layer with a soft prompt runs outside its model's forward; where gradient checkpointing "
-                "computes layers again, call the PeftModel, not the model inside it"
+                "a layer with a soft prompt runs outside its model's call: call the model, not its forward(); where "
+                "gradient checkpointing computes layers again, call the PeftModel, not the model inside it"
             )
         return None
 
