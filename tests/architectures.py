@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 import transformers as tf
 from torch import nn
+from transformers.generation.utils import GenerateOutput
 
 import pyfastpeft as fp
 from pyfastpeft.adapters import Prefix
@@ -123,6 +124,25 @@ def loss_curve(
         optimizer.step()
         losses.append(loss.detach())
     return torch.stack(losses)
+
+
+def assert_same_answers(got: GenerateOutput, expected: GenerateOutput, rows: slice = slice(None)) -> None:
+    """``rows`` of ``got`` are the answers of ``expected``, both with their scores.
+
+    Where the two best tokens are a rounding apart either is right, and what follows one of them is another text.
+    """
+    steps = len(expected.scores)
+    tokens, others = got.sequences[rows, -steps:], expected.sequences[:, -steps:]
+    if hasattr(expected, "sequences_scores"):  # of beams, which meet ties among sums
+        torch.testing.assert_close(got.sequences_scores[rows], expected.sequences_scores, rtol=0, atol=1e-5)
+        assert len(tokens) == 1 or (tokens == others).all(1).any()
+        return
+    alike = torch.ones(len(tokens), dtype=torch.bool)
+    for step, (own, other) in enumerate(zip(got.scores, expected.scores, strict=True)):
+        torch.testing.assert_close(own[rows][alike], other[alike], rtol=0, atol=1e-5)
+        chosen = other.gather(1, tokens[:, step, None])[:, 0]
+        assert (chosen >= other.amax(1) - 1e-5)[alike].all()
+        alike &= tokens[:, step] == others[:, step]
 
 
 def quantized(model: nn.Module, **kwargs) -> nn.Module:

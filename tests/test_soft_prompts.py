@@ -48,6 +48,7 @@ OURS = {
 }
 METHODS = [*PEFT_HAS, *OURS]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+WITH_SCORES = GREEDY | {"output_scores": True, "return_dict_in_generate": True}
 
 _WINDOW = tiny._LLAMA | {"sliding_window": 6}
 OTHERS = {
@@ -230,13 +231,12 @@ def padded(ids: torch.Tensor, *starts: int) -> dict[str, torch.Tensor]:
 def assert_as_unpadded(own, given, **options) -> None:
     """Each row of ``given``, padded on the left, has the logits and the answer that it has alone."""
     ids, starts = given["input_ids"], (given["attention_mask"] == 0).sum(1).tolist()
-    logits, answers = own(**given).logits, own.generate(**given, **GREEDY, **options)
+    logits, answers = own(**given).logits, own.generate(**given, **WITH_SCORES, **options)
     for i, start in enumerate(starts):
         row = {k: t[i : i + 1, start:] if t.shape == ids.shape else t[i : i + 1] for k, t in given.items()}
         del row["attention_mask"]
         close(logits[i : i + 1, start:], own(**row).logits)
-        answer = own.generate(**row, **GREEDY, **options)[0, ids.shape[1] - start :]
-        assert torch.equal(answers[i, ids.shape[1] :], answer)
+        tiny.assert_same_answers(answers, own.generate(**row, **WITH_SCORES, **options), slice(i, i + 1))
 
 
 def is_what_tokens_make(base, method):
@@ -284,7 +284,7 @@ class TestAgainstPeft:
         assert_same(theirs, own, x)
         own.eval()
         ids = x["input_ids"]
-        assert torch.equal(own.generate(ids, **GREEDY), own.generate(ids, **GREEDY, use_cache=False))
+        tiny.assert_same_answers(*(own.generate(ids, **WITH_SCORES, use_cache=c) for c in (True, False)))
 
     def test_layers_that_are_called_attention_as_well(self):
         sizes = tiny._LLAMA | {"eos_token_id": 1, "bos_token_id": 2}
@@ -641,8 +641,7 @@ class TestWherePeftFails:
     def test_generate(self, method, kwargs):
         own = ours(llama(), method).eval()
         ids = tiny.inputs()["input_ids"]
-        expected = own.generate(ids, **GREEDY)
-        assert torch.equal(own.generate(ids, **GREEDY, **kwargs), expected)
+        tiny.assert_same_answers(own.generate(ids, **WITH_SCORES, **kwargs), own.generate(ids, **WITH_SCORES))
 
     @pytest.mark.parametrize("method", ["prompt", "prefix", "deep", "deep_prefix"])
     @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"cache_implementation": "static", "num_beams": 2}])
@@ -658,8 +657,10 @@ class TestWherePeftFails:
             made = fp.DeepPromptConfig(**own, prefix_init_text="a text", prefix=method == "deep_prefix")
         text = torch.tensor(tokenizer("a text")["input_ids"]).expand(3, -1)
         ids = torch.randint(0, 256, (3, 5))
-        expected = base.generate(torch.cat([text, ids], 1), **GREEDY, **kwargs)[:, 6:]
-        assert torch.equal(fp.get_peft_model(base, made).eval().generate(ids, **GREEDY, **kwargs), expected)
+        expected = base.generate(torch.cat([text, ids], 1), **WITH_SCORES, **kwargs)
+        got = fp.get_peft_model(base, made).eval().generate(ids, **WITH_SCORES, **kwargs)
+        assert torch.equal(got.sequences[:, :5], ids) and got.sequences.shape == (3, 11)
+        tiny.assert_same_answers(got, expected)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_assisted_generation_is_greedy_generation(self, method):
@@ -923,8 +924,8 @@ class TestWherePeftFails:
         with own.disable_adapter():
             assert not torch.allclose(own(**given).logits, out, atol=1e-3)
         assert_as_unpadded(own, given, suppress_tokens=[63])
-        got, again = (own.generate(**given, **GREEDY, suppress_tokens=[63], use_cache=c) for c in (True, False))
-        assert torch.equal(again, got)
+        options = WITH_SCORES | {"suppress_tokens": [63]}
+        tiny.assert_same_answers(*(own.generate(**given, **options, use_cache=c) for c in (True, False)))
         before = base.get_decoder().config._attn_implementation
         own.delete_adapter("default")
         assert inner.config._attn_implementation == before
@@ -1054,12 +1055,12 @@ class TestRows:
         for i in range(0, len(ROWS), 2):
             ids[i, :2], mask[i, :2] = 0, 0
         for kwargs in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
-            kwargs |= GREEDY
+            kwargs |= WITH_SCORES
             got = model.generate(input_ids=ids, attention_mask=mask, adapter_names=ROWS, **kwargs)
             for i, row in enumerate(ROWS):
                 own = ids[i : i + 1, (mask[i] == 0).sum() :]
                 alone = self.alone(model, row, partial(model.generate, own, **kwargs))
-                assert torch.equal(got[i, 6:], alone[0, own.shape[1] :]), (row, kwargs)
+                tiny.assert_same_answers(got, alone, slice(i, i + 1))
 
     def test_rows_choose_nothing_inside_disable_adapter(self):
         base, ids = tiny.make("llama").eval(), torch.randint(1, tiny.VOCAB, (len(ROWS), 6))
@@ -1768,7 +1769,7 @@ class TestBadInput:
         own, ids = ours(base.eval(), "deep"), tiny.inputs(length=9)["input_ids"]
         with torch.no_grad():
             assert (own(ids).logits - base(ids).logits).abs().max() > 1e-4
-        assert torch.equal(own.generate(ids, **GREEDY), own.generate(ids, **GREEDY, use_cache=False))
+        tiny.assert_same_answers(*(own.generate(ids, **WITH_SCORES, use_cache=c) for c in (True, False)))
 
     def test_layers_of_several_inputs_take_no_vectors_of_their_own(self):
         with pytest.raises(
