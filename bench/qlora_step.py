@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
             step = stepper(name, folder)
             return partial(harness.seconds, step), [step(), step()]
 
-        peaks, absent = ready(chosen, lambda name: training.peak_mb(__spec__.name, name, folder, threads))
+        peaks, absent = ready(chosen, lambda name: training.peak_mb_of_child(__spec__.name, name, folder, threads))
         steps, failed = ready(dict.fromkeys(peaks, ()), begun)
         timings, load = harness.in_turn({name: call for name, (call, _) in steps.items()}, args.rounds)
     absent |= failed

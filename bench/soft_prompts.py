@@ -75,7 +75,7 @@ def steps(folder: str, base: str, method: str, args: argparse.Namespace) -> tupl
         return partial(harness.seconds, step)
 
     peaks, absent = ready(
-        dict.fromkeys(names, ()), lambda name: training.peak_mb(__spec__.name, name, folder, *options)
+        dict.fromkeys(names, ()), lambda name: training.peak_mb_of_child(__spec__.name, name, folder, *options)
     )
     calls, failed = ready(dict.fromkeys(peaks, ()), begun)
     timings, load = harness.in_turn(calls, args.rounds)

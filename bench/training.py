@@ -67,12 +67,12 @@ def cells(timed: dict, compared: dict) -> tuple[str, str, str, str]:
 
 
 def add_child_arguments(parser: argparse.ArgumentParser, contenders: dict[str, Callable]) -> None:
-    """What :func:`peak_mb` gives to the process that it starts."""
+    """What :func:`peak_mb_of_child` gives to the process that it starts."""
     parser.add_argument("--child", choices=contenders, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
 
 
-def peak_mb(module: str, name: str, folder: str, *options: str) -> float:
+def peak_mb_of_child(module: str, name: str, folder: str, *options: str) -> float:
     """Peak resident memory of two steps of a contender in a fresh process, which runs ``module``."""
     options += (f"--out={folder}/none.json",)  # which nobody writes: where results go by default may be read-only
     command = [sys.executable, "-m", module, "--child", name, "--folder", folder, *options]

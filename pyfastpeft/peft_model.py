@@ -582,7 +582,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         if dtype is not None and not dequantize:
             raise ValueError(f"dtype is {dtype}; it is for dequantize=True")
         dtype = None if dtype is None else floating_dtype(dtype)
-        names = self.base_model.mergeable(adapter_names)
+        names = self.base_model.names_to_merge(adapter_names)
         kept = tuple(dict.fromkeys((*self.base_model.merged(), *names)))
         self.base_model.bank.prepare(kept)  # what cannot stay together is refused before anything changes
         self.base_model.merge(names, safe_merge, dequantize, dtype)

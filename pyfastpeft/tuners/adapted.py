@@ -314,7 +314,7 @@ class AdaptedModel(OneDevice, nn.Module):
             safe_merge: refuse a result that is not finite in the dtype it will have.
             dequantize: exchange the 4-bit layers under LoRA for layers in ``dtype`` (None: :func:`dense_dtype`).
         """
-        names, before = self.mergeable(adapter_names), self._merged()
+        names, before = self.names_to_merge(adapter_names), self._merged()
         dense = dense_dtype(self.model) if dtype is None else dtype
         try:
             for layer in self.bank.mergeable:
@@ -328,7 +328,7 @@ class AdaptedModel(OneDevice, nn.Module):
                 layer.merge(False, before.get(layer, ()))
             raise
 
-    def mergeable(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
+    def names_to_merge(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         """The names, each once, of adapters (None: the active ones) that can all be merged into weights."""
         names = tuple(dict.fromkeys(self.known(self.bank.chosen if adapter_names is None else adapter_names)))
         for name in names:
