@@ -140,8 +140,8 @@ def assert_same_answers(got: GenerateOutput, expected: GenerateOutput, rows: sli
     alike = torch.ones(len(tokens), dtype=torch.bool)
     for step, (own, other) in enumerate(zip(got.scores, expected.scores, strict=True)):
         torch.testing.assert_close(own[rows][alike], other[alike], rtol=0, atol=1e-5)
-        chosen = other.gather(1, tokens[:, step, None])[:, 0]
-        assert (chosen >= other.amax(1) - 1e-5)[alike].all()
+        for chosen in (tokens[:, step], others[:, step]):
+            assert (other.gather(1, chosen[:, None])[:, 0] >= other.amax(1) - 1e-5)[alike].all()
         alike &= tokens[:, step] == others[:, step]
 
 
