@@ -291,6 +291,7 @@ def test_answers_are_the_same_over_each_cache_also_with_padding(name, kind, serv
         served.clear()
         options |= {"output_scores": True, "return_dict_in_generate": True}
         got = generate(fused, ids, cache_implementation=kind, **options)
+        assert torch.equal(got.sequences[:, :7], ids)
         assert_same_answers(got, generate(plain, ids, **options))
         # Gemma 3's windows have static layers of their own.
         assert served == [False] + [(name, kind) != ("gemma3_text", "static")] * 7
