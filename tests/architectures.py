@@ -126,13 +126,18 @@ def loss_curve(
     return torch.stack(losses)
 
 
+WITH_SCORES = {"output_scores": True, "return_dict_in_generate": True}
+
+
 def assert_same_answers(got: GenerateOutput, expected: GenerateOutput, rows: slice = slice(None)) -> None:
-    """``rows`` of ``got`` are the answers of ``expected``, both with their scores.
+    """``rows`` of ``got`` are the answers of ``expected``, both ``WITH_SCORES``.
 
     Where the two best tokens are a rounding apart either is right, and what follows one of them is another text.
     """
-    steps = len(expected.scores)
-    tokens, others = got.sequences[rows, -steps:], expected.sequences[:, -steps:]
+    steps, length = len(expected.scores), min(got.sequences.shape[1], expected.sequences.shape[1])
+    own, other = got.sequences[rows, -length:], expected.sequences[:, -length:]
+    assert torch.equal(own[:, :-steps], other[:, :-steps])  # what one of them has before it is padding, or a prompt
+    tokens, others = own[:, -steps:], other[:, -steps:]
     if hasattr(expected, "sequences_scores"):  # of beams, whose steps' scores are those of beams that end as well
         torch.testing.assert_close(got.sequences_scores[rows], expected.sequences_scores, rtol=0, atol=1e-5)
         assert torch.equal(tokens, others)

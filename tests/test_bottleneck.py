@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from architectures import (
     ARCHITECTURES,
+    WITH_SCORES,
+    assert_same_answers,
     check_not_finite_stays,
     dequantized,
     inputs,
@@ -228,14 +230,15 @@ def test_a_left_padded_batch_equals_the_unpadded_rows(architecture, kind):
     randomize(peft_model.eval())
     ids, mask = inputs(architecture)["input_ids"], torch.ones(3, 6, dtype=torch.int64)
     mask[1, :2], mask[2, :5] = 0, 0
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, **WITH_SCORES}
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # which transformers works out in generate alone
     padded = logits(peft_model, input_ids=ids, attention_mask=mask, position_ids=positions)
     generated = peft_model.generate(input_ids=ids, attention_mask=mask, **options)
     for i, start in enumerate((0, 2, 5)):
         row = ids[i : i + 1, start:]
         torch.testing.assert_close(padded[i : i + 1, start:], logits(peft_model, input_ids=row), rtol=1e-4, atol=1e-5)
-        assert torch.equal(generated[i, start:], peft_model.generate(input_ids=row, **options)[0])
+        alone = peft_model.generate(input_ids=row, **options)
+        assert_same_answers(generated, alone, slice(i, i + 1))
 
 
 def several():
@@ -403,17 +406,18 @@ def test_a_hot_swap_takes_the_new_values(tmp_path):
 def test_generation_beside_other_adapters():
     peft_model, ids = several(), inputs()["input_ids"]
     peft_model.generation_config.eos_token_id = None
-    options = {"max_new_tokens": 4, "do_sample": False}
+    options = {"max_new_tokens": 4, "do_sample": False, **WITH_SCORES}
     names = ["a", "lora", "__base__"]
     mixed = peft_model.generate(input_ids=ids, adapter_names=names, **options)
-    for name, row, expected in zip(names, ids, mixed, strict=True):
+    for i, name in enumerate(names):
+        row = ids[i : i + 1]
         if name == "__base__":
             with peft_model.disable_adapter():
-                alone = peft_model.generate(input_ids=row[None], **options)
+                alone = peft_model.generate(input_ids=row, **options)
         else:
             peft_model.set_adapter(name)
-            alone = peft_model.generate(input_ids=row[None], **options)
-        assert torch.equal(alone[0], expected)
+            alone = peft_model.generate(input_ids=row, **options)
+        assert_same_answers(mixed, alone, slice(i, i + 1))
 
 
 def test_it_learns():

@@ -48,7 +48,7 @@ OURS = {
 }
 METHODS = [*PEFT_HAS, *OURS]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
-WITH_SCORES = GREEDY | {"output_scores": True, "return_dict_in_generate": True}
+WITH_SCORES = GREEDY | tiny.WITH_SCORES
 
 _WINDOW = tiny._LLAMA | {"sliding_window": 6}
 OTHERS = {
