@@ -227,7 +227,8 @@ class Prefixes(ABC):
     def _check_attention(self) -> None:
         if (name := self._attends.config._attn_implementation) != self.ATTENTION:
             raise ValueError(
-                f"the attention was changed to {name!r}, which knows no prefix; soft prompts need {self.ATTENTION!r}"
+                f"the attention was changed to {name!r}, which knows no prefix; soft prompts need {self.ATTENTION!r}, "
+                "which a model does without while generate_batch runs"
             )
 
     def _clear_interrupted(self) -> None:
