@@ -72,7 +72,8 @@ class _LayerPrefix:
         if bank.mode is None and any(name in self.prefixes.sources for name in bank.active):
             raise RuntimeError(
                 "a layer with a soft prompt runs outside its model's call: call the model, not its forward(); where "
-                "gradient checkpointing computes layers again, call the PeftModel, not the model inside it"
+                "gradient checkpointing computes layers again, call the PeftModel, not the model inside it, after "
+                "gradient_checkpointing_enable(): a checkpoint put around a layer by itself knows no soft prompt"
             )
         return None
 
