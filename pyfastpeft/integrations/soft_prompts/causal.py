@@ -108,14 +108,6 @@ class CausalPrefixes(Prefixes):
     def _follows(self) -> bool:
         return is_compiling() and self._hands_down
 
-    def _may_run_again(self, rows: Sequence[tuple[str, ...]]) -> bool:
-        """Whether layers within checkpoints of the user's own, which keep a layer's arguments, could run again for the
-        gradients after this forward. What P-Tuning v2 feeds to layers would be lost all the same."""
-        if not (self._hands_down and self.decoder.training and torch.is_grad_enabled()):
-            return False
-        sources = [self.sources[n] for names in rows for n in names if n in self.sources]
-        return all(source.form is not Form.LAYER_INPUTS for source in sources)
-
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         return self._begin(args, kwargs) if self._follows() else apart(self._begin, args, kwargs)
 
@@ -144,10 +136,10 @@ class CausalPrefixes(Prefixes):
         positions = self._positions(kwargs, inputs, past)
         with self.bank.reaching(self._reach(rows, positions)):
             run = self.run_of(rows, inputs.shape[0], decoding)
-        if not follows:
-            self.bank.run = run
-        if follows or self._may_run_again(rows):
+        if follows:
             kwargs[attention.HANDED_DOWN] = run
+        else:
+            self.bank.run = run
         nothing_given = kwargs.get("attention_mask") is kwargs.get("position_ids") is None
         if follows and self._reaches_part and past is None and nothing_given:
             # Without one, compiled code takes the positions below for those of packed sequences, as a caller's may be.
@@ -160,8 +152,7 @@ class CausalPrefixes(Prefixes):
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         run, first = kwargs.get(attention.HANDED_DOWN), kwargs.get(FIRST)
-        follows = run is not None and is_compiling()
-        return with_last(output, run.last, first) if follows else apart(self._end, output, first)
+        return apart(self._end, output, first) if run is None else with_last(output, run.last, first)
 
     def _end(self, output: Any, first: Tensor | None) -> Any:
         run = self.bank.run
@@ -263,11 +254,6 @@ class CausalPrefixes(Prefixes):
                 **handed,
             )
         held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        if torch.is_grad_enabled() and embeddings.requires_grad and not any(t.requires_grad for t in held):
-            raise RuntimeError(
-                "layers within reentrant checkpoints keep no gradient of a prompt that runs through them: call "
-                "gradient_checkpointing_enable() instead, or have use_reentrant=False in them"
-            )
         return Values(self._in_layers(tied(held, output[0], self._blocks[-1])), output[0][:, -1])
 
 
