@@ -328,7 +328,7 @@ def test_other_ways_to_generate_give_the_same(served):
         {"cache_implementation": "static"},
         {"use_cache": False},
         {"num_return_sequences": 3, "do_sample": True},
-        {"return_dict_in_generate": True, "output_scores": True},
+        WITH_SCORES,
     ):
         outputs = []
         for model in (plain, fused):

@@ -352,7 +352,7 @@ def test_rows_do_not_choose_for_images_that_janus_generates():
 def test_rows_choose_where_a_text_model_generates_with_guidance():
     model, ids = with_two(tiny.make()), torch.randint(3, 60, (2, 6))
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "guidance_scale": 2.0}
-    options |= {"output_logits": True, "output_scores": True, "return_dict_in_generate": True}
+    options |= {"output_logits": True, **tiny.WITH_SCORES}
     mixed = model.generate(ids, adapter_names=["a", "b"], **options)
     for row, name in enumerate("ab"):
         model.set_adapter(name)
