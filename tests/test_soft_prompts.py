@@ -22,7 +22,11 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from transformers import DynamicCache, StaticCache
 
 import pyfastpeft as fp
@@ -149,6 +153,12 @@ def close_each(got, expected, tol: float = 1e-5) -> None:
     """To ``tol`` of the largest value of each tensor."""
     for a, b in zip(got, expected, strict=True):
         close(a, b, tol * float(b.abs().max()))
+
+
+def checkpoint_layers(model, **kwargs) -> None:
+    """As people do without transformers' gradient_checkpointing_enable."""
+    wrapper = partial(checkpoint_wrapper, **kwargs)
+    apply_activation_checkpointing(model, wrapper, check_fn=lambda m: type(m).__name__.endswith(("Layer", "Block")))
 
 
 def of_text(logits, ids):
@@ -799,22 +809,34 @@ class TestWherePeftFails:
             expected.append([p.grad.clone() for p in own.prompt_encoder.parameters()])
         close_each(*expected)
 
-    def test_checkpointing_without_the_peft_model_around_it_says_so(self):
-        own = ours(llama(), "prefix").train()
+    def test_gradient_checkpointing_without_the_peft_model_around_it(self):
+        own, x = ours(llama(), "prefix").train(), tiny.inputs()
+        expected = self.gradients(own, x)
+        own.zero_grad()
         own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        loss = own.get_base_model()(**tiny.inputs()).loss
-        with pytest.raises(RuntimeError, match="call the PeftModel"):
-            loss.backward()
+        own.get_base_model()(**x).loss.backward()
+        close_each([p.grad for p in own.prompt_encoder.parameters()], expected)
 
-    @pytest.mark.parametrize("method", METHODS)
-    def test_a_checkpoint_of_the_users_own_around_layers_says_so(self, method):
-        own = ours(llama(), method).train()
-        blocks = next(m for m in own.modules() if isinstance(m, torch.nn.ModuleList))
-        for i, block in enumerate(blocks):
-            blocks[i] = checkpoint_wrapper(block)
+    @pytest.mark.parametrize("quantized", [False, True])
+    @pytest.mark.parametrize("method", [method for method in METHODS if method != "deep"])
+    @pytest.mark.parametrize("architecture", CAUSAL)
+    def test_checkpoints_around_the_layers(self, architecture, method, quantized):
+        base = tiny.make(architecture)
+        own, x = ours(tiny.quantized(base) if quantized else base, method).train(), tiny.inputs(architecture)
+        expected = self.gradients(own, x)
+        checkpoint_layers(own)
+        close_each(self.gradients(own, x), expected)
+
+    def test_checkpoints_around_layers_that_cannot_run_again_say_so(self):
+        own = ours(llama(), "deep").train()
+        checkpoint_layers(own)
         loss = own(**tiny.inputs()).loss
-        with pytest.raises(RuntimeError, match=r"gradient_checkpointing_enable\(\): a checkpoint put around a layer"):
+        with pytest.raises(RuntimeError, match="put around a layer by itself knows no soft prompt"):
             loss.backward()
+        own = ours(llama(), "prompt").train()
+        checkpoint_layers(own, checkpoint_impl=CheckpointImpl.REENTRANT)
+        with pytest.raises(RuntimeError, match="reentrant checkpoints keep no gradient of a prompt"):
+            own(**tiny.inputs())
 
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("architecture", CAUSAL)

@@ -59,7 +59,8 @@ from .distinct_tokens import are_distinct, attend_in_rows
 NAME = "pyfastpeft"
 """Of this attention, for ``attn_implementation``."""
 HANDED_DOWN = "pyfastpeft_prefixes"
-"""The argument by which a compiled forward hands down the layers' prefixes."""
+"""The argument by which a forward hands down the layers' prefixes where they could not be looked up: in compiled code,
+and where checkpoints run layers again, which keep their arguments."""
 
 logger = logging.get_logger(__name__)
 

@@ -28,8 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ...caching import registered
 from ...ops.tracing import forward_mode, traced
+from ..attention import HANDED_DOWN, attention_forward, attention_mask
 from ..attention import NAME as ATTENTION
-from ..attention import attention_forward, attention_mask
 from ..collecting import is_collecting
 from ..each_token_once import distinct_tokens, tell_of_padding
 from ..forwards import ModuleForward, install, remove, with_item
@@ -48,8 +48,9 @@ _ATTENTIONS = {
 # transformers renamed it; whichever name this version has.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _TOKENS = frozenset(("input_ids", "attention_mask", "position_ids", "use_cache", _CACHE))
-# Which a decoder makes nothing of; some collators say with the latter what they packed, beside the positions.
-_BESIDES = frozenset(("num_items_in_batch", "logits_to_keep", FIRST))
+# Which a decoder makes nothing of but to hand it on; with the latter some collators say what they packed, beside the
+# positions.
+_BESIDES = frozenset(("num_items_in_batch", "logits_to_keep", FIRST, HANDED_DOWN))
 _BESIDES |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _STACKS_KEPT = 32  # switching between this many sets of adapters, and choices of rows, builds nothing
 

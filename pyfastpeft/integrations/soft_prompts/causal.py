@@ -6,7 +6,8 @@ caches never hold it, logits are those of the text alone. The text stands after 
 length of its own row's prefix, padding on the left not counted.
 
 What compilers can follow of it is compiled along, the rest runs by itself: what compiled code would set in a thread's
-own memory is lost, so there the prefixes are handed down as an argument.
+own memory is lost, so there the prefixes are handed down as an argument. In training they are too, for checkpoints of
+the user's own, which run a layer again when the model's forward is over.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .bare import all_layers, reaching, tied
 from .decoders import KeyValueShape, attentions_of, decoder_of, owners_of
 from .first_label import FIRST, with_first_label, with_last, without_last
 from .kept_prompts import Values
-from .prefixes import OFF, Prefixes, apart, beside, goes_on, past_of
+from .prefixes import OFF, Prefixes, Run, apart, beside, goes_on, past_of
 from .prompt_tokens import first_visible
 
 
@@ -108,6 +109,14 @@ class CausalPrefixes(Prefixes):
     def _follows(self) -> bool:
         return is_compiling() and self._hands_down
 
+    def _may_run_again(self, rows: Sequence[tuple[str, ...]]) -> bool:
+        """Whether layers within checkpoints of the user's own, which keep a layer's arguments, could run again for the
+        gradients after this forward. What P-Tuning v2 feeds to layers would be lost all the same."""
+        if not (self._hands_down and self.decoder.training and torch.is_grad_enabled()):
+            return False
+        sources = [self.sources[n] for names in rows for n in names if n in self.sources]
+        return all(source.form is not Form.LAYER_INPUTS for source in sources)
+
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         return self._begin(args, kwargs) if self._follows() else apart(self._begin, args, kwargs)
 
@@ -136,10 +145,10 @@ class CausalPrefixes(Prefixes):
         positions = self._positions(kwargs, inputs, past)
         with self.bank.reaching(self._reach(rows, positions)):
             run = self.run_of(rows, inputs.shape[0], decoding)
-        if follows:
-            kwargs[attention.HANDED_DOWN] = run
-        else:
+        if not follows:
             self.bank.run = run
+        if follows or self._may_run_again(rows):
+            kwargs[attention.HANDED_DOWN] = run
         nothing_given = kwargs.get("attention_mask") is kwargs.get("position_ids") is None
         if follows and self._reaches_part and past is None and nothing_given:
             # Without one, compiled code takes the positions below for those of packed sequences, as a caller's may be.
@@ -151,14 +160,17 @@ class CausalPrefixes(Prefixes):
         return (), kwargs | self._collect(run, kwargs.get("inputs_embeds"))
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        run, first = kwargs.get(attention.HANDED_DOWN), kwargs.get(FIRST)
-        return apart(self._end, output, first) if run is None else with_last(output, run.last, first)
+        handed, first = kwargs.get(attention.HANDED_DOWN), kwargs.get(FIRST)
+        if handed is not None and is_compiling():
+            return with_last(output, handed.last, first)
+        return apart(self._end, output, handed, first)
 
-    def _end(self, output: Any, first: Tensor | None) -> Any:
+    def _end(self, output: Any, handed: Run | None, first: Tensor | None) -> Any:
         run = self.bank.run
         if run is OFF:
             return None
         self._clear()
+        run = run if handed is None else handed
         return None if run is None else with_last(output, run.last, first)
 
     def _before_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -254,6 +266,11 @@ class CausalPrefixes(Prefixes):
                 **handed,
             )
         held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        if torch.is_grad_enabled() and embeddings.requires_grad and not any(t.requires_grad for t in held):
+            raise RuntimeError(
+                "layers within reentrant checkpoints keep no gradient of a prompt that runs through them: call "
+                "gradient_checkpointing_enable() instead, or have use_reentrant=False in them"
+            )
         return Values(self._in_layers(tied(held, output[0], self._blocks[-1])), output[0][:, -1])
 
 
