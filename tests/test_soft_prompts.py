@@ -809,12 +809,19 @@ class TestWherePeftFails:
             expected.append([p.grad.clone() for p in own.prompt_encoder.parameters()])
         close_each(*expected)
 
-    def test_gradient_checkpointing_without_the_peft_model_around_it(self):
-        own, x = ours(llama(), "prefix").train(), tiny.inputs()
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_gradient_checkpointing_without_the_peft_model_around_it(self, method, reentrant):
+        own, x = ours(llama(), method).train(), tiny.inputs()
         expected = self.gradients(own, x)
         own.zero_grad()
-        own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        own.get_base_model()(**x).loss.backward()
+        own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        loss = own.get_base_model()(**x).loss
+        if method == "deep":
+            with pytest.raises(RuntimeError, match="call the PeftModel"):
+                loss.backward()
+            return
+        loss.backward()
         close_each([p.grad for p in own.prompt_encoder.parameters()], expected)
 
     @pytest.mark.parametrize("quantized", [False, True])
