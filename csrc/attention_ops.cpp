@@ -64,8 +64,9 @@ struct Call {
     args.dim = q.size(3);
     args.kv_heads = k.size(1);
     args.length = k.size(2);
-    STD_TORCH_CHECK(args.dim >= 1 && args.dim <= 256 && args.kv_heads >= 1 && args.heads % args.kv_heads == 0,
-                    "the head size must be 1 to 256, the number of heads a multiple of those of k");
+    STD_TORCH_CHECK(
+        args.dim >= 1 && args.dim <= pf::kMostHeadSize && args.kv_heads >= 1 && args.heads % args.kv_heads == 0,
+        "the head size must be 1 to ", pf::kMostHeadSize, ", the number of heads a multiple of those of k");
     check_shape(k, args.batch, args.kv_heads, args.length, args.dim, args.dtype, "k");
     check_shape(v, args.batch, args.kv_heads, args.length, args.dim, args.dtype, "v");
     args.q = rows_of(q, args.q_strides);

@@ -63,8 +63,8 @@ int64_t new_decoder(Tensor norm, std::vector<Tensor> norms, std::vector<Tensor> 
                       none_or(head_norms, norms.size()) && none_or(added_norms, norms.size()),
                   "angles and windows must be one a layer, norms two, head_norms and added_norms two or none");
   STD_TORCH_CHECK(!joined || head_norms.empty(), "head_norms must be none where queries, keys and values are joined");
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && dim > 0 && dim % 2 == 0,
-                  "heads must be a multiple of kv_heads, dim even");
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && dim > 0 && dim % 2 == 0 && dim <= pf::kMostHeadSize,
+                  "heads must be a multiple of kv_heads, dim even and at most ", pf::kMostHeadSize);
   auto stack = std::make_shared<Stack>();
   stack->shape = {.dtype = dtype_of(norm, "norm"),
                   .hidden = norm.numel(),

@@ -1295,6 +1295,15 @@ def test_hidden_states_and_attentions_come_when_asked_for(served):
         assert all(served[1:]) and served[1:]
 
 
+@pytest.mark.parametrize(("head_dim", "serves"), [(256, True), (258, False), (320, False)])
+def test_heads_larger_than_the_kernels_hold_are_computed_by_layers(isa, head_dim, serves, served):
+    plain, fused = pair(head_dim=head_dim)
+    ids = torch.randint(1, VOCAB, (2, 24))
+    expected, got = (logits_along(m, ids, [22, 1, 1]) for m in (plain, fused))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert served == [serves] * 3
+
+
 def test_training_goes_on_as_before(served):
     plain, fused = pair(lora=True)
     batch = inputs()

@@ -123,6 +123,7 @@ struct SumRowsArgs {  // y[r] = the sum of x's rows first[r], next[first[r]], an
 };
 
 constexpr int32_t kHiddenKey = 1 << 30;  // is added to the place of a key that nobody sees
+constexpr int64_t kMostHeadSize = 256;
 
 struct AttentionArgs {
   const void *q, *k, *v;  // [batch, heads, tokens, dim]; k, v [batch, kv_heads, length, dim]; dim contiguous

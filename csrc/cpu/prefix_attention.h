@@ -42,7 +42,7 @@ struct Attention {
   static constexpr int64_t kTileKeys = 96;
   static constexpr int64_t kQueryRows = 192;  // of a unit of the forward pass
   static constexpr int64_t kSuper = 4;        // groups whose rows are contracted at once in the backward pass
-  static constexpr int64_t kRow = 256 + 64 / sizeof(E);  // elements between rows to broadcast from
+  static constexpr int64_t kRow = kMostHeadSize + 64 / sizeof(E);  // elements between rows to broadcast from
   static constexpr int64_t kPanelStep = kGroupLanes * kStep;
   static constexpr bool kTiles = Product<A>::kHasTiles;
   static_assert(!kTiles || (kRow == Product<A>::kStride && kTileKeys % (2 * A::Tiles::kRows) == 0));
