@@ -1036,6 +1036,20 @@ class TestSeveralAdapters:
                 base = layer(x)
             torch.testing.assert_close(single[2] - base, single[0] + single[1] - 2 * base, rtol=1e-4, atol=1e-4)
 
+    def test_dora_is_normed_by_the_weight_that_is_there_now(self):
+        """Also where it lies at the address of the one before."""
+        base = nn.Sequential(nn.Linear(16, 8, bias=False))
+        model = fp.get_peft_model(base, fp.LoraConfig(r=2, target_modules=["0"], use_dora=True, inference_mode=True))
+        layer, x = model.base_model.model[0], torch.randn(3, 16)
+        for values in torch.randn(20, 8, 16):
+            layer.base_layer.weight = None
+            layer.base_layer.weight = nn.Parameter(values.clone(), requires_grad=False)
+            norm = layer.base_layer.weight.norm(dim=1)
+            torch.testing.assert_close(layer.norm("default"), norm, rtol=1e-4, atol=0)
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            expected = layer.base_layer(x) * (magnitude / norm)
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("bias", [False, True])
     def test_dora_drops_what_peft_drops(self, packed, bias):

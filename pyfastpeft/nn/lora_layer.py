@@ -406,21 +406,31 @@ class LoraLayer(nn.Module, ABC):
 
     # Arithmetic shared by the layer types.
 
-    def _cached(self, names: tuple[str, ...], key: Any, tensors: list[Tensor], compute: Callable[[Any], Any]) -> Any:
-        """``compute(before)``, kept while ``tensors`` do not change; only for adapters that are for inference.
+    def _cached(
+        self,
+        names: tuple[str, ...],
+        key: Any,
+        tensors: list[Tensor],
+        compute: Callable[[Any], Any],
+        weight: Tensor | None = None,
+    ) -> Any:
+        """``compute(before)``, kept while ``tensors`` and ``weight`` do not change; only for adapters that are for
+        inference.
 
         One that trains may be written through ``.data``, which leaves no trace. ``before`` is what was kept until now,
-        to be written over or left; None: nothing.
+        to be written over or left; None: nothing. The tensors are kept along, but not the weight, which may be
+        offloaded: another may come to lie where it was.
         """
-        records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        sources = tensors if weight is None else [*tensors, weight]
+        records = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
         if is_repeated() or records or not self.bank.frozen.issuperset(names):
             return compute(None)
-        stamp = stamp_of(tensors)
+        stamp = stamp_of(sources)
         held = self._cache.get(names, key)
-        if held is None or stamp is None or held[0] != stamp:
+        if held is None or stamp is None or held[0] != stamp or (weight is not None and held[3]() is not weight):
             with torch.inference_mode(False), torch.no_grad():  # it may serve where something else trains
                 made = compute(None if held is None else held[1])
-            held = stamp, made, [t for t in tensors if t is not self.weight]  # the weight may be offloaded
+            held = stamp, made, tensors, None if weight is None else weakref.ref(weight)
             self._cache.put(names, key, held)
         return held[1]
 
@@ -457,8 +467,7 @@ class LoraLayer(nn.Module, ABC):
         """Float32 [out]: ||M + scaling · B A|| a row; no gradient flows into it."""
         a, b = self.factors(name)
         scale = self._scale[name]
-        tensors = [a, b, scale, self.weight]
-        return self._cached((name,), ("norm", name), tensors, lambda _: self._norm(a, b, scale))
+        return self._cached((name,), ("norm", name), [a, b, scale], lambda _: self._norm(a, b, scale), self.weight)
 
     @torch.no_grad()
     def _norm(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
