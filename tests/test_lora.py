@@ -1050,6 +1050,20 @@ class TestSeveralAdapters:
             expected = layer.base_layer(x) * (magnitude / norm)
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
+    def test_dora_multiplies_what_it_drops_from_as_the_layer_does(self):
+        linear = fp.nn.Linear4bit.from_linear(nn.Linear(64, 48, bias=False), "nf4", compute_dtype=torch.bfloat16)
+        config = {"r": 4, "target_modules": ["0"], "use_dora": True}
+        x, ys = torch.randn(5, 64), []
+        for dropout in (0.0, 1e-12):  # which drops nothing
+            model = fp.get_peft_model(
+                nn.Sequential(copy.deepcopy(linear)), fp.LoraConfig(lora_dropout=dropout, **config)
+            )
+            layer = model.train().base_model.model[0]
+            with torch.no_grad():
+                layer.lora_magnitude_vector["default"].weight.mul_(3)
+            ys.append(layer(x))
+        torch.testing.assert_close(ys[1], ys[0], rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("bias", [False, True])
     def test_dora_drops_what_peft_drops(self, packed, bias):
