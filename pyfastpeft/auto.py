@@ -69,11 +69,14 @@ class AutoPeftModel:
                 f"{source} names no base model (base_model_name_or_path is null); load that yourself and use "
                 "PeftModel.from_pretrained"
             )
+        task = stored.task_type
+        if cls.task_type is not None and task not in (None, cls.task_type):
+            raise ValueError(f"{source} is for {task.value}, and {cls.__name__} for {cls.task_type.value}")
         base = Path(stored.base_model_name_or_path)
         if base.suffix == ".gguf" and base.is_file():
             model = from_gguf(base, **kwargs)
         else:
-            loader = cls._loader(stored.task_type, str(source), hub)
+            loader = cls._loader(task, str(source), hub)
             model = loader.from_pretrained(stored.base_model_name_or_path, revision=stored.revision, **kwargs)
         _make_room(model, source, hub)
         peft_class = PeftModel if cls.task_type is None else MODELS[cls.task_type]
@@ -82,12 +85,8 @@ class AutoPeftModel:
     @classmethod
     def _loader(cls, task: TaskType | None, source: str, hub: dict[str, Any]) -> Any:
         """The class of transformers whose ``from_pretrained`` gives the base model."""
-        if cls.task_type is not None:
-            if task not in (None, cls.task_type):
-                raise ValueError(f"{source} is for {task.value}, and {cls.__name__} for {cls.task_type.value}")
-            return _BASES[cls.task_type]
-        if task is not None:
-            return _BASES[task]
+        if wanted := cls.task_type or task:
+            return _BASES[wanted]
         mapping = read_json(locate(source, CONFIG_NAME, **hub)).get("auto_mapping") or {}
         name, library = (str(mapping.get(key)) for key in ("base_model_class", "parent_library"))
         # Looked up, not imported: a file does not choose what code runs.

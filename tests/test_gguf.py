@@ -472,6 +472,8 @@ def test_an_adapter_is_loaded_with_the_file_that_it_names(tmp_path, ids):
     again = fp.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert type(again) is fp.PeftModelForCausalLM and layers_4bit(again.get_base_model())
     assert torch.equal(logits(again, ids), logits(adapted, ids))
+    with pytest.raises(ValueError, match="is for CAUSAL_LM, and AutoPeftModelForSequenceClassification for SEQ_CLS"):
+        fp.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
 
 
 def test_from_pretrained_points_to_from_gguf(tmp_path):
