@@ -1307,6 +1307,25 @@ class TestServing:
         with pytest.raises(ValueError, match=r"prompt_embeddings has shape \(5, .*must be \(3, "):
             trained.hotswap_adapter(tmp_path / "a")
 
+    def test_hotswap_to_another_number_of_virtual_tokens_beside_whole_numbers(self):
+        def made(count):
+            base = llama()
+            base.lm_head = torch.nn.Sequential(base.lm_head, torch.nn.BatchNorm1d(7))
+            prompt = fp.PromptTuningConfig(
+                num_virtual_tokens=count, modules_to_save=["lm_head"], inference_mode=True, task_type="CAUSAL_LM"
+            )
+            return fp.get_peft_model(base, prompt).eval()
+
+        serving, longer = made(3), made(5)
+        state = fp.get_peft_model_state_dict(longer)
+        counted = next(key for key in state if "num_batches_tracked" in key)
+        state[counted] += 4
+        serving.hotswap_adapter(state)
+        now = fp.get_peft_model_state_dict(serving)
+        assert now[counted] == 4 and torch.equal(now["prompt_embeddings"], state["prompt_embeddings"])
+        with pytest.raises(ValueError, match=f"{counted} has dtype torch.float32; it must be whole numbers"):
+            made(3).hotswap_adapter(state | {counted: state[counted].float()})
+
     def test_a_soft_prompt_is_worked_out_once(self, tmp_path, monkeypatch):
         from pyfastpeft.integrations.soft_prompts.causal import CausalPrefixes
 

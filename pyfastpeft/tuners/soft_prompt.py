@@ -307,7 +307,7 @@ class SoftPromptTuner(Tuner):
         count = len(values[KEY]) if KEY in values and values[KEY].dim() == 2 else old.rows
         if old.inference_mode:
             shapes[KEY] = (count, *shapes[KEY][1:])
-        check_tensors(values, shapes, {}, source)
+        check_tensors(values, shapes, {}, source, [k for k, t in live.items() if not t.is_floating_point()])
         tokens = count * old.num_virtual_tokens // old.rows
         config = replace(old if new is None else new.in_place_of(old), num_virtual_tokens=tokens)
         if new is None and config.rows != count:
