@@ -573,15 +573,18 @@ class TestBadInput:
     def test_models_that_take_no_soft_prompt(self):
         shared = tf.AlbertModel(tf.AlbertConfig(**_BERT, embedding_size=32))
         own = tf.DebertaV2Model(tf.DebertaV2Config(**_BERT))
-        unknown = tf.ModernBertModel(
+        sliding = tf.ModernBertModel(
             tf.ModernBertConfig(**_BERT, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1)
         )
+        unknown = _TURNING["turns, grouped heads"]()
+        unknown.turning = unknown._modules.pop("rotary_emb")
         part = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
         seeing = tf.GitModel(tf.GitConfig(**_BERT, vision_config=part | {"image_size": 16, "patch_size": 8}))
         for model, match in (
             (shared, "AlbertModel has no attention of its own in each layer"),
             (own, "attention of a DebertaV2Model cannot be exchanged"),
-            (unknown, "how a ModernBertModel counts its positions is not known"),
+            (sliding, "a ModernBertModel has sliding windows, whose masks do not say where a prefix lies; use Prompt"),
+            (unknown, "how a EuroBertModel counts its positions is not known"),
             (seeing, "a GitModel has attention among an image's patches beside that of its text"),
             (SEEING["git"](), "a GitForCausalLM has attention among an image's patches beside that of its text"),
             (SEEING["paligemma"](), "a PaliGemmaForConditionalGeneration has attention among an image's patches"),

@@ -200,9 +200,9 @@ class BidirectionalPrefixes(Prefixes):
         self._of_text = all(isinstance(getattr(m, "config", text), type(text)) for m in self.attentions)
         self._whole = len(self.attentions) == shape.layers
         self._biased = [m for m in self.attentions if getattr(m, "has_relative_attention_bias", False)]
-        # A mask of a sliding window that looks both ways says how far keys may lie from a query, but not where a prefix
-        # lies: such a model's rotary positions are left alone, and `check` refuses it.
-        names = MovedPositions.EMBEDS + (() if getattr(config, "sliding_window", None) else MovedPositions.TURNS)
+        self._slides = bool(getattr(config, "sliding_window", None))
+        # Such a model's rotary positions are left alone, and `check` refuses it.
+        names = MovedPositions.EMBEDS + (() if self._slides else MovedPositions.TURNS)
         named = (m for n, m in self.decoder.named_modules() if n.rpartition(".")[2] in names)
         self._places = [m for m in named if MovedPositions.fits(m)]
 
@@ -250,6 +250,11 @@ class BidirectionalPrefixes(Prefixes):
             )
         if not self._whole:
             raise ValueError(f"a {kind} has no attention of its own in each layer that could be given a prefix")
+        if not (self._biased or self._places) and self._slides:
+            raise ValueError(
+                f"a {kind} has sliding windows, whose masks do not say where a prefix lies; use Prompt Tuning or "
+                "P-Tuning, whose prompt is in front of the text"
+            )
         if not (self._biased or self._places):
             raise ValueError(f"how a {kind} counts its positions is not known, so it takes no prefix")
 
