@@ -497,6 +497,30 @@ def test_the_configuration_says_the_dropout_that_is_in_place(kind, field):
     assert getattr(model.peft_config["default"], field) == 0.5
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        fp.LoraConfig(r=4, **ALL),
+        fp.PrefixTuningConfig(num_virtual_tokens=3),
+        fp.PromptTuningConfig(num_virtual_tokens=3),
+        fp.DeepPromptConfig(num_virtual_tokens=3),
+        fp.BottleneckConfig(bottleneck_size=4),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_a_configuration_that_comes_along_is_kept_for_this_model(config, tmp_path):
+    base = tiny.make()
+    model = fp.get_peft_model(copy.deepcopy(base), config)
+    before, batch = model.peft_config["default"], tiny.inputs()
+    new = {key: torch.randn_like(t) for key, t in tensors_of(model, "default").items()}
+    model.hotswap_adapter(new, config=config)
+    assert model.peft_config["default"] == before
+    model.save_pretrained(tmp_path)
+    again = fp.PeftModel.from_pretrained(base, tmp_path)
+    assert all(torch.equal(t, new[key]) for key, t in tensors_of(again, "default").items())
+    torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits)
+
+
 class TestRefused:
     KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
 
@@ -528,7 +552,22 @@ class TestRefused:
 
     def test_a_layer_that_the_configuration_promises(self, model):
         new = {k: t for k, t in tensors_of(model, "default").items() if "layers.1" not in k}
-        self.refused(model, new, "lacks the key", config=fp.LoraConfig())
+        self.refused(model, new, r"Keys missing: .*layers\.1", config=fp.LoraConfig())
+
+    def test_modules_that_the_configuration_asks_for_and_nobody_has(self, model):
+        new = tensors_of(model, "default")
+        self.refused(model, new, r"Keys missing: .*k_proj.* more", config=fp.LoraConfig(target_modules="all-linear"))
+
+    def test_a_module_trained_whole_that_the_configuration_lacks(self):
+        model = serving(fp.LoraConfig(modules_to_save=["lm_head"]))
+        message = r"modules_to_save is None in the state dict; adapter 'default' has \['lm_head'\]"
+        self.refused(model, tensors_of(model, "default"), message, config=fp.LoraConfig())
+
+    def test_a_factor_that_is_no_matrix(self, model):
+        key = self.KEY.replace("lora_B", "lora_A")
+        for shape in ((8,), (0, 32)):
+            new = tensors_of(model, "default") | {key: torch.zeros(shape)}
+            self.refused(model, new, rf"{key} has shape \({shape[0]},.*\); it must be \[r, K\], r >= 1")
 
     def test_another_shape(self, model):
         new = tensors_of(model, "default")
@@ -536,7 +575,7 @@ class TestRefused:
         self.refused(model, new, rf"{self.KEY} has shape \(17, 8\); it must be \(16, 8\)")
 
     def test_another_rank_than_the_configuration_says(self, model):
-        message = r"has shape \(8, 32\); its rank must be 4"
+        message = r"has shape \(8, 32\); it must be \(4, 32\)"
         self.refused(model, tensors_of(model, "default"), message, config=fp.LoraConfig(r=4, lora_alpha=8))
 
     def test_a_module_that_is_trained_whole(self):
@@ -563,7 +602,10 @@ class TestRefused:
             model.hotswap_adapter(new | {self.KEY: new[self.KEY].numpy()})
 
     def test_another_variant(self, model):
-        self.refused(model, tensors_of(model, "default"), "use_dora is True", config=fp.LoraConfig(use_dora=True))
+        config = fp.LoraConfig(use_dora=True)
+        self.refused(model, tensors_of(model, "default"), r"Keys missing: .*lora_magnitude_vector", config=config)
+        model.add_adapter("3", config)
+        self.refused(model, tensors_of(model, "3"), "use_dora is True", config=config)
 
     def test_an_unknown_adapter(self, model):
         self.refused(model, tensors_of(model, "default"), "no adapter 'none'", adapter_name="none")

@@ -209,11 +209,7 @@ class AdaptedModel(OneDevice, nn.Module):
         tuner = self.tuner(config)
         config, tensors = tuner.at_todays_paths(config, tensors)
         tensors = tuner.without_duplicates(config, tensors)
-        saved = self._to_save(config)
-        expected = tuner.expected(config, tensors) | {key: tuple(t.shape) for key, t in saved.items()}
-        optional = {k: tuple(t.shape) for k, t in self._embeddings(tuner, expected).items()}
-        whole = [key for key, t in saved.items() if not t.is_floating_point()]
-        check_tensors(tensors, expected, optional, source, whole)
+        expected = self._fitting(tuner, config, tensors, source)
         exists = name in self.configs
         if exists:
             held, live = self.configs[name], self.tensors(name)
@@ -246,6 +242,17 @@ class AdaptedModel(OneDevice, nn.Module):
             if not exists:
                 self.remove(name)
             raise
+
+    def _fitting(
+        self, tuner: Tuner, config: PeftConfig, tensors: Mapping[str, Tensor], source: str
+    ) -> dict[str, tuple[int, ...]]:
+        """Key → shape of all that a file for the resolved ``config`` must hold, as ``tensors`` do."""
+        saved = self._to_save(config)
+        expected = tuner.expected(config, tensors) | {key: tuple(t.shape) for key, t in saved.items()}
+        optional = {k: tuple(t.shape) for k, t in self._embeddings(tuner, expected).items()}
+        whole = [key for key, t in saved.items() if not t.is_floating_point()]
+        check_tensors(tensors, expected, optional, source, whole)
+        return expected
 
     def _embeddings(self, tuner: Tuner, own: Collection[str]) -> dict[str, Tensor]:
         """The base model's under all keys that a file may hold them by, but for the keys of what is an adapter's own.
@@ -440,13 +447,21 @@ class AdaptedModel(OneDevice, nn.Module):
         old = self.configs[name]
         if config is not None and type(config) is not type(old):
             raise ValueError(f"{source} holds a {config.peft_type} adapter; adapter {name!r} is {old.peft_type}")
-        if self._swapped_alike(name, config, values):
+        asks_alike = config is None or config.asks_as(old)
+        if asks_alike and self._swapped_alike(name, config, values):
             return
         nowhere = [key for key, value in values.items() if value.is_meta]
         if nowhere:
             raise ValueError(f"{source} has {nowhere} on the meta device, where there are no values")
         tuner, given = self.tuner_of(name), values
         new, values = tuner.at_todays_paths(None if config is None else self.resolved(config), values)
+        if new is not None:
+            saved = {path for path, wrapper in self.bank.wrappers.items() if name in wrapper.modules_to_save}
+            if find_saved(new, self.model).keys() != saved:
+                here, there = old.modules_to_save, new.modules_to_save
+                raise ValueError(f"modules_to_save is {there} in {source}; adapter {name!r} has {here}")
+            values = tuner.without_duplicates(new, values)
+            self._fitting(tuner, new, values, source)
         held = self._embeddings(tuner, self.tensors(name))
         embeddings = {key: t for key, t in held.items() if key in values}
         for key, tensor in embeddings.items():
@@ -454,7 +469,7 @@ class AdaptedModel(OneDevice, nn.Module):
                 raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")
         if embeddings:
             values = {key: t for key, t in values.items() if key not in embeddings}
-        if values is not given and self._swapped_alike(name, new, values):
+        if not (asks_alike and values is given) and self._swapped_alike(name, new, values):
             return
         self.configs[name] = tuner.swap(name, old, new, self.tensors(name), values, source)
         self.bank.version += 1

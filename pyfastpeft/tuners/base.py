@@ -174,6 +174,17 @@ class PeftConfig(ABC):
         if self.modules_to_save is not None:
             self.modules_to_save = as_list("modules_to_save", self.modules_to_save)
 
+    def asks_as(self, other: PeftConfig) -> bool:
+        """Whether all that decides which tensors there are, and what they mean, is as in ``other`` of this class."""
+        elsewhere = {"task_type", "base_model_name_or_path", "revision", *self.IN_PLACE, *self.NOT_SAVED}
+        for field in fields(self):
+            own, others = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(own, list) and isinstance(others, list):
+                own, others = set(own), set(others)  # PEFT writes its sets in any order
+            if own != others and field.name not in elsewhere:
+                return False
+        return True
+
     def in_place_of(self, old: PeftConfig) -> PeftConfig:
         """This configuration for the adapter ``old``, which takes the values that belong to it."""
         return replace(self, **{name: getattr(old, name) for name in self.IN_PLACE})

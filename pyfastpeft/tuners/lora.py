@@ -685,8 +685,7 @@ class LoraTuner(Tuner):
             layers = self.layers(name).values()
             whole = all(layer.r[name] == layer.capacity(name) and not layer.merged for layer in layers)
             return whole and not any(layer.is_rescaled(name) for layer in layers)
-        same = all(getattr(new, field) == getattr(old, field) for field in _SCALING_FIELDS + _KIND_FIELDS)
-        return same and new.target_modules is not None
+        return all(getattr(new, field) == getattr(old, field) for field in _SCALING_FIELDS + _KIND_FIELDS)
 
     def swap(
         self,

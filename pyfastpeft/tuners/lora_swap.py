@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ class Swap:
     ) -> None:
         """Arguments as :meth:`Tuner.swap` has them."""
         self.model, self.bank, self.prefix, self.name = tuner.model, tuner.bank, tuner.PREFIX, name
-        self.source, self.given = source, config is not None
+        self.source = source
         self.new = new = old if config is None else config
         for what in ("use_dora", "lora_bias"):
             if getattr(old, what) != getattr(new, what):
@@ -74,7 +75,7 @@ class Swap:
         keys = {suffix: f"{self.prefix}{path}.{suffix}" for suffix in held}
         missing = [key for key in keys.values() if key not in tensors]
         if missing:
-            if len(missing) < len(keys) or (self.given and matches(new, path)):
+            if len(missing) < len(keys):
                 raise ValueError(f"{source} lacks the key {missing[0]}")
             if layer.merged and self.name in layer.lora_magnitude_vector:
                 raise ValueError(
@@ -88,11 +89,10 @@ class Swap:
         a_key = keys[a]
         r = tensors[a_key].shape[0] if tensors[a_key].dim() == 2 else 0
         capacity = layer.capacity(self.name)
-        wanted = new.rank_of(path) if self.given else r
         if r > capacity:
             raise ValueError(f"{source}: {a_key} has rank {r}; adapter {self.name!r} has room for rank {capacity}")
-        if r < 1 or r != wanted:
-            raise ValueError(f"{source}: {a_key} has shape {tuple(tensors[a_key].shape)}; its rank must be {wanted}")
+        if r < 1:
+            raise ValueError(f"{source}: {a_key} has shape {tuple(tensors[a_key].shape)}; it must be [r, K], r >= 1")
         for suffix, key in keys.items():
             target = held[suffix]
             if r < capacity and suffix == a:
@@ -121,7 +121,7 @@ class Swap:
         elif len(set(ranks.values())) == 1:
             changed = replace(old, r=next(iter(ranks.values())), rank_pattern={})
         else:
-            changed = replace(old, rank_pattern={f"^{path}": r for path, r in ranks.items()})
+            changed = replace(old, rank_pattern={f"^{re.escape(path)}": r for path, r in ranks.items()})
         if ranks.keys() != {path for path in self.ranks if matches(old, path)}:
             names = names_of(ranks, self.model)
             changed = replace(
