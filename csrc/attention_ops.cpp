@@ -89,7 +89,9 @@ struct Call {
       STD_TORCH_CHECK(positions->scalar_type() == ScalarType::Int && positions->dim() == 2 &&
                           positions->size(0) == args.batch && positions->size(1) == args.length,
                       "positions must be int32 [", args.batch, ", ", args.length, "]");
-      args.positions = positions->const_data_ptr<int32_t>();
+      // Those of no keys have no address in torch, which would mean here that they are not given.
+      static const int32_t none = 0;
+      args.positions = positions->numel() > 0 ? positions->const_data_ptr<int32_t>() : &none;
     }
     STD_TORCH_CHECK(!causal || positions.has_value() || args.length >= args.tokens, "k has ", args.length,
                     " keys; causal attention needs at least the ", args.tokens, " of the queries");

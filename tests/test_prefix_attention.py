@@ -299,6 +299,11 @@ def test_without_keys_the_prefix_is_all_there_is(device, monkeypatch, kernels):
     for window in (None, 3):
         check(make(2, 2, 1, 5, 0, 32, prefix=4), causal=False, window=window)
     check(make(2, 2, 1, 5, 0, 32), causal=False)
+    positions = torch.zeros(2, 1, 1, 0, dtype=torch.int32)
+    for tokens in (1, 4, 5, 40):
+        for window in (None, 3):
+            check(make(2, 2, 1, tokens, 0, 32, prefix=4), mask=positions, window=window)
+        check(make(2, 2, 1, tokens, 0, 32), mask=positions)
 
 
 def test_scale(device):
