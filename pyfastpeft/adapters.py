@@ -273,12 +273,12 @@ class AdapterBank:
         if rows is None:
             return NO_ROWS if mode.began_in is not None and mode.began_in in mode.blocks else None
         if not is_compiling() and rows.since != self.changes:
-            gone = [name for name in rows.names if not self._holds(name, rows.since)]
+            gone = [name for name in rows.names if not self.holds(name, rows.since)]
             if gone:
                 raise RuntimeError(f"adapters {gone} were deleted while a request that chose them by adapter_names ran")
         return rows
 
-    def _holds(self, name: str, since: int | None) -> bool:
+    def holds(self, name: str, since: int | None) -> bool:
         """Whether the adapter ``name`` is here, and has been since that change."""
         held = self._held.get(name)
         return held is not None and (since is None or held <= since)

@@ -75,12 +75,6 @@ def get_peft_model(
 def _check_base(model: Any) -> None:
     if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
-
-
-@contextmanager
-def _attaching(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` gets its first adapter; what goes wrong leaves it as it was."""
-    _check_base(model)
     for path, module in model.named_modules():
         carrier = f"model is a {type(model).__name__} {f'whose {path!r}' if path else 'that'} carries"
         held = vars(module).get(CARRIED)
@@ -95,6 +89,12 @@ def _attaching(model: nn.Module) -> Iterator[None]:
                 f"{carrier} adapters of PEFT's own, or what is left of them; call its unload() or merge_and_unload() "
                 "first, or load the model anew"
             )
+
+
+@contextmanager
+def _attaching(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` gets its first adapter; what goes wrong leaves it as it was."""
+    _check_base(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     taken = take_over(model, "cpu")  # where bitsandbytes' layers lose their gradients after an evaluation
     try:

@@ -230,6 +230,15 @@ class TestModels:
                 with pytest.raises(TypeError, match="without adapters"):
                     fp.PeftModel(model, *config)
 
+    def test_the_class_itself_refuses_a_model_that_carries_adapters(self):
+        base = tiny.make()
+        model = fp.get_peft_model(base, fp.LoraConfig())
+        for config in ((fp.LoraConfig(),), ()):
+            with pytest.raises(ValueError, match=r"carries the adapters \['default'\] of a PeftModel already"):
+                fp.PeftModel(base, *config)
+        model.unload()
+        assert fp.PeftModel(base).peft_config == {}
+
     def test_the_active_configuration_is_that_of_the_one_active_adapter(self):
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig(), "a")
         model.add_adapter("b", fp.LoraConfig())

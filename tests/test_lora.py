@@ -1281,6 +1281,10 @@ class TestSeveralAdapters:
         ):
             with pytest.raises(ValueError, match=message):
                 model.add_weighted_adapter(names, [1.0, 1.0], new, combination_type=kind, **kwargs)
+        for tied in ({"init_lora_weights": "pissa"}, {"bias": "all"}):
+            bound = fp.get_peft_model(tiny.make(), fp.LoraConfig(**tied))
+            with pytest.raises(ValueError, match=r"adapter 'default' has init_lora_weights .* tie it to base weights"):
+                bound.add_weighted_adapter(["default"], [1.0], "x", combination_type="cat")
         for weights, message in (
             (None, "weights is None; it must be a list of numbers"),
             (["1", "x"], r"weights is \['1', 'x'\]; it must be a list of numbers"),
@@ -1578,6 +1582,15 @@ class TestDisabled:
         model.enable_adapter_layers()
         with model.disable_adapter(), pytest.raises(ValueError, match="cannot be merged while they are disabled"):
             model.merge_adapter()
+
+    def test_another_adapter_of_the_name_of_a_merged_one_is_not_merged(self):
+        model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights=False), "a")
+        model.add_adapter("b", fp.LoraConfig(init_lora_weights=False))
+        model.merge_adapter(["b"])
+        with model.disable_adapter():
+            model.delete_adapter("b")
+            model.add_adapter("b", fp.LoraConfig(init_lora_weights=False))
+        assert model.base_model.merged() == ()
 
 
 class TestInTraining:

@@ -355,8 +355,8 @@ class AdaptedModel(OneDevice, nn.Module):
     @contextmanager
     def without_merged(self) -> Iterator[None]:
         """What is merged is not, inside, and is merged again afterwards, unless others were made active, into the
-        layers that are still in the model."""
-        merged, chosen = self._merged(), self.bank.chosen
+        layers that are still in the model, as far as it is still there."""
+        merged, chosen, since = self._merged(), self.bank.chosen, self.bank.changes
         try:
             if merged:
                 self.unmerge()
@@ -364,7 +364,7 @@ class AdaptedModel(OneDevice, nn.Module):
         finally:
             if self.bank.chosen == chosen:  # else set_adapter would have unmerged them
                 for layer in self.bank.mergeable if merged else ():
-                    layer.merge(False, merged.get(layer, ()))
+                    layer.merge(False, [n for n in merged.get(layer, ()) if self.bank.holds(n, since)])
 
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit."""

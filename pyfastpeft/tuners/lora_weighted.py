@@ -110,6 +110,11 @@ def _check(
         for what in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
             if getattr(config, what):
                 raise ValueError(f"adapter {name!r} has {what}, which cannot be combined")
+        if config.changes_base or config.bias != "none":
+            raise ValueError(
+                f"adapter {name!r} has init_lora_weights {config.init_lora_weights!r} and bias {config.bias!r}, which "
+                "tie it to base weights of its own; a combination would be saved without these"
+            )
     if svd_rank is not None and combination_type not in _SVD:
         raise ValueError(f"svd_rank is {svd_rank!r}; it goes with {', '.join(_SVD)} only")
 
