@@ -1365,6 +1365,33 @@ class TestServing:
             assert torch.equal(model(ids).logits, after)
         assert not torch.allclose(after, before, atol=1e-3)
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_what_is_kept_follows_hooks_and_modules_of_the_base_model(self, method):
+        model = ours(llama(), method).eval()
+        model.set_adapter("default", inference_mode=True)
+        ids, layer = tiny.inputs()["input_ids"], model.get_base_model().model.layers[0]
+        steered = torch.randn(layer.mlp.down_proj.out_features)
+
+        def logits():
+            """As they are, and as they are where nothing was kept."""
+            kept = model(ids).logits
+            model.base_model.bank.kept.clear()
+            assert torch.equal(model(ids).logits, kept)
+            return kept
+
+        plain = logits()
+        handle = layer.mlp.register_forward_hook(lambda module, args, output: output + steered)
+        hooked = logits()
+        steered *= 2
+        assert not any(torch.allclose(hooked, other, atol=1e-3) for other in (plain, logits()))
+        handle.remove()
+        assert torch.equal(logits(), plain)
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: output)
+        logits()
+        handle.remove()
+        layer.mlp.act_fn = torch.nn.Tanh()
+        assert not torch.allclose(logits(), plain, atol=1e-3)
+
     @pytest.mark.parametrize("method", ["prompt", "ptuning"])
     def test_a_base_that_trains_learns_through_a_frozen_prompt_which_follows_it(self, method, tmp_path):
         base, ids, models, gradients = llama(), tiny.inputs()["input_ids"], [], []

@@ -25,10 +25,10 @@ from ..nn.ends import output_head
 from ..nn.hooks import GLOBAL_HOOKS
 from ..ops.cross_entropy import IGNORED
 from ..ops.tracing import traced, transformed
-from .collecting import collects
 from .distinct_tokens import DistinctTokens, Rows
 from .forwards import ModuleForward, hook, unhook
 from .fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
+from .known_hooks import only_known_hooks
 from .soft_prompts.first_label import FIRST
 
 _UNREAD: ContextVar[Tensor | None] = ContextVar("_UNREAD", default=None)
@@ -73,7 +73,7 @@ def _unread_padding(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
         return None
     forward = vars(model).get("forward")  # accelerate puts its own around the class's
     known = forward is None or (getattr(forward, "__module__", None) or "").startswith(("accelerate.", "transformers."))
-    if not (known and written_in_transformers(type(model).forward) and _only_known_hooks(vars(model))):
+    if not (known and written_in_transformers(type(model).forward) and only_known_hooks(vars(model))):
         return None  # others may read more
     classifies = type(model).forward is GenericForSequenceClassification.forward
     read = _pooled(model, ids) if classifies else _read(model, kwargs, ids)
@@ -251,7 +251,7 @@ def _by_themselves(model: nn.Module, modules: list[nn.Module], length: int, pref
         return False
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return False
-    if any(GLOBAL_HOOKS) or not _only_known_hooks(vars(model)) or not all(map(_is_plain, map(vars, modules))):
+    if any(GLOBAL_HOOKS) or not only_known_hooks(vars(model)) or not all(map(_is_plain, map(vars, modules))):
         return False
     functions = (namespace[name] for name in _FUNCTIONS if name in namespace)
     return all(map(written_in_transformers, functions)) and all(map(_known, {type(model), *map(type, modules)}))
@@ -263,23 +263,7 @@ def _is_plain(module: dict[str, Any]) -> bool:
         return False
     if module.get("scale_grad_by_freq") or depends_on_length(module.get("rope_type")):
         return False
-    return _only_known_hooks(module)
-
-
-def _only_known_hooks(module: dict[str, Any]) -> bool:
-    """Whether those that run with a module, of which this is the state, read no tokens."""
-    if module["_backward_hooks"] or module["_backward_pre_hooks"]:
-        return False
-    hooks = module["_forward_hooks"], module["_forward_pre_hooks"]
-    return all(_is_known_hook(hook) for by_number in hooks if by_number for hook in by_number.values())
-
-
-def _is_known_hook(hook: Any) -> bool:
-    """Whether this is this library's own, or transformers' for gradient checkpointing, or for hidden states, which the
-    call did not ask for."""
-    home, name = getattr(hook, "__module__", None) or "", getattr(hook, "__name__", None)
-    asks_for_gradients = (home, name) == ("transformers.modeling_utils", "make_inputs_require_grads")
-    return asks_for_gradients or home.startswith("pyfastpeft.") or collects(hook)
+    return only_known_hooks(module)
 
 
 def _known(kind: type[nn.Module]) -> bool:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ...adapters import AdapterBank
 from ...caching import AdapterCache, registered, stamp_of
 from ...nn.ends import embedding_weight
+from ...nn.hooks import GLOBAL_HOOKS
 from ...nn.prompt_encoder import Form, SoftPrompt
 from ...ops.autocast import autocast_of
 from ...ops.tracing import traced
+from ..known_hooks import only_known_hooks
 
-_BASE = "base parameters"
+_BASE = "base"
 _ADAPTERS = {
     "bottleneck",
     "lora_A",
@@ -78,18 +80,19 @@ class KeptPrompts:
             work_out: from the source and those of the other adapters that matter to it.
         """
         if source.form is Form.KEYS_VALUES:
-            names, base = names[:1], []
+            names, base, modules, hooked = names[:1], [], [], False
         else:
-            base = self._base_parameters()
+            base, modules = self._base()
+            hooked = any(GLOBAL_HOOKS) or not all(map(only_known_hooks, map(vars, modules)))
         others = names[1:]
         parameters = list(source.module.parameters())
         for other in others:
             parameters += self.bank.parameters(other)
         if traced() or (torch.is_grad_enabled() and any(p.requires_grad for p in (*parameters, *base))):
             return work_out(source, others)
-        # What trains may be written through .data, which leaves no trace: it is kept for one generation at most, in
-        # which the base does not change either.
-        trusted = decoding or (self.bank.frozen.issuperset(names) and not self.decoder.training)
+        # What trains may be written through .data, and what hooks do may change, which leaves no trace: it is kept for
+        # one generation at most, in which the base does not change either.
+        trusted = decoding or (self.bank.frozen.issuperset(names) and not self.decoder.training and not hooked)
         # The embedding stands for the model, which may be moved, cast or loaded anew.
         embedding = embedding_weight(self.model)
         stamp = stamp_of([*parameters, embedding])
@@ -100,7 +103,7 @@ class KeptPrompts:
         known = trusted and stamp is not None and held is not None and held[0] == own
         if known and decoding:
             return held[2]
-        rest = stamp_of(base), self.bank.reach
+        rest = stamp_of(base), self.bank.reach, hooked, modules
         if known and held[1] == rest:
             return held[2]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
@@ -124,20 +127,20 @@ class KeptPrompts:
         """What prompts come to: one beside other adapters, or several."""
         return self.bank.kept.setdefault("made", AdapterCache())
 
-    def _base_parameters(self) -> list[nn.Parameter]:
-        """The decoder's own, as against its adapters'."""
+    def _base(self) -> tuple[list[nn.Parameter], list[nn.Module]]:
+        """The decoder's own parameters and modules, as against its adapters'."""
         now = registered()
-        known, found = self.bank.kept.get(_BASE, (None, []))
+        known, found = self.bank.kept.get(_BASE, (None, ([], [])))
         if known != now:  # some may be other objects
             found = self._look_up_base()
             self.bank.kept[_BASE] = now, found
         return found
 
-    def _look_up_base(self) -> list[nn.Parameter]:
+    def _look_up_base(self) -> tuple[list[nn.Parameter], list[nn.Module]]:
         while True:
             try:
-                named = self.decoder.named_parameters()
-                return [p for name, p in named if _ADAPTERS.isdisjoint(name.split("."))]
+                named = self.decoder.named_parameters(), self.decoder.named_modules()
+                return tuple([x for name, x in of if _ADAPTERS.isdisjoint(name.split("."))] for of in named)
             except RuntimeError as error:
                 if "during iteration" not in str(error):  # else another thread puts an adapter in or takes one out
                     raise
