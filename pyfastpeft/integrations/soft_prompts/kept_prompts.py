@@ -80,19 +80,15 @@ class KeptPrompts:
             work_out: from the source and those of the other adapters that matter to it.
         """
         if source.form is Form.KEYS_VALUES:
-            names, base, modules, hooked = names[:1], [], [], False
+            names, base, modules = names[:1], [], []
         else:
             base, modules = self._base()
-            hooked = any(GLOBAL_HOOKS) or not all(map(only_known_hooks, map(vars, modules)))
         others = names[1:]
         parameters = list(source.module.parameters())
         for other in others:
             parameters += self.bank.parameters(other)
         if traced() or (torch.is_grad_enabled() and any(p.requires_grad for p in (*parameters, *base))):
             return work_out(source, others)
-        # What trains may be written through .data, and what hooks do may change, which leaves no trace: it is kept for
-        # one generation at most, in which the base does not change either.
-        trusted = decoding or (self.bank.frozen.issuperset(names) and not self.decoder.training and not hooked)
         # The embedding stands for the model, which may be moved, cast or loaded anew.
         embedding = embedding_weight(self.model)
         stamp = stamp_of([*parameters, embedding])
@@ -100,11 +96,15 @@ class KeptPrompts:
         # A request beyond the usual reach, which stays there, and one that is not may be served in turn.
         key = names, self.bank.reach > 0
         held = self._made.get(names, key)
-        known = trusted and stamp is not None and held is not None and held[0] == own
+        known = stamp is not None and held is not None and held[0] == own
         if known and decoding:
             return held[2]
+        hooked = _hooked(modules)
         rest = stamp_of(base), self.bank.reach, hooked, modules
-        if known and held[1] == rest:
+        # What trains may be written through .data, and what hooks do may change, which leaves no trace: it is kept for
+        # one generation at most, in which the base does not change either.
+        trusted = self.bank.frozen.issuperset(names) and not self.decoder.training and not hooked
+        if known and trusted and held[1] == rest:
             return held[2]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve where something else trains
             values = work_out(source, others)
@@ -144,3 +144,9 @@ class KeptPrompts:
             except RuntimeError as error:
                 if "during iteration" not in str(error):  # else another thread puts an adapter in or takes one out
                     raise
+
+
+def _hooked(modules: list[nn.Module]) -> bool:
+    """Whether something of the caller's runs with one of ``modules``."""
+    with_hooks = [m for m in modules if m._forward_hooks or m._forward_pre_hooks]  # few: the others need no look
+    return any(GLOBAL_HOOKS) or not all(map(only_known_hooks, map(vars, with_hooks)))
