@@ -150,14 +150,18 @@ class Linear4bit(OneDevice, nn.Linear):
             RuntimeError: there is no weight yet.
             TypeError, ValueError: as ``linear_4bit``.
         """
+        return self.product(x, self.bias, lora)
+
+    def product(self, x: Tensor, bias: Tensor | None = None, lora: Lora | tuple | None = None) -> Tensor:
+        """:meth:`forward` with another bias, or none."""
         packed = self.packed if self.packed is not None else self._require_packed()
         compute = self.compute
-        if compute is not None and needs_grad(x, self.bias, lora):
+        if compute is not None and needs_grad(x, bias, lora):
             compute = None
         # Whole numbers, which a conversion there and back would hide, are the product's to refuse.
         if self.compute_dtype in (None, x.dtype) or not x.is_floating_point():
-            return linear_4bit(x, packed, self.bias, lora, compute)
-        return linear_4bit(x.to(self.compute_dtype), packed, self.bias, lora, compute).to(x.dtype)
+            return linear_4bit(x, packed, bias, lora, compute)
+        return linear_4bit(x.to(self.compute_dtype), packed, bias, lora, compute).to(x.dtype)
 
     @classmethod
     def from_linear(

@@ -125,10 +125,7 @@ class LoraLinear(LoraLayer):
 
     def _base_product(self, x: Tensor) -> Tensor:
         """M x."""
-        if not self._fused:
-            return F.linear(x, self._dense_weight())
-        base = self.base_layer
-        return linear_4bit(x.to(base.compute_dtype or x.dtype), base.packed).to(x.dtype)
+        return self.base_layer.product(x) if self._fused else F.linear(x, self._dense_weight())
 
     def _scaled_without_bias(self, y: Tensor, factor: Tensor) -> Tensor:
         bias = self.bias
