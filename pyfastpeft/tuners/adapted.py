@@ -447,13 +447,12 @@ class AdaptedModel(OneDevice, nn.Module):
         old = self.configs[name]
         if config is not None and type(config) is not type(old):
             raise ValueError(f"{source} holds a {config.peft_type} adapter; adapter {name!r} is {old.peft_type}")
-        asks_alike = config is None or config.asks_as(old)
-        if asks_alike and self._swapped_alike(name, config, values):
+        if (config is None or config.asks_as(old)) and self._swapped_alike(name, config, values):
             return
         nowhere = [key for key, value in values.items() if value.is_meta]
         if nowhere:
             raise ValueError(f"{source} has {nowhere} on the meta device, where there are no values")
-        tuner, given = self.tuner_of(name), values
+        tuner = self.tuner_of(name)
         new, values = tuner.at_todays_paths(None if config is None else self.resolved(config), values)
         if new is not None:
             saved = {path for path, wrapper in self.bank.wrappers.items() if name in wrapper.modules_to_save}
@@ -469,7 +468,7 @@ class AdaptedModel(OneDevice, nn.Module):
                 raise ValueError(f"{source}: {key} differs from the base model's; a hot-swap leaves base weights alone")
         if embeddings:
             values = {key: t for key, t in values.items() if key not in embeddings}
-        if not (asks_alike and values is given) and self._swapped_alike(name, new, values):
+        if self._swapped_alike(name, new, values):
             return
         self.configs[name] = tuner.swap(name, old, new, self.tensors(name), values, source)
         self.bank.version += 1
