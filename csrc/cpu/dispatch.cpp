@@ -90,6 +90,9 @@ bool has_dot_products() {
 struct Registry {
   std::vector<Kernels> kernels;  // best first
   std::atomic<const Kernels*> active{nullptr};
+#if defined(__x86_64__)
+  Kernels avx2_of_int8 = avx2_kernels();  // for AVX-512 without VNNI
+#endif
 
   const Kernels* find(const char* name) const {
     for (const Kernels& k : kernels)
@@ -101,12 +104,11 @@ struct Registry {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx512f = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx512 = avx512f && __builtin_cpu_supports("avx512vnni");
     const auto with_int8 = [](Kernels k, Int8 (*vnni)()) {
-      const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-      k.int8 = has_vnni ? vnni() : avx2_kernels().int8;
-      if (!has_vnni) k.pack_words = nullptr;
+      k.int8 = vnni();
       return k;
     };
     // Every CPU with bf16 products has VNNI.
@@ -122,6 +124,14 @@ struct Registry {
       kernels.push_back(is_zen5() ? one : two);
     }
     if (avx512 && !slow_bf16) kernels.push_back(with_int8(avx512_kernels(), avx512_int8));
+    if (avx512f) {
+      // Without VNNI there are no products of 16-bit integers, and those of 8 bits are AVX2's.
+      Kernels k = avx512_kernels();
+      k.name = "avx512f";
+      k.pack_words = avx2_of_int8.pack_words = nullptr;
+      k.of_int8 = &avx2_of_int8;
+      kernels.push_back(k);
+    }
     for (Kernels& k : kernels) {
       k.slow_bf16 = slow_bf16;
       // MKL knows AVX-512 on Intel's CPUs only (Zen 5, 576 x 1536, 672 rows: 105 GFLOP/s, these 215).

@@ -252,6 +252,7 @@ struct Kernels {
     return dtype == kBFloat16 && attention_bf16.forward != nullptr ? attention_bf16 : attention_f32;
   }
   Int8 int8;
+  const Kernels* of_int8 = nullptr;  // whose tier of 8 bits serves instead; what it reads lies as these lay it out
   // Rows [row0, row1) of bf16 into WordRows of `src.rows` rows; null where f32.gemm has no faster products for these.
   void (*pack_words)(const Matrix& src, const Weight& w, void* dst, uint8_t* left_out, int64_t row0, int64_t row1);
   int64_t (*word_rows_bytes)(int64_t rows, int64_t cols);

@@ -597,7 +597,7 @@ void dense_forward(const Matrix& w, const Matrix& x, const float* bias, const Br
 void linear_forward_int8(const Weight& w, const Matrix& x, const float* bias, const Branch& branch, void* y,
                          int y_dtype, ParallelFor parallel) {
   if (x.rows == 0 || w.n == 0) return;
-  const Kernels& k = *kernels();
+  const Kernels &active = *kernels(), &k = active.of_int8 == nullptr ? active : *active.of_int8;
   const Arithmetic& arith = arithmetic_for(k, x.dtype);
   // Instructions on tiles beat rounding (4096 x 4096, 16 rows: 1.3 ms instead of 1.5, 256 rows: 6.7 instead of 16), and
   // so do products of 16-bit integers where those of 8 bits take three instructions (AVX2, 512 rows: 114 ms instead of
