@@ -123,13 +123,14 @@ def interleave(
 
 
 def busy_elsewhere() -> float:
-    """CPU seconds spent so far by everything but this process, stolen time included (0 where /proc is absent)."""
+    """CPU seconds spent so far by everything but this process and its children that ended, stolen time included (0
+    where /proc is absent)."""
     try:
         user, nice, system, idle, iowait, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
     except OSError:
         return 0.0
     del idle, iowait
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - time.process_time()
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 class Load:

@@ -35,7 +35,7 @@ def contenders(
     packed = fp.quantize_4bit(weight, quant_type, 64, double_quant)
     calls: dict[str, Callable[[], object]] = {
         "ours.quantize": lambda: fp.quantize_4bit(weight, quant_type, 64, double_quant),
-        "ours.dequantize": packed.dequantize,
+        "ours.dequantize": lambda: packed.dequantize(weight.dtype),
     }
     if bnb and quant_type != "int4":
         codes, state = bnb.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double_quant)

@@ -575,6 +575,19 @@ def test_a_step_is_held_against_its_peer_where_both_were_measured():
         assert training.against(name, peer, timings, peaks) == {}
 
 
+def test_what_a_benchmarks_own_children_do_is_not_done_elsewhere(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: "cpu  0 0 0 0 0 0 0 0 0 0\n")
+    before = linear.harness.busy_elsewhere()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    assert linear.harness.busy_elsewhere() - before <= -0.5
+
+
+def test_a_weight_is_dequantized_to_its_own_dtype():
+    quantize = importlib.import_module(f"{BENCH}.quantize")
+    weight = torch.randn(64, 64, dtype=torch.bfloat16)
+    assert quantize.contenders(weight, "nf4", False, None)["ours.dequantize"]().dtype is torch.bfloat16
+
+
 def test_tokens_a_second_are_those_of_all_rows():
     console = linear.harness.Console(record=True)
     timings = {"one": linear.harness.Timing([0.02, 0.05, 0.04])}
