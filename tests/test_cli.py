@@ -245,6 +245,7 @@ def test_failures_exit_with_1_and_one_line(capsys, tmp_path, model_folder, data_
         ([*train, "--method", "bottleneck", "--reduction-factor", "0"], "reduction_factor is 0"),
         ([*before_loading, "--resume"], "no checkpoint"),
         ([*before_loading, "--output", str(tmp_path / "earlier")], "holds checkpoints of an earlier run"),
+        (["demo", "--output", str(tmp_path / "earlier")], "holds checkpoints of an earlier run"),
         ([*train, "--max-length", "4"], "line 1"),
         (["generate", "--model", model_folder, "--prompt", "\udcff"], "the text holds '\\udcff'"),
         ([*asked, f"a={tmp_path}"], "adapter_config.json"),
@@ -993,7 +994,7 @@ def test_adapters_switch_at_the_interactive_prompt(capsys, monkeypatch, model_fo
     arguments = ["generate", "--model", model_folder, "--max-new-tokens", "8"]
     expected = {e["adapter"]: e["answer"] for e in run_json(capsys, *arguments, *given, "--prompt", "hello")["answers"]}
     expected["base"] = run_json(capsys, *arguments, "--prompt", "hello")["answers"][0]["answer"]
-    lines = ["hello", "/adapter b", "hello", "/adapter base", "hello", "/adapter none", "/quit", "/adapter"]
+    lines = ["hello", "/adapter  b", "hello", "/adapter base", "hello", "/adapter none", "/quit", "/adapter"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     code, out, _ = run(capsys, *arguments, *given)
     shown = out.split("> ")

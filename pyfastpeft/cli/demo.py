@@ -56,11 +56,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     from .. import get_peft_model
     from ..conversations import load_dataset, pad_id, read_rows
-    from ..training import train_adapter
+    from ..training import last_checkpoint, train_adapter
     from .examine import examine
     from .progress import TrainingProgress
 
     check_place(Path(args.output))
+    last_checkpoint(args.output, resume=False)
     method = METHODS[args.method]
     # In so few steps, LoRA learns more on all linear layers.
     options = method.options | ({"target_modules": ["all-linear"]} if args.method == "qlora" else {})

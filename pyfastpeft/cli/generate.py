@@ -107,7 +107,7 @@ def _converse(console: Console, known: list[str], active: str, ask: Callable[[st
         if command == "/quit":
             return
         if command == "/adapter":
-            if name in known:
+            if (name := name.strip()) in known:
                 active = name
             else:
                 console.print(adapters)
