@@ -6,6 +6,7 @@ JSON. It is written aside and renamed, and renamed before it is removed, so a ch
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +47,16 @@ from .conversations import (
 )
 from .hub.files import atomic_write, check_tensors, load_safetensors, read_json, save_safetensors, write_text
 from .hub.peft import CONFIG_NAME, adapter_folder
+from .nn.linear4bit import Linear4bit
 from .nn.modes import evaluating
 from .ops.cross_entropy import IGNORED
 
 _SLOTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter: the number of its steps, and two tensors of its shape."""
-_SETTINGS = (
+_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
-"""Without the same of these a resumed run is not the uninterrupted one. (Another number of steps is asked for.)"""
 
 
 class Collator:
@@ -80,6 +82,23 @@ class Collator:
 class AdapterTrainer(Trainer):
     """transformers' Trainer for a :class:`PeftModel`: checkpoints hold the adapter alone, and no pickle."""
 
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """Without the same of these a resumed run is not the uninterrupted one. (Another number of steps is asked
+        for.)"""
+        rows = hashlib.sha256()
+        for row in self.train_dataset:
+            rows.update(np.array([row["input_ids"], row["labels"]], dtype=np.int64).tobytes())
+        quantized = {
+            f"{layer.quant_type} in blocks of {layer.blocksize}{', double-quantized' * layer.double_quant}"
+            for layer in self.model.modules()
+            if isinstance(layer, Linear4bit)
+        }
+        return {name: getattr(self.args, name) for name in _ARGUMENTS} | {
+            "base weights": " and ".join(sorted(quantized)) or "not quantized",
+            "dataset": f"{len(self.train_dataset)} rows with hash {rows.hexdigest()[:12]}",
+        }
+
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         root = Path(self.args.output_dir)
         final = root / f"checkpoint-{self.state.global_step}"
@@ -91,7 +110,7 @@ class AdapterTrainer(Trainer):
                 tensors, numbers = _split_tensors(self.optimizer.state_dict())
                 save_safetensors(tensors, aside / "optimizer.safetensors")
                 schedule = self.lr_scheduler.state_dict()
-                saved = {"optimizer": numbers, "scheduler": schedule, "settings": _settings(self.args)}
+                saved = {"optimizer": numbers, "scheduler": schedule, "settings": self._settings}
                 write_text(json.dumps(saved), aside / "optimizer.json")
                 with atomic_write(aside / "trainer_state.json") as state:
                     self.state.save_to_json(str(state))
@@ -142,7 +161,7 @@ class AdapterTrainer(Trainer):
                 _check_numbers(saved["scheduler"], schedule, f"{settings}: scheduler")
                 self.optimizer.load_state_dict(_join_tensors(tensors, numbers))
                 self.lr_scheduler.load_state_dict(saved["scheduler"])
-                if differ := _compared(saved.get("settings", {}), _settings(self.args)):
+                if differ := _compared(saved.get("settings", {}), self._settings):
                     warnings.warn(
                         f"{checkpoint} is resumed with other settings than its own: {_listed(differ)}", stacklevel=2
                     )
@@ -172,10 +191,6 @@ def _compared(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
 
 def _listed(differ: dict[str, str]) -> str:
     return "; ".join(f"{key} is {values}" for key, values in differ.items())
-
-
-def _settings(args: TrainingArguments) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in _SETTINGS}
 
 
 def _remove_checkpoint(folder: Path) -> None:
@@ -300,16 +315,24 @@ def train_adapter(
         warmup_steps: a number of steps, or below 1 a share of all steps.
         save_steps: write ``output_dir/checkpoint-<step>`` every so many steps (the newest two are kept); 0: none.
         resume: go on from the newest checkpoint in ``output_dir``; where that has all steps behind it, nothing trains.
-            Warns where that was trained over another base model, or with another learning rate, schedule, batch or
-            seed.
+            Warns where that was trained over another base model or one in another format, on other rows, or with
+            another learning rate, schedule, batch or seed.
 
     Raises:
         ValueError: ``resume`` without a checkpoint, or one that is damaged or of another adapter; checkpoints of an
-            earlier run without ``resume``; ``save_steps`` below 0; a row that has a token which the model does not
-            embed, or is longer than the positions it has learned.
+            earlier run without ``resume``; ``save_steps`` below 0; no rows, or numbers by which there is no step to
+            train; a row that has a token which the model does not embed, or is longer than the positions it has
+            learned.
     """
     if save_steps < 0:
         raise ValueError(f"save_steps is {save_steps}; it must be 0 (no checkpoints) or more")
+    for name, value in (("batch_size", batch_size), ("gradient_accumulation_steps", gradient_accumulation_steps)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
+    if max_steps == 0 or (max_steps < 0 and epochs <= 0):
+        raise ValueError(f"epochs is {epochs} and max_steps is {max_steps}; there must be a step to train")
+    if len(dataset) == 0:
+        raise ValueError("dataset is empty; it must have a row to train on")
     last = last_checkpoint(output_dir, resume)
     rows, positions, virtual = embedded_tokens(model), learned_positions(model), virtual_tokens(model)
     for number, example in enumerate(dataset, 1):

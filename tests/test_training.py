@@ -389,6 +389,23 @@ def test_resume_without_a_checkpoint_says_so(tmp_path):
         run(adapter(), tmp_path / "none", save_steps=-1)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it must be 1 or more"),
+        ({"epochs": 0}, "epochs is 0 and max_steps is -1; there must be a step to train"),
+        ({"max_steps": 0}, "epochs is 3.0 and max_steps is 0; there must be a step to train"),
+        ({"dataset": []}, "dataset is empty; it must have a row to train on"),
+    ],
+)
+def test_a_training_of_no_step_writes_nothing(tmp_path, options, says):
+    arguments = {"dataset": examples(), "pad_token_id": 0, "output_dir": tmp_path / "out"} | options
+    with pytest.raises(ValueError, match=says):
+        train_adapter(adapter(), **arguments)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_new_run_does_not_mix_its_checkpoints_with_those_of_another(tmp_path):
     run(adapter(), tmp_path, save_steps=2)
     before = sorted(tmp_path.rglob("*"))
@@ -500,6 +517,24 @@ def test_a_checkpoint_that_goes_on_with_other_batches_or_another_seed_is_said(tm
     )
     with pytest.warns(UserWarning, match=says):
         run(max_steps=2, batch_size=2, gradient_accumulation_steps=3, seed=5, resume=True)
+
+
+def test_a_checkpoint_that_goes_on_with_other_rows_or_another_format_is_said(tmp_path):
+    config = fp.LoraConfig(r=4, target_modules=["q_proj"])
+
+    def run(base, dataset, **kwargs):
+        train_adapter(fp.get_peft_model(base, config), dataset, 0, tmp_path, save_steps=1, batch_size=2, **kwargs)
+
+    run(quantized_llama(), examples(), max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*is resumed with other settings")
+        run(quantized_llama(), examples(), max_steps=2, resume=True)
+    says = (
+        "base weights is 'nf4 in blocks of 64' there and 'not quantized' here; "
+        "dataset is '.* rows with hash .*' there and '4 rows with hash .*' here$"
+    )
+    with pytest.warns(UserWarning, match=says):
+        run(tiny_llama(), examples(4), max_steps=3, resume=True)
 
 
 def test_a_checkpoint_over_another_base_model_is_said(tmp_path):
