@@ -886,6 +886,37 @@ def test_a_bias_that_torch_spreads_goes_the_ordinary_way(served):
     assert not any(served)
 
 
+def test_a_weight_of_no_elements_goes_the_ordinary_way(served):
+    models, ids = pair(dense=True, intermediate_size=0), torch.randint(1, VOCAB, (2, 6))
+    expected, got = (logits_along(model, ids, [4, 1, 1]) for model in models)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not any(served)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("part", ["bias", "lora_A", "lora_B"])
+def test_parts_of_float64_go_the_ordinary_way(part, dense, served):
+    models, ids = pair("qwen2", lora=True, dense=dense), torch.randint(1, VOCAB, (2, 6))
+    for model in models:
+        layer = model.get_base_model().model.layers[1].self_attn.q_proj
+        if part == "bias":
+            layer.base_layer.bias.data = layer.base_layer.bias.data.double()
+        else:
+            getattr(layer, part).double()
+    outcomes = []
+    for model in models:
+        try:
+            outcomes.append(logits_along(model, ids, [4, 1, 1]))
+        except (RuntimeError, ValueError) as error:
+            outcomes.append(str(error))
+    expected, got = outcomes
+    if isinstance(expected, str):
+        assert got == expected
+    else:
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not any(served)
+
+
 def test_a_model_whose_parts_have_another_dtype_goes_the_ordinary_way(served):
     ids = torch.randint(1, VOCAB, (2, 6))
     plain, fused = pair(dtype=torch.bfloat16)

@@ -21,6 +21,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from ...adapters import AdapterBank, Rows
 from ...caching import registered, stamp_of
 from ...formats.handles import DecoderHandle
+from ...formats.packed import FLOATS
 from ...nn import Linear4bit
 from ...nn.bottleneck import ACTIVATIONS, Bottleneck, BottleneckLayer
 from ...nn.hooks import GLOBAL_HOOKS
@@ -421,9 +422,11 @@ class Stack:
             branch = self._peft_branch(module)
             module = look.module(module, "base_layer")
         bias = look.get(module._parameters, "bias")
+        if any(t is not None and t.dtype not in FLOATS for t in (bias, *branch[:2])):
+            raise _Unsupported
         if type(module) is nn.Linear:
             weight = look.get(module._parameters, "weight")
-            if not is_plain(weight) or choose_plain(weight.device) is not Backend.NATIVE:
+            if not is_plain(weight) or choose_plain(weight.device) is not Backend.NATIVE or weight.numel() == 0:
                 raise _Unsupported
             if bias is not None and bias.shape != weight.shape[:1]:  # torch spreads it
                 raise _Unsupported
