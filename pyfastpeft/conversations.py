@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -238,8 +239,8 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: i
     they are tokenized apart.
 
     Raises:
-        ValueError: the chat template refuses the messages, does not name a role or rewrites earlier messages, or there
-            is no label, or none within ``max_length``.
+        ValueError: the chat template refuses the messages, does not name a role, rewrites earlier messages or asks for
+            an answer by what it does not write before it, or there is no label, or none within ``max_length``.
     """
     return _cut(_encode(messages, tokenizer), max_length)
 
@@ -252,8 +253,14 @@ def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> dict[str,
         if message["role"] != "assistant":
             continue
         asked, answered = _template(messages[:i], tokenizer, True), _template(messages[: i + 1], tokenizer, False)
-        if not (asked.startswith(done) and answered.startswith(asked)):
+        if not asked.startswith(done):
             raise ValueError("the chat template rewrites earlier messages, so the answers cannot be told apart")
+        if not answered.startswith(asked):
+            same = next(i for i, (a, b) in enumerate(zip_longest(asked, answered)) if a != b)
+            raise ValueError(
+                f"the chat template asks for an answer by {asked[same:]!r} and does not write that before one that is "
+                "given, so the answer cannot be told apart"
+            )
         for text, is_label in ((asked, False), (answered, True)):
             # Not apart where it need not be: Llama-2's tokenizer begins every text with a space.
             now = _ids_from_start(text, tokenizer)

@@ -244,17 +244,27 @@ def test_a_chat_template_that_fails_in_any_way_is_a_value_error(template):
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "says"),
     [
-        "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}",
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
+        (
+            "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}{% endfor %}",
+            "the chat template rewrites earlier messages",
+        ),
+        (
+            "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}",
+            "asks for an answer by '.*' and does not write that before one that is given",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}: <think>{% endif %}",
+            "asks for an answer by ': <think>' and does not write that",
+        ),
     ],
-    ids=["without_earlier_messages", "without_what_the_answer_begins_with"],
+    ids=["without_earlier_answers", "without_earlier_messages", "without_what_the_answer_begins_with"],
 )
-def test_a_chat_template_that_rewrites_what_was_said_is_refused(template):
+def test_a_chat_template_that_rewrites_what_was_said_is_refused(template, says):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="the chat template rewrites earlier messages"):
+    with pytest.raises(ValueError, match=says):
         encode([*TALK, *TALK], tokenizer, 1000)
 
 
