@@ -91,7 +91,7 @@ struct Registry {
   std::vector<Kernels> kernels;  // best first
   std::atomic<const Kernels*> active{nullptr};
 #if defined(__x86_64__)
-  Kernels avx2_of_int8 = avx2_kernels();  // for AVX-512 without VNNI
+  Kernels avx2_of_int8{};  // for AVX-512 without VNNI
 #endif
 
   const Kernels* find(const char* name) const {
@@ -128,6 +128,7 @@ struct Registry {
       // Without VNNI there are no products of 16-bit integers, and those of 8 bits are AVX2's.
       Kernels k = avx512_kernels();
       k.name = "avx512f";
+      avx2_of_int8 = avx2_kernels();
       k.pack_words = avx2_of_int8.pack_words = nullptr;
       k.of_int8 = &avx2_of_int8;
       kernels.push_back(k);
