@@ -166,6 +166,14 @@ def logits_along(model, ids, chunks, mask=None):
     return torch.cat(out, 1)
 
 
+def outcome_of(call, *arguments):
+    """What it returns, or what its error says."""
+    try:
+        return call(*arguments)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
 ADAPTERS = [{"lora": True}, {"placement": "houlsby"}, {"placement": "pfeiffer"}]
 
 
@@ -903,13 +911,7 @@ def test_parts_of_float64_go_the_ordinary_way(part, dense, served):
             layer.base_layer.bias.data = layer.base_layer.bias.data.double()
         else:
             getattr(layer, part).double()
-    outcomes = []
-    for model in models:
-        try:
-            outcomes.append(logits_along(model, ids, [4, 1, 1]))
-        except (RuntimeError, ValueError) as error:
-            outcomes.append(str(error))
-    expected, got = outcomes
+    expected, got = (outcome_of(logits_along, model, ids, [4, 1, 1]) for model in models)
     if isinstance(expected, str):
         assert got == expected
     else:
@@ -924,12 +926,7 @@ def test_a_model_whose_parts_have_another_dtype_goes_the_ordinary_way(served):
         for name, module in model.named_modules():
             if "norm" in name:
                 module.float()  # as peft's prepare_model_for_kbit_training does
-    outputs = []
-    for model in (plain, fused):
-        try:
-            outputs.append(generate(model, ids))
-        except RuntimeError as error:
-            outputs.append(str(error))
+    outputs = [outcome_of(generate, model, ids) for model in (plain, fused)]
     assert str(outputs[0]) == str(outputs[1]) and not any(served)
     plain, fused = pair(dtype=torch.bfloat16)
     generate(fused, ids)
