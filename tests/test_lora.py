@@ -1418,6 +1418,13 @@ class TestTargets:
         with pytest.raises(ValueError, match=r"embed_positions', a .*PositionalEmbedding; LoRA needs"):
             fp.get_peft_model(base, fp.LoraConfig(target_modules=["embed_positions"]))
 
+    @pytest.mark.parametrize("config", [{"target_modules": ["tokens"]}, {"trainable_token_indices": {"tokens": [1]}}])
+    def test_nor_do_those_that_bound_a_norm(self, config):
+        base = nn.ModuleDict({"tokens": nn.Embedding(8, 4, max_norm=1.0), "out": nn.Linear(4, 8)})
+        with pytest.raises(ValueError, match=r"'tokens', a Embedding; .* without max_norm"):
+            fp.get_peft_model(base, fp.LoraConfig(**{"target_modules": ["out"]} | config))
+        assert type(base["tokens"]) is nn.Embedding and type(base["out"]) is nn.Linear
+
     def test_nor_does_a_layer_that_multiplies_groups(self):
         grouped = tf.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear(8, 12, n_groups=2)
         base = nn.ModuleDict({"o_a": grouped, "o_b": nn.Linear(12, 8)})

@@ -370,7 +370,7 @@ def test_rows_of_tokens_and_soft_prompts_that_have_none_share_a_batch(method):
         ({"embed_tokens": []}, {}, r"trainable_token_indices\['embed_tokens'\] is"),
         ([64], {}, "holds 64; 'model.embed_tokens' has 64 tokens"),
         ({"nothing": [1]}, {}, "names 'nothing'"),
-        ({"norm": [1]}, {}, "a Qwen2RMSNorm; it must be an Embedding or a Linear"),
+        ({"norm": [1]}, {}, "a Qwen2RMSNorm; it must be an Embedding without max_norm or a Linear"),
         ({"q_proj": [1]}, {}, "q_proj', which carries LoRA"),
         ([1], {"target_modules": ["embed_tokens"]}, "'model.embed_tokens', which carries LoRA"),
         ([1], {"target_modules": ["q_proj", "lm_head"]}, "'lm_head', which carries LoRA"),

@@ -298,9 +298,7 @@ class LoraEmbedding(LoraLayer):
     def _looked_up(self, ids: Tensor, a: Tensor) -> Tensor:
         """Column of A for every id, [..., r]."""
         base = self.base_layer
-        return F.embedding(
-            ids, a.t(), base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse
-        )
+        return F.embedding(ids, a.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse)
 
     def matrix(self) -> Tensor:
         return self.base_layer.weight.detach().float().t()
@@ -340,6 +338,8 @@ _LOOKUP = re.compile(r"Embedding(4bit|8bit)?|.*ScaledWordEmbedding")
 
 
 def _looks_up(embedding: nn.Embedding) -> bool:
+    if embedding.max_norm is not None:  # which bounds the rows before an update is added, and merged ones after it
+        return False
     forward_of = next(kind for kind in type(embedding).__mro__ if "forward" in vars(kind))
     return _LOOKUP.fullmatch(forward_of.__name__) is not None
 

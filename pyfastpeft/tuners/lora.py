@@ -367,7 +367,7 @@ def find_targets(config: LoraConfig, model: nn.Module, strict: bool) -> dict[str
         path, module = next(iter(wrong.items()))
         raise ValueError(
             f"target_modules matches {path!r}, a {type(module).__name__}; LoRA needs a Linear, Conv1D or Embedding "
-            "that computes what these do"
+            "that computes what these do, without max_norm"
         )
     if strict:
         check_called(model, targets, "leave it out, or name it in exclude_modules")

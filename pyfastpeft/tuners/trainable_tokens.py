@@ -107,10 +107,11 @@ def _held(module: nn.Module) -> nn.Module:
 def _weight_of(path: str, module: nn.Module) -> Tensor:
     base = base_of(module)
     weight = getattr(base, "weight", None)
-    if not isinstance(base, (nn.Embedding, nn.Linear)) or not is_full_precision(weight.dtype):
+    fits = isinstance(base, (nn.Embedding, nn.Linear)) and is_full_precision(weight.dtype)
+    if not fits or getattr(base, "max_norm", None) is not None:
         raise ValueError(
-            f"trainable_token_indices means {path!r}, a {type(base).__name__}; it must be an Embedding or a Linear in "
-            "full precision, and not be in modules_to_save"
+            f"trainable_token_indices means {path!r}, a {type(base).__name__}; it must be an Embedding without "
+            "max_norm or a Linear in full precision, and not be in modules_to_save"
         )
     return weight
 
