@@ -1370,6 +1370,22 @@ def test_dropout_in_training_mode_is_not_skipped(served):
     assert served == [False] * 3
 
 
+def test_what_is_put_in_the_place_of_a_dropout_between_tokens_is_asked(served):
+    _, model = pair("phi3", lora=True)
+    step, out = steps(model, torch.randint(1, VOCAB, (1, 8)))
+    layer = model.get_base_model().model.layers[1]
+    step(0, 4), step(4, 5)
+    layer.resid_mlp_dropout = torch.nn.Threshold(1e9, 1e3)
+    step(5, 6)
+    assert served == [True, True, False] and not torch.allclose(*out[-2:], atol=0.1)
+    layer.resid_mlp_dropout = torch.nn.Identity()
+    step(6, 7)
+    assert served[3:] == [True]
+    layer.self_attn.qkv_proj.lora_dropout["default"] = torch.nn.ReLU()
+    with pytest.raises(TypeError, match="lora_dropout holds a ReLU"):
+        step(7, 8)
+
+
 # ---- the model stays what it was -------------------------------------------------------------------------------------
 
 

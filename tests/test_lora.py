@@ -1649,6 +1649,15 @@ class TestInTraining:
                 layer.lora_dropout["default"] = nn.Dropout(0.5)
         assert not torch.equal(model(**batch).logits, model(**batch).logits)
 
+    @pytest.mark.parametrize("names", [["default"], ["default", "b"]])
+    def test_a_module_that_is_no_dropout_is_refused_in_its_place(self, names):
+        model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).eval()
+        model.add_adapter("b", fp.LoraConfig())
+        model.base_model.set_adapter(names)
+        model.base_model.model.model.layers[1].self_attn.q_proj.lora_dropout["default"] = nn.ReLU()
+        with torch.no_grad(), pytest.raises(TypeError, match=r"lora_dropout holds a ReLU; it must be an nn\.Dropout"):
+            model.generate(**{key: value[:1] for key, value in tiny.inputs().items() if key != "labels"})
+
     def test_an_adapter_added_to_a_model_that_serves_drops_nothing(self):
         model, batch = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig()).eval(), tiny.inputs()
         model.add_adapter("b", fp.LoraConfig(lora_dropout=0.5, init_lora_weights=False))

@@ -56,8 +56,16 @@ class Magnitude(nn.Module):
 
 
 def dropout_rate(dropout: nn.Module | None) -> float:
-    """The share that ``dropout`` leaves out now. It is asked each time: users switch off what they find in a model."""
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    """The share that ``dropout`` leaves out now. It is asked each time: users switch off what they find in a model.
+
+    Raises:
+        TypeError: it is another module, which the branch could not compute.
+    """
+    if isinstance(dropout, nn.Dropout):
+        return dropout.p if dropout.training else 0.0
+    if dropout is None or isinstance(dropout, nn.Identity):
+        return 0.0
+    raise TypeError(f"lora_dropout holds a {type(dropout).__name__}; it must be an nn.Dropout or an nn.Identity")
 
 
 def scaling_of(alpha: float, r: int, use_rslora: bool) -> float:

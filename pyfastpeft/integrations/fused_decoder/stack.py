@@ -470,8 +470,12 @@ class Stack:
         return factors
 
     def _drops(self, dropout: nn.Module | None) -> bool:
-        held = vars(dropout) if isinstance(dropout, nn.Dropout) else {}
-        return bool(held and self.lookups.get(held, "training") and self.lookups.get(held, "p"))
+        if dropout is None or isinstance(dropout, nn.Identity):
+            return False
+        if not isinstance(dropout, nn.Dropout):
+            raise _Unsupported
+        held = vars(dropout)
+        return bool(self.lookups.get(held, "training") and self.lookups.get(held, "p"))
 
     def _stacked_branch(
         self, module: LoraLinear, names: tuple[str, ...], mode: Rows | None, dtype: torch.dtype
