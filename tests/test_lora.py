@@ -1444,6 +1444,29 @@ class TestTargets:
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig(**config))
         assert list(model.base_model.bank.layers) == ["model.layers.1.self_attn.q_proj"]
 
+    def test_peft_finds_some_layers_of_a_list_at_the_models_root(self, tmp_path):
+        base = tiny.make().model
+        model = fp.get_peft_model(
+            copy.deepcopy(base), fp.LoraConfig(layers_to_transform=[1], target_modules=["q_proj", "v_proj"])
+        )
+        assert list(model.base_model.bank.layers) == ["layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"]
+        tiny.randomize(model)
+        model.save_pretrained(tmp_path)
+        batch = {key: value for key, value in tiny.inputs().items() if key != "labels"}
+        with torch.no_grad():
+            own, other = (m.eval()(**batch)[0] for m in (model, peft.PeftModel.from_pretrained(base, tmp_path)))
+        assert relative(own, other) < 1e-5
+
+    def test_lists_within_layers_are_no_lists_of_layers(self):
+        expert = nn.ModuleDict({"up": nn.Linear(4, 4)})
+        layer = nn.ModuleDict({"experts": nn.ModuleList([expert, copy.deepcopy(expert)])})
+        base = nn.ModuleDict({"layers": nn.ModuleList([layer, copy.deepcopy(layer)])})
+        for given in (None, "layers"):
+            config = fp.LoraConfig(target_modules=["up"], layers_to_transform=[1], layers_pattern=given)
+            model = fp.get_peft_model(copy.deepcopy(base), config)
+            assert list(model.base_model.bank.layers) == [f"layers.1.experts.{i}.up" for i in range(2)]
+            assert model.peft_config["default"].layers_pattern in ("layers", ["layers"])
+
     def test_several_adapters_are_activated_where_peft_does_it(self):
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig(), "a")
         model.add_adapter("b", fp.LoraConfig())

@@ -285,6 +285,10 @@ class LoraConfig(PeftConfig):
         return init
 
 
+_NUMBERED = re.compile(r"(?:^|.*?\.)([^.]*)\.\d+\.")
+"""The first list in a module's path."""
+
+
 def _check_alpha(name: str, alpha: Any) -> None:
     most = torch.finfo(torch.float32).max  # layers keep their scaling as float32 too
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= most:
@@ -428,7 +432,17 @@ class LoraTuner(Tuner):
                 config.target_modules = names_of(held + [path for path in layers if path in chosen], self.model)
         elif config.target_modules == ALL_LINEAR:
             config.target_modules = _all_linear(self.model, config)
+        config.layers_pattern = config.layers_pattern or self._lists_of_layers(config)
         return config
+
+    def _lists_of_layers(self, config: LoraConfig) -> list[str] | None:
+        """The names of the lists that ``layers_to_transform`` numbers where one is at the model's root, which PEFT
+        finds by its name alone."""
+        if isinstance(config.target_modules, str) or config.layers_to_transform in (None, []):
+            return None
+        numbered = [_NUMBERED.match(path) for path, _ in modules_of(self.model) if matches(config, path)]
+        names = dict.fromkeys(found[1] for found in numbered if found)
+        return list(names) if any(found and found.start(1) == 0 for found in numbered) else None
 
     def at_todays_paths(
         self, config: LoraConfig | None, values: Mapping[str, Tensor]
