@@ -69,9 +69,7 @@ def forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, S [M, R] float32; R = 0 without a branch)."""
-    y = F.linear(x, w.dequantize(x.dtype))
-    if bias is not None:
-        y = y + bias.to(y.dtype)
+    y = F.linear(x, w.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
     if a is None:
         return y, x.new_empty((x.shape[0], 0), dtype=torch.float32)
     s = projected(x, a, seed, dropout)
