@@ -271,6 +271,8 @@ class TestLikePeft:
         layer.eval()
         torch.testing.assert_close(mean, layer(x), rtol=0.2, atol=0.3)
         assert torch.equal(layer(x), layer(x))
+        nn.init.zeros_(layer.lora_B["default"].weight)
+        assert torch.equal(layer.train()(x), layer.base_layer(x))
 
     def test_print_trainable_parameters_counts_as_peft_does(self, seed, capsys):
         ours, theirs = pair(tiny.make(), seed)
@@ -1716,6 +1718,11 @@ class TestInTraining:
             layer.scaling["no"] = 1.0
         with pytest.raises(TypeError, match="removed with its adapter"):
             del layer.scaling["default"]
+        held = dict(layer.scaling)
+        for change in (lambda: layer.set_scale("default", 3), lambda: layer.scale_layer(3), layer.unscale_layer):
+            with pytest.raises(ValueError, match=r"'default' is merged; call unmerge_adapter\(\) first"):
+                change()
+        assert layer.scaling == held
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing_gives_the_same_gradients_also_for_rows_that_choose(self, reentrant):

@@ -74,7 +74,7 @@ def scaling_of(alpha: float, r: int, use_rslora: bool) -> float:
 
 
 class _Scaling(MutableMapping[str, float]):
-    """A layer's scaling by adapter; what is written takes effect."""
+    """A layer's scaling by adapter; what is written takes effect, so it is refused of one that is merged."""
 
     def __init__(self, layer: LoraLayer) -> None:
         self._layer = layer
@@ -85,6 +85,7 @@ class _Scaling(MutableMapping[str, float]):
     def __setitem__(self, name: str, scaling: float) -> None:
         if name not in self._layer._scaling:
             raise KeyError(f"{name!r}; the adapters of this layer are {list(self._layer._scaling)}")
+        self._layer.bank.check_unmerged(name)
         self._layer._scale_by(name, float(scaling))
         self._layer.bank.refresh_one(self._layer)
 
