@@ -23,6 +23,7 @@ from .conversations import (
     virtual_tokens,
 )
 from .nn.modes import evaluating
+from .ops.checks import as_count
 
 
 @contextmanager
@@ -104,8 +105,10 @@ def answer(
         One text a conversation, without special tokens and what the chat template begins each answer with.
 
     Raises:
-        ValueError: as :func:`prompts_of`; a ``generation_config`` whose ``eos_token_id`` is no number of a token.
+        ValueError: as :func:`prompts_of`; a ``batch_size`` below 1; a ``generation_config`` whose ``eos_token_id`` is
+            no number of a token.
     """
+    batch_size = as_count("batch_size", batch_size)
     device = next(model.parameters()).device
     pad = pad_id(tokenizer, model)
     prompts, room = prompts_of(model, tokenizer, conversations, adapter_names)

@@ -440,6 +440,7 @@ BAD = {
     ),
     "causal is 'no'; it must be True or False": lambda a: a.update(causal="no"),
     "causal is None; it must be True or False": lambda a: a.update(causal=None),
+    "causal is tensor([ True, False]); it must be True": lambda a: a.update(causal=torch.tensor([True, False])),
 }
 
 

@@ -751,6 +751,8 @@ def test_a_prompt_longer_than_the_learned_positions_is_refused_and_an_answer_end
     assert len(prompts_of(model, tokenizer, [[{"role": "user", "content": "x" * 32}]])[0][0]) == 32
     for count in (20, 32):
         answer(model, tokenizer, [[{"role": "user", "content": "x" * count}]], 100)
+    with pytest.raises(ValueError, match="batch_size is 0; it must be an integer of at least 1"):
+        answer(model, tokenizer, [TALK[:1]], batch_size=0)
     talks = [TALK[:1], [{"role": "user", "content": "x" * 33}]]
     with pytest.raises(ValueError, match="prompt 2 has 33 tokens; the model has learned 32 positions"):
         answer(model, tokenizer, talks, 1)

@@ -120,6 +120,8 @@ class Attention(nn.Module):
         except TypeError:
             what = "a pair of tensors, keys and values"
             raise TypeError(f"prefix is a {type(prefix).__name__}; it must be {what}") from None
+        if prefix is not None and not 2 <= len(parts) <= 4:
+            raise ValueError(f"prefix holds {len(parts)} parts; it must hold keys and values, an index and lengths")
         prefix_k, prefix_v, index, lengths = (*parts, None, None, None, None)[:4]
         out = prefix_attention(
             q,

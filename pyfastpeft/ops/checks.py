@@ -71,7 +71,11 @@ def check_number(name: str, value: Any) -> None:
 
 def check_flag(name: str, value: Any) -> None:
     """Whether the argument ``name`` is true or false, be it in numpy's way."""
-    if value not in (True, False):
+    try:
+        known = value in (True, False)
+    except (RuntimeError, ValueError):  # several of them
+        known = False
+    if not known:
         raise TypeError(f"{name} is {value!r}; it must be True or False")
 
 

@@ -291,7 +291,7 @@ def takes_int8(w: Packed4bit, compute: str | None) -> bool:
 
 
 def check_compute(compute: str | None) -> str | None:
-    if compute not in (None, "int8"):
+    if not (compute is None or (isinstance(compute, str) and compute == "int8")):
         raise ValueError(f"compute is {compute!r}; it must be None (the exact product) or 'int8'")
     return compute
 
