@@ -381,7 +381,7 @@ def held_out_loss(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Messages],
-    max_length: int = 1024,
+    max_length: int,
     batch_size: int = 8,
 ) -> float:
     """The model's mean cross-entropy, in nats, over all labels of ``rows``, which are cut as in training.

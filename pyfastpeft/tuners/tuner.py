@@ -42,13 +42,13 @@ class Tuner(ABC):
     def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
         self.model, self.bank = model, bank
 
+    @abstractmethod
     def resolved(self, config: Any) -> Any:
         """``config`` (a copy, free to be changed) with everything that depends on the model filled in.
 
         Raises:
             ValueError: the model is none that this method applies to.
         """
-        return config
 
     def at_todays_paths(
         self, config: Any | None, values: Mapping[str, Tensor]
@@ -122,9 +122,9 @@ class Tuner(ABC):
         if live != expected:
             raise ValueError(f"adapter {name!r} has other shapes; delete it first")
 
+    @abstractmethod
     def swaps_alike(self, name: str, old: Any, new: Any | None) -> bool:
         """Whether copying every tensor makes the adapter ``old`` into ``new`` (None: not given), shapes being equal."""
-        return True
 
     def swap(
         self,
