@@ -562,7 +562,7 @@ def test_import_alone_registers_it_and_a_saved_model_does_not_name_it(tmp_path):
     assert result.stdout.startswith("pyfastpeft torch.Size"), result.stderr
 
 
-def test_accelerate_and_get_peft_model_use_it_and_give_the_models_own_back(tmp_path):
+def test_accelerate_and_get_peft_model_use_it_and_give_the_models_own_back():
     ids = torch.randint(1, VOCAB, (2, 6))
     plain = model_of("llama")
     with torch.no_grad():

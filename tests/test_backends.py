@@ -109,7 +109,7 @@ def test_how_many_rows_the_kernels_take_is_asked_once_a_shape_and_gpu(monkeypatc
 
 
 @pytest.mark.parametrize(("triton", "backend"), [(True, Backend.TRITON), (False, Backend.REFERENCE)])
-def test_without_cuda_kernels_the_slower_path_is_said_once(gpu, monkeypatch, triton, backend):
+def test_without_cuda_kernels_the_slower_path_is_said_once(gpu, triton, backend):
     w = gpu((9, 0) if triton else (7, 5), "pyfastpeft was built without CUDA kernels")
     said = "Triton's kernels serve" if triton else "plain torch serves, as cuda:0 has compute capability 7.5"
     with pytest.warns(UserWarning, match=f"not used on cuda:0: pyfastpeft was built without CUDA kernels. {said}"):

@@ -106,7 +106,7 @@ def test_foreign_double_quantization_is_undone_exactly(change):
     assert torch.equal(read.scale, expected + packed.nested.offset)
 
 
-def test_scales_that_an_eval_forward_transposed_before_the_save_are_put_back(tmp_path):
+def test_scales_that_an_eval_forward_transposed_before_the_save_are_put_back():
     layer = bnb_layer(64, 128).to("cpu").eval()
     expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     layer(torch.randn(2, 128, dtype=torch.bfloat16))

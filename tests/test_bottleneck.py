@@ -392,7 +392,7 @@ def test_folders_hold_everything_and_load_again(tmp_path):
         fp.set_peft_model_state_dict(other, tensors)
 
 
-def test_a_hot_swap_takes_the_new_values(tmp_path):
+def test_a_hot_swap_takes_the_new_values():
     peft_model, batch = adapted(make()), inputs()
     other = adapted(copy.deepcopy(make()))
     values = fp.get_peft_model_state_dict(other)
