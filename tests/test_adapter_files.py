@@ -898,6 +898,21 @@ def test_what_does_not_say_whether_embeddings_are_saved_is_refused(save, tmp_pat
     assert not (tmp_path / "adapter").exists()
 
 
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):
+    model = fp.get_peft_model(tiny.make(), fp.LoraConfig())
+    model.save_pretrained(tmp_path / "adapter", is_main_process=False)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_whole_module_loads_over_a_base_in_four_bits(tmp_path):
+    base, batch = tiny.quantized(tiny.make()), tiny.inputs()
+    model = trained(fp.get_peft_model, copy.deepcopy(base), fp.LoraConfig(modules_to_save=["mlp"]))
+    model.save_pretrained(tmp_path)
+    again = fp.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+
+
 def test_what_a_converted_adapter_would_need_is_refused(tmp_path):
     model = fp.get_peft_model(tiny.make("llama"), fp.LoraConfig(init_lora_weights="pissa"))
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):

@@ -207,6 +207,20 @@ def test_a_swap_back_from_fewer_modules_is_saved_whole(narrow, tmp_path):
         torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_tensors_of_several_ranks_are_swapped_in_and_saved_with_them(tmp_path):
+    wide = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    model = serving(fp.LoraConfig(**wide), fp.LoraConfig(**wide | {"rank_pattern": {r".*0\..*q_proj": 2}}))
+    assert {t.shape[0] for key, t in tensors_of(model, "1").items() if "lora_A" in key} == {2, 4}
+    batch, base = tiny.inputs(), copy.deepcopy(model).unload()
+    model.hotswap_adapter(tensors_of(model, "1"))
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    assert fp.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).peft_config["default"].rank_pattern
+    again = fp.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert tensors_of(again, "default").keys() == tensors_of(model, "1").keys()
+    assert all(torch.equal(t, tensors_of(model, "1")[key]) for key, t in tensors_of(again, "default").items())
+
+
 @pytest.mark.parametrize("small", [{"target_modules": ["q_proj"]}, {"r": 2}])
 def test_an_adapter_that_a_swap_made_smaller_is_not_loaded_over(small, tmp_path):
     """What is loaded would be saved without what the smaller one lacks."""

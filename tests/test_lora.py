@@ -1441,10 +1441,13 @@ class TestTargets:
         with pytest.warns(UserWarning, match=r"leaves 4 weights alone .* several experts \(model.layers.0.*experts"):
             fp.get_peft_model(base, fp.LoraConfig(target_modules="all-linear"))
 
-    def test_a_pattern_of_layers_may_have_alternatives(self):
-        config = {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers|blocks"}
+    @pytest.mark.parametrize("pattern", ["layers|blocks", ["blocks", "layers"]])
+    def test_a_pattern_of_layers_may_have_alternatives(self, pattern):
+        config = {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": pattern}
         model = fp.get_peft_model(tiny.make(), fp.LoraConfig(**config))
         assert list(model.base_model.bank.layers) == ["model.layers.1.self_attn.q_proj"]
+        with pytest.raises(ValueError, match=r"layers_to_transform .* leave none"):
+            fp.get_peft_model(tiny.make(), fp.LoraConfig(**config | {"layers_pattern": ["blocks"]}))
 
     def test_peft_finds_some_layers_of_a_list_at_the_models_root(self, tmp_path):
         base = tiny.make().model

@@ -1307,6 +1307,14 @@ class TestServing:
         with pytest.raises(ValueError, match=r"prompt_embeddings has shape \(5, .*must be \(3, "):
             trained.hotswap_adapter(tmp_path / "a")
 
+    def test_hotswap_leaves_an_encoder_that_trains(self, tmp_path):
+        ours(llama(), "ptuning", seed=1).save_pretrained(tmp_path)
+        trained = ours(llama(), "ptuning", seed=2)
+        before = {key: t.clone() for key, t in trained.state_dict().items()}
+        with pytest.raises(ValueError, match=r"'default' has an encoder that trains.*is_trainable=False"):
+            trained.hotswap_adapter(tmp_path)
+        assert all(torch.equal(t, before[key]) for key, t in trained.state_dict().items())
+
     def test_hotswap_to_another_number_of_virtual_tokens_beside_whole_numbers(self):
         def made(count):
             base = llama()
