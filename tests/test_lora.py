@@ -1462,6 +1462,15 @@ class TestTargets:
             own, other = (m.eval()(**batch)[0] for m in (model, peft.PeftModel.from_pretrained(base, tmp_path)))
         assert relative(own, other) < 1e-5
 
+    def test_a_layer_tells_what_the_module_it_stands_for_does(self):
+        base = nn.ModuleDict({"tokens": nn.Embedding(8, 4, padding_idx=2), "out": nn.Linear(4, 8)})
+        held = dict(base.items())
+        fp.get_peft_model(base, fp.LoraConfig(target_modules=["tokens", "out"]))
+        assert all(base[name].get_base_layer() is module for name, module in held.items())
+        assert (base["out"].in_features, base["out"].out_features) == (4, 8)
+        embedding = base["tokens"]
+        assert (embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx) == (8, 4, 2)
+
     def test_lists_within_layers_are_no_lists_of_layers(self):
         expert = nn.ModuleDict({"up": nn.Linear(4, 4)})
         layer = nn.ModuleDict({"experts": nn.ModuleList([expert, copy.deepcopy(expert)])})
