@@ -7,6 +7,7 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -458,6 +459,7 @@ def test_a_bottleneck_cannot_be_merged(merge):
     [
         ({"placement": "both"}, "placement is 'both'; it must be one of houlsby, pfeiffer"),
         ({"placement": ["houlsby"]}, r"placement is \['houlsby'\]; it must be one of houlsby, pfeiffer"),
+        ({"placement": np.array(["houlsby"] * 2)}, r"placement is array\(\['houlsby', 'houlsby'\], .*it must be one"),
         ({"activation": ["gelu"]}, r"activation is \['gelu'\]; it must be one of gelu, relu"),
         ({"reduction_factor": 0}, "reduction_factor is 0; it must be a number above 0"),
         ({"reduction_factor": True}, "reduction_factor is True; it must be a number above 0"),

@@ -69,19 +69,23 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a number or a tensor of one")
 
 
+def is_among(value: Any, choices: Iterable[Any]) -> bool:
+    """Whether ``value`` equals one of ``choices``, as an array or a tensor of several values does not."""
+    try:
+        return value in choices
+    except (RuntimeError, ValueError):
+        return False
+
+
 def check_flag(name: str, value: Any) -> None:
     """Whether the argument ``name`` is true or false, be it in numpy's way."""
-    try:
-        known = value in (True, False)
-    except (RuntimeError, ValueError):  # several of them
-        known = False
-    if not known:
+    if not is_among(value, (True, False)):
         raise TypeError(f"{name} is {value!r}; it must be True or False")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Whether the argument ``name`` is one of ``choices``."""
-    if value not in (choices := list(choices)):
+    if not is_among(value, choices := list(choices)):
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 

@@ -22,7 +22,7 @@ from . import cuda_kernels, mixed, reference, triton_kernels
 from . import slabs as slabs  # registers its operators
 from .autocast import autocast_dtype
 from .backends import Backend, as_rows, choose, native
-from .checks import check_dropout, check_factor, check_floats, check_tensor
+from .checks import check_dropout, check_factor, check_floats, check_tensor, is_among
 from .memory import Arena
 from .tracing import followed, forward_mode, is_compiling, recorded, traced
 
@@ -291,7 +291,7 @@ def takes_int8(w: Packed4bit, compute: str | None) -> bool:
 
 
 def check_compute(compute: str | None) -> str | None:
-    if not (compute is None or (isinstance(compute, str) and compute == "int8")):
+    if not is_among(compute, (None, "int8")):
         raise ValueError(f"compute is {compute!r}; it must be None (the exact product) or 'int8'")
     return compute
 
