@@ -130,7 +130,7 @@ def test_no_tokens_and_keys_and_values_in_one_tensor():
         ({"rotary": torch.ones(3, 2, 8)}, TypeError, "rotary is a Tensor; it must be a pair of tensors, cos and sin"),
         ({"rotary": (1, 2)}, TypeError, "cos is a int; it must be a tensor"),
         ({"prefix": 3}, TypeError, "prefix is a int; it must be a pair of tensors, keys and values"),
-        ({"prefix": ()}, ValueError, "prefix holds 0 parts; it must hold keys and values, an index and lengths"),
+        ({"prefix": ()}, ValueError, "prefix holds 0 parts; it must hold keys and values, and may hold an index"),
         ({"prefix": [None] * 5}, ValueError, "prefix holds 5 parts; it must hold keys and values"),
         ({"prefix": torch.tensor(1.0)}, TypeError, "prefix is a Tensor; it must be a pair of tensors, keys and values"),
         ({"past": torch.tensor(1.0)}, TypeError, "past is a Tensor; it must be a pair of tensors, keys and values"),

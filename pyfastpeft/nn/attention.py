@@ -116,13 +116,14 @@ class Attention(nn.Module):
                     raise ValueError(f"past has {name} of shape {tuple(t.shape)}; it must be {shape}")
             k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
         try:
-            parts = () if prefix is None else tuple(prefix)
+            parts = (None, None) if prefix is None else tuple(prefix)
         except TypeError:
             what = "a pair of tensors, keys and values"
             raise TypeError(f"prefix is a {type(prefix).__name__}; it must be {what}") from None
-        if prefix is not None and not 2 <= len(parts) <= 4:
-            raise ValueError(f"prefix holds {len(parts)} parts; it must hold keys and values, an index and lengths")
-        prefix_k, prefix_v, index, lengths = (*parts, None, None, None, None)[:4]
+        if not 2 <= len(parts) <= 4:
+            held = "keys and values, and may hold an index and lengths"
+            raise ValueError(f"prefix holds {len(parts)} parts; it must hold {held}")
+        prefix_k, prefix_v, index, lengths = (*parts, None, None)[:4]
         out = prefix_attention(
             q,
             k,
