@@ -1730,11 +1730,15 @@ class TestInTraining:
             layer.scaling["no"] = 1.0
         with pytest.raises(TypeError, match="removed with its adapter"):
             del layer.scaling["default"]
+        ours.add_adapter("first", fp.LoraConfig())
+        with pytest.warns(UserWarning, match="are unmerged"):
+            ours.base_model.set_adapter(["first", "default"])
+        ours.merge_adapter(["default"])
         held = dict(layer.scaling)
         for change in (lambda: layer.set_scale("default", 3), lambda: layer.scale_layer(3), layer.unscale_layer):
             with pytest.raises(ValueError, match=r"'default' is merged; call unmerge_adapter\(\) first"):
                 change()
-        assert layer.scaling == held
+            assert layer.scaling == held
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing_gives_the_same_gradients_also_for_rows_that_choose(self, reentrant):

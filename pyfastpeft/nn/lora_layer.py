@@ -83,11 +83,7 @@ class _Scaling(MutableMapping[str, float]):
         return self._layer._scaling[name]
 
     def __setitem__(self, name: str, scaling: float) -> None:
-        if name not in self._layer._scaling:
-            raise KeyError(f"{name!r}; the adapters of this layer are {list(self._layer._scaling)}")
-        self._layer.bank.check_unmerged(name)
-        self._layer._scale_by(name, float(scaling))
-        self._layer.bank.refresh_one(self._layer)
+        self._layer.scaling = {name: scaling}
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("a layer's scaling is removed with its adapter")
@@ -243,7 +239,14 @@ class LoraLayer(nn.Module, ABC):
 
     @scaling.setter
     def scaling(self, scaling: Mapping[str, float]) -> None:
-        self.scaling.update(scaling)
+        given = {name: float(value) for name, value in scaling.items()}
+        for name in given:
+            if name not in self._scaling:
+                raise KeyError(f"{name!r}; the adapters of this layer are {list(self._scaling)}")
+            self.bank.check_unmerged(name)
+        for name, value in given.items():
+            self._scale_by(name, value)
+        self.bank.refresh_one(self)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make an adapter's scaling ``scale`` times its own, alpha / r (or alpha / √r)."""
@@ -252,13 +255,13 @@ class LoraLayer(nn.Module, ABC):
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
-        for name in self.active_adapters if scale != 1 else ():
-            self.scaling[name] *= scale
+        if scale != 1:
+            self.scaling = {name: scale * self._scaling[name] for name in self.active_adapters}
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters; None: give them their own again."""
-        for name in self.active_adapters:
-            self.scaling[name] = self._own_scaling[name] if scale is None else self.scaling[name] / scale
+        own, now = self._own_scaling, self._scaling
+        self.scaling = {name: own[name] if scale is None else now[name] / scale for name in self.active_adapters}
 
     def own_scaling(self, adapter: str) -> float:
         """An adapter's scaling without what :meth:`set_scale` and the like made of it."""
