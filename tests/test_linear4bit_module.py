@@ -55,6 +55,16 @@ def test_an_eval_forward_works_for_any_n_and_k(shape, dtype):
         assert close(module(x), expected, 1e-5 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [7, 33])
+def test_where_torch_computes_the_bias_is_not_rounded_by_itself(k, dtype):
+    module, x = layer(512, k, dtype=dtype).eval(), torch.randn(64, k, dtype=dtype)
+    expected = F.linear(x.double(), module.dequantize(dtype).double(), module.bias.double())
+    rounding = (expected.to(dtype).double() - expected).norm()
+    with torch.no_grad():
+        assert (module(x).double() - expected).norm() <= 1.1 * rounding
+
+
 @pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_training_after_an_eval_forward_gives_the_same_gradients(shape, quant_type, double_quant):
