@@ -332,8 +332,10 @@ def test_adapters_of_any_rank_are_added(plain):
         dtype = (torch.float32, torch.bfloat16, torch.float16)[rank % 3]
         lora = Lora(rank, dtype=dtype, scaled=rank % 2 == 0, b_transposed=rank % 5 == 0)
         calls.append(linear(Weight(n, k), m, torch.float16 if rank % 4 == 0 else torch.bfloat16, lora))
+    calls.append(linear(Weight(5, 64), 128, lora=Lora(8230)))  # more counters than are kept
     run(plain, calls)
     check_linear(calls)
+    assert [call.zeroed > 0 for call in calls] == [False] * (len(calls) - 1) + [True]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])

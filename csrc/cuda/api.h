@@ -42,7 +42,7 @@ int64_t pf_linear_4bit_most_rows(const PfWeight* w, int32_t dtype);
 int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t m, int32_t dtype);
 // y [m, n] = x [m, k] * W^T + bias + branch. x: rows ldx elements apart, of `dtype` (bf16 or fp16), as y; bias [n] of
 // bias_dtype, or null; lora null: no branch. Any alignment; K % 64 == 0 with codes and rows of x at multiples of 16
-// bytes is the fast case. Refuses (cudaErrorInvalidValue) ranks of which ceil(m / 8) * ceil(rank / 16) exceeds 4096.
+// bytes is the fast case.
 int32_t pf_linear_4bit(const PfWeight* w, const void* x, int64_t ldx, const void* bias, int32_t bias_dtype,
                        const PfLora* lora, void* y, int64_t m, int32_t dtype, void* workspace, void* stream);
 // Rows [row0, row0 + rows) of W as `dtype` into out [rows, k].

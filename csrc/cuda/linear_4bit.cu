@@ -736,12 +736,11 @@ cudaError_t run(Arguments p, const PfLora* lora, void* workspace, bool aligned, 
   return with_tile(p.w, p.m, aligned, [&](auto tile) {
     using C = decltype(tile);
     p.plan = plan_of<C>(p.w, lora, p.m, aligned);
-    if (p.plan.pairs > kCounters) return cudaErrorInvalidValue;
     const int64_t whole = 16 / element_size(p.lora.a_dtype);
     p.plan.whole_slices =
         aligned && aligned16(p.lora.a) && p.lora.a_stride % whole == 0 && p.lora.a_slot_stride % whole == 0;
     const int64_t counted = p.plan.counters();
-    uint32_t* counters = counted > 0 ? kept_counters(stream) : nullptr;
+    uint32_t* counters = counted > 0 && counted <= kMostCounters ? kept_counters(stream) : nullptr;
     lay_out<C>(p.plan, p.m, p.lora.rank, counters, workspace, &p.at);
     if (counted > 0 && counters == nullptr)
       if (const cudaError_t status = set_to_zero(workspace, counted * sizeof(uint32_t), stream)) return status;
