@@ -66,6 +66,16 @@ def test_autocast_changes_no_dtype_within(device, cut, dtype):
         check_autocast(device.type, dtype, 33, 96, scaling)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_without_columns_leaves_the_bias(device, cut, dtype):
+    x, bias = torch.empty(40, 0, dtype=dtype, requires_grad=True), torch.randn(33).to(dtype)
+    a, b = torch.empty(4, 0, requires_grad=True), torch.randn(33, 4, requires_grad=True)
+    y = linear_4bit(x, packed_weight(33, 0), bias, Lora(a, b, 2.0))
+    assert torch.equal(y, bias.expand(40, 33))
+    dx, da, db = torch.autograd.grad(y, (x, a, b), torch.randn_like(y))
+    assert dx.shape == x.shape and da.shape == a.shape and torch.equal(db, torch.zeros(33, 4))
+
+
 def test_a_backward_pass_under_autocast_is_the_same():
     w, (a, b) = packed_weight(33, 96), adapter(33, 96, 4)
     leaves = [t.requires_grad_() for t in (torch.randn(40, 96), a, b)]

@@ -70,7 +70,7 @@ def _slabs(weight: Operands, k: int, m: int, dtype: torch.dtype) -> Iterator[tup
 
 def _parts(length: int, width: int) -> Iterator[slice]:
     """``length`` rows of ``width`` elements, ``_COPIED`` elements at a time."""
-    step = max(1, _COPIED // width)
+    step = max(1, _COPIED // max(width, 1))
     return (slice(start, start + step) for start in range(0, length, step))
 
 
