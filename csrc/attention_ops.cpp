@@ -96,7 +96,7 @@ struct Call {
     STD_TORCH_CHECK(!causal || positions.has_value() || args.length >= args.tokens, "k has ", args.length,
                     " keys; causal attention needs at least the ", args.tokens, " of the queries");
     args.causal = causal;
-    args.window = std::min<int64_t>(window, 1 << 30);  // beyond any place of a key, and far from overflow
+    args.window = std::min(window, pf::kMostWindow);
     args.scale = static_cast<float>(scale);
   }
 };

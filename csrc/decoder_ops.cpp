@@ -293,7 +293,7 @@ Tensor decoder_forward(int64_t id, Tensor x, std::vector<Tensor> cos, std::vecto
     STD_TORCH_CHECK(layer.angles >= -1 && layer.angles < static_cast<int64_t>(angles.size()), "layer ", i,
                     " turns by angles ", layer.angles, "; cos and sin are ", angles.size());
     layer.past = past[i];
-    layer.window = has_prefix ? 0 : std::min<int64_t>(stack->windows[i], 1 << 30);  // as attention's
+    layer.window = has_prefix ? 0 : std::min(stack->windows[i], pf::kMostWindow);
     set_strides(keys[i], d, batch, layer.past + tokens, true, "keys", layer.key_strides);
     set_strides(values[i], d, batch, layer.past + tokens, true, "values", layer.value_strides);
     layer.keys = keys[i].mutable_data_ptr();

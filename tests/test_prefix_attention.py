@@ -168,6 +168,12 @@ def test_padding_and_holes(device, dtype, causal):
         assert torch.equal(prefix_attention(*tensors, causal=causal, mask=key_positions(mask, 0)), expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_keys_far_before_or_behind_the_queries_are_not_hidden(device, tokens):
+    places = torch.tensor([64 - HIDDEN // 2, 0, HIDDEN // 2 - 64, HIDDEN // 2], dtype=torch.int32)
+    check(make(1, 2, 1, tokens, 4, 32, prefix=3), causal=False, mask=places.view(1, 1, 1, 4))
+
+
 def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(device):
     q, k, v = (t.requires_grad_() for t in make(1, 2, 1, 6, None, 32))
     mask = torch.tensor([[0, 0, 0, 1, 1, 1]])
@@ -355,7 +361,8 @@ def test_float64_and_large_heads_take_plain_torch(device):
     tensors = make(2, 4, 2, 9, None, 32, prefix=3)
     wide = [t.double() for t in tensors]
     assert error(prefix_attention(*wide), exact(*wide)) <= 1e-12
-    check(make(1, 2, 1, 9, None, 300))
+    for dim in (256, 257):  # the last that the kernels have, and the first that they do not
+        check(make(1, 2, 1, 9, None, dim))
 
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 32), (torch.float64, 32), (torch.float32, 300)], ids=str)

@@ -121,7 +121,7 @@ void attend(const AttentionArgs& g, const OtherKeys& others, int64_t unit0, int6
           const int64_t past = keys - g.tokens;
           const bool causal = g.causal && !of_prefix, window = g.window > 0 && !of_prefix;
           const auto lower = [&](int64_t token) { return window ? token - g.window : INT64_MIN / 2; };
-          const auto upper = [&](int64_t token) { return causal ? token : int64_t{1} << 28; };
+          const auto upper = [&](int64_t token) { return causal ? token : kHiddenKey / 2 - 1; };
           const auto begin = [&](int64_t token) {
             return places != nullptr || !window ? 0 : past + lower(token) + 1 > 0 ? past + lower(token) + 1 : 0;
           };

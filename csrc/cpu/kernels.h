@@ -122,7 +122,8 @@ struct SumRowsArgs {  // y[r] = the sum of x's rows first[r], next[first[r]], an
   void* y;  // [any, x.cols]
 };
 
-constexpr int32_t kHiddenKey = 1 << 30;  // is added to the place of a key that nobody sees
+constexpr int32_t kHiddenKey = 1 << 30;  // is added to the place of a key that nobody sees; from half of it on, none is
+constexpr int64_t kMostWindow = 1 << 30;  // beyond any place of a key, and far from overflow
 constexpr int64_t kMostHeadSize = 256;
 
 struct AttentionArgs {

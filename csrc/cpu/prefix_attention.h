@@ -214,7 +214,7 @@ struct Attention {
           prefix(g.prefix_keys(slot)),
           keys(prefix + g.length) {
       for (int64_t s = 0; s < g.length && prefix > 0; ++s)
-        if (place(s) < kShownBelow) {
+        if (place(s) <= kShown) {
           first = place(s);
           break;
         }
@@ -240,7 +240,7 @@ struct Attention {
     }
   };
 
-  static constexpr float kShownBelow = 268435456.0f;  // 2^28: a hidden key's place is further by 2^30
+  static constexpr float kShown = kHiddenKey / 2 - 32;  // the last place that is shown, of those that float32 has
 
   // The bounds of rows [r0, r0 + n): a key is seen whose place is at most `upper` and more than `lower`.
   struct Bounds {
@@ -248,8 +248,8 @@ struct Attention {
     void set(const Unit& u, int64_t r0, int64_t n) {
       const float first = static_cast<float>(r0 / u.group), last = static_cast<float>((r0 + n - 1) / u.group);
       const float window = static_cast<float>(u.g.window);
-      upper_least = u.g.causal ? first : kShownBelow;
-      upper_most = u.g.causal ? last : kShownBelow;
+      upper_least = u.g.causal ? first : kShown;
+      upper_most = u.g.causal ? last : kShown;
       lower_least = u.g.window > 0 ? first - window : kLeast;
       lower_most = u.g.window > 0 ? last - window : kLeast;
     }
@@ -259,7 +259,7 @@ struct Attention {
   static void lane_bounds(const Unit& u, int64_t r0, int64_t end, float* upper, float* lower) {
     for (int64_t i = 0; i < kGroupLanes; ++i) {
       const float token = static_cast<float>(min64(r0 + i, end - 1) / u.group);
-      upper[i] = u.g.causal ? token : kShownBelow;
+      upper[i] = u.g.causal ? token : kShown;
       lower[i] = u.g.window > 0 ? token - static_cast<float>(u.g.window) : kLeast;
     }
   }
