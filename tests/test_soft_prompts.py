@@ -19,6 +19,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
@@ -348,6 +349,16 @@ class TestAgainstPeft:
         close(a.loss, b.loss)
         assert b.logits.shape[:2] == x["input_ids"].shape
         assert own(**x, return_dict=False)[0].item() == pytest.approx(b.loss.item())
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_labels_that_go_on_from_a_cache_or_are_shifted_are_predicted_by_the_text(self, method):
+        own, ids = ours(llama(), method).eval(), tiny.inputs(length=9)["input_ids"]
+        with torch.no_grad():
+            start = own(ids[:, :5], use_cache=True, labels=ids[:, :5])
+            rest = own(ids[:, 5:], past_key_values=start.past_key_values, labels=ids[:, 5:])
+            shifted = own(ids, labels=ids, shift_labels=ids.roll(-1, 1))
+        close(rest.loss, F.cross_entropy(rest.logits[:, :-1].flatten(0, 1), ids[:, 6:].flatten()))
+        close(shifted.loss, F.cross_entropy(shifted.logits.flatten(0, 1), ids.roll(-1, 1).flatten()))
 
     @pytest.mark.parametrize("method", ["prompt", "ptuning"])
     @pytest.mark.parametrize("base", [qwen2_audio, granite_speech])

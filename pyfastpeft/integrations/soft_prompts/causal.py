@@ -181,6 +181,8 @@ class CausalPrefixes(Prefixes):
         labels, rows = kwargs.get("labels"), self.rows
         if self.bank.run is OFF or not rows or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
+        if kwargs.get("shift_labels") is not None or goes_on(past_of(kwargs), labels.shape[1]):
+            return None  # what predicts the first token is the caller's to say, or in the cache
         forms = [[self.sources[n].form for n in names if n in self.sources] for names in rows]
         ends = [of_row[-1:] == [Form.EMBEDDINGS] for of_row in forms]
         found = with_first_label(kwargs, ends, self._masks_loss)
