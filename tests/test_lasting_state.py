@@ -476,6 +476,28 @@ class TestErrorsAndInterrupts:
         model.load_adapter(tmp_path, "other")
         assert list(model.peft_config) == ["default", "other"]
 
+    @pytest.mark.parametrize("way", ["unloaded", "deleted"])
+    def test_a_prompt_whose_training_step_was_interrupted_leaves_nothing_behind(self, way):
+        base, ids = tiny.make(), tiny.inputs()["input_ids"]
+        model = adapted(fp.PrefixTuningConfig(prefix_projection=True, **SOFT), base=base).train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        handle = base.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, labels=ids)
+        handle.remove()
+        if way == "unloaded":
+            model = model.unload().train().requires_grad_(True)
+        else:
+            model.add_adapter("other", fp.LoraConfig(target_modules=["v_proj"], **LORA))
+            model.set_adapter("other")
+            model.delete_adapter("default")
+        for _ in range(2):
+            model(ids, labels=ids).loss.backward()
+
     @pytest.mark.parametrize("amid", [False, True])
     @pytest.mark.parametrize("active", ["default", "other"])
     @pytest.mark.parametrize("method", METHODS)

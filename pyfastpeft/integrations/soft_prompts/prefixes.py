@@ -214,6 +214,7 @@ class Prefixes(ABC):
             self._uninstall()
 
     def _uninstall(self) -> None:
+        self._clear_interrupted()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -233,7 +234,7 @@ class Prefixes(ABC):
             )
 
     def _clear_interrupted(self) -> None:
-        """Before a forward: of one that a KeyboardInterrupt ends torch does not call the hook."""
+        """Of a forward that a KeyboardInterrupt ended: torch does not call its hook."""
         if self.bank.run is not None:
             self._clear()
 
