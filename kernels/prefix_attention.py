@@ -125,7 +125,7 @@ def _prefix_of(index, lengths, b, slots, P):
     slot = tl.where(known, slot, 0)
     length = tl.where(known, P, 0)
     if lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(lengths + slot), 0), length).to(tl.int32)
+        length = tl.minimum(tl.maximum(tl.load(lengths + slot, mask=known, other=0), 0), length).to(tl.int32)
     return slot, length
 
 
@@ -542,10 +542,10 @@ def _key_grad(
     else:
         k_tile = _load(_rows(k, b, kv_head, j), shown, D, WIDTH)
         v_tile = _load(_rows(v, b, kv_head, j), shown, D, WIDTH)
-    # Tokens [first, last) see any.
-    first, last = tl.min(tl.where(shown, tl.where(of_prefix, 0, place) if CAUSAL else 0, T)), T
+    # Tokens [first, last) see any. Both lie in [0, T], so that times GROUP they do not overflow.
+    first, last = tl.minimum(tl.min(tl.where(shown, tl.where(of_prefix, 0, place) if CAUSAL else 0, T)), T), T
     if window is not None:
-        last = tl.minimum(T, tl.max(tl.where(shown, place, -window)) + window)
+        last = tl.maximum(0, tl.minimum(T, tl.max(tl.where(shown, place, -window)) + window))
     acc_k = tl.zeros((BN, WIDTH), tl.float32)
     acc_v = tl.zeros((BN, WIDTH), tl.float32)
     for row0 in range(tl.maximum(first, 0) * GROUP, last * GROUP, BM):

@@ -169,9 +169,12 @@ def test_padding_and_holes(device, dtype, causal):
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_keys_far_before_or_behind_the_queries_are_not_hidden(device, tokens):
-    places = torch.tensor([64 - HIDDEN // 2, 0, HIDDEN // 2 - 64, HIDDEN // 2], dtype=torch.int32)
-    check(make(1, 2, 1, tokens, 4, 32, prefix=3), causal=False, mask=places.view(1, 1, 1, 4))
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 3), (True, 3)])
+def test_keys_far_before_or_behind_the_queries_are_as_others(device, tokens, causal, window):
+    far = HIDDEN // 2 - 64
+    for places in ([-far, 0, HIDDEN // 4, far, HIDDEN // 2], [HIDDEN // 4] * 300, [-far] * 300):
+        mask = torch.tensor(places, dtype=torch.int32).view(1, 1, 1, -1)
+        check(make(1, 8, 1, tokens, len(places), 32), causal=causal, window=window, mask=mask)
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(device):

@@ -13,6 +13,7 @@ from test_prefix_attention import (  # noqa: F401
     check_not_finite,
     make,
     test_a_window_wider_than_all_keys_hides_none,
+    test_keys_far_before_or_behind_the_queries_are_as_others,
     test_large_scores,
 )
 
@@ -57,6 +58,8 @@ def test_a_prefix_chosen_by_row_and_of_its_own_length(dtype):
     check(tensors, prefix_index=index)
     check(tensors, prefix_index=index, prefix_lengths=torch.tensor([40, 0, 11]))
     check(tensors, prefix_index=torch.full((5,), -1))
+    none = make(5, 4, 2, 6, None, 32, prefix=40, slots=0, dtype=dtype)
+    check(none, prefix_index=torch.full((5,), -1), prefix_lengths=torch.empty(0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
