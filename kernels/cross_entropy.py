@@ -64,8 +64,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     if (classes > 1 and logits.stride(1) != 1) or (n > 1 and logits.stride(0) < classes):
         raise ValueError("logits must have contiguous columns and rows that do not overlap: they become the gradient")
     losses = logits.new_empty(n, dtype=torch.float32)
-    if logits.numel() > 0:
-        columns = min(triton.next_power_of_2(classes), _COLUMNS)
+    if n > 0:
+        columns = min(triton.next_power_of_2(max(classes, 1)), _COLUMNS)
         _cross_entropy[(n,)](
             logits=logits,
             labels=labels.contiguous(),

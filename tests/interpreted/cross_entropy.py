@@ -46,6 +46,7 @@ def test_loss_and_gradient_of_a_label_that_is_no_class_are_nan():
     losses, gradient = losses_and_gradient(torch.randn(3, 5), torch.tensor([5, 1, -1]))
     assert losses.isnan().tolist() == [True, False, True]
     assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == [True, False, True]
+    assert losses_and_gradient(torch.empty(2, 0), torch.tensor([0, 1]))[0].isnan().all()
 
 
 def test_a_head_and_its_loss_a_chunk_at_a_time(monkeypatch):
