@@ -37,8 +37,8 @@ def relaxed() -> Iterator[None]:
 def constant_on(values: Tensor, device: torch.device) -> Tensor:
     """``values`` on ``device``, to be kept from call to call.
 
-    A thread of its own copies them, to its own stream: what the calling one allocates may be from a graph's pool, where
-    all that lives on must be accounted for, and its stream may be what a graph records.
+    A thread of its own copies them, in the default stream: what the calling one allocates may be from a graph's pool,
+    where all that lives on must be accounted for, and its stream may be what a graph records.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_copied, values, device).result()

@@ -10,9 +10,10 @@ Four kernels, each a sweep over one dimension with float32 accumulators in regis
 
 W is read as it lies in storage (bitsandbytes' order: the flattened matrix, two codes to a byte, the high nibble first,
 one scale a block of consecutive elements), so a row of odd length may start in the middle of a byte, and a block may
-straddle rows. A tile of W is decoded once, in float32, and rounded to x's dtype; for few rows, which memory should
-bound, the code table is rounded instead, and scales multiply float32 sums. The factors of the branch are rounded to x's
-dtype where they meet x or dy; S and dS stay float32 beside float16, which could not hold their range.
+straddle rows. A tile of W is decoded once, in float32, and rounded to x's dtype; NVIDIA's GPUs, where x has 16 bits,
+look codes up in a table that is rounded to float16. For few rows, which memory should bound, the code table is rounded
+to x's dtype instead, and scales multiply float32 sums. The factors of the branch are rounded to x's dtype where they
+meet x or dy; S and dS stay float32 beside float16, which could not hold their range.
 Offsets that grow with a matrix are 64-bit. Sums are ordered: the same call gives the same bits.
 """
 

@@ -93,9 +93,9 @@ def choose(w: Packed4bit, rows: int, dtype: torch.dtype, infers: bool, drops: bo
     """The backend for ``w`` and ``rows`` rows of ``dtype``.
 
     On a CPU the native operators, for weights in tiles. On a GPU the CUDA kernels as far as they go; above, slabs from
-    256 rows on; Triton's kernels for the rest. Where Triton stands alone, slabs from 1024 rows on, but on AMD's, about
-    which nothing is known. Else the reference (dequantize, then a dense product). ``PYFASTPEFT_BACKEND`` forces one:
-    ``native`` only where it can serve; ``cuda`` means slabs too.
+    256 rows on; Triton's kernels for the rest, or slabs where Triton cannot serve. Where Triton stands alone, slabs
+    from 1024 rows on, but on AMD's, about which nothing is known. Else the reference (dequantize, then a dense
+    product). ``PYFASTPEFT_BACKEND`` forces one: ``native`` only where it can serve; ``cuda`` means slabs too.
 
     Args:
         infers: nothing is recorded for autograd, and what scales the LoRA branch is the same for all rows, or a bank.
