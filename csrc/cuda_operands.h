@@ -93,7 +93,7 @@ struct LoraArguments {
   PfLora lora{};
 
   LoraArguments(const Tensor& codes, const PfWeight& w, int64_t m, const OptTensor& given_a, const OptTensor& given_b,
-                const OptTensor& scaling, const OptTensor& slots, double factor) {
+                const OptTensor& scaling, const OptTensor& rank_scale, const OptTensor& slots, double factor) {
     STD_TORCH_CHECK(given_b.has_value(), "lora A needs lora B");
     a = *given_a;
     b = *given_b;
@@ -119,6 +119,10 @@ struct LoraArguments {
       check_dense(*scaling, codes, ScalarType::Float, lora.slots, "scaling", "float32 [slots]");
       lora.scaling = scaling->const_data_ptr<float>();
     }
+    if (rank_scale.has_value()) {
+      check_dense(*rank_scale, codes, ScalarType::Float, lora.rank, "rank_scale", "float32 [R]");
+      lora.rank_scale = rank_scale->const_data_ptr<float>();
+    }
     if (slots.has_value()) {
       check_dense(*slots, codes, ScalarType::Long, m, "slots", "int64, one a row of x");
       lora.rows = slots->const_data_ptr<int64_t>();
@@ -131,7 +135,8 @@ template <class Place>
 struct Operators {
   static void linear_4bit(Tensor x, Tensor codes, Tensor scale, OptTensor zero, OptTensor absmax2, OptTensor offset,
                           int64_t format, int64_t n, int64_t blocksize, OptTensor bias, OptTensor lora_a,
-                          OptTensor lora_b, OptTensor scaling, OptTensor slots, double factor, Tensor y) {
+                          OptTensor lora_b, OptTensor scaling, OptTensor rank_scale, OptTensor slots, double factor,
+                          Tensor y) {
     const Place place(codes);
     check_device(x, codes, "x");
     STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
@@ -151,10 +156,10 @@ struct Operators {
     if (m == 0 || n == 0) return;
     make_columns_contiguous(x);
     std::optional<LoraArguments> lora;
-    if (lora_a.has_value()) lora.emplace(codes, w, m, lora_a, lora_b, scaling, slots, factor);
+    if (lora_a.has_value()) lora.emplace(codes, w, m, lora_a, lora_b, scaling, rank_scale, slots, factor);
     const PfLora* branch = lora.has_value() ? &lora->lora : nullptr;
     Tensor workspace;
-    if (const int64_t bytes = place.kernels.workspace(&w, branch, m, dtype); bytes > 0)
+    if (const int64_t bytes = place.kernels.workspace(&w, branch, m); bytes > 0)
       workspace = allocated("The workspace of linear_4bit",
                             [&] { return torch::stable::new_empty(codes, {bytes}, ScalarType::Byte); });
     place.kernels.check(

@@ -127,7 +127,7 @@ int64_t linear_4bit_cuda_rows(int64_t device, int64_t format, int64_t n, int64_t
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("linear_4bit_cuda(Tensor x, " PF_WEIGHT
         ", Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scaling, "
-        "Tensor? slots, float factor, Tensor(a!) y) -> ()");
+        "Tensor? rank_scale, Tensor? slots, float factor, Tensor(a!) y) -> ()");
   m.def("quantize_4bit_cuda(Tensor w, int format, int blocksize) -> (Tensor, Tensor, Tensor)");
   m.def(
       "dequantize_4bit_cuda(Tensor codes, Tensor scale, Tensor? zero, int format, int blocksize, int[] shape, "

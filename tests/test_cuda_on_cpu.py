@@ -178,6 +178,7 @@ class Lora:
     slots: int = 1
     rows: list[int] | None = None  # slot of each row of x
     scaled: bool = True
+    rank_scaled: bool = False
     dtype: torch.dtype = torch.float32
     b_transposed: bool = False
     factor: float = 0.75
@@ -187,6 +188,7 @@ class Lora:
         b = torch.randn(self.slots, w.n, self.rank).to(self.dtype)
         self.b = b.mT.contiguous().mT if self.b_transposed else b
         self.scaling = torch.rand(self.slots) + 0.5 if self.scaled else None
+        self.rank_scale = torch.rand(self.rank) + 0.5 if self.rank_scaled else None
 
 
 def linear(w: Weight, m: int, dtype=torch.bfloat16, lora: Lora | None = None, bias=None, ldx=None, x=None) -> Call:
@@ -208,14 +210,16 @@ def linear(w: Weight, m: int, dtype=torch.bfloat16, lora: Lora | None = None, bi
         (a_slot, a_row, _), (b_slot, b_row, b_column) = lora.a.stride(), lora.b.stride()
         numbers += [int(lora.factor * 1024), DTYPES[lora.dtype], DTYPES[lora.dtype], lora.rank, lora.slots]
         numbers += [a_slot, a_row, b_slot, b_row, b_column]
-        buffers += [lora.a, lora.b, lora.scaling, rows]
+        buffers += [lora.a, lora.b, lora.scaling, lora.rank_scale, rows]
         for i in range(m):
             slot = 0 if rows is None else lora.rows[i]
             if 0 <= slot < lora.slots:
-                scaling = lora.factor * (1.0 if lora.scaling is None else lora.scaling[slot].item())
+                scaling = torch.tensor(lora.factor, dtype=torch.float64)
+                for scale in (None if lora.scaling is None else lora.scaling[slot], lora.rank_scale):
+                    scaling = scaling if scale is None else scaling * scale
                 row, a, b = x[i].double(), lora.a[slot].double(), lora.b[slot].double()
-                reference[i] += scaling * (b @ (a @ row))
-                squares[i] += scaling**2 * (b**2 @ (a**2 @ row**2))
+                reference[i] += b @ (scaling * (a @ row))
+                squares[i] += b**2 @ (scaling**2 * (a**2 @ row**2))
     call = Call(0, numbers, [*buffers, y], 1)
     call.reference, call.squares = reference, squares
     return call
@@ -330,7 +334,8 @@ def test_adapters_of_any_rank_are_added(plain):
         itertools.cycle([(1, 67, 640), (9, 64, 192), (20, 130, 1088), (3, 5, 33)]),
     ):
         dtype = (torch.float32, torch.bfloat16, torch.float16)[rank % 3]
-        lora = Lora(rank, dtype=dtype, scaled=rank % 2 == 0, b_transposed=rank % 5 == 0)
+        scaled = {"scaled": rank % 2 == 0, "rank_scaled": rank % 4 < 2}
+        lora = Lora(rank, dtype=dtype, b_transposed=rank % 5 == 0, **scaled)
         calls.append(linear(Weight(n, k), m, torch.float16 if rank % 4 == 0 else torch.bfloat16, lora))
     calls.append(linear(Weight(5, 64), 128, lora=Lora(8230)))  # more counters than are kept
     run(plain, calls)
@@ -495,7 +500,7 @@ FAULTS = {
         "counted * sizeof(uint32_t) / (1 + FAULT)",
     ),
     "a row too many": (LINEAR, "if (n >= p.w.n) return", "if (n >= p.w.n + FAULT) return"),
-    "a slot too many": (LINEAR, "slot < lora.slots", "slot < lora.slots + FAULT"),
+    "a slot too many": ("lora.cuh", "slot < lora.slots", "slot < lora.slots + FAULT"),
     "the nibbles of a pair swapped": (
         LINEAR,
         "value[entry / 16], value[entry % 16]",

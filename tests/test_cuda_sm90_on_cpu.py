@@ -67,7 +67,8 @@ def test_adapters_of_any_rank_are_added(plain):
     calls = []
     for rank, m in zip((1, 2, 7, 8, 15, 16, 31, 32, 33, 64, 70), itertools.cycle((17, 40, 70, 100, 130, 200))):
         dtype = (torch.float32, torch.bfloat16, torch.float16)[rank % 3]
-        lora = Lora(rank, dtype=dtype, scaled=rank % 2 == 0, b_transposed=rank % 5 == 0)
+        scaled = {"scaled": rank % 2 == 0, "rank_scaled": rank % 4 < 2}
+        lora = Lora(rank, dtype=dtype, b_transposed=rank % 5 == 0, **scaled)
         calls.append(linear(Weight(130, 320), m, torch.float16 if rank % 4 == 0 else torch.bfloat16, lora))
     run(plain, calls, seed=3)
     check_linear(calls)

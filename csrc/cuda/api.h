@@ -25,11 +25,12 @@ typedef struct {
 
 // Adds ((x * A^T) o scaling) * B^T. Slots hold adapters of one rank; a row whose slot is outside [0, slots) has none.
 typedef struct {
-  const void* a;         // [slots, rank, k], elements of a row side by side
-  const void* b;         // [slots, n, rank]
-  const float* scaling;  // [slots], or null (`factor` alone)
-  const int64_t* rows;   // [m] slot of each row of x, or null: all rows have slot 0
-  float factor;          // multiplies scaling
+  const void* a;            // [slots, rank, k], elements of a row side by side
+  const void* b;            // [slots, n, rank]
+  const float* scaling;     // [slots], or null
+  const float* rank_scale;  // [rank], or null; multiplies scaling
+  const int64_t* rows;      // [m] slot of each row of x, or null: all rows have slot 0
+  float factor;             // likewise
   int32_t a_dtype, b_dtype;
   int64_t rank, slots;
   int64_t a_slot_stride, a_stride;                   // in elements
@@ -39,7 +40,7 @@ typedef struct {
 // The most rows that pf_linear_4bit takes for this weight and dtype on the current device; 0: none at all.
 int64_t pf_linear_4bit_most_rows(const PfWeight* w, int32_t dtype);
 // Bytes of device memory that pf_linear_4bit needs as `workspace`: in any state, and done with when the call is.
-int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t m, int32_t dtype);
+int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t m);
 // y [m, n] = x [m, k] * W^T + bias + branch. x: rows ldx elements apart, of `dtype` (bf16 or fp16), as y; bias [n] of
 // bias_dtype, or null; lora null: no branch. Any alignment; K % 64 == 0 with codes and rows of x at multiples of 16
 // bytes is the fast case.

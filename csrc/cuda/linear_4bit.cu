@@ -35,6 +35,7 @@
 #include "codes.cuh"
 #include "elements.cuh"
 #include "linear_4bit_sm90.h"
+#include "lora.cuh"
 
 namespace pf {
 namespace {
@@ -104,12 +105,6 @@ struct Arguments {
 
 PF_DEVICE int lane() { return threadIdx.x % 32; }
 PF_DEVICE int warp() { return threadIdx.x / 32; }
-
-// Of row m of x; -1: none.
-PF_DEVICE int64_t slot_of(const PfLora& lora, int64_t m) {
-  const int64_t slot = lora.rows == nullptr ? 0 : __ldg(lora.rows + m);
-  return slot >= 0 && slot < lora.slots ? slot : -1;
-}
 
 // ---- S = x · Aᵀ
 
@@ -210,7 +205,8 @@ PF_DEVICE void sum_slice(const Arguments& p, unsigned char* memory, int64_t task
     for (int64_t s = 0; s < p.plan.slices; ++s) sum += __ldcg(slice_sums + s * 128 + i);
     const int64_t slot = slot_of(lora, m);
     const float scaling = slot < 0 || lora.scaling == nullptr ? 1.0f : __ldg(lora.scaling + slot);
-    p.at.s[m * lora.rank + rank] = sum * (scaling * lora.factor);
+    const float of_rank = lora.rank_scale == nullptr ? 1.0f : __ldg(lora.rank_scale + rank);
+    p.at.s[m * lora.rank + rank] = sum * (scaling * of_rank * lora.factor);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -435,13 +431,14 @@ PF_DEVICE void sweep_elements(const Arguments& p, int64_t row0, int64_t m0, int 
   using C = Tile<NT>;
   const PfWeight& w = p.w;
   const int row_warp = warp() % C::kRowWarps, depth_warp = warp() / C::kRowWarps, g = lane() / 4, t = lane() % 4;
+  const int block_shift = __ffs(w.blocksize) - 1;
   const float offset = w.scale != nullptr ? 0.0f : __ldg(w.offset);
   const auto weights = [&](int64_t row, int64_t column) {
     float values[8];
     for (int i = 0; i < 8; ++i) {
       values[i] = 0.0f;
       if (row >= w.n || column + i >= w.k) continue;
-      const int64_t at = row * w.k + column + i, block = at / w.blocksize;
+      const int64_t at = row * w.k + column + i, block = at >> block_shift;
       const float scale = scale_of(load_scale(w, block), w.scale != nullptr ? nullptr : w.dynamic_map, offset);
       const float zero = w.zero == nullptr ? 0.0f : __ldg(w.zero + block);
       values[i] = decoded(kValues[w.format][code_at(w.codes, at)], scale, zero, w.zero != nullptr);
@@ -766,7 +763,7 @@ int64_t pf_linear_4bit_most_rows(const PfWeight* w, int32_t dtype) {
   return hopper != 0 ? hopper : aligned_weight(*w) ? kMostRows : kMostRowsAny;
 }
 
-int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t m, int32_t) {
+int64_t pf_linear_4bit_workspace(const PfWeight* w, const PfLora* lora, int64_t m) {
   const int64_t rank = lora == nullptr ? 0 : lora->rank;
   int64_t bytes = 0;
   for (const bool aligned : {false, true})  // x decides

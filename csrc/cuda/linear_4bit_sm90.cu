@@ -33,6 +33,7 @@
 #include "codes.cuh"
 #include "elements.cuh"
 #include "linear_4bit_sm90.h"
+#include "lora.cuh"
 #include "wgmma.cuh"
 
 namespace pf {
@@ -81,13 +82,6 @@ PF_DEVICE void with_type(const void* p, int dtype, F f) {
     f(static_cast<const bf16*>(p));
   else
     f(static_cast<const f16*>(p));
-}
-
-// Slot of a row, -1: none.
-PF_DEVICE int slot_of(const PfLora& lora, int64_t row) {
-  if (lora.rows == nullptr) return 0;
-  const int64_t slot = lora.rows[row];
-  return slot >= 0 && slot < lora.slots ? static_cast<int>(slot) : -1;
 }
 
 // ---- the sweep ----
@@ -495,7 +489,8 @@ __global__ void __launch_bounds__(32 * kProjectWarps, 9)
         for (int block = 0; block < kProjectBlocks; ++block)
           for (int other = 0; other < kProjectWarps; ++other) sum += *shared_of(&parts[other][lane][i], block);
         const int64_t to = row + i / 2 * 8, column = rank0 + lane % 4 * 2 + i % 2;
-        if (to < m && column < lora.rank && slot_of(lora, to) == slot) s[to * lora.rank + column] = sum * factor;
+        if (to < m && column < lora.rank && slot_of(lora, to) == slot)
+          s[to * lora.rank + column] = sum * (factor * (lora.rank_scale == nullptr ? 1.0f : lora.rank_scale[column]));
       }
     }
     cluster_sync();

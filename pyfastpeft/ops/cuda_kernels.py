@@ -45,16 +45,14 @@ def forward(
     """(y [M, N] in x's dtype, None); ``row_scale`` at most one for all rows [R], no dropout."""
     if a is not None:
         a, b = a.unsqueeze(0), b.unsqueeze(0)
-        if row_scale is not None:
-            a = a * row_scale.unsqueeze(1)
-    return _product(x, w, bias, a, b, None, None, scaling), None
+    return _product(x, w, bias, a, b, None, row_scale, None, scaling), None
 
 
 def forward_slots(
     x: Tensor, w: Packed4bit, bias: Tensor | None, a: Tensor, b: Tensor, scaling: Tensor, rows: Tensor
 ) -> Tensor:
     """y [M, N] in x's dtype, of a :class:`linear_4bit.BankView`."""
-    return _product(x, w, bias, a, b, scaling.float().contiguous(), rows.contiguous(), 1.0)
+    return _product(x, w, bias, a, b, scaling.float().contiguous(), None, rows.contiguous(), 1.0)
 
 
 def _product(x: Tensor, w: Packed4bit, bias: Tensor | None, *lora: Tensor | float | None) -> Tensor:

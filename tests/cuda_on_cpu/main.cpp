@@ -67,14 +67,14 @@ int main(int, char** arguments) {
       PfLora lora{};
       if (v.size() > 8) {
         lora.a = b[9].as<void>(), lora.b = b[10].as<void>(), lora.scaling = b[11].as<float>();
-        lora.rows = b[12].as<int64_t>();
+        lora.rank_scale = b[12].as<float>(), lora.rows = b[13].as<int64_t>();
         lora.factor = static_cast<float>(v[8]) / 1024;
         lora.a_dtype = static_cast<int32_t>(v[9]), lora.b_dtype = static_cast<int32_t>(v[10]);
         lora.rank = v[11], lora.slots = v[12], lora.a_slot_stride = v[13], lora.a_stride = v[14];
         lora.b_slot_stride = v[15], lora.b_stride = v[16], lora.b_column_stride = v[17];
       }
       const PfLora* branch = v.size() > 8 ? &lora : nullptr;
-      const int64_t bytes = pf_linear_4bit_workspace(&w, branch, m, dtype);
+      const int64_t bytes = pf_linear_4bit_workspace(&w, branch, m);
       workspace.reset(new unsigned char[bytes]);
       std::memset(workspace.get(), 0xFF, bytes);
       status = pf_linear_4bit(&w, b[7].as<void>(), ldx, b[8].as<void>(), bias_dtype, branch, b.back().as<void>(), m,

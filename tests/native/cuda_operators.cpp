@@ -40,11 +40,11 @@ double weight_at(const PfWeight* w, int64_t row, int64_t column) {
 constexpr int64_t kMostRows = 24;
 
 int64_t most_rows(const PfWeight*, int32_t dtype) { return dtype == pf::kFloat32 ? 0 : kMostRows; }
-int64_t workspace_bytes(const PfWeight*, const PfLora*, int64_t m, int32_t) { return m > 4 ? 64 * m : 0; }
+int64_t workspace_bytes(const PfWeight*, const PfLora*, int64_t m) { return m > 4 ? 64 * m : 0; }
 
 int32_t linear(const PfWeight* w, const void* x, int64_t ldx, const void* bias, int32_t bias_dtype, const PfLora* lora,
                void* y, int64_t m, int32_t dtype, void* workspace, void*) {
-  if (const int64_t bytes = workspace_bytes(w, lora, m, dtype); bytes > 0) std::memset(workspace, 0xFF, bytes);
+  if (const int64_t bytes = workspace_bytes(w, lora, m); bytes > 0) std::memset(workspace, 0xFF, bytes);
   for (int64_t r = 0; r < m; ++r) {
     const int64_t slot = lora == nullptr ? -1 : lora->rows == nullptr ? 0 : lora->rows[r];
     std::vector<double> s;
@@ -54,7 +54,8 @@ int32_t linear(const PfWeight* w, const void* x, int64_t ldx, const void* bias, 
         for (int64_t c = 0; c < w->k; ++c)
           sum += element(x, dtype, r * ldx + c) *
                  element(lora->a, lora->a_dtype, slot * lora->a_slot_stride + j * lora->a_stride + c);
-        s.push_back(sum * lora->factor * (lora->scaling != nullptr ? lora->scaling[slot] : 1));
+        s.push_back(sum * lora->factor * (lora->scaling != nullptr ? lora->scaling[slot] : 1) *
+                    (lora->rank_scale != nullptr ? lora->rank_scale[j] : 1));
       }
     for (int64_t n = 0; n < w->n; ++n) {
       double sum = bias != nullptr ? element(bias, bias_dtype, n) : 0;

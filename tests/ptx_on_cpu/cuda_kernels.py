@@ -40,8 +40,8 @@ def structure(name: str, fields: str) -> type[ctypes.Structure]:
 PfWeight = structure("PfWeight", "pcodes pscale pscale8 pzero pabsmax2 poffset pdynamic_map qn qk iblocksize iformat")
 PfLora = structure(
     "PfLora",
-    "pa pb pscaling prows ffactor ia_dtype ib_dtype qrank qslots qa_slot_stride qa_stride qb_slot_stride qb_stride "
-    "qb_column_stride",
+    "pa pb pscaling prank_scale prows ffactor ia_dtype ib_dtype qrank qslots qa_slot_stride qa_stride "
+    "qb_slot_stride qb_stride qb_column_stride",
 )
 
 
@@ -109,18 +109,17 @@ def poisoned(*shape, dtype):
 
 
 def linear(library, x, w, bias=None, bank=None):
-    """y; bank: (a [slots, r, K], b [slots, N, r], scaling [slots], rows [M] or None: all have slot 0)."""
+    """y; bank: (a [slots, r, K], b [slots, N, r], scaling [slots], rank_scale [r] or None, rows [M] or None: all have
+    slot 0)."""
     m, n, dtype = len(x), w.shape[0], DTYPES[x.dtype]
     weight, tensors = operand(w)
     lora = None
     if bank is not None:
-        a, b, scaling, rows = bank
-        which = None if rows is None else rows.data_ptr()
-        lora = PfLora(a.data_ptr(), b.data_ptr(), scaling.data_ptr(), which, 1.0, DTYPES[a.dtype], DTYPES[b.dtype],
+        a, b = bank[:2]
+        lora = PfLora(*(None if t is None else t.data_ptr() for t in bank), 1.0, DTYPES[a.dtype], DTYPES[b.dtype],
                       a.shape[1], len(a), *a.stride()[:2], *b.stride())  # fmt: skip
-    size = library.pf_linear_4bit_workspace(
-        ctypes.byref(weight), None if lora is None else ctypes.byref(lora), ctypes.c_int64(m), ctypes.c_int32(dtype)
-    )
+    branch = None if lora is None else ctypes.byref(lora)
+    size = library.pf_linear_4bit_workspace(ctypes.byref(weight), branch, ctypes.c_int64(m))
     workspace = torch.full((size // 4,), float("nan"))
     y = poisoned(m, n, dtype=x.dtype)
     allow(library, *tensors, x, bias, y, workspace, *(bank or ()))
@@ -164,7 +163,7 @@ def test_what_is_kept_may_be_made_while_graphs_are_captured(library):
         places.append(place.value)
     assert places[0] == places[1] and list((ctypes.c_float * 256).from_address(places[0])) == values.tolist()
     w, x, pair = fp.quantize_4bit(torch.randn(64, 1024)), torch.randn(1, 1024).bfloat16(), adapter(64, 1024, 4)
-    bank = (pair[0][None], pair[1][None], torch.ones(1), None)
+    bank = (pair[0][None], pair[1][None], torch.ones(1), None, None)
     made = []
     for capture in (0, 2, 3, 4, 0):
         library.ptx_captures(capture)
@@ -180,9 +179,11 @@ def mixed_adapters_error(library, m, n, k, r, dtype):
     pairs = [adapter(n, k, r, random.choice([torch.float32, dtype])) for _ in range(slots)]
     a, b = (torch.stack([p[i].to(pairs[0][i].dtype) for p in pairs]) for i in (0, 1))
     scaling, rows, x = torch.rand(slots) + 0.5, torch.randint(-1, slots, (m,)), torch.randn(m, k).to(dtype)
-    y, largest = linear(library, x, w, None, (a, b, scaling, rows)), 0.0
+    rank_scale = random.choice([None, torch.rand(r) + 0.5])
+    y, largest = linear(library, x, w, None, (a, b, scaling, rank_scale, rows)), 0.0
     for i, slot in enumerate(rows.tolist()):
-        lora = None if slot < 0 else (a[slot], b[slot], float(scaling[slot]))
+        scale = scaling[slot] * (1.0 if rank_scale is None else rank_scale)
+        lora = None if slot < 0 else (a[slot], b[slot], scale)
         wrong = error(y[i : i + 1], float64(x[i : i + 1], w, None, lora), r)
         largest = wrong if wrong > largest or wrong != wrong else largest
     return largest
@@ -236,8 +237,9 @@ def test_many_rows_on_hopper_match_float64(library, m, dtype):
     w = fp.quantize_4bit(torch.randn(n, k), quant_type, random.choice([32, 64]), nested)
     x, bias = torch.randn(m, k).to(dtype), random.choice([None, torch.randn(n), torch.randn(n).to(dtype)])
     a, b = adapter(n, k, r, random.choice([torch.float32, dtype]))
-    y = linear(library, x, w, bias, (a[None], b[None], torch.tensor([0.5]), None))
-    assert error(y, float64(x, w, bias, (a, b, 0.5)), m * r) <= FORWARD[dtype]
+    rank_scale = torch.rand(r) + 0.5
+    y = linear(library, x, w, bias, (a[None], b[None], torch.tensor([0.5]), rank_scale, None))
+    assert error(y, float64(x, w, bias, (a, b, 0.5 * rank_scale)), m * r) <= FORWARD[dtype]
 
 
 @hopper
