@@ -1218,6 +1218,23 @@ class TestCalls:
             expected, got = theirs(ids, attention_mask=mask).logits[:, -9:], own(ids, attention_mask=mask).logits
         close(got[:, 5:], expected[:, 5:])
 
+    @pytest.mark.parametrize("method", ["prompt", "prefix", "deep"])
+    @pytest.mark.parametrize("base", [name for name in OTHERS if "window" in name])
+    def test_packed_sequences_in_a_window_each_begin_with_the_prompt(self, base, method):
+        model = ours(OTHERS[base](), method).eval()
+        model.add_adapter("b", config(fp, method, num_virtual_tokens=2))
+        tiny.randomize(model)
+        model.set_adapter(["default", "b"])
+        parts = torch.randint(1, tiny.VOCAB, (2, 9)), torch.randint(1, tiny.VOCAB, (2, 5))
+        positions = torch.cat([torch.arange(9), torch.arange(5)]).expand(2, -1)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        for names in (["default"] * 2, ["default", "b"], ["b", "__base__"]):
+            got = model(torch.cat(parts, 1), position_ids=positions, use_cache=False, adapter_names=names).logits
+            expected = torch.cat([model(p, use_cache=False, adapter_names=names).logits for p in parts], 1)
+            close(got, expected)
+            both = [torch.autograd.grad(t.square().sum(), learned, materialize_grads=True) for t in (got, expected)]
+            close_each(*both)
+
     def test_several_prompts_lie_in_the_order_given(self):
         base = tf.MistralForCausalLM(tf.MistralConfig(**tiny._LLAMA | {"sliding_window": 6})).eval()
         model = ours(base, "prefix")

@@ -11,8 +11,9 @@ window, 1 where there is none, and takes no memory (its stride is 0). If the cac
 token, its padding gets place minus ``HIDDEN``. That is outside every window, and it moves the prefix, which lies right
 before the first key not hidden, out of the window too. The mask therefore describes the whole pattern; beside one,
 attributes of the module such as ``is_causal`` are not consulted. Patterns of other kinds (packed sequences, chunks,
-whatever a model adds) are transformers' own bool masks; where such a mask is cut to a sliding window, as over Gemma 3's
-images, key positions are its attribute ``_places`` and say where a prefix lies.
+whatever a model adds) are transformers' own bool masks. Where such a mask is cut to a sliding window, its attributes
+say where a prefix lies: ``_places``, key positions, as over Gemma 3's images; of packed sequences ``_packed``, the
+window and where each begins.
 
 A prefix of keys and values, shared by the batch or chosen by row, comes from the attention module itself:
 ``vars(module)["_prefix"].current(batch)`` gives a :class:`~pyfastpeft.adapters.Prefix` or None.
@@ -41,6 +42,7 @@ from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    packed_sequence_mask_function,
     prepare_padding_mask,
     sdpa_mask,
     sliding_window_overlay,
@@ -52,7 +54,7 @@ from ..adapters import Prefix
 from ..formats.packed import FLOATS
 from ..ops.backends import Backend, choose_attention
 from ..ops.prefix_attention import HIDDEN, prefix_attention
-from ..ops.reference import prefix_rows, sees_keys, sees_prefix
+from ..ops.reference import first_shown, prefix_rows, sees_keys, sees_prefix
 from ..ops.tracing import is_compiling, traced
 from .distinct_tokens import are_distinct, attend_in_rows
 
@@ -68,6 +70,7 @@ _EAGER_ONLY = {"softcap": "caps its scores", "s_aux": "has attention sinks", "si
 _SPARSE = ("indices", "block_indices")  # of the keys a query sees
 _AND = and_masks(causal_mask_function).__code__
 _SLIDING = sliding_window_overlay(1).__code__
+_PACKED = packed_sequence_mask_function(torch.empty(0)).__code__
 
 
 def attention_mask(
@@ -93,11 +96,10 @@ def attention_mask(
     """
     causal = mask_function is causal_mask_function and allow_is_causal_skip
     full = mask_function is bidirectional_mask_function and bool(allow_is_bidirectional_skip)
-    window = None
+    window = _window(mask_function, use_vmap, allow_is_bidirectional_skip, config, local_size)
     # What may not be skipped is packed, or one token over a static cache.
-    if allow_is_causal_skip or q_length == 1 < kv_length:
-        window = _window(mask_function, use_vmap, allow_is_bidirectional_skip, config, local_size)
-    if not (causal or full or window):
+    whole = allow_is_causal_skip or q_length == 1 < kv_length
+    if not (causal or full or (window and whole)):
         mask = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -114,8 +116,10 @@ def attention_mask(
             config=config,
             **kwargs,
         )
-        window = _cut_to(mask_function)
-        if window is not None:
+        begins = None if window is None else _begins(mask_function)
+        if begins is not None:
+            mask._packed = window, begins
+        elif (window := _cut_to(mask_function)) is not None:
             padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
             mask._places = _key_positions(padding, kv_length, kv_offset, q_offset, window, batch_size, device)
         return mask
@@ -170,13 +174,25 @@ def _window(
 def _cut_to(mask_function: Callable) -> int | None:
     """The size of the sliding window to which transformers cuts a mask of any kind.
 
-    It comes last of all but packed sequences, which are none of ours. A compiler cannot look into functions.
+    It comes last of all but packed sequences. A compiler cannot look into functions.
     """
     if is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
         return None
     last = mask_function.__closure__[0].cell_contents[-1]
     size = last.__closure__[0].cell_contents if getattr(last, "__code__", None) is _SLIDING else 1
     return size if size > 1 else None
+
+
+def _begins(mask_function: Callable) -> Tensor | None:
+    """Of packed sequences, which transformers adds last, the place at which each query's begins [batch or 1, queries].
+    A compiler cannot look into functions."""
+    if is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
+        return None
+    last = mask_function.__closure__[0].cell_contents[-1]
+    if getattr(last, "__code__", None) is not _PACKED:
+        return None
+    sequences = last.__closure__[0].cell_contents  # numbered from left to right
+    return torch.searchsorted(sequences, sequences)
 
 
 def _sees_all(
@@ -375,7 +391,7 @@ def _dense(
     """Keys and values with the prefix in front, and the mask [batch or 1, 1, queries, keys] of all of them; None: each
     query sees every key."""
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    window, places = None, getattr(mask, "_places", mask)
+    window, places, begins = None, getattr(mask, "_places", mask), None
     positions = torch.arange(queries - keys, queries, device=key.device).unsqueeze(0)  # the last keys are the queries'
     if mask is None and (causal or prefix is not None):
         mask = sees_keys(positions, queries, causal, None).unsqueeze(1)
@@ -383,6 +399,8 @@ def _dense(
         mask = _spread(mask, queries) if mask is places else mask
         window, places = _form(places)
         positions = places[:, 0, 0]
+    elif hasattr(mask, "_packed"):
+        window, begins = mask._packed
     elif _out_of_reach(module, key, mask, prefix, kwargs):
         raise ValueError(
             f"{type(module).__name__} sees a part of the sequence only, and attention_mask is {tuple(mask.shape)}; "
@@ -396,7 +414,8 @@ def _dense(
     if bias is not None and bias.shape[3] != count + keys:
         raise ValueError(f"{type(module).__name__} adds a position bias, which says nothing about a prefix")
     slot, lengths = prefix_rows(batch, count, prefix.index, prefix.lengths, key.device)
-    seen = sees_prefix(count, lengths, positions, queries, window).unsqueeze(1)
+    begins = first_shown(positions) if begins is None else begins
+    seen = sees_prefix(count, lengths, begins, queries, window).unsqueeze(1)
     if mask.dtype != torch.bool:
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
     heads = mask.shape[1]
