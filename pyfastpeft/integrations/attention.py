@@ -31,6 +31,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ from ..adapters import Prefix
 from ..formats.packed import FLOATS
 from ..ops.backends import Backend, choose_attention
 from ..ops.prefix_attention import HIDDEN, prefix_attention
-from ..ops.reference import first_shown, prefix_rows, sees_keys, sees_prefix
+from ..ops.reference import prefix_rows, sees_keys, sees_prefix
 from ..ops.tracing import is_compiling, traced
 from .distinct_tokens import are_distinct, attend_in_rows
 
@@ -98,8 +99,8 @@ def attention_mask(
     full = mask_function is bidirectional_mask_function and bool(allow_is_bidirectional_skip)
     window = _window(mask_function, use_vmap, allow_is_bidirectional_skip, config, local_size)
     # What may not be skipped is packed, or one token over a static cache.
-    whole = allow_is_causal_skip or q_length == 1 < kv_length
-    if not (causal or full or (window and whole)):
+    unpacked = allow_is_causal_skip or q_length == 1 < kv_length
+    if not (causal or full or (window and unpacked)):
         mask = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -116,10 +117,11 @@ def attention_mask(
             config=config,
             **kwargs,
         )
-        begins = None if window is None else _begins(mask_function)
-        if begins is not None:
-            mask._packed = window, begins
-        elif (window := _cut_to(mask_function)) is not None:
+        sequences = _enclosed(mask_function, _PACKED)
+        if sequences is not None:
+            if window is not None:  # sequences are numbered from left to right
+                mask._packed = window, torch.searchsorted(sequences, sequences)
+        elif (window := _enclosed(mask_function, _SLIDING) or 1) > 1:
             padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
             mask._places = _key_positions(padding, kv_length, kv_offset, q_offset, window, batch_size, device)
         return mask
@@ -171,28 +173,14 @@ def _window(
     return local_size if sliding else None
 
 
-def _cut_to(mask_function: Callable) -> int | None:
-    """The size of the sliding window to which transformers cuts a mask of any kind.
-
-    It comes last of all but packed sequences. A compiler cannot look into functions.
-    """
+def _enclosed(mask_function: Callable, code: CodeType) -> Any:
+    """What transformers' function of this ``code`` holds, where it is the last of those that ``mask_function`` joins:
+    the size of a sliding window, to which masks of any kind are cut, or the sequences that are packed, which come after
+    it. Else, and in compiled code, which cannot look into functions, None."""
     if is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
         return None
     last = mask_function.__closure__[0].cell_contents[-1]
-    size = last.__closure__[0].cell_contents if getattr(last, "__code__", None) is _SLIDING else 1
-    return size if size > 1 else None
-
-
-def _begins(mask_function: Callable) -> Tensor | None:
-    """Of packed sequences, which transformers adds last, the place at which each query's begins [batch or 1, queries].
-    A compiler cannot look into functions."""
-    if is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
-        return None
-    last = mask_function.__closure__[0].cell_contents[-1]
-    if getattr(last, "__code__", None) is not _PACKED:
-        return None
-    sequences = last.__closure__[0].cell_contents  # numbered from left to right
-    return torch.searchsorted(sequences, sequences)
+    return last.__closure__[0].cell_contents if getattr(last, "__code__", None) is code else None
 
 
 def _sees_all(
@@ -414,8 +402,7 @@ def _dense(
     if bias is not None and bias.shape[3] != count + keys:
         raise ValueError(f"{type(module).__name__} adds a position bias, which says nothing about a prefix")
     slot, lengths = prefix_rows(batch, count, prefix.index, prefix.lengths, key.device)
-    begins = first_shown(positions) if begins is None else begins
-    seen = sees_prefix(count, lengths, begins, queries, window).unsqueeze(1)
+    seen = sees_prefix(count, lengths, positions, queries, window, begins).unsqueeze(1)
     if mask.dtype != torch.bool:
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
     heads = mask.shape[1]

@@ -164,26 +164,30 @@ def sees_keys(positions: Tensor, tokens: int, causal: bool, window: int | None) 
     return seen if window is None else seen & (places > query - window)
 
 
-def first_shown(positions: Tensor) -> Tensor:
+def sees_prefix(
+    length: int, lengths: Tensor, positions: Tensor, tokens: int, window: int | None, begins: Tensor | None = None
+) -> Tensor:
+    """Bool [B, T, length]: which tokens of its row's prefix, ``lengths`` [B] long, each query sees.
+
+    A prefix lies right before the first visible key of its row; ``positions`` [B or 1, S] are those of the keys. Where
+    rows hold several sequences, it lies right before each: ``begins`` [B or 1, T] of the queries.
+    """
+    j = torch.arange(length, device=lengths.device)
+    seen = (j < lengths[:, None])[:, None, :].expand(-1, tokens, -1)
+    if window is None:
+        return seen
+    begins = _first_shown(positions) if begins is None else begins
+    query = torch.arange(tokens, device=lengths.device)
+    return seen & (j - lengths[:, None, None] > (query - window - begins)[:, :, None])
+
+
+def _first_shown(positions: Tensor) -> Tensor:
     """[B, 1]: the place of the first visible key among those at ``positions`` [B, S]; 0 where there is none."""
     if positions.shape[1] == 0:
         return positions.new_zeros(len(positions), 1)
     shown = positions < HIDDEN // 2
     at = shown.to(torch.uint8).argmax(1, keepdim=True)
     return torch.where(shown.any(1, keepdim=True), positions.gather(1, at), 0)
-
-
-def sees_prefix(length: int, lengths: Tensor, begins: Tensor, tokens: int, window: int | None) -> Tensor:
-    """Bool [B, T, length]: which tokens of its row's prefix, ``lengths`` [B] long, each query sees.
-
-    A prefix lies right before the text: ``begins`` [B or 1, 1], or [B or 1, T] where those of the queries are several.
-    """
-    j = torch.arange(length, device=lengths.device)
-    seen = (j < lengths[:, None])[:, None, :].expand(-1, tokens, -1)
-    if window is None:
-        return seen
-    query = torch.arange(tokens, device=lengths.device)
-    return seen & (j - lengths[:, None, None] > (query - window - begins)[:, :, None])
 
 
 @without_autocast
@@ -218,7 +222,7 @@ def attention(
             _check_range("prefix_lengths", prefix_lengths, 0, length)
             prefix_lengths = prefix_lengths.clamp(0, length)
         row, lengths = prefix_rows(batch, length, prefix_index, prefix_lengths, q.device)
-        visible = torch.cat((sees_prefix(length, lengths, first_shown(positions), tokens, window), visible), -1)
+        visible = torch.cat((sees_prefix(length, lengths, positions, tokens, window), visible), -1)
         # Rows of the prefix as q's dtype holds them.
         k = torch.cat((prefix_k.to(q.dtype).to(wide)[row], k), 2)
         v = torch.cat((prefix_v.to(q.dtype).to(wide)[row], v), 2)
