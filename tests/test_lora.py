@@ -1734,8 +1734,10 @@ class TestInTraining:
         with pytest.warns(UserWarning, match="are unmerged"):
             ours.base_model.set_adapter(["first", "default"])
         ours.merge_adapter(["default"])
-        held = dict(layer.scaling)
-        for change in (lambda: layer.set_scale("default", 3), lambda: layer.scale_layer(3), layer.unscale_layer):
+        held, both = dict(layer.scaling), {"first": 3, "default": 3}
+        changes = [lambda: layer.set_scale("default", 3), lambda: layer.scale_layer(3), layer.unscale_layer]
+        changes.append(lambda: layer.scaling.update(both))
+        for change in changes:
             with pytest.raises(ValueError, match=r"'default' is merged; call unmerge_adapter\(\) first"):
                 change()
             assert layer.scaling == held

@@ -85,6 +85,9 @@ class _Scaling(MutableMapping[str, float]):
     def __setitem__(self, name: str, scaling: float) -> None:
         self._layer.scaling = {name: scaling}
 
+    def update(self, *scaling: Any, **by_name: float) -> None:
+        self._layer.scaling = dict(*scaling, **by_name)
+
     def __delitem__(self, name: str) -> None:
         raise TypeError("a layer's scaling is removed with its adapter")
 
