@@ -36,7 +36,7 @@ def inject_adapter_in_model(
     config = PeftConfig.from_peft(peft_config)
     if config.is_prompt_learning:
         raise ValueError(f"peft_config is a {type(config).__name__}, a soft prompt, which needs get_peft_model")
-    held = vars(model).get(INJECTED)
+    held = vars(model).get(INJECTED) if isinstance(model, nn.Module) else None
     if held is None:
         held = vars(model)[INJECTED] = PeftModel(model, config, adapter_name)  # no submodule of its own base
         model.peft_config = held.peft_config
@@ -107,12 +107,16 @@ def set_peft_model_state_dict(
         As PEFT's, ``missing_keys`` and ``unexpected_keys``, which are empty: such tensors are refused.
 
     Raises:
-        TypeError: ``peft_model_state_dict`` is no mapping.
+        TypeError: ``peft_model_state_dict`` is no mapping of names to tensors.
         ValueError: a key is missing or too many, or a shape differs; nothing has changed then.
     """
     if not isinstance(peft_model_state_dict, Mapping):
         kind = type(peft_model_state_dict).__name__
         raise TypeError(f"peft_model_state_dict is a {kind}; it must be a mapping of names to tensors")
+    for key, t in peft_model_state_dict.items():
+        if not (isinstance(key, str) and isinstance(t, Tensor)):
+            kind = f"{type(key).__name__} to a {type(t).__name__}"
+            raise TypeError(f"peft_model_state_dict maps {key!r}, a {kind}; it must map names to tensors")
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes is True; it must be False: an adapter is filled as a whole or not")
     held, prefix = _adapters_and_prefix(model)

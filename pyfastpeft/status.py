@@ -66,7 +66,7 @@ def adapters_of(model: nn.Module) -> PeftModel:
     Raises:
         TypeError: it has no adapters.
     """
-    held = vars(model).get(INJECTED, model)
+    held = vars(model).get(INJECTED, model) if isinstance(model, nn.Module) else None
     if not isinstance(getattr(held, "base_model", None), AdaptedModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a PeftModel, or have adapters injected")
     return held
