@@ -340,7 +340,7 @@ def _cross_entropy(
 def _check_observed(tensors: Sequence[Tensor]) -> None:
     if any(isinstance(t, DeferredLogits) and t.form.call.loss_taken for t in tensors):
         raise RuntimeError(
-            "the loss was computed without these logits, so no gradient will reach them; "
+            "a loss was computed without these logits, so its gradient will not reach them; "
             "call pyfastpeft.integrations.deferred_logits.defer_logits(model, False) before the forward"
         )
 
