@@ -246,6 +246,9 @@ class AdapterBank:
         self._let: set[str] = set()  # for which :meth:`let_train` was called
         self._held: dict[str, int] = {}  # by name: the change by which it was taken up
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"kept": {}}  # it is known by where this object's own tensors are
+
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the adapters in use."""

@@ -1663,6 +1663,15 @@ def without_attention(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_was_called_with_other_parameters_can_be_copied(method):
+    own, ids = ours(llama(), method).eval(), tiny.inputs()["input_ids"]
+    given = {name: parameter * 2.0 for name, parameter in own.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        torch.func.functional_call(own, given, (), {"input_ids": ids})
+        close(copy.deepcopy(own)(input_ids=ids).logits, own(input_ids=ids).logits)
+
+
 def test_positions_are_lengthened_for_a_prompt_in_its_own_thread_alone():
     class Rotary(torch.nn.Module):
         def forward(self, x, position_ids):
