@@ -139,8 +139,8 @@ class Packed4bit:
         """Apply ``fn`` (a move or a copy) to every tensor *as bytes*, so that no dtype conversion can touch a value."""
 
         def one(t: Tensor) -> Tensor:
-            # A scalar cannot be viewed as bytes of another size.
-            return fn(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape)
+            # A scalar cannot be viewed as bytes of another size; and `Module.type` converts bytes as well.
+            return fn(t.reshape(-1).view(torch.uint8)).to(torch.uint8).view(t.dtype).view(t.shape)
 
         out = {name: one(t) for name, t in self._tensors().items()}
         nested = None if self.nested is None else NestedScales(out["absmax2"], out["offset"])
