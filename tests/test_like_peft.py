@@ -358,6 +358,22 @@ def test_a_base_that_carries_adapters_is_not_adapted_again(first, second, tmp_pa
     fp.get_peft_model(model.unload(), second)
 
 
+@pytest.mark.parametrize("first", [LORA, PROMPT], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("second", [LORA, PROMPT], ids=lambda c: type(c).__name__)
+def test_of_two_models_around_one_base_a_single_one_gets_adapters(first, second):
+    base = tiny.make()
+    one, other = fp.PeftModel(base), fp.PeftModel(base)
+    one.add_adapter("a", first)
+    one.set_adapter("a")
+    ids = torch.arange(1, 6).unsqueeze(0)
+    expected = one.eval()(ids).logits
+    with pytest.raises(ValueError, match=r"carries the adapters \['a'\] of another PeftModel"):
+        other.add_adapter("b", second)
+    assert not other.peft_config and torch.equal(one(ids).logits, expected)
+    one.delete_adapter("a")
+    other.add_adapter("b", second)
+
+
 def _by_transformers(base, config, deletes=False):
     with mock.patch("transformers.integrations.peft.check_peft_version"):  # 5.24 asks for a version that is not out
         base.add_adapter(config, "a")

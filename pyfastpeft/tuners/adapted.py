@@ -172,6 +172,12 @@ class AdaptedModel(OneDevice, nn.Module):
     ) -> None:
         """Attach an adapter as :meth:`Tuner.attach` says; on any error the model is as it was."""
         check_new(name, self.configs)
+        carried = vars(self.model).get(CARRIED)
+        if carried and carried is not self.configs:
+            raise ValueError(
+                f"model carries the adapters {list(carried)} of another PeftModel by now, in which these would not be "
+                "computed; add them to that one"
+            )
         tuner = self.tuner(config)
         unmatched = unmatched_saved(config, self.model)
         if strict and unmatched:
