@@ -570,6 +570,16 @@ class TestBadInput:
             model.hotswap_adapter(tmp_path)
         assert_same_outputs(model(**batch), expected)
 
+    def test_rows_that_the_submodules_cannot_share_are_not_swapped_in(self, tmp_path):
+        name = "t5 SEQ_2_SEQ_LM"
+        fp.get_peft_model(make(name), config(fp, name, "prompt")).save_pretrained(tmp_path)
+        model, batch = fp.PeftModel.from_pretrained(make(name), tmp_path).eval(), batch_of(name)
+        expected = model(**batch)
+        rows = torch.cat([*fp.get_peft_model_state_dict(model).values(), torch.ones(1, 32)])
+        with pytest.raises(ValueError, match=f"has {2 * N + 1} rows; their number must be a multiple of 2"):
+            model.hotswap_adapter({"prompt_embeddings": rows})
+        assert_same_outputs(model(**batch), expected)
+
     def test_models_that_take_no_soft_prompt(self):
         shared = tf.AlbertModel(tf.AlbertConfig(**_BERT, embedding_size=32))
         own = tf.DebertaV2Model(tf.DebertaV2Config(**_BERT))
