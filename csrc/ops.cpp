@@ -126,15 +126,21 @@ void pack_pairs(Tensor m, Tensor out) {
   if (tiles > 0) pf::parallel_for(tiles, kFlatGrain / (tile_elements + 1) + 1, body);
 }
 
+// `fresh`, a new tensor: of 4096 x 4096 in small pages, touching them takes longer than decoding into them.
+Tensor on_large_pages(Tensor fresh) {
+  pf::advise_huge_pages(fresh.mutable_data_ptr(), fresh.numel() * static_cast<int64_t>(fresh.element_size()));
+  return fresh;
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize_4bit(Tensor w, int64_t format, int64_t blocksize) {
   const pf::Kernels& k = kernels();
   check_format(format, blocksize);
   STD_TORCH_CHECK(w.is_contiguous(), "w must be contiguous");
   const int dtype = dtype_of(w, "w");
   const int64_t n = w.numel(), blocks = pf::ceil_div(n, blocksize);
-  Tensor codes = torch::stable::new_empty(w, {(n + 1) / 2, 1}, ScalarType::Byte);
-  Tensor scale = torch::stable::new_empty(w, {blocks}, ScalarType::Float);
-  Tensor zero = torch::stable::new_empty(w, {format == pf::kINT4 ? blocks : 0}, ScalarType::Float);
+  Tensor codes = on_large_pages(torch::stable::new_empty(w, {(n + 1) / 2, 1}, ScalarType::Byte));
+  Tensor scale = on_large_pages(torch::stable::new_empty(w, {blocks}, ScalarType::Float));
+  Tensor zero = on_large_pages(torch::stable::new_empty(w, {format == pf::kINT4 ? blocks : 0}, ScalarType::Float));
   const void* src = w.const_data_ptr();
   uint8_t* out = codes.mutable_data_ptr<uint8_t>();
   float *scales = scale.mutable_data_ptr<float>(), *zeros = zero.mutable_data_ptr<float>();
@@ -159,7 +165,7 @@ Tensor dequantize_4bit(Tensor codes, Tensor scale, OptTensor zero, int64_t forma
   STD_TORCH_CHECK(!zero.has_value() ||
                       (zero->scalar_type() == ScalarType::Float && zero->is_contiguous() && zero->numel() == blocks),
                   "zero must be contiguous float32, one a block");
-  Tensor out = torch::stable::new_empty(codes, shape, dtype);
+  Tensor out = on_large_pages(torch::stable::new_empty(codes, shape, dtype));
   const int to = dtype_of(out, "dtype");
   const float* zeros = zero.has_value() ? zero->const_data_ptr<float>() : nullptr;
   const uint8_t* in = codes.const_data_ptr<uint8_t>();
@@ -181,10 +187,9 @@ Tensor pack_tiles(Tensor codes, int64_t n, int64_t k) {
   check_matrix(n, k);
   STD_TORCH_CHECK(codes.is_contiguous() && codes.numel() == n * k / 2, "codes must be contiguous, N K / 2 bytes");
   const int64_t tiles = pf::ceil_div(n, pf::kTile);
-  Tensor out = torch::stable::new_empty(codes, {tiles, 8 * k});
+  Tensor out = on_large_pages(torch::stable::new_empty(codes, {tiles, 8 * k}));
   const uint8_t* in = codes.const_data_ptr<uint8_t>();
   uint8_t* dst = out.mutable_data_ptr<uint8_t>();
-  pf::advise_huge_pages(dst, tiles * 8 * k);
   pf::parallel_for(tiles, kFlatGrain / (k * pf::kTile) + 1,
                    [&](int64_t t0, int64_t t1) { pf::pack_tiles(in, n, k, dst, t0, t1); });
   pf::move_to_huge_pages(dst, tiles * 8 * k);
@@ -195,7 +200,7 @@ Tensor unpack_tiles(Tensor codes, int64_t n, int64_t k) {
   check_matrix(n, k);
   const int64_t tiles = pf::ceil_div(n, pf::kTile);
   STD_TORCH_CHECK(codes.is_contiguous() && codes.numel() == tiles * 8 * k, "codes must be contiguous [tiles, 8 K]");
-  Tensor out = torch::stable::new_empty(codes, {n * k / 2, 1});
+  Tensor out = on_large_pages(torch::stable::new_empty(codes, {n * k / 2, 1}));
   const uint8_t* in = codes.const_data_ptr<uint8_t>();
   uint8_t* dst = out.mutable_data_ptr<uint8_t>();
   pf::parallel_for(tiles, kFlatGrain / (k * pf::kTile) + 1,
@@ -219,11 +224,10 @@ pf::Weight scale_layout(const Tensor& scale, int64_t n, int64_t k, int64_t block
 Tensor pack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   const pf::Weight w = scale_layout(scale, n, k, blocksize);
   STD_TORCH_CHECK(scale.numel() == pf::ceil_div(n * k, blocksize), "scale must hold one element a block");
-  Tensor out = torch::stable::new_empty(scale, {w.tiles(), w.segments(), pf::kTile});
+  Tensor out = on_large_pages(torch::stable::new_empty(scale, {w.tiles(), w.segments(), pf::kTile}));
   const int size = static_cast<int>(scale.element_size());
   const void* in = scale.const_data_ptr();
   void* dst = out.mutable_data_ptr();
-  pf::advise_huge_pages(dst, out.numel() * size);
   pf::parallel_for(w.tiles(), kFlatGrain / (w.segments() * pf::kTile) + 1,
                    [&](int64_t t0, int64_t t1) { pf::pack_scales(in, size, w, dst, t0, t1); });
   pf::move_to_huge_pages(dst, out.numel() * size);
@@ -234,7 +238,7 @@ Tensor unpack_scales(Tensor scale, int64_t n, int64_t k, int64_t blocksize) {
   const pf::Weight w = scale_layout(scale, n, k, blocksize);
   STD_TORCH_CHECK(scale.numel() == w.tiles() * w.segments() * pf::kTile, "scale must be [tiles, segments, 16]");
   const int64_t blocks = pf::ceil_div(n * k, blocksize);
-  Tensor out = torch::stable::new_empty(scale, {blocks});
+  Tensor out = on_large_pages(torch::stable::new_empty(scale, {blocks}));
   const int size = static_cast<int>(scale.element_size());
   const void* in = scale.const_data_ptr();
   void* dst = out.mutable_data_ptr();
