@@ -6,16 +6,20 @@
 namespace pf {
 namespace {
 
-// The nibbles at bits 0, 8, 16, 24 of v gathered into 16 bits.
-inline uint32_t gather_nibbles(uint32_t v) {
-  v &= 0x0F0F0F0F;
-  v = (v | v >> 4) & 0x00FF00FF;
-  return (v | v >> 8) & 0xFFFF;
+// Of each half of v the nibbles at bits 0, 8, 16, 24 gathered into its lower 16 bits.
+inline uint64_t gather_nibbles(uint64_t v) {
+  v &= 0x0F0F0F0F0F0F0F0F;
+  v = (v | v >> 4) & 0x00FF00FF00FF00FF;
+  return (v | v >> 8) & 0x0000FFFF0000FFFF;
 }
-inline uint32_t spread_nibbles(uint32_t v) {
-  v = (v | v << 8) & 0x00FF00FF;
-  return (v | v << 4) & 0x0F0F0F0F;
+inline uint64_t spread_nibbles(uint64_t v) {
+  v &= 0x0000FFFF0000FFFF;
+  v = (v | v << 8) & 0x00FF00FF00FF00FF;
+  return (v | v << 4) & 0x0F0F0F0F0F0F0F0F;
 }
+
+// Groups of columns that are converted together; K is a multiple of their columns.
+constexpr int64_t kGroups = 2;
 
 }  // namespace
 
@@ -24,14 +28,16 @@ void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64
     const int64_t row0 = tile * kTile, count = std::min<int64_t>(kTile, n - row0);
     const uint8_t* from = rows + row0 * k / 2;
     uint8_t* to = tiles + tile * k * (kTile / 2);
-    for (int64_t group = 0; group < k / kGroupColumns; ++group, to += 64) {
-      uint32_t lanes[kTile] = {};
+    for (int64_t group = 0; group < k / kGroupColumns; group += kGroups, to += 128) {
+      uint32_t lanes[kGroups][kTile] = {};
       for (int64_t lane = 0; lane < count; ++lane) {
-        uint32_t v;
-        std::memcpy(&v, from + lane * k / 2 + group * 4, 4);
-        lanes[lane] = gather_nibbles(v >> 4) | gather_nibbles(v) << 16;
+        uint64_t v;
+        std::memcpy(&v, from + lane * k / 2 + group * 4, 8);
+        v = gather_nibbles(v >> 4) | gather_nibbles(v) << 16;
+        lanes[0][lane] = static_cast<uint32_t>(v);
+        lanes[1][lane] = static_cast<uint32_t>(v >> 32);
       }
-      std::memcpy(to, lanes, 64);
+      std::memcpy(to, lanes, 128);
     }
   }
 }
@@ -41,12 +47,13 @@ void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int
     const int64_t row0 = tile * kTile, count = std::min<int64_t>(kTile, n - row0);
     const uint8_t* from = tiles + tile * k * (kTile / 2);
     uint8_t* to = rows + row0 * k / 2;
-    for (int64_t group = 0; group < k / kGroupColumns; ++group, from += 64) {
-      uint32_t lanes[kTile];
-      std::memcpy(lanes, from, 64);
+    for (int64_t group = 0; group < k / kGroupColumns; group += kGroups, from += 128) {
+      uint32_t lanes[kGroups][kTile];
+      std::memcpy(lanes, from, 128);
       for (int64_t lane = 0; lane < count; ++lane) {
-        const uint32_t v = spread_nibbles(lanes[lane] & 0xFFFF) << 4 | spread_nibbles(lanes[lane] >> 16);
-        std::memcpy(to + lane * k / 2 + group * 4, &v, 4);
+        uint64_t v = lanes[0][lane] | uint64_t{lanes[1][lane]} << 32;
+        v = spread_nibbles(v) << 4 | spread_nibbles(v >> 16);
+        std::memcpy(to + lane * k / 2 + group * 4, &v, 8);
       }
     }
   }
