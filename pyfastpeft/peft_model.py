@@ -511,7 +511,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             combination_type: "cat" (exact; the ranks add up), "svd" (the best approximation of rank ``svd_rank``), or
                 "linear" (A's and B's are summed by themselves; equal ranks). "ties", "dare_linear", "dare_ties" and
                 "magnitude_prune" are "linear", and "ties_svd" … "svd", of the share ``density`` of the elements
-                (see :func:`.tuners.task_arithmetic.summed`).
+                (see :func:`.tuners.task_arithmetic.summed`); of a single adapter all elements are kept, as in PEFT.
             svd_rank: default: the largest rank among ``adapters``.
             density: above 0, at most 1; for those that leave elements out.
             majority_sign_method: "total" or "frequency"; for "ties" and "dare_ties".
@@ -642,8 +642,10 @@ class PeftModel(PushToHubMixin, nn.Module):
                 "(pissa, olora, loftq) is written as it is, for that base"
             )
         names = self.base_model.known(self.peft_config if selected_adapters is None else selected_adapters)
-        if not (names or selected_adapters):
+        if not self.peft_config:
             raise ValueError("there is no adapter to save: none was added, or they were deleted or unloaded")
+        if not names:
+            raise ValueError(f"selected_adapters is {selected_adapters!r}; it must name an adapter, or be None for all")
         if not is_main_process:
             return
         for name in names:

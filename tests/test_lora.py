@@ -1246,6 +1246,18 @@ class TestSeveralAdapters:
             if "mix" in getattr(m, "lora_A", {}) and not isinstance(m, nn.ModuleDict)
         }
 
+    @pytest.mark.parametrize("kind", ["ties", "dare_linear_svd", "magnitude_prune", "svd"])
+    def test_add_weighted_adapter_leaves_nothing_of_a_single_one_out(self, kind, seed):
+        models = pair(tiny.make(), seed)
+        tiny.randomize(models[0])
+        tiny.copy_adapters(*models)
+        kwargs = {} if kind == "svd" else {"density": 0.3}
+        for model in models:
+            model.add_weighted_adapter(["default"], [0.7], "part", combination_type=kind, **kwargs)
+            model.set_adapter("part")
+        batch = tiny.inputs()
+        assert relative(models[0](**batch).logits, models[1](**batch).logits) < 1e-4
+
     def test_add_weighted_adapter_refuses_what_it_cannot_combine(self):
         model = block("a", "b")
         model.add_adapter("c", fp.LoraConfig(r=3, target_modules=["linear"]))

@@ -44,6 +44,8 @@ def combine(
     _check(configs, names, weights, combination_type, svd_rank)
     kind = _SVD.get(combination_type, "linear" if combination_type == "cat" else combination_type)
     check_pruning(combination_type, kind, density, majority_sign_method)
+    if len(names) == 1:
+        kind, density = "linear", None  # as in PEFT: there is nothing that others could disturb
     layers = {p: layer for p, layer in model.bank.layers.items() if any(n in layer.r for n in names)}
     held = {p: [(n, w) for n, w in zip(names, weights, strict=True) if n in layer.r] for p, layer in layers.items()}
     sizes = {p: [layers[p].capacity(n) for n, _ in own] for p, own in held.items()}
