@@ -51,8 +51,11 @@ def prompts_of(
     """Each conversation's token ids up to where its answer begins, and how many tokens the answer can have.
 
     Raises:
-        ValueError: a conversation that cannot be asked; it names it as ``called`` does (default: by its number).
+        ValueError: ``adapter_names`` of another length; a conversation that cannot be asked, which it names as
+            ``called`` does (default: by its number).
     """
+    if adapter_names is not None and len(adapter_names) != len(conversations):
+        raise ValueError(f"adapter_names has {len(adapter_names)} names; there are {len(conversations)} conversations")
     rows, positions = embedded_tokens(model), learned_positions(model)
     prompts, room = [], []
     for number, messages in enumerate(conversations, 1):

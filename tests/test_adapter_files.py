@@ -183,6 +183,9 @@ def test_other_adapters_lie_in_folders_of_their_names(tmp_path):
     assert again.peft_config["third"].r == 2
     model.save_pretrained(tmp_path / "one", selected_adapters=["other"])
     assert [p.name for p in (tmp_path / "one").iterdir()] == ["other"]
+    with pytest.raises(ValueError, match=r"selected_adapters is \[\]; it must name an adapter"):
+        model.save_pretrained(tmp_path / "none", selected_adapters=[])
+    assert not (tmp_path / "none").exists()
 
 
 def test_is_trainable_decides_whether_it_trains(tmp_path):

@@ -761,6 +761,9 @@ def test_a_prompt_longer_than_the_learned_positions_is_refused_and_an_answer_end
     with pytest.raises(ValueError, match="prompt 1 has 30 tokens beside 4 virtual ones"):
         answer(model, tokenizer, talks, 1, adapter_names=["a"])
     answer(model, tokenizer, talks, 100, adapter_names=["__base__"])
+    for names in ([], ["a", "a"]):
+        with pytest.raises(ValueError, match=f"adapter_names has {len(names)} names; there are 1 conversations"):
+            answer(model, tokenizer, talks, 1, adapter_names=names)
 
 
 def chain(*texts):

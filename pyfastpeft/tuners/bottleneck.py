@@ -5,6 +5,7 @@ PEFT has no such method: the folders have its layout, with a ``peft_type`` of th
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -76,8 +77,8 @@ class BottleneckConfig(PeftConfig):
         super().__post_init__()
         check_choice("placement", self.placement, PLACEMENTS)
         factor = self.reduction_factor
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
-            raise ValueError(f"reduction_factor is {factor!r}; it must be a number above 0")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+            raise ValueError(f"reduction_factor is {factor!r}; it must be a finite number above 0")
         check_choice("activation", self.activation, ACTIVATIONS)
         self.target_modules = names_or_pattern("target_modules", self.target_modules)
 
