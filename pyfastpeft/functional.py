@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hub.files import check_named
 from .hub.peft import read_tensors, without_duplicates
 from .peft_model import IncompatibleKeys, PeftModel
-from .status import INJECTED, adapters_of
+from .status import INJECTED, adapters_of, injected
 from .tuners.base import PeftConfig
 from .tuners.tuner import Tuner
 
@@ -36,7 +37,7 @@ def inject_adapter_in_model(
     config = PeftConfig.from_peft(peft_config)
     if config.is_prompt_learning:
         raise ValueError(f"peft_config is a {type(config).__name__}, a soft prompt, which needs get_peft_model")
-    held = vars(model).get(INJECTED) if isinstance(model, nn.Module) else None
+    held = injected(model)
     if held is None:
         held = vars(model)[INJECTED] = PeftModel(model, config, adapter_name)  # no submodule of its own base
         model.peft_config = held.peft_config
@@ -113,10 +114,7 @@ def set_peft_model_state_dict(
     if not isinstance(peft_model_state_dict, Mapping):
         kind = type(peft_model_state_dict).__name__
         raise TypeError(f"peft_model_state_dict is a {kind}; it must be a mapping of names to tensors")
-    for key, t in peft_model_state_dict.items():
-        if not (isinstance(key, str) and isinstance(t, Tensor)):
-            kind = f"{type(key).__name__} to a {type(t).__name__}"
-            raise TypeError(f"peft_model_state_dict maps {key!r}, a {kind}; it must map names to tensors")
+    check_named(peft_model_state_dict, "peft_model_state_dict")
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes is True; it must be False: an adapter is filled as a whole or not")
     held, prefix = _adapters_and_prefix(model)

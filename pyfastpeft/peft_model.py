@@ -18,7 +18,7 @@ from torch.func import functional_call
 from transformers.utils import PushToHubMixin
 
 from .adapters import CARRIED, NO_ROWS, Names, Rows
-from .hub.files import as_path, save_safetensors
+from .hub.files import as_path, check_named, save_safetensors
 from .hub.peft import OWN_NAME, adapter_folder, complete_card, read_own, read_tensors, write_adapter
 from .integrations.accelerate import fuse, is_fused, take_over, unfuse
 from .integrations.attention import with_sdpa
@@ -28,11 +28,11 @@ from .integrations.packed_images import check_shares
 from .integrations.trainer import teach_trainer
 from .ops.checks import floating_dtype
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from .tuners.adapted import AdaptedModel, check_name, check_new
+from .tuners.adapted import AdaptedModel, check_carries_nothing, check_name, check_new
 from .tuners.base import PeftConfig, PeftType, TaskType
 from .tuners.lora import LoraConfig
 from .tuners.lora_weighted import combine
-from .tuners.modules import WRAPPERS, dequantize_model
+from .tuners.modules import dequantize_model
 from .tuners.soft_prompt import KEY, SoftPromptConfig, SoftPromptTuner
 
 
@@ -75,20 +75,7 @@ def get_peft_model(
 def _check_base(model: Any) -> None:
     if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module without adapters")
-    for path, module in model.named_modules():
-        carrier = f"model is a {type(model).__name__} {f'whose {path!r}' if path else 'that'} carries"
-        held = vars(module).get(CARRIED)
-        if held or isinstance(module, WRAPPERS):  # the latter: inside of what carries them
-            adapters = f"the adapters {list(held)}" if held else "adapters"
-            raise ValueError(
-                f"{carrier} {adapters} of a PeftModel already; add others to that one (add_adapter, load_adapter), or "
-                "call its unload() or merge_and_unload() first"
-            )
-        if any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
-            raise ValueError(
-                f"{carrier} adapters of PEFT's own, or what is left of them; call its unload() or merge_and_unload() "
-                "first, or load the model anew"
-            )
+    check_carries_nothing(model)
 
 
 @contextmanager
@@ -856,7 +843,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 that the tensors have.
 
         Raises:
-            TypeError: a value that is no tensor.
+            TypeError: a key that is no name, a value that is no tensor.
             ValueError: an unknown adapter, a rank larger than the one in place, a key or shape that does not fit, no
                 tensors at all.
         """
@@ -868,9 +855,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             label = str(path)
         elif isinstance(source, Mapping):
             tensors, label = source, "the state dict"
-            for key, tensor in tensors.items():
-                if not isinstance(tensor, Tensor):
-                    raise TypeError(f"{label}: {key} is a {type(tensor).__name__}; it must be a tensor")
+            check_named(tensors, label)
         else:
             raise ValueError(f"source is {source!r}; it must be a folder, a hub repository or a dict of tensors")
         if not tensors:

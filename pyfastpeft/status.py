@@ -60,13 +60,19 @@ class TunerModelStatus:
     quantization_backend: str | Irregular | None
 
 
+def injected(model: Any) -> PeftModel | None:
+    """What was injected into ``model``, if anything."""
+    return vars(model).get(INJECTED) if isinstance(model, nn.Module) else None
+
+
 def adapters_of(model: nn.Module) -> PeftModel:
     """``model`` itself, or what was injected into it.
 
     Raises:
         TypeError: it has no adapters.
     """
-    held = vars(model).get(INJECTED, model) if isinstance(model, nn.Module) else None
+    held = injected(model)
+    held = model if held is None else held
     if not isinstance(getattr(held, "base_model", None), AdaptedModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a PeftModel, or have adapters injected")
     return held

@@ -602,7 +602,8 @@ def test_none_in_the_place_of_a_model_or_a_mapping_is_named():
         (lambda: fp.get_peft_config(None), "config_dict is a NoneType; it must be a dict"),
         (lambda: fp.prepare_model_for_kbit_training(None), "model is a NoneType; it must be a torch.nn.Module"),
         (lambda: fp.set_peft_model_state_dict(model, None), "peft_model_state_dict is a NoneType; it must be"),
-        (lambda: fp.set_peft_model_state_dict(model, {"lora_A": None}), "maps 'lora_A', a str to a NoneType; it must"),
+        (lambda: fp.set_peft_model_state_dict(model, {"lora_A": None}), "lora_A is a NoneType; it must be a tensor"),
+        (lambda: fp.set_peft_model_state_dict(model, {1: torch.ones(1)}), "the key 1 is a int; it must be a str"),
         (lambda: fp.inject_adapter_in_model(fp.LoraConfig(), None), "model is a NoneType; it must be"),
         (lambda: fp.get_peft_model_state_dict(None), "model is a NoneType; it must be a PeftModel"),
     ):

@@ -362,14 +362,15 @@ def test_a_base_that_carries_adapters_is_not_adapted_again(first, second, tmp_pa
 @pytest.mark.parametrize("second", [LORA, PROMPT], ids=lambda c: type(c).__name__)
 def test_of_two_models_around_one_base_a_single_one_gets_adapters(first, second):
     base = tiny.make()
-    one, other = fp.PeftModel(base), fp.PeftModel(base)
+    one, other, around = fp.PeftModel(base), fp.PeftModel(base), fp.PeftModel(torch.nn.Sequential(base))
     one.add_adapter("a", first)
     one.set_adapter("a")
     ids = torch.arange(1, 6).unsqueeze(0)
     expected = one.eval()(ids).logits
-    with pytest.raises(ValueError, match=r"carries the adapters \['a'\] of another PeftModel"):
-        other.add_adapter("b", second)
-    assert not other.peft_config and torch.equal(one(ids).logits, expected)
+    for late, config in ((other, second), (around, LORA)):
+        with pytest.raises(ValueError, match=r"carries the adapters \['a'\] of a PeftModel already"):
+            late.add_adapter("b", config)
+        assert not late.peft_config and torch.equal(one(ids).logits, expected)
     one.delete_adapter("a")
     other.add_adapter("b", second)
 

@@ -200,6 +200,19 @@ def check_tensors(
         check_kind(key, tensor, key not in whole, source)
 
 
+def check_named(tensors: Mapping[Any, Any], source: str) -> None:
+    """Whether a mapping that a caller gives is one of names to tensors.
+
+    Raises:
+        TypeError: a key or a value is something else.
+    """
+    for key, tensor in tensors.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{source}: the key {key!r} is a {type(key).__name__}; it must be a str")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{source}: {key} is a {type(tensor).__name__}; it must be a tensor")
+
+
 def check_kind(key: str, tensor: Tensor, floating: bool, source: str) -> None:
     """Whether the values of ``tensor`` are of the kind that they replace."""
     if tensor.is_floating_point() != floating:

@@ -67,6 +67,28 @@ _SCALED_WHERE_TIED = ("switch_transformers", "udop", "umt5")  # UMT5 in transfor
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
+def check_carries_nothing(model: nn.Module) -> None:
+    """Whether ``model`` can get its first adapter.
+
+    Raises:
+        ValueError: another model's adapters are in it, or PEFT's own.
+    """
+    for path, module in model.named_modules():
+        carrier = f"model is a {type(model).__name__} {f'whose {path!r}' if path else 'that'} carries"
+        held = vars(module).get(CARRIED)
+        if held or isinstance(module, WRAPPERS):  # the latter: inside of what carries them
+            adapters = f"the adapters {list(held)}" if held else "adapters"
+            raise ValueError(
+                f"{carrier} {adapters} of a PeftModel already; add others to that one (add_adapter, load_adapter), or "
+                "call its unload() or merge_and_unload() first"
+            )
+        if any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
+            raise ValueError(
+                f"{carrier} adapters of PEFT's own, or what is left of them; call its unload() or merge_and_unload() "
+                "first, or load the model anew"
+            )
+
+
 class AdaptedModel(OneDevice, nn.Module):
     """``model`` is the base model, changed in place; ``configs`` the adapters' configurations by name.
 
@@ -172,12 +194,8 @@ class AdaptedModel(OneDevice, nn.Module):
     ) -> None:
         """Attach an adapter as :meth:`Tuner.attach` says; on any error the model is as it was."""
         check_new(name, self.configs)
-        carried = vars(self.model).get(CARRIED)
-        if carried and carried is not self.configs:
-            raise ValueError(
-                f"model carries the adapters {list(carried)} of another PeftModel by now, in which these would not be "
-                "computed; add them to that one"
-            )
+        if not self.configs:
+            check_carries_nothing(self.model)  # also by now: another may have been made around it since
         tuner = self.tuner(config)
         unmatched = unmatched_saved(config, self.model)
         if strict and unmatched:
