@@ -28,16 +28,17 @@ void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64
     const int64_t row0 = tile * kTile, count = std::min<int64_t>(kTile, n - row0);
     const uint8_t* from = rows + row0 * k / 2;
     uint8_t* to = tiles + tile * k * (kTile / 2);
-    for (int64_t group = 0; group < k / kGroupColumns; group += kGroups, to += 128) {
+    for (int64_t group = 0; group < k / kGroupColumns; group += kGroups) {
       uint32_t lanes[kGroups][kTile] = {};
       for (int64_t lane = 0; lane < count; ++lane) {
         uint64_t v;
-        std::memcpy(&v, from + lane * k / 2 + group * 4, 8);
+        std::memcpy(&v, from + lane * k / 2 + group * 4, sizeof(v));
         v = gather_nibbles(v >> 4) | gather_nibbles(v) << 16;
         lanes[0][lane] = static_cast<uint32_t>(v);
         lanes[1][lane] = static_cast<uint32_t>(v >> 32);
       }
-      std::memcpy(to, lanes, 128);
+      std::memcpy(to, lanes, sizeof(lanes));
+      to += sizeof(lanes);
     }
   }
 }
@@ -47,13 +48,14 @@ void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int
     const int64_t row0 = tile * kTile, count = std::min<int64_t>(kTile, n - row0);
     const uint8_t* from = tiles + tile * k * (kTile / 2);
     uint8_t* to = rows + row0 * k / 2;
-    for (int64_t group = 0; group < k / kGroupColumns; group += kGroups, from += 128) {
+    for (int64_t group = 0; group < k / kGroupColumns; group += kGroups) {
       uint32_t lanes[kGroups][kTile];
-      std::memcpy(lanes, from, 128);
+      std::memcpy(lanes, from, sizeof(lanes));
+      from += sizeof(lanes);
       for (int64_t lane = 0; lane < count; ++lane) {
         uint64_t v = lanes[0][lane] | uint64_t{lanes[1][lane]} << 32;
         v = spread_nibbles(v) << 4 | spread_nibbles(v >> 16);
-        std::memcpy(to + lane * k / 2 + group * 4, &v, 8);
+        std::memcpy(to + lane * k / 2 + group * 4, &v, sizeof(v));
       }
     }
   }
