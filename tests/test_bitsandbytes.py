@@ -164,6 +164,13 @@ def test_a_damaged_state_is_refused_by_key_and_rule(key, value, message):
     assert message in str(error.value)
 
 
+def test_a_tensor_without_values_is_refused_by_name():
+    state = packed_to_state(fp.quantize_4bit(torch.randn(64, 64), double_quant=True), "w")
+    for key, tensor in state.items():
+        with pytest.raises(ValueError, match=f"^{key} is a meta tensor"):
+            packed_from_state(state | {key: tensor.to("meta")}, "w")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -84,6 +84,8 @@ def packed_from_state(state: Mapping[str, Tensor], key: str) -> Packed4bit:
         ValueError: a key that is missing or unknown, or a tensor or JSON field that breaks a rule; both are named.
     """
     own = {name.removeprefix(key + "."): t for name, t in state.items() if name.startswith(key + ".")}
+    if empty := sorted(name for name, t in state.items() if t.is_meta and (name == key or name.startswith(key + "."))):
+        raise ValueError(f"{empty[0]} is a meta tensor, which has no values; it must hold a part of a 4-bit weight")
     if unknown := sorted(own.keys() - set(STATE_SUFFIXES)):
         raise ValueError(f"{key}.{unknown[0]} is not a key of a 4-bit weight; those are {', '.join(STATE_SUFFIXES)}")
     present = [quant_type for quant_type, suffix in _QUANT_STATE.items() if suffix in own]
