@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from architectures import (
     ARCHITECTURES,
     WITH_SCORES,
@@ -105,6 +106,28 @@ def test_adapters_stand_at_the_ends_of_the_sublayers(architecture):
     rest = set(both) - set(after_ffn)
     assert len(rest) == layers + 2 * (architecture == "t5")
     assert all(path.endswith(attention) for path in rest)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "of_images"),
+    [
+        ("qwen2_vl", "visual.blocks.{}.attn.proj visual.blocks.{}.mlp.fc2"),
+        ("qwen2_5_vl", "visual.blocks.{}.attn.proj visual.blocks.{}.mlp.down_proj"),
+        ("qwen3_vl", "visual.blocks.{}.attn.proj visual.blocks.{}.mlp.linear_fc2"),
+        ("janus", "vision_model.encoder.layers.{}.self_attn.projection_layer vision_model.encoder.layers.{}.mlp.fc2"),
+        ("llava", "vision_tower.encoder.layers.{}.self_attn.out_proj vision_tower.encoder.layers.{}.mlp.fc2"),
+    ],
+)
+def test_adapters_stand_in_the_layers_for_images_as_in_those_for_text(architecture, of_images):
+    config = tf.AutoConfig.for_model(architecture)
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = config.vision_config.depth = 2
+    if hasattr(config.text_config, "layer_types"):
+        config.text_config.layer_types = config.text_config.layer_types[:2]
+    with torch.device("meta"):
+        model = tf.AutoModelForImageTextToText.from_config(config)
+    of_text = "language_model.layers.{}.self_attn.o_proj language_model.layers.{}.mlp.down_proj"
+    expected = [f"model.{path.format(i)}" for path in f"{of_text} {of_images}".split() for i in range(2)]
+    assert ends_of_sublayers(model, "houlsby") == sorted(expected)
 
 
 def test_adapters_stand_at_the_layer_in_what_ends_a_sublayer(tmp_path):

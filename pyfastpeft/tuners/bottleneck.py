@@ -34,9 +34,12 @@ from .modules import (
 )
 from .tuner import Tuner
 
-_ATTENTION = r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?\.(o_proj|out_proj|c_proj|dense|o|out_lin|Wo)"
+_ATTENTION = (
+    r"(.*\.)?\w*([Aa]ttention|attn)(\.output)?"
+    r"\.(o_proj|out_proj|c_proj|proj|projection|projection_layer|dense|o|out_lin|Wo)"
+)
 _FEED_FORWARD = (
-    r"(.*\.)?(mlp|ffn|feed_forward|DenseReluDense)\.(down_proj|c_proj|fc2|wo|Wo|lin2|dense_4h_to_h|fc_out|w2)"
+    r"(.*\.)?(mlp|ffn|feed_forward|DenseReluDense)\.(down_proj|c_proj|fc2|linear_fc2|wo|Wo|lin2|dense_4h_to_h|fc_out|w2)"
     r"|.*\.\d+\.(fc2|output\.dense)"
 )
 """The paths of the projections that end a sublayer, in transformers' architectures."""
