@@ -7,6 +7,7 @@ import gc
 import io
 import math
 import pickle
+import types
 import weakref
 
 import accelerate
@@ -186,6 +187,27 @@ def test_logits_equal_the_unfused_models(isa, name, adapter, dense, served):
     chunks = [10, 1, 1, 2, 5, 1]
     expected, got = logits_along(plain, ids, chunks), logits_along(fused, ids, chunks)
     assert served == [False] + [True] * 5
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_rotary_embedding_that_the_kernels_library_exchanged_is_heeded(before, layers, served):
+    plain, fused = pair()
+    if not hasattr(plain.model.layers[0].self_attn, "_kernel_funcs"):
+        pytest.skip("transformers has no kernels library here, or not of a version it takes")
+    ids, chunks = torch.randint(1, VOCAB, (2, 8)), [5, 1, 2]
+    rotated = logits_along(plain, ids, chunks)
+    if not before:
+        logits_along(fused, ids, chunks)
+        served.clear()
+    for model in (plain, fused):
+        for i in layers:
+            for function in model.model.layers[i].self_attn._kernel_funcs.values():
+                function.forward = types.MethodType(lambda self, q, k, cos, sin: (2 * q, k), function)
+    expected, got = logits_along(plain, ids, chunks), logits_along(fused, ids, chunks)
+    assert not torch.allclose(expected, rotated, rtol=1e-3)
+    assert served == [False] * 3
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
 
 

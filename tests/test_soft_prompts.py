@@ -1859,7 +1859,7 @@ class TestBadInput:
             ),
             (
                 lambda: tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2)),
-                "a RwkvForCausalLM carries a state from token to token, so it cannot take a prefix",
+                "the RwkvConfig of a RwkvForCausalLM has no num_attention_heads: it cannot take a prefix",
             ),
             (
                 lambda: tf.DoryForCausalLM(tf.DoryConfig(**_WINDOW, head_dim=8, layer_types=["full_attention"] * 2)),

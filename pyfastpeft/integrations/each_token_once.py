@@ -27,7 +27,7 @@ from ..ops.cross_entropy import IGNORED
 from ..ops.tracing import traced, transformed
 from .distinct_tokens import DistinctTokens, Rows
 from .forwards import ModuleForward, hook, unhook
-from .fused_layers import OF_LLAMA, depends_on_length, written_in_transformers
+from .fused_layers import OF_LLAMA, depends_on_length, kernelized, written_in_transformers
 from .known_hooks import only_known_hooks
 from .soft_prompts.first_label import FIRST
 
@@ -261,7 +261,7 @@ def _is_plain(module: dict[str, Any]) -> bool:
     """Whether this is the state of a module that runs as its class or this library wrote it."""
     if not isinstance(module.get("forward"), (NoneType, ModuleForward)) or module.get("_compiled_call_impl"):
         return False
-    if module.get("scale_grad_by_freq") or depends_on_length(module.get("rope_type")):
+    if module.get("scale_grad_by_freq") or depends_on_length(module.get("rope_type")) or kernelized(module):
         return False
     return only_known_hooks(module)
 

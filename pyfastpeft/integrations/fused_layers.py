@@ -10,6 +10,7 @@ operators keep their inputs alone, in the model's dtype, where the plain ones ke
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from types import NoneType
@@ -49,22 +50,42 @@ def _module_of(function: types.FunctionType) -> str:
     return function.__globals__.get("__name__", "")  # a wrapper's attribute is copied from what it wraps
 
 
-@functools.cache
 def written_in_transformers(function: Any) -> types.FunctionType | None:
-    """The function that transformers' decorators are around here; None where any of it is somebody else's."""
-    while isinstance(function, types.FunctionType) and _module_of(function).startswith("transformers."):
-        if not hasattr(function, "__wrapped__"):
+    """The function that transformers' decorators are around here, and those of the kernels library, by which it lets
+    functions be exchanged; None where any of it is somebody else's, or was exchanged."""
+    if isinstance(function, nn.Module):  # which that library makes of a function
+        function = None if "forward" in vars(function) else type(function).forward
+    return _undecorated(function)
+
+
+@functools.cache
+def _undecorated(function: Any) -> types.FunctionType | None:
+    while isinstance(function, types.FunctionType):
+        home, wrapped = _module_of(function), getattr(function, "__wrapped__", None)
+        if home.startswith("kernels."):
+            function = wrapped or inspect.getclosurevars(function).nonlocals.get("func")
+        elif not home.startswith("transformers."):
+            return None
+        elif wrapped is None:
             return function
-        function = function.__wrapped__
+        else:
+            function = wrapped
     return None
 
 
-@functools.cache
+def kernelized(module: dict[str, Any]) -> bool:
+    """Whether the kernels library has exchanged a function that this module, of this state, calls."""
+    return any("forward" in vars(function) for function in module.get("_kernel_funcs", {}).values())
+
+
 def _code(function: Any) -> tuple | None:
     own = written_in_transformers(function)
-    if own is None:
-        return None
-    code = own.__code__
+    return None if own is None else _code_of(own)
+
+
+@functools.cache
+def _code_of(function: types.FunctionType) -> tuple:
+    code = function.__code__
     constants = tuple(c for c in code.co_consts if not isinstance(c, str))  # less the docstring
     return code.co_code, constants, code.co_names, code.co_varnames
 
@@ -234,7 +255,7 @@ class _Attention(_Fused):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.module).forward
-        if is_compiling() or not self.stands_for(forward):
+        if is_compiling() or not self.stands_for(forward) or kernelized(vars(self.module)):
             return self.own(*args, **kwargs)
         own = written_in_transformers(forward)
         if "past_key_values" in kwargs and "past_key_values" not in own.__code__.co_varnames:

@@ -32,7 +32,16 @@ from ...ops.dense import FEW_ROWS, outruns_torch
 from ...ops.linear_4bit import of_pairs, takes_int8
 from ..collecting import collects
 from ..forwards import ModuleForward
-from ..fused_layers import OF_LLAMA, ROPE, SILUS, Kinds, has_llamas, kinds_of, written_in_transformers
+from ..fused_layers import (
+    OF_LLAMA,
+    ROPE,
+    SILUS,
+    Kinds,
+    has_llamas,
+    kernelized,
+    kinds_of,
+    written_in_transformers,
+)
 from .rooms import tokens_kept
 
 _GELUS = kinds_of(ACT2FN["gelu_pytorch_tanh"])
@@ -345,8 +354,11 @@ class Stack:
         look, family = self.lookups, self._family
         attention, mlp = look.module(layer, "self_attn"), look.module(layer, "mlp")
         state = vars(attention)
+        for function in (look.get(state, "_kernel_funcs") or {}).values():
+            look.get(vars(function), "forward")  # by which one is exchanged
         if (
-            not self._of_family(layer, "DecoderLayer")
+            kernelized(state)
+            or not self._of_family(layer, "DecoderLayer")
             or not (self._of_family(attention, "Attention") and self._of_family(mlp, "MLP"))
             or not kinds_of(look.module(mlp, family.activation)) <= family.activations
             or look.get(state, "layer_idx") != i  # its place in the cache

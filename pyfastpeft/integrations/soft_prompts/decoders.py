@@ -95,8 +95,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
         )
     if getattr(config, "n_recurrent_loops", 1) > 1:
         raise ValueError(f"a {kind} runs its layers several times, so it cannot take a prefix")
-    if not layer_types and model._is_stateful:
-        raise ValueError(f"a {kind} carries a state from token to token, so it cannot take a prefix")
+    if getattr(layer_configs(config)[0], "num_attention_heads", None) is None:  # RWKV carries a state instead
+        raise ValueError(f"the {type(config).__name__} of a {kind} has no num_attention_heads: it cannot take a prefix")
     return decoder
 
 
