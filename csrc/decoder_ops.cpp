@@ -89,16 +89,16 @@ void add(int64_t id, HeldLinear linear) {
   const std::shared_ptr<Stack> stack = stacks.find(id, "stack");
   pf::Decoder& d = stack->shape;
   const std::span<const pf::Projection> projections = stack->projections();
+  STD_TORCH_CHECK(stack->linears.size() < stack->angles.size() * projections.size(),
+                  "the stack has all the projections of its layers already");
   const pf::Projection which = projections[stack->linears.size() % projections.size()];
   const int64_t gates = d.joined ? 2 : 1;
   if (d.intermediate == 0 && which == pf::kGate) d.intermediate = linear.n / gates;
   const int64_t q = d.heads * d.dim, kv = d.kv_heads * d.dim, wide = d.intermediate;
   const int64_t outs[] = {d.joined ? q + 2 * kv : q, kv, kv, d.hidden, gates * wide, wide, d.hidden},
                 ins[] = {d.hidden, d.hidden, d.hidden, q, d.hidden, d.hidden, wide};
-  STD_TORCH_CHECK(stack->linears.size() < stack->angles.size() * projections.size() && linear.n == outs[which] &&
-                      linear.k == ins[which],
-                  "projection ", static_cast<int>(which), " of a layer is (", linear.n, ", ", linear.k,
-                  "); it must be (", outs[which], ", ", ins[which], ")");
+  STD_TORCH_CHECK(linear.n == outs[which] && linear.k == ins[which], "projection ", static_cast<int>(which),
+                  " of a layer is (", linear.n, ", ", linear.k, "); it must be (", outs[which], ", ", ins[which], ")");
   stack->linears.push_back(std::move(linear));
 }
 

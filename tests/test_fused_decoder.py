@@ -1738,6 +1738,16 @@ def test_the_operator_refuses_bottlenecks_that_do_not_fit(changes, words):
     C_FUNCTIONS.pf_free_decoder(stack)
 
 
+def test_the_operator_refuses_more_projections_than_its_layers_have():
+    ops, row = torch.ops.pyfastpeft, torch.ones(32)
+    stack = ops.new_decoder(row, [row, row], [], [], [0], [0], 2, 2, 16, 1e-6, 0.25, 1.0, False, False)
+    for n, k in [(32, 32)] * 4 + [(48, 32)] * 2 + [(32, 48)]:
+        ops.add_decoder_dense(stack, torch.randn(n, k), None, None, None, 1.0, None)
+    with pytest.raises(RuntimeError, match="the stack has all the projections of its layers already"):
+        ops.add_decoder_dense(stack, torch.randn(32, 48), None, None, None, 1.0, None)
+    C_FUNCTIONS.pf_free_decoder(stack)
+
+
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
