@@ -59,8 +59,11 @@ bool all_finite(const void* values, int64_t n, T exponent) {
 Tensor linear_4bit_held(Tensor x, int64_t weight, OptTensor bias, int64_t branch, double scaling, OptTensor row_scale,
                         bool int8) {
   kernels();
-  const pf::Weight w = weights.find(weight, "weight")->now();
-  pf::Branch lora = branch == 0 ? pf::Branch{} : branches.find(branch, "branch")->now(scaling, w);
+  // Held, as another thread may release them meanwhile.
+  const auto held_weight = weights.find(weight, "weight");
+  const auto held_branch = branch == 0 ? nullptr : branches.find(branch, "branch");
+  const pf::Weight w = held_weight->now();
+  pf::Branch lora = branch == 0 ? pf::Branch{} : held_branch->now(scaling, w);
   const Rows rows(x, w);
   if (row_scale.has_value()) set_factor(lora, row_scale, scaling, rows.matrix.rows, lora.rank(), std::nullopt, 0.0);
   const Bias bias_data(bias, w.n);
