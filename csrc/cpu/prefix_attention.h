@@ -223,6 +223,10 @@ struct Attention {
     float place(int64_t s) const {
       return static_cast<float>(g.positions == nullptr ? s - (g.length - g.tokens) : g.positions[b * g.length + s]);
     }
+    // Of key j, compared with the upper and the lower bound. A prefix lies before everything, whatever its place is for
+    // a window.
+    float above(int64_t j) const { return j < prefix ? kLeast : place(j - prefix); }
+    float below(int64_t j) const { return j < prefix ? first - static_cast<float>(prefix - j) : place(j - prefix); }
     // Row r of a tensor [batch, heads, tokens, dim] of queries.
     const char* query(const void* base, const int64_t* strides, int64_t r) const {
       return static_cast<const char*>(base) +
@@ -253,6 +257,11 @@ struct Attention {
       lower_least = u.g.window > 0 ? first - window : kLeast;
       lower_most = u.g.window > 0 ? last - window : kLeast;
     }
+    // Whether none of the rows sees any of the keys [j0, j0 + n), as far as two of them tell: where places are in
+    // order.
+    bool miss(const Unit& u, int64_t j0, int64_t n) const {
+      return u.g.positions == nullptr && (u.above(j0) > upper_most || u.below(j0 + n - 1) <= lower_least);
+    }
   };
 
   // The same by lane, rows from `end` on as the last one.
@@ -264,21 +273,14 @@ struct Attention {
     }
   }
 
-  // The places of a tile's keys. A prefix lies before everything, whatever its place is for a window.
+  // The places of a tile's keys.
   struct Places {
-    alignas(64) float above[kTileKeys], below[kTileKeys];  // compared with the upper and the lower bound
+    alignas(64) float above[kTileKeys], below[kTileKeys];
 
     void set(const Unit& u, int64_t j0, int64_t n) {
       for (int64_t i = 0; i < kTileKeys; ++i) {
-        const int64_t j = j0 + i;
-        if (i >= n) {
-          above[i] = below[i] = -kLeast;
-        } else if (j < u.prefix) {
-          above[i] = kLeast;
-          below[i] = u.first - static_cast<float>(u.prefix - j);
-        } else {
-          above[i] = below[i] = u.place(j - u.prefix);
-        }
+        above[i] = i < n ? u.above(j0 + i) : -kLeast;
+        below[i] = i < n ? u.below(j0 + i) : -kLeast;
       }
     }
     bool seen(int64_t i, const Bounds& by) const { return above[i] <= by.upper_most && below[i] > by.lower_least; }
@@ -363,6 +365,7 @@ struct Attention {
     Places places;
     for (int64_t j0 = 0; j0 < u.keys; j0 += kTileKeys) {
       const int64_t n = min64(kTileKeys, u.keys - j0);
+      if (all.miss(u, j0, n)) continue;
       places.set(u, j0, n);
       int64_t first = 0, end = n;
       places.range(all, first, end);
@@ -567,7 +570,7 @@ struct Attention {
           const int64_t i = super + s, r0 = i * kGroupLanes;
           Bounds bounds;
           bounds.set(u, r0, min64(kGroupLanes, u.rows - r0));
-          lo[s] = 0, hi[s] = n;
+          lo[s] = 0, hi[s] = bounds.miss(u, j0, n) ? 0 : n;
           places.range(bounds, lo[s], hi[s]);
           if (lo[s] >= hi[s]) continue;
           least = min64(least, lo[s]);
