@@ -100,6 +100,7 @@ void attend(const AttentionArgs& g, const OtherKeys& others, int64_t unit0, int6
   float *q = scores + rows * padded, *shares = q + rows * g.dim, *factor = shares + rows * g.dim;
   with_dtype(
       g.dtype, PF_BODY(int D) {
+        int64_t from = 0, to = 0, looked_at = -1;  // what any query of a row sees, and the row whose places told it
         for (int64_t unit = unit0; unit < unit1; ++unit) {
           const int64_t b = unit / g.kv_heads, kv_head = unit % g.kv_heads;
           int64_t keys = g.length, block = b;  // which of the blocks of keys and values
@@ -126,8 +127,10 @@ void attend(const AttentionArgs& g, const OtherKeys& others, int64_t unit0, int6
             return places != nullptr || !window ? 0 : past + lower(token) + 1 > 0 ? past + lower(token) + 1 : 0;
           };
           const auto end = [&](int64_t token) { return places == nullptr && causal ? past + token + 1 : keys; };
-          int64_t from = begin(0), to = end(g.tokens - 1);  // what any of the queries sees
-          if (places != nullptr) {
+          if (places == nullptr) {
+            from = begin(0), to = end(g.tokens - 1);
+          } else if (looked_at != b) {
+            looked_at = b, from = 0, to = keys;
             const auto hidden = [&](int64_t i) { return places[i] <= lower(0) || places[i] > upper(g.tokens - 1); };
             while (from < to && hidden(from)) ++from;
             while (to > from && hidden(to - 1)) --to;
