@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight,
                                .inverse = static_cast<float*>(inverse.mutable_data_ptr())};
   pf::parallel_for(xm.rows, row_grain(xm.cols), [&](int64_t r0, int64_t r1) { k.rms_norm_backward(args, r0, r1); });
   if (need_weight) {
-    constexpr int64_t kColumns = 64;
+    constexpr int64_t kColumns = 128;
     float* out = static_cast<float*>(dweight.mutable_data_ptr());
     pf::parallel_for(pf::ceil_div(xm.cols, kColumns), row_grain(xm.rows * kColumns), [&](int64_t u0, int64_t u1) {
       k.rms_norm_weight_backward(args, out, u0 * kColumns, u1 * kColumns < xm.cols ? u1 * kColumns : xm.cols);

@@ -105,14 +105,26 @@ void rms_norm_backward(const RmsNormBackwardArgs& g, int64_t row0, int64_t row1)
 void rms_norm_weight_backward(const RmsNormBackwardArgs& g, float* dweight, int64_t col0, int64_t col1) {
   with_dtype(
       g.x.dtype, PF_BODY(int D) {
-        for (int64_t i = col0; i < col1; i += kLanes) {
-          V::F sum = V::zero();
+        int64_t i = col0;
+        // Whole cache lines of each row at a time.
+        const auto step = [&]<int NV>() {
+          V::F sum[NV];
+          for (V::F& s : sum) s = V::zero();
           for (int64_t r = 0; r < g.x.rows; ++r) {
-            const V::F unit = V::mul(load_part<D>(g.x.row(r), i, col1), V::set1(g.inverse[r]));
-            sum = V::fma(load_part<D>(g.dy.row(r), i, col1), unit, sum);
+            const V::F inverse = V::set1(g.inverse[r]);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+              const V::F unit = V::mul(load_part<D>(g.x.row(r), i + v * kLanes, col1), inverse);
+              sum[v] = V::fma(load_part<D>(g.dy.row(r), i + v * kLanes, col1), unit, sum[v]);
+            }
           }
-          store_part<kFloat32>(reinterpret_cast<char*>(dweight), i, col1, sum);
-        }
+          for (const V::F& s : sum) {
+            store_part<kFloat32>(reinterpret_cast<char*>(dweight), i, col1, s);
+            i += kLanes;
+          }
+        };
+        while (i + 8 * kLanes <= col1) step.template operator()<8>();
+        while (i < col1) step.template operator()<1>();
       });
 }
 
