@@ -44,7 +44,7 @@ def test_transformers_probes_the_installed_package(installed_kernels):
     assert in_root(code, installed_kernels).split() == ["True", "0.0.1"]
 
 
-@pytest.mark.skipif(find_spec("kernels") is not None and find_spec("kernels").origin, reason="kernels is installed")
+@pytest.mark.skipif(getattr(find_spec("kernels"), "origin", None) is not None, reason="kernels is installed")
 def test_transformers_and_bitsandbytes_work_where_it_is_absent():
     code = (
         "import torch, transformers.modeling_utils, bitsandbytes\n"
