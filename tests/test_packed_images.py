@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import architectures as tiny
 import pytest
 import torch
@@ -154,6 +156,8 @@ STRIPPING = {
     ),
 }
 """Models whose encoders see an image a row; the tokens of all images are one sequence behind them."""
+POOLED_BY_IMAGE = "image_num_crops" in inspect.signature(tf.Molmo2Model.get_image_features).parameters
+"""Whether Molmo 2's pooling counts an image's own patches, as from transformers 5.25 on, or all of the batch's."""
 
 
 def stripped_row(name: str, *heights: int, text: int = 12) -> dict[str, torch.Tensor]:
@@ -167,15 +171,20 @@ def stripped_row(name: str, *heights: int, text: int = 12) -> dict[str, torch.Te
         places = [torch.where(torch.arange(16)[:, None] < 4 * height, at, -1) for height in heights]
         return given | {"image_position_ids": torch.stack(places)}
     pooled = torch.tensor([[0, 1, 4, 5], [2, 3, 6, -1], [8, 9, 12, 13], [10, 11, 14, 15]])
-    pooled = [pooled[:height] + 16 * i * (pooled[:height] >= 0) for i, height in enumerate(heights)]
     grids = torch.tensor([[height, 1, 0, 0] for height in heights])
-    return given | {"image_token_pooling": torch.cat(pooled), "image_grids": grids}
+    given["image_grids"] = grids
+    if POOLED_BY_IMAGE:
+        pooled = [pooled[:height] for height in heights]
+        given["image_num_crops"] = torch.ones(len(heights), dtype=torch.long)
+    else:
+        pooled = [pooled[:height] + 16 * i * (pooled[:height] >= 0) for i, height in enumerate(heights)]
+    return given | {"image_token_pooling": torch.cat(pooled)}
 
 
 def stripped_batch(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     crops, batch = 0, batch_of([{k: v for k, v in one.items() if not k.startswith("image_")} for one in rows])
     others = {k: [one[k] for one in rows] for k in rows[0] if k.startswith("image_")}
-    for i, pooled in enumerate(others.get("image_token_pooling", ())):
+    for i, pooled in enumerate(() if POOLED_BY_IMAGE else others.get("image_token_pooling", ())):
         others["image_token_pooling"][i] = pooled + 16 * crops * (pooled >= 0)
         crops += len(rows[i]["pixel_values"])
     return batch | {k: torch.cat(v) for k, v in others.items()}

@@ -88,9 +88,17 @@ def _equal_shares(config: Any, ids: Any, kwargs: Mapping[str, Any]) -> bool:
     if positions is not None and pooled is not None:  # [images, patches, 2], padding is (-1, -1)
         shown = (positions != -1).all(-1).sum(1).view(rows, -1).sum(1)
         return bool((shown == share * pooled**2).all())
-    # [tokens, patches], numbered through all crops, padding is -1
+    # [tokens, patches], numbered through all crops, or from transformers 5.25 on through an image's; padding is -1
     if patches is None or len(patches) != rows * share:
         return False
-    of_row = kwargs["pixel_values"].shape[:-1].numel() // rows
+    of_crop = kwargs["pixel_values"].shape[1:-1].numel()
+    crops, grids = kwargs.get("image_num_crops"), kwargs.get("image_grids")
+    if crops is not None and grids is not None:
+        tokens = grids[:, 0] * grids[:, 1] + grids[:, 2] * grids[:, 3]
+        if len(tokens) != len(crops) or int(tokens.sum()) != len(patches):
+            return False
+        first = (of_crop * (crops.cumsum(0) - crops)).repeat_interleave(tokens).unsqueeze(1)
+        patches = torch.where(patches < 0, patches, patches + first)
+    of_row = of_crop * len(kwargs["pixel_values"]) // rows
     row = torch.arange(rows, device=patches.device).repeat_interleave(share).unsqueeze(1)
     return bool(((patches // of_row == row) | (patches < 0)).all())
