@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import pickle
+import types
 
 import pytest
 import torch
@@ -321,6 +322,59 @@ def test_accelerate_and_adapters_fuse_and_unloading_undoes_it():
     adapted = fp.get_peft_model(model, fp.LoraConfig())
     assert len(fused_modules(adapted)) == 13
     assert not fused_modules(adapted.unload())
+
+
+needs_hub_kernels = pytest.mark.skipif(
+    not hasattr(tf.PreTrainedModel, "reset_kernels"),
+    reason="this transformers does not ask the hub for kernels by itself",
+)
+
+
+def kernelized_of(model, *exchanged):
+    """A copy of ``model`` as from_pretrained gives it, for which the hub had a kernel for modules of these classes."""
+    model = copy.deepcopy(model).eval()
+    model.set_use_kernels(True)
+    for module in exchanged and model.modules():
+        if isinstance(module, exchanged):
+            module.forward = types.MethodType(lambda self, x: 2 * x, module)
+            module._kernel_repo = "a repository"
+    return model
+
+
+@needs_hub_kernels
+@pytest.mark.parametrize("exchanged", [(), (LlamaRMSNorm,), (LlamaRMSNorm, nn.SiLU)], ids=str)
+def test_a_change_of_mode_leaves_a_model_fused_that_asked_the_hub_for_kernels(exchanged):
+    inputs, plain = batch(), model_of(CONFIGS[0]).eval()
+    accelerated = fp.accelerate(kernelized_of(plain, *exchanged))
+    adapted = fp.get_peft_model(kernelized_of(plain, *exchanged), fp.LoraConfig())
+    expected = accelerated(**inputs).logits
+    torch.testing.assert_close(expected, plain(**inputs).logits, rtol=1e-4, atol=1e-5)
+    for model in (accelerated, adapted):
+        model.train().eval()
+        assert len(fused_modules(model)) == 13
+        assert torch.equal(model(**inputs).logits, expected)
+    assert len(fused_modules(copy.deepcopy(adapted).train())) == 13
+    base = adapted.unload()
+    assert base.use_kernels and not fused_modules(base)
+    assert torch.equal(base(**inputs).logits, plain(**inputs).logits)
+
+
+@needs_hub_kernels
+def test_kernels_of_the_hub_stay_where_they_were_chosen_or_nothing_here_serves_their_module():
+    for choose, others in ((lambda m: setattr(m, "kernel_config", tf.KernelConfig()), ()), (id, [nn.Embedding])):
+        model = kernelized_of(model_of(CONFIGS[0]), LlamaRMSNorm, *others)
+        choose(model)
+        assert fp.accelerate(model).use_kernels
+        assert not any(isinstance(m.forward, ModuleForward) for m in model.modules() if isinstance(m, LlamaRMSNorm))
+
+
+@needs_hub_kernels
+def test_a_callers_own_forward_stays_where_kernels_of_the_hub_leave():
+    model = kernelized_of(model_of(CONFIGS[0]))
+    model.model.norm.forward = forward = types.MethodType(lambda self, x: 2 * x, model.model.norm)
+    adapted = fp.get_peft_model(model, fp.LoraConfig())
+    assert not model.use_kernels and model.model.norm.forward is forward
+    assert adapted.unload().use_kernels and model.model.norm.forward is forward
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from .attention import has_fast_attention, use_fast_attention
 from .deferred_logits import defer_logits
 from .forwards import remove, runs
 from .fused_decoder import fuse_decoder
-from .fused_layers import fuse_layers
+from .fused_layers import fuse_layers, use_hub_kernels
 from .on_import import when_imported
 from .trainer import keep_to_one_gpu
 
@@ -26,11 +26,11 @@ def accelerate(model: nn.Module) -> nn.Module:
     the same, comes in full precision; it is saved so, and bitsandbytes does not open that. Under a peft LoRA layer it
     is the base layer that is replaced: forward, training and saving the adapter go on as before, but peft cannot merge
     into the new layer (load the adapter with ``pyfastpeft.PeftModel`` for that). Forward hooks of a replaced layer move
-    to the new one. What is between the linear layers is fused as well (:mod:`.fused_layers`), attention goes through
-    this library's operator (:mod:`.attention`), in training, and in evaluation with ``labels``, the head's logits are
-    computed when something reads them (:mod:`.deferred_logits`), each different token of a batch runs once on a CPU
-    unless a cache holds others before it (:mod:`.each_token_once`), and in generation all layers run as one operator
-    (:mod:`.fused_decoder`).
+    to the new one. What is between the linear layers is fused as well (:mod:`.fused_layers`), in place of what
+    transformers fetched for it, attention goes through this library's operator (:mod:`.attention`), in training, and in
+    evaluation with ``labels``, the head's logits are computed when something reads them (:mod:`.deferred_logits`), each
+    different token of a batch runs once on a CPU unless a cache holds others before it (:mod:`.each_token_once`), and
+    in generation all layers run as one operator (:mod:`.fused_decoder`).
 
     Returns:
         ``model`` itself, unless it is such a layer.
@@ -86,6 +86,7 @@ def unfuse(model: nn.Module) -> None:
     defer_logits(model, False)
     fuse_decoder(model, False)
     remove(model)
+    use_hub_kernels(model, True)
     use_fast_attention(model, False)
 
 

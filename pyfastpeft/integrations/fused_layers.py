@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import NoneType
 from typing import Any, ClassVar
 
@@ -73,9 +73,50 @@ def _undecorated(function: Any) -> types.FunctionType | None:
     return None
 
 
+def _kernel_functions(module: dict[str, Any]) -> Collection[nn.Module]:
+    """The functions that a module of this state calls and the kernels library may exchange."""
+    return module.get("_kernel_funcs", {}).values()
+
+
 def kernelized(module: dict[str, Any]) -> bool:
     """Whether the kernels library has exchanged a function that this module, of this state, calls."""
-    return any("forward" in vars(function) for function in module.get("_kernel_funcs", {}).values())
+    return any("forward" in vars(function) for function in _kernel_functions(module))
+
+
+_SWITCHED = "_used_hub_kernels"
+
+
+def use_hub_kernels(model: nn.Module, use: bool) -> None:
+    """Take what the kernels library has put into the transformers models inside ``model`` out again, or let it come
+    back where this function took it.
+
+    From transformers 5.25 on each loaded model asks that library for its functions, on a CPU in vain, and again at
+    each change between training and evaluation, by which the modules it knows lose any other forward. Left alone are
+    models where it has exchanged what has no forward here, and those with a ``kernel_config``, which a caller chose.
+    """
+    for part in model.modules():
+        if use and not vars(part).pop(_SWITCHED, False):
+            continue
+        if not use and not (getattr(part, "use_kernels", False) and _all_served(part)):
+            continue
+        own = {m: m.forward for m in part.modules() if "forward" in vars(m) and "_kernel_repo" not in vars(m)}
+        if use:
+            part.set_use_kernels(True)
+        else:
+            part.reset_kernels()
+            vars(part)[_SWITCHED] = True
+        for module, forward in own.items():
+            module.forward = forward
+
+
+def _all_served(model: nn.Module) -> bool:
+    if getattr(model, "kernel_config", None) is not None or not hasattr(model, "reset_kernels"):
+        return False
+    for module in model.modules():
+        exchanged = any("_kernel_repo" in vars(m) for m in (module, *_kernel_functions(vars(module))))
+        if exchanged and _forward_for(module) is None and not _is_silu(module):
+            return False
+    return True
 
 
 def _code(function: Any) -> tuple | None:
@@ -310,6 +351,7 @@ def _is_silu(activation: Any) -> bool:
 
 def fuse_layers(model: nn.Module) -> None:
     """Let the modules inside ``model`` that this library has operators for use them."""
+    use_hub_kernels(model, False)
     for module in model.modules():
         forward = _forward_for(module)
         if forward is not None:
