@@ -148,15 +148,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
 
   const int64_t heads = g.batch * g.kv_heads, threads = torch::stable::get_num_threads();
   // Several units a thread, so that none has to wait long for the last one; each with work for longer than it takes to
-  // wake a thread, and to add its part.
-  constexpr int64_t kPairs = int64_t{1} << 17;  // of a query and a key
+  // wake a thread, and to add its part. Two where the parts take much memory.
+  constexpr int64_t kPairs = int64_t{1} << 17;       // of a query and a key
+  constexpr int64_t kPartFloats = int64_t{1} << 24;  // of all parts
   const int64_t pairs = g.tokens * (g.heads / g.kv_heads) * (g.prefix_length + g.length);
-  a.chunks = threads == 1 || heads == 0 ? 1 : pf::ceil_div(4 * threads, heads);
-  a.chunks = std::max<int64_t>(1, std::min({a.chunks, kernel.most_chunks(g), pairs / kPairs}));
-  Tensor parts = new_matrix(a.chunks > 1 ? a.chunks : 0, kernel.part_size(g), pf::kFloat32);
+  const int64_t size = kernel.part_size(g);
+  a.chunks = 1;
+  if (threads > 1 && size > 0) {
+    const int64_t units = std::max(2 * threads, std::min(4 * threads, kPartFloats / size * heads));
+    a.chunks = std::max<int64_t>(1, std::min({pf::ceil_div(units, heads), kernel.most_chunks(g), pairs / kPairs}));
+  }
+  const bool several = a.chunks > 1, shared = several && heads < threads;
+  Tensor parts = new_matrix(several ? a.chunks : 0, size, pf::kFloat32);
+  Tensor packed = torch::stable::new_empty(q, {shared ? kernel.packed_size(g) : 0}, ScalarType::Byte);
   a.dq_parts = static_cast<float*>(parts.mutable_data_ptr());
+  a.packed = shared ? static_cast<char*>(packed.mutable_data_ptr()) : nullptr;
+  const int64_t groups = heads * kernel.query_groups(g);
+  if (shared) each_unit(groups, [&](int64_t unit) { kernel.pack(a, unit); });
   each_unit(a.chunks * heads, [&](int64_t unit) { kernel.backward(a, unit); });
-  if (a.chunks > 1) each_unit(heads * kernel.query_groups(g), [&](int64_t unit) { kernel.sum_parts(a, unit); });
+  if (several) each_unit(groups, [&](int64_t unit) { kernel.sum_parts(a, unit); });
 
   Tensor prefix_dk = torch::stable::new_zeros(q, {g.slots, g.kv_heads, g.prefix_length, g.dim}, ScalarType::Float);
   Tensor prefix_dv = torch::stable::new_zeros(q, {g.slots, g.kv_heads, g.prefix_length, g.dim}, ScalarType::Float);

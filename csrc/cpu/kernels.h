@@ -173,6 +173,7 @@ struct AttentionBackwardArgs {
   // part_size floats, and sum_parts makes dq of them.
   int64_t chunks;
   float* dq_parts;
+  char* packed;  // packed_size bytes, which pack has filled; or null: each unit packs its queries by itself
 };
 
 // Attention with a prefix in one arithmetic.
@@ -180,10 +181,13 @@ struct AttentionKernels {
   int64_t (*forward_blocks)(const AttentionArgs&);
   void (*forward)(const AttentionArgs&, int64_t unit);  // units: forward_blocks * batch * kv_heads
   int64_t (*most_chunks)(const AttentionArgs&);
+  int64_t (*packed_size)(const AttentionArgs&);
   int64_t (*part_size)(const AttentionArgs&);
   int64_t (*query_groups)(const AttentionArgs&);
-  void (*backward)(const AttentionBackwardArgs&, int64_t unit);   // units: chunks * batch * kv_heads
-  void (*sum_parts)(const AttentionBackwardArgs&, int64_t unit);  // units: batch * kv_heads * query_groups
+  // Units: batch * kv_heads * query_groups, but of backward chunks * batch * kv_heads.
+  void (*pack)(const AttentionBackwardArgs&, int64_t unit);
+  void (*backward)(const AttentionBackwardArgs&, int64_t unit);
+  void (*sum_parts)(const AttentionBackwardArgs&, int64_t unit);
 };
 
 constexpr int64_t kLogits = 64;  // that are computed together
@@ -306,6 +310,7 @@ struct Memory {
   char* next;
 
   PF_INLINE Memory(int slot, int64_t bytes) : next(static_cast<char*>(scratch(slot, bytes))) {}
+  PF_INLINE explicit Memory(char* bytes) : next(bytes) {}
   template <class T>
   PF_INLINE T* take(int64_t n) {
     T* taken = reinterpret_cast<T*>(next);

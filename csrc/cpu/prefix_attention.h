@@ -456,37 +456,55 @@ struct Attention {
     E *q, *dout;                         // panels
     E *q_steps, *dout_steps;             // the same rows as steps
     float *lse, *delta, *upper, *lower;  // of each row
+
+    Queries(Memory& m, const AttentionArgs& g) {
+      const int64_t lanes = query_groups(g) * kGroupLanes, side = lanes * padded(g.dim);
+      for (E** of : {&q, &dout, &q_steps, &dout_steps}) *of = m.take<E>(side);
+      for (float** of : {&lse, &delta, &upper, &lower}) *of = m.take<float>(lanes);
+    }
   };
 
-  // Fills `to`; `rows` is room for a group of them.
-  static void pack_queries(const AttentionBackwardArgs& a, const Unit& u, E* rows, const Queries& to) {
+  // Bytes of Queries, a multiple of 64.
+  static int64_t queries_size(const AttentionArgs& g) {
+    const int64_t lanes = query_groups(g) * kGroupLanes;
+    return ceil_div(lanes * padded(g.dim) * sizeof(E), 64) * 256 + ceil_div(lanes * 4, 64) * 256;
+  }
+
+  // Fills group i of `to`; `rows` is room for one.
+  static void pack_group(const AttentionBackwardArgs& a, const Unit& u, int64_t i, E* rows, const Queries& to) {
     const AttentionArgs& g = a.forward;
-    const int64_t groups = ceil_div(u.rows, kGroupLanes), lanes = groups * kGroupLanes;
-    const int64_t wide = padded(g.dim), panel = wide * kGroupLanes;
-    for (int64_t i = 0; i < groups; ++i) {
-      const int64_t r0 = i * kGroupLanes, n = min64(kGroupLanes, u.rows - r0);
-      const auto at = [&](const void* base, const int64_t* strides) {
-        return [&u, base, strides, r0, n](int64_t r) { return r < n ? u.query(base, strides, r0 + r) : nullptr; };
-      };
-      gather(at(g.q, g.q_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
-      pack_lanes(rows, g.dim, to.q + i * panel);
-      pack_steps(rows, wide, kGroupLanes, g.dim, to.q_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
-                 kPanelStep);
-      gather(at(a.dout, a.dout_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
-      pack_lanes(rows, g.dim, to.dout + i * panel);
-      pack_steps(rows, wide, kGroupLanes, g.dim, to.dout_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
-                 kPanelStep);
-      const float* row_lse = g.lse + (u.b * g.kv_heads + u.kv_head) * u.rows + r0;
-      for (int64_t r = 0; r < kGroupLanes; ++r) {
-        // Rows that are not there, like those that see nothing, have weights of zero.
-        to.lse[r0 + r] = r < n ? row_lse[r] : __builtin_inff();
-        if (g.out == nullptr) continue;
-        to.delta[r0 + r] =
-            r < n ? dot(u.query(g.out, g.out_strides, r0 + r), u.query(a.dout, a.dout_strides, r0 + r), g.dtype, g.dim)
-                  : 0.0f;
-      }
-      lane_bounds(u, r0, u.rows, to.upper + r0, to.lower + r0);
+    const int64_t lanes = query_groups(g) * kGroupLanes, wide = padded(g.dim), panel = wide * kGroupLanes;
+    const int64_t r0 = i * kGroupLanes, n = min64(kGroupLanes, u.rows - r0);
+    const auto at = [&](const void* base, const int64_t* strides) {
+      return [&u, base, strides, r0, n](int64_t r) { return r < n ? u.query(base, strides, r0 + r) : nullptr; };
+    };
+    gather(at(g.q, g.q_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
+    pack_lanes(rows, g.dim, to.q + i * panel);
+    pack_steps(rows, wide, kGroupLanes, g.dim, to.q_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
+               kPanelStep);
+    gather(at(a.dout, a.dout_strides), kGroupLanes, g.dtype, g.dim, rows, wide);
+    pack_lanes(rows, g.dim, to.dout + i * panel);
+    pack_steps(rows, wide, kGroupLanes, g.dim, to.dout_steps + i * kGroupLanes * kGroupLanes, lanes * kGroupLanes,
+               kPanelStep);
+    const float* row_lse = g.lse + (u.b * g.kv_heads + u.kv_head) * u.rows + r0;
+    for (int64_t r = 0; r < kGroupLanes; ++r) {
+      // Rows that are not there, like those that see nothing, have weights of zero.
+      to.lse[r0 + r] = r < n ? row_lse[r] : __builtin_inff();
+      if (g.out == nullptr) continue;
+      to.delta[r0 + r] =
+          r < n ? dot(u.query(g.out, g.out_strides, r0 + r), u.query(a.dout, a.dout_strides, r0 + r), g.dtype, g.dim)
+                : 0.0f;
     }
+    lane_bounds(u, r0, u.rows, to.upper + r0, to.lower + r0);
+  }
+
+  // Group `unit` of all batch rows and heads of keys.
+  static void pack(const AttentionBackwardArgs& a, int64_t unit) {
+    const AttentionArgs& g = a.forward;
+    const int64_t groups = query_groups(g), head = unit / groups;
+    Memory rows(0, kGroupLanes * padded(g.dim) * sizeof(E)), packed(a.packed + head * queries_size(g));
+    pack_group(a, Unit(g, head / g.kv_heads, head % g.kv_heads), unit % groups,
+               rows.take<E>(kGroupLanes * padded(g.dim)), Queries(packed, g));
   }
 
   // Stores the gradients of keys [j0, j0 + n) and their values, which lie padded(dim) apart.
@@ -519,20 +537,16 @@ struct Attention {
     const int64_t heads = g.batch * g.kv_heads, chunk = a.chunks - 1 - unit / heads, head = unit % heads;
     const Unit u(g, head / g.kv_heads, head % g.kv_heads);
     const int64_t groups = ceil_div(u.rows, kGroupLanes), wide = padded(g.dim), sums = sums_size(g.dim);
-    const int64_t panel = wide * kGroupLanes, steps = ceil_div(g.dim, kStep);
-    const int64_t lanes = groups * kGroupLanes, side = groups * panel;
+    const int64_t panel = wide * kGroupLanes, steps = ceil_div(g.dim, kStep), lanes = groups * kGroupLanes;
     const int64_t tiles = ceil_div(u.keys, kTileKeys);
     const int64_t tile0 = tiles * chunk / a.chunks, tile1 = tiles * (chunk + 1) / a.chunks;
-    Memory m(0, (4 * side + kTileKeys * (4 * kRow + wide + kGroupLanes) + columns_size(g.dim)) * sizeof(E) +
-                    (lanes * 4 + (a.chunks > 1 ? 0 : groups * sums) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 + 8192);
-    const Queries queries{.q = m.take<E>(side),
-                          .dout = m.take<E>(side),
-                          .q_steps = m.take<E>(side),
-                          .dout_steps = m.take<E>(side),
-                          .lse = m.take<float>(lanes),
-                          .delta = m.take<float>(lanes),
-                          .upper = m.take<float>(lanes),
-                          .lower = m.take<float>(lanes)};
+    const bool alone = a.chunks == 1, packs = a.packed == nullptr;
+    const int64_t dq_size = groups * sums, packed_size = queries_size(g);
+    Memory m(0, (kTileKeys * (4 * kRow + wide + kGroupLanes) + columns_size(g.dim)) * sizeof(E) +
+                    ((alone ? dq_size : 0) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 + (packs ? packed_size : 0) +
+                    8192);
+    Memory packed(packs ? m.take<char>(packed_size) : a.packed + head * packed_size);
+    const Queries queries(packed, g);
     E* rows = m.take<E>(kTileKeys * wide);
     E *keys = m.take<E>(kTileKeys * kRow), *values = m.take<E>(kTileKeys * kRow);
     E* key_columns = m.take<E>(columns_size(g.dim));
@@ -541,11 +555,10 @@ struct Attention {
     float* scores = m.take<float>(kTileKeys * kGroupLanes);
     float* dweights = m.take<float>(kTileKeys * kGroupLanes);
     float *dk = m.take<float>(kTileKeys * wide), *dv = m.take<float>(kTileKeys * wide);
-    const int64_t dq_size = groups * sums;
-    float* dq = a.chunks > 1 ? a.dq_parts + (chunk * heads + head) * dq_size : m.take<float>(dq_size);
+    float* dq = alone ? m.take<float>(dq_size) : a.dq_parts + (chunk * heads + head) * dq_size;
     __builtin_memset(dq, 0, dq_size * sizeof(float));
 
-    pack_queries(a, u, rows, queries);
+    for (int64_t i = 0; packs && i < groups; ++i) pack_group(a, u, i, rows, queries);
 
     const float scale = g.scale * 1.44269504f, one = 1.0f;
     Places places;
@@ -611,8 +624,7 @@ struct Attention {
       }
       store_keys(a, u, j0, n, dk, dv);
     }
-    if (a.chunks > 1) return;
-    for (int64_t i = 0; i < groups; ++i)
+    for (int64_t i = 0; alone && i < groups; ++i)
       store_rows(u, dq + i * sums, i * kGroupLanes, u.rows, g.scale, a.dq, g.out_strides);
   }
 
@@ -721,10 +733,11 @@ struct Attention {
   static int64_t query_groups(const AttentionArgs& g) {
     return ceil_div(g.tokens * (g.heads / g.kv_heads), kGroupLanes);
   }
+  static int64_t packed_size(const AttentionArgs& g) { return g.batch * g.kv_heads * queries_size(g); }
   static int64_t part_size(const AttentionArgs& g) { return g.batch * g.kv_heads * query_groups(g) * sums_size(g.dim); }
   static int64_t most_chunks(const AttentionArgs& g) { return ceil_div(g.prefix_length + g.length, kTileKeys); }
 
   static AttentionKernels table() {
-    return {forward_blocks, forward, most_chunks, part_size, query_groups, backward, sum_parts};
+    return {forward_blocks, forward, most_chunks, packed_size, part_size, query_groups, pack, backward, sum_parts};
   }
 };
