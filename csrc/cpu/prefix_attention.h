@@ -541,11 +541,10 @@ struct Attention {
     const int64_t tiles = ceil_div(u.keys, kTileKeys);
     const int64_t tile0 = tiles * chunk / a.chunks, tile1 = tiles * (chunk + 1) / a.chunks;
     const bool alone = a.chunks == 1, packs = a.packed == nullptr;
-    const int64_t dq_size = groups * sums, packed_size = queries_size(g);
+    const int64_t dq_size = groups * sums, bytes = queries_size(g);
     Memory m(0, (kTileKeys * (4 * kRow + wide + kGroupLanes) + columns_size(g.dim)) * sizeof(E) +
-                    ((alone ? dq_size : 0) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 + (packs ? packed_size : 0) +
-                    8192);
-    Memory packed(packs ? m.take<char>(packed_size) : a.packed + head * packed_size);
+                    ((alone ? dq_size : 0) + 2 * kTileKeys * (wide + kGroupLanes)) * 4 + (packs ? bytes : 0) + 8192);
+    Memory packed(packs ? m.take<char>(bytes) : a.packed + head * bytes);
     const Queries queries(packed, g);
     E* rows = m.take<E>(kTileKeys * wide);
     E *keys = m.take<E>(kTileKeys * kRow), *values = m.take<E>(kTileKeys * kRow);
