@@ -19,29 +19,6 @@ std::string isa() {
   return k->name;
 }
 
-std::vector<std::string> cpu_features() {
-  std::vector<std::string> found;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-#define PF_FEATURE(name) \
-  if (__builtin_cpu_supports(name)) found.emplace_back(name)
-  PF_FEATURE("sse4.2");
-  PF_FEATURE("avx2");
-  PF_FEATURE("fma");
-  PF_FEATURE("f16c");
-  PF_FEATURE("avx512f");
-  PF_FEATURE("avx512bw");
-  PF_FEATURE("avx512vl");
-  PF_FEATURE("avx512dq");
-  PF_FEATURE("avx512vnni");
-  PF_FEATURE("avx512bf16");
-#undef PF_FEATURE
-#elif defined(__aarch64__)
-  found.emplace_back("neon");
-#endif
-  return found;
-}
-
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -70,7 +47,7 @@ py::dict limits(int threads) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "What this build and this CPU can do.";
   m.def("build_info", &build_info, "Compiler, and the CUDA toolkit the GPU kernels were built with ('' without).");
-  m.def("cpu_features", &cpu_features, "Instruction-set extensions this CPU has, of those that matter here.");
+  m.def("cpu_features", &pf::cpu_features, "Instruction-set extensions this CPU has, of those that matter here.");
   m.def("available_isas", &pf::available_isas, "Instruction sets the CPU kernels can run on here, best first.");
   m.def("isa", &isa, "The instruction set chosen at start (see PYFASTPEFT_CPU_ISA).");
   m.def("limits", &limits, py::arg("threads"),

@@ -140,6 +140,9 @@ def test_a_build_that_is_not_installed_has_no_version(monkeypatch):
 def test_info_reports_the_kernels_in_use(capsys):
     result = run_json(capsys, "info")
     assert result["isa"] in result["available_isas"] and "generic" in result["available_isas"]
+    isas, features = set(result["available_isas"]), set(result["cpu_features"])
+    assert ("avx2" in isas) == ({"avx2", "fma", "f16c"} <= features)
+    assert ("avx512_amx" in isas) == ("amx_bf16" in features) and ("neon" in isas) == ("neon" in features)
     assert torch.__version__.startswith(result["packages"]["torch"])
     code, out, _ = run(capsys, "info")
     assert code == 0 and result["isa"] in out

@@ -165,6 +165,30 @@ struct Buffer {
 
 }  // namespace
 
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#define PF_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) found.emplace_back(name)
+  PF_FEATURE("avx2");
+  PF_FEATURE("fma");
+  PF_FEATURE("f16c");
+  PF_FEATURE("avx512f");
+  PF_FEATURE("avx512bw");
+  PF_FEATURE("avx512vl");
+  PF_FEATURE("avx512dq");
+  PF_FEATURE("avx512vnni");
+  PF_FEATURE("avx512bf16");
+#undef PF_FEATURE
+  if (allows_tiles()) found.emplace_back("amx_bf16");
+#elif defined(__aarch64__)
+  found.emplace_back("neon");
+  if (has_dot_products()) found.emplace_back("asimddp");
+#endif
+  return found;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Kernels& k : registry().kernels) names.emplace_back(k.name);

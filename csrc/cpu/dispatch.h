@@ -9,6 +9,8 @@ namespace pf {
 
 // Names this build and this CPU can run, best first.
 std::vector<std::string> available_isas();
+// Instruction-set extensions this CPU has, of those that the choice asks for.
+std::vector<std::string> cpu_features();
 // The kernels in use. Null when PYFASTPEFT_CPU_ISA names something this machine cannot run.
 const Kernels* kernels();
 // Returns false, and changes nothing, when `name` is not available.
