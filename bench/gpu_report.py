@@ -127,11 +127,11 @@ def ceilings() -> dict:
     }
 
 
-def operands(n: int, k: int) -> tuple[torch.Tensor, fp.Packed4bit, torch.Tensor, torch.Tensor]:
-    """W [n, k] in full precision and in NF4, and an adapter's A and B."""
+def operands(n: int, k: int) -> tuple[torch.Tensor, fp.Packed4bit, fp.ops.Lora]:
+    """W [n, k] in full precision and in NF4, and an adapter, whose scaling is a tensor as a layer's is."""
     dense = (torch.randn(n, k, device=DEVICE) * k**-0.5).to(DTYPE)
     a, b = (torch.randn(RANK, k, device=DEVICE) * k**-0.5).to(DTYPE), torch.randn(n, RANK, device=DEVICE).to(DTYPE)
-    return dense, fp.quantize_4bit(dense, "nf4"), a, b
+    return dense, fp.quantize_4bit(dense, "nf4"), fp.ops.Lora(a, b, torch.full((RANK,), 2.0, device=DEVICE))
 
 
 def bnb_linear(dense: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -146,18 +146,17 @@ def bnb_linear(dense: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 @torch.no_grad()
 def products(n: int, k: int) -> Iterator[dict]:
     """Inference: seconds of cuBLAS, of ours with and without LoRA, and of bitsandbytes, by rows of x."""
-    dense, w, a, b = operands(n, k)
+    dense, w, lora = operands(n, k)
     decoded = w.dequantize(torch.float64)
     denses = over_copies(dense.clone, dense.nbytes)
     packed = over_copies(w.clone, w.nbytes)
     peers = over_copies(lambda: bnb_linear(dense), w.nbytes) if ON_GPU and installed("bitsandbytes") else []
     for m in ROWS:
         x = torch.randn(m, k, device=DEVICE).to(DTYPE)
-        lora = (a, b, 2.0)
         row = {"n": n, "k": k, "m": m, "backend": backends.choose(w, m, DTYPE, infers=True).value}
         expected = x.double() @ decoded.t()
         row["error"] = error(fp.ops.linear_4bit(x, w), expected)
-        expected += 2.0 * (x.double() @ a.double().t() @ b.double().t())
+        expected += x.double() @ lora.a.double().t() * lora.scaling @ lora.b.double().t()
         row["lora_error"] = error(fp.ops.linear_4bit(x, w, None, lora), expected)
         linear = fp.ops.linear_4bit
         row["dense_s"] = seconds([partial(F.linear, x, w) for w in denses])
@@ -173,8 +172,8 @@ def products(n: int, k: int) -> Iterator[dict]:
 
 def trainings(n: int, k: int) -> Iterator[dict]:
     """Forward and backward to x (and A and B)."""
-    dense, w, a, b = operands(n, k)
-    leaves = [a.requires_grad_(), b.requires_grad_()]
+    dense, w, lora = operands(n, k)
+    leaves = [lora.a.requires_grad_(), lora.b.requires_grad_()]
     for m in TRAINED_ROWS:
         x = torch.randn(m, k, device=DEVICE).to(DTYPE).requires_grad_()
         dy = torch.randn(m, n, device=DEVICE).to(DTYPE)
@@ -185,7 +184,7 @@ def trainings(n: int, k: int) -> Iterator[dict]:
         calls = {
             "dense_s": lambda x=x: grads(F.linear(x, dense)),
             "ours_s": lambda x=x: grads(fp.ops.linear_4bit(x, w)),
-            "lora_s": lambda x=x: grads(fp.ops.linear_4bit(x, w, None, (a, b, 2.0)), *leaves),
+            "lora_s": lambda x=x: grads(fp.ops.linear_4bit(x, w, None, lora), *leaves),
         }
         row = {"n": n, "k": k, "m": m, "backend": backends.choose(w, m, DTYPE, infers=False).value}
         row["error"] = error(calls["ours_s"]()[0], dy.double() @ w.dequantize(torch.float64))
