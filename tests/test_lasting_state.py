@@ -335,6 +335,23 @@ class TestMerged:
         assert model.get_model_status().merged_adapters == ["default"]
         assert torch.equal(logits(model, ids), expected)
 
+    @pytest.mark.parametrize("four_bits", [False, True])
+    @pytest.mark.parametrize("dequantize", [False, True])
+    def test_an_interrupt_while_a_weight_is_exchanged_leaves_the_base_as_it_was(
+        self, dequantize, four_bits, interrupted
+    ):
+        ids, base = tiny.inputs()["input_ids"], tiny.make("qwen2").eval()
+        base = tiny.quantized(base) if four_bits else base
+        clean = logits(base, ids)
+        model = adapted(fp.LoraConfig(target_modules=["q_proj", "v_proj"], **LORA), base=base).eval()
+        tiny.randomize(model)
+        expected = logits(model, ids)
+        interrupted(LoraLinear, "exchange")
+        with pytest.raises(KeyboardInterrupt):
+            model.merge_and_unload(dequantize=True) if dequantize else model.merge_adapter()
+        assert not model.get_model_status().merged_adapters
+        assert torch.equal(logits(model, ids), expected) and torch.equal(logits(model.unload(), ids), clean)
+
 
 METHODS = [
     fp.LoraConfig(modules_to_save=["lm_head"], trainable_token_indices=[1], **LORA),

@@ -163,15 +163,17 @@ class LoraLinear(LoraLayer):
         packed = quantize_4bit(matrix, base.quant_type, base.blocksize, base.double_quant)
         return replace(packed, dtype=base.packed.dtype)
 
-    def exchange(self, stored: Any) -> Any:
+    @property
+    def stored_weight(self) -> Any:
+        return self.base_layer.packed if self._fused else super().stored_weight
+
+    def exchange(self, stored: Any) -> None:
         if isinstance(stored, Linear4bit):
-            held, self.base_layer = self.base_layer, stored
+            self.base_layer = stored
         elif self._fused:
-            held = self.base_layer.packed
             self.base_layer.set_packed(stored)
         else:
-            held = super().exchange(stored)
-        return held
+            super().exchange(stored)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -182,8 +184,9 @@ class LoraLinear(LoraLayer):
         self.unmerge()
         packed = self.base_layer
         dtype = packed.original_dtype if dtype is None else dtype
-        self.base_layer = packed.to_linear(torch.float32)
+        dense = packed.to_linear(torch.float32)
         try:
+            self.base_layer = dense
             self.merge(safe, names, dtype)
         finally:
             self._unmerged = packed, packed.bias

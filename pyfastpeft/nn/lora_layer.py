@@ -201,10 +201,14 @@ class LoraLayer(nn.Module, ABC):
         stored = self.as_stored(matrix).to(weight.dtype).contiguous()
         return nn.Parameter(stored, requires_grad=weight.requires_grad)
 
-    def exchange(self, stored: Any) -> Any:
-        """Make what :meth:`stored` or this returned the base layer's weight; returns what was held before."""
-        held, self.base_layer.weight = self.base_layer.weight, stored
-        return held
+    @property
+    def stored_weight(self) -> Any:
+        """The base layer's weight as :meth:`exchange` takes it."""
+        return self.base_layer.weight
+
+    def exchange(self, stored: Any) -> None:
+        """Make what :meth:`stored` returned, or :attr:`stored_weight` was, the base layer's weight."""
+        self.base_layer.weight = stored
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         """M in the orientation of the base layer's weight."""
@@ -582,7 +586,11 @@ class LoraLayer(nn.Module, ABC):
         if safe_merge:
             values = weight.dequantize(weight.dtype) if isinstance(weight, Packed4bit) else weight
             check_finite(names, (values, bias), dtype)
-        self._unmerged, self.merged_adapters = (self.exchange(weight), held), list(names)
+        self._unmerged, self.merged_adapters = (
+            (self.stored_weight, held),
+            list(names),
+        )  # before an interrupt can lose it
+        self.exchange(weight)
         self._square = None
         if biases:
             self.base_layer.bias = bias

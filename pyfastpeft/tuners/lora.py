@@ -508,9 +508,9 @@ class LoraTuner(Tuner):
         try:
             for path, module in targets.items():
                 layer = self._layer(path, module)
-                initial, base = self._initial(config, path, layer), layer.base_layer
+                initial = self._initial(config, path, layer)
                 if config.changes_base:
-                    undo.append((layer, base.packed if isinstance(base, Linear4bit) else base.weight))
+                    undo.append((layer, layer.stored_weight))
                 layer.add_adapter(
                     name,
                     config.rank_of(path),
@@ -519,7 +519,7 @@ class LoraTuner(Tuner):
                     use_rslora=config.use_rslora,
                     use_dora=config.use_dora,
                     lora_bias=config.lora_bias,
-                    dtype=adapter_dtype(base, autocast_adapter_dtype),
+                    dtype=adapter_dtype(layer.base_layer, autocast_adapter_dtype),
                     initial=initial,
                     empty=values is not None,
                 )
