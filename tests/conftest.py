@@ -157,3 +157,22 @@ _RUN_SEED = int(os.environ.get("PYFASTPEFT_TEST_SEED", random.SystemRandom().ran
 
 def _seed_of(name):
     return (_RUN_SEED + zlib.crc32(name.encode())) % 2**32
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """``interrupted(owner, name)``: at the end of its first call there this function is interrupted, as by Ctrl-C."""
+
+    def patch(owner, name):
+        function, calls = getattr(owner, name), []
+
+        def run(*args, **kwargs):
+            result = function(*args, **kwargs)
+            calls.append(name)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(owner, name, run)
+
+    return patch

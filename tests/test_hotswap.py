@@ -12,10 +12,12 @@ import architectures as tiny
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyfastpeft as fp
+from pyfastpeft.adapters import AdapterBank
+from pyfastpeft.tuners import lora_swap
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,6 +55,7 @@ def tensors_of(model, name):
 
 
 ALL = {"target_modules": "all-linear"}
+PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 
 
 def test_the_packed_copy_of_an_adapter_follows_its_values():
@@ -138,6 +141,37 @@ def test_a_new_adapter_does_not_have_the_scaling_that_was_set_for_the_old_one():
         assert not torch.equal(model(**batch).logits, expected)
         model.hotswap_adapter(new, config=config)
         assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "keys", "where"),
+    [
+        (fp.LoraConfig(**ALL), fp.LoraConfig(**ALL | {"lora_alpha": 40}), ["lora_alpha"], (AdapterBank, "refresh")),
+        (fp.LoraConfig(**ALL), fp.LoraConfig(**ALL | {"r": 3}), ["r"], (lora_swap, "copy_tensors")),
+        (
+            fp.PromptTuningConfig(**PROMPT),
+            fp.PromptTuningConfig(**PROMPT | {"num_virtual_tokens": 5}),
+            ["num_virtual_tokens"],
+            (AdapterBank, "forget"),
+        ),
+    ],
+    ids=["scaling", "rank", "prompt"],
+)
+def test_an_interrupted_swap_leaves_no_half_of_either_adapter(old, new, keys, where, tmp_path, interrupted):
+    model = serving(old, new)
+    batch = tiny.inputs()
+    model.save_pretrained(tmp_path)
+    model.set_adapter("1")
+    expected = model(**batch).logits
+    model.set_adapter("default")
+    interrupted(*where)
+    with pytest.raises(KeyboardInterrupt):
+        model.hotswap_adapter(tmp_path / "1")
+    assert torch.equal(model(**batch).logits, expected)
+    assert all(getattr(model.peft_config["default"], key) == getattr(new, key) for key in keys)
+    model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
+    again = fp.PeftModel.from_pretrained(model.unload(), tmp_path / "again")
+    assert torch.equal(again(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -611,6 +645,26 @@ class TestRefused:
         new[self.KEY] = new[self.KEY].long()
         self.refused(model, new, rf"{self.KEY} has dtype torch\.int64")
 
+    @pytest.mark.parametrize(
+        ("convert", "message"),
+        [
+            (lambda t: torch.zeros_like(t, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2 in"),
+            (Tensor.to_sparse, "float32 in torch.sparse_coo on cpu; it must be dense"),
+            (Tensor.to_mkldnn, "float32 in torch._mkldnn on cpu; it must be dense"),
+        ],
+    )
+    @pytest.mark.parametrize("config", [None, fp.LoraConfig(), fp.LoraConfig(lora_alpha=3)])
+    @pytest.mark.parametrize("prompts", [False, True])
+    def test_what_torch_cannot_copy(self, model, convert, message, config, prompts):
+        if prompts:
+            model, config = (
+                serving(fp.PromptTuningConfig(**PROMPT)),
+                None if config is None else fp.PromptTuningConfig(**PROMPT),
+            )
+        new = {key: torch.ones_like(t) for key, t in tensors_of(model, "default").items()}
+        *_, last = new
+        self.refused(model, new | {last: convert(new[last])}, re.escape(f"{last} is torch.{message}"), config=config)
+
     def test_no_tensors_at_all(self, model):
         self.refused(model, {}, "the state dict holds no tensors")
 
@@ -696,7 +750,7 @@ def test_values_that_are_nowhere_are_an_error():
     held = tensors_of(model, "default")
     *_, one = held
     for name, t in ((one, held[one]), (one, torch.empty(1, 77))):
-        with pytest.raises(ValueError, match=re.escape(f"{[name]} on the meta device")):
+        with pytest.raises(ValueError, match=re.escape(f"{name} is torch.float32 in torch.strided on meta; it must")):
             model.hotswap_adapter({k: torch.full_like(t, 7) for k, t in held.items()} | {name: t.to("meta")})
         assert all(torch.equal(t, held[k]) for k, t in tensors_of(model, "default").items())
 

@@ -361,25 +361,6 @@ METHODS = [
 """Of each way into a model."""
 
 
-@pytest.fixture
-def interrupted(monkeypatch):
-    """``interrupted(owner, name)``: at the end of its first call there this function is interrupted, as by Ctrl-C."""
-
-    def patch(owner, name):
-        function, calls = getattr(owner, name), []
-
-        def run(*args, **kwargs):
-            result = function(*args, **kwargs)
-            calls.append(name)
-            if len(calls) == 1:
-                raise KeyboardInterrupt
-            return result
-
-        monkeypatch.setattr(owner, name, run)
-
-    return patch
-
-
 def structure(model):
     return [
         (path, type(m), "forward" in vars(m)) for path, m in model.named_modules()

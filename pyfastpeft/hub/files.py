@@ -197,6 +197,7 @@ def check_tensors(
         shape = expected.get(key, optional.get(key))
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{source}: {key} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
+        check_copies(key, tensor, source)
         check_kind(key, tensor, key not in whole, source)
 
 
@@ -218,6 +219,18 @@ def check_kind(key: str, tensor: Tensor, floating: bool, source: str) -> None:
     if tensor.is_floating_point() != floating:
         kind = "floating point" if floating else "whole numbers"
         raise ValueError(f"{source}: {key} has dtype {tensor.dtype}; it must be {kind}")
+
+
+def copies(tensor: Tensor) -> bool:
+    """Whether torch can copy what ``tensor`` holds into a dense tensor."""
+    return tensor.layout is torch.strided and not tensor.is_meta and tensor.dtype is not torch.float4_e2m1fn_x2
+
+
+def check_copies(key: str, tensor: Tensor, source: str) -> None:
+    """:func:`copies`, as an error that names the tensor."""
+    if not copies(tensor):
+        found = f"{tensor.dtype} in {tensor.layout} on {tensor.device}"
+        raise ValueError(f"{source}: {key} is {found}; it must be dense, in memory and of a dtype that torch converts")
 
 
 def check_text(text: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import BASE, CARRIED, AdapterBank, in_order
 from ..formats import is_full_precision
-from ..hub.files import check_tensors
+from ..hub.files import check_copies, check_tensors, copies
 from ..nn.bottleneck import BottleneckLayer
 from ..nn.ends import HEADS
 from ..nn.linear4bit import Linear4bit
@@ -473,9 +473,8 @@ class AdaptedModel(OneDevice, nn.Module):
             raise ValueError(f"{source} holds a {config.peft_type} adapter; adapter {name!r} is {old.peft_type}")
         if (config is None or config.asks_as(old)) and self._swapped_alike(name, config, values):
             return
-        nowhere = [key for key, value in values.items() if value.is_meta]
-        if nowhere:
-            raise ValueError(f"{source} has {nowhere} on the meta device, where there are no values")
+        for key, value in values.items():
+            check_copies(key, value, source)
         tuner = self.tuner_of(name)
         new, values = tuner.at_todays_paths(None if config is None else self.resolved(config), values)
         if new is not None:
@@ -494,8 +493,14 @@ class AdaptedModel(OneDevice, nn.Module):
             values = {key: t for key, t in values.items() if key not in embeddings}
         if self._swapped_alike(name, new, values):
             return
-        self.configs[name] = tuner.swap(name, old, new, self.tensors(name), values, source)
-        self.bank.version += 1
+        run = tuner.swap(name, old, new, self.tensors(name), values, source)
+        try:
+            self.configs[name] = run()
+        except BaseException:  # an interrupt: half of another adapter must not stay
+            self.configs[name] = run()
+            raise
+        finally:
+            self.bank.version += 1
 
     def _swapped_alike(self, name: str, config: PeftConfig | None, values: Mapping[str, Tensor]) -> bool:
         """The common case at full speed: the same keys, shapes and form. False: another case, nothing is done."""
@@ -511,7 +516,7 @@ class AdaptedModel(OneDevice, nn.Module):
         new = [values[key] for key in live]
         if not copy_alike(targets, new):
             kinds = [v.is_floating_point() for v in new] == [t.is_floating_point() for t in targets]
-            if [v.shape for v in new] != shapes or not kinds or any(v.is_meta for v in new):
+            if [v.shape for v in new] != shapes or not kinds or not all(map(copies, new)):
                 return False
             copy_tensors(targets, new)
         if config is not None:

@@ -709,10 +709,10 @@ class LoraTuner(Tuner):
         live: dict[str, Tensor],
         values: Mapping[str, Tensor],
         source: str,
-    ) -> LoraConfig:
+    ) -> Callable[[], LoraConfig]:
         from .lora_swap import Swap
 
-        return Swap(self, name, old, new, live, values, source).run()
+        return Swap(self, name, old, new, live, values, source).run
 
     def remove(self, name: str) -> None:
         for path, layer in list(self.bank.layers.items()):

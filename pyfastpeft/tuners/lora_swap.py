@@ -68,6 +68,10 @@ class Swap:
             if key not in self.tensors:
                 raise ValueError(f"{source} lacks the key {key}")
             self._pair(key, tensor)
+        self.replans = any(
+            layer.r[name] != r or layer.scaling[name] != scaling
+            for layer, (r, _, scaling) in zip(layers.values(), self.ranks.values(), strict=True)
+        )
         self.config = self._new_config(old) if config is None else new.in_place_of(old)
 
     def _plan_layer(self, path: str, layer: LoraLayer, held: dict[str, Tensor]) -> None:
@@ -131,18 +135,16 @@ class Swap:
 
     @torch.no_grad()
     def run(self) -> LoraConfig:
-        """Do it; returns the adapter's configuration from now on."""
+        """Do it, as often as it is called; returns the adapter's configuration from now on."""
         if self.zeroed:
             torch._foreach_zero_(self.zeroed)
         copy_tensors([t for t, _ in self.pairs], [v for _, v in self.pairs])
-        changed = False
         for path, (r, alpha, scaling) in self.ranks.items():
             layer = self.bank.layers[path]
-            changed |= layer.r[self.name] != r or layer.scaling[self.name] != scaling
             layer.r[self.name], layer.lora_alpha[self.name] = r, alpha
             layer.set_scaling(self.name, scaling)
             if r == 0 and self.name in layer.lora_magnitude_vector:
                 layer.lora_magnitude_vector[self.name].weight.copy_(layer.norm(self.name))
-        if changed:
+        if self.replans:
             self.bank.refresh()
         return self.config

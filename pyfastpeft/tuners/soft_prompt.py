@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -296,7 +296,7 @@ class SoftPromptTuner(Tuner):
         live: dict[str, Tensor],
         values: Mapping[str, Tensor],
         source: str,
-    ) -> SoftPromptConfig:
+    ) -> Callable[[], SoftPromptConfig]:
         """Another number of virtual tokens, for adapters that are for inference."""
         if self.bank.prompts[name].encodes:
             raise ValueError(
@@ -316,15 +316,19 @@ class SoftPromptTuner(Tuner):
         if config.rows != count or config.form is not old.form:
             return super().swap(name, old, new, live, values, source)
         self.resolved(config)
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def run() -> SoftPromptConfig:
             for key, tensor in live.items():
                 if key == KEY:
                     tensor.data = values[key].to(tensor, copy=True)
                 else:
                     tensor.copy_(values[key])
-        self.bank.prompts[name].embedding.num_embeddings = count
-        self._put(name, config)
-        return config
+            self.bank.prompts[name].embedding.num_embeddings = count
+            self._put(name, config)
+            return config
+
+        return run
 
     def export(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """``layers.<i>.key`` and ``.value`` [heads, length, dim] of a row that uses ``names``."""

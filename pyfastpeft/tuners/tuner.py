@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -134,8 +134,8 @@ class Tuner(ABC):
         live: dict[str, Tensor],
         values: Mapping[str, Tensor],
         source: str,
-    ) -> Any:
-        """A hot-swap that is not of the common kind (:meth:`swaps_alike`); all is checked before anything changes.
+    ) -> Callable[[], Any]:
+        """Check a hot-swap that is not of the common kind (:meth:`swaps_alike`).
 
         Args:
             old, new: the configurations; ``new`` is as the file has it, or None.
@@ -143,7 +143,7 @@ class Tuner(ABC):
             values: the new tensors, from ``source`` (a name for messages).
 
         Returns:
-            The adapter's configuration from now on.
+            What does it, as often as it is called, and returns the adapter's configuration from now on.
         """
         whole = [k for k, t in live.items() if not t.is_floating_point()]
         check_tensors(values, {k: tuple(t.shape) for k, t in live.items()}, {}, source, whole)
