@@ -653,14 +653,18 @@ class TestRefused:
             (Tensor.to_mkldnn, "float32 in torch._mkldnn on cpu; it must be dense"),
         ],
     )
-    @pytest.mark.parametrize("config", [None, fp.LoraConfig(), fp.LoraConfig(lora_alpha=3)])
-    @pytest.mark.parametrize("prompts", [False, True])
-    def test_what_torch_cannot_copy(self, model, convert, message, config, prompts):
-        if prompts:
-            model, config = (
-                serving(fp.PromptTuningConfig(**PROMPT)),
-                None if config is None else fp.PromptTuningConfig(**PROMPT),
-            )
+    @pytest.mark.parametrize(
+        ("held", "config"),
+        [
+            (fp.LoraConfig(), None),
+            (fp.LoraConfig(), fp.LoraConfig()),
+            (fp.LoraConfig(), fp.LoraConfig(lora_alpha=3)),
+            (fp.PromptTuningConfig(**PROMPT), None),
+            (fp.PromptTuningConfig(**PROMPT), fp.PromptTuningConfig(**PROMPT)),
+        ],
+    )
+    def test_what_torch_cannot_copy(self, convert, message, held, config):
+        model = serving(held)
         new = {key: torch.ones_like(t) for key, t in tensors_of(model, "default").items()}
         *_, last = new
         self.refused(model, new | {last: convert(new[last])}, re.escape(f"{last} is torch.{message}"), config=config)

@@ -586,10 +586,8 @@ class LoraLayer(nn.Module, ABC):
         if safe_merge:
             values = weight.dequantize(weight.dtype) if isinstance(weight, Packed4bit) else weight
             check_finite(names, (values, bias), dtype)
-        self._unmerged, self.merged_adapters = (
-            (self.stored_weight, held),
-            list(names),
-        )  # before an interrupt can lose it
+        # Before the exchange: an interrupt in between must find what there was.
+        self._unmerged, self.merged_adapters = (self.stored_weight, held), list(names)
         self.exchange(weight)
         self._square = None
         if biases:
